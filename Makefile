@@ -1,0 +1,80 @@
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+UV_VERSION := 0.13.9
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := agent_sdk workspaces agent_server
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo run-server test test-docker lint fmt types contracts bench docs docs-check image chaos lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(READY) ## make .venv with everything development needs
+
+$(READY): requirements/dev.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY) ## start a server, run a real task against it, show what happened, stop
+	$(BIN)/python -m examples.demo $(ARGS)
+
+run-server: $(READY) ## run a server in the foreground (ARGS="--port 0")
+	$(BIN)/agent-server serve $(ARGS)
+
+test: $(READY) ## run the tests that need no container engine (ARGS="-k name")
+	$(BIN)/python -m pytest -m "not docker" $(ARGS)
+
+test-docker: $(READY) ## run the tests that need a container engine
+	@$(BIN)/python -m pytest -m docker $(ARGS) || { code=$$?; \
+	  [ $$code -ne 5 ] || { echo "There are no container tests yet; they come with a later version." >&2; exit 2; }; \
+	  exit $$code; }
+
+lint: $(READY) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fmt: $(READY) ## format the code and apply the safe fixes
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+types: $(READY) ## check types
+	$(BIN)/mypy $(PACKAGES) $(wildcard examples bench)
+
+contracts: $(READY) ## check who may import whom
+	$(BIN)/lint-imports
+
+bench: $(READY) ## measure, next to the physical limits; writes bench/results.json
+	$(BIN)/python -m bench $(ARGS)
+
+docs: $(READY) ## write docs/protocol.md and docs/openrpc.json from the message classes
+	$(BIN)/python -m agent_sdk.protocol.document docs
+
+docs-check: $(READY) ## fail when the generated documents are stale
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
+	$(BIN)/python -m agent_sdk.protocol.document "$$fresh" && \
+	for name in protocol.md openrpc.json; do \
+	  diff -u "docs/$$name" "$$fresh/$$name" || { echo "docs/$$name is stale: run make docs" >&2; exit 1; }; \
+	done
+
+image: ## build the container image (a later version)
+	@echo "There is no container image yet; it comes with a later version." >&2; exit 2
+
+chaos: ## break things at random and check the guarantees (a later version)
+	@echo "There are no chaos tests yet; they come with a later version." >&2; exit 2
+
+lock: ## resolve requirements/dev.txt anew (ARGS="--upgrade")
+	$(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	.cache/lock/bin/uv pip compile setup.cfg --extra dev --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-header --quiet --output-file requirements/dev.txt $(ARGS)
+
+clean: ## remove everything that can be made again
+	rm -rf .venv .venv-* .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache \
+	  .coverage .coverage.* htmlcov build dist *.egg-info
+	find $(PACKAGES) tests $(wildcard examples bench) -name __pycache__ -type d -prune -exec rm -rf {} +
