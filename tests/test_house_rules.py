@@ -1,0 +1,167 @@
+"""The rules of the house that no linter knows: where things stand, how large they grow, what nobody calls."""
+
+import ast
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("agent_sdk", "workspaces", "agent_server")
+
+FILE_LINES = 500
+FUNCTION_LINES = 60
+NAMES_OF_NOTHING = {"utils", "util", "helpers", "helper", "common", "base", "core", "impl", "manager", "misc"}
+READS_THE_ENVIRONMENT = {
+    "agent_server/config.py",
+    "agent_sdk/api.py",  # LLM.from_env
+    "agent_sdk/local/environment.py",  # what a child process inherits
+}
+
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def place(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+
+
+def functions(path: Path) -> Iterator[Function]:
+    return (node for node in nodes(path) if isinstance(node, Function))
+
+
+def calls(path: Path) -> Iterator[ast.Call]:
+    return (node for node in nodes(path) if isinstance(node, ast.Call))
+
+
+def dotted(node: ast.AST) -> str:
+    """`os.environ.get` for the expression that spells it, with `?` for what has no name."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def mentions(path: Path, names: set[str]) -> Iterator[int]:
+    """The lines that import or spell out one of the dotted names."""
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            found = {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found = {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        elif isinstance(node, ast.Attribute):
+            found = {dotted(node)}
+        else:
+            continue
+        if found & names:
+            yield node.lineno
+
+
+def length_without_docstring(function: Function) -> int:
+    lines = (function.end_lineno or function.lineno) - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        docstring = function.body[0]
+        lines -= (docstring.end_lineno or docstring.lineno) - docstring.lineno + 1
+    return lines
+
+
+def uses_a_shell(call: ast.Call) -> bool:
+    if dotted(call.func) in {"os.system", "os.popen", "asyncio.create_subprocess_shell"}:
+        return True
+    return any(
+        word.arg == "shell" and not (isinstance(word.value, ast.Constant) and word.value.value is False)
+        for word in call.keywords
+    )
+
+
+def refuse(find: Callable[[Path], Iterable[object]], files: list[Path] = FILES) -> None:
+    """Fails with everything `find` finds in the files: lines, or a sentence each."""
+    offences = [f"{place(path)}: {found}" for path in files for found in find(path)]
+    if offences:
+        pytest.fail("\n".join(offences), pytrace=False)
+
+
+def test_the_three_packages_are_looked_at():
+    assert {place(path).split("/")[0] for path in FILES} == set(PACKAGES)
+
+
+def test_no_file_goes_through_its_wall():
+    def too_long(path: Path) -> Iterator[str]:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > FILE_LINES:
+            yield f"{lines} lines: which noun is missing?"
+
+    refuse(too_long)
+
+
+def test_every_function_fits_on_a_screen():
+    def long(path: Path) -> Iterator[str]:
+        lengths = ((function.name, length_without_docstring(function)) for function in functions(path))
+        return (f"{name} has {lines} lines" for name, lines in lengths if lines > FUNCTION_LINES)
+
+    refuse(long)
+
+
+def test_files_are_named_after_things():
+    def empty_words(path: Path) -> Iterator[str]:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        return (part for part in parts if part.strip("_") in NAMES_OF_NOTHING)
+
+    refuse(empty_words)
+
+
+def test_nothing_counts_on_garbage_collection():
+    refuse(lambda path: (f.lineno for f in functions(path) if f.name == "__del__"))
+
+
+def test_the_environment_is_read_in_three_files():
+    names = {"os.environ", "os.environb", "os.getenv", "os.getenvb"}
+    elsewhere = [path for path in FILES if place(path) not in READS_THE_ENVIRONMENT]
+    refuse(lambda path: mentions(path, names), elsewhere)
+
+
+def test_no_archive_is_unpacked_wholesale():
+    wholesale = {"extractall", "unpack_archive"}
+    refuse(lambda path: (c.lineno for c in calls(path) if dotted(c.func).split(".")[-1] in wholesale))
+
+
+def test_no_command_is_given_to_an_implicit_shell():
+    refuse(lambda path: (call.lineno for call in calls(path) if uses_a_shell(call)))
+
+
+def test_only_the_server_serves_http():
+    elsewhere = [path for path in FILES if not place(path).startswith("agent_server/")]
+    refuse(lambda path: mentions(path, {"aiohttp.web"}), elsewhere)
+
+
+def test_each_folder_says_what_its_files_are_for():
+    def unsaid(front: Path) -> Iterator[str]:
+        text = front.read_text(encoding="utf-8") if front.exists() else ""
+        said = ast.get_docstring(ast.parse(text)) or ""
+        here = {path.stem for path in front.parent.glob("*.py")} - {"__init__"}
+        here |= {path.parent.name for path in front.parent.glob("*/*.py")}
+        return (f"does not name {name}" for name in sorted(here) if not re.search(rf"\b{name}\b", said))
+
+    refuse(unsaid, sorted({path.with_name("__init__.py") for path in FILES}))
+
+
+def test_the_name_of_a_test_is_a_sentence():
+    def labels(path: Path) -> Iterator[str]:
+        names = (f.name for f in functions(path) if f.name.startswith("test_"))
+        return (name for name in names if len(name.split("_")) < 4)
+
+    refuse(labels, TEST_FILES)
+
+
+def test_no_test_replaces_the_code_it_tests():
+    """A fixture that patches code is a mock by another name; setting the environment or the folder is not."""
+    patches = {f"monkeypatch.{verb}{kind}" for verb in ("set", "del") for kind in ("attr", "item")}
+    refuse(lambda path: (c.lineno for c in calls(path) if dotted(c.func) in patches), TEST_FILES)
