@@ -1,0 +1,129 @@
+"""The contract of a Conversation: an append-only log of events and the verbs that extend it.
+
+Implementations: `agent_sdk.local.conversation` here, `agent_sdk.remote.conversation` there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Literal, Protocol, Self
+
+from msgspec import Struct
+
+from agent_sdk.protocol.events import Delta, Event, RunStatus
+from agent_sdk.protocol.results import Accepted, PendingRequest, Snapshot, State, Stats
+from agent_sdk.protocol.specs import ConfirmationPolicy, Model
+
+__all__ = [
+    "Accepted",
+    "Callback",
+    "Conversation",
+    "OnDelta",
+    "Outcome",
+    "PendingRequest",
+    "Snapshot",
+    "State",
+    "Stats",
+]
+
+Callback = Callable[[Event], Awaitable[None] | None]
+"""Called exactly once per event, in the order of `seq`. What it raises is logged and does not stop the delivery."""
+
+OnDelta = Callable[[Delta], Awaitable[None] | None]
+
+
+class Outcome(Struct, frozen=True, kw_only=True):
+    """How a turn ended."""
+
+    status: RunStatus
+    reason: str = ""
+    final_text: str = ""
+    run_id: str = ""
+    error: str | None = None
+
+
+class Conversation(Protocol):
+    """See the module's docstring. Opened at its first use; `async with` is optional."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    @property
+    def id(self) -> str:
+        """Its id; known after the first use."""
+        ...
+
+    async def send_message(self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue") -> Accepted:
+        """Append a user message. An idle agent starts to work; a running one reads it before its next step.
+
+        Args:
+            text: any length up to the connection's message limit (64 MiB).
+            mode: `interrupt` stops the running turn first and starts another.
+        """
+        ...
+
+    async def run(self, timeout: float | None = None) -> Outcome:
+        """Wait for the end of the turn; a paused, failed or limited one goes on.
+
+        With nothing to do it returns the last outcome. Cancelling, and `timeout` seconds, end the waiting only.
+
+        Raises:
+            TimedOut: the turn still runs.
+            StateConflict: there is no message yet.
+        """
+        ...
+
+    async def pause(self) -> None:
+        """Ask the turn to stop before its next step; returns at once. `run` goes on."""
+        ...
+
+    async def interrupt(self, reason: str = "") -> None:
+        """Stop the turn now: a model call is dropped, running tools are cancelled; returns when it has ended."""
+        ...
+
+    async def respond(
+        self, request_id: str, answer: Literal["approve", "reject"], *, reason: str = ""
+    ) -> None:
+        """Answer an approval. The first answer counts.
+
+        Raises:
+            RequestNotFound: nothing with this id waits.
+        """
+        ...
+
+    def events(self, since: int = 0, follow: bool = False) -> AsyncIterator[Event]:
+        """Yield the events after `since` in order; with `follow` go on with new ones until the conversation closes."""
+        ...
+
+    async def state(self) -> Snapshot:
+        """Return the present state."""
+        ...
+
+    async def stats(self) -> Stats:
+        """Return what was consumed so far."""
+        ...
+
+    async def update_secrets(self, secrets: dict[str, str]) -> None:
+        """Set secrets: environment variables of the agent's terminal, masked in what tools return. Never in the log."""
+        ...
+
+    async def set_confirmation_policy(self, policy: ConfirmationPolicy) -> None:
+        """Decide which tool calls wait for approval, from the next one on."""
+        ...
+
+    async def switch_llm(self, llm: Model) -> None:
+        """Use another model from the next model call on."""
+        ...
+
+    async def set_title(self, title: str | None = None, *, tags: dict[str, str] | None = None) -> None:
+        """Name the conversation; tags are merged."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of it: a local turn is interrupted, a remote one goes on. The log stays."""
+        ...
+
+    async def delete(self) -> None:
+        """Interrupt and remove the conversation with its log."""
+        ...

@@ -1,0 +1,11 @@
+"""What is true without a network; stdlib and msgspec only.
+
+endpoint: JSON-RPC and binary frames without I/O
+window:   credit arithmetic of byte streams
+methods:  one class per call: name, params, result
+results:  what calls return
+events:   the tagged union of events
+specs:    plain data that describes agents, models, sandboxes
+errors:   the exception tree, which is the error table
+document: docs/protocol.md and docs/openrpc.json, printed from the classes
+"""

@@ -1,0 +1,329 @@
+"""Every error that may cross the wire. The class tree is the error table.
+
+AgentServerError
+    ParseError          -32700
+        MaxDepth
+    InvalidRequest      -32600
+        BadId, DuplicateKey, BatchNotSupported, BadBinaryHeader
+    MethodNotFound      -32601      InvalidParams   -32602      InternalError   -32603
+    Cancelled           -32800
+    Overloaded          -32001      NotInitialised  -32002      Unauthorized    -32003 (PermissionError)
+    NotFound            -32004 (LookupError)
+        ConversationNotFound, ProcessNotFound, RequestNotFound
+        PathNotFound (FileNotFoundError)
+    Conflict            -32005
+        OpMismatch, OpExpired, TurnInProgress, TransferBroken, ChangedDuringRead,
+        PathExists (FileExistsError), StateConflict
+    LimitExceeded       -32006
+        StorageFull (OSError)
+    TimedOut            -32007 (TimeoutError)
+        CommandTimeout
+    WorkspaceUnavailable -32008
+        WorkspaceLost (ConnectionError)
+    LeaseLost           -32010
+    PolicyDenied        -32011 (PermissionError)
+        OutsideWorkspace, OriginNotAllowed, HostNotAllowed
+    PathError           -32012 (OSError)
+        NotARegularFile, NotADirectory (NotADirectoryError), IsADirectory (IsADirectoryError),
+        PathDenied (PermissionError)
+    ModelError          -32013
+        ModelRefused, ModelUnavailable, ModelRateLimited, ModelUnauthorized, ModelAnswerBroken
+    ToolError           -32014
+    ConnectionLost      (ConnectionError) never sent: it says that nothing can be sent
+
+The JSON-RPC code is the coarse class; the exact identity is `data.kind`, one per exception class
+(JSON-RPC 2.0 section 5.1 reserves -32000..-32099 for the implementation; MCP reserved -32020 and
+below in 2026, so ours stay in -32000..-32019). `data.retryable` is always there: whether the very
+same call may succeed later without anybody changing it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import msgspec
+
+_BY_KIND: dict[str, type[AgentServerError]] = {}
+_BY_CODE: dict[int, type[AgentServerError]] = {}
+
+
+class ErrorObject(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The `error` member of a JSON-RPC response."""
+
+    code: int
+    message: str
+    data: dict[str, Any] = {}
+
+
+class AgentServerError(Exception):
+    """Root of everything this project raises on purpose.
+
+    Attributes:
+        code: JSON-RPC code of the class; None for a class that never crosses the wire.
+        kind: the exact identity on the wire, snake case, one per class.
+        retryable: whether the same call may succeed later, unchanged.
+        details: JSON-able facts about this one occurrence, listed by each subclass.
+    """
+
+    code: ClassVar[int | None] = None
+    kind: ClassVar[str] = ""
+    retryable: ClassVar[bool] = False
+
+    def __init_subclass__(cls, code: int | None = None, retryable: bool | None = None) -> None:
+        if code is not None:
+            cls.code = code
+            if _BY_CODE.setdefault(code, cls) is not cls:
+                raise TypeError(f"code {code} already belongs to {_BY_CODE[code].__name__}")
+        if retryable is not None:
+            cls.retryable = retryable
+        cls.kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        if _BY_KIND.setdefault(cls.kind, cls) is not cls:
+            raise TypeError(f"kind {cls.kind} already belongs to another class")
+
+    def __init__(self, message: str = "", **details: Any) -> None:
+        super().__init__(message)
+        self.message = message or self.kind
+        self.details = details
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def retry_after_ms(self) -> int | None:
+        """Milliseconds to wait before a retry, where the raiser knows."""
+        value = self.details.get("retry_after_ms")
+        return value if isinstance(value, int) else None
+
+
+class ParseError(AgentServerError, code=-32700):
+    """The frame is not JSON."""
+
+
+class InvalidRequest(AgentServerError, code=-32600):
+    """The frame is JSON, but no JSON-RPC message that can be accepted now. Details: id (may be absent)."""
+
+
+class MethodNotFound(AgentServerError, code=-32601):
+    """No such method. Details: method (cut to 64 characters)."""
+
+
+class InvalidParams(AgentServerError, code=-32602):
+    """The params do not fit the method; the message names the field as a JSON path."""
+
+
+class InternalError(AgentServerError, code=-32603):
+    """A bug on the other side. Details: incident, the id under which it is logged there."""
+
+
+class MaxDepth(ParseError):
+    """The JSON is nested too deeply. Details: limit."""
+
+
+class BadId(InvalidRequest):
+    """The id is no string of 1..128 characters and no integer within +-2**53, or it is in flight."""
+
+
+class DuplicateKey(InvalidRequest):
+    """A member of the JSON-RPC envelope occurs twice."""
+
+
+class BatchNotSupported(InvalidRequest):
+    """JSON-RPC batches break order and backpressure; send single messages."""
+
+
+class BadBinaryHeader(InvalidRequest):
+    """A binary frame breaks the rules; the connection is closed with 4400."""
+
+
+class Cancelled(AgentServerError, code=-32800):
+    """The caller cancelled the call (the number is the Language Server Protocol's)."""
+
+
+class Overloaded(AgentServerError, code=-32001, retryable=True):
+    """Too much at once. Details: limit, retry_after_ms."""
+
+
+class NotInitialised(AgentServerError, code=-32002):
+    """The first message of a connection must be `initialize`."""
+
+
+class Unauthorized(AgentServerError, PermissionError, code=-32003):
+    """No key, or a wrong one."""
+
+
+class NotFound(AgentServerError, LookupError, code=-32004):
+    """What was named does not exist."""
+
+
+class ConversationNotFound(NotFound):
+    """Details: conversation."""
+
+
+class ProcessNotFound(NotFound):
+    """No such process in this workspace, or it has ended. Details: process."""
+
+
+class RequestNotFound(NotFound):
+    """No such request waits for an answer. Details: request."""
+
+
+class PathNotFound(NotFound, FileNotFoundError):
+    """Details: path, as the workspace sees it."""
+
+
+class Conflict(AgentServerError, code=-32005):
+    """The call contradicts the present state."""
+
+
+class OpMismatch(Conflict):
+    """The same op_id came with other params. Details: op_id."""
+
+
+class OpExpired(Conflict):
+    """The op_id is too old: its result is no longer kept, and it is not run again. Details: op_id."""
+
+
+class StateConflict(Conflict):
+    """The conversation is not in a state that allows the call. Details: state."""
+
+
+class TurnInProgress(Conflict):
+    """A turn runs. Details: run_id."""
+
+
+class TransferBroken(Conflict, retryable=True):
+    """A file did not arrive whole: size or digest differ, or it changed meanwhile. Nothing was kept."""
+
+
+class ChangedDuringRead(Conflict, retryable=True):
+    """The file changed while it was read; nothing was kept. Details: path."""
+
+
+class PathExists(Conflict, FileExistsError):
+    """Details: path."""
+
+
+class LimitExceeded(AgentServerError, code=-32006):
+    """More than a published limit allows. Details: field, limit, got."""
+
+
+class StorageFull(LimitExceeded, OSError, retryable=True):
+    """No space is left where it had to be written. Details: path."""
+
+
+class TimedOut(AgentServerError, TimeoutError, code=-32007, retryable=True):
+    """The time given for the call is over. Details: seconds."""
+
+
+class CommandTimeout(TimedOut):
+    """A command was killed when its time was over. Details: seconds."""
+
+
+class WorkspaceUnavailable(AgentServerError, code=-32008, retryable=True):
+    """The place where commands run cannot be reached or did not start. Details: phase."""
+
+
+class WorkspaceLost(WorkspaceUnavailable, ConnectionError):
+    """The place where commands ran is gone; what ran in it has an unknown outcome."""
+
+
+class LeaseLost(AgentServerError, code=-32010):
+    """Another server owns the conversation now."""
+
+
+class PolicyDenied(AgentServerError, PermissionError, code=-32011):
+    """A rule forbids it."""
+
+
+class OutsideWorkspace(PolicyDenied):
+    """The path leads out of the workspace. Details: path."""
+
+
+class OriginNotAllowed(PolicyDenied):
+    """A web page of another origin asked. Details: origin."""
+
+
+class HostNotAllowed(PolicyDenied):
+    """The Host header names somebody else. Details: host."""
+
+
+class PathError(AgentServerError, OSError, code=-32012):
+    """The operating system refused a path. Details: path, errno (its name, such as EACCES)."""
+
+
+class NotARegularFile(PathError):
+    """A device, socket, FIFO or folder where a file is needed. Details: path."""
+
+
+class NotADirectory(PathError, NotADirectoryError):
+    """Details: path."""
+
+
+class IsADirectory(PathError, IsADirectoryError):
+    """Details: path."""
+
+
+class PathDenied(PathError, PermissionError):
+    """The file system denies access. Details: path."""
+
+
+class ModelError(AgentServerError, code=-32013):
+    """The model did not answer properly. Details: status (HTTP), provider."""
+
+
+class ModelRefused(ModelError):
+    """The provider rejected the request itself; repeating it will not help. Details: status."""
+
+
+class ModelUnauthorized(ModelError, PermissionError):
+    """The provider does not accept the key. Details: status."""
+
+
+class ModelRateLimited(ModelError, retryable=True):
+    """Too many requests or no quota. Details: status, retry_after_ms."""
+
+
+class ModelUnavailable(ModelError, retryable=True):
+    """The provider failed or cannot be reached. Details: status."""
+
+
+class ModelAnswerBroken(ModelError, retryable=True):
+    """The answer stopped in the middle or makes no sense."""
+
+
+class ToolError(AgentServerError, code=-32014):
+    """A tool could not do what was asked; the model reads the message."""
+
+
+class ConnectionLost(AgentServerError, ConnectionError, retryable=True):
+    """The connection is gone. Details: close_code (of the WebSocket, when there was one), reason."""
+
+
+def to_wire(exc: BaseException) -> ErrorObject:
+    """Turn an exception into JSON; the one place that does. A bug's text and traceback stay home."""
+    if isinstance(exc, AgentServerError) and exc.code is not None:
+        return ErrorObject(
+            exc.code, exc.message, {**exc.details, "kind": exc.kind, "retryable": exc.retryable}
+        )
+    if isinstance(exc, ConnectionLost):
+        return to_wire(WorkspaceLost(exc.message))
+    return ErrorObject(-32603, "internal error", {"kind": InternalError.kind, "retryable": False})
+
+
+def from_wire(error: ErrorObject) -> AgentServerError:
+    """Turn JSON into an exception; the one place that does.
+
+    An unknown kind becomes the class of its code, an unknown code an InternalError. No class is
+    ever looked up by a name that the peer sent, other than in the table of this module.
+    """
+    details = {key: value for key, value in error.data.items() if key not in ("kind", "retryable", "message")}
+    by_kind = _BY_KIND.get(str(error.data.get("kind")))
+    if by_kind is None or by_kind.code != error.code:
+        by_kind = _BY_CODE.get(error.code, InternalError)
+    return by_kind(error.message, **details)
+
+
+def table() -> list[type[AgentServerError]]:
+    """All classes that may cross the wire, in the order of their definition."""
+    return [cls for cls in _BY_KIND.values() if cls.code is not None]

@@ -1,0 +1,157 @@
+"""Methods of a conversation, and what its server asks of a client."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Raw, Struct
+
+from agent_sdk.protocol.methods.method import Done, Effect, Method, Name, Offset
+from agent_sdk.protocol.results import Accepted, Snapshot
+from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
+
+
+class Configure(Effect[Done], frozen=True, kw_only=True):
+    """Say which agent answers from here on."""
+
+    method = "conversation.configure"
+    agent: AgentSpec
+    max_iterations: Annotated[int, Meta(ge=1, le=1_000_000)] = 500
+    confirmation: ConfirmationPolicy = ConfirmationPolicy()
+    title: Annotated[str, Meta(max_length=1024)] | None = None
+    tags: Annotated[dict[str, str], Meta(max_length=64)] = {}
+    secrets: dict[str, str] = {}
+
+
+class RegisterTools(Method[Done], frozen=True, kw_only=True):
+    """This connection answers calls of these client tools; pending ones are delivered to it."""
+
+    method = "tools.register"
+    tools: list[str]
+
+
+class SendMessage(Effect[Accepted], frozen=True, kw_only=True):
+    """Append a user message; an idle agent starts to work."""
+
+    method = "send_message"
+    text: str
+    mode: Literal["enqueue", "interrupt"] = "enqueue"
+
+
+class RunAnswer(Struct, frozen=True, kw_only=True):
+    """The turn that runs, or the last one."""
+
+    run_id: str
+    running: bool
+    ended_seq: int = 0
+    """The seq of its TurnEnded; 0 while it runs."""
+
+
+class Run(Effect[RunAnswer], frozen=True, kw_only=True):
+    """Make a paused, failed or limited turn go on; answers at once. The end is the event turn_ended."""
+
+    method = "run"
+
+
+class Pause(Effect[Done], frozen=True, kw_only=True):
+    """Stop the turn before its next step."""
+
+    method = "pause"
+
+
+class Interrupt(Effect[Done], frozen=True, kw_only=True):
+    """Stop the turn now; answers when it has ended."""
+
+    method = "interrupt"
+    reason: Annotated[str, Meta(max_length=1024)] = ""
+
+
+class Respond(Effect[Done], frozen=True, kw_only=True):
+    """Answer an approval."""
+
+    method = "respond"
+    request_id: Name
+    answer: Literal["approve", "reject"]
+    reason: Annotated[str, Meta(max_length=8192)] = ""
+
+
+class GetState(Method[Snapshot], frozen=True, kw_only=True):
+    """The conversation at this moment."""
+
+    method = "conversation.state"
+
+
+class EventPage(Struct, frozen=True, kw_only=True):
+    """Some events in order."""
+
+    epoch: str
+    events: list[Raw]
+    head_seq: int
+
+
+class GetEvents(Method[EventPage], frozen=True, kw_only=True):
+    """The events after a seq, a page at a time: at most `limit`, and at most 512 KiB unless one alone is longer."""
+
+    method = "conversation.events"
+    after: Offset = 0
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 1000
+
+
+class UpdateSecrets(Effect[Done], frozen=True, kw_only=True):
+    """Set secrets by name."""
+
+    method = "update_secrets"
+    secrets: dict[str, str]
+
+
+class SetConfirmationPolicy(Effect[Done], frozen=True, kw_only=True):
+    """Decide which tool calls wait for approval."""
+
+    method = "set_confirmation_policy"
+    policy: ConfirmationPolicy
+
+
+class SwitchLlm(Effect[Done], frozen=True, kw_only=True):
+    """Use another model from the next model call on."""
+
+    method = "switch_llm"
+    llm: Model
+
+
+class SetTitle(Effect[Done], frozen=True, kw_only=True):
+    """Name the conversation; tags are merged."""
+
+    method = "set_title"
+    title: Annotated[str, Meta(max_length=1024)] | None = None
+    tags: Annotated[dict[str, str], Meta(max_length=64)] | None = None
+
+
+class Delete(Effect[Done], frozen=True, kw_only=True):
+    """Remove the conversation, its log and its workspace folder (not a `working_dir`)."""
+
+    method = "conversation.delete"
+
+
+class ListConversations(Method[list[Snapshot]], frozen=True, kw_only=True):
+    """The conversations of the server, newest first."""
+
+    method = "conversations.list"
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+
+
+class ToolOutput(Struct, frozen=True, kw_only=True):
+    """What a client tool returned."""
+
+    text: str
+    is_error: bool = False
+    data: dict[str, Any] = {}
+
+
+class ToolCall(Method[ToolOutput], frozen=True, kw_only=True):
+    """Run a client tool. The call is a durable request: it is delivered again until it is answered."""
+
+    method = "tool.call"
+    request_id: str
+    call_id: str
+    tool: str
+    arguments: str

@@ -1,0 +1,41 @@
+"""What every method is: a class whose fields are the params."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Generic, TypeVar
+
+from msgspec import Meta, Struct
+
+R = TypeVar("R")
+
+Ms = Annotated[int, Meta(ge=1, le=86_400_000)]
+Path = Annotated[str, Meta(min_length=1, max_length=4096)]
+OpId = Annotated[
+    str, Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$", max_length=36)
+]
+Channel = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+Offset = Annotated[int, Meta(ge=0, le=2**53)]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+Argument = Annotated[str, Meta(max_length=131_071)]
+
+
+class Method(Struct, Generic[R], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A JSON-RPC method."""
+
+    method: ClassVar[str]
+
+
+class Effect(Method[R], frozen=True, kw_only=True):
+    """A method that changes something; see the module's docstring."""
+
+    op_id: OpId
+
+
+class Notice(Struct, frozen=True, kw_only=True):
+    """A JSON-RPC notification; it tolerates unknown fields."""
+
+    method: ClassVar[str]
+
+
+class Done(Struct, frozen=True):
+    """It is done."""

@@ -1,0 +1,266 @@
+"""Methods of a workspace: answered by a box, and by a server on behalf of its box."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from agent_sdk.protocol.methods.method import (
+    Argument,
+    Channel,
+    Done,
+    Effect,
+    Method,
+    Ms,
+    Name,
+    Offset,
+    Path,
+)
+from agent_sdk.protocol.results import (
+    Exit,
+    FileInfo,
+    GitChange,
+    ProcessInfo,
+    Status,
+    Transferred,
+    WorkspaceInfo,
+)
+
+
+class Describe(Method[WorkspaceInfo], frozen=True, kw_only=True):
+    """Say what and where the workspace is."""
+
+    method = "workspace.describe"
+
+
+class Executed(Struct, frozen=True, kw_only=True):
+    """What came of a command; its output went over the channels."""
+
+    status: Status
+    exit_code: int | None = None
+    signal: int | None = None
+    duration: float = 0.0
+    process_id: str | None = None
+    reason: str = ""
+    stdout_bytes: int = 0
+    """Bytes written in all; the channel carried the first 64 KiB and the last 1 MiB, or with `follow` all that is kept."""
+    stderr_bytes: int = 0
+    stdout_text: str | None = None
+    stderr_text: str | None = None
+
+
+class Execute(Effect[Executed], frozen=True, kw_only=True):
+    """Run a command and wait for its end. Exactly one of `argv` and `shell`."""
+
+    method = "execute"
+    argv: Annotated[list[Argument], Meta(min_length=1, max_length=4096)] | None = None
+    shell: Annotated[str, Meta(min_length=1)] | None = None
+    cwd: Path | None = None
+    env: Annotated[dict[str, Argument], Meta(max_length=1024)] = {}
+    timeout_ms: Ms | None = None
+    yield_after_ms: Ms | None = None
+    stdin: Channel = 0
+    """A channel from the caller, or 0: empty."""
+    stdout: Channel = 0
+    stderr: Channel = 0
+    follow: bool = False
+    """Send output while the command runs."""
+
+
+class Started(Struct, frozen=True):
+    """A process runs."""
+
+    process_id: str
+    pid: int
+
+
+class ProcessStart(Effect[Started], frozen=True, kw_only=True):
+    """Start a command and return at once. Exactly one of `argv` and `shell`."""
+
+    method = "process.start"
+    argv: Annotated[list[Argument], Meta(min_length=1, max_length=4096)] | None = None
+    shell: Annotated[str, Meta(min_length=1)] | None = None
+    cwd: Path | None = None
+    env: Annotated[dict[str, Argument], Meta(max_length=1024)] = {}
+    pty: bool = False
+    rows: Annotated[int, Meta(ge=1, le=65535)] = 24
+    cols: Annotated[int, Meta(ge=1, le=65535)] = 80
+    timeout_ms: Ms | None = None
+
+
+class ProcessList(Method[list[ProcessInfo]], frozen=True, kw_only=True):
+    """The processes of the workspace, oldest first."""
+
+    method = "process.list"
+
+
+class ProcessWait(Method[Exit], frozen=True, kw_only=True):
+    """Wait for the end of a process; -32007 when it still runs after `timeout_ms`."""
+
+    method = "process.wait"
+    process_id: Name
+    timeout_ms: Ms | None = None
+
+
+class Count(Struct, frozen=True):
+    """How many bytes."""
+
+    bytes: int
+
+
+class ProcessInput(Method[Count], frozen=True, kw_only=True):
+    """Feed a process from a channel of the caller; answered when the channel ends, which closes its input."""
+
+    method = "process.input"
+    process_id: Name
+    channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
+
+
+class ProcessOutput(Method[Count], frozen=True, kw_only=True):
+    """Send output from byte `since` over a channel; answered at its end with the size in all."""
+
+    method = "process.output"
+    process_id: Name
+    channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
+    stream: Literal["stdout", "stderr"] = "stdout"
+    since: Offset = 0
+    follow: bool = True
+
+
+class ProcessSignal(Method[Done], frozen=True, kw_only=True):
+    """Send a signal to the process group."""
+
+    method = "process.signal"
+    process_id: Name
+    name: Annotated[str, Meta(pattern=r"^[A-Z0-9]{2,10}$")]
+
+
+class ProcessResize(Method[Done], frozen=True, kw_only=True):
+    """Set the size of the terminal."""
+
+    method = "process.resize"
+    process_id: Name
+    rows: Annotated[int, Meta(ge=1, le=65535)]
+    cols: Annotated[int, Meta(ge=1, le=65535)]
+
+
+class ShellAnswer(Struct, frozen=True, kw_only=True):
+    """See workspace.ShellResult; the output went over the channel."""
+
+    status: Literal["done", "quiet", "timeout", "busy", "ended"]
+    exit_code: int | None = None
+    cwd: str = ""
+    full_output: str | None = None
+    output_bytes: int = 0
+    text: str | None = None
+
+
+class ShellRun(Effect[ShellAnswer], frozen=True, kw_only=True):
+    """Run one command in the persistent shell of this name."""
+
+    method = "shell.run"
+    name: Name = "default"
+    command: Annotated[str, Meta(min_length=1)]
+    timeout_ms: Ms | None = None
+    quiet_ms: Ms | None = 30_000
+    channel: Channel = 0
+
+
+class ShellSend(Effect[ShellAnswer], frozen=True, kw_only=True):
+    """Type into the running command of a shell. Text only: keys are control characters."""
+
+    method = "shell.send"
+    name: Name = "default"
+    keys: str = ""
+    timeout_ms: Ms | None = None
+    quiet_ms: Ms | None = 30_000
+    channel: Channel = 0
+
+
+class ShellReset(Effect[Done], frozen=True, kw_only=True):
+    """End the shell with all it runs; start a fresh one."""
+
+    method = "shell.reset"
+    name: Name = "default"
+
+
+class Upload(Effect[Transferred], frozen=True, kw_only=True):
+    """Write a file from a channel of the caller. The channel's end frame carries the SHA-256 (32 bytes)."""
+
+    method = "upload"
+    path: Path
+    channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
+    size: Offset | None = None
+    mode: Annotated[int, Meta(ge=0, le=0o777)] | None = None
+
+
+class Download(Method[Transferred], frozen=True, kw_only=True):
+    """Send a regular file over a channel; the end frame carries the SHA-256 of what was sent."""
+
+    method = "download"
+    path: Path
+    channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
+    offset: Offset = 0
+    length: Offset | None = None
+
+
+class FilesList(Method[list[FileInfo]], frozen=True, kw_only=True):
+    """What is in a folder, sorted by path; at most 10 000 entries."""
+
+    method = "files.list"
+    path: Path = "."
+    depth: Annotated[int, Meta(ge=1, le=64)] = 1
+    hidden: bool = True
+
+
+class FilesStat(Method[FileInfo], frozen=True, kw_only=True):
+    """Describe a path; a symlink itself."""
+
+    method = "files.stat"
+    path: Path
+
+
+class FilesRemove(Effect[Done], frozen=True, kw_only=True):
+    """Remove a file, symlink or folder."""
+
+    method = "files.remove"
+    path: Path
+    recursive: bool = False
+
+
+class FilesMove(Effect[Done], frozen=True, kw_only=True):
+    """Rename; an existing file is replaced."""
+
+    method = "files.move"
+    source: Path
+    target: Path
+
+
+class FilesMkdir(Effect[Done], frozen=True, kw_only=True):
+    """Make a folder and its parents."""
+
+    method = "files.mkdir"
+    path: Path
+
+
+class GitChanges(Method[list[GitChange]], frozen=True, kw_only=True):
+    """What differs from `base`."""
+
+    method = "git.changes"
+    path: Path = "."
+    base: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+
+
+class DiffText(Struct, frozen=True):
+    """A unified diff, at most 1 MiB."""
+
+    text: str
+
+
+class GitDiff(Method[DiffText], frozen=True, kw_only=True):
+    """The unified diff against `base`."""
+
+    method = "git.diff"
+    path: Path = "."
+    base: Annotated[str, Meta(min_length=1, max_length=256)] | None = None

@@ -1,0 +1,170 @@
+"""Plain data that describes things: models, agents, sandboxes. Nothing here acts or knows a clock."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 1
+SUBPROTOCOL = "agentrpc.v1"
+
+Json = dict[str, Any]
+
+
+class LLM(Struct, frozen=True, kw_only=True, tag_field="kind", tag="llm", forbid_unknown_fields=True):
+    """A model and how to reach it."""
+
+    model: str
+    """`provider/name`, e.g. `openai/gpt-5.5`, `anthropic/claude-sonnet-5`; the provider picks the wire format."""
+    api_key: str | None = None
+    """Sent to the provider only; never stored in the log, never shown by `repr`."""
+    base_url: str | None = None
+    """Replaces the provider's address, up to and including the version (`http://host/v1`)."""
+    temperature: float | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    reasoning_effort: str | None = None
+    stream: bool = True
+    timeout: Annotated[float, Meta(gt=0)] = 300.0
+    """Seconds without a byte from the provider until the call counts as failed."""
+    retries: Annotated[int, Meta(ge=0, le=20)] = 5
+    """Further tries after a retryable failure."""
+    headers: dict[str, str] = {}
+    input_cost: float | None = None
+    """US dollars per million input tokens; None: unknown, cost is then not counted."""
+    output_cost: float | None = None
+    cached_input_cost: float | None = None
+
+    def __repr__(self) -> str:
+        return f"LLM(model={self.model!r}, base_url={self.base_url!r})"
+
+
+class Say(Struct, frozen=True, tag_field="step", tag="say", forbid_unknown_fields=True):
+    """A scripted answer without a tool call: it ends the turn."""
+
+    text: str
+
+
+class Call(Struct, frozen=True, tag_field="step", tag="call", forbid_unknown_fields=True):
+    """A scripted tool call. `text` is said along with it."""
+
+    tool: str
+    arguments: Json = {}
+    text: str = ""
+
+
+class Calls(Struct, frozen=True, tag_field="step", tag="calls", forbid_unknown_fields=True):
+    """Several tool calls in one answer."""
+
+    calls: tuple[Call, ...]
+    text: str = ""
+
+
+class Fail(Struct, frozen=True, tag_field="step", tag="fail", forbid_unknown_fields=True):
+    """A scripted failure of the model. `error` is the kind of a ModelError, e.g. `model_unavailable`."""
+
+    error: str
+    message: str = "scripted failure"
+
+
+class Hang(Struct, frozen=True, tag_field="step", tag="hang", forbid_unknown_fields=True):
+    """The model does not answer for `seconds`; for tests of interrupt and pause."""
+
+    seconds: float = 3600.0
+
+
+Step = Say | Call | Calls | Fail | Hang
+
+
+class ScriptedLLM(
+    Struct, frozen=True, kw_only=True, tag_field="kind", tag="scripted", forbid_unknown_fields=True
+):
+    """A model without a model: it gives the steps one after the other. Data, so it works remotely, too.
+
+    The n-th answer of a conversation is step n; after the last step, or when `repeat` is set, it
+    goes on with the last step for ever.
+    """
+
+    steps: tuple[Step, ...]
+    model: str = "scripted"
+    repeat: bool = False
+    """Give the last step again when the script is over; otherwise the model then says `The script is over.`"""
+
+
+Model = LLM | ScriptedLLM
+
+
+class ToolSpec(Struct, frozen=True, kw_only=True):
+    """What a model is told about a tool."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
+    description: str
+    parameters: Json
+    """JSON Schema of the arguments, an object."""
+    read_only: bool = False
+    """Changes nothing: may run at the same time as others and needs no approval."""
+
+
+class AgentSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An Agent as it crosses the wire."""
+
+    llm: Model
+    tools: tuple[str, ...] = ("terminal", "file_editor", "task_tracker", "think", "finish")
+    """Names of built-in tools."""
+    client_tools: tuple[ToolSpec, ...] = ()
+    """Tools that run in the client's process."""
+    instructions: str = ""
+    """Added to the system prompt."""
+
+
+class Sandbox(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A container that the server manages for one conversation."""
+
+    image: str
+    cpus: Annotated[float, Meta(gt=0)] = 1.0
+    memory: str = "512m"
+    pids: Annotated[int, Meta(ge=16)] = 256
+    disk: str | None = None
+    network: Literal["none", "egress", "bridge"] = "none"
+    env: dict[str, str] = {}
+    mounts: tuple[str, ...] = ()
+    gpus: str | None = None
+    idle_ttl: float | None = None
+    """Seconds without use until the container is stopped."""
+
+
+class WorkspaceSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The workspace a new conversation gets on a server."""
+
+    working_dir: str | None = None
+    """An existing folder of the server's machine; None: a fresh one in the server's data folder."""
+    share: str | None = None
+    """Id of a conversation whose workspace is used, too."""
+    sandbox: Sandbox | None = None
+
+
+class ConfirmationPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which tool calls wait for somebody's approval."""
+
+    mode: Literal["never", "always", "writes"] = "never"
+    """`writes`: every tool that is not read-only."""
+    tools: tuple[str, ...] = ()
+    """These tools wait whatever the mode is."""
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """What one end of a connection accepts; each end publishes its own in `initialize`."""
+
+    frame_bytes: int = 1 << 20
+    """Longest text frame; longer messages travel in pieces."""
+    message_bytes: int = 64 << 20
+    """Longest JSON-RPC message, whole or in pieces."""
+    payload_bytes: int = 64 << 10
+    """Longest payload of a binary frame."""
+    calls: int = 64
+    """Calls that one end may have in flight at once."""
+    window_bytes: int = 1 << 20
+    """Credit of a byte stream at its start."""
+    queue_bytes: int = 4 << 20
+    """Events that may wait for one reader; beyond it the connection is closed with 4408."""
+    json_depth: int = 64

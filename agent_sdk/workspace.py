@@ -1,0 +1,378 @@
+"""The contract of a Workspace: a place where commands run and files live.
+
+Two implementations exist, `agent_sdk.local.workspace` here and `agent_sdk.remote.workspace` there.
+They behave alike; one test suite holds both to it. Paths are relative to the workspace's root, or
+absolute and below it. Bytes are bytes: text is a view on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from os import PathLike
+from typing import Literal, Protocol, Self
+
+from msgspec import Struct
+
+from agent_sdk.protocol.results import (
+    Exit,
+    FileInfo,
+    GitChange,
+    ProcessInfo,
+    Status,
+    Transferred,
+    WorkspaceInfo,
+)
+
+__all__ = [
+    "ExecResult",
+    "Exit",
+    "FileInfo",
+    "FileStream",
+    "Files",
+    "Git",
+    "GitChange",
+    "OnOutput",
+    "Output",
+    "OutputName",
+    "Process",
+    "ProcessInfo",
+    "Shell",
+    "ShellResult",
+    "Status",
+    "Transferred",
+    "Workspace",
+    "WorkspaceInfo",
+]
+
+OutputName = Literal["stdout", "stderr"]
+OnOutput = Callable[[OutputName, bytes], Awaitable[None] | None]
+
+HEAD_BYTES = 64 << 10
+TAIL_BYTES = 1 << 20
+SPOOL_BYTES = 256 << 20
+KILL_GRACE_SECONDS = 5.0
+
+
+class Output(Struct, frozen=True):
+    """What one stream of a process said: all of it, or its first 64 KiB and its last 1 MiB."""
+
+    head: bytes = b""
+    tail: bytes = b""
+    """Empty when `head` is everything."""
+    size: int = 0
+    """Bytes written in all, exactly."""
+
+    @property
+    def omitted(self) -> int:
+        """Bytes between head and tail that are not here; `Process.output` may still have them."""
+        return self.size - len(self.head) - len(self.tail)
+
+    @property
+    def text(self) -> str:
+        """UTF-8, wrong bytes replaced; a line says how much was left out in the middle."""
+        if not self.omitted:
+            return (self.head + self.tail).decode(errors="replace")
+        gap = f"\n[... {self.omitted} bytes left out ...]\n"
+        return self.head.decode(errors="replace") + gap + self.tail.decode(errors="replace")
+
+
+class ExecResult(Struct, frozen=True, kw_only=True):
+    """What came of a command. A non-zero exit code is a result, not an error."""
+
+    status: Status
+    exit_code: int | None = None
+    """From wait() only; None unless `status` is `exited` (or `spawn_failed`: 127 not found, 126 not executable)."""
+    signal: int | None = None
+    """The signal that ended it."""
+    out: Output = Output()
+    err: Output = Output()
+    duration: float = 0.0
+    """Seconds from spawn to the end, or until the answer."""
+    process_id: str | None = None
+    reason: str = ""
+    """Why it did not start or what went wrong, e.g. `ENOENT: no such folder: src`."""
+
+    @property
+    def stdout(self) -> str:
+        """Standard output as text; see Output.text."""
+        return self.out.text
+
+    @property
+    def stderr(self) -> str:
+        """Standard error as text; see Output.text."""
+        return self.err.text
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether it was killed because `timeout` was over."""
+        return self.status == "timeout"
+
+    @property
+    def truncated(self) -> bool:
+        """Whether stdout or stderr lack bytes in the middle."""
+        return self.out.omitted > 0 or self.err.omitted > 0
+
+
+class ShellResult(Struct, frozen=True, kw_only=True):
+    """What a persistent shell answered."""
+
+    status: Literal["done", "quiet", "timeout", "busy", "ended"]
+    """`done`: the command ended; `quiet`: it runs but has said nothing for a while; `timeout`: it runs and
+    its time is over; `busy`: an earlier command still runs, this one was not started; `ended`: the shell itself
+    ended, a fresh one with the same folder and environment is ready."""
+    output: Output = Output()
+    """What was printed since the last answer."""
+    exit_code: int | None = None
+    cwd: str = ""
+    full_output: str | None = None
+    """Path in the workspace's machine of the whole output, when `output` lacks bytes."""
+
+
+class FileStream(Protocol):
+    """A file being read: size and mode first, then its bytes in order."""
+
+    size: int
+    mode: int
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+
+class Process(Protocol):
+    """A started process. It goes on when nobody listens; output is kept and read by offset."""
+
+    @property
+    def id(self) -> str:
+        """Unique in its workspace."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Write to its standard input; waits while it does not read.
+
+        Raises:
+            ProcessNotFound: it has ended or closed its input.
+        """
+        ...
+
+    async def close_stdin(self) -> None:
+        """End its standard input; on a PTY, send end-of-file (^D)."""
+        ...
+
+    def output(
+        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
+    ) -> AsyncIterator[bytes]:
+        """Yield its output in order from byte `since`, to its end or (without follow) to what there is.
+
+        Where more than 256 MiB came, the middle is gone and the iterator goes on at the kept tail. A PTY
+        has only stdout.
+        """
+        ...
+
+    async def signal(self, name: str) -> None:
+        """Send a signal (`INT`, `TERM`, `KILL`, …) to its process group.
+
+        Raises:
+            ProcessNotFound: it has ended.
+            InvalidParams: no such signal.
+        """
+        ...
+
+    async def resize(self, *, rows: int, cols: int) -> None:
+        """Set the size of its terminal, 1..65535 each."""
+        ...
+
+    async def wait(self, timeout: float | None = None) -> Exit:
+        """Wait for its end; cancelling ends the waiting only.
+
+        Raises:
+            TimedOut: it still runs after `timeout` seconds.
+        """
+        ...
+
+
+class Shell(Protocol):
+    """A persistent bash in a terminal: folder, variables, functions and jobs stay between commands."""
+
+    async def run(
+        self, command: str, *, timeout: float | None = None, quiet: float | None = 30.0
+    ) -> ShellResult:
+        """Run one command (any bash text) and wait until it ends, is quiet, or the time is over.
+
+        Neither limit ends the command. Cancelling interrupts it (^C). Args are seconds; None waits for ever.
+        """
+        ...
+
+    async def send(
+        self, data: bytes, *, timeout: float | None = None, quiet: float | None = 30.0
+    ) -> ShellResult:
+        """Type into the running command (empty: only look), then wait like `run`."""
+        ...
+
+    async def reset(self) -> None:
+        """End the shell with all it runs and start a fresh one in the working folder."""
+        ...
+
+
+class Files(Protocol):
+    """The files of a workspace. Every path is confined to the root, symlinks included.
+
+    All methods raise PathNotFound, OutsideWorkspace, PathDenied, NotARegularFile, IsADirectory,
+    NotADirectory or InvalidParams (empty, NUL, longer than 4096 bytes) as the path deserves.
+    """
+
+    async def read(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
+        """Return the bytes of a regular file, at most 64 MiB (LimitExceeded)."""
+        ...
+
+    async def write(self, path: str, data: bytes, *, mode: int | None = None) -> Transferred:
+        """Replace a file as a whole or not at all; parents are made; an existing file keeps its mode."""
+        ...
+
+    async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
+        """Return what is in a folder, sorted by path, down to `depth` levels; at most 10 000 entries."""
+        ...
+
+    async def stat(self, path: str) -> FileInfo:
+        """Describe a path; a symlink itself, not its target."""
+        ...
+
+    async def remove(self, path: str, *, recursive: bool = False) -> None:
+        """Remove a file, a symlink, or a folder (with its content only when `recursive`)."""
+        ...
+
+    async def move(self, source: str, target: str) -> None:
+        """Rename, replacing an existing file; parents of the target are made."""
+        ...
+
+    async def mkdir(self, path: str) -> None:
+        """Make a folder and its parents; an existing one is fine."""
+        ...
+
+
+class Git(Protocol):
+    """The git repository in a workspace folder."""
+
+    async def changes(self, path: str = ".", *, base: str | None = None) -> list[GitChange]:
+        """Return what differs from `base` (None: HEAD, or nothing when there is no commit), untracked included.
+
+        Raises:
+            StateConflict: not a git repository.
+        """
+        ...
+
+    async def diff(self, path: str = ".", *, base: str | None = None) -> str:
+        """Return the unified diff of a file or folder against `base`, at most 1 MiB of text."""
+        ...
+
+
+class Workspace(Protocol):
+    """See the module's docstring. Enter it with `async with`; leaving ends everything that runs in it."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    @property
+    def files(self) -> Files:
+        """Files and folders."""
+        ...
+
+    @property
+    def git(self) -> Git:
+        """The git repository."""
+        ...
+
+    async def describe(self) -> WorkspaceInfo:
+        """Say what and where this is."""
+        ...
+
+    async def execute(
+        self,
+        command: str | list[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: bytes | str | None = None,
+        timeout: float | None = None,
+        yield_after: float | None = None,
+        on_output: OnOutput | None = None,
+    ) -> ExecResult:
+        """Run a command and wait for its end.
+
+        Cancelling ends the whole process tree: TERM, after 5 s KILL.
+
+        Args:
+            command: text is run by bash (sh where there is none), a list is run as it is.
+            cwd: below the root; relative ones start at the working folder.
+            env: added to the workspace's environment; names starting with `AGENT_` are reserved.
+            stdin: its whole input; None: empty.
+            timeout: seconds from its start until the tree is killed, 0.001..86 400; the result then has
+                `timed_out` and what it had said. None: no limit.
+            yield_after: seconds after which the call answers with status `running` and a process id.
+            on_output: called in order with each piece of output; a slow one slows the reading, not the command.
+
+        Raises:
+            InvalidParams, OutsideWorkspace, PolicyDenied: the arguments are not acceptable.
+            WorkspaceUnavailable: the place is gone.
+        """
+        ...
+
+    async def start(
+        self,
+        command: str | list[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        pty: bool = False,
+        rows: int = 24,
+        cols: int = 80,
+        timeout: float | None = None,
+    ) -> Process:
+        """Start a command and return at once; it runs until it ends or the workspace closes.
+
+        Raises:
+            PathNotFound, PathDenied: the program or folder is missing or not executable.
+        """
+        ...
+
+    async def processes(self) -> list[ProcessInfo]:
+        """Return the processes of this workspace, oldest first; ended ones are kept for a while."""
+        ...
+
+    def process(self, process_id: str) -> Process:
+        """Return the process with this id; whether it exists shows at the first use."""
+        ...
+
+    def shell(self, name: str = "default") -> Shell:
+        """Return the persistent shell of this name; it starts at its first use."""
+        ...
+
+    async def upload(self, source: str | PathLike[str], target: str) -> Transferred:
+        """Copy a file of this machine into the workspace: whole and verified, or not at all.
+
+        Constant memory, any size; parents are made, mode bits kept.
+        """
+        ...
+
+    async def download(self, source: str, target: str | PathLike[str]) -> Transferred:
+        """Copy a file of the workspace to this machine; the mirror image of `upload`."""
+        ...
+
+    def read_stream(
+        self, path: str, *, offset: int = 0, length: int | None = None
+    ) -> AbstractAsyncContextManager[FileStream]:
+        """Open a regular file for reading in pieces of at most 64 KiB.
+
+        Raises ChangedDuringRead while iterating when the file changes meanwhile.
+        """
+        ...
+
+    async def write_stream(
+        self, path: str, chunks: AsyncIterable[bytes], *, size: int | None = None, mode: int | None = None
+    ) -> Transferred:
+        """Write a file from pieces: temporary file, fsync, rename. An error leaves nothing behind.
+
+        Raises:
+            TransferBroken: `size` was given and differs from what came.
+        """
+        ...
