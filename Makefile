@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PACKAGES := agent_sdk workspaces agent_server
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo run-server test test-docker lint fmt types contracts bench docs docs-check image chaos lock clean
+.PHONY: help venv demo run-server test test-docker cover lint fmt types contracts bench docs docs-check image chaos lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -19,6 +19,7 @@ $(READY): requirements/dev.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check # the lock has what setup.cfg asks for
 	@touch $@
 
 demo: $(READY) ## start a server, run a real task against it, show what happened, stop
@@ -34,6 +35,12 @@ test-docker: $(READY) ## run the tests that need a container engine
 	@$(BIN)/python -m pytest -m docker $(ARGS) || { code=$$?; \
 	  [ $$code -ne 5 ] || { echo "There are no container tests yet; they come with a later version." >&2; exit 2; }; \
 	  exit $$code; }
+
+cover: $(READY) ## run the tests and show the branches they miss
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not docker" $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/ruff check .
