@@ -54,7 +54,7 @@ types: $(READY) ## check types
 	$(BIN)/mypy $(PACKAGES) $(wildcard examples bench)
 
 contracts: $(READY) ## check who may import whom
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 bench: $(READY) ## measure, next to the physical limits; writes bench/results.json
 	$(BIN)/python -m bench $(ARGS)
