@@ -1,0 +1,59 @@
+"""Agent and LLM as users write them: frozen data, turned into the specs of the protocol by `Agent.spec`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Self
+
+from msgspec import Struct
+
+from agent_sdk.protocol import specs
+from agent_sdk.protocol.errors import InvalidParams
+from agent_sdk.protocol.specs import AgentSpec, Model
+from agent_sdk.tool import FunctionTool
+
+DEFAULT_TOOLS = ("terminal", "file_editor", "task_tracker", "think", "finish")
+
+
+class LLM(specs.LLM, frozen=True, kw_only=True, tag="llm"):
+    """A model and how to reach it; the fields are those of the protocol's LLM."""
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """Read LLM_MODEL, LLM_API_KEY and LLM_BASE_URL.
+
+        Raises:
+            InvalidParams: LLM_MODEL is not set.
+        """
+        values = os.environ if environ is None else environ
+        if not values.get("LLM_MODEL"):
+            raise InvalidParams("LLM_MODEL is not set; it names the model, e.g. LLM_MODEL=openai/gpt-5.5")
+        return cls(
+            model=values["LLM_MODEL"],
+            api_key=values.get("LLM_API_KEY") or None,
+            base_url=values.get("LLM_BASE_URL") or None,
+        )
+
+
+class Agent(Struct, frozen=True, kw_only=True):
+    """Which model, which tools, which instructions. No behaviour, no state."""
+
+    llm: Model
+    tools: tuple[str | FunctionTool, ...] | list[str | FunctionTool] = DEFAULT_TOOLS
+    """Names of built-in tools, and functions made with `@tool`, which run in this process wherever the agent runs."""
+    instructions: str = ""
+    """Added to the system prompt."""
+
+    def spec(self) -> AgentSpec:
+        """Return the agent as it crosses the wire."""
+        return AgentSpec(
+            llm=self.llm,
+            tools=tuple(entry for entry in self.tools if isinstance(entry, str)),
+            client_tools=tuple(entry.spec for entry in self.tools if isinstance(entry, FunctionTool)),
+            instructions=self.instructions,
+        )
+
+    def functions(self) -> dict[str, FunctionTool]:
+        """Return the tools that run in this process, by name."""
+        return {entry.spec.name: entry for entry in self.tools if isinstance(entry, FunctionTool)}
