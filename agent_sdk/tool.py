@@ -80,10 +80,13 @@ class FunctionTool:
         """See Tool.run. What the function raises becomes an error result with the exception's text."""
         values = decode_arguments(arguments, self._arguments)
         given = {name: getattr(values, name) for name in self._arguments.__struct_fields__}
-        result = self.function(**given)
-        if inspect.isawaitable(result):
-            result = await result
-        return ToolResult(text=_as_text(result))
+        try:
+            result = self.function(**given)
+            if inspect.isawaitable(result):
+                result = await result
+            return ToolResult(text=_as_text(result))
+        except Exception as exc:  # noqa: BLE001  the function is the user's: whatever it raises, the model reads
+            return ToolResult(text=f"{type(exc).__name__}: {exc}", is_error=True)
 
 
 def tool(

@@ -130,10 +130,12 @@ class ShellResult(Struct, frozen=True, kw_only=True):
 
 
 class FileStream(Protocol):
-    """A file being read: size and mode first, then its bytes in order."""
+    """A file being read: its bytes in order, in one iteration."""
 
     size: int
+    """Bytes of the whole file; final once the iteration has ended."""
     mode: int
+    """Permission bits; final once the iteration has ended."""
 
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
@@ -253,7 +255,7 @@ class Git(Protocol):
     """The git repository in a workspace folder."""
 
     async def changes(self, path: str = ".", *, base: str | None = None) -> list[GitChange]:
-        """Return what differs from `base` (None: HEAD, or nothing when there is no commit), untracked included.
+        """Return what differs from `base` (None: HEAD, or nothing without a commit), untracked included.
 
         Raises:
             StateConflict: not a git repository.
@@ -309,7 +311,7 @@ class Workspace(Protocol):
             timeout: seconds from its start until the tree is killed, 0.001..86 400; the result then has
                 `timed_out` and what it had said. None: no limit.
             yield_after: seconds after which the call answers with status `running` and a process id.
-            on_output: called in order with each piece of output; a slow one slows the reading, not the command.
+            on_output: called in order with each piece of output; a slow one delays the answer, not the command.
 
         Raises:
             InvalidParams, OutsideWorkspace, PolicyDenied: the arguments are not acceptable.

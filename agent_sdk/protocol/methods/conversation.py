@@ -97,6 +97,21 @@ class GetEvents(Method[EventPage], frozen=True, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=1000)] = 1000
 
 
+class Subscribed(Struct, frozen=True, kw_only=True):
+    """Events follow."""
+
+    epoch: str
+    head_seq: int
+
+
+class Subscribe(Method[Subscribed], frozen=True, kw_only=True):
+    """From here on send the events after `after_seq`, then live ones; like `resume` in `initialize`, once per connection."""
+
+    method = "events.subscribe"
+    epoch: str | None = None
+    after_seq: Offset = 0
+
+
 class UpdateSecrets(Effect[Done], frozen=True, kw_only=True):
     """Set secrets by name."""
 
