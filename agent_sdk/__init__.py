@@ -1,1 +1,89 @@
-"""Map of the folder."""
+"""Write an agent once; run it here, in a container, or on somebody else's machines.
+
+api:          Conversation(agent, workspace), here or there
+definition:   Agent and LLM
+tools:        @tool and the contract of a tool
+workspace:    the contract of a Workspace
+conversation: the contract of a Conversation
+sync:         the same names, blocking
+testing:      a model without a model
+protocol:     what is true without a network
+rpc:          the protocol, moving
+agent:        thinking: loop, models, tools
+local:        here
+remote:       there
+disk:         files of this machine as streams
+serve:        a workspace behind a Peer
+box:          a workspace behind a Unix socket
+ids:          identities
+
+Names are imported at their first use, so that `import agent_sdk` costs nothing that is not needed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agent_sdk.api import Conversation
+    from agent_sdk.conversation import Accepted, Outcome, Snapshot, Stats
+    from agent_sdk.definition import LLM, Agent
+    from agent_sdk.local.workspace import LocalWorkspace
+    from agent_sdk.protocol.events import Delta, Event
+    from agent_sdk.protocol.specs import ConfirmationPolicy, Sandbox, ScriptedLLM
+    from agent_sdk.remote.workspace import RemoteWorkspace
+    from agent_sdk.tools import tool
+    from agent_sdk.workspace import ExecResult, Exit, FileInfo, Transferred
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "Accepted",
+    "Agent",
+    "ConfirmationPolicy",
+    "Conversation",
+    "Delta",
+    "Event",
+    "ExecResult",
+    "Exit",
+    "FileInfo",
+    "LocalWorkspace",
+    "Outcome",
+    "RemoteWorkspace",
+    "Sandbox",
+    "ScriptedLLM",
+    "Snapshot",
+    "Stats",
+    "Transferred",
+    "tool",
+]
+
+_HOME = {
+    "Conversation": "api",
+    "Accepted": "conversation",
+    "Outcome": "conversation",
+    "Snapshot": "conversation",
+    "Stats": "conversation",
+    "Agent": "definition",
+    "LLM": "definition",
+    "LocalWorkspace": "local.workspace",
+    "Delta": "protocol.events",
+    "Event": "protocol.events",
+    "ConfirmationPolicy": "protocol.specs",
+    "Sandbox": "protocol.specs",
+    "ScriptedLLM": "protocol.specs",
+    "RemoteWorkspace": "remote.workspace",
+    "tool": "tools",
+    "ExecResult": "workspace",
+    "Exit": "workspace",
+    "FileInfo": "workspace",
+    "Transferred": "workspace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, Self
 
 from msgspec import Struct
 
-from agent_sdk.protocol.events import Delta, Event, RunStatus
+from agent_sdk.protocol.events import Delta, Event, RunStatus, TurnEnded
 from agent_sdk.protocol.results import Accepted, PendingRequest, Snapshot, State, Stats
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model
 
@@ -24,6 +24,7 @@ __all__ = [
     "Snapshot",
     "State",
     "Stats",
+    "outcome_of",
 ]
 
 Callback = Callable[[Event], Awaitable[None] | None]
@@ -40,6 +41,17 @@ class Outcome(Struct, frozen=True, kw_only=True):
     final_text: str = ""
     run_id: str = ""
     error: str | None = None
+
+
+def outcome_of(ended: TurnEnded) -> Outcome:
+    """Return what `run` says of this end of a turn."""
+    return Outcome(
+        status=ended.status,
+        reason=ended.reason,
+        final_text=ended.final_text,
+        run_id=ended.run_id,
+        error=ended.error,
+    )
 
 
 class Conversation(Protocol):

@@ -11,7 +11,7 @@ from msgspec import Struct
 from agent_sdk.protocol import specs
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.specs import AgentSpec, Model
-from agent_sdk.tool import FunctionTool
+from agent_sdk.tools import FunctionTool
 
 DEFAULT_TOOLS = ("terminal", "file_editor", "task_tracker", "think", "finish")
 

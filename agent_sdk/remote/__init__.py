@@ -1,1 +1,10 @@
-"""Map of the folder."""
+"""There: the contracts over a connection.
+
+connection:   reach a server or a box and authenticate
+workspace:    commands, and files up and down
+process:      processes and shells
+files:        files and git
+streams:      bytes that belong to a call
+conversation: the verbs as calls
+delivery:     events on their way to callbacks
+"""

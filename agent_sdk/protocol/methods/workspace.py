@@ -44,7 +44,7 @@ class Executed(Struct, frozen=True, kw_only=True):
     process_id: str | None = None
     reason: str = ""
     stdout_bytes: int = 0
-    """Bytes written in all; the channel carried the first 64 KiB and the last 1 MiB, or with `follow` all that is kept."""
+    """Bytes written in all; the channel carried the first 64 KiB and the last 1 MiB, with `follow` all that is kept."""
     stderr_bytes: int = 0
     stdout_text: str | None = None
     stderr_text: str | None = None
@@ -72,7 +72,6 @@ class Started(Struct, frozen=True):
     """A process runs."""
 
     process_id: str
-    pid: int
 
 
 class ProcessStart(Effect[Started], frozen=True, kw_only=True):
@@ -168,11 +167,12 @@ class ShellRun(Effect[ShellAnswer], frozen=True, kw_only=True):
 
 
 class ShellSend(Effect[ShellAnswer], frozen=True, kw_only=True):
-    """Type into the running command of a shell. Text only: keys are control characters."""
+    """Type into the running command of a shell."""
 
     method = "shell.send"
     name: Name = "default"
     keys: str = ""
+    """The bytes to type, one character U+0000..U+00FF per byte."""
     timeout_ms: Ms | None = None
     quiet_ms: Ms | None = 30_000
     channel: Channel = 0

@@ -1,0 +1,73 @@
+"""Conversation(agent, workspace): here or there, decided in this function and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+from agent_sdk.protocol.errors import InvalidParams
+
+if TYPE_CHECKING:
+    from agent_sdk.conversation import Callback, OnDelta
+    from agent_sdk.conversation import Conversation as ConversationContract
+    from agent_sdk.definition import Agent
+    from agent_sdk.protocol.specs import ConfirmationPolicy
+    from agent_sdk.workspace import Workspace
+
+
+def Conversation(  # noqa: N802  reads as the class it stands for
+    agent: Agent | None,
+    workspace: Workspace | str | PathLike[str] = ".",
+    *,
+    id: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    on_delta: OnDelta | None = None,
+    persistence_dir: str | PathLike[str] | None = None,
+    max_iterations: int = 500,
+    confirmation: ConfirmationPolicy | None = None,
+    secrets: dict[str, str] | None = None,
+    title: str | None = None,
+    tags: dict[str, str] | None = None,
+    agent_runs: Literal["here"] | None = None,
+) -> ConversationContract:
+    """Make a conversation; it opens at its first use.
+
+    Args:
+        agent: None attaches to an existing remote conversation as it is.
+        workspace: a folder of this machine, or any workspace; a remote one must be entered.
+        id: an existing conversation's id attaches to it.
+        callbacks: called exactly once per event, in order.
+        on_delta: gets streamed pieces of answers; they may be lost.
+        persistence_dir: folder of the log of a conversation that runs here; None: it lives in memory.
+        max_iterations: model calls per turn.
+        confirmation: which tool calls wait for approval; None: none.
+        secrets: environment variables for the agent's commands, masked in what tools return.
+        agent_runs: `here` keeps loop, log and keys in this process and sends only the workspace's calls.
+
+    Raises:
+        InvalidParams: the options contradict each other.
+    """
+    from agent_sdk.remote.workspace import RemoteWorkspace  # noqa: PLC0415  either side costs its imports
+
+    options: dict[str, Any] = {
+        "id": id,
+        "callbacks": callbacks,
+        "on_delta": on_delta,
+        "max_iterations": max_iterations,
+        "confirmation": confirmation,
+        "secrets": secrets,
+        "title": title,
+        "tags": tags,
+    }
+    if isinstance(workspace, RemoteWorkspace) and agent_runs is None:
+        from agent_sdk.remote.conversation import RemoteConversation  # noqa: PLC0415
+
+        if persistence_dir is not None:
+            raise InvalidParams("persistence_dir: a remote conversation's log is kept by its server")
+        return RemoteConversation(agent, workspace, **options)
+    from agent_sdk.local.conversation import LocalConversation  # noqa: PLC0415
+
+    if agent is None:
+        raise InvalidParams("agent: a conversation that runs here needs one")
+    return LocalConversation(agent, workspace, persistence_dir=persistence_dir, **options)

@@ -1,0 +1,139 @@
+"""One connection to a server or a box: reach it, authenticate, learn its limits. It owns the Peer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from msgspec import Raw
+
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ConnectionLost,
+    ConversationNotFound,
+    InvalidParams,
+    Overloaded,
+    PolicyDenied,
+    Unauthorized,
+)
+from agent_sdk.protocol.methods import ClientInfo, Initialize, Initialized, Method
+from agent_sdk.protocol.specs import PROTOCOL_VERSION, SUBPROTOCOL, Limits, WorkspaceSpec
+from agent_sdk.rpc.peer import Handler, Peer
+from agent_sdk.rpc.pipe import Pipe
+from agent_sdk.rpc.unix import connect_unix
+
+if TYPE_CHECKING:
+    import aiohttp
+
+OnNotice = Callable[[str, Raw], None]
+CLIENT = ClientInfo(name="agent-sdk", version="0.1.0")
+
+_REFUSALS: Mapping[int, Callable[[str], AgentServerError]] = {
+    401: lambda url: Unauthorized(f"{url} does not accept the API key; pass the server's key as api_key"),
+    403: lambda url: PolicyDenied(f"{url} refuses this origin"),
+    404: lambda url: ConversationNotFound(f"{url}: no such conversation"),
+    421: lambda url: PolicyDenied(f"{url} is not a name this server answers to"),
+    429: lambda url: Overloaded(f"{url} refuses further connections for now", retry_after_ms=1000),
+    503: lambda url: Overloaded(f"{url} is shutting down", retry_after_ms=1000),
+}
+
+
+class Connection:
+    """An initialised connection."""
+
+    def __init__(self, peer: Peer, answer: Initialized) -> None:
+        self.peer = peer
+        self.answer = answer
+
+    @property
+    def conversation(self) -> str | None:
+        """Id of the conversation it is bound to; None on a box."""
+        return self.answer.conversation
+
+
+@asynccontextmanager
+async def connect(
+    url: str,
+    api_key: str | None = None,
+    *,
+    conversation: str = "new",
+    workspace: WorkspaceSpec | None = None,
+    handlers: Mapping[type[Method[Any]], Handler] | None = None,
+    on_notice: OnNotice | None = None,
+) -> AsyncIterator[Connection]:
+    """Open a connection, and close it when the block ends.
+
+    Args:
+        url: `http://host:port` or `https://…` of a server, or `unix:///path` of a box.
+        conversation: id of an existing one; `new` makes one with `workspace`.
+
+    Raises:
+        ConnectionLost: nobody answers there.
+        Unauthorized, ConversationNotFound, PolicyDenied, Overloaded: the server refuses.
+        InvalidParams: the URL makes no sense.
+    """
+    async with AsyncExitStack() as stack:
+        pipe = await _reach(stack, url, api_key, conversation)
+        peer = Peer(pipe, handlers or {}, opener=True, on_notice=on_notice)
+        await stack.enter_async_context(peer)
+        answer = await peer.call(
+            Initialize(
+                protocol_version=PROTOCOL_VERSION,
+                client=CLIENT,
+                limits=Limits(),
+                workspace=workspace if conversation == "new" else None,
+            ),
+            timeout=30,
+        )
+        peer.other_limits = answer.limits
+        yield Connection(peer, answer)
+
+
+async def _reach(stack: AsyncExitStack, url: str, api_key: str | None, conversation: str) -> Pipe:
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        try:
+            return await connect_unix(parts.path)
+        except OSError as exc:
+            raise ConnectionLost(f"no box listens on {parts.path}: {exc.strerror or exc}") from None
+    if parts.scheme not in ("http", "https", "ws", "wss") or not parts.hostname:
+        raise InvalidParams(f"url must start with http://, https:// or unix:// and name a host (got {url!r})")
+    return await _reach_server(stack, url.rstrip("/"), api_key, conversation)
+
+
+async def _reach_server(stack: AsyncExitStack, url: str, api_key: str | None, conversation: str) -> Pipe:
+    import aiohttp  # noqa: PLC0415  costs 0.3 s; local work does without
+
+    from agent_sdk.rpc.websocket import WebSocketPipe  # noqa: PLC0415
+
+    session = await stack.enter_async_context(aiohttp.ClientSession())
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        socket = await _upgrade(session, f"{url}/v1/conversations/{conversation}", headers)
+    except aiohttp.WSServerHandshakeError as exc:
+        refusal = _REFUSALS.get(exc.status)
+        if refusal is not None:
+            raise refusal(url) from None
+        raise ConnectionLost(f"{url} is no agent server: it answered {exc.status} {exc.message}") from None
+    except (aiohttp.ClientError, OSError, TimeoutError) as exc:
+        reason = str(exc) or type(exc).__name__
+        raise ConnectionLost(f"cannot reach {url}: {reason}; is the server running there?") from None
+    return WebSocketPipe(socket)
+
+
+def _upgrade(
+    session: aiohttp.ClientSession, url: str, headers: dict[str, str]
+) -> Awaitable[aiohttp.ClientWebSocketResponse]:
+    # A redirect to another origin loses the Authorization header (aiohttp drops it), so the key stays here.
+    return session.ws_connect(
+        url.replace("http", "ws", 1) if url.startswith("http") else url,
+        headers=headers,
+        protocols=(SUBPROTOCOL,),
+        max_msg_size=Limits().frame_bytes,
+        heartbeat=20.0,
+        compress=0,
+        autoclose=True,
+        decode_text=False,
+    )

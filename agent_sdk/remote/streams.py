@@ -1,0 +1,169 @@
+"""Bytes that belong to a call: both go on at the same time, and the call's error is the one that counts."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from agent_sdk.protocol.errors import InvalidParams, TransferBroken
+from agent_sdk.protocol.methods import Transferred
+from agent_sdk.rpc.peer import Peer
+from agent_sdk.rpc.stream import ByteReader, ByteWriter
+from agent_sdk.workspace import HEAD_BYTES, TAIL_BYTES, OnOutput, Output, OutputName
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+async def together(call: Awaitable[A], bytes_: Coroutine[Any, Any, B]) -> tuple[A, B]:
+    """Await a call and the moving of its bytes; whichever fails ends the other.
+
+    Where both fail, the call's error is raised: broken bytes are mostly its consequence.
+    """
+    calling = asyncio.ensure_future(call)
+    moving = asyncio.ensure_future(bytes_)
+    try:
+        await asyncio.wait({calling, moving}, return_when=asyncio.FIRST_EXCEPTION)
+        if moving.done() and isinstance(moving.exception(), TransferBroken):
+            await calling
+        for task in (calling, moving):
+            if task.done() and (error := task.exception()) is not None:
+                raise error
+        return calling.result(), moving.result()
+    finally:
+        calling.cancel()
+        moving.cancel()
+        await asyncio.gather(calling, moving, return_exceptions=True)
+
+
+class Collector:
+    """The head and tail of a stream whose middle may be missing."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._tail = bytearray()
+
+    def add(self, data: bytes) -> None:
+        """Take the next piece."""
+        room = HEAD_BYTES - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data
+        if len(self._tail) > 2 * TAIL_BYTES:
+            del self._tail[:-TAIL_BYTES]
+
+    def output(self, size: int) -> Output:
+        """Return what was collected of a stream of `size` bytes in all."""
+        return Output(bytes(self._head), bytes(self._tail[-TAIL_BYTES:]), size)
+
+
+async def collect(reader: ByteReader, size: int) -> Output:
+    """Read the output a call sent after its end; nothing is sent where `size` is 0."""
+    collector = Collector()
+    if size:
+        async for chunk in reader:
+            collector.add(chunk.data)
+    return collector.output(size)
+
+
+async def pump(out: ByteReader, err: ByteReader, on_output: OnOutput) -> tuple[Collector, Collector]:
+    """Hand output to the callback as it comes, one piece at a time; return what both streams said."""
+    turn = asyncio.Lock()
+
+    async def follow(name: OutputName, reader: ByteReader) -> Collector:
+        collector = Collector()
+        async for chunk in reader:
+            collector.add(chunk.data)
+            async with turn:
+                waiting = on_output(name, chunk.data)
+                if inspect.isawaitable(waiting):
+                    await waiting
+        return collector
+
+    return await together(follow("stdout", out), follow("stderr", err))
+
+
+@asynccontextmanager
+async def feed(peer: Peer, data: bytes | None) -> AsyncIterator[int]:
+    """Yield the channel that carries `data` to the other end; 0 where there is nothing to carry."""
+    if not data:
+        yield 0
+        return
+    async with peer.open_writer() as writer:
+        feeding = asyncio.ensure_future(_write(writer, data))
+        try:
+            yield writer.channel
+        finally:
+            feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
+
+
+async def _write(writer: ByteWriter, data: bytes) -> None:
+    await writer.write(data)
+    await writer.finish()
+
+
+async def send(writer: ByteWriter, chunks: AsyncIterable[bytes]) -> str:
+    """Send a file's bytes and their SHA-256; returns it as hexadecimal text."""
+    digest = hashlib.sha256()
+    async for data in chunks:
+        digest.update(data)
+        await writer.write(data)
+    await writer.finish(digest.digest())
+    return digest.hexdigest()
+
+
+class Incoming:
+    """A file on its way here: its bytes, verified at the end. One iteration only."""
+
+    def __init__(self, reader: ByteReader, call: Awaitable[Transferred]) -> None:
+        self._reader = reader
+        self._call = asyncio.ensure_future(call)
+        self._call.add_done_callback(self._answered)
+        self.size = 0
+        self.mode = 0o644
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._read()
+
+    def _answered(self, call: asyncio.Future[Transferred]) -> None:
+        # A refused call never opens its stream; whoever waits for bytes has to hear of it.
+        if not call.cancelled() and (error := call.exception()) is not None:
+            self._reader.fail(error)
+
+    async def _read(self) -> AsyncIterator[bytes]:
+        digest = hashlib.sha256()
+        try:
+            async for chunk in self._reader:
+                digest.update(chunk.data)
+                yield chunk.data
+        except TransferBroken:
+            await self._call
+            raise
+        answer = await self._call
+        if self._reader.trailer != digest.digest():
+            raise TransferBroken("the SHA-256 of the bytes that came differs from the sender's")
+        self.size, self.mode = answer.size, answer.mode
+
+    async def close(self) -> None:
+        """Give up what has not come yet."""
+        self._call.cancel()
+        await asyncio.gather(self._call, return_exceptions=True)
+
+
+def milliseconds(field: str, seconds: float | None) -> int | None:
+    """Convert seconds to the wire's milliseconds.
+
+    Raises:
+        InvalidParams: outside 0.001..86 400.
+    """
+    if seconds is None:
+        return None
+    if not 0.001 <= seconds <= 86_400:
+        raise InvalidParams(f"{field} must be 0.001..86400 seconds (got {seconds!r})")
+    return max(1, round(seconds * 1000))

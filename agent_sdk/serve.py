@@ -1,0 +1,320 @@
+"""A Workspace behind a Peer: every workspace method of the protocol mapped onto the contract.
+
+A box serves a LocalWorkspace with it, a server the RemoteWorkspace that leads to its box. It knows
+no transport and no policy; each handler is the contract's call plus the bytes that belong to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from agent_sdk.protocol.errors import InvalidParams, TransferBroken
+from agent_sdk.protocol.methods import (
+    Count,
+    Describe,
+    DiffText,
+    Done,
+    Download,
+    Effect,
+    Execute,
+    Executed,
+    Exit,
+    FileInfo,
+    FilesList,
+    FilesMkdir,
+    FilesMove,
+    FilesRemove,
+    FilesStat,
+    GitChange,
+    GitChanges,
+    GitDiff,
+    Method,
+    ProcessInfo,
+    ProcessInput,
+    ProcessList,
+    ProcessOutput,
+    ProcessResize,
+    ProcessSignal,
+    ProcessStart,
+    ProcessWait,
+    ShellAnswer,
+    ShellReset,
+    ShellRun,
+    ShellSend,
+    Started,
+    Transferred,
+    Upload,
+    WorkspaceInfo,
+)
+from agent_sdk.rpc.ledger import Ledger
+from agent_sdk.rpc.peer import Handler, Inbound
+from agent_sdk.rpc.stream import ByteReader, ByteWriter
+from agent_sdk.workspace import ExecResult, Output, OutputName, ShellResult, Workspace
+
+STDIN_BYTES = 64 << 20
+
+
+def workspace_handlers(workspace: Workspace, ledger: Ledger) -> dict[type[Method[Any]], Handler]:
+    """Return the handlers of all workspace methods.
+
+    Calls that change something go through the ledger: a repeated op_id attaches to the running call,
+    or gets its result again, bytes included, over its own channels.
+    """
+    served = _Served(workspace, ledger)
+    return {
+        Describe: served.describe,
+        Execute: served.execute,
+        ProcessStart: served.start,
+        ProcessList: served.processes,
+        ProcessWait: served.wait,
+        ProcessInput: served.feed,
+        ProcessOutput: served.output,
+        ProcessSignal: served.signal,
+        ProcessResize: served.resize,
+        ShellRun: served.shell_run,
+        ShellSend: served.shell_send,
+        ShellReset: served.shell_reset,
+        Upload: served.upload,
+        Download: served.download,
+        FilesList: served.files_list,
+        FilesStat: served.files_stat,
+        FilesRemove: served.files_remove,
+        FilesMove: served.files_move,
+        FilesMkdir: served.files_mkdir,
+        GitChanges: served.git_changes,
+        GitDiff: served.git_diff,
+    }
+
+
+class _Served:
+    def __init__(self, workspace: Workspace, ledger: Ledger) -> None:
+        self._workspace = workspace
+        self._ledger = ledger
+
+    async def describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
+        return await self._workspace.describe()
+
+    # --- commands ---
+
+    async def execute(self, params: Execute, call: Inbound) -> Executed:
+        stdin = None
+        if params.stdin:
+            async with call.reading(params.stdin) as reader:
+                stdin = await reader.read_all(STDIN_BYTES)
+        if params.follow and params.stdout and params.stderr:
+            return await self._execute_followed(params, call, stdin)
+        result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin, None))
+        await _send_output(call, params.stdout, result.out)
+        await _send_output(call, params.stderr, result.err)
+        return _executed(result, with_text=not params.stdout)
+
+    async def _execute_followed(self, params: Execute, call: Inbound, stdin: bytes | None) -> Executed:
+        async with call.writing(params.stdout) as out, call.writing(params.stderr) as err:
+
+            async def send(stream: OutputName, data: bytes) -> None:
+                await (out if stream == "stdout" else err).write(data)
+
+            result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin, send))
+            await _finish(out, result.out)
+            await _finish(err, result.err)
+        return _executed(result, with_text=False)
+
+    async def _run(self, params: Execute, stdin: bytes | None, on_output: Any) -> ExecResult:
+        return await self._workspace.execute(
+            _command(params.argv, params.shell),
+            cwd=params.cwd,
+            env=params.env,
+            stdin=stdin,
+            timeout=_seconds(params.timeout_ms),
+            yield_after=_seconds(params.yield_after_ms),
+            on_output=on_output,
+        )
+
+    async def start(self, params: ProcessStart, call: Inbound) -> Started:
+        async def start() -> Started:
+            process = await self._workspace.start(
+                _command(params.argv, params.shell),
+                cwd=params.cwd,
+                env=params.env,
+                pty=params.pty,
+                rows=params.rows,
+                cols=params.cols,
+                timeout=_seconds(params.timeout_ms),
+            )
+            return Started(process.id)
+
+        return await self._ledger.run(params, start)
+
+    async def processes(self, params: ProcessList, call: Inbound) -> list[ProcessInfo]:
+        return await self._workspace.processes()
+
+    async def wait(self, params: ProcessWait, call: Inbound) -> Exit:
+        return await self._workspace.process(params.process_id).wait(_seconds(params.timeout_ms))
+
+    async def feed(self, params: ProcessInput, call: Inbound) -> Count:
+        process = self._workspace.process(params.process_id)
+        async with call.reading(params.channel) as reader:
+            async for chunk in reader:
+                await process.write(chunk.data)
+            await process.close_stdin()
+            return Count(reader.size)
+
+    async def output(self, params: ProcessOutput, call: Inbound) -> Count:
+        process = self._workspace.process(params.process_id)
+        async with call.writing(params.channel) as writer:
+            await writer.skip_to(params.since)
+            async for data in process.output(params.since, stream=params.stream, follow=params.follow):
+                await writer.write(data)
+            await writer.finish()
+            return Count(writer.offset)
+
+    async def signal(self, params: ProcessSignal, call: Inbound) -> Done:
+        await self._workspace.process(params.process_id).signal(params.name)
+        return Done()
+
+    async def resize(self, params: ProcessResize, call: Inbound) -> Done:
+        await self._workspace.process(params.process_id).resize(rows=params.rows, cols=params.cols)
+        return Done()
+
+    # --- shells ---
+
+    async def shell_run(self, params: ShellRun, call: Inbound) -> ShellAnswer:
+        shell = self._workspace.shell(params.name)
+        limits = {"timeout": _seconds(params.timeout_ms), "quiet": _seconds(params.quiet_ms)}
+        result = await self._ledger.run(params, lambda: shell.run(params.command, **limits))
+        return await self._shell_answer(call, params.channel, result)
+
+    async def shell_send(self, params: ShellSend, call: Inbound) -> ShellAnswer:
+        shell = self._workspace.shell(params.name)
+        limits = {"timeout": _seconds(params.timeout_ms), "quiet": _seconds(params.quiet_ms)}
+        keys = _keys(params.keys)
+        result = await self._ledger.run(params, lambda: shell.send(keys, **limits))
+        return await self._shell_answer(call, params.channel, result)
+
+    async def _shell_answer(self, call: Inbound, channel: int, result: ShellResult) -> ShellAnswer:
+        await _send_output(call, channel, result.output)
+        return ShellAnswer(
+            status=result.status,
+            exit_code=result.exit_code,
+            cwd=result.cwd,
+            full_output=result.full_output,
+            output_bytes=result.output.size,
+            text=None if channel else result.output.text,
+        )
+
+    async def shell_reset(self, params: ShellReset, call: Inbound) -> Done:
+        return await self._done(params, lambda: self._workspace.shell(params.name).reset())
+
+    # --- files ---
+
+    async def upload(self, params: Upload, call: Inbound) -> Transferred:
+        async with call.reading(params.channel) as reader:
+            return await self._ledger.run(
+                params,
+                lambda: self._workspace.write_stream(
+                    params.path, _verified(reader), size=params.size, mode=params.mode
+                ),
+            )
+
+    async def download(self, params: Download, call: Inbound) -> Transferred:
+        async with (
+            call.writing(params.channel) as writer,
+            self._workspace.read_stream(params.path, offset=params.offset, length=params.length) as source,
+        ):
+            digest = hashlib.sha256()
+            async for data in source:
+                digest.update(data)
+                await writer.write(data)
+            await writer.finish(digest.digest())
+            return Transferred(writer.offset, digest.hexdigest(), source.mode)
+
+    async def files_list(self, params: FilesList, call: Inbound) -> list[FileInfo]:
+        return await self._workspace.files.list(params.path, depth=params.depth, hidden=params.hidden)
+
+    async def files_stat(self, params: FilesStat, call: Inbound) -> FileInfo:
+        return await self._workspace.files.stat(params.path)
+
+    async def files_remove(self, params: FilesRemove, call: Inbound) -> Done:
+        remove = self._workspace.files.remove
+        return await self._done(params, lambda: remove(params.path, recursive=params.recursive))
+
+    async def files_move(self, params: FilesMove, call: Inbound) -> Done:
+        return await self._done(params, lambda: self._workspace.files.move(params.source, params.target))
+
+    async def files_mkdir(self, params: FilesMkdir, call: Inbound) -> Done:
+        return await self._done(params, lambda: self._workspace.files.mkdir(params.path))
+
+    async def git_changes(self, params: GitChanges, call: Inbound) -> list[GitChange]:
+        return await self._workspace.git.changes(params.path, base=params.base)
+
+    async def git_diff(self, params: GitDiff, call: Inbound) -> DiffText:
+        return DiffText(await self._workspace.git.diff(params.path, base=params.base))
+
+    async def _done(self, params: Effect[Done], action: Any) -> Done:
+        async def act() -> Done:
+            await action()
+            return Done()
+
+        return await self._ledger.run(params, act)
+
+
+def _command(argv: list[str] | None, shell: str | None) -> str | list[str]:
+    if (argv is None) == (shell is None):
+        raise InvalidParams("exactly one of $.params.argv and $.params.shell is needed")
+    return argv if argv is not None else str(shell)
+
+
+def _keys(text: str) -> bytes:
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        raise InvalidParams("$.params.keys: each character is one byte, U+0000..U+00FF") from None
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _executed(result: ExecResult, *, with_text: bool) -> Executed:
+    return Executed(
+        status=result.status,
+        exit_code=result.exit_code,
+        signal=result.signal,
+        duration=result.duration,
+        process_id=result.process_id,
+        reason=result.reason,
+        stdout_bytes=result.out.size,
+        stderr_bytes=result.err.size,
+        stdout_text=result.stdout if with_text else None,
+        stderr_text=result.stderr if with_text else None,
+    )
+
+
+async def _send_output(call: Inbound, channel: int, output: Output) -> None:
+    """Send the head at 0 and the tail at its own offset; nothing at all when there is no output."""
+    if not channel or not output.size:
+        return
+    async with call.writing(channel) as writer:
+        await _finish(writer, output)
+
+
+async def _finish(writer: ByteWriter, output: Output) -> None:
+    """End a stream of output; when nothing was sent yet (a repeated call), with what the result holds."""
+    if writer.offset == 0 and output.size:
+        await writer.write(output.head)
+        if output.tail:
+            await writer.skip_to(output.size - len(output.tail))
+            await writer.write(output.tail)
+    await writer.finish()
+
+
+async def _verified(reader: ByteReader) -> AsyncIterator[bytes]:
+    """The bytes of an upload; breaks before its end when the digest of the sender differs."""
+    digest = hashlib.sha256()
+    async for chunk in reader:
+        digest.update(chunk.data)
+        yield chunk.data
+    if reader.trailer != digest.digest():
+        raise TransferBroken(f"the SHA-256 of the {reader.size} bytes that came differs from the sender's")

@@ -1,0 +1,155 @@
+"""The contract of a Tool: a typed function the model may call, and `@tool`, which makes one of a Python function."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, get_type_hints
+
+import msgspec
+from msgspec import Struct
+
+from agent_sdk.protocol.errors import ToolError
+from agent_sdk.protocol.specs import ToolSpec
+from agent_sdk.workspace import Workspace
+
+
+class ToolResult(Struct, frozen=True, kw_only=True):
+    """What the model, and programs, get to see of a call."""
+
+    text: str
+    is_error: bool = False
+    data: dict[str, Any] = {}
+    """JSON-able facts for programs, e.g. exit_code."""
+
+
+class ToolContext(Struct, frozen=True, kw_only=True):
+    """What a tool may use."""
+
+    workspace: Workspace
+    secrets: Mapping[str, str] = {}
+    """Environment variables for commands; the loop masks their values in results."""
+
+
+class Tool(Protocol):
+    """One per conversation, so it may keep state between calls; calls of one tool never overlap unless read-only."""
+
+    @property
+    def spec(self) -> ToolSpec:
+        """Name, description, JSON Schema."""
+        ...
+
+    async def run(self, arguments: str, context: ToolContext) -> ToolResult:
+        """Run one call.
+
+        Args:
+            arguments: JSON text as the model wrote it, possibly malformed.
+
+        Raises:
+            ToolError, WorkspaceError, OSError: the loop turns any of them into an error result that the
+            model reads. Wrong arguments are a ToolError that names the field.
+        """
+        ...
+
+
+class FunctionTool:
+    """A Python function as a tool; made by `@tool`, still callable as before."""
+
+    def __init__(
+        self, function: Callable[..., Any], *, name: str | None = None, read_only: bool = False
+    ) -> None:
+        self.function = function
+        self._arguments = _arguments_struct(function)
+        schema = msgspec.json.schema(self._arguments)
+        parameters = _inlined(schema)
+        parameters.pop("title", None)
+        self.spec = ToolSpec(
+            name=name or function.__name__,
+            description=inspect.getdoc(function) or function.__name__,
+            parameters=parameters,
+            read_only=read_only,
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function itself."""
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<tool {self.spec.name}>"
+
+    async def run(self, arguments: str, context: ToolContext | None = None) -> ToolResult:
+        """See Tool.run. What the function raises becomes an error result with the exception's text.
+
+        A plain function runs in a thread, so that it may block; cancelling does not stop the thread.
+        """
+        values = decode_arguments(arguments, self._arguments)
+        given = {name: getattr(values, name) for name in self._arguments.__struct_fields__}
+        try:
+            if inspect.iscoroutinefunction(self.function):
+                result = await self.function(**given)
+            else:
+                result = await asyncio.to_thread(self.function, **given)
+            return ToolResult(text=_as_text(result))
+        except Exception as exc:  # noqa: BLE001  the function is the user's: whatever it raises, the model reads
+            return ToolResult(text=f"{type(exc).__name__}: {exc}", is_error=True)
+
+
+def tool(
+    function: Callable[..., Any] | None = None, *, name: str | None = None, read_only: bool = False
+) -> Any:
+    """Make a tool of a plain or async function.
+
+    The schema comes from its signature, the description from its docstring. Every parameter needs a type that msgspec can describe; the result is text, or becomes JSON text.
+
+    Raises:
+        TypeError: a parameter has no annotation, or is `*args` or `**kwargs`.
+    """
+    if function is None:
+        return lambda decorated: FunctionTool(decorated, name=name, read_only=read_only)
+    return FunctionTool(function, name=name, read_only=read_only)
+
+
+def decode_arguments(arguments: str, into: type[Any]) -> Any:
+    """Decode a model's JSON arguments.
+
+    Raises:
+        ToolError: not JSON, or a field is wrong, missing or unknown; the message names it.
+    """
+    try:
+        return msgspec.json.decode(arguments.strip() or "{}", type=into)
+    except msgspec.ValidationError as exc:
+        raise ToolError(f"invalid arguments: {exc}") from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
+        raise ToolError(f"the arguments are not valid JSON: {exc}") from None
+
+
+def _arguments_struct(function: Callable[..., Any]) -> type[Struct]:
+    hints = get_type_hints(function, include_extras=True)
+    fields: list[Any] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise TypeError(f"tool {function.__name__}: parameter {parameter} cannot be described to a model")
+        if parameter.name not in hints:
+            raise TypeError(f"tool {function.__name__}: parameter {parameter.name} needs a type annotation")
+        field = (parameter.name, hints[parameter.name])
+        fields.append(field if parameter.default is parameter.empty else (*field, parameter.default))
+    return msgspec.defstruct(function.__name__, fields, kw_only=True, forbid_unknown_fields=True)
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with `$ref: #/$defs/Top` at its root, as msgspec writes it, with the root in place."""
+    definitions = schema.get("$defs", {})
+    root = schema.get("$ref", "").removeprefix("#/$defs/")
+    if root not in definitions:
+        return dict(schema)
+    others = {name: value for name, value in definitions.items() if name != root}
+    return {**definitions[root], **({"$defs": others} if others else {})}
+
+
+def _as_text(result: object) -> str:
+    if isinstance(result, str):
+        return result
+    if result is None:
+        return "done"
+    return msgspec.json.encode(result).decode()
