@@ -4,10 +4,12 @@ AgentServerError
     ParseError          -32700
         MaxDepth
     InvalidRequest      -32600
-        BadId, DuplicateKey, BatchNotSupported, BadBinaryHeader
+        BadId, DuplicateKey, BatchNotSupported, BadBinaryHeader, TooManySubprotocols
     MethodNotFound      -32601      InvalidParams   -32602      InternalError   -32603
     Cancelled           -32800
-    Overloaded          -32001      NotInitialised  -32002      Unauthorized    -32003 (PermissionError)
+    Overloaded          -32001      NotInitialised  -32002
+    Unauthorized        -32003 (PermissionError)
+        UseHeader
     NotFound            -32004 (LookupError)
         ConversationNotFound, ProcessNotFound, RequestNotFound
         PathNotFound (FileNotFoundError)
@@ -140,6 +142,10 @@ class Cancelled(AgentServerError, code=-32800):
     """The caller cancelled the call (the number is the Language Server Protocol's)."""
 
 
+class TooManySubprotocols(InvalidRequest):
+    """The upgrade request offers more WebSocket subprotocols than anybody needs. Details: limit."""
+
+
 class Overloaded(AgentServerError, code=-32001, retryable=True):
     """Too much at once. Details: limit, retry_after_ms."""
 
@@ -150,6 +156,10 @@ class NotInitialised(AgentServerError, code=-32002):
 
 class Unauthorized(AgentServerError, PermissionError, code=-32003):
     """No key, or a wrong one."""
+
+
+class UseHeader(Unauthorized):
+    """The key came in a query parameter, a cookie or another scheme; it belongs in `Authorization: Bearer KEY`."""
 
 
 class NotFound(AgentServerError, LookupError, code=-32004):
