@@ -1,0 +1,153 @@
+"""The thread that owns a database: jobs in, results out, in order. Knows nothing of events.
+
+Writes share commits: everything that queued up while the last commit waited for the disk goes into
+the next one, and one call into the event loop tells all who wait. Nobody hears of a write before its
+commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+from agent_sdk.local.database import Database
+from agent_sdk.protocol.errors import StateConflict, WorkspaceUnavailable
+
+T = TypeVar("T")
+
+JOBS_PER_COMMIT = 512
+
+
+class _Job(Generic[T]):
+    __slots__ = ("error", "future", "result", "work", "writes")
+
+    def __init__(self, work: Callable[[Database], T], *, writes: bool, future: asyncio.Future[T]) -> None:
+        self.work = work
+        self.writes = writes
+        self.future = future
+        self.result: T | None = None
+        self.error: BaseException | None = None
+
+    def do(self, database: Database) -> None:
+        self.result = self.work(database)
+
+    def answer(self) -> None:
+        if self.future.done():
+            return
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.result)  # type: ignore[arg-type]
+
+
+class Clerk:
+    """One daemon thread with one database. Use it from one event loop."""
+
+    def __init__(self, open_database: Callable[[], Database], *, name: str) -> None:
+        self._open_database = open_database
+        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._accepts = True
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    async def ready(self) -> None:
+        """Return when the database is open; raises what opening it raised."""
+        await asyncio.shield(self._ready)
+
+    def submit(self, work: Callable[[Database], T], *, writes: bool) -> asyncio.Future[T]:
+        """Queue a job; jobs run in the order of their submission, and a write is answered after its commit.
+
+        `work` runs in the thread. It may run twice: alone, after the commit it shared with others failed.
+
+        Raises:
+            StateConflict: `stop` was called.
+        """
+        if not self._accepts:
+            raise StateConflict("the log is closed", state="closed")
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._jobs.put(_Job(work, writes=writes, future=future))
+        return future
+
+    async def stop(self) -> None:
+        """Do what is queued, close the database, end the thread."""
+        if self._accepts:
+            self._accepts = False
+            self._jobs.put(None)
+        await asyncio.shield(self._ended)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            database = self._open_database()
+        except BaseException as exc:  # noqa: BLE001  a thread's end: whoever waits gets the exception
+            self._tell(self._ready.set_exception, exc)
+            self._tell(self._ended.set_result, None)
+            return
+        self._tell(self._ready.set_result, None)
+        try:
+            going_on = True
+            while going_on:
+                batch, going_on = self._next()
+                self._do(database, batch)
+                self._tell(_answer_all, batch)
+        finally:
+            database.close()
+            self._tell(self._ended.set_result, None)
+
+    def _next(self) -> tuple[list[_Job[Any]], bool]:
+        """Return what is queued, at least one job unless this is the end."""
+        batch: list[_Job[Any]] = []
+        job = self._jobs.get()
+        with suppress(queue.Empty):
+            while job is not None:
+                batch.append(job)
+                if len(batch) == JOBS_PER_COMMIT:
+                    return batch, True
+                job = self._jobs.get_nowait()
+        return batch, job is not None
+
+    def _do(self, database: Database, batch: list[_Job[Any]]) -> None:
+        writes = [job for job in batch if job.writes]
+        if writes and not self._together(database, writes):
+            for job in writes:
+                self._together(database, [job])
+        for job in batch:
+            if not job.writes:
+                try:
+                    job.do(database)
+                except BaseException as exc:  # noqa: BLE001  the job's owner gets it
+                    job.error = exc
+
+    def _together(self, database: Database, jobs: list[_Job[Any]]) -> bool:
+        """Do the jobs in one commit; a single one keeps its error, several are left to be done alone."""
+        try:
+            if database.broken:
+                # After a failed fsync the kernel may have dropped the pages: a retry that succeeds proves nothing.
+                raise WorkspaceUnavailable(
+                    "the disk below the log has failed; restart the program", phase="storage"
+                )
+            with database.transaction():
+                for job in jobs:
+                    job.do(database)
+        except BaseException as exc:  # noqa: BLE001  the job's owner gets it
+            if len(jobs) > 1:
+                return False
+            jobs[0].error = exc
+        return True
+
+    def _tell(self, function: Callable[..., object], *values: object) -> None:
+        # The loop may be gone when the program ends without closing the log: nobody is left to be told.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *values)
+
+
+def _answer_all(batch: list[_Job[Any]]) -> None:
+    for job in batch:
+        job.answer()
