@@ -67,6 +67,8 @@ class AgentMessage(Base, frozen=True, tag="agent_message"):
     thinking: str = ""
     tool_calls: int = 0
     """How many ToolCalled events follow."""
+    seen_seq: int = 0
+    """The log's last seq when the model was asked: a UserMessage after it was not read yet."""
     provider: Raw | None = None
     """What the provider wants to see again unchanged in later requests (signed thinking); opaque."""
 
