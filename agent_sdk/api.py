@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from agent_sdk.workspace import Workspace
 
 
-def Conversation(  # noqa: N802  reads as the class it stands for
+def Conversation(
     agent: Agent | None,
     workspace: Workspace | str | PathLike[str] = ".",
     *,

@@ -100,7 +100,8 @@ def tool(
 ) -> Any:
     """Make a tool of a plain or async function.
 
-    The schema comes from its signature, the description from its docstring. Every parameter needs a type that msgspec can describe; the result is text, or becomes JSON text.
+    The schema comes from its signature, the description from its docstring. Every parameter needs
+    a type that msgspec can describe; the result is text, or becomes JSON text.
 
     Raises:
         TypeError: a parameter has no annotation, or is `*args` or `**kwargs`.

@@ -105,7 +105,7 @@ class Subscribed(Struct, frozen=True, kw_only=True):
 
 
 class Subscribe(Method[Subscribed], frozen=True, kw_only=True):
-    """From here on send the events after `after_seq`, then live ones; like `resume` in `initialize`, once per connection."""
+    """Send the events after `after_seq`, then live ones; like `resume` in `initialize`, once per connection."""
 
     method = "events.subscribe"
     epoch: str | None = None
