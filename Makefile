@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PACKAGES := agent_sdk workspaces agent_server
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo run-server test test-docker cover lint fmt types contracts bench docs docs-check image chaos lock clean
+.PHONY: help venv demo examples run-server test test-docker cover lint fmt types contracts bench docs docs-check image chaos lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +24,9 @@ $(READY): requirements/dev.txt setup.cfg pyproject.toml
 
 demo: $(READY) ## start a server, run a real task against it, show what happened, stop
 	$(BIN)/python -m examples.demo $(ARGS)
+
+examples: $(READY) ## run the examples against a server of their own
+	$(BIN)/python -m examples
 
 run-server: $(READY) ## run a server in the foreground (ARGS="--port 0")
 	$(BIN)/agent-server serve $(ARGS)

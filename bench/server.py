@@ -1,0 +1,58 @@
+"""A real server as a child process, and the box it starts."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import msgspec
+from msgspec import Struct
+
+from bench.measure import children
+
+
+class Server(Struct, frozen=True):
+    """A running server."""
+
+    url: str
+    api_key: str
+    pid: int
+    seconds_to_health: float
+
+    def box(self) -> int:
+        """Return the process id of its only box."""
+        return next(iter(children(self.pid)))
+
+
+class _Ready(Struct):
+    url: str
+    api_key_file: str
+    pid: int
+
+
+@asynccontextmanager
+async def running_server() -> AsyncIterator[Server]:
+    """Start `agent-server serve` on a free port with a fresh data folder; end it with SIGTERM."""
+    with tempfile.TemporaryDirectory() as data:
+        began = time.perf_counter()
+        arguments = ("-m", "agent_server", "serve", "--port", "0", "--json", "--data", data)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        )
+        assert process.stdout is not None
+        try:
+            ready = msgspec.json.decode(await process.stdout.readline(), type=_Ready)
+            async with aiohttp.ClientSession() as session, session.get(f"{ready.url}/health") as answer:
+                answer.raise_for_status()
+            took = time.perf_counter() - began
+            yield Server(ready.url, Path(ready.api_key_file).read_text().strip(), ready.pid, took)
+        finally:
+            if process.returncode is None:
+                process.terminate()
+            await process.wait()

@@ -1,0 +1,1 @@
+"""Small programs, in reading order; `python -m examples` runs them all."""

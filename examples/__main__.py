@@ -1,0 +1,41 @@
+"""`python -m examples`: run every numbered example against a server of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as data:
+        command = [sys.executable, "-m", "agent_server", "serve", "--port", "0", "--json", "--data", data]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+            try:
+                assert server.stdout is not None
+                ready = json.loads(server.stdout.readline())
+                key = Path(ready["api_key_file"]).read_text().strip()
+                environ = {**os.environ, "AGENT_SERVER_URL": ready["url"], "AGENT_SERVER_API_KEY": key}
+                return run(environ)
+            finally:
+                server.terminate()
+
+
+def run(environ: dict[str, str]) -> int:
+    for example in sorted(HERE.glob("[0-9]*.py")):
+        print(f"--- {example.name}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [sys.executable, example], env={**environ, "EXAMPLE_DIR": folder}, check=False
+            )
+        if done.returncode:
+            print(f"{example.name} failed with {done.returncode}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
