@@ -1,0 +1,191 @@
+"""Who may use the server: the API key, and how often an address may be wrong about it.
+
+The key is 256 random bits, or what the operator set (at least 16 characters), so guessing it is
+hopeless; the limit on wrong keys keeps the noise down. The right key is therefore accepted even
+from an address that is over the limit: a forgotten client with an old key must not lock its
+neighbours out, who may all share one address behind a proxy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+import secrets
+import stat
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from agent_sdk.protocol.errors import Overloaded, Unauthorized, UseHeader
+from agent_server.config import MINIMUM_KEY, ServerConfig
+from agent_server.refusal import CANNOT_CREATE, StartRefused
+
+KEY_FILE = "api_key"
+LONGEST_HEADER = 4096
+WRONG_KEYS = 5
+WINDOW_SECONDS = 60.0
+ADDRESSES = 10_000
+
+
+class ApiKey:
+    """The one key of a server. Only its digest is kept; `file` is where people find it."""
+
+    def __init__(self, value: str, file: Path | None = None) -> None:
+        self._digest = hashlib.sha256(value.encode()).digest()
+        self.file = file
+
+    def __repr__(self) -> str:
+        return f"<ApiKey of {self.file or 'the configuration'}>"
+
+    def is_same(self, given: str) -> bool:
+        """Compare in a time that tells nothing about the key, its length included."""
+        digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
+        return hmac.compare_digest(digest, self._digest)
+
+
+def obtain_key(config: ServerConfig) -> tuple[ApiKey, str]:
+    """Return the configured key, or the one in the data folder, which is made at the first start; and its text.
+
+    Raises:
+        StartRefused: a key file cannot be read or written, holds no key, or others can read the one we made.
+    """
+    if config.api_key:
+        return ApiKey(config.api_key), config.api_key
+    if config.api_key_file:
+        file = Path(config.api_key_file).expanduser()
+        text = _read_key(file)
+    else:
+        file = Path(config.data) / KEY_FILE
+        text = _read_own_key(file) if file.exists() else _make_key(file)
+    return ApiKey(text, file), text
+
+
+def _read_key(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except UnicodeDecodeError:
+        raise StartRefused(f"{file}: holds no API key: it is not ASCII text") from None
+    except OSError as exc:
+        raise StartRefused(f"{file}: the API key cannot be read: {exc.strerror}") from None
+    if len(text) < MINIMUM_KEY or not text.isprintable() or " " in text:
+        raise StartRefused(
+            f"{file}: holds no API key of at least {MINIMUM_KEY} characters; remove it and the server makes one"
+        )
+    return text
+
+
+def _read_own_key(file: Path) -> str:
+    try:
+        mode = file.stat().st_mode
+    except OSError as exc:
+        raise StartRefused(f"{file}: the API key cannot be read: {exc.strerror}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise StartRefused(f"{file}: others can read the API key; run: chmod 600 {file}")
+    return _read_key(file)
+
+
+def _make_key(file: Path) -> str:
+    text = secrets.token_urlsafe(32)
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as opened:
+            opened.write(f"{text}\n")
+            opened.flush()
+            os.fsync(opened.fileno())
+    except OSError as exc:
+        raise StartRefused(
+            f"{file}: the API key cannot be written: {exc.strerror}", exit_code=CANNOT_CREATE
+        ) from None
+    return text
+
+
+class Attempts:
+    """Wrong keys per address in the last minute. Networks of IPv6 customers (/64) count as one address."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._wrong: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def failed(self, address: str) -> None:
+        """Count one wrong key."""
+        times = self._wrong.setdefault(_network(address), deque(maxlen=WRONG_KEYS))
+        times.append(self._clock())
+        self._wrong.move_to_end(_network(address))
+        if len(self._wrong) > ADDRESSES:
+            self._wrong.popitem(last=False)
+
+    def wait(self, address: str) -> float:
+        """Return the seconds until another wrong key gets an ordinary answer; 0: now."""
+        times = self._wrong.get(_network(address))
+        if times is None or len(times) < WRONG_KEYS:
+            return 0.0
+        return max(0.0, times[0] + WINDOW_SECONDS - self._clock())
+
+
+class Authority:
+    """Says yes or no to a key."""
+
+    def __init__(self, key: ApiKey, attempts: Attempts | None = None) -> None:
+        self._key = key
+        self._attempts = attempts or Attempts()
+
+    def check(self, given: str | None, address: str) -> None:
+        """Accept a key.
+
+        Raises:
+            Unauthorized: there is none, or a wrong one.
+            Overloaded: a wrong one, and the address had too many of them; details: retry_after_ms.
+        """
+        if given is None:
+            raise Unauthorized("an API key is needed: Authorization: Bearer KEY")
+        if self._key.is_same(given):
+            return
+        wait = self._attempts.wait(address)
+        if wait > 0:
+            raise Overloaded(
+                f"too many wrong API keys; wait {wait:.0f} s",
+                limit=WRONG_KEYS,
+                retry_after_ms=int(wait * 1000) + 1,
+            )
+        self._attempts.failed(address)
+        raise Unauthorized("wrong API key")
+
+
+def bearer(headers: Sequence[str], *, query: bool = False, cookie: bool = False) -> str | None:
+    """Return the key in the Authorization headers; None when there is no such header.
+
+    Args:
+        headers: all values of Authorization.
+        query: whether the address carries something that looks like a key; it would end up in logs.
+        cookie: whether a cookie does; web pages of others would send it along.
+
+    Raises:
+        UseHeader: the key came some other way, or the header is not of the form `Bearer KEY`.
+    """
+    if query:
+        raise UseHeader("a key in the address ends up in logs; use the header Authorization: Bearer KEY")
+    if not headers:
+        if cookie:
+            raise UseHeader("cookies are not looked at; use the header Authorization: Bearer KEY")
+        return None
+    scheme, _, key = headers[0].partition(" ")
+    if len(headers) > 1 or len(headers[0]) > LONGEST_HEADER:
+        raise UseHeader("one header Authorization: Bearer KEY is needed")
+    if scheme.lower() != "bearer":
+        raise UseHeader("this scheme is not supported; use the header Authorization: Bearer KEY")
+    return key
+
+
+def _network(address: str) -> str:
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return address

@@ -1,0 +1,273 @@
+"""Every option of the server: one frozen struct, filled from a TOML file, the environment and the command line.
+
+Later sources win: defaults, file, `AGENT_SERVER_*`, command line. This is the only file of the server
+that reads the environment. A file has the options in the table `server` and the limits of a connection
+in the table `limits`; the environment has `AGENT_SERVER_PORT`, `AGENT_SERVER_LIMITS_CALLS`, …
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from agent_sdk.protocol.specs import Limits
+from agent_server.refusal import StartRefused
+
+PREFIX = "AGENT_SERVER_"
+MINIMUM_KEY = 16
+SECRETS = frozenset({"api_key"})
+
+Port = Annotated[int, Meta(ge=0, le=65535, description="1..65535, or 0 for a free one")]
+Seconds = Annotated[float, Meta(ge=0, le=86_400, description="0..86400 seconds")]
+Timeout = Annotated[float, Meta(ge=0.1, le=3600, description="0.1..3600 seconds")]
+Count = Annotated[int, Meta(ge=1, le=1_000_000, description="1..1000000")]
+Names = tuple[str, ...]
+
+
+class ServerConfig(Struct, frozen=True, kw_only=True):
+    """What a server is told. Times are seconds, sizes bytes."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on."""
+    port: Port = 8000
+    data: str = ""
+    """The folder of everything that lasts: key, log, workspaces. Empty: `agent-server` in the user's data folder."""
+    api_key: str | None = None
+    """The key that clients need. Without one, and without `api_key_file`, the server makes one in the data folder."""
+    api_key_file: str | None = None
+    """A file that holds the key."""
+    allow_hosts: Names = ()
+    """Names, besides those of the loopback, that the Host header may have; `*` allows all."""
+    allow_origins: Names = ()
+    """Origins of web pages that may connect, e.g. `https://console.example`. Programs send none and need none."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """`auto`: console on a terminal, else one JSON object per line."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    drain_seconds: Annotated[float, Meta(ge=0, le=600, description="0..600 seconds")] = 20.0
+    """How long running calls may go on after SIGTERM."""
+    isolation: Literal["none"] = "none"
+    """How boxes are kept apart from this machine; `none`: plain processes of the server's user."""
+    box_linger_seconds: Seconds = 30.0
+    """How long a box lives when its server is gone."""
+    idle_seconds: Seconds = 1200.0
+    """How long a conversation that nobody uses keeps its box and its place in memory."""
+    handshake_seconds: Timeout = 10.0
+    """How long a connection may take to send its request, and then its `initialize`."""
+    body_seconds: Timeout = 30.0
+    """How long the body of a request may take."""
+    heartbeat_seconds: Timeout = 20.0
+    """Silence after which a WebSocket is pinged; it is cut when no pong comes within half of it."""
+    max_connections: Count = 16_000
+    max_strangers: Count = 64
+    """Connections of one address that have not shown a key yet."""
+    limits: Limits = Limits()
+    box_environment: dict[str, str] = {}
+    """Not an option: what boxes inherit of the server's environment, see `box_environment`."""
+
+    def __repr__(self) -> str:
+        return f"ServerConfig(host={self.host!r}, port={self.port}, data={self.data!r})"
+
+
+_OPTIONS = {
+    name: hint
+    for name, hint in get_type_hints(ServerConfig, include_extras=True).items()
+    if name not in ("limits", "box_environment")
+}
+
+
+def _between(low: int, high: int) -> Any:
+    return Annotated[int, Meta(ge=low, le=high, description=f"{low}..{high}")]
+
+
+# Narrower than the struct: outside of these ranges a connection could not work at all.
+_LIMITS: dict[str, Any] = {
+    "frame_bytes": _between(64 << 10, 16 << 20),
+    "message_bytes": _between(1 << 20, 1 << 30),
+    "payload_bytes": _between(64 << 10, 64 << 10),
+    "calls": _between(1, 10_000),
+    "window_bytes": _between(64 << 10, 64 << 20),
+    "queue_bytes": _between(64 << 10, 1 << 30),
+    "json_depth": _between(8, 256),
+}
+
+
+def load(
+    file: Path | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> ServerConfig:
+    """Read the configuration.
+
+    Args:
+        file: a TOML file; None: what `AGENT_SERVER_CONFIG` names, if anything.
+        overrides: options by name, from the command line; None values are left out.
+        environ: the environment; None: this process's. Variables that are set to nothing do not count.
+
+    Raises:
+        StartRefused: something in it is wrong; the sentence says where and what is right.
+    """
+    environ = os.environ if environ is None else environ
+    if file is None and environ.get(f"{PREFIX}CONFIG"):
+        file = Path(environ[f"{PREFIX}CONFIG"])
+    options: dict[str, Any] = {}
+    limits: dict[str, int] = {}
+    if file is not None:
+        _read_file(file, options, limits)
+    _read_environment(environ, options, limits)
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            options[name] = _checked(_OPTIONS, name, value, f"--{name.replace('_', '-')}")
+    options["data"] = str(_data_folder(options.get("data", ""), environ))
+    if options.get("api_key") and options.get("api_key_file"):
+        raise StartRefused("api_key and api_key_file are both set; set one of them")
+    _check_key(options.get("api_key"))
+    return ServerConfig(**options, limits=Limits(**limits), box_environment=box_environment(environ))
+
+
+def box_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what a box may know of the server's environment: where programs and the home are, and the language."""
+    wanted = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR")
+    return {name: value for name, value in environ.items() if name in wanted or name.startswith("LC_")}
+
+
+def _read_file(file: Path, options: dict[str, Any], limits: dict[str, int]) -> None:
+    try:
+        raw = file.read_bytes()
+        mode = file.stat().st_mode
+    except OSError as exc:
+        raise StartRefused(f"{file}: cannot be read: {exc.strerror}") from None
+    try:
+        text = raw.decode().removeprefix("\ufeff")
+        content = tomllib.loads(text)
+    except UnicodeDecodeError:
+        raise StartRefused(f"{file}: is not UTF-8 text") from None
+    except tomllib.TOMLDecodeError as exc:
+        raise StartRefused(_syntax_error(file, str(exc))) from None
+    lines = _line_numbers(text)
+    for table, values in content.items():
+        known = {"server": _OPTIONS, "limits": _LIMITS}.get(table)
+        if known is None or not isinstance(values, dict):
+            raise StartRefused(_unknown_table(file, table, lines))
+        target = options if table == "server" else limits
+        for name, value in values.items():
+            where = f"{file.name}{lines.get((table, name), '')}: {table}.{name}"
+            target[name] = _checked(known, name, value, where)
+    if options.get("api_key") and mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise StartRefused(f"{file}: holds the api_key and everybody can read it; run: chmod 600 {file}")
+
+
+def _read_environment(environ: Mapping[str, str], options: dict[str, Any], limits: dict[str, int]) -> None:
+    for variable, value in sorted(environ.items()):
+        if not variable.startswith(PREFIX) or not value or _is_not_ours(variable, value):
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name.startswith("limits_"):
+            limits[name.removeprefix("limits_")] = _checked(
+                _LIMITS, name.removeprefix("limits_"), value, variable, text=True
+            )
+        else:
+            options[name] = _checked(_OPTIONS, name, value, variable, text=True)
+
+
+def _is_not_ours(variable: str, value: str) -> bool:
+    """Whether a variable of our prefix is for somebody else.
+
+    The client reads AGENT_SERVER_URL. And Kubernetes tells every pod about a service called
+    agent-server: AGENT_SERVER_PORT=tcp://10.0.0.1:8000, AGENT_SERVER_SERVICE_HOST, AGENT_SERVER_PORT_8000_TCP, …
+    """
+    rest = variable.removeprefix(PREFIX)
+    if rest in ("URL", "CONFIG") or rest.startswith("SERVICE_"):
+        return True
+    return rest.startswith("PORT_") or (rest == "PORT" and "://" in value)
+
+
+def _checked(known: Mapping[str, Any], name: str, value: Any, where: str, *, text: bool = False) -> Any:
+    """The value of an option, converted.
+
+    Raises:
+        StartRefused: there is no such option, or the value does not fit it.
+    """
+    if name not in known:
+        raise StartRefused(f"{where} is no option{_suggestion(name, known)}")
+    kind = known[name]
+    if text and kind == Names:
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    try:
+        return msgspec.convert(value, kind, strict=not text)
+    except msgspec.ValidationError:
+        got = "" if name in SECRETS else f" (got {_short(value)})"
+        raise StartRefused(f"{where} must be {_wanted(kind)}{got}") from None
+
+
+def _wanted(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        return str(get_args(kind)[1].description)
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
+    return "a list of texts" if kind == Names else "a text"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+    return f"{text[:60]}…" if len(text) > 60 else text
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _unknown_table(file: Path, name: str, lines: Mapping[tuple[str, str], str]) -> str:
+    where = f"{file.name}{lines.get(('', name), '') or lines.get((name, ''), '')}: {name}"
+    if name in _OPTIONS:
+        return f"{where} belongs below a line with [server]"
+    if name in _LIMITS:
+        return f"{where} belongs below a line with [limits]"
+    return f"{where} is no table; there are server and limits{_suggestion(name, ('server', 'limits'))}"
+
+
+def _syntax_error(file: Path, message: str) -> str:
+    """tomllib's words, with the line where an editor's users look for it."""
+    found = re.search(r" \(at line (\d+), column \d+\)$", message)
+    where = f"{file.name}:{found[1]}" if found else file.name
+    return f"{where}: {message[: found.start()] if found else message}"
+
+
+def _line_numbers(text: str) -> dict[tuple[str, str], str]:
+    """`:line` of each (table, key) and (table, ""); tomllib keeps no places. Good for files as people write them."""
+    found: dict[tuple[str, str], str] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([A-Za-z0-9_-]+)\s*\]", line):
+            table = header[1]
+            found.setdefault((table, ""), f":{number}")
+        elif key := re.match(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""", line):
+            found.setdefault((table, key[1]), f":{number}")
+    return found
+
+
+def _data_folder(given: str, environ: Mapping[str, str]) -> Path:
+    if given:
+        return Path(given).expanduser().absolute()
+    home = environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return (Path(home).expanduser() / "agent-server").absolute()
+
+
+def _check_key(key: str | None) -> None:
+    if key is not None and (
+        len(key) < MINIMUM_KEY or not key.isascii() or not key.isprintable() or " " in key
+    ):
+        raise StartRefused(
+            f"api_key must be at least {MINIMUM_KEY} printable ASCII characters without spaces; "
+            "leave it out and the server makes a good one"
+        )

@@ -1,0 +1,83 @@
+"""The folder of everything that lasts, and the lock that keeps a second server out of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from agent_server.refusal import CANNOT_CREATE, TRY_LATER, StartRefused
+
+LOCK_FILE = "lock"
+
+
+class DataFolder:
+    """Where things are below the data folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def log(self) -> Path:
+        """The database of all conversations."""
+        return self.root / "log.db"
+
+    @property
+    def sockets(self) -> Path:
+        """Sockets of boxes, where the path is short enough for one."""
+        return self.root / "boxes"
+
+    def workspace(self, conversation: str) -> Path:
+        """The folder in which the commands of a conversation run."""
+        return self.root / "workspaces" / conversation
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[DataFolder]:
+    """Make the folder, mode 0700, and hold its lock. The kernel gives the lock back even after `kill -9`.
+
+    Raises:
+        StartRefused: the folder cannot be made or written, or another server holds it.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(root / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise StartRefused(
+            f"the data folder {root} cannot be written: {exc.strerror}; choose another with --data",
+            exit_code=CANNOT_CREATE,
+        ) from None
+    try:
+        _lock(descriptor, root)
+        yield DataFolder(root)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, root: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+        raise StartRefused(
+            f"the data folder {root} belongs to a running server ({owner}); stop it or choose another with --data",
+            exit_code=TRY_LATER,
+        ) from None
+    except OSError as exc:
+        raise StartRefused(
+            f"the data folder {root} cannot be locked: {exc.strerror}; put it on a local disk",
+            exit_code=CANNOT_CREATE,
+        ) from None
+    try:
+        started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()}, started {started}\n".encode(), 0)
+        (root / "workspaces").mkdir(exist_ok=True, mode=0o700)
+    except OSError as exc:
+        raise StartRefused(
+            f"the data folder {root} cannot be written: {exc.strerror}; make room or choose another with --data",
+            exit_code=CANNOT_CREATE,
+        ) from None

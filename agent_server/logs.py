@@ -1,0 +1,256 @@
+"""The server's log lines: JSON or readable, one line per event, without secrets, never in the way of the loop.
+
+Events are past-tense verbs (`conversation_opened`); what they are about is bound by contextvars
+(`conversation`, `connection`). Nothing is configured globally: a server has its own logger, so that
+two of them in one process do not mix. Lines are written by a thread: a terminal that is held
+(^S) or a full pipe must not stop the server; when 10 000 lines wait, further ones are counted and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import queue
+import re
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+import structlog
+from structlog.typing import FilteringBoundLogger
+
+LINES_WAITING = 10_000
+SHORTEST_SECRET = 8
+MASK = "[secret]"
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+Event = MutableMapping[str, Any]
+Log = FilteringBoundLogger
+
+# C0, DEL, C1, and the characters that reorder or hide text: a log line must show what it holds.
+_TRICKS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+
+class Redactor:
+    """Masks secrets by their value, wherever they turn up. Values of less than 8 characters are let be."""
+
+    def __init__(self) -> None:
+        self._known: Counter[str] = Counter()
+        self._pattern: re.Pattern[str] | None = None
+
+    def add(self, values: Iterable[str | None]) -> Callable[[], None]:
+        """Mask these values from now on; returns what makes them ordinary again."""
+        added = [value for value in values if value and len(value) >= SHORTEST_SECRET]
+        self._known.update(added)
+        self._compile()
+
+        def forget() -> None:
+            self._known.subtract(added)
+            self._known = +self._known
+            self._compile()
+
+        return forget
+
+    def clean(self, text: str) -> str:
+        """Return the text with every secret masked."""
+        return self._pattern.sub(MASK, text) if self._pattern else text
+
+    def _compile(self) -> None:
+        # Longest first: of two secrets, one the start of the other, the whole one is masked.
+        values = sorted(self._known, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, values))) if values else None
+
+    def __call__(self, logger: Any, method: str, event: Event) -> Event:
+        """Be a structlog processor."""
+        return {key: self._cleaned(value) for key, value in event.items()}
+
+    def _cleaned(self, value: Any) -> Any:
+        match value:
+            case str():
+                return self.clean(value)
+            case float():
+                return value if math.isfinite(value) else str(value)
+            case bool() | int() | None:
+                return value
+            case Mapping():
+                return {self.clean(str(key)): self._cleaned(item) for key, item in value.items()}
+            case list() | tuple() | set() | frozenset():
+                return [self._cleaned(item) for item in value]
+            case bytes():
+                return self.clean(value.decode("utf-8", "backslashreplace"))
+            case _:
+                return self.clean(str(value))
+
+
+class Lines:
+    """A thread that writes lines to a stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._queue: queue.Queue[str | None] = queue.Queue(LINES_WAITING)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+
+    def __enter__(self) -> Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._queue.put(None, timeout=1.0)
+        except queue.Full:
+            return
+        self._thread.join(timeout=1.0)
+
+    def msg(self, line: str) -> None:
+        """Have one line written; never waits."""
+        try:
+            self._queue.put_nowait(line)
+        except queue.Full:
+            self._dropped += 1
+
+    debug = info = warning = error = critical = exception = msg
+
+    def _write(self) -> None:
+        while (line := self._queue.get()) is not None:
+            if self._dropped:
+                line += f'\n{{"level": "warning", "event": "log_lines_dropped", "count": {self._dropped}}}'
+                self._dropped = 0
+            try:
+                self._stream.write(f"{line}\n")
+                if self._queue.empty():
+                    self._stream.flush()
+            except (OSError, ValueError):
+                # Nobody reads any more; the server goes on without a log.
+                return
+
+
+class Logs:
+    """A logger and what belongs to it."""
+
+    def __init__(self, log: Log, redactor: Redactor) -> None:
+        self.log = log
+        self.redactor = redactor
+
+    def bug(self, bug: BaseException, incident: str) -> None:
+        """Log a bug under the incident id that the other side was told."""
+        self.log.error("bug_met", incident=incident, traceback="".join(traceback.format_exception(bug)))
+
+
+@contextmanager
+def opened(
+    *,
+    style: Literal["auto", "json", "console"] = "auto",
+    level: str = "info",
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Logs]:
+    """Open the server's log, and catch what libraries log meanwhile.
+
+    Args:
+        style: see ServerConfig.log_format.
+        level: the least level that is written.
+        stream: where to; None: standard error.
+        clock: monotonic seconds, for the rate limit of refused requests.
+    """
+    stream = stream or sys.stderr
+    console = style == "console" or (style == "auto" and stream.isatty())
+    redactor = Redactor()
+    with Lines(stream) as lines:
+        log: Log = structlog.wrap_logger(
+            lines,
+            processors=[
+                structlog.contextvars.merge_contextvars,
+                structlog.processors.add_log_level,
+                _stamp,
+                redactor,
+                _as_text if console else _as_json,
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+            context_class=dict,
+        )
+        with _foreign_records(log, clock):
+            yield Logs(log, redactor)
+
+
+def _stamp(logger: Any, method: str, event: Event) -> Event:
+    event["time"] = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return event
+
+
+def _as_json(logger: Any, method: str, event: Event) -> str:
+    """One line of ASCII: nothing that came from outside can break it or reorder it."""
+    ordered = {"time": event.pop("time"), "level": event.pop("level"), "event": event.pop("event"), **event}
+    return json.dumps(ordered, ensure_ascii=True, allow_nan=False)
+
+
+def _as_text(logger: Any, method: str, event: Event) -> str:
+    moment, level, name = event.pop("time"), event.pop("level"), event.pop("event")
+    story = event.pop("traceback", "")
+    facts = " ".join(f"{key}={shown(str(value))}" for key, value in event.items())
+    line = f"{moment[11:19]} {level:<7} {shown(str(name))} {facts}".rstrip()
+    return line + "".join(f"\n    {shown(part)}" for part in story.splitlines())
+
+
+def shown(text: str) -> str:
+    """Return the text with control characters and characters that reorder or hide text escaped."""
+    return _TRICKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Records(logging.Handler):
+    """Passes the standard library's log records on.
+
+    aiohttp writes a traceback for every malformed request and prints what a stranger sent in full;
+    of those one line a second is enough.
+    """
+
+    def __init__(self, log: Log, clock: Callable[[], float]) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+        self._clock = clock
+        self._next = 0.0
+        self._held = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        bug = record.exc_info[1] if record.exc_info else None
+        if record.name.startswith("aiohttp") and not _is_ours(bug):
+            self._malformed(type(bug).__name__ if bug else record.name)
+            return
+        facts: dict[str, Any] = {"logger": record.name, "message": record.getMessage()}
+        if bug is not None:
+            facts["traceback"] = "".join(traceback.format_exception(bug))
+        self._log.log(record.levelno, "library_spoke", **facts)
+
+    def _malformed(self, problem: str) -> None:
+        now = self._clock()
+        if now < self._next:
+            self._held += 1
+            return
+        self._log.warning("request_refused", problem=problem, unreported=self._held)
+        self._next, self._held = now + 1.0, 0
+
+
+def _is_ours(bug: BaseException | None) -> bool:
+    """Whether our code is to blame, not the request: aiohttp's own exceptions and broken connections are not."""
+    if bug is None or isinstance(bug, ConnectionError | asyncio.CancelledError):
+        return False
+    return not type(bug).__module__.startswith("aiohttp")
+
+
+@contextmanager
+def _foreign_records(log: Log, clock: Callable[[], float]) -> Iterator[None]:
+    handler = _Records(log, clock)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)

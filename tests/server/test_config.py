@@ -1,0 +1,188 @@
+from pathlib import Path
+
+import pytest
+
+from agent_server.config import ServerConfig, load
+from agent_server.refusal import StartRefused
+
+KEY = "k" * 40
+
+
+def loaded(tmp_path: Path, text: str, *, mode: int = 0o600, **kwargs) -> ServerConfig:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    file.chmod(mode)
+    return load(file, **{"environ": {"HOME": "/home/someone"}, **kwargs})
+
+
+def refusal(tmp_path: Path, text: str, **kwargs) -> str:
+    with pytest.raises(StartRefused) as refused:
+        loaded(tmp_path, text, **kwargs)
+    assert refused.value.exit_code == 2
+    return str(refused.value)
+
+
+def test_without_any_source_the_defaults_hold():
+    config = load(environ={})
+    assert (config.host, config.port, config.api_key, config.drain_seconds) == ("127.0.0.1", 8000, None, 20.0)
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_path):
+    text = '[server]\nport = 1\nlog_level = "error"\ndrain_seconds = 3\n'
+    environ = {"AGENT_SERVER_PORT": "2", "AGENT_SERVER_LOG_LEVEL": "debug"}
+    config = loaded(tmp_path, text, environ=environ, overrides={"port": 3, "host": None})
+    assert (config.port, config.log_level, config.drain_seconds) == (3, "debug", 3.0)
+
+
+def test_an_empty_variable_does_not_count(tmp_path):
+    assert loaded(tmp_path, "[server]\nport = 81\n", environ={"AGENT_SERVER_PORT": ""}).port == 81
+
+
+def test_lists_in_the_environment_are_separated_by_commas():
+    config = load(environ={"AGENT_SERVER_ALLOW_HOSTS": "a.example, b.example,"})
+    assert config.allow_hosts == ("a.example", "b.example")
+
+
+def test_the_environment_may_name_the_file(tmp_path):
+    (tmp_path / "c.toml").write_text("[server]\nport = 99\n")
+    assert load(environ={"AGENT_SERVER_CONFIG": str(tmp_path / "c.toml")}).port == 99
+
+
+def test_limits_have_a_table_of_their_own(tmp_path):
+    config = loaded(tmp_path, "[limits]\ncalls = 3\n", environ={"AGENT_SERVER_LIMITS_JSON_DEPTH": "32"})
+    assert (config.limits.calls, config.limits.json_depth) == (3, 32)
+
+
+def test_variables_that_kubernetes_makes_for_a_service_are_not_options():
+    environ = {
+        "AGENT_SERVER_PORT": "tcp://10.0.0.1:8000",
+        "AGENT_SERVER_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "AGENT_SERVER_SERVICE_HOST": "10.0.0.1",
+        "AGENT_SERVER_URL": "http://elsewhere",
+    }
+    assert load(environ=environ).port == 8000
+
+
+def test_the_data_folder_is_that_of_the_user_unless_given(tmp_path):
+    assert load(environ={"XDG_DATA_HOME": "/x"}).data == "/x/agent-server"
+    assert load(environ={}, overrides={"data": str(tmp_path)}).data == str(tmp_path)
+
+
+def test_boxes_inherit_no_secret_of_the_server():
+    environ = {
+        "PATH": "/bin",
+        "LC_ALL": "C",
+        "AGENT_SERVER_API_KEY": KEY,
+        "LLM_API_KEY": "x",
+        "AWS_SECRET": "y",
+    }
+    assert load(environ=environ).box_environment == {"PATH": "/bin", "LC_ALL": "C"}
+
+
+def test_the_key_is_in_no_representation():
+    assert KEY not in repr(load(environ={"AGENT_SERVER_API_KEY": KEY}))
+
+
+WRONG = {
+    "unknown key": ("[server]\nprot = 1\n", "config.toml:2: server.prot is no option; did you mean port?"),
+    "out of range": (
+        "# first\n[server]\n\nport = 99999\n",
+        "config.toml:4: server.port must be 1..65535, or 0 for a free one (got 99999)",
+    ),
+    "text for a number": (
+        '[server]\nport = "80"\n',
+        "config.toml:2: server.port must be 1..65535, or 0 for a free one (got 80)",
+    ),
+    "bool as text": (
+        "[server]\nport = true\n",
+        "config.toml:2: server.port must be 1..65535, or 0 for a free one (got true)",
+    ),
+    "word not in the list": (
+        '[server]\nlog_format = "xml"\n',
+        "config.toml:2: server.log_format must be auto or json or console (got xml)",
+    ),
+    "number for a list": (
+        "[server]\nallow_hosts = 5\n",
+        "config.toml:2: server.allow_hosts must be a list of texts (got 5)",
+    ),
+    "unknown limit": ("[limits]\ncall = 5\n", "config.toml:2: limits.call is no option; did you mean calls?"),
+    "limit out of range": (
+        "[limits]\nframe_bytes = 1\n",
+        "config.toml:2: limits.frame_bytes must be 65536..16777216 (got 1)",
+    ),
+    "no table": ("port = 80\n", "config.toml:1: port belongs below a line with [server]"),
+    "unknown table": (
+        "[sever]\nport = 80\n",
+        "config.toml:1: sever is no table; there are server and limits; did you mean server?",
+    ),
+    "duplicate key": ("[server]\nport = 1\nport = 2\n", "config.toml:3: Cannot overwrite a value"),
+    "no TOML": ("[server\n", "config.toml:1: Expected ']' at the end of a table declaration"),
+    "two keys": (
+        f'[server]\napi_key = "{KEY}"\napi_key_file = "f"\n',
+        "api_key and api_key_file are both set; set one of them",
+    ),
+    "inner option": (
+        "[server]\nbox_environment = {}\n",
+        "config.toml:2: server.box_environment is no option",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "sentence"), WRONG.values(), ids=WRONG)
+def test_a_wrong_file_is_refused_with_place_and_remedy(tmp_path, text, sentence):
+    assert refusal(tmp_path, text) == sentence
+
+
+def test_a_byte_order_mark_is_fine(tmp_path):
+    assert loaded(tmp_path, "\ufeff[server]\nport = 7\n").port == 7
+
+
+def test_a_wrong_key_is_not_repeated(tmp_path):
+    sentence = refusal(tmp_path, "[server]\napi_key = 123456\n")
+    assert "123456" not in sentence
+    assert "server.api_key must be a text" in sentence
+
+
+def test_a_short_key_is_refused(tmp_path):
+    assert "at least 16" in refusal(tmp_path, '[server]\napi_key = "secret"\n')
+
+
+def test_a_file_with_a_key_must_not_be_readable_by_everybody(tmp_path):
+    text = f'[server]\napi_key = "{KEY}"\n'
+    assert "chmod 600" in refusal(tmp_path, text, mode=0o644)
+    assert loaded(tmp_path, text, mode=0o600).api_key == KEY
+
+
+def test_a_readable_file_without_a_key_is_fine(tmp_path):
+    assert loaded(tmp_path, "[server]\nport = 5\n", mode=0o644).port == 5
+
+
+@pytest.mark.parametrize(
+    ("variable", "sentence"),
+    [
+        ("AGENT_SERVER_PORT=x", "AGENT_SERVER_PORT must be 1..65535, or 0 for a free one (got x)"),
+        ("AGENT_SERVER_HOTS=x", "AGENT_SERVER_HOTS is no option; did you mean host?"),
+        ("AGENT_SERVER_LIMITS_CALLS=0", "AGENT_SERVER_LIMITS_CALLS must be 1..10000 (got 0)"),
+    ],
+)
+def test_a_wrong_variable_is_refused_by_name(variable, sentence):
+    with pytest.raises(StartRefused) as refused:
+        load(environ=dict([variable.split("=")]))
+    assert str(refused.value) == sentence
+
+
+def test_a_wrong_argument_is_refused_as_it_was_typed():
+    with pytest.raises(StartRefused, match=r"^--drain-seconds must be 0\.\.600 seconds \(got -1\)$"):
+        load(environ={}, overrides={"drain_seconds": -1})
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, name):
+    with pytest.raises(StartRefused, match="cannot be read: "):
+        load(tmp_path / name, environ={})
+
+
+def test_a_file_that_is_no_text_is_one_sentence(tmp_path):
+    (tmp_path / "c.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(StartRefused, match="is not UTF-8 text"):
+        load(tmp_path / "c.toml", environ={})
