@@ -1,0 +1,80 @@
+"""The contract of a conversation holds on a server, too; and several clients share one conversation."""
+
+from contextlib import AsyncExitStack
+
+import pytest
+
+from agent_sdk import Agent, Conversation, RemoteWorkspace
+from agent_sdk.protocol.errors import ConversationNotFound
+from agent_sdk.testing import ScriptedLLM, call, say
+from tests.contract.conversation import ConversationContract
+
+
+class TestOnAServer(ConversationContract):
+    @pytest.fixture
+    async def open(self, running_server):
+        async with AsyncExitStack() as stack:
+
+            async def open(agent, **options):
+                workspace = await stack.enter_async_context(
+                    RemoteWorkspace(running_server.url, running_server.api_key)
+                )
+                return Conversation(agent, workspace, **options)
+
+            yield open
+
+
+class TestHereWithAWorkspaceThere(ConversationContract):
+    @pytest.fixture
+    async def open(self, running_server):
+        async with AsyncExitStack() as stack:
+
+            async def open(agent, **options):
+                workspace = await stack.enter_async_context(
+                    RemoteWorkspace(running_server.url, running_server.api_key)
+                )
+                return Conversation(agent, workspace, agent_runs="here", **options)
+
+            yield open
+
+
+AGENT = Agent(llm=ScriptedLLM([call("terminal", command="echo made > it.txt"), say("done")]))
+
+
+async def test_a_second_conversation_shares_the_folder_and_has_its_own_log(running_server):
+    async with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
+        first, second = Conversation(AGENT, workspace), Conversation(AGENT, workspace)
+        await first.send_message("go")
+        await first.run()
+        await second.send_message("go")
+        await second.run()
+        assert first.id != second.id
+        assert (await workspace.files.read("it.txt")) == b"made\n"
+
+
+async def test_another_client_attaches_by_id_and_sees_the_same_events(running_server):
+    async with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
+        conversation = Conversation(AGENT, workspace)
+        await conversation.send_message("go")
+        await conversation.run()
+        mine = [event async for event in conversation.events()]
+        async with RemoteWorkspace(running_server.url, running_server.api_key) as other:
+            attached = Conversation(None, other, id=conversation.id)
+            theirs = [event async for event in attached.events()]
+        assert theirs == mine
+
+
+async def test_an_unknown_id_is_a_conversation_that_is_not_found(running_server):
+    async with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
+        nobody = Conversation(None, workspace, id="01900000-0000-7000-8000-000000000000")
+        with pytest.raises(ConversationNotFound):
+            await nobody.state()
+
+
+async def test_the_end_of_a_turn_that_ended_before_attaching_is_still_told(running_server):
+    async with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
+        conversation = Conversation(AGENT, workspace)
+        await conversation.send_message("go")
+        outcome = await conversation.run()
+        async with RemoteWorkspace(running_server.url, running_server.api_key) as other:
+            assert await Conversation(None, other, id=conversation.id).run() == outcome

@@ -1,0 +1,71 @@
+"""The contract of a workspace holds over every kind of connection."""
+
+from contextlib import AsyncExitStack
+
+import pytest
+
+from agent_sdk import LocalWorkspace, RemoteWorkspace
+from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, Unauthorized
+from agent_sdk.rpc.ledger import Ledger
+from agent_sdk.rpc.peer import Peer
+from agent_sdk.rpc.pipe import memory_pipes
+from agent_sdk.serve import workspace_handlers
+from tests.contract.workspace import WorkspaceContract
+from workspaces.box_process import BoxProcess
+
+
+class TestOverMemory(WorkspaceContract):
+    @pytest.fixture
+    async def workspace(self, tmp_path):
+        root = tmp_path / "root"
+        root.mkdir()
+        here, there = memory_pipes()
+        async with AsyncExitStack() as stack:
+            local = await stack.enter_async_context(LocalWorkspace(root))
+            handlers = workspace_handlers(local, Ledger())
+            await stack.enter_async_context(Peer(there, handlers, opener=False, strict=True))
+            peer = await stack.enter_async_context(Peer(here, opener=True))
+            yield RemoteWorkspace.over(peer)
+
+
+class TestOverAUnixSocketToABox(WorkspaceContract):
+    @pytest.fixture
+    async def workspace(self, tmp_path):
+        root = tmp_path / "root"
+        root.mkdir()
+        async with (
+            BoxProcess(root, tmp_path / "box.sock") as box,
+            RemoteWorkspace(f"unix://{box.socket_path}") as workspace,
+        ):
+            yield workspace
+
+
+class TestOverAWebSocketThroughAServer(WorkspaceContract):
+    @pytest.fixture
+    async def workspace(self, running_server):
+        async with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
+            yield workspace
+
+
+async def test_a_wrong_key_is_refused_with_a_permission_error(running_server):
+    with pytest.raises(Unauthorized, match="API key") as caught:
+        async with RemoteWorkspace(running_server.url, "wrong"):
+            pass
+    assert isinstance(caught.value, PermissionError)
+
+
+async def test_a_server_that_is_not_there_is_a_connection_error(unused_tcp_port):
+    with pytest.raises(ConnectionLost, match="is the server running there"):
+        async with RemoteWorkspace(f"http://127.0.0.1:{unused_tcp_port}", "key"):
+            pass
+
+
+async def test_a_url_without_a_scheme_is_refused_with_one_sentence():
+    with pytest.raises(InvalidParams, match="must start with http"):
+        async with RemoteWorkspace("localhost:8000", "key"):
+            pass
+
+
+async def test_a_workspace_that_is_not_entered_says_so():
+    with pytest.raises(ConnectionLost, match="async with"):
+        await RemoteWorkspace("http://127.0.0.1:1", "key").execute("true")

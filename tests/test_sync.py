@@ -1,0 +1,95 @@
+"""The blocking names agree with the async ones, and callbacks run in the caller's thread."""
+
+import inspect
+import threading
+
+import anyio
+import pytest
+
+from agent_sdk import Agent, api, sync
+from agent_sdk import conversation as conversation_contract
+from agent_sdk import workspace as workspace_contract
+from agent_sdk.testing import ScriptedLLM, call, say
+
+TWINS = [
+    (sync.Workspace, workspace_contract.Workspace),
+    (sync.Process, workspace_contract.Process),
+    (sync.Shell, workspace_contract.Shell),
+    (sync.Files, workspace_contract.Files),
+    (sync.Git, workspace_contract.Git),
+    (sync.Conversation, conversation_contract.Conversation),
+]
+STREAMS = {"read_stream", "write_stream"}  # async by nature: their blocking form is upload and download
+
+
+def parameters(function):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize(("blocking", "contract"), TWINS)
+def test_the_twins_agree(blocking, contract):
+    for name, method in inspect.getmembers(contract, inspect.isfunction):
+        if not name.startswith("_") and name not in STREAMS:
+            assert parameters(getattr(blocking, name)) == parameters(method), name
+
+
+def test_a_conversation_takes_the_same_options():
+    assert parameters(sync.Conversation.__init__)[1:] == parameters(api.Conversation)
+
+
+def test_callbacks_run_in_the_callers_thread_and_in_order(tmp_path):
+    seen = []
+    agent = Agent(llm=ScriptedLLM([call("think", thought="hm"), say("done")]))
+
+    def on_event(event):
+        seen.append((event.seq, threading.current_thread() is threading.main_thread()))
+
+    with sync.Conversation(agent, tmp_path, callbacks=[on_event]) as conversation:
+        conversation.send_message("go")
+        assert conversation.run().final_text == "done"
+        assert [event.seq for event in conversation.events()] == [seq for seq, _ in seen]
+    assert [seq for seq, _ in seen] == list(range(1, len(seen) + 1))
+    assert all(main for _, main in seen)
+
+
+def test_a_blocking_callback_may_call_the_conversation(tmp_path):
+    agent = Agent(llm=ScriptedLLM([say("done")]))
+    states = []
+    with sync.Conversation(agent, tmp_path, callbacks=[lambda _: states.append(conversation.state())]) as it:
+        conversation = it
+        conversation.send_message("go")
+        conversation.run()
+    assert states
+
+
+def test_the_loop_thread_is_gone_after_the_last_block(tmp_path):
+    with sync.LocalWorkspace(tmp_path) as one, sync.LocalWorkspace(tmp_path) as two:
+        assert one.execute("echo 1").stdout == "1\n"
+        assert two.execute_command("echo 2").stdout == "2\n"
+        running = threading.active_count()
+    assert threading.active_count() < running
+
+
+def test_it_works_inside_a_running_loop(tmp_path):
+    async def nested():
+        with sync.LocalWorkspace(tmp_path) as workspace:
+            return workspace.execute("echo nested").stdout
+
+    assert anyio.run(nested) == "nested\n"
+
+
+def test_errors_are_the_same_builtins(tmp_path):
+    with sync.LocalWorkspace(tmp_path) as workspace, pytest.raises(FileNotFoundError):
+        workspace.download("nowhere", tmp_path / "copy")
+
+
+def test_output_and_process_output_can_be_followed(tmp_path):
+    pieces = []
+    with sync.LocalWorkspace(tmp_path) as workspace:
+        workspace.execute("echo a; echo b >&2", on_output=lambda name, data: pieces.append((name, data)))
+        process = workspace.start("cat")
+        process.write(b"fed\n")
+        process.close_stdin()
+        assert b"".join(process.output()) == b"fed\n"
+        assert process.wait().exit_code == 0
+    assert sorted(pieces) == [("stderr", b"b\n"), ("stdout", b"a\n")]
