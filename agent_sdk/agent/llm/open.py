@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from agent_sdk.agent.llm.client import ProviderClient
 from agent_sdk.agent.llm.contract import ModelClient
 from agent_sdk.agent.llm.scripted import ScriptedClient
-from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.specs import Model, ScriptedLLM
 
 
@@ -15,6 +15,4 @@ def open_model(spec: Model) -> ModelClient:
         InvalidParams: the provider is unknown and no base_url is given, or the key, the address or
             a scripted step cannot be used.
     """
-    if isinstance(spec, ScriptedLLM):
-        return ScriptedClient(spec)
-    raise InvalidParams("only scripted models can be opened yet")
+    return ScriptedClient(spec) if isinstance(spec, ScriptedLLM) else ProviderClient(spec)

@@ -1,0 +1,171 @@
+"""An answer while it comes in: pieces become a Completion. Knows the limits, no dialect, no connection."""
+
+from __future__ import annotations
+
+import math
+
+from msgspec import Raw
+
+from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ModelRequest, OnDelta, ToolUse, Usage
+from agent_sdk.agent.llm.failure import broken
+from agent_sdk.agent.llm.provider import Address
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.specs import LLM
+
+ANSWER_BYTES = 32 << 20
+"""Of a whole answer, as it comes over the wire."""
+
+ARGUMENTS_BYTES = 1 << 20
+"""Of one tool call."""
+
+TOOL_CALLS = 64
+"""In one answer."""
+
+PLACES = 4096
+"""Blocks of content, or pieces of signed reasoning, in one answer."""
+
+_ID_CHARACTERS = 128
+_NAME_CHARACTERS = 256
+_MOST_TOKENS = 2**53
+_WRITING_COSTS = 1.25
+"""Anthropic's price of an input token that goes into the prompt cache, in input tokens."""
+
+
+class ToolDraft:
+    """A tool call that is being written."""
+
+    __slots__ = ("call_id", "pieces", "size", "tool")
+
+    def __init__(self) -> None:
+        self.call_id = ""
+        self.tool = ""
+        self.pieces: list[str] = []
+        self.size = 0
+
+
+class Answer:
+    """Collects the pieces of one answer, passes them on, and refuses what is too much."""
+
+    def __init__(
+        self, llm: LLM, address: Address, request: ModelRequest, on_delta: OnDelta | None = None
+    ) -> None:
+        self.address = address
+        self.calls: list[ToolDraft] = []
+        self.finish_reason = ""
+        self.usage = Usage()
+        self._llm = llm
+        self._request = request
+        self._on_delta = on_delta
+        self._text: list[str] = []
+        self._thinking: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"<Answer of {self.address.model} [{len(self._text)} pieces, {len(self.calls)} calls]>"
+
+    @property
+    def text(self) -> str:
+        """What was said so far."""
+        return "".join(self._text)
+
+    @property
+    def thinking(self) -> str:
+        """What was thought so far."""
+        return "".join(self._thinking)
+
+    def say(self, piece: str) -> None:
+        """Add to the text."""
+        if piece:
+            self._text.append(piece)
+            if self._on_delta is not None:
+                self._on_delta(piece, "")
+
+    def think(self, piece: str) -> None:
+        """Add to the thinking."""
+        if piece:
+            self._thinking.append(piece)
+            if self._on_delta is not None:
+                self._on_delta("", piece)
+
+    def open_call(self) -> ToolDraft:
+        """Begin another tool call.
+
+        Raises:
+            ModelAnswerBroken: there are too many.
+        """
+        if len(self.calls) == TOOL_CALLS:
+            raise broken(f"has more than {TOOL_CALLS} tool calls", self.address, limit=TOOL_CALLS)
+        draft = ToolDraft()
+        self.calls.append(draft)
+        return draft
+
+    def add_arguments(self, draft: ToolDraft, piece: str) -> None:
+        """Add to a call's arguments.
+
+        Raises:
+            ModelAnswerBroken: they are too long.
+        """
+        draft.size += len(piece) if piece.isascii() else len(piece.encode(errors="replace"))
+        if draft.size > ARGUMENTS_BYTES:
+            raise broken(
+                f"has a tool call with more than {ARGUMENTS_BYTES} bytes of arguments",
+                self.address,
+                limit=ARGUMENTS_BYTES,
+            )
+        draft.pieces.append(piece)
+
+    def count(self, *, given: int, said: int, cached: int = 0, written: int = 0) -> None:
+        """Set the usage: all tokens given, said (with reasoning), read from and written into the prompt cache.
+
+        What a provider counts may be nonsense; it is brought into a range that cannot make a budget negative.
+        """
+        given, said = _tokens(given), _tokens(said)
+        cached = min(_tokens(cached), given)
+        written = min(_tokens(written), given - cached)
+        self.usage = Usage(
+            input_tokens=given,
+            output_tokens=said,
+            cached_tokens=cached,
+            cost=_cost(self._llm, given - cached + (_WRITING_COSTS - 1) * written, said, cached),
+        )
+
+    def completion(self, provider: Raw | None) -> Completion:
+        """Return the whole answer."""
+        reason = self.finish_reason
+        if reason in ("", "stop", "tool_calls"):  # some servers say `stop` after calling tools
+            reason = "tool_calls" if self.calls else "stop"
+        return Completion(
+            text=self.text,
+            thinking=self.thinking,
+            tool_calls=self._tool_calls(),
+            usage=self.usage,
+            finish_reason=reason,
+            provider=provider,
+        )
+
+    def _tool_calls(self) -> tuple[ToolUse, ...]:
+        """The calls with ids that occur once in the conversation; missing and repeated ones are made anew."""
+        if not self.calls:
+            return ()
+        turns = (turn for turn in self._request.turns if isinstance(turn, AssistantTurn))
+        taken = {use.call_id for turn in turns for use in turn.tool_calls}
+        uses = []
+        for draft in self.calls:
+            call_id = draft.call_id
+            if not call_id or call_id in taken or len(call_id) > _ID_CHARACTERS:
+                call_id = "call_" + new_id().replace("-", "")
+            taken.add(call_id)
+            tool = draft.tool[:_NAME_CHARACTERS]
+            uses.append(ToolUse(call_id=call_id, tool=tool, arguments="".join(draft.pieces)))
+        return tuple(uses)
+
+
+def _tokens(count: int) -> int:
+    return max(0, min(count, _MOST_TOKENS))
+
+
+def _cost(llm: LLM, fresh: float, said: int, cached: int) -> float | None:
+    if llm.input_cost is None or llm.output_cost is None:
+        return None
+    cached_cost = llm.input_cost if llm.cached_input_cost is None else llm.cached_input_cost
+    dollars = (fresh * llm.input_cost + cached * cached_cost + said * llm.output_cost) / 1e6
+    return max(0.0, dollars) if math.isfinite(dollars) else None

@@ -1,0 +1,225 @@
+"""Reading an answer of Anthropic's messages API, whole or in pieces. No connection.
+
+An answer is a list of blocks. Thinking blocks are signed, and have to come back unchanged and in
+their place between text and tool calls; Completion.provider keeps them and the order of the others.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Raw, Struct
+
+from agent_sdk.agent.llm.answer import PLACES, Answer, ToolDraft
+from agent_sdk.agent.llm.contract import Completion
+from agent_sdk.agent.llm.failure import broken, failure_in, unreadable
+from agent_sdk.agent.llm.history import keep
+from agent_sdk.agent.llm.sse import ServerSentEvent
+from agent_sdk.protocol.specs import Json
+
+_FINISHED = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "tool_use": "tool_calls",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "refusal": "refused",
+}
+
+
+class _Usage(Struct, gc=False):
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+
+
+class _Block(Struct, gc=False, omit_defaults=True):
+    type: str = ""
+    text: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: Raw = Raw()
+    thinking: str | None = None
+    signature: str | None = None
+    data: str | None = None
+
+
+class _Delta(Struct, gc=False):
+    type: str = ""
+    text: str | None = None
+    partial_json: str | None = None
+    thinking: str | None = None
+    signature: str | None = None
+    stop_reason: str | None = None
+
+
+class _Message(Struct, gc=False):
+    content: list[_Block] | None = None
+    stop_reason: str | None = None
+    usage: Raw = Raw()
+    error: Raw = Raw()
+
+
+class _Event(Struct, gc=False):
+    """Any event of a stream; which members are set depends on its type."""
+
+    type: str
+    index: int = 0
+    message: _Message | None = None
+    content_block: _Block | None = None
+    delta: _Delta | None = None
+    usage: Raw = Raw()
+    error: Raw = Raw()
+
+
+_event = msgspec.json.Decoder(_Event)
+_whole = msgspec.json.Decoder(_Message)
+_usage = msgspec.json.Decoder(_Usage)
+
+
+class _Place:
+    """A block of the answer, in its place."""
+
+    __slots__ = ("characters", "draft", "given", "signature", "thinking", "type")
+
+    def __init__(self, block: _Block, draft: ToolDraft | None) -> None:
+        self.type = block.type
+        self.draft = draft
+        self.given = bytes(block.data.encode() if block.data else block.input)
+        self.thinking: list[str] = []
+        self.signature = ""
+        self.characters = 0
+
+    def kept(self) -> Json | None:
+        """What has to be remembered of it; None for a kind we know nothing about."""
+        if self.type == "thinking":
+            return {"type": "thinking", "thinking": "".join(self.thinking), "signature": self.signature}
+        if self.type == "redacted_thinking":
+            return {"type": "redacted_thinking", "data": self.given.decode(errors="replace")}
+        if self.type == "text":
+            return {"type": "text", "characters": self.characters}
+        return {"type": "tool_use"} if self.draft else None
+
+
+class Reading:
+    """Reads one answer, streamed or whole."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.done = False
+        """Whether the provider said that the stream is over."""
+        self._answer = answer
+        self._places: dict[int, _Place] = {}
+        self._counts: dict[str, int] = {}
+
+    def event(self, event: ServerSentEvent) -> None:
+        """Take one event of a stream; kinds we do not know are passed over, as the API asks.
+
+        Raises:
+            ModelError: it makes no sense, or says that the model failed.
+        """
+        try:
+            taken = _event.decode(event.data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise unreadable(exc, event.data, self._answer.address) from None
+        kind = taken.type
+        if kind == "content_block_delta" and taken.delta is not None:
+            self._extend(self._place(taken.index, None), taken.delta)
+        elif kind == "content_block_start" and taken.content_block is not None:
+            self._place(taken.index, taken.content_block)
+        elif kind == "message_start" and taken.message is not None:
+            self._count(taken.message.usage)
+        elif kind == "message_delta":
+            self._finish(taken.delta.stop_reason if taken.delta else None)
+            self._count(taken.usage)
+        elif kind == "message_stop":
+            self.done = True
+        elif kind == "error":
+            raise failure_in(taken.error, self._answer.address)
+
+    def whole(self, body: bytes) -> None:
+        """Take an answer that was not streamed. Raises as `event`."""
+        try:
+            message = _whole.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise unreadable(exc, body, self._answer.address) from None
+        if message.content is None:
+            if bytes(message.error):
+                raise failure_in(message.error, self._answer.address)
+            raise broken("has no content", self._answer.address)
+        for index, block in enumerate(message.content):
+            self._place(index, block)
+        self._finish(message.stop_reason)
+        self._count(message.usage)
+        self.done = True
+
+    def completion(self) -> Completion:
+        """Return the answer after its last event.
+
+        Raises:
+            ModelAnswerBroken: the stream stopped before its end.
+        """
+        answer = self._answer
+        if not self.done:
+            raise broken("stopped in the middle", answer.address)
+        for place in self._places.values():
+            if place.draft and not place.draft.pieces:  # a call without arguments, or not streamed
+                answer.add_arguments(place.draft, place.given.decode(errors="replace") or "{}")
+        counts = self._counts
+        read, written = counts.get("cache_read_input_tokens", 0), counts.get("cache_creation_input_tokens", 0)
+        answer.count(
+            given=counts.get("input_tokens", 0) + read + written,
+            said=counts.get("output_tokens", 0),
+            cached=read,
+            written=written,
+        )
+        return answer.completion(self._provider())
+
+    def _provider(self) -> Raw | None:
+        """The thinking and its places; None without any. A signature that did not come makes it worthless."""
+        places = [kept for place in self._places.values() if (kept := place.kept())]
+        if self._answer.finish_reason == "length":
+            places = [kept for kept in places if kept["type"] != "thinking" or kept["signature"]]
+        thought = any(kept["type"] in ("thinking", "redacted_thinking") for kept in places)
+        return keep(self._answer.address, places=places) if thought else None
+
+    def _place(self, index: int, block: _Block | None) -> _Place:
+        """The block with this index; a new one when it starts, and for a text that never did."""
+        if block is None:
+            known = self._places.get(index)
+            if known is not None:
+                return known
+            block = _Block(type="text")
+        if len(self._places) == PLACES:
+            raise broken(f"has more than {PLACES} blocks", self._answer.address, limit=PLACES)
+        draft = None
+        if block.type == "tool_use":
+            draft = self._answer.open_call()
+            draft.call_id, draft.tool = block.id or "", block.name or ""
+        place = self._places[index] = _Place(block, draft)
+        self._extend(place, _Delta(text=block.text, thinking=block.thinking, signature=block.signature))
+        return place
+
+    def _extend(self, place: _Place, delta: _Delta) -> None:
+        if delta.text:
+            place.characters += len(delta.text)
+            self._answer.say(delta.text)
+        if delta.partial_json and place.draft is not None:
+            self._answer.add_arguments(place.draft, delta.partial_json)
+        if delta.thinking:
+            place.thinking.append(delta.thinking)
+            self._answer.think(delta.thinking)
+        if delta.signature:
+            place.signature += delta.signature
+
+    def _finish(self, reason: str | None) -> None:
+        if reason:
+            self._answer.finish_reason = _FINISHED.get(reason, reason)
+
+    def _count(self, raw: Raw) -> None:
+        """Later counts replace earlier ones: the API gives running totals."""
+        try:
+            usage = _usage.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return  # a count that makes no sense is no reason to lose the answer
+        counts = msgspec.structs.asdict(usage)
+        self._counts.update({name: count for name, count in counts.items() if count is not None})

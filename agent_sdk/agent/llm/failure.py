@@ -1,0 +1,180 @@
+"""What went wrong with a model, as one of our errors: from an HTTP status, an error object, a broken answer.
+
+Messages are for people and end up in the log: at most 500 characters of what the provider said, and
+never the key.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from agent_sdk.agent.llm.provider import Address
+from agent_sdk.protocol.errors import (
+    ModelAnswerBroken,
+    ModelError,
+    ModelRateLimited,
+    ModelRefused,
+    ModelUnauthorized,
+    ModelUnavailable,
+)
+
+LONGEST_PAUSE = 600.0
+"""Seconds; a provider that asks for more is asked again after that."""
+
+ERROR_BYTES = 64 << 10
+"""As much of an error's body is read."""
+
+_MESSAGE_CHARACTERS = 500
+
+_BY_STATUS: dict[int, type[ModelError]] = {
+    401: ModelUnauthorized,
+    403: ModelUnauthorized,
+    408: ModelUnavailable,
+    409: ModelUnavailable,
+    425: ModelUnavailable,
+    429: ModelRateLimited,
+}
+
+_BY_TYPE: dict[str, type[ModelError]] = {
+    "authentication_error": ModelUnauthorized,
+    "permission_error": ModelUnauthorized,
+    "invalid_request_error": ModelRefused,
+    "not_found_error": ModelRefused,
+    "request_too_large": ModelRefused,
+    "billing_error": ModelRefused,
+    "rate_limit_error": ModelRateLimited,
+    "api_error": ModelUnavailable,
+    "timeout_error": ModelUnavailable,
+    "overloaded_error": ModelUnavailable,
+}
+"""Anthropic's error types, which also come in the middle of an answer."""
+
+
+def failure_of(status: int, headers: Mapping[str, str], body: bytes, address: Address) -> ModelError:
+    """Return the error for an answer whose status is not 200. The body may be anything, and cut."""
+    details: dict[str, Any] = {"status": status, "provider": address.provider}
+    if 300 <= status < 400:
+        said = "it answers with a redirect, which is not followed; set base_url to the final address"
+        return ModelRefused(f"{address.host} refused the request: {said}", **details)
+    said = shown(_message(body), address)
+    cls = _BY_STATUS.get(status) or (ModelUnavailable if status >= 500 else ModelRefused)
+    if status < 300:
+        cls = ModelAnswerBroken
+    pause = retry_after_ms(headers.get("Retry-After"), headers.get("retry-after-ms"), time.time())
+    if pause is not None and cls.retryable:
+        details["retry_after_ms"] = pause
+    hint = ""
+    if status == 404:
+        hint = " (is the model's name right, and does base_url end with the version, such as /v1?)"
+    elif cls is ModelUnauthorized and not address.secrets:
+        hint = " (no API key is set)"
+    return cls(
+        f"{address.provider} answered with HTTP {status}: {said or 'no reason given'}{hint}", **details
+    )
+
+
+def failure_in(raw: bytes | Raw, address: Address) -> ModelError:
+    """Return the error for the JSON of an error object in an answer with status 200.
+
+    A number that is an HTTP status, or one of Anthropic's types, says which; anything else means a
+    broken answer.
+    """
+    details: dict[str, Any] = {"provider": address.provider}
+    try:
+        error = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        error = None
+    members = error if isinstance(error, dict) else {}
+    code, kind = members.get("code"), members.get("type")
+    cls: type[ModelError] = ModelAnswerBroken
+    if isinstance(code, int) and 400 <= code < 600:
+        details["status"] = code
+        cls = _BY_STATUS.get(code) or (ModelUnavailable if code >= 500 else ModelRefused)
+    elif isinstance(kind, str) and address.kind.dialect == "anthropic":
+        cls = _BY_TYPE.get(kind, ModelAnswerBroken)
+    said = shown(_said(error), address)
+    return cls(f"{address.provider} stopped with an error: {said or 'no reason given'}", **details)
+
+
+def broken(reason: str, address: Address, **details: Any) -> ModelAnswerBroken:
+    """Return the error for an answer that stopped or makes no sense."""
+    message = f"the answer of {address.provider} {shown(reason, address)}"
+    return ModelAnswerBroken(message, provider=address.provider, **details)
+
+
+def unreadable(exc: Exception, data: bytes, address: Address) -> ModelAnswerBroken:
+    """Return the error for a piece of an answer that no decoder takes; shows its beginning."""
+    return broken(f"cannot be read ({exc}): {data[:200].decode(errors='replace')}", address)
+
+
+def shown(text: str, address: Address) -> str:
+    """Text that may be shown: without secrets and control characters, on one line, cut."""
+    for secret in address.secrets:  # before the cut: half a key is too much
+        text = text.replace(secret, "***")
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 8 * _MESSAGE_CHARACTERS]).split())
+    return text if len(text) <= _MESSAGE_CHARACTERS else text[: _MESSAGE_CHARACTERS - 1] + "…"
+
+
+def retry_after_ms(header: str | None, milliseconds: str | None = None, now: float = 0.0) -> int | None:
+    """How long the provider wants to be left alone, at most 10 minutes; None when it does not say or it is over.
+
+    Args:
+        header: `Retry-After`: seconds, or an HTTP date (RFC 9110, section 10.2.3).
+        milliseconds: `retry-after-ms`, more exact, as OpenAI sends it.
+        now: seconds since the Unix epoch, which a date is compared with.
+    """
+    seconds = _number(milliseconds, 0.001)
+    if seconds is None:
+        seconds = _number(header, 1.0)
+    if seconds is None and header:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - now
+        except (ValueError, OverflowError):
+            return None
+    if seconds is None or not seconds > 0:  # also NaN
+        return None
+    return max(1, round(min(seconds, LONGEST_PAUSE) * 1000))
+
+
+def _number(text: str | None, unit: float) -> float | None:
+    try:
+        return float(text or "") * unit
+    except ValueError:
+        return None
+
+
+def _message(body: bytes) -> str:
+    """The reason in an error's body: the `message` of the shapes in use, or the text itself unless it is a page."""
+    try:
+        said = _said(msgspec.json.decode(body))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        said = ""
+    if said:
+        return said
+    text = body.decode(errors="replace").strip()
+    return "a web page instead of an answer" if text[:1] == "<" else text
+
+
+def _said(error: object) -> str:
+    """The text of `{"error": {"message": …}}`, `[{…}]`, `{"message": …}`, `{"detail": …}` and the like."""
+    for _ in range(4):
+        if isinstance(error, list) and error:
+            error = error[0]
+        elif isinstance(error, dict):
+            inner = next(
+                (error[key] for key in ("error", "message", "detail", "msg") if error.get(key)), None
+            )
+            if inner is None:
+                break
+            error = inner
+        else:
+            break
+    if isinstance(error, str):
+        return error
+    return msgspec.json.encode(error).decode() if isinstance(error, dict | list) and error else ""

@@ -1,0 +1,252 @@
+"""Reading an answer of OpenAI's chat completions, whole or in pieces. No connection.
+
+The dialect has accents. Reasoning comes as `reasoning_content` or `reasoning`, text as a string or a
+list of parts; tool calls may come without index or id, or several under one index.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from agent_sdk.agent.llm.answer import PLACES, Answer, ToolDraft
+from agent_sdk.agent.llm.contract import Completion
+from agent_sdk.agent.llm.failure import broken, failure_in, unreadable
+from agent_sdk.agent.llm.history import keep
+from agent_sdk.agent.llm.sse import ServerSentEvent
+from agent_sdk.protocol.specs import Json
+
+_NOTHING = (b"", b"null")
+
+_FINISHED = {"function_call": "tool_calls", "content_filter": "refused"}
+
+
+class _Function(Struct, gc=False):
+    name: str | None = None
+    arguments: str | dict[str, Any] | None = None
+
+
+class _ToolCall(Struct, gc=False):
+    index: int | None = None
+    id: str | None = None
+    function: _Function | None = None
+    extra_content: dict[str, Any] | None = None
+
+
+class _Part(Struct, gc=False):
+    type: str = ""
+    text: str | None = None
+    thinking: list[_Part] | str | None = None
+
+
+class _Message(Struct, gc=False):
+    """A delta of a stream, or a whole message."""
+
+    content: str | list[_Part] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    reasoning_details: list[dict[str, Any]] | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Choice(Struct, gc=False):
+    delta: _Message | None = None
+    message: _Message | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(Struct, gc=False):
+    choices: list[_Choice] | None = None
+    usage: Raw = Raw()
+    error: Raw = Raw()
+    object: str | None = None
+
+
+class _Details(Struct):
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class _Usage(Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    prompt_cache_hit_tokens: int | None = None
+
+
+_chunk = msgspec.json.Decoder(_Chunk)
+_usage = msgspec.json.Decoder(_Usage)
+
+
+class Reading:
+    """Reads one answer, streamed or whole."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.done = False
+        """Whether the provider said that the stream is over."""
+        self._answer = answer
+        self._drafts: dict[int | str, ToolDraft] = {}
+        self._extras: list[Json] = []
+        self._details: list[Json] = []
+        self._thinks_in = ""
+
+    def event(self, event: ServerSentEvent) -> None:
+        """Take one event of a stream.
+
+        Raises:
+            ModelError: it makes no sense, or says that the model failed.
+        """
+        if event.data.strip() == b"[DONE]":
+            self.done = True
+            return
+        self._take(event.data, whole=False, failed=event.name == b"error")
+
+    def whole(self, body: bytes) -> None:
+        """Take an answer that was not streamed. Raises as `event`."""
+        self._take(body, whole=True)
+        self.done = True
+
+    def completion(self) -> Completion:
+        """Return the answer after its last event.
+
+        Raises:
+            ModelAnswerBroken: the stream stopped before its end.
+        """
+        answer = self._answer
+        if not self.done and not answer.finish_reason:
+            raise broken("stopped in the middle", answer.address)
+        if not (answer.finish_reason or answer.calls or answer.text):
+            raise broken("is empty", answer.address)
+        members: Json = {}
+        if self._details:
+            members["message"] = {"reasoning_details": self._details}
+        elif self._thinks_in:
+            members["message"] = {self._thinks_in: answer.thinking}
+        if any(self._extras):
+            members["calls"] = self._extras
+        return answer.completion(keep(answer.address, **members) if members else None)
+
+    def _take(self, data: bytes, *, whole: bool, failed: bool = False) -> None:
+        address = self._answer.address
+        try:
+            chunk = _chunk.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise unreadable(exc, data, address) from None
+        if failed or chunk.object == "error":
+            raise failure_in(data, address)
+        if bytes(chunk.error) not in _NOTHING:
+            raise failure_in(chunk.error, address)
+        if chunk.choices:
+            choice = chunk.choices[0]
+            message = choice.message if whole else choice.delta
+            if message is not None:
+                self._read(message, whole=whole)
+            if choice.finish_reason and self._answer.finish_reason != "refused":
+                self._answer.finish_reason = _FINISHED.get(choice.finish_reason, choice.finish_reason)
+        elif whole:
+            raise broken("has no choices", address)
+        if bytes(chunk.usage) not in _NOTHING:
+            self._count(chunk.usage)
+
+    def _read(self, message: _Message, *, whole: bool) -> None:
+        answer = self._answer
+        if message.reasoning_content or message.reasoning:
+            self._think(message)
+        if message.reasoning_details:
+            self._keep_details(message.reasoning_details)
+        if message.content:
+            if isinstance(message.content, str):
+                answer.say(message.content)
+            else:
+                self._read_parts(message.content)
+        if message.refusal:
+            answer.say(message.refusal)
+            answer.finish_reason = "refused"
+        if message.tool_calls:
+            for position, call in enumerate(message.tool_calls):
+                if whole:
+                    call.index = position
+                self._call(call)
+
+    def _think(self, message: _Message) -> None:
+        """Some servers fill both fields with the same; the first one met counts."""
+        self._thinks_in = self._thinks_in or (
+            "reasoning_content" if message.reasoning_content else "reasoning"
+        )
+        piece = message.reasoning if self._thinks_in == "reasoning" else message.reasoning_content
+        self._answer.think(piece or "")
+
+    def _read_parts(self, parts: list[_Part]) -> None:
+        for part in parts:
+            if isinstance(part.thinking, str):
+                self._answer.think(part.thinking)
+            elif part.thinking:
+                for thought in part.thinking:
+                    self._answer.think(thought.text or "")
+            elif part.text:
+                self._answer.say(part.text)
+
+    def _keep_details(self, details: list[Json]) -> None:
+        """Join the pieces of a text, which have the same type and index; encrypted ones come whole."""
+        for detail in details:
+            last = self._details[-1] if self._details else {}
+            same = all(last.get(key) == detail.get(key) for key in ("type", "index"))
+            if not last or not same or detail.get("type") == "reasoning.encrypted":
+                if len(self._details) == PLACES:
+                    raise broken(f"has more than {PLACES} pieces of reasoning", self._answer.address)
+                self._details.append(detail)
+                continue
+            for key, value in detail.items():
+                if key in ("text", "summary") and isinstance(value, str):
+                    last[key] = (last.get(key) or "") + value
+                elif value is not None:
+                    last[key] = value
+
+    def _call(self, call: _ToolCall) -> None:
+        draft = self._draft(call)
+        function = call.function or _Function()
+        draft.call_id = draft.call_id or call.id or ""
+        draft.tool = draft.tool or function.name or ""
+        if isinstance(function.arguments, str):
+            self._answer.add_arguments(draft, function.arguments)
+        elif function.arguments is not None:
+            self._answer.add_arguments(draft, msgspec.json.encode(function.arguments).decode())
+        if call.extra_content:
+            at = self._answer.calls.index(draft)
+            self._extras[at] = {"extra_content": call.extra_content}
+
+    def _draft(self, call: _ToolCall) -> ToolDraft:
+        """The call this piece belongs to: by index, else by id, else the last one unless it has a name of its own."""
+        key = call.index if call.index is not None else call.id
+        name = call.function.name if call.function else None
+        if key is None:
+            known = None if name or not self._answer.calls else self._answer.calls[-1]
+        else:
+            known = self._drafts.get(key)
+            if known and name and call.id and known.call_id and call.id != known.call_id:
+                known = None  # another call under the same index
+        if known is not None:
+            return known
+        draft = self._answer.open_call()
+        self._extras.append({})
+        if key is not None:
+            self._drafts[key] = draft
+        return draft
+
+    def _count(self, raw: Raw) -> None:
+        try:
+            usage = _usage.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return  # a count that makes no sense is no reason to lose the answer
+        given, said = usage.prompt_tokens or 0, usage.completion_tokens or 0
+        details = usage.prompt_tokens_details
+        cached = (details.cached_tokens if details else None) or usage.prompt_cache_hit_tokens or 0
+        reasoning = usage.completion_tokens_details and usage.completion_tokens_details.reasoning_tokens
+        if reasoning and usage.total_tokens == given + said + reasoning:
+            said += reasoning  # xAI counts it apart
+        self._answer.count(given=given, said=said, cached=cached)

@@ -1,0 +1,160 @@
+"""Who offers models, where, and in which dialect: the table behind `provider/name`.
+
+Only what differs between providers is here; how a dialect is spoken is in openai.py and anthropic.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+
+from agent_sdk.protocol.errors import InvalidParams
+from agent_sdk.protocol.specs import LLM
+
+
+class Provider(Struct, frozen=True, kw_only=True):
+    """One provider."""
+
+    base_url: str | None = None
+    """Up to and including the version; None: only the user knows."""
+    dialect: Literal["openai", "anthropic"] = "openai"
+    key_header: str = "Authorization"
+    """`Authorization` carries `Bearer KEY`, others the bare key."""
+    limit: str = "max_tokens"
+    """How the request names the longest answer."""
+    asks_for_usage: bool = True
+    """Whether a stream tells the usage only when asked; Mistral always does and refuses the question."""
+    call_id: str = r"[\x21-\x7e]{1,40}"
+    """What a tool call's id may look like in a request (a conversation can change its model)."""
+
+
+PROVIDERS: dict[str, Provider] = {
+    "openai": Provider(base_url="https://api.openai.com/v1", limit="max_completion_tokens"),
+    "anthropic": Provider(
+        base_url="https://api.anthropic.com/v1",
+        dialect="anthropic",
+        key_header="x-api-key",
+        call_id=r"[a-zA-Z0-9_-]{1,64}",
+    ),
+    "azure": Provider(key_header="api-key", limit="max_completion_tokens"),
+    "deepseek": Provider(base_url="https://api.deepseek.com/v1"),
+    "gemini": Provider(base_url="https://generativelanguage.googleapis.com/v1beta/openai"),
+    "groq": Provider(base_url="https://api.groq.com/openai/v1"),
+    "mistral": Provider(
+        base_url="https://api.mistral.ai/v1", asks_for_usage=False, call_id=r"[a-zA-Z0-9]{9}"
+    ),
+    "ollama": Provider(base_url="http://127.0.0.1:11434/v1"),
+    "openai-compatible": Provider(),
+    "openrouter": Provider(base_url="https://openrouter.ai/api/v1"),
+    "together": Provider(base_url="https://api.together.xyz/v1"),
+    "vllm": Provider(),
+    "xai": Provider(base_url="https://api.x.ai/v1"),
+}
+
+_ENDS = {"openai": "/chat/completions", "anthropic": "/messages"}
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+
+
+class Address(Struct, frozen=True, kw_only=True):
+    """Everything needed to send a request for one LLM."""
+
+    provider: str
+    """Name in the table, or `openai-compatible` when only base_url is known."""
+    kind: Provider
+    model: str
+    """As the provider calls it."""
+    url: str
+    headers: dict[str, str]
+    secrets: tuple[str, ...] = ()
+    """Never to be shown; longest first."""
+
+    def __repr__(self) -> str:
+        return f"Address({self.provider}/{self.model} at {self.host})"
+
+    @property
+    def host(self) -> str:
+        """Host and port, without credentials that a URL may hold."""
+        return urlsplit(self.url).netloc.rpartition("@")[2]
+
+
+def address_of(llm: LLM) -> Address:
+    """Return where and how to reach the model.
+
+    A name without a known provider belongs, whole, to the OpenAI-style server at base_url
+    (`Qwen/Qwen3-Coder` is what such servers call their models).
+
+    Raises:
+        InvalidParams: unknown provider without base_url, or an address, key or header that HTTP cannot carry.
+    """
+    name, slash, model = llm.model.partition("/")
+    if not slash or name not in PROVIDERS:
+        if llm.base_url is None:
+            raise InvalidParams(
+                f"the model {llm.model[:64]!r} names no known provider: write provider/name with one of "
+                f"{', '.join(PROVIDERS)}, or set base_url to an OpenAI-style server"
+            )
+        name, model = "openai-compatible", llm.model
+    kind = PROVIDERS[name]
+    base_url = llm.base_url or kind.base_url
+    if base_url is None:
+        raise InvalidParams(f"{name} has no address of its own: set base_url, e.g. http://host:8000/v1")
+    if not model:
+        raise InvalidParams(f"the model {llm.model[:64]!r} has no name after the provider")
+    key = (llm.api_key or "").strip()
+    return Address(
+        provider=name,
+        kind=kind,
+        model=model,
+        url=_url(base_url, _ENDS[kind.dialect]),
+        headers=_headers(kind, key, llm.headers),
+        secrets=_secrets(key, base_url, llm.headers),
+    )
+
+
+def _url(base_url: str, end: str) -> str:
+    try:
+        parts = urlsplit(base_url.strip())
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, an unclosed bracket
+        fits = False
+    if not fits or re.search(r"[\x00-\x20\x7f]", base_url.strip()):
+        raise InvalidParams("base_url is no address: it looks like https://host/v1")
+    path = parts.path.rstrip("/").removesuffix(end) + end
+    return parts._replace(path=path, fragment="").geturl()
+
+
+def _headers(kind: Provider, key: str, extra: dict[str, str]) -> dict[str, str]:
+    headers = {
+        "Content-Type": "application/json",
+        "Accept": "text/event-stream, application/json",
+        "Accept-Encoding": "identity",  # compressed, the pieces of a stream would come late and in lumps
+    }
+    if kind.dialect == "anthropic":
+        headers["anthropic-version"] = "2023-06-01"
+    if key:
+        headers[kind.key_header] = f"Bearer {key}" if kind.key_header == "Authorization" else key
+    for name, value in headers.items():
+        if not _VALUE.fullmatch(value):
+            raise InvalidParams(
+                f"the API key cannot be sent as the header {name}: it holds a line break or the like"
+            )
+    for name, value in extra.items():
+        if not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
+            raise InvalidParams(
+                f"the header {name[:64]!r} cannot be sent: its name or value is not allowed in HTTP"
+            )
+    chosen = {name.lower() for name in extra}
+    return {name: value for name, value in headers.items() if name.lower() not in chosen} | extra
+
+
+def _secrets(key: str, base_url: str, extra: dict[str, str]) -> tuple[str, ...]:
+    """What error messages must not show: the key, a password in the address, long values of own headers."""
+    found = {key, *(value.removeprefix("Bearer ") for value in extra.values() if len(value) >= 12)}
+    login, at, _ = urlsplit(base_url).netloc.rpartition("@")
+    if at:
+        found |= {login, login.partition(":")[2]}
+    return tuple(sorted((secret for secret in found if len(secret) >= 4), key=len, reverse=True))

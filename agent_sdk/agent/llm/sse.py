@@ -1,0 +1,95 @@
+"""Server-sent events (WHATWG HTML, section 9.2) out of bytes that were cut anywhere. Knows no connection.
+
+Lines are split as bytes, so a cut within a UTF-8 character needs no care, and payloads stay bytes:
+a JSON decoder takes them as they are. `id` and `retry` are ignored: a model's answer is not resumed.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from agent_sdk.protocol.errors import ModelAnswerBroken
+
+EVENT_BYTES = 8 << 20
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class ServerSentEvent(Struct, frozen=True, gc=False):
+    """One event."""
+
+    data: bytes
+    """Its `data` lines, joined by line feeds."""
+    name: bytes = b"message"
+
+
+class EventParser:
+    """Takes bytes, gives the events that became complete with them."""
+
+    def __init__(self, limit: int = EVENT_BYTES) -> None:
+        self._limit = limit
+        self._rest: list[bytes] = []
+        """The pieces of a line that has not ended yet."""
+        self._data: list[bytes] = []
+        self._name = b""
+        self._size = 0
+        """Bytes of the event that is being read."""
+        self._after_cr = False
+        self._first_line = True
+
+    def feed(self, piece: bytes) -> list[ServerSentEvent]:
+        """Return the events that end in this piece, in order. One without its blank line never comes.
+
+        Raises:
+            ModelAnswerBroken: an event is longer than the limit; nothing can be fed any more.
+        """
+        if not piece:
+            return []
+        if self._after_cr and piece[:1] == b"\n":
+            piece = piece[1:]  # the second half of a CRLF
+            self._after_cr = False
+            if not piece:
+                return []
+        self._after_cr = piece[-1:] == b"\r"
+        if b"\r" in piece:
+            piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        return self._lines(piece.split(b"\n"))
+
+    def _lines(self, lines: list[bytes]) -> list[ServerSentEvent]:
+        events: list[ServerSentEvent] = []
+        rest = lines.pop()
+        for line in lines:
+            if self._rest:
+                self._size -= sum(map(len, self._rest))  # counted again, with the whole line
+                line = b"".join((*self._rest, line))
+                self._rest.clear()
+            if self._first_line:
+                self._first_line = False
+                line = line.removeprefix(_BOM)
+            if line:
+                self._field(line)
+                continue
+            if self._data:
+                events.append(ServerSentEvent(b"\n".join(self._data), self._name or b"message"))
+            self._data, self._name, self._size = [], b"", 0
+        if rest:
+            self._rest.append(rest)
+            self._count(len(rest))
+        return events
+
+    def _field(self, line: bytes) -> None:
+        self._count(len(line))
+        name, _, value = line.partition(b":")
+        if value[:1] == b" ":
+            value = value[1:]
+        if name == b"data":
+            self._data.append(value)
+        elif name == b"event":
+            self._name = value
+
+    def _count(self, size: int) -> None:
+        self._size += size
+        if self._size > self._limit:
+            raise ModelAnswerBroken(
+                f"the model's answer has an event of more than {self._limit} bytes", limit=self._limit
+            )
