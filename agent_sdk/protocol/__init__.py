@@ -1,6 +1,8 @@
 """What is true without a network; stdlib and msgspec only.
 
-endpoint: JSON-RPC and binary frames without I/O
+endpoint: JSON-RPC without I/O
+frame:    binary frames
+strictness: nesting and repeated keys, which JSON parsers let pass
 window:   credit arithmetic of byte streams
 methods:  one class per call: name, params, result
 results:  what calls return

@@ -1,1 +1,12 @@
-"""Map of the folder."""
+"""The protocol, moving. Import from the files; this one imports nothing, so that a box needs no aiohttp.
+
+pipe:      what moves frames; a pair in memory
+unix:      frames over a Unix socket
+websocket: frames over an aiohttp WebSocket
+lanes:     what waits to be sent, and who goes next
+stream:    byte streams: ByteReader, ByteWriter
+channels:  which byte streams a connection has
+calls:     calls of ours that wait for an answer
+peer:      one end of a connection: calls both ways, notices, events, streams
+ledger:    each op_id runs once
+"""

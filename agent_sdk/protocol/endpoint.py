@@ -1,0 +1,368 @@
+"""One end of a JSON-RPC 2.0 conversation without I/O: no socket, no clock, no task.
+
+Theory of operation. Both sides use the same class. Outgoing: `request`, `notification`, `response`
+and `failure` turn a message into JSON bytes. Incoming: `receive` turns a frame into a message. What
+is remembered in between is which of our ids await an answer, which of theirs we owe one, and the
+long messages that arrived in part.
+
+A call that cannot be accepted raises a typed error; `refusal` makes the answer to it. What cannot
+be answered (a notification or an answer that makes no sense) is ignored and counted in `ignored`.
+Binary frames that break the rules raise BadBinaryHeader: nobody knows any more what follows, and
+the connection has to be closed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cache
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from agent_sdk.protocol import frame as frames
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    BadBinaryHeader,
+    BadId,
+    BatchNotSupported,
+    DuplicateKey,
+    ErrorObject,
+    InvalidParams,
+    InvalidRequest,
+    LimitExceeded,
+    MaxDepth,
+    MethodNotFound,
+    ParseError,
+    to_wire,
+)
+from agent_sdk.protocol.methods import NOTICES, Method, Notice, all_methods
+from agent_sdk.protocol.specs import Limits
+from agent_sdk.protocol.strictness import check_depth, repeats_a_member
+
+Id = int | str
+M = TypeVar("M", bound="Method[Any] | Notice")
+
+DEFAULTS = Limits()
+EVENTS, MESSAGES = 0, 1
+"""The streams of `message` frames."""
+
+_ID_LIMIT = 2**53
+_ID_LENGTH = 128
+_SHOWN = 64
+_INTEGER = re.compile(rb"-?[0-9]{1,16}")
+_WHERE = re.compile(r"(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?", re.DOTALL)
+_NO_PARAMS = Raw(b"{}")
+_VERSION = b'"2.0"'
+
+
+class Request(Struct, frozen=True):
+    """A call that wants an answer."""
+
+    id: Id
+    method: str
+    params: Raw
+
+
+class Notification(Struct, frozen=True):
+    """A known notice; nobody answers it."""
+
+    method: str
+    params: Raw
+
+
+class Response(Struct, frozen=True):
+    """The answer to a call of ours."""
+
+    id: Id
+    result: Raw
+
+
+class Failure(Struct, frozen=True):
+    """The other answer to a call of ours."""
+
+    id: Id
+    error: ErrorObject
+
+
+Message = Request | Notification | Response | Failure
+
+
+class _Envelope(Struct, frozen=True):
+    """Everything stays raw, so that one wrong member does not hide the others."""
+
+    jsonrpc: Raw | UnsetType = UNSET
+    id: Raw | UnsetType = UNSET
+    method: Raw | UnsetType = UNSET
+    params: Raw | UnsetType = UNSET
+    result: Raw | UnsetType = UNSET
+    error: Raw | UnsetType = UNSET
+
+
+class _Error(Struct, frozen=True):
+    code: int
+    message: str = ""
+    data: Any = None
+
+
+class _Call(Struct, frozen=True):
+    jsonrpc: str
+    id: Id | UnsetType
+    method: str
+    params: Any
+
+
+class _Answer(Struct, frozen=True):
+    jsonrpc: str
+    id: Id | None
+    result: Any
+
+
+class _Refusal(Struct, frozen=True):
+    jsonrpc: str
+    id: Id | None
+    error: ErrorObject
+
+
+_encode = msgspec.json.Encoder().encode
+_envelope = msgspec.json.Decoder(_Envelope)
+_text = msgspec.json.Decoder(str)
+_error = msgspec.json.Decoder(_Error)
+
+
+class Endpoint:
+    """Ids and their fates. See the module's docstring."""
+
+    def __init__(self, limits: Limits = DEFAULTS, *, strict: bool = False) -> None:
+        """Make an end that accepts what `limits` allow; `strict` adds the checks of the accepting side."""
+        self.ignored: Counter[str] = Counter()
+        """How often something was ignored, by reason."""
+        self._limits = limits
+        self._strict = strict
+        self._last_id = 0
+        self._awaiting: set[Id] = set()
+        self._answering: set[Id] = set()
+        self._partial: dict[int, bytearray] = {}
+        self._notices = {notice.method for notice in NOTICES}
+
+    def request(self, method: str, params: Any) -> tuple[int, bytes]:
+        """A call under a fresh id, as JSON.
+
+        Raises:
+            InvalidParams: the params cannot be written as JSON, e.g. text with lone surrogates.
+        """
+        self._last_id += 1
+        encoded = _written(_Call("2.0", self._last_id, method, params))
+        self._awaiting.add(self._last_id)
+        return self._last_id, encoded
+
+    def notification(self, method: str, params: Any) -> bytes:
+        """A notification as JSON."""
+        return _written(_Call("2.0", UNSET, method, params))
+
+    def response(self, id: Id, result: Any) -> bytes:
+        """The answer to their call. An exception from the encoder leaves the call unanswered."""
+        encoded = _encode(_Answer("2.0", id, result))
+        self._answering.discard(id)
+        return encoded
+
+    def failure(self, id: Id | None, error: ErrorObject) -> bytes:
+        """The other answer to their call; id None: to something that had no legible id."""
+        self._answering.discard(id or 0)
+        return _encode(_Refusal("2.0", id, error))
+
+    def refusal(self, exc: AgentServerError) -> bytes:
+        """The answer to what `receive` refused. A call that is under way stays under way."""
+        return _encode(_Refusal("2.0", exc.details.get("id"), to_wire(exc)))
+
+    def forget(self, id: Id) -> None:
+        """Nobody waits for the answer to this call of ours any more."""
+        self._awaiting.discard(id)
+
+    def receive(self, frame: bytes, *, text: bool) -> Message | frames.BinaryFrame | None:
+        """The message in a frame; None: part of a longer one, or something that is ignored.
+
+        Raises:
+            ParseError, InvalidRequest, MethodNotFound: a message that is refused; see `refusal`.
+            BadBinaryHeader, LimitExceeded: the connection has to be closed.
+        """
+        if text:
+            return self._message(frame)
+        content = frames.unpack(frame)
+        if not isinstance(content, frames.Piece):
+            return content
+        whole = self._assemble(content)
+        return None if whole is None else self._message(whole)
+
+    def _assemble(self, piece: frames.Piece) -> bytearray | None:
+        if piece.stream not in (EVENTS, MESSAGES):
+            raise BadBinaryHeader(f"stream {piece.stream} carries no messages")
+        parts = self._partial.setdefault(piece.stream, bytearray())
+        if piece.offset != len(parts):
+            raise BadBinaryHeader(f"a piece for position {piece.offset} instead of {len(parts)}")
+        if (got := len(parts) + len(piece.payload)) > self._limits.message_bytes:
+            limit = self._limits.message_bytes
+            raise LimitExceeded(
+                f"a message of more than {limit} bytes", field="message", limit=limit, got=got
+            )
+        parts += piece.payload
+        return self._partial.pop(piece.stream) if piece.last else None
+
+    def _message(self, text: bytes | bytearray) -> Message | None:
+        wire = self._parse(text)
+        if wire.method is UNSET:
+            return self._answer(wire)
+        if wire.id is UNSET:
+            return self._notice(wire)
+        id = _legible(wire.id)
+        if wire.jsonrpc is UNSET or bytes(wire.jsonrpc) != _VERSION:
+            raise InvalidRequest('`jsonrpc` is not "2.0"', id=id)
+        if wire.result is not UNSET or wire.error is not UNSET:
+            raise InvalidRequest("both a call and an answer", id=id)
+        if id in self._answering:
+            raise BadId(f"id {_shown(str(id))} is in flight", id=id)
+        method = _name(wire.method)
+        if method is None:
+            raise unknown_method(bytes(wire.method).decode(errors="replace"), id=id)
+        self._answering.add(id)
+        return Request(id, method, _NO_PARAMS if wire.params is UNSET else wire.params)
+
+    def _parse(self, text: bytes | bytearray) -> _Envelope:
+        depth = self._limits.json_depth
+        if self._strict:
+            check_depth(text, depth)
+        try:
+            if not text.isascii():
+                text.decode()
+            wire = _envelope.decode(text)
+        except UnicodeDecodeError as exc:
+            raise ParseError(f"not UTF-8 (byte {exc.start})") from None
+        except RecursionError:
+            raise MaxDepth(f"max_depth {depth}", limit=depth) from None
+        except msgspec.ValidationError as exc:
+            if text.lstrip()[:1] == b"[":
+                raise BatchNotSupported("batches are not supported") from None
+            raise InvalidRequest(f"not a JSON-RPC message: {str(exc).replace('`', '')}") from None
+        except msgspec.DecodeError as exc:
+            where = "" if "(byte " in str(exc) else f" (byte {len(text)})"
+            raise ParseError(f"{exc}{where}") from None
+        if self._strict and repeats_a_member(text):
+            raise DuplicateKey("a member of the message occurs twice", **_id_of(wire))
+        return wire
+
+    def _notice(self, wire: _Envelope) -> Notification | None:
+        assert wire.method is not UNSET
+        method = _name(wire.method)
+        if method in self._notices and wire.jsonrpc is not UNSET and bytes(wire.jsonrpc) == _VERSION:
+            assert method is not None
+            return Notification(method, _NO_PARAMS if wire.params is UNSET else wire.params)
+        self.ignored["call without id" if method in all_methods() else "unknown notice"] += 1
+        return None
+
+    def _answer(self, wire: _Envelope) -> Response | Failure | None:
+        if (wire.result is UNSET) and (wire.error is UNSET):
+            raise InvalidRequest("neither a call nor an answer", **_id_of(wire))
+        id = _id_of(wire).get("id")
+        if id is None or id not in self._awaiting:
+            self.ignored["answer nobody awaits"] += 1
+            return None
+        if wire.error is UNSET:
+            assert wire.result is not UNSET
+            self._awaiting.remove(id)
+            return Response(id, wire.result)
+        error = _legible_error(wire.error)
+        if error is None or wire.result is not UNSET:
+            self.ignored["illegible answer"] += 1
+            return None
+        self._awaiting.remove(id)
+        return Failure(id, error)
+
+
+def unknown_method(name: str, **details: Any) -> MethodNotFound:
+    """The error for a method that does not exist here; a hostile name is escaped and cut."""
+    shown = _shown(name)
+    return MethodNotFound(f"no method {shown}", method=shown, **details)
+
+
+def decode_params(method: type[M], params: Raw) -> M:
+    """The params of a method or notice.
+
+    Raises:
+        InvalidParams: they do not fit; the message names the place, e.g.
+            `$.params.timeout_ms: expected int, got str`.
+    """
+    try:
+        decoder: msgspec.json.Decoder[M] = _decoder(method)  # type: ignore[arg-type] # a class is hashable
+        return decoder.decode(params)
+    except msgspec.DecodeError as exc:
+        reason = _plain(str(exc))
+    except UnicodeDecodeError as exc:
+        reason = f"$.params: not UTF-8 ({exc.reason})"
+    except RecursionError:
+        reason = "$.params: nested too deeply"
+    raise InvalidParams(reason)
+
+
+@cache
+def _decoder(cls: type) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(cls)
+
+
+def _written(message: Struct) -> bytes:
+    try:
+        return _encode(message)
+    except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as exc:
+        raise InvalidParams(f"$.params: cannot be written as JSON: {exc}") from None
+
+
+def _legible(raw: Raw) -> Id:
+    """The id of a call.
+
+    Raises:
+        BadId: it is none.
+    """
+    text = bytes(raw)
+    if text[:1] == b'"' and len(text) <= 6 * _ID_LENGTH + 2:
+        id = _text.decode(text)
+        if 1 <= len(id) <= _ID_LENGTH:
+            return id
+    elif _INTEGER.fullmatch(text) and abs(number := int(text)) <= _ID_LIMIT:
+        return number
+    raise BadId(f"an id is a string of 1..{_ID_LENGTH} characters or an integer within ±2**53")
+
+
+def _id_of(wire: _Envelope) -> dict[str, Id]:
+    if wire.id is UNSET:
+        return {}
+    try:
+        return {"id": _legible(wire.id)}
+    except BadId:
+        return {}
+
+
+def _name(raw: Raw) -> str | None:
+    text = bytes(raw)
+    return _text.decode(text) if text[:1] == b'"' else None
+
+
+def _legible_error(raw: Raw) -> ErrorObject | None:
+    try:
+        error = _error.decode(raw)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    data = error.data if isinstance(error.data, dict) else {}
+    return ErrorObject(error.code, error.message, data)
+
+
+def _shown(text: str) -> str:
+    return text[:_SHOWN].encode("unicode_escape").decode()[:_SHOWN]
+
+
+def _plain(message: str) -> str:
+    """`Expected `int`, got `str` - at `$.a`` becomes `$.params.a: expected int, got str`."""
+    match = _WHERE.fullmatch(message)
+    assert match is not None
+    what = match["what"].replace("`", "")
+    shown = what[:200].encode("unicode_escape").decode()
+    return f"$.params{match['path'] or ''}: {shown[:1].lower()}{shown[1:]}"

@@ -1,0 +1,166 @@
+"""Calls of ours that the other end has to answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from functools import cache
+from typing import Any
+
+import anyio
+import msgspec
+from msgspec import Raw
+
+from agent_sdk.protocol.endpoint import Endpoint, Failure, Id, Response
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ConnectionLost,
+    InternalError,
+    LimitExceeded,
+    TimedOut,
+    from_wire,
+)
+from agent_sdk.protocol.methods import CancelCall, Method, Ping, R, result_type
+from agent_sdk.protocol.specs import Limits
+from agent_sdk.rpc.lanes import Lanes
+from agent_sdk.rpc.pipe import wake
+
+UNQUEUED = (CancelCall.method, Ping.method)
+"""Small, answered at once, and needed when all else is stuck."""
+CANCEL_SECONDS = 30.0
+"""How long a cancelled call waits for its answer."""
+
+
+class Calls:
+    """Who waits for which answer, and who waits to be allowed to call."""
+
+    def __init__(self, endpoint: Endpoint, lanes: Lanes, limits: Limits) -> None:
+        """Make an empty table; `limits`: those of the other end."""
+        self.limits = limits
+        self._endpoint = endpoint
+        self._lanes = lanes
+        self._pending: dict[Id, asyncio.Future[Raw]] = {}
+        self._in_flight = 0
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._lost: ConnectionLost | None = None
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    async def call(self, params: Method[R], timeout: float | None) -> R:
+        """See Peer.call."""
+        if timeout is None:
+            return await self._call(params)
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._call(params)
+        except AgentServerError:
+            raise
+        except TimeoutError:
+            raise TimedOut(f"no answer to {params.method} within {timeout:g} s", seconds=timeout) from None
+
+    def answer(self, message: Response | Failure) -> None:
+        """An answer came."""
+        future = self._pending.get(message.id)
+        if future is None or future.done():
+            return
+        if isinstance(message, Response):
+            future.set_result(message.result)
+        else:
+            future.set_exception(from_wire(message.error))
+
+    def lose(self, lost: ConnectionLost) -> None:
+        """No answer comes any more."""
+        self._lost = lost
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(lost)
+        for waiter in self._queue:
+            wake(waiter)
+
+    async def _call(self, params: Method[R]) -> R:
+        if params.method in UNQUEUED:
+            return _decode(params, await self._exchange(params))
+        await self._enter()
+        try:
+            answer = await self._exchange(params)
+        finally:
+            self._leave()
+        return _decode(params, answer)
+
+    async def _exchange(self, params: Method[Any]) -> Raw:
+        if self._lost is not None:
+            raise self._lost
+        id, message = self._endpoint.request(params.method, params)
+        if len(message) > self.limits.message_bytes:
+            self._endpoint.forget(id)
+            limit = self.limits.message_bytes
+            raise LimitExceeded(
+                f"a call of more than {limit} bytes", field="message", limit=limit, got=len(message)
+            )
+        future: asyncio.Future[Raw] = asyncio.get_running_loop().create_future()
+        self._pending[id] = future
+        long = self._lanes.put_message(message)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.cancelled() and self._lost is None:
+                await self._cancel(id, long)
+            raise
+        finally:
+            del self._pending[id]
+
+    async def _cancel(self, id: Id, long: bool) -> None:
+        """Ask the other end to give the call up and wait for the call's own answer, whatever it is."""
+        answer: asyncio.Future[Raw] = asyncio.get_running_loop().create_future()
+        self._pending[id] = answer
+        _, message = self._endpoint.request(CancelCall.method, CancelCall(id=id))
+        self._lanes.put_message(message, after_long=long)
+        try:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({answer}, timeout=CANCEL_SECONDS)
+        finally:
+            if answer.done():
+                answer.exception()  # seen: an error is as good an end as any
+            else:
+                self._endpoint.forget(id)
+
+    async def _enter(self) -> None:
+        """Wait until fewer calls are in flight than the other end accepts."""
+        while self._in_flight >= self.limits.calls and self._lost is None:
+            waiter = asyncio.get_running_loop().create_future()
+            self._queue.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled():
+                    self._admit()  # the place goes to the next in the queue
+                raise
+            finally:
+                if waiter in self._queue:
+                    self._queue.remove(waiter)
+        self._in_flight += 1
+
+    def _leave(self) -> None:
+        self._in_flight -= 1
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._queue:
+            waiter = self._queue.popleft()
+            if not waiter.done():
+                return wake(waiter)
+        return None
+
+
+def _decode(params: Method[R], answer: Raw) -> R:
+    decoder: msgspec.json.Decoder[R] = _decoder(type(params))
+    try:
+        return decoder.decode(answer)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise InternalError(f"the answer to {params.method} makes no sense: {exc}") from None
+
+
+@cache
+def _decoder(method: type[Method[Any]]) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(result_type(method))

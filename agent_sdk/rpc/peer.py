@@ -1,0 +1,467 @@
+"""One end of a connection, alive: calls and notices both ways, events, byte streams.
+
+Theory of operation. A reader task takes frames from the pipe and never waits for anything else; a
+writer task takes frames from the lanes. Every inbound call is a task; when it ends, it is answered,
+exactly once. Nothing that puts something into the lanes waits. When the connection ends, whoever
+waits for anything gets ConnectionLost with the close code, and handlers are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+from msgspec import Raw
+
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.endpoint import (
+    DEFAULTS,
+    Endpoint,
+    Failure,
+    Id,
+    Notification,
+    Request,
+    Response,
+    decode_params,
+    unknown_method,
+)
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    BadBinaryHeader,
+    Cancelled,
+    ConnectionLost,
+    ErrorObject,
+    InternalError,
+    InvalidParams,
+    LimitExceeded,
+    Overloaded,
+    to_wire,
+)
+from agent_sdk.protocol.methods import (
+    CancelCall,
+    CancelNotice,
+    CancelOutcome,
+    Method,
+    Notice,
+    Ping,
+    Pong,
+    R,
+)
+from agent_sdk.protocol.specs import Limits
+from agent_sdk.rpc.calls import Calls
+from agent_sdk.rpc.channels import Channels
+from agent_sdk.rpc.lanes import Lanes
+from agent_sdk.rpc.pipe import Pipe, lost
+from agent_sdk.rpc.stream import ByteReader, ByteWriter
+
+Handler = Callable[[Any, "Inbound"], Awaitable[Any]]
+OnNotice = Callable[[str, Raw], None]
+OnBug = Callable[[BaseException, str], None]
+
+FLUSH_SECONDS = 2.0
+RETRY_AFTER_MS = 250
+CANCELS = 16
+
+PROTOCOL_ERROR, SLOW_READER, TOO_BIG, BUG = 4400, 4408, 4413, 1011
+
+
+class Inbound:
+    """One call that is being answered.
+
+    Attributes:
+        peer: the connection it came over.
+        id: its JSON-RPC id.
+    """
+
+    __slots__ = ("cancels", "id", "peer", "task")
+
+    def __init__(self, peer: Peer, id: Id) -> None:
+        self.peer = peer
+        self.id = id
+        self.task: asyncio.Task[Any] | None = None
+        self.cancels: list[Id] = []
+
+    def reading(self, channel: int) -> AbstractAsyncContextManager[ByteReader]:
+        """The bytes the caller sends on its channel; leaving early tells the caller to stop.
+
+        Raises (on entering):
+            InvalidParams: no channel that the caller just opened.
+        """
+        return self.peer._channels.reading(channel)
+
+    def writing(self, channel: int) -> AbstractAsyncContextManager[ByteWriter]:
+        """Send bytes to the caller on its channel; leaving without `finish` resets the stream.
+
+        Raises (on entering):
+            InvalidParams: no channel that the caller just opened.
+        """
+        return self.peer._channels.writing(channel)
+
+
+class Peer:
+    """One end of a connection. Enter it to run it; leaving closes the pipe and waits for the handlers.
+
+    Attributes:
+        other_limits: what the other end accepts; set it once `initialize` told.
+        ignored: how often something was ignored, by reason.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        handlers: Mapping[type[Method[Any]], Handler] = {},
+        *,
+        opener: bool,
+        limits: Limits = DEFAULTS,
+        strict: bool = False,
+        on_notice: OnNotice | None = None,
+        on_bug: OnBug | None = None,
+    ) -> None:
+        """Make an end that does nothing yet.
+
+        Args:
+            pipe: closed by the peer.
+            handlers: who answers which method; may be replaced at any time.
+            opener: whether this side opened the connection; it decides who numbers streams odd.
+            limits: what this end accepts.
+            strict: check nesting and repeated keys of what comes in: for the accepting side.
+            on_notice: called with the method and the params of each known notice, in order, by the
+                reader: it must not block. `$/cancelRequest` is not among them.
+            on_bug: called with an unexpected exception and the incident id the other end was told;
+                by default the event loop's exception handler gets it.
+        """
+        self._pipe = pipe
+        self._limits = limits
+        self._on_notice = on_notice
+        self._on_bug = on_bug
+        self._endpoint = Endpoint(limits, strict=strict)
+        self._lanes = Lanes(limits.queue_bytes)
+        self._channels = Channels(self._lanes, limits, opener=opener)
+        self._calls = Calls(self._endpoint, self._lanes, DEFAULTS)
+        self._inbound: dict[Id, Inbound] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._closer: asyncio.Task[None] | None = None
+        self._lost: ConnectionLost | None = None
+        self._ended = asyncio.Event()
+        self._table: dict[str, tuple[type[Method[Any]], Handler]] = {}
+        self.handlers = handlers
+
+    @property
+    def handlers(self) -> Mapping[type[Method[Any]], Handler]:
+        """Who answers which method."""
+        return {method: handler for method, handler in self._table.values()}
+
+    @handlers.setter
+    def handlers(self, handlers: Mapping[type[Method[Any]], Handler]) -> None:
+        self._table = {method.method: (method, handler) for method, handler in handlers.items()}
+
+    @property
+    def other_limits(self) -> Limits:
+        """What the other end accepts."""
+        return self._calls.limits
+
+    @other_limits.setter
+    def other_limits(self, limits: Limits) -> None:
+        self._calls.limits = limits
+        self._channels.other_window = limits.window_bytes
+
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        """How often something that cannot be answered was ignored, by reason."""
+        return {**self._endpoint.ignored, "frame of an unknown stream": self._channels.strays}
+
+    def __repr__(self) -> str:
+        state = "new" if self._reader is None else "closed" if self._lost is not None else "open"
+        return f"<Peer {state}: {len(self._inbound)} calls in, {len(self._calls)} calls out>"
+
+    async def __aenter__(self) -> Self:
+        self._reader = asyncio.create_task(self._read())
+        self._writer = asyncio.create_task(self._write())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with anyio.CancelScope(shield=True):
+            await self.close()
+            running = {call.task for call in self._inbound.values() if call.task is not None}
+            tasks = running | {task for task in (self._reader, self._writer) if task is not None}
+            if tasks:
+                await asyncio.wait(tasks)
+
+    async def call(self, params: Method[R], *, timeout: float | None = None) -> R:
+        """Call a method of the other end and return what it answers.
+
+        Waits in a queue while as many calls are in flight as the other end accepts (not `ping` and
+        `call.cancel`). Cancelling asks the other end to cancel the call, waits for the call's answer
+        (30 s at most), then raises CancelledError.
+
+        Args:
+            params: the method's params; their class says which method.
+            timeout: seconds; when they are over the call is cancelled in the same way.
+
+        Raises:
+            TimedOut: after `timeout`, or the other end said so.
+            ConnectionLost: the connection ended; whether the call took effect is unknown.
+            AgentServerError: what the other end answered, same class as there.
+        """
+        return await self._calls.call(params, timeout)
+
+    def open_reader(self) -> AbstractAsyncContextManager[ByteReader]:
+        """A stream the other end writes to; put its `channel` into the params of a call."""
+        return self._channels.open_reader()
+
+    def open_writer(self) -> AbstractAsyncContextManager[ByteWriter]:
+        """A stream to the other end; put its `channel` into the params of a call.
+
+        Leaving without `finish` resets the stream.
+        """
+        return self._channels.open_writer()
+
+    def notify(self, notice: Notice) -> None:
+        """Send a notice ahead of events and bytes. Dropped when the connection has ended."""
+        if self._lost is None:
+            self._lanes.put_message(self._endpoint.notification(notice.method, notice))
+
+    def publish(self, event: bytes, *, epoch: str) -> bool:
+        """Send a durable event, in order, together with others that wait. Never waits.
+
+        Args:
+            event: JSON.
+            epoch: of the log it is from.
+
+        Returns:
+            False when `limits.queue_bytes` of events wait already: the reader is too slow; close
+            with 4408. Also False when the connection has ended.
+
+        Raises:
+            LimitExceeded: the other end does not accept messages that long.
+        """
+        if self._lost is not None:
+            return False
+        if (got := len(event) + 256) > (limit := self.other_limits.message_bytes):
+            raise LimitExceeded(f"an event of more than {limit} bytes", field="event", limit=limit, got=got)
+        return self._lanes.put_event(event, epoch)
+
+    def publish_delta(self, delta: bytes) -> None:
+        """Send a transient delta (JSON) behind the events; dropped when half of the events' budget is used."""
+        if self._lost is None:
+            self._lanes.put_delta(b'{"jsonrpc":"2.0","method":"delta","params":{"delta":%b}}' % delta)
+
+    async def room(self) -> None:
+        """Wait until less than half of the events' budget is used, or the connection has ended."""
+        await self._lanes.room()
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Send what waits in the control lane (2 s at most), then close the connection, telling why.
+
+        May be called again, then it waits for the first to be done. Cancelling does not stop it.
+        A handler that closes its own connection is cancelled at its next await.
+        """
+        await asyncio.shield(self._begin_close(code, reason))
+
+    async def wait_closed(self) -> ConnectionLost:
+        """Wait until the connection has ended, by whichever side; returns how."""
+        await self._ended.wait()
+        assert self._lost is not None
+        return self._lost
+
+    # -- the connection's life
+
+    def _begin_close(self, code: int, reason: str) -> asyncio.Task[None]:
+        if self._closer is None:
+            self._closer = asyncio.create_task(self._close(code, reason))
+        return self._closer
+
+    async def _close(self, code: int, reason: str) -> None:
+        if self._lost is None and self._writer is not None:
+            try:
+                async with asyncio.timeout(FLUSH_SECONDS):
+                    await self._lanes.flushed()
+            except TimeoutError:
+                pass  # a reader that does not read cannot be told
+        self._lose(lost(code, reason))
+        if self._writer is not None:
+            self._writer.cancel()
+        await self._pipe.close(code, reason[:100])
+
+    def _lose(self, reason: ConnectionLost) -> None:
+        if self._lost is not None:
+            return
+        self._lost = reason
+        self._lanes.closing = True
+        self._lanes.wake_all()
+        self._calls.lose(reason)
+        self._channels.lose(reason)
+        for call in self._inbound.values():
+            if call.task is not None:
+                call.task.cancel()
+        self._ended.set()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                frame = self._lanes.next_frame()
+                if frame is None:
+                    await self._lanes.work()
+                else:
+                    await self._pipe.send(frame.data, text=frame.text)
+        except ConnectionLost as exc:
+            self._lose(exc)
+            self._begin_close(1000, "")
+
+    async def _read(self) -> None:
+        code, reason = 1000, ""
+        try:
+            while True:
+                frame, text = await self._pipe.receive()
+                self._take(frame, text)
+                if self._lanes.control_is_full:
+                    code, reason = SLOW_READER, "answers are not read"
+                    break
+        except ConnectionLost as exc:
+            self._lose(exc)
+        except BadBinaryHeader as exc:
+            code, reason = PROTOCOL_ERROR, f"bad_binary_header: {exc}"
+        except LimitExceeded as exc:
+            code, reason = TOO_BIG, str(exc)
+        except Exception as exc:  # noqa: BLE001 - the reader's boundary: a bug must not leave a dead connection open
+            code, reason = BUG, f"internal error {self._report(exc)}"
+        self._begin_close(code, reason)
+
+    # -- what comes in
+
+    def _take(self, frame: bytes, text: bool) -> None:
+        try:
+            message = self._endpoint.receive(frame, text=text)
+        except (BadBinaryHeader, LimitExceeded):
+            raise
+        except AgentServerError as exc:
+            self._lanes.put_message(self._endpoint.refusal(exc))
+            return
+        match message:
+            case None:
+                pass
+            case Request():
+                self._request(message)
+            case Response() | Failure():
+                self._calls.answer(message)
+            case Notification():
+                self._notice(message)
+            case _:
+                self._channels.receive(message)
+
+    def _notice(self, message: Notification) -> None:
+        if message.method != CancelNotice.method:
+            if self._on_notice is not None:
+                self._on_notice(message.method, message.params)
+            return
+        try:
+            notice = decode_params(CancelNotice, message.params)
+        except InvalidParams:
+            self._endpoint.ignored["illegible notice"] += 1
+        else:
+            self._cancel(notice.id)
+
+    def _request(self, message: Request) -> None:
+        try:
+            if message.method in self._table:
+                self._start(message)
+            elif message.method == CancelCall.method:
+                self._cancel_call(message.id, decode_params(CancelCall, message.params))
+            elif message.method == Ping.method:
+                decode_params(Ping, message.params)
+                self._respond(message.id, Pong())
+            else:
+                raise unknown_method(message.method)
+        except AgentServerError as exc:
+            self._refuse(message.id, to_wire(exc))
+
+    def _start(self, message: Request) -> None:
+        if len(self._inbound) >= self._limits.calls:
+            limit = self._limits.calls
+            raise Overloaded(f"{limit} calls are in flight", limit=limit, retry_after_ms=RETRY_AFTER_MS)
+        method, handler = self._table[message.method]
+        params = decode_params(method, message.params)
+        call = Inbound(self, message.id)
+        call.task = asyncio.create_task(_run(handler, params, call))
+        self._inbound[message.id] = call
+        call.task.add_done_callback(partial(self._done, call))
+
+    def _cancel(self, id: Id) -> Inbound | None:
+        """Cancel a call that runs; None: there is none of this id."""
+        call = self._inbound.get(id)
+        if call is None or call.task is None or call.task.done():
+            return None
+        call.task.cancel()
+        return call
+
+    def _cancel_call(self, id: Id, params: CancelCall) -> None:
+        call = self._cancel(params.id)
+        if call is None:
+            self._respond(id, CancelOutcome("already_done"))
+        elif len(call.cancels) >= CANCELS:
+            raise Overloaded("the call is being cancelled", limit=CANCELS, retry_after_ms=RETRY_AFTER_MS)
+        else:
+            call.cancels.append(id)  # answered when it is known what became of the call
+
+    def _done(self, call: Inbound, task: asyncio.Task[Any]) -> None:
+        """A handler ended: answer its call, then those who wanted it cancelled."""
+        left = partial(self._inbound.pop, call.id)
+        error = Cancelled("the call was cancelled") if task.cancelled() else task.exception()
+        if self._lost is not None:
+            left()
+            return
+        if error is None:
+            self._answer(call.id, task.result(), left)
+        else:
+            self._refuse(call.id, self._wire_error(error), left)
+        outcome = CancelOutcome("cancelled" if task.cancelled() else "not_cancellable")
+        for id in call.cancels:
+            self._respond(id, outcome)
+
+    def _answer(self, id: Id, result: Any, left: Callable[[], object]) -> None:
+        try:
+            message = self._endpoint.response(id, result)
+        except Exception as exc:  # noqa: BLE001 - the handler's boundary: it returned what no JSON can say
+            self._refuse(id, self._wire_error(exc), left)
+            return
+        if len(message) > (limit := self.other_limits.message_bytes):
+            got = len(message)
+            too_long = LimitExceeded(
+                f"an answer of more than {limit} bytes", field="result", limit=limit, got=got
+            )
+            self._refuse(id, to_wire(too_long), left)
+            return
+        self._lanes.put_message(message, left)
+
+    def _respond(self, id: Id, result: Any) -> None:
+        self._lanes.put_message(self._endpoint.response(id, result))
+
+    def _refuse(self, id: Id, error: ErrorObject, left: Callable[[], object] | None = None) -> None:
+        self._lanes.put_message(self._endpoint.failure(id, error), left)
+
+    def _wire_error(self, exc: BaseException) -> ErrorObject:
+        if isinstance(exc, AgentServerError):
+            return to_wire(exc)
+        return to_wire(InternalError("internal error", incident=self._report(exc)))
+
+    def _report(self, exc: BaseException) -> str:
+        incident = new_id()
+        if self._on_bug is not None:
+            self._on_bug(exc, incident)
+        else:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"unexpected exception, incident {incident}", "exception": exc}
+            )
+        return incident
+
+
+async def _run(handler: Handler, params: Any, call: Inbound) -> Any:
+    return await handler(params, call)

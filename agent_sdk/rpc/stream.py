@@ -1,0 +1,220 @@
+"""Byte streams under credit: one end writes, the other reads; memory is bounded by one window."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+from agent_sdk.protocol import frame as frames
+from agent_sdk.protocol.errors import AgentServerError, LimitExceeded, TransferBroken
+from agent_sdk.protocol.window import ReceiveWindow, SendWindow
+from agent_sdk.rpc.lanes import Frame, Lanes
+from agent_sdk.rpc.pipe import wake
+
+QUEUED_FRAMES = 4
+
+
+class Chunk(NamedTuple):
+    """Some bytes and where they belong."""
+
+    offset: int
+    data: bytes
+
+
+class ByteReader:
+    """The receiving end: an async iterator of chunks in order. One task at a time.
+
+    Offsets grow; a gap means that the sender left bytes out. Reading is what gives the sender new
+    credit, so a reader that does not read stops the sender and nobody else.
+
+    Attributes:
+        channel: the stream's number, for the params of a call.
+        trailer: what the end frame carried, e.g. a SHA-256; empty before the end.
+    """
+
+    def __init__(self, channel: int, window_bytes: int, lanes: Lanes) -> None:
+        """Streams are made by `Peer.open_reader` and `Inbound.reading`."""
+        self.channel = channel
+        self.trailer = b""
+        self.window = ReceiveWindow(window_bytes)
+        self._lanes = lanes
+        self._chunks: deque[Chunk] = deque()
+        self._error: AgentServerError | None = None
+        self._arrived: asyncio.Future[None] | None = None
+
+    @property
+    def size(self) -> int:
+        """The position behind the last byte that arrived; after the end, the size of it all."""
+        return self.window.position
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing can come any more."""
+        return self.window.ended or self._error is not None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """The next chunk. Cancelling loses nothing.
+
+        Raises:
+            TransferBroken: the other end gave up; details hold no bytes, what came before is void.
+            ConnectionLost: the connection ended.
+        """
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._chunks:
+                break
+            if self.window.ended:
+                raise StopAsyncIteration
+            self._arrived = asyncio.get_running_loop().create_future()
+            await self._arrived
+        chunk = self._chunks.popleft()
+        allowed = self.window.consumed(len(chunk.data))
+        if allowed is not None:
+            self._lanes.put_control(frames.credit(self.channel, allowed))
+        return chunk
+
+    async def read_all(self, limit: int) -> bytes:
+        """Everything until the end.
+
+        Raises:
+            LimitExceeded: more than `limit` bytes came.
+            TransferBroken: the sender left bytes out or gave up.
+            ConnectionLost: the connection ended.
+        """
+        parts: list[bytes] = []
+        got = 0
+        async for chunk in self:
+            if chunk.offset != got:
+                raise TransferBroken(f"{chunk.offset - got} bytes are missing at {got}")
+            got += len(chunk.data)
+            if got > limit:
+                raise LimitExceeded(f"more than {limit} bytes", field="bytes", limit=limit, got=got)
+            parts.append(chunk.data)
+        if got != self.size:
+            raise TransferBroken(f"{self.size - got} bytes are missing at the end")
+        return b"".join(parts)
+
+    def take(self, frame: frames.Data | frames.End) -> None:
+        """Accept a frame; raises BadBinaryHeader when it breaks the rules."""
+        if self._error is not None:
+            return
+        if isinstance(frame, frames.End):
+            self.window.end(frame.offset)
+            self.trailer = frame.trailer
+        else:
+            self.window.arrived(frame.offset, len(frame.payload))
+            self._chunks.append(Chunk(frame.offset, frame.payload))
+        wake(self._arrived)
+
+    def fail(self, error: AgentServerError) -> None:
+        """Nothing more comes, and what came is void; without effect when all of it has come."""
+        if not self.over:
+            self._error = error
+            self._chunks.clear()
+            wake(self._arrived)
+
+
+class ByteWriter:
+    """The sending end. One task at a time.
+
+    Attributes:
+        channel: the stream's number, for the params of a call.
+        offset: position of the next byte.
+    """
+
+    def __init__(
+        self, channel: int, window_bytes: int, lanes: Lanes, on_end: Callable[[ByteWriter], None]
+    ) -> None:
+        """Streams are made by `Peer.open_writer` and `Inbound.writing`."""
+        self.channel = channel
+        self.offset = 0
+        self.finished = False
+        self._window = SendWindow(window_bytes)
+        self._lanes = lanes
+        self._on_end = on_end
+        self._frames: deque[bytes] = deque()
+        self._error: AgentServerError | None = None
+        self._room: asyncio.Future[None] | None = None
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send bytes; waits for the reader's credit and for the connection. `data` may be reused afterwards.
+
+        Cancelling leaves a part of `data` sent: `offset` says how much.
+
+        Raises:
+            TransferBroken: the reader gave up.
+            ConnectionLost: the connection ended.
+        """
+        view = memoryview(data).cast("B")
+        while True:
+            if self._error is not None:
+                raise self._error
+            if not len(view):
+                return
+            taken = 0
+            if len(self._frames) < QUEUED_FRAMES:
+                taken = self._window.take(min(len(view), frames.PAYLOAD_BYTES))
+            if not taken:
+                self._room = asyncio.get_running_loop().create_future()
+                await self._room
+                continue
+            self._put(frames.data(self.channel, self.offset, view[:taken]))
+            self.offset += taken
+            view = view[taken:]
+
+    async def skip_to(self, offset: int) -> None:
+        """Leave out the bytes up to `offset`, which lies not behind the present one."""
+        if offset < self.offset:
+            raise ValueError(f"offset {offset} lies behind {self.offset}")
+        self.offset = offset
+
+    async def finish(self, trailer: bytes = b"") -> None:
+        """Say that this was all; does not wait until the reader has read it.
+
+        Args:
+            trailer: at most 256 bytes for the reader, e.g. a SHA-256.
+
+        Raises:
+            TransferBroken: the reader gave up.
+            ConnectionLost: the connection ended.
+        """
+        if len(trailer) > frames.TRAILER_BYTES:
+            raise ValueError(f"a trailer has at most {frames.TRAILER_BYTES} bytes")
+        if self._error is not None:
+            raise self._error
+        if not self.finished:
+            self.finished = True
+            self._put(frames.end(self.channel, self.offset, trailer))
+
+    def has_frames(self) -> bool:
+        """See lanes.Source."""
+        return bool(self._frames)
+
+    def next_frame(self) -> Frame:
+        """See lanes.Source."""
+        frame = Frame(self._frames.popleft(), False)
+        wake(self._room)
+        if self.finished and not self._frames:
+            self._on_end(self)
+        return frame
+
+    def granted(self, allowed: int) -> None:
+        """The reader has room; raises BadBinaryHeader when it takes credit back."""
+        if self._window.granted(allowed):
+            wake(self._room)
+
+    def fail(self, error: AgentServerError) -> None:
+        """Send nothing more; `write` and `finish` raise from now on."""
+        self._error = self._error or error
+        self._frames.clear()
+        wake(self._room)
+
+    def _put(self, frame: bytes) -> None:
+        self._frames.append(frame)
+        self._lanes.put_bulk(self)

@@ -1,0 +1,125 @@
+"""A Pipe over an aiohttp WebSocket, either end of it.
+
+Open the socket with `decode_text=False`, `compress` off, `autoping` on and `max_msg_size` one more
+than the longest frame (aiohttp refuses messages that reach its limit).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import suppress
+from typing import Any, Protocol
+
+from aiohttp import ClientError, WebSocketError, WSMsgType
+
+from agent_sdk.protocol.errors import ConnectionLost
+from agent_sdk.rpc.pipe import lost
+
+CLOSE_SECONDS = 5.0
+REASON_BYTES = 123
+
+
+class WebSocket(Protocol):
+    """What aiohttp's ClientWebSocketResponse and web.WebSocketResponse have in common."""
+
+    @property
+    def close_code(self) -> int | None:
+        """The code it was closed with."""
+        ...
+
+    def exception(self) -> BaseException | None:
+        """What broke it."""
+        ...
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Facts about the transport."""
+        ...
+
+    async def send_frame(self, message: bytes, opcode: WSMsgType) -> None:
+        """Send a frame."""
+        ...
+
+    async def receive(self) -> Any:
+        """The next message."""
+        ...
+
+    async def close(self, *, code: int = 1000, message: bytes = b"") -> bool:
+        """Close."""
+        ...
+
+
+class WebSocketPipe:
+    """See Pipe."""
+
+    def __init__(self, ws: WebSocket) -> None:
+        """Take over an open WebSocket."""
+        self._ws = ws
+        self._lost: ConnectionLost | None = None
+
+    async def send(self, frame: bytes | bytearray | memoryview, *, text: bool) -> None:
+        """See Pipe."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            await self._ws.send_frame(frame, WSMsgType.TEXT if text else WSMsgType.BINARY)  # type: ignore[arg-type]
+        except (ClientError, ConnectionError) as exc:
+            raise self._end(1006, str(exc)) from None
+
+    async def receive(self) -> tuple[bytes, bool]:
+        """See Pipe. A text frame that is not UTF-8 ends the connection with 1007."""
+        if self._lost is not None:
+            raise self._lost
+        message = await self._ws.receive()
+        if message.type is WSMsgType.BINARY:
+            return message.data, False
+        if message.type is WSMsgType.TEXT:
+            return await self._text(message.data), True
+        if message.type is WSMsgType.CLOSE:
+            raise self._end(message.data or 1005, message.extra or "")
+        raise self._end(self._ws.close_code or 1006, self._why(message.data))
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """See Pipe. A socket that takes no close frame within 5 s is shut down."""
+        self._end(code, reason)
+        transport = self._ws.get_extra_info("socket")
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._ws.close(code=code, message=reason.encode()[:REASON_BYTES])
+        except (TimeoutError, ClientError, ConnectionError):
+            _shut_down(transport)
+        except asyncio.CancelledError:
+            _shut_down(transport)
+            raise
+
+    async def _text(self, data: bytes | str) -> bytes:
+        if isinstance(data, str):
+            return data.encode()
+        try:
+            if not data.isascii():
+                data.decode()
+        except UnicodeDecodeError:
+            error = self._end(1007, "text that is not UTF-8")
+            await self._ws.close(code=1007, message=b"text that is not UTF-8")
+            raise error from None
+        return data
+
+    def _end(self, code: int, reason: str) -> ConnectionLost:
+        if self._lost is None:
+            self._lost = lost(code, reason)
+        return self._lost
+
+    def _why(self, data: object) -> str:
+        if isinstance(data, WebSocketError):
+            return str(data)
+        broken = self._ws.exception()
+        return str(broken) if broken is not None else ""
+
+
+def _shut_down(transport: Any) -> None:
+    """End a connection whose buffers are full: no transport of aiohttp can be aborted from outside."""
+    if transport is None or transport.fileno() < 0:
+        return
+    with suppress(OSError), socket.socket(fileno=os.dup(transport.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
