@@ -23,7 +23,7 @@ from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound, Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_sdk.rpc.unix import serve_unix
-from agent_sdk.serve import workspace_handlers
+from agent_sdk.serve import weight, workspace_handlers
 
 logger = logging.getLogger("agent_sdk.box")
 
@@ -33,7 +33,7 @@ class Box:
 
     def __init__(self, workspace: LocalWorkspace, *, linger: float) -> None:
         self._handlers: dict[type, Handler] = {
-            **workspace_handlers(workspace, Ledger()),
+            **workspace_handlers(workspace, Ledger(weigh=weight)),
             Initialize: self._initialize,
             Ping: self._ping,
         }

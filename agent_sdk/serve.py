@@ -20,18 +20,14 @@ from agent_sdk.protocol.methods import (
     Effect,
     Execute,
     Executed,
-    Exit,
-    FileInfo,
     FilesList,
     FilesMkdir,
     FilesMove,
     FilesRemove,
     FilesStat,
-    GitChange,
     GitChanges,
     GitDiff,
     Method,
-    ProcessInfo,
     ProcessInput,
     ProcessList,
     ProcessOutput,
@@ -44,8 +40,14 @@ from agent_sdk.protocol.methods import (
     ShellRun,
     ShellSend,
     Started,
-    Transferred,
     Upload,
+)
+from agent_sdk.protocol.results import (
+    Exit,
+    FileInfo,
+    GitChange,
+    ProcessInfo,
+    Transferred,
     WorkspaceInfo,
 )
 from agent_sdk.rpc.ledger import Ledger
@@ -258,6 +260,17 @@ class _Served:
             return Done()
 
         return await self._ledger.run(params, act)
+
+
+def weight(result: object) -> int:
+    """Return how many bytes of output a result holds, for a ledger that keeps it."""
+    match result:
+        case ExecResult(out=out, err=err):
+            return len(out.head) + len(out.tail) + len(err.head) + len(err.tail)
+        case ShellResult(output=output):
+            return len(output.head) + len(output.tail)
+        case _:
+            return 0
 
 
 def _command(argv: list[str] | None, shell: str | None) -> str | list[str]:

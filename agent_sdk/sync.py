@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from os import PathLike
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, Self, TypeVar
@@ -80,7 +81,8 @@ class _Caller:
         except BaseException:
             future.cancel()
             raise
-        return future.result()
+        result: T = future.result()
+        return result
 
     def iterate(self, start: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
         iterator = start()
@@ -228,8 +230,8 @@ class Git:
 class Workspace:
     """Blocking twin of any workspace: `with` it, then use it."""
 
-    def __init__(self, workspace: Any) -> None:
-        self.asynchronous: Any = workspace
+    def __init__(self, workspace: contract.Workspace) -> None:
+        self.asynchronous = workspace
         """The async workspace behind this one."""
         self._caller = _Caller()
         self._stack = ExitStack()
@@ -282,7 +284,7 @@ class Workspace:
                 stdin=stdin,
                 timeout=timeout,
                 yield_after=yield_after,
-                on_output=on_output and (lambda name, data: self._caller.post(on_output, name, data)),
+                on_output=on_output and partial(self._caller.post, on_output),
             )
         )
 
@@ -392,8 +394,8 @@ class Conversation:
             agent,
             workspace.asynchronous if isinstance(workspace, Workspace) else workspace,
             id=id,
-            callbacks=[lambda event, told=told: self._caller.post(told, event) for told in callbacks],
-            on_delta=on_delta and (lambda delta: self._caller.post(on_delta, delta)),
+            callbacks=[partial(self._caller.post, told) for told in callbacks],
+            on_delta=on_delta and partial(self._caller.post, on_delta),
             persistence_dir=persistence_dir,
             max_iterations=max_iterations,
             confirmation=confirmation,

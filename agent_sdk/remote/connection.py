@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from msgspec import Raw
@@ -125,7 +125,7 @@ async def _reach_server(stack: AsyncExitStack, url: str, api_key: str | None, co
 
 def _upgrade(
     session: aiohttp.ClientSession, url: str, headers: dict[str, str]
-) -> Awaitable[aiohttp.ClientWebSocketResponse]:
+) -> Awaitable[aiohttp.ClientWebSocketResponse[Literal[False]]]:
     # A redirect to another origin loses the Authorization header (aiohttp drops it), so the key stays here.
     return session.ws_connect(
         url.replace("http", "ws", 1) if url.startswith("http") else url,

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import msgspec
 from msgspec import Raw
@@ -82,7 +82,7 @@ class RemoteConversation:
         self._workspace = workspace
         self._wanted = id
         self._functions: dict[str, FunctionTool] = agent.functions() if agent else {}
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "max_iterations": max_iterations,
             "confirmation": confirmation or ConfirmationPolicy(),
             "secrets": dict(secrets or {}),

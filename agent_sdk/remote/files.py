@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -29,10 +29,12 @@ class _Place(Protocol):
     @property
     def peer(self) -> Peer: ...
 
-    read_stream: Callable[..., AbstractAsyncContextManager[FileStream]]
+    def read_stream(
+        self, path: str, *, offset: int = 0, length: int | None = None
+    ) -> AbstractAsyncContextManager[FileStream]: ...
 
     async def write_stream(
-        self, path: str, chunks: AsyncIterator[bytes], *, size: int | None = None, mode: int | None = None
+        self, path: str, chunks: AsyncIterable[bytes], *, size: int | None = None, mode: int | None = None
     ) -> Transferred: ...
 
 

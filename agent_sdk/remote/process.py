@@ -9,7 +9,6 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import InvalidParams, ProcessNotFound, TransferBroken
 from agent_sdk.protocol.methods import (
     Count,
-    Exit,
     ProcessInput,
     ProcessOutput,
     ProcessResize,
@@ -20,10 +19,10 @@ from agent_sdk.protocol.methods import (
     ShellRun,
     ShellSend,
 )
-from agent_sdk.remote.streams import collect, milliseconds
+from agent_sdk.remote.streams import collect, milliseconds, pass_failure
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteReader, ByteWriter
-from agent_sdk.workspace import OutputName, ShellResult
+from agent_sdk.workspace import Exit, OutputName, ShellResult
 
 
 class RemoteProcess:
@@ -58,7 +57,7 @@ class RemoteProcess:
                 process_id=self.id, channel=reader.channel, stream=stream, since=since, follow=follow
             )
             calling = asyncio.ensure_future(self._peer.call(call))
-            calling.add_done_callback(lambda done: _pass_failure(done, reader))
+            calling.add_done_callback(lambda done: pass_failure(done, reader))
             try:
                 async for chunk in reader:
                     yield chunk.data
@@ -181,8 +180,3 @@ async def _shell_result(answer: ShellAnswer, reader: ByteReader) -> ShellResult:
         cwd=answer.cwd,
         full_output=answer.full_output,
     )
-
-
-def _pass_failure(call: asyncio.Future[Count], reader: ByteReader) -> None:
-    if not call.cancelled() and (error := call.exception()) is not None:
-        reader.fail(error)

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from agent_sdk.protocol.errors import InvalidParams, TransferBroken
-from agent_sdk.protocol.methods import Transferred
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams, TransferBroken
+from agent_sdk.protocol.results import Transferred
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteReader, ByteWriter
 from agent_sdk.workspace import HEAD_BYTES, TAIL_BYTES, OnOutput, Output, OutputName
@@ -124,17 +124,12 @@ class Incoming:
     def __init__(self, reader: ByteReader, call: Awaitable[Transferred]) -> None:
         self._reader = reader
         self._call = asyncio.ensure_future(call)
-        self._call.add_done_callback(self._answered)
+        self._call.add_done_callback(lambda done: pass_failure(done, reader))
         self.size = 0
         self.mode = 0o644
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self._read()
-
-    def _answered(self, call: asyncio.Future[Transferred]) -> None:
-        # A refused call never opens its stream; whoever waits for bytes has to hear of it.
-        if not call.cancelled() and (error := call.exception()) is not None:
-            self._reader.fail(error)
 
     async def _read(self) -> AsyncIterator[bytes]:
         digest = hashlib.sha256()
@@ -154,6 +149,12 @@ class Incoming:
         """Give up what has not come yet."""
         self._call.cancel()
         await asyncio.gather(self._call, return_exceptions=True)
+
+
+def pass_failure(call: asyncio.Future[Any], reader: ByteReader) -> None:
+    """A call was answered: a refused one never opens its stream, and whoever waits for bytes has to hear of it."""
+    if not call.cancelled() and isinstance(error := call.exception(), AgentServerError):
+        reader.fail(error)
 
 
 def milliseconds(field: str, seconds: float | None) -> int | None:
