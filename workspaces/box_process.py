@@ -182,10 +182,10 @@ class BoxProcess:
                 self._on_line(text)
 
     async def _end(self) -> None:
-        process, self._listening, listening = self._process, None, self._listening
-        if process is not None:
-            await self._end_process(process)
-        if listening is not None:
+        if self._process is not None:
+            await self._end_process(self._process)
+        if (listening := self._listening) is not None:
+            self._listening = None
             # Its own session is gone with it; whoever still holds the pipe has left that session.
             await asyncio.wait([listening], timeout=1.0)
             listening.cancel()
@@ -196,23 +196,21 @@ class BoxProcess:
             self._socket.unlink(missing_ok=True)
 
     async def _end_process(self, process: asyncio.subprocess.Process) -> None:
-        if process.returncode is None:
-            _signal(process, signal.SIGTERM)
-            try:
-                async with asyncio.timeout(END_SECONDS):
-                    await process.wait()
-            except TimeoutError:
-                pass
-        # The whole session, so that nothing of a box that was killed stays behind.
-        _signal(process, signal.SIGKILL, group=True)
-        await process.wait()
+        _signal(process, os.kill, signal.SIGTERM)
+        try:
+            async with asyncio.timeout(END_SECONDS):
+                await process.wait()
+        except TimeoutError:
+            # The whole session: a box that does not end by itself does not end what it runs.
+            _signal(process, os.killpg, signal.SIGKILL)
+            await process.wait()
 
 
-def _signal(process: asyncio.subprocess.Process, number: signal.Signals, *, group: bool = False) -> None:
-    try:
-        if group:
-            os.killpg(process.pid, number)
-        else:
-            os.kill(process.pid, number)
-    except ProcessLookupError:
-        pass
+def _signal(
+    process: asyncio.subprocess.Process, send: Callable[[int, int], None], number: signal.Signals
+) -> None:
+    if process.returncode is None:  # after that the number may be somebody else's
+        try:
+            send(process.pid, number)
+        except ProcessLookupError:
+            return

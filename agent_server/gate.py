@@ -1,0 +1,133 @@
+"""What every request passes before any route: Host, Origin, key; and the one place where errors become answers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import hdrs, web
+
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import AgentServerError, InternalError
+from agent_server.answers import http_error, refusal
+from agent_server.auth import Authority, bearer
+from agent_server.connection import Connection
+from agent_server.hosts import HostRules, OriginRules
+from agent_server.logs import Logs
+from agent_server.metrics import Metrics
+from agent_server.upgrade import is_upgrade
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""What may be asked without a key: whether the server lives, nothing about what it does."""
+KEY_NAMES = frozenset(
+    {
+        "token",
+        "key",
+        "api_key",
+        "apikey",
+        "api-key",
+        "access_token",
+        "auth",
+        "authorization",
+        "session_api_key",
+    }
+)
+KEY_SHOWN = web.RequestKey("key_shown", bool)
+"""Whether a request carried the key; an upgrade request need not, the first message may."""
+ORIGIN = web.RequestKey("origin", str)
+
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
+    "Access-Control-Max-Age": "600",
+}
+_ALWAYS = {
+    hdrs.CACHE_CONTROL: "no-store",
+    hdrs.SERVER: "agent-server",
+    hdrs.VARY: "Origin",
+    "X-Content-Type-Options": "nosniff",
+}
+
+Route = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Gate:
+    """See the module's docstring."""
+
+    def __init__(
+        self, hosts: HostRules, origins: OriginRules, authority: Authority, logs: Logs, metrics: Metrics
+    ) -> None:
+        self._hosts = hosts
+        self._origins = origins
+        self._authority = authority
+        self._logs = logs
+        self._metrics = metrics
+
+    def middlewares(self) -> list[Callable[[web.Request, Route], Awaitable[web.StreamResponse]]]:
+        """Return the middlewares, outermost first."""
+
+        @web.middleware
+        async def answer(request: web.Request, route: Route) -> web.StreamResponse:
+            return await self._answer(request, route)
+
+        @web.middleware
+        async def admit(request: web.Request, route: Route) -> web.StreamResponse:
+            return await self._admit(request, route)
+
+        return [answer, admit]
+
+    async def label(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Put on every answer what browsers and caches should know (aiohttp's on_response_prepare)."""
+        response.headers.update(_ALWAYS)
+        if ORIGIN in request:
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = request[ORIGIN]
+
+    async def _answer(self, request: web.Request, route: Route) -> web.StreamResponse:
+        try:
+            return await route(request)
+        except AgentServerError as exc:
+            answer: web.StreamResponse = self._refuse(exc)
+        except web.HTTPException as exc:
+            answer = http_error(exc.status, exc.reason)
+            if hdrs.ALLOW in exc.headers:
+                answer.headers[hdrs.ALLOW] = exc.headers[hdrs.ALLOW]
+        except ConnectionError:
+            raise  # nobody is there any more to be answered
+        except Exception as exc:  # noqa: BLE001  the boundary of a request, as Peer's is that of a call
+            incident = new_id()
+            self._logs.bug(exc, incident)
+            self._metrics.bugs.inc()
+            answer = refusal(InternalError("internal error", incident=incident))
+        if is_upgrade(request) or not request.content.is_eof():
+            # What follows in the stream was meant for something that does not happen now.
+            answer.force_close()
+        return answer
+
+    def _refuse(self, error: AgentServerError) -> web.Response:
+        self._metrics.refused.labels(error.kind).inc()
+        self._logs.log.debug("request_refused", kind=error.kind, problem=error.message)
+        return refusal(error)
+
+    async def _admit(self, request: web.Request, route: Route) -> web.StreamResponse:
+        self._hosts.check(request.headers.getall(hdrs.HOST, []), request.raw_path)
+        origin = self._origins.check(request.headers.getall(hdrs.ORIGIN, []))
+        if origin is not None:
+            request[ORIGIN] = origin
+            if request.method == hdrs.METH_OPTIONS:
+                return web.Response(status=204, headers=_PREFLIGHT)
+        if request.path not in OPEN_PATHS:
+            request[KEY_SHOWN] = self._check_key(request)
+        return await route(request)
+
+    def _check_key(self, request: web.Request) -> bool:
+        """Whether the key was shown; False only for an upgrade request, whose first message may show it."""
+        key = bearer(
+            request.headers.getall(hdrs.AUTHORIZATION, []),
+            query=any(name.lower() in KEY_NAMES for name in request.query),
+            cookie=any(name.lower() in KEY_NAMES for name in request.cookies),
+        )
+        if key is None and is_upgrade(request):
+            return False
+        assert isinstance(request.protocol, Connection)
+        self._authority.check(key, request.protocol.address)
+        request.protocol.recognise()
+        return True

@@ -1,0 +1,59 @@
+"""What the server is doing right now, so that it can stop without breaking off what has begun."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from agent_sdk.protocol.errors import Overloaded
+
+RETRY_AFTER_MS = 1000
+
+
+class Work:
+    """Calls that change something, and agent turns, while they run."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        """Whether the server is about to stop."""
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __repr__(self) -> str:
+        return f"<Work {self._running} under way{', draining' if self.draining else ''}>"
+
+    def admit(self) -> None:
+        """Let new work begin.
+
+        Raises:
+            Overloaded: the server drains; details: reason `draining`, retry_after_ms.
+        """
+        if self.draining:
+            raise Overloaded(
+                "the server is stopping; call again in a moment",
+                reason="draining",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Count something that the end of the server should wait for."""
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def finished(self, seconds: float) -> bool:
+        """Wait until nothing is under way, at most this long; returns whether it came to that."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
