@@ -1,1 +1,15 @@
-"""Map of the folder."""
+"""Thinking: from a user's message to the end of a turn. Knows the Workspace contract and no place in particular.
+
+loop:     one turn, from start to end
+calls:    the tool calls of a turn: order, approvals, results
+actor:    an agent at work: model client, tools, secrets
+journal:  what a turn needs of its log
+history:  what the model is shown of the log
+prompt:   the system prompt
+toolbox:  the tools of a conversation
+approval: which calls wait for somebody
+mask:     secrets out of results
+clip:     long text, cut in its middle
+tools:    the built-in tools
+llm:      reaching models
+"""

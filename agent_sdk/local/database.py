@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import apsw
 
@@ -153,13 +153,15 @@ class Database:
 
     def page(self, conversation: str, after: int, limit: int, max_bytes: int) -> list[tuple[int, bytes]]:
         """Return (seq, body) in order: at most `limit`, and no more than `max_bytes` unless one alone is longer."""
-        key, found, size = self._key(conversation), [], 0
+        key, size = self._key(conversation), 0
+        found: list[tuple[int, bytes]] = []
         with self._translated():
             rows = self._connection.execute(
                 "SELECT seq, body FROM events WHERE conversation = ? AND seq > ? ORDER BY seq LIMIT ?",
                 (key, after, limit),
             )
-            for seq, body in rows:
+            for row in rows:
+                seq, body = cast(tuple[int, bytes], row)
                 size += len(body)
                 if found and size > max_bytes:
                     break
@@ -178,7 +180,7 @@ class Database:
             rows = self._connection.execute(
                 "SELECT digest, result FROM operations WHERE conversation = ? AND op_id = ?", (key, op_id)
             ).fetchall()
-        return rows[0] if rows else None
+        return cast(tuple[bytes, bytes], rows[0]) if rows else None
 
     def set_meta(self, conversation: str, meta: bytes) -> None:
         """Replace what is noted about a conversation."""
@@ -189,11 +191,12 @@ class Database:
     def conversations(self) -> list[tuple[str, str, float, bytes, int, float]]:
         """Return (id, epoch, created, meta, last seq, time of the last event), newest first."""
         with self._translated():
-            return self._connection.execute(
+            rows = self._connection.execute(
                 "SELECT c.id, c.epoch, c.created, c.meta, coalesce(e.seq, 0), coalesce(e.at, c.created) "
                 "FROM conversations c LEFT JOIN events e ON e.conversation = c.key AND e.seq = "
                 "(SELECT max(seq) FROM events WHERE conversation = c.key) ORDER BY c.key DESC"
             ).fetchall()
+        return cast(list[tuple[str, str, float, bytes, int, float]], rows)
 
     def delete(self, conversation: str) -> None:
         """Remove a conversation with its events and operations."""
@@ -209,7 +212,7 @@ class Database:
             ).fetchall()
         if not rows:
             raise ConversationNotFound(f"no conversation {conversation}", conversation=conversation)
-        return int(rows[0][0])
+        return cast(int, rows[0][0])
 
     def _value(self, query: str, values: tuple[Any, ...] = ()) -> Any:
         return self._connection.execute(query, values).fetchall()[0][0]

@@ -1,0 +1,127 @@
+"""An agent at work: everything of one conversation's agent that is open, changes or must be kept secret."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Mapping
+
+from agent_sdk.agent.approval import needs_approval
+from agent_sdk.agent.llm.contract import ModelClient
+from agent_sdk.agent.llm.open import open_model
+from agent_sdk.agent.mask import Mask
+from agent_sdk.agent.prompt import system_prompt
+from agent_sdk.agent.toolbox import Toolbox, local_and_remote
+from agent_sdk.agent.tools.registry import make_tool
+from agent_sdk.protocol.errors import InvalidParams
+from agent_sdk.protocol.events import AgentConfigured, RequestOpened
+from agent_sdk.protocol.specs import LLM, AgentSpec, ConfirmationPolicy, Model
+from agent_sdk.tools import FunctionTool, ToolContext, ToolResult
+from agent_sdk.workspace import Workspace
+
+RunClientTool = Callable[[RequestOpened], Awaitable[ToolResult]]
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+class Actor:
+    """Made from an AgentSpec for one conversation; close it.
+
+    Raises:
+        InvalidParams: a tool or the model does not exist, or max_iterations is not positive.
+    """
+
+    def __init__(
+        self,
+        spec: AgentSpec,
+        workspace: Workspace,
+        *,
+        conversation: str,
+        functions: Mapping[str, FunctionTool],
+        max_iterations: int,
+        confirmation: ConfirmationPolicy,
+    ) -> None:
+        if max_iterations < 1:
+            raise InvalidParams("max_iterations: it must be at least 1")
+        self.spec = spec
+        self.workspace = workspace
+        self.max_iterations = max_iterations
+        self.confirmation = confirmation
+        self.run_client_tool: RunClientTool | None = None
+        built_in = [make_tool(name, conversation) for name in spec.tools]
+        self.toolbox: Toolbox = local_and_remote(built_in, functions, spec.client_tools)
+        self.llm: Model = spec.llm
+        self.client: ModelClient = open_model(spec.llm)
+        self._former: list[ModelClient] = []
+        self._secrets: dict[str, str] = {}
+        self._system: str | None = None
+        self._remember()
+
+    def __repr__(self) -> str:
+        return f"<Actor {self.llm.model} with {len(self.toolbox.specs)} tools>"
+
+    @property
+    def secret_names(self) -> tuple[str, ...]:
+        """Sorted; the values are for the context and the mask only."""
+        return tuple(sorted(self._secrets))
+
+    async def system(self) -> str:
+        """Return the system prompt; the workspace is asked once."""
+        if self._system is None:
+            self._system = system_prompt(await self.workspace.describe(), self.spec.instructions)
+        return self._system
+
+    def switch(self, llm: Model) -> None:
+        """Use another model from the next call on; the former client serves the call under way."""
+        client = open_model(llm)
+        self._former.append(self.client)
+        self.llm, self.client = llm, client
+        self._remember()
+
+    def add_secrets(self, secrets: Mapping[str, str]) -> None:
+        """Set secrets from the next tool call on.
+
+        Raises:
+            InvalidParams: a name cannot be an environment variable, or a value has a NUL in it.
+        """
+        for name, value in secrets.items():
+            if not _VARIABLE.match(name):
+                raise InvalidParams(f"secrets: {name[:64]!r} cannot name an environment variable")
+            if "\0" in value:
+                raise InvalidParams(f"secrets: the value of {name} has a NUL character in it")
+        self._secrets = {**self._secrets, **secrets}
+        self._remember()
+
+    def needs_approval(self, tool: str) -> bool:
+        """Whether a call of this tool waits for an answer."""
+        spec = self.toolbox.spec(tool)
+        return spec is not None and needs_approval(self.confirmation, spec)
+
+    def reads_only(self, tool: str) -> bool:
+        """Whether a call of this tool may run beside others."""
+        spec = self.toolbox.spec(tool)
+        return spec is not None and spec.read_only
+
+    def context(self) -> ToolContext:
+        """Return what tools may use."""
+        return ToolContext(workspace=self.workspace, secrets=self._secrets)
+
+    def configured(self) -> AgentConfigured:
+        """Return the event that describes this agent."""
+        return AgentConfigured(
+            model=self.llm.model,
+            tools=self.spec.tools,
+            client_tools=self.spec.client_tools,
+            instructions=self.spec.instructions,
+            max_iterations=self.max_iterations,
+            confirmation=self.confirmation,
+        )
+
+    async def close(self) -> None:
+        """Let go of the connections to models."""
+        for client in (*self._former, self.client):
+            await client.close()
+        self._former.clear()
+
+    def _remember(self) -> None:
+        key = self.llm.api_key if isinstance(self.llm, LLM) else None
+        self.mask = Mask([*self._secrets.values(), *([key] if key else [])])

@@ -1,0 +1,33 @@
+"""Cutting long text in its middle: the head says what it is, the tail how it ended."""
+
+from __future__ import annotations
+
+RESULT_BYTES = 16 << 20
+"""UTF-8 bytes of a tool result that go into the log."""
+MODEL_CHARS = 30_000
+"""Characters of a tool result that the model sees."""
+ARGUMENT_BYTES = 1 << 20
+
+
+def clip_chars(text: str, limit: int, hint: str = "") -> str:
+    """Return at most `limit` characters of the text plus a line that says how many are left out."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    note = f"\n[... {len(text) - 2 * half} characters{hint} left out ...]\n"
+    return text[:half] + note + text[len(text) - half :]
+
+
+def clip_bytes(text: str, limit: int) -> tuple[str, int]:
+    """Return the text, or its head and tail in at most `limit` UTF-8 bytes, and how many bytes were left out.
+
+    What cannot be UTF-8 (lone surrogates) is replaced by `?`.
+    """
+    if text.isascii() and len(text) <= limit:
+        return text, 0
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= limit:
+        return encoded.decode(), 0
+    head = encoded[: limit // 2].decode(errors="ignore")
+    tail = encoded[len(encoded) - limit // 2 :].decode(errors="ignore")
+    return head + tail, len(encoded) - len(head.encode()) - len(tail.encode())

@@ -1,0 +1,91 @@
+"""What the model is shown of a conversation: turns, grown event by event, never made anew.
+
+A history that is rebuilt from the log is the one that grew: an AgentMessage says how far the model
+had read, so a message that came while it wrote stands after its answer, here and after a restart.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from agent_sdk.agent.clip import MODEL_CHARS, clip_chars
+from agent_sdk.agent.llm.contract import AssistantTurn, ToolTurn, ToolUse, Turn, UserTurn
+from agent_sdk.protocol.events import AgentMessage, Event, ToolCalled, ToolReturned, UserMessage
+
+
+class History:
+    """Feed it every event in the order of the log."""
+
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
+        self.open_calls: dict[str, ToolCalled] = {}
+        """Calls without a result yet, in the order they were made."""
+        self.head_seq = 0
+        self._unread: deque[UserMessage] = deque()
+        self._answer: AgentMessage | None = None
+        self._uses: list[ToolUse] = []
+        self._call_ids: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<History {len(self.turns)} turns, {len(self._unread)} unread, {len(self.open_calls)} open calls>"
+
+    @property
+    def unread(self) -> bool:
+        """Whether a user's message waits that the model has not been shown."""
+        return bool(self._unread)
+
+    @property
+    def answered(self) -> str | None:
+        """The model's last answer when it called no tool and nobody has said anything since, else None."""
+        last = self.turns[-1] if self.turns and not self._unread else None
+        return last.text if isinstance(last, AssistantTurn) and not last.tool_calls else None
+
+    def add(self, event: Event) -> None:
+        """Take in the next event of the log."""
+        self.head_seq = event.seq
+        match event:
+            case UserMessage():
+                self._unread.append(event)
+            case AgentMessage():
+                self._close_answer()
+                self.read(event.seen_seq)
+                self._answer = event
+                if event.tool_calls == 0:
+                    self._close_answer()
+            case ToolCalled():
+                self.open_calls[event.call_id] = event
+                self._call_ids.add(event.call_id)
+                self._uses.append(ToolUse(call_id=event.call_id, tool=event.tool, arguments=event.arguments))
+                if self._answer is not None and len(self._uses) == self._answer.tool_calls:
+                    self._close_answer()
+            case ToolReturned():
+                self.open_calls.pop(event.call_id, None)
+                more = f" and {event.bytes_cut} bytes" if event.bytes_cut else ""
+                text = clip_chars(event.text, MODEL_CHARS, hint=more)
+                self.turns.append(ToolTurn(call_id=event.call_id, text=text, is_error=event.is_error))
+
+    def read(self, seq: int | None = None) -> int:
+        """Show the model the messages up to `seq` (None: all), from the next request on; return the head's seq."""
+        while self._unread and (seq is None or self._unread[0].seq <= seq):
+            self.turns.append(UserTurn(self._unread.popleft().text))
+        return self.head_seq
+
+    def fresh_call_id(self, wanted: str) -> str:
+        """Return `wanted`, or something like it when it is empty or was used: ids tell results apart."""
+        wanted = wanted.strip() or "call"
+        found = wanted
+        while found in self._call_ids:
+            found = f"{wanted}_{len(self._call_ids)}"
+            wanted += "_"
+        self._call_ids.add(found)
+        return found
+
+    def _close_answer(self) -> None:
+        if self._answer is None:
+            return
+        self.turns.append(
+            AssistantTurn(
+                text=self._answer.text, tool_calls=tuple(self._uses), provider=self._answer.provider
+            )
+        )
+        self._answer, self._uses = None, []

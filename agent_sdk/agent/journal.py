@@ -1,0 +1,40 @@
+"""What a turn needs of the log it writes; the conversation provides it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, Protocol
+
+from agent_sdk.agent.history import History
+from agent_sdk.protocol.events import Event
+
+
+class Journal(Protocol):
+    """The log of one conversation, and what follows from it."""
+
+    history: History
+
+    @property
+    def pause_requested(self) -> bool:
+        """Whether the running turn was asked to pause."""
+        ...
+
+    def submit(self, *events: Event) -> Awaitable[Any]:
+        """Queue events for the log now; the result comes with the commit. Must not be cancelled."""
+        ...
+
+    async def append(self, *events: Event) -> None:
+        """Queue events now and wait for the commit; cancelling ends the waiting only."""
+        ...
+
+    async def mend(self) -> None:
+        """Close a turn that nobody runs any more, if there is one."""
+        ...
+
+    async def settle(self) -> None:
+        """Return when nothing is queued any more; without giving way when nothing is."""
+        ...
+
+    def delta(self, run_id: str, text: str, thinking: str) -> None:
+        """Pass on a transient piece of an answer."""
+        ...

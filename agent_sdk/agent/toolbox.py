@@ -1,0 +1,79 @@
+"""The tools of one conversation: what the model is told of them, and running a call so that it always has a result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from agent_sdk.agent.clip import ARGUMENT_BYTES
+from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, InvalidParams, WorkspaceUnavailable
+from agent_sdk.protocol.specs import ToolSpec
+from agent_sdk.tools import Tool, ToolContext, ToolResult
+
+logger = logging.getLogger("agent_sdk")
+
+
+class Toolbox:
+    """Tools by name, and the specs of those that run in a client.
+
+    Raises:
+        InvalidParams: two tools have the same name.
+    """
+
+    def __init__(self, tools: Iterable[Tool], client_tools: Iterable[ToolSpec] = ()) -> None:
+        self._tools: dict[str, Tool] = {}
+        self._specs: dict[str, ToolSpec] = {}
+        for tool in tools:
+            self._add(tool.spec)
+            self._tools[tool.spec.name] = tool
+        for spec in client_tools:
+            self._add(spec)
+        self.specs: tuple[ToolSpec, ...] = tuple(self._specs.values())
+
+    def _add(self, spec: ToolSpec) -> None:
+        if spec.name in self._specs:
+            raise InvalidParams(f"tools: there are two tools called {spec.name!r}; give one another name")
+        self._specs[spec.name] = spec
+
+    def spec(self, name: str) -> ToolSpec | None:
+        """Return what the model was told about a tool; None when it was told of none."""
+        return self._specs.get(name)
+
+    def runs_in_client(self, name: str) -> bool:
+        """Whether calls of this tool are somebody else's to answer."""
+        return name in self._specs and name not in self._tools
+
+    def refusal(self, name: str, arguments: str) -> ToolResult | None:
+        """Return why a call cannot be run at all, in words for the model; None when it can."""
+        if name not in self._specs:
+            known = ", ".join(self._specs) or "none"
+            return ToolResult(text=f"There is no tool {name[:64]!r}. The tools are: {known}.", is_error=True)
+        if len(arguments) > ARGUMENT_BYTES:
+            return ToolResult(
+                text="The arguments are longer than 1 MiB; do it in smaller steps.", is_error=True
+            )
+        return None
+
+    async def run(self, name: str, arguments: str, context: ToolContext) -> ToolResult:
+        """Run a call; whatever goes wrong is a result that the model reads.
+
+        Raises:
+            WorkspaceUnavailable, ConnectionLost: the place is gone, and with it the sense of going on.
+        """
+        try:
+            return await self._tools[name].run(arguments, context)
+        except (WorkspaceUnavailable, ConnectionLost):
+            raise
+        except AgentServerError as exc:
+            return ToolResult(text=str(exc), is_error=True, data={"error": exc.kind})
+        except Exception as exc:  # part of the turn's boundary: a broken tool must not break the turn
+            logger.warning("tool %s failed", name, exc_info=exc)
+            return ToolResult(text=f"{type(exc).__name__}: {exc}", is_error=True)
+
+
+def local_and_remote(
+    built_in: Iterable[Tool], functions: Mapping[str, Tool], client_tools: Iterable[ToolSpec]
+) -> Toolbox:
+    """Return a toolbox in which a client tool that is a function of this process runs here."""
+    elsewhere = [spec for spec in client_tools if spec.name not in functions]
+    return Toolbox([*built_in, *functions.values()], elsewhere)

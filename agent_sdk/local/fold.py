@@ -1,0 +1,153 @@
+"""What follows from a log: state, stats, title, pending requests. Grown event by event, never computed anew."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from agent_sdk.conversation import Outcome, outcome_of
+from agent_sdk.protocol.events import (
+    AgentConfigured,
+    ConversationCreated,
+    Event,
+    Interrupted,
+    ModelUsed,
+    PauseRequested,
+    RequestOpened,
+    RequestResolved,
+    SecretsChanged,
+    TitleChanged,
+    ToolCalled,
+    TurnEnded,
+    TurnStarted,
+    UserMessage,
+)
+from agent_sdk.protocol.results import PendingRequest, Snapshot, State, Stats
+
+
+class Fold:
+    """Feed it every event in the order of the log."""
+
+    def __init__(self) -> None:
+        self.title: str | None = None
+        self.tags: dict[str, str] = {}
+        self.stats = Stats()
+        self.configured: AgentConfigured | None = None
+        self.messages = 0
+        self.secret_names: frozenset[str] = frozenset()
+        self.run_id: str | None = None
+        """Of the running or last turn."""
+        self.turn_open = False
+        """TurnStarted was written and TurnEnded was not."""
+        self.pause_requested = False
+        self.outcome: Outcome | None = None
+        self.ended_seq = 0
+        self.pending: dict[str, RequestOpened] = {}
+        self._created_at = 0.0
+        self._updated_at = 0.0
+        self._seq = 0
+        self._asked_to_stop = False
+
+    def __repr__(self) -> str:
+        return f"<Fold at seq {self._seq}, turn {'open' if self.turn_open else 'closed'}>"
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the last turn stopped before it was done and nobody said that it should stay so."""
+        if self.outcome is None or self.turn_open:
+            return False
+        if self.outcome.status == "interrupted":
+            return not self._asked_to_stop
+        return self.outcome.status != "finished"
+
+    @property
+    def paused(self) -> bool:
+        """Whether the last turn was paused, and none runs."""
+        return self.outcome is not None and self.outcome.status == "paused" and not self.turn_open
+
+    def add(self, event: Event) -> None:
+        """Take in the next event of the log."""
+        self._seq, self._updated_at = event.seq, event.at
+        match event:
+            case ConversationCreated():
+                self._created_at = event.at
+            case AgentConfigured():
+                self.configured = event
+            case UserMessage():
+                self.messages += 1
+            case TitleChanged():
+                self.title, self.tags = event.title, event.tags
+            case SecretsChanged():
+                self.secret_names |= set(event.names)
+            case RequestOpened():
+                self.pending[event.request_id] = event
+            case RequestResolved():
+                self.pending.pop(event.request_id, None)
+            case PauseRequested():
+                self.pause_requested = True
+            case ToolCalled():
+                self.stats = replace(self.stats, tool_calls=self.stats.tool_calls + 1)
+            case ModelUsed():
+                self._count(event)
+            case TurnStarted() | Interrupted() | TurnEnded():
+                self._turn(event)
+            case _:
+                pass
+
+    def snapshot(self, id: str, epoch: str, *, working: bool, closed: bool) -> Snapshot:
+        """Return the state; `working`: a turn runs in this process or is about to."""
+        configured = self.configured
+        return Snapshot(
+            id=id,
+            state=self._state(working, closed),
+            epoch=epoch,
+            head_seq=self._seq,
+            title=self.title,
+            tags=self.tags,
+            created_at=self._created_at,
+            updated_at=self._updated_at,
+            stats=self.stats,
+            pending=tuple(
+                PendingRequest(
+                    request_id=request.request_id,
+                    request=request.request,
+                    tool=request.tool,
+                    arguments=request.arguments,
+                )
+                for request in self.pending.values()
+            ),
+            run_id=self.run_id,
+            model=configured.model if configured else None,
+        )
+
+    def _state(self, working: bool, closed: bool) -> State:
+        if closed:
+            return "closed"
+        if working:
+            return "awaiting" if self.pending else "running"
+        if self.outcome is not None and self.outcome.status == "failed":
+            return "failed"
+        return "paused" if self.resumable or self.turn_open else "idle"
+
+    def _turn(self, event: TurnStarted | Interrupted | TurnEnded) -> None:
+        if isinstance(event, Interrupted):
+            self._asked_to_stop = True
+            return
+        self.run_id = event.run_id
+        self.pause_requested = False
+        if isinstance(event, TurnStarted):
+            self.turn_open, self._asked_to_stop = True, False
+            self.stats = replace(self.stats, turns=self.stats.turns + 1)
+        else:
+            self.turn_open, self.outcome, self.ended_seq = False, outcome_of(event), event.seq
+
+    def _count(self, used: ModelUsed) -> None:
+        stats = self.stats
+        cost = stats.cost if used.cost is None else (stats.cost or 0.0) + max(used.cost, 0.0)
+        self.stats = replace(
+            stats,
+            model_calls=stats.model_calls + 1,
+            input_tokens=stats.input_tokens + max(used.input_tokens, 0),
+            output_tokens=stats.output_tokens + max(used.output_tokens, 0),
+            cached_tokens=stats.cached_tokens + max(used.cached_tokens, 0),
+            cost=cost,
+        )

@@ -1,0 +1,111 @@
+"""One conversation's part of the event log, and everybody who follows it.
+
+What is submitted is committed in the order of submission. In the moment the loop learns of a commit,
+and before anybody who waited for it goes on, history and fold grow and the listeners are called. So
+nobody ever hears of an event that is not in the log, and nobody misses one because a waiter was
+cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from agent_sdk.agent.history import History
+from agent_sdk.local.delivery import Delivery
+from agent_sdk.local.fold import Fold
+from agent_sdk.local.log import EventLog, Operation, Record
+from agent_sdk.local.repair import missing_end
+from agent_sdk.protocol.events import Delta, Event, decode
+
+logger = logging.getLogger("agent_sdk")
+
+Listener = Callable[[int, bytes], None]
+DeltaListener = Callable[[Delta], None]
+
+
+class Journal:
+    """See the module's docstring; it is the agent.journal.Journal of a conversation."""
+
+    def __init__(self, log: EventLog, conversation: str, epoch: str, delivery: Delivery) -> None:
+        self.log = log
+        self.conversation = conversation
+        self.epoch = epoch
+        self.history = History()
+        self.fold = Fold()
+        self.listeners: dict[object, Listener] = {}
+        self.delta_listeners: dict[object, DeltaListener] = {}
+        self._delivery = delivery
+        self._under_way: set[asyncio.Future[list[Record]]] = set()
+
+    @property
+    def head_seq(self) -> int:
+        """The seq of the last event."""
+        return self.history.head_seq
+
+    @property
+    def pause_requested(self) -> bool:
+        """Whether the running turn was asked to pause."""
+        return self.fold.pause_requested
+
+    async def replay(self) -> None:
+        """Take in what the log has already; nobody is told of it."""
+        async for seq_body in self.pages(0):
+            self._grow(decode(seq_body[1]))
+
+    async def pages(self, after: int) -> AsyncIterator[tuple[int, bytes]]:
+        """Yield (seq, JSON) of the events after a seq that are in the log now."""
+        while page := await self.log.read(self.conversation, after):
+            for seq, body in page:
+                after = seq
+                yield seq, body
+
+    def submit(self, *events: Event, op: Operation | None = None) -> asyncio.Future[list[Record]]:
+        """Queue events; the future comes with the commit, after all who follow were told. Do not cancel it."""
+        future = self.log.submit(self.conversation, events, op=op)
+        self._under_way.add(future)
+        future.add_done_callback(self._committed)
+        return future
+
+    async def append(self, *events: Event) -> None:
+        """Queue events and wait for the commit; cancelling ends the waiting only.
+
+        Raises:
+            StorageFull, WorkspaceUnavailable, LeaseLost: nothing of it was written.
+        """
+        await asyncio.shield(self.submit(*events))
+
+    async def mend(self) -> None:
+        """Close a turn that nobody runs any more, if there is one."""
+        if events := missing_end(self.fold, self.history):
+            await self.append(*events)
+
+    async def settle(self) -> None:
+        """Return when nothing is queued any more; without giving way when nothing is."""
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+
+    def delta(self, run_id: str, text: str, thinking: str) -> None:
+        """Pass on a transient piece of an answer."""
+        delta = Delta(run_id=run_id, after_seq=self.head_seq, text=text, thinking=thinking)
+        for listener in list(self.delta_listeners.values()):
+            listener(delta)
+        self._delivery.put_delta(delta)
+
+    def _committed(self, future: asyncio.Future[list[Record]]) -> None:
+        self._under_way.discard(future)
+        if future.cancelled() or future.exception() is not None:
+            return
+        for event, body in future.result():
+            self._grow(event)
+            for listener in list(self.listeners.values()):
+                try:
+                    listener(event.seq, body)
+                except Exception:  # one broken listener must not take events from the others
+                    logger.exception("a listener failed")
+            self._delivery.put(event)
+
+    def _grow(self, event: Event) -> None:
+        self.history.add(event)
+        self.fold.add(event)
