@@ -7,6 +7,7 @@ lanes:     what waits to be sent, and who goes next
 stream:    byte streams: ByteReader, ByteWriter
 channels:  which byte streams a connection has
 calls:     calls of ours that wait for an answer
+answers:   calls of the other end that we answer
 peer:      one end of a connection: calls both ways, notices, events, streams
 ledger:    each op_id runs once
 """

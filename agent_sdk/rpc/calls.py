@@ -23,7 +23,6 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.methods import CancelCall, Method, Ping, R, result_type
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.lanes import Lanes
-from agent_sdk.rpc.pipe import wake
 
 UNQUEUED = (CancelCall.method, Ping.method)
 """Small, answered at once, and needed when all else is stuck."""
@@ -46,6 +45,11 @@ class Calls:
 
     def __len__(self) -> int:
         return len(self._pending)
+
+    def use(self, limits: Limits) -> None:
+        """From now on these are the limits of the other end."""
+        self.limits = limits
+        self._admit()
 
     async def call(self, params: Method[R], timeout: float | None) -> R:
         """See Peer.call."""
@@ -75,8 +79,7 @@ class Calls:
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(lost)
-        for waiter in self._queue:
-            wake(waiter)
+        self._admit()
 
     async def _call(self, params: Method[R]) -> R:
         if params.method in UNQUEUED:
@@ -126,31 +129,29 @@ class Calls:
                 self._endpoint.forget(id)
 
     async def _enter(self) -> None:
-        """Wait until fewer calls are in flight than the other end accepts."""
-        while self._in_flight >= self.limits.calls and self._lost is None:
-            waiter = asyncio.get_running_loop().create_future()
-            self._queue.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
-                    self._admit()  # the place goes to the next in the queue
-                raise
-            finally:
-                if waiter in self._queue:
-                    self._queue.remove(waiter)
-        self._in_flight += 1
+        """Take a place among the calls in flight; waits in a queue for one."""
+        if self._in_flight < self.limits.calls and not self._queue:
+            self._in_flight += 1
+            return
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if not place.cancelled():
+                self._leave()  # it was given to us at the same moment
+            raise
 
     def _leave(self) -> None:
         self._in_flight -= 1
         self._admit()
 
     def _admit(self) -> None:
-        while self._queue:
-            waiter = self._queue.popleft()
-            if not waiter.done():
-                return wake(waiter)
-        return None
+        while self._queue and (self._in_flight < self.limits.calls or self._lost is not None):
+            place = self._queue.popleft()
+            if not place.done():
+                self._in_flight += 1
+                place.set_result(None)
 
 
 def _decode(params: Method[R], answer: Raw) -> R:

@@ -6,14 +6,20 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from agent_sdk.protocol.errors import OpMismatch
-from agent_sdk.protocol.methods import Effect, R
+from agent_sdk.protocol.errors import AgentServerError, Cancelled, OpMismatch
+from agent_sdk.protocol.methods import Effect
+from agent_sdk.rpc.pipe import DISCONNECTED
 
 FINISHED = 10_000
+FINISHED_BYTES = 64 << 20
+# Names of streams differ whenever a call is repeated; they do not belong to what it asks for.
+CHANNELS = frozenset({"channel", "stdin", "stdout", "stderr", "follow"})
+
+T = TypeVar("T")
 
 
 class Entry:
@@ -24,25 +30,38 @@ class Entry:
         self.digest = digest
         self.task = task
         self.waiting = 0
+        self.weight = 0
 
 
 class Ledger:
-    """In memory, for as long as the process lives; the 10 000 operations that ended last are kept."""
+    """In memory, for as long as the process lives.
 
-    def __init__(self, finished: int = FINISHED) -> None:
-        """Make an empty ledger; `finished`: how many ended operations are kept, oldest out."""
+    The 10 000 operations that ended last are kept, fewer when their results hold more than 64 MiB.
+    """
+
+    def __init__(self, finished: int = FINISHED, *, weigh: Callable[[Any], int] = lambda _: 0) -> None:
+        """Make an empty ledger.
+
+        Args:
+            finished: how many ended operations are kept, oldest out.
+            weigh: the bytes a result holds on to.
+        """
         self._limit = finished
+        self._weigh = weigh
+        self._bytes = 0
         self._running: dict[str, Entry] = {}
         self._finished: OrderedDict[str, Entry] = OrderedDict()
 
-    async def run(self, call: Effect[R], action: Callable[[], Awaitable[R]]) -> R:
+    async def run(self, call: Effect[Any], action: Callable[[], Awaitable[T]]) -> T:
         """Run `action` for this call, or attach to its run, or return what it returned, or raise what it raised.
 
-        Cancelling the last one who waits cancels the action and waits for its end; an operation that
-        was cancelled is not kept, so the same op_id may run again.
+        Failures that are retryable are not kept: the same call then runs again. Cancelling the last
+        one who waits cancels the action, waits for its end and forgets it; but an action whose
+        callers only lost their connection goes on, so that they can come back to it.
 
         Raises:
             OpMismatch: the op_id came before with other params.
+            Cancelled: another caller of the same operation cancelled it.
         """
         digest = _digest(call)
         entry = self._running.get(call.op_id) or self._finished.get(call.op_id)
@@ -52,15 +71,26 @@ class Ledger:
             entry.task.add_done_callback(lambda _: self._done(call.op_id))
         elif entry.digest != digest:
             raise OpMismatch(f"op_id {call.op_id} came before with other params", op_id=call.op_id)
-        result: R = await self._wait(entry)
+        await self._wait(entry)
+        if entry.task.cancelled():
+            raise Cancelled("the operation was cancelled by another caller")
+        result: T = entry.task.result()
         return result
 
-    async def _wait(self, entry: Entry) -> Any:
+    async def close(self) -> None:
+        """Cancel what runs and wait for it."""
+        tasks = {entry.task for entry in self._running.values()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _wait(self, entry: Entry) -> None:
         entry.waiting += 1
         try:
-            return await asyncio.shield(entry.task)
-        except asyncio.CancelledError:
-            if entry.waiting == 1 and not entry.task.done():
+            await asyncio.wait({entry.task})
+        except asyncio.CancelledError as exc:
+            if entry.waiting == 1 and exc.args != (DISCONNECTED,):
                 entry.task.cancel()
                 await asyncio.wait({entry.task})
             raise
@@ -71,15 +101,23 @@ class Ledger:
         entry = self._running.pop(op_id)
         if entry.task.cancelled():
             return
-        entry.task.exception()  # seen
+        error = entry.task.exception()
+        if isinstance(error, AgentServerError) and error.retryable:
+            return
+        entry.weight = self._weigh(entry.task.result()) if error is None else 0
+        self._bytes += entry.weight
         self._finished[op_id] = entry
-        while len(self._finished) > self._limit:
-            self._finished.popitem(last=False)
+        while len(self._finished) > self._limit or (self._bytes > FINISHED_BYTES and len(self._finished) > 1):
+            _, oldest = self._finished.popitem(last=False)
+            self._bytes -= oldest.weight
 
 
-async def _run(action: Callable[[], Awaitable[R]]) -> R:
+async def _run(action: Callable[[], Awaitable[T]]) -> T:
     return await action()
 
 
 def _digest(call: Effect[Any]) -> bytes:
-    return hashlib.blake2b(call.method.encode() + b"\0" + msgspec.json.encode(call), digest_size=16).digest()
+    params = {name: getattr(call, name) for name in call.__struct_fields__ if name not in CHANNELS}
+    return hashlib.blake2b(
+        call.method.encode() + b"\0" + msgspec.json.encode(params), digest_size=16
+    ).digest()

@@ -28,31 +28,22 @@ from agent_sdk.protocol.endpoint import (
     Request,
     Response,
     decode_params,
-    unknown_method,
 )
 from agent_sdk.protocol.errors import (
     AgentServerError,
     BadBinaryHeader,
-    Cancelled,
     ConnectionLost,
-    ErrorObject,
-    InternalError,
     InvalidParams,
     LimitExceeded,
-    Overloaded,
-    to_wire,
 )
 from agent_sdk.protocol.methods import (
-    CancelCall,
     CancelNotice,
-    CancelOutcome,
     Method,
     Notice,
-    Ping,
-    Pong,
     R,
 )
 from agent_sdk.protocol.specs import Limits
+from agent_sdk.rpc.answers import Answers
 from agent_sdk.rpc.calls import Calls
 from agent_sdk.rpc.channels import Channels
 from agent_sdk.rpc.lanes import Lanes
@@ -64,8 +55,6 @@ OnNotice = Callable[[str, Raw], None]
 OnBug = Callable[[BaseException, str], None]
 
 FLUSH_SECONDS = 2.0
-RETRY_AFTER_MS = 250
-CANCELS = 16
 
 PROTOCOL_ERROR, SLOW_READER, TOO_BIG, BUG = 4400, 4408, 4413, 1011
 
@@ -78,27 +67,24 @@ class Inbound:
         id: its JSON-RPC id.
     """
 
-    __slots__ = ("cancels", "id", "peer", "task")
+    __slots__ = ("id", "peer")
 
     def __init__(self, peer: Peer, id: Id) -> None:
+        """Made by the peer."""
         self.peer = peer
         self.id = id
-        self.task: asyncio.Task[Any] | None = None
-        self.cancels: list[Id] = []
 
     def reading(self, channel: int) -> AbstractAsyncContextManager[ByteReader]:
         """The bytes the caller sends on its channel; leaving early tells the caller to stop.
 
-        Raises (on entering):
-            InvalidParams: no channel that the caller just opened.
+        Entering raises InvalidParams when this is no channel that the caller has just opened.
         """
         return self.peer._channels.reading(channel)
 
     def writing(self, channel: int) -> AbstractAsyncContextManager[ByteWriter]:
         """Send bytes to the caller on its channel; leaving without `finish` resets the stream.
 
-        Raises (on entering):
-            InvalidParams: no channel that the caller just opened.
+        Entering raises InvalidParams when this is no channel that the caller has just opened.
         """
         return self.peer._channels.writing(channel)
 
@@ -143,23 +129,24 @@ class Peer:
         self._lanes = Lanes(limits.queue_bytes)
         self._channels = Channels(self._lanes, limits, opener=opener)
         self._calls = Calls(self._endpoint, self._lanes, DEFAULTS)
-        self._inbound: dict[Id, Inbound] = {}
+        self._answers = Answers(
+            self._endpoint, self._lanes, limits, context=partial(Inbound, self), report=self._report
+        )
         self._reader: asyncio.Task[None] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._closer: asyncio.Task[None] | None = None
         self._lost: ConnectionLost | None = None
         self._ended = asyncio.Event()
-        self._table: dict[str, tuple[type[Method[Any]], Handler]] = {}
-        self.handlers = handlers
+        self._answers.use(handlers)
 
     @property
     def handlers(self) -> Mapping[type[Method[Any]], Handler]:
         """Who answers which method."""
-        return {method: handler for method, handler in self._table.values()}
+        return {method: handler for method, handler in self._answers.handlers.values()}
 
     @handlers.setter
     def handlers(self, handlers: Mapping[type[Method[Any]], Handler]) -> None:
-        self._table = {method.method: (method, handler) for method, handler in handlers.items()}
+        self._answers.use(handlers)
 
     @property
     def other_limits(self) -> Limits:
@@ -168,7 +155,8 @@ class Peer:
 
     @other_limits.setter
     def other_limits(self, limits: Limits) -> None:
-        self._calls.limits = limits
+        self._calls.use(limits)
+        self._answers.longest = limits.message_bytes
         self._channels.other_window = limits.window_bytes
 
     @property
@@ -178,7 +166,7 @@ class Peer:
 
     def __repr__(self) -> str:
         state = "new" if self._reader is None else "closed" if self._lost is not None else "open"
-        return f"<Peer {state}: {len(self._inbound)} calls in, {len(self._calls)} calls out>"
+        return f"<Peer {state}: {len(self._answers)} calls in, {len(self._calls)} calls out>"
 
     async def __aenter__(self) -> Self:
         self._reader = asyncio.create_task(self._read())
@@ -188,12 +176,7 @@ class Peer:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with anyio.CancelScope(shield=True):
-            await self.close()
-            running = {call.task for call in self._inbound.values() if call.task is not None}
-            tasks = running | {task for task in (self._reader, self._writer) if task is not None}
-            if tasks:
-                await asyncio.wait(tasks)
+        await _until_done(asyncio.create_task(self._end()))
 
     async def call(self, params: Method[R], *, timeout: float | None = None) -> R:
         """Call a method of the other end and return what it answers.
@@ -274,6 +257,11 @@ class Peer:
 
     # -- the connection's life
 
+    async def _end(self) -> None:
+        await self.close()
+        tasks = self._answers.tasks | {task for task in (self._reader, self._writer) if task is not None}
+        await asyncio.wait(tasks)
+
     def _begin_close(self, code: int, reason: str) -> asyncio.Task[None]:
         if self._closer is None:
             self._closer = asyncio.create_task(self._close(code, reason))
@@ -299,9 +287,7 @@ class Peer:
         self._lanes.wake_all()
         self._calls.lose(reason)
         self._channels.lose(reason)
-        for call in self._inbound.values():
-            if call.task is not None:
-                call.task.cancel()
+        self._answers.lose()
         self._ended.set()
 
     async def _write(self) -> None:
@@ -315,6 +301,9 @@ class Peer:
         except ConnectionLost as exc:
             self._lose(exc)
             self._begin_close(1000, "")
+        except Exception as exc:  # noqa: BLE001 - the writer's boundary, like the reader's
+            self._lose(lost(BUG, f"internal error {self._report(exc)}"))
+            self._begin_close(BUG, "internal error")
 
     async def _read(self) -> None:
         code, reason = 1000, ""
@@ -349,7 +338,7 @@ class Peer:
             case None:
                 pass
             case Request():
-                self._request(message)
+                self._answers.request(message)
             case Response() | Failure():
                 self._calls.answer(message)
             case Notification():
@@ -363,94 +352,9 @@ class Peer:
                 self._on_notice(message.method, message.params)
             return
         try:
-            notice = decode_params(CancelNotice, message.params)
+            self._answers.cancel(decode_params(CancelNotice, message.params).id)
         except InvalidParams:
             self._endpoint.ignored["illegible notice"] += 1
-        else:
-            self._cancel(notice.id)
-
-    def _request(self, message: Request) -> None:
-        try:
-            if message.method in self._table:
-                self._start(message)
-            elif message.method == CancelCall.method:
-                self._cancel_call(message.id, decode_params(CancelCall, message.params))
-            elif message.method == Ping.method:
-                decode_params(Ping, message.params)
-                self._respond(message.id, Pong())
-            else:
-                raise unknown_method(message.method)
-        except AgentServerError as exc:
-            self._refuse(message.id, to_wire(exc))
-
-    def _start(self, message: Request) -> None:
-        if len(self._inbound) >= self._limits.calls:
-            limit = self._limits.calls
-            raise Overloaded(f"{limit} calls are in flight", limit=limit, retry_after_ms=RETRY_AFTER_MS)
-        method, handler = self._table[message.method]
-        params = decode_params(method, message.params)
-        call = Inbound(self, message.id)
-        call.task = asyncio.create_task(_run(handler, params, call))
-        self._inbound[message.id] = call
-        call.task.add_done_callback(partial(self._done, call))
-
-    def _cancel(self, id: Id) -> Inbound | None:
-        """Cancel a call that runs; None: there is none of this id."""
-        call = self._inbound.get(id)
-        if call is None or call.task is None or call.task.done():
-            return None
-        call.task.cancel()
-        return call
-
-    def _cancel_call(self, id: Id, params: CancelCall) -> None:
-        call = self._cancel(params.id)
-        if call is None:
-            self._respond(id, CancelOutcome("already_done"))
-        elif len(call.cancels) >= CANCELS:
-            raise Overloaded("the call is being cancelled", limit=CANCELS, retry_after_ms=RETRY_AFTER_MS)
-        else:
-            call.cancels.append(id)  # answered when it is known what became of the call
-
-    def _done(self, call: Inbound, task: asyncio.Task[Any]) -> None:
-        """A handler ended: answer its call, then those who wanted it cancelled."""
-        left = partial(self._inbound.pop, call.id)
-        error = Cancelled("the call was cancelled") if task.cancelled() else task.exception()
-        if self._lost is not None:
-            left()
-            return
-        if error is None:
-            self._answer(call.id, task.result(), left)
-        else:
-            self._refuse(call.id, self._wire_error(error), left)
-        outcome = CancelOutcome("cancelled" if task.cancelled() else "not_cancellable")
-        for id in call.cancels:
-            self._respond(id, outcome)
-
-    def _answer(self, id: Id, result: Any, left: Callable[[], object]) -> None:
-        try:
-            message = self._endpoint.response(id, result)
-        except Exception as exc:  # noqa: BLE001 - the handler's boundary: it returned what no JSON can say
-            self._refuse(id, self._wire_error(exc), left)
-            return
-        if len(message) > (limit := self.other_limits.message_bytes):
-            got = len(message)
-            too_long = LimitExceeded(
-                f"an answer of more than {limit} bytes", field="result", limit=limit, got=got
-            )
-            self._refuse(id, to_wire(too_long), left)
-            return
-        self._lanes.put_message(message, left)
-
-    def _respond(self, id: Id, result: Any) -> None:
-        self._lanes.put_message(self._endpoint.response(id, result))
-
-    def _refuse(self, id: Id, error: ErrorObject, left: Callable[[], object] | None = None) -> None:
-        self._lanes.put_message(self._endpoint.failure(id, error), left)
-
-    def _wire_error(self, exc: BaseException) -> ErrorObject:
-        if isinstance(exc, AgentServerError):
-            return to_wire(exc)
-        return to_wire(InternalError("internal error", incident=self._report(exc)))
 
     def _report(self, exc: BaseException) -> str:
         incident = new_id()
@@ -463,5 +367,14 @@ class Peer:
         return incident
 
 
-async def _run(handler: Handler, params: Any, call: Inbound) -> Any:
-    return await handler(params, call)
+async def _until_done(task: asyncio.Task[None]) -> None:
+    """Wait for a task that must not be left behind, however often that is cancelled; then be cancelled."""
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+    if cancelled is not None:
+        raise cancelled

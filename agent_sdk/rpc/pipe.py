@@ -9,6 +9,8 @@ from typing import Protocol
 from agent_sdk.protocol.errors import ConnectionLost
 
 MEMORY_BYTES = 256 << 10
+DISCONNECTED = "the connection ended"
+"""The message of the CancelledError in handlers whose caller is gone; others were cancelled on purpose."""
 
 
 class Pipe(Protocol):

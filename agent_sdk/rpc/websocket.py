@@ -71,14 +71,20 @@ class WebSocketPipe:
         """See Pipe. A text frame that is not UTF-8 ends the connection with 1007."""
         if self._lost is not None:
             raise self._lost
-        message = await self._ws.receive()
+        try:
+            message = await self._ws.receive()
+        except (ClientError, ConnectionError) as exc:  # e.g. while answering a ping
+            raise self._end(1006, str(exc)) from None
         if message.type is WSMsgType.BINARY:
             return message.data, False
         if message.type is WSMsgType.TEXT:
             return await self._text(message.data), True
         if message.type is WSMsgType.CLOSE:
             raise self._end(message.data or 1005, message.extra or "")
-        raise self._end(self._ws.close_code or 1006, self._why(message.data))
+        if isinstance(message.data, WebSocketError):
+            raise self._end(message.data.code, str(message.data))
+        broken = self._ws.exception()
+        raise self._end(self._ws.close_code or 1006, "" if broken is None else str(broken))
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """See Pipe. A socket that takes no close frame within 5 s is shut down."""
@@ -109,12 +115,6 @@ class WebSocketPipe:
         if self._lost is None:
             self._lost = lost(code, reason)
         return self._lost
-
-    def _why(self, data: object) -> str:
-        if isinstance(data, WebSocketError):
-            return str(data)
-        broken = self._ws.exception()
-        return str(broken) if broken is not None else ""
 
 
 def _shut_down(transport: Any) -> None:
