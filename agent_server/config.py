@@ -77,6 +77,21 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
         return f"ServerConfig(host={self.host!r}, port={self.port}, data={self.data!r})"
 
 
+class ClientEnvironment(Struct, frozen=True, kw_only=True):
+    """What the environment tells client commands. Nothing is checked here: the server does that."""
+
+    url: str | None = None
+    api_key: str | None = None
+    api_key_file: str | None = None
+    data: Path
+    """The data folder of a server of this user."""
+    llm: dict[str, str]
+    """LLM_MODEL, LLM_API_KEY, LLM_BASE_URL, as far as they are set."""
+
+    def __repr__(self) -> str:
+        return f"ClientEnvironment(url={self.url!r}, data={self.data})"
+
+
 _OPTIONS = {
     name: hint
     for name, hint in get_type_hints(ServerConfig, include_extras=True).items()
@@ -95,7 +110,7 @@ _LIMITS: dict[str, Any] = {
     "payload_bytes": _between(64 << 10, 64 << 10),
     "calls": _between(1, 10_000),
     "window_bytes": _between(64 << 10, 64 << 20),
-    "queue_bytes": _between(64 << 10, 1 << 30),
+    "queue_bytes": _between(1 << 20, 1 << 30),
     "json_depth": _between(8, 256),
 }
 
@@ -132,6 +147,18 @@ def load(
         raise StartRefused("api_key and api_key_file are both set; set one of them")
     _check_key(options.get("api_key"))
     return ServerConfig(**options, limits=Limits(**limits), box_environment=box_environment(environ))
+
+
+def client_environment(environ: Mapping[str, str] | None = None) -> ClientEnvironment:
+    """Read what client commands need: where the server is, its key, the model. Variables set to nothing do not count."""
+    environ = os.environ if environ is None else environ
+    return ClientEnvironment(
+        url=environ.get(f"{PREFIX}URL") or None,
+        api_key=environ.get(f"{PREFIX}API_KEY") or None,
+        api_key_file=environ.get(f"{PREFIX}API_KEY_FILE") or None,
+        data=_data_folder(environ.get(f"{PREFIX}DATA", ""), environ),
+        llm={name: value for name, value in environ.items() if name.startswith("LLM_") and value},
+    )
 
 
 def box_environment(environ: Mapping[str, str]) -> dict[str, str]:

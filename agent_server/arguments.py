@@ -1,0 +1,213 @@
+"""What can be typed: the commands and their options.
+
+It imports nothing but argparse, so that `agent-server --help` answers at once. What the commands do
+is in `commands`, one file each, imported when the command is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+PROGRAM = "agent-server"
+
+DESCRIPTION = """\
+Run AI agents here, in a container or on other machines, through one protocol.
+"""
+
+EPILOG = """\
+environment:
+  AGENT_SERVER_URL, AGENT_SERVER_API_KEY   the server that client commands talk to, and its key; for a server
+                                           of this machine with the default data folder the key is found by itself
+  AGENT_SERVER_PORT, AGENT_SERVER_DATA, …  every option of the server
+  LLM_MODEL, LLM_API_KEY, LLM_BASE_URL     the model that `run` uses
+  NO_COLOR                                 no colours
+
+exit codes:
+  0 done   1 failed   2 wrong usage or configuration   69 the server cannot be reached   77 wrong API key
+  73 the data folder cannot be written   75 the port or the data folder is in use   130 stopped with Ctrl-C
+  `exec` exits as its command does: 128 + n when signal n ended it, 124 when its time was over
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with mistakes told in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and leave with exit code 2."""
+        self.exit(2, f"{PROGRAM}: {message}; see {self.prog} --help\n")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the command and its options.
+
+    Raises:
+        SystemExit: 2 and one sentence on stderr, or 0 after `--help` and `--version`.
+    """
+    words = list(arguments)
+    parser = _parser()
+    if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
+        close = difflib.get_close_matches(words[0], _COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; {PROGRAM} --help lists them"
+        parser.exit(2, f"{PROGRAM}: there is no command {words[0][:64]!r}{hint}\n")
+    # What follows `--` belongs to somebody else; how argparse treats it differs between Python's versions.
+    program: list[str] = []
+    if words[:1] == ["exec"] and "--" in words:
+        cut = words.index("--")
+        words, program = words[:cut], words[cut + 1 :]
+    given = parser.parse_args(words)
+    given.program = program
+    return given
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, (summary, fill) in _COMMANDS.items():
+        child = commands.add_parser(name, help=summary, description=f"{summary}.", allow_abbrev=False)
+        fill(child)
+    return parser
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000); 0 takes a free one")
+    parser.add_argument("--data", metavar="DIR", help="folder of everything that lasts: key, log, workspaces")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any option of the server")
+    _json(parser, "print one line of JSON when ready: url, api_key_file, pid")
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", metavar="TASK", help="what the agent is to do")
+    _workspace(parser)
+    parser.add_argument("--model", help="provider/name, e.g. openai/gpt-5.5 (default: LLM_MODEL)")
+    parser.add_argument("--script", metavar="FILE", help="no model: a JSON list of scripted steps")
+    parser.add_argument(
+        "--max-iterations", type=_positive, default=500, metavar="N", help="model calls (500)"
+    )
+    _json(parser, "print events as lines of JSON")
+
+
+def _exec(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{PROGRAM} exec [options] (TEXT | -- PROGRAM [ARGUMENT …])"
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="a command line for bash")
+    _workspace(parser)
+    parser.add_argument(
+        "--timeout", type=_seconds, metavar="S", help="seconds until it is ended; exit code 124"
+    )
+    parser.add_argument(
+        "-i", "--stdin", action="store_true", help="give it what this program reads, to its end"
+    )
+
+
+def _cp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a file; `:path` is a path in the workspace")
+    parser.add_argument("target", metavar="DST", help="where it goes; exactly one of both starts with `:`")
+    _workspace(parser)
+
+
+def _ls(parser: argparse.ArgumentParser) -> None:
+    _server(parser)
+    _json(parser, "print conversations as lines of JSON")
+
+
+def _events(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", type=_id, metavar="ID", help="a conversation; `agent-server ls` shows them")
+    parser.add_argument("--since", type=_count, default=0, metavar="N", help="only events after this seq")
+    parser.add_argument("--follow", action="store_true", help="go on with new events until Ctrl-C")
+    _server(parser)
+    _json(parser, "print events as lines of JSON")
+
+
+def _attach(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", type=_id, metavar="ID", help="a conversation; `agent-server ls` shows them")
+    parser.add_argument(
+        "--since", type=_count, default=0, metavar="N", help="show only events after this seq"
+    )
+    _server(parser)
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", help="address a server would listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port a server would listen on (default: 8000)")
+    parser.add_argument("--data", metavar="DIR", help="its data folder")
+    parser.add_argument("--config", metavar="FILE", help="its TOML file")
+    _json(parser, "print checks as lines of JSON")
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "serve": ("run the server", _serve),
+    "run": ("run one conversation to its end; exit code 0 only when the agent finished", _run),
+    "exec": ("run a command in a workspace; its exit code is ours", _exec),
+    "cp": ("copy a file into or out of a workspace", _cp),
+    "ls": ("list the conversations of a server", _ls),
+    "events": ("show the events of a conversation", _events),
+    "attach": ("watch a conversation and talk to it; Ctrl-C leaves, the agent goes on", _attach),
+    "doctor": ("say what works on this machine, and how to mend what does not", _doctor),
+}
+
+
+def _workspace(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where")
+    group.add_argument(
+        "--workspace",
+        metavar="DIR|URL",
+        help="a folder of this machine (default: this one), or a server's URL: a fresh workspace there",
+    )
+    group.add_argument(
+        "--conversation", type=_id, metavar="ID", help="the workspace of this conversation of a server"
+    )
+    group.add_argument(
+        "--working-dir", metavar="DIR", help="with a URL: an existing folder of the server's machine"
+    )
+    _server(parser)
+
+
+def _server(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--url", help="the server (default: AGENT_SERVER_URL, or http://127.0.0.1:8000)")
+    group.add_argument("--api-key", metavar="KEY", help="its key (default: AGENT_SERVER_API_KEY)")
+    group.add_argument("--api-key-file", metavar="FILE", help="a file that holds its key")
+
+
+def _json(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def _id(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text) or text == "new":
+        raise argparse.ArgumentTypeError(f"{text[:64]!r} is no id of a conversation")
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number between 1 and 1000000")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.001 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds between 0.001 and 86400")
+    return value

@@ -1,0 +1,98 @@
+"""Which server client commands talk to, and how: its address, its key, a conversation of it, one call to it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from msgspec import Raw, Struct
+
+from agent_sdk.protocol.errors import InvalidParams, PathDenied, PathNotFound
+from agent_sdk.remote.connection import connect
+from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_server.config import ClientEnvironment, client_environment
+from agent_server.hosts import is_loopback
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_FILE = "api_key"
+
+
+class Server(Struct, frozen=True, kw_only=True):
+    """A server as a client sees it."""
+
+    url: str
+    api_key: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Server(url={self.url!r})"
+
+
+def find_server(given: argparse.Namespace, url: str | None = None) -> Server:
+    """Return the server that the options, else the environment, name.
+
+    The key is that of the options, else of the environment, else, for a server of this machine, of the
+    data folder of this user.
+
+    Raises:
+        InvalidParams: the URL makes no sense.
+        PathNotFound, PathDenied: the given key file cannot be read.
+    """
+    environment = client_environment()
+    address = url or given.url or environment.url or DEFAULT_URL
+    try:
+        host = urlsplit(address).hostname
+    except ValueError:
+        host = None
+    if not address.startswith(("http://", "https://")) or not host:
+        raise InvalidParams(f"{address!r} is no URL of a server; it looks like {DEFAULT_URL}")
+    return Server(url=address.rstrip("/"), api_key=_key(given, environment, host))
+
+
+def _key(given: argparse.Namespace, environment: ClientEnvironment, host: str) -> str | None:
+    if given.api_key:
+        return str(given.api_key)
+    if given.api_key_file:
+        return _read_key(Path(given.api_key_file))
+    if environment.api_key:
+        return environment.api_key
+    if environment.api_key_file:
+        return _read_key(Path(environment.api_key_file))
+    own = environment.data / KEY_FILE
+    return _read_key(own) if is_loopback(host) and own.exists() else None
+
+
+def _read_key(file: Path) -> str:
+    try:
+        return file.expanduser().read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        raise PathNotFound(f"{file}: no such API key file", path=str(file)) from None
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not ASCII text"
+        raise PathDenied(f"{file}: the API key cannot be read: {reason}", path=str(file)) from None
+
+
+@asynccontextmanager
+async def workspace_of(server: Server, conversation: str) -> AsyncIterator[RemoteWorkspace]:
+    """Enter the workspace of an existing conversation; a Conversation with its id shares the connection.
+
+    Raises:
+        ConversationNotFound, Unauthorized, ConnectionLost: see `connect`.
+    """
+    entered: list[RemoteWorkspace] = []
+
+    def noticed(method: str, params: Raw) -> None:
+        for workspace in entered:
+            if workspace.on_notice is not None:
+                workspace.on_notice(method, params)
+
+    async with connect(
+        server.url, server.api_key, conversation=conversation, on_notice=noticed
+    ) as connection:
+        workspace = RemoteWorkspace.over(connection.peer)
+        workspace.url, workspace.api_key, workspace.connection = server.url, server.api_key, connection
+        async with workspace:
+            entered.append(workspace)
+            yield workspace

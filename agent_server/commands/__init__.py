@@ -1,0 +1,13 @@
+"""What the commands of `agent-server` do, one file each; `main` returns the exit code.
+
+serve:  run the server
+run:    one conversation to its end
+exec:   a command in a workspace
+cp:     a file into or out of a workspace
+ls:     the conversations of a server
+events: the events of a conversation
+attach: watch a conversation and talk to it
+doctor: what works on this machine
+
+Each is imported when it is used.
+"""

@@ -1,0 +1,62 @@
+"""From what was typed after `--workspace` to a workspace."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from agent_sdk import LocalWorkspace, RemoteWorkspace
+from agent_sdk.protocol.errors import InvalidParams, NotADirectory, PathNotFound
+from agent_sdk.workspace import Workspace
+from agent_server.client import find_server, workspace_of
+
+
+@asynccontextmanager
+async def entered(given: argparse.Namespace) -> AsyncIterator[Workspace]:
+    """Enter the workspace that the options name; the present folder when they name none.
+
+    Raises:
+        InvalidParams: the options contradict each other, or are for a later version.
+        PathNotFound, NotADirectory: there is no such folder.
+    """
+    place = given.workspace
+    if place is not None and place.startswith("docker:"):
+        raise InvalidParams(
+            "containers (docker:IMAGE) come with a later version; name a folder or a server's URL instead"
+        )
+    remote = place is not None and "://" in place
+    if remote and given.url:
+        raise InvalidParams("--workspace URL and --url name a server each; use one of them")
+    if given.conversation is not None:
+        if place is not None and not remote:
+            raise InvalidParams(
+                "--conversation names a workspace of a server; leave out --workspace, or give it the URL"
+            )
+        async with workspace_of(find_server(given, place), given.conversation) as workspace:
+            yield workspace
+    elif remote or (place is None and given.url):
+        server = find_server(given, place)
+        async with RemoteWorkspace(server.url, server.api_key, working_dir=given.working_dir) as fresh:
+            yield fresh
+    else:
+        if given.working_dir is not None:
+            raise InvalidParams(
+                "--working-dir is a folder of a server's machine; name the server with --workspace URL"
+            )
+        async with LocalWorkspace(_folder(place or ".")) as here:
+            yield here
+
+
+def _folder(place: str) -> str:
+    path = Path(place).expanduser()
+    if not path.exists():
+        raise PathNotFound(
+            f"{place}: no such folder; --workspace takes a folder or a server's URL", path=place
+        )
+    if not path.is_dir():
+        raise NotADirectory(
+            f"{place}: not a folder; --workspace takes a folder or a server's URL", path=place
+        )
+    return str(path)
