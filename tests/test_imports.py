@@ -1,0 +1,44 @@
+"""Importing the SDK loads nothing that is not needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+import agent_sdk
+
+HEAVY = {"aiohttp", "apsw", "structlog", "tenacity", "aiodocker", "rich", "prometheus_client"}
+
+
+def loaded(statement):
+    code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_sdk_loads_no_third_party_package():
+    assert not loaded("import agent_sdk") & (HEAVY | {"msgspec", "anyio", "asyncio"})
+
+
+def test_importing_every_public_name_loads_no_heavy_package():
+    assert not loaded(f"from agent_sdk import {', '.join(agent_sdk.__all__)}") & HEAVY
+
+
+def test_a_box_needs_no_http_library_and_no_database():
+    assert not loaded("import agent_sdk.box") & HEAVY
+
+
+@pytest.mark.parametrize("name", agent_sdk.__all__)
+def test_every_public_name_can_be_imported(name):
+    assert getattr(agent_sdk, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="Conversatoin"):
+        agent_sdk.Conversatoin  # noqa: B018
+
+
+def test_tool_is_the_decorator_and_not_a_module():
+    from agent_sdk import definition  # noqa: F401, PLC0415  loads the contract of tools
+
+    assert callable(agent_sdk.tool)
