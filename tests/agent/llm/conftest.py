@@ -1,21 +1,28 @@
-"""An independent stand-in for the providers: `@copilotkit/aimock`, a real server in a real node process.
+"""Servers to ask: our own few lines, and an independent stand-in, `@copilotkit/aimock`, in a real node process.
 
-Install it with `npm install --prefix .cache/npm @copilotkit/aimock@1.43.0`; AIMOCK_DIR names another
+Install the latter with `npm install --prefix .cache/npm @copilotkit/aimock@1.43.0`; AIMOCK_DIR names another
 folder. Without it these tests are skipped, or fail when AIMOCK_REQUIRED=1.
 """
 
+import asyncio
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from agent_sdk.agent.llm.contract import Completion
+from agent_sdk.agent.llm.open import open_model
+from agent_sdk.protocol.specs import LLM
+from tests.agent.llm.provider import HELLO, KEY, Ask, Respond
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[2]
-KEY = "sk-stand-in-key"
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +59,31 @@ def _listening(process: subprocess.Popen[str]) -> str:
         if found := re.search(r"listening on (http://[\d.]+:\d+)", line):
             return found[1]
     pytest.fail("aimock did not start:\n" + "".join(said))
+
+
+@pytest.fixture(params=["openai", "anthropic"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+async def ask(dialect: str) -> AsyncIterator[Ask]:
+    """Serve with this handler, ask once, and close everything."""
+    closing: list[Callable[[], Awaitable[None]]] = []
+
+    async def ask(respond: Respond, **options: object) -> Completion:
+        app = web.Application()
+        app.router.add_post("/v1/{tail:.*}", respond)
+        server = TestServer(app)
+        await server.start_server()
+        closing.append(server.close)
+        client = open_model(
+            LLM(model=f"{dialect}/m", api_key=KEY, base_url=str(server.make_url("/v1")), **options)
+        )
+        closing.append(client.close)
+        async with asyncio.timeout(30):
+            return await client.complete(HELLO)
+
+    yield ask
+    for close in reversed(closing):
+        await close()

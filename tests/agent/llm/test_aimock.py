@@ -25,8 +25,8 @@ from agent_sdk.protocol.errors import (
     ModelUnavailable,
 )
 from agent_sdk.protocol.specs import LLM, ToolSpec
+from tests.agent.llm.provider import KEY
 
-KEY = "sk-stand-in-key"
 TERMINAL = ToolSpec(
     name="terminal",
     description="Run a command.",
