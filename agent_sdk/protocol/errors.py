@@ -79,7 +79,7 @@ class AgentServerError(Exception):
                 raise TypeError(f"code {code} already belongs to {_BY_CODE[code].__name__}")
         if retryable is not None:
             cls.retryable = retryable
-        cls.kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        cls.kind = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
         if _BY_KIND.setdefault(cls.kind, cls) is not cls:
             raise TypeError(f"kind {cls.kind} already belongs to another class")
 
