@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-from pathlib import Path
 
 import pytest
 
@@ -61,12 +60,21 @@ async def test_a_file_takes_everything_at_once(tmp_path):
     assert file.read_bytes() == b"a" * 100_000
 
 
-async def test_a_file_and_dev_null_are_read_to_their_ends(tmp_path):
+@pytest.fixture
+def nothing():
+    with open(os.devnull, "rb") as opened:
+        yield opened
+
+
+async def test_a_file_is_read_to_its_end(tmp_path):
     file = tmp_path / "in"
     file.write_bytes(b"a" * 100_000)
-    with file.open("rb") as opened, Path(os.devnull).open("rb") as nothing:
+    with file.open("rb") as opened:
         assert await Inlet(opened.fileno()).read_all() == b"a" * 100_000
-        assert await Inlet(nothing.fileno()).read_all() == b""
+
+
+async def test_dev_null_ends_at_once(nothing):
+    assert await Inlet(nothing.fileno()).read_all() == b""
 
 
 async def test_reading_can_be_cancelled_and_loses_nothing(pipe):
