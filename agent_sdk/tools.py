@@ -61,13 +61,10 @@ class FunctionTool:
     ) -> None:
         self.function = function
         self._arguments = _arguments_struct(function)
-        schema = msgspec.json.schema(self._arguments)
-        parameters = _inlined(schema)
-        parameters.pop("title", None)
         self.spec = ToolSpec(
             name=name or function.__name__,
             description=inspect.getdoc(function) or function.__name__,
-            parameters=parameters,
+            parameters=parameters_of(self._arguments),
             read_only=read_only,
         )
 
@@ -123,6 +120,14 @@ def decode_arguments(arguments: str, into: type[Any]) -> Any:
         raise ToolError(f"invalid arguments: {exc}") from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
         raise ToolError(f"the arguments are not valid JSON: {exc}") from None
+
+
+def parameters_of(arguments: type[Struct]) -> dict[str, Any]:
+    """Return the JSON Schema of a tool's arguments: an object, with `$defs` only where types are nested."""
+    schema = _inlined(msgspec.json.schema(arguments))
+    schema.pop("title", None)
+    schema.pop("description", None)
+    return schema
 
 
 def _arguments_struct(function: Callable[..., Any]) -> type[Struct]:

@@ -14,7 +14,7 @@ def clip_chars(text: str, limit: int, hint: str = "") -> str:
     if len(text) <= limit:
         return text
     half = limit // 2
-    note = f"\n[... {len(text) - 2 * half} characters{hint} left out ...]\n"
+    note = f"\n[... {len(text) - 2 * half} characters left out{hint} ...]\n"
     return text[:half] + note + text[len(text) - half :]
 
 

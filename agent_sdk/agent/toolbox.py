@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from agent_sdk.agent.clip import ARGUMENT_BYTES
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, InvalidParams, WorkspaceUnavailable
@@ -11,6 +12,15 @@ from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import Tool, ToolContext, ToolResult
 
 logger = logging.getLogger("agent_sdk")
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A tool whose state is in its results."""
+
+    def recall(self, data: dict[str, Any]) -> None:
+        """Take up the state of the last result, after a restart."""
+        ...
 
 
 class Toolbox:
@@ -34,6 +44,13 @@ class Toolbox:
         if spec.name in self._specs:
             raise InvalidParams(f"tools: there are two tools called {spec.name!r}; give one another name")
         self._specs[spec.name] = spec
+
+    def recall(self, results: Mapping[str, dict[str, Any]]) -> None:
+        """Let tools that remember go on from the `data` of their last results, by tool."""
+        for name, data in results.items():
+            tool = self._tools.get(name)
+            if isinstance(tool, Remembering):
+                tool.recall(data)
 
     def spec(self, name: str) -> ToolSpec | None:
         """Return what the model was told about a tool; None when it was told of none."""

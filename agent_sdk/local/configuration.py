@@ -80,6 +80,11 @@ class Configuration:
             actor.switch(spec.llm)
         actor.max_iterations, actor.confirmation = max_iterations, confirmation
 
+    def recall(self, fold: Fold) -> None:
+        """Let the agent's tools go on where the log left them."""
+        if self.actor is not None:
+            self.actor.toolbox.recall(fold.results)
+
     def news(self, fold: Fold) -> list[Event]:
         """Return the events that say what the log does not say yet."""
         events: list[Event] = []

@@ -280,6 +280,7 @@ class LocalConversation:
         journal, turns = await self._open()
         policy = confirmation or ConfirmationPolicy()
         self._configuration.replace(agent, max_iterations=max_iterations, confirmation=policy)
+        self._configuration.recall(journal.fold)
         turns.actor = self._configuration.actor
         if events := self._configuration.news(journal.fold):
             await journal.append(*events)
@@ -362,6 +363,7 @@ class LocalConversation:
             journal.listeners, journal.delta_listeners = self._listeners, self._delta_listeners
             await journal.replay()
             await journal.mend()
+            self._configuration.recall(journal.fold)
             await self._introduce(journal)
             turns = Turns(journal)
             turns.actor = self._configuration.actor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec.structs import replace
 
 from agent_sdk.conversation import Outcome, outcome_of
@@ -17,6 +19,7 @@ from agent_sdk.protocol.events import (
     SecretsChanged,
     TitleChanged,
     ToolCalled,
+    ToolReturned,
     TurnEnded,
     TurnStarted,
     UserMessage,
@@ -42,6 +45,8 @@ class Fold:
         self.outcome: Outcome | None = None
         self.ended_seq = 0
         self.pending: dict[str, RequestOpened] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+        """The `data` of each tool's last result that was no error."""
         self._created_at = 0.0
         self._updated_at = 0.0
         self._seq = 0
@@ -86,6 +91,8 @@ class Fold:
                 self.pause_requested = True
             case ToolCalled():
                 self.stats = replace(self.stats, tool_calls=self.stats.tool_calls + 1)
+            case ToolReturned(is_error=False):
+                self.results[event.tool] = event.data
             case ModelUsed():
                 self._count(event)
             case TurnStarted() | Interrupted() | TurnEnded():

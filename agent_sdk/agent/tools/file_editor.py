@@ -1,0 +1,266 @@
+"""file_editor: looking at files and changing them by exact text. Knows files only through Workspace.files."""
+
+from __future__ import annotations
+
+import posixpath
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from agent_sdk.agent.tools.textfile import TextFile, decode_text, encode_text
+from agent_sdk.agent.tools.undo import Undo
+from agent_sdk.protocol.errors import IsADirectory, PathNotFound, ToolError
+from agent_sdk.protocol.specs import ToolSpec
+from agent_sdk.tools import ToolContext, ToolResult, decode_arguments, parameters_of
+from agent_sdk.workspace import Workspace
+
+LARGEST_BYTES = 10 << 20
+VIEW_CHARS = 16_000
+SNIPPET_LINES = 4
+LINES_NAMED = 20
+
+_DESCRIPTION = """\
+Look at files and change them. Paths are absolute, or relative to the working folder.
+
+- view: a text file with line numbers (view_range=[first, last] for a part, last=-1 for the end), or what is in a
+  folder, two levels deep.
+- create: a new file with file_text; folders are made. An existing file is not overwritten.
+- str_replace: put new_str in place of old_str. old_str has to be in the file exactly once, with the same white space;
+  take enough lines around it to make it unique. Without new_str it is removed.
+- insert: put new_str after line insert_line (0: at the top).
+- undo_edit: take back the last change made to a file with this tool, up to ten times.
+
+Encoding and line ends of a file stay as they are. View a file before you change it."""
+
+
+class FileEditorArguments(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the model may say."""
+
+    command: Literal["view", "create", "str_replace", "insert", "undo_edit"]
+    path: Annotated[str, Meta(min_length=1, max_length=4096, description="Of the file, or a folder to view.")]
+    file_text: Annotated[str, Meta(description="create: the content.")] | None = None
+    old_str: Annotated[str, Meta(description="str_replace: text that is in the file once.")] | None = None
+    new_str: Annotated[str, Meta(description="str_replace, insert: the new text.")] | None = None
+    insert_line: Annotated[int, Meta(ge=0, description="insert: the line it goes after.")] | None = None
+    view_range: (
+        Annotated[list[int], Meta(min_length=2, max_length=2, description="view: first and last line.")]
+        | None
+    ) = None
+
+
+class FileEditorTool:
+    """One per conversation: it remembers what it changed."""
+
+    def __init__(self) -> None:
+        self.spec = ToolSpec(
+            name="file_editor", description=_DESCRIPTION, parameters=parameters_of(FileEditorArguments)
+        )
+        self._undo = Undo()
+        self._folder: str | None = None
+
+    async def run(self, arguments: str, context: ToolContext) -> ToolResult:
+        """See Tool.run."""
+        wanted: FileEditorArguments = decode_arguments(arguments, FileEditorArguments)
+        workspace = context.workspace
+        if self._folder is None:
+            self._folder = (await workspace.describe()).working_dir
+        path = posixpath.normpath(posixpath.join(self._folder, wanted.path))
+        match wanted.command:
+            case "view":
+                return await self._view(workspace, path, wanted)
+            case "create":
+                return await self._create(workspace, path, wanted)
+            case "str_replace":
+                return await self._str_replace(workspace, path, wanted)
+            case "insert":
+                return await self._insert(workspace, path, wanted)
+            case "undo_edit":
+                return await self._undo_edit(workspace, path)
+
+    async def _view(self, workspace: Workspace, path: str, wanted: FileEditorArguments) -> ToolResult:
+        try:
+            _, file = await self._read(workspace, path)
+        except IsADirectory:
+            if wanted.view_range is not None:
+                raise ToolError(f"view_range: {path} is a folder and has no lines") from None
+            return await _folder(workspace, path)
+        lines = file.lines
+        first, last = _range(wanted.view_range, len(lines))
+        text = _clipped(_numbered(lines[first - 1 : last], first), first, len(lines))
+        head = f"{path} (lines {first} to {last} of {len(lines)})" if wanted.view_range else path
+        return _told("view", path, f"{head}\n{text}" if lines else f"{path} is empty.")
+
+    async def _create(self, workspace: Workspace, path: str, wanted: FileEditorArguments) -> ToolResult:
+        if wanted.file_text is None:
+            raise ToolError("file_text: create needs it; an empty text makes an empty file")
+        try:
+            found = await workspace.files.stat(path)
+        except PathNotFound:
+            pass
+        else:
+            kind = "a folder" if found.type == "dir" else "a file"
+            raise ToolError(f"path: {path} is {kind} already; change it with str_replace or insert")
+        await workspace.files.write(path, wanted.file_text.encode())
+        self._undo.remember(path, None)
+        return _told("create", path, f"Created {path}.")
+
+    async def _str_replace(self, workspace: Workspace, path: str, wanted: FileEditorArguments) -> ToolResult:
+        if not wanted.old_str:
+            raise ToolError("old_str: str_replace needs a text to look for; use insert to add lines")
+        new = wanted.new_str or ""
+        if wanted.old_str == new:
+            raise ToolError("new_str: it is the same as old_str, so nothing would change")
+        before, file = await self._read(workspace, path)
+        start, old, new = _found(file, wanted.old_str, new)
+        text = file.text[:start] + new + file.text[start + len(old) :]
+        first = file.text.count("\n", 0, start)
+        return await self._save(workspace, path, "str_replace", (before, file), text, first, new.count("\n"))
+
+    async def _insert(self, workspace: Workspace, path: str, wanted: FileEditorArguments) -> ToolResult:
+        if wanted.insert_line is None:
+            raise ToolError("insert_line: insert needs it; 0 is the top of the file")
+        if wanted.new_str is None:
+            raise ToolError("new_str: insert needs the text to put in")
+        before, file = await self._read(workspace, path)
+        lines = file.lines
+        if wanted.insert_line > len(lines):
+            raise ToolError(f"insert_line: {wanted.insert_line} is beyond the file's {len(lines)} lines")
+        new = wanted.new_str.replace("\r\n", "\n") if file.crlf else wanted.new_str
+        start = sum(len(line) + 1 for line in lines[: wanted.insert_line])
+        if start > len(file.text):  # after a last line without an end: the new text has none either
+            text = f"{file.text}\n{new.removesuffix(chr(10))}"
+        else:
+            text = file.text[:start] + new.removesuffix("\n") + "\n" + file.text[start:]
+        added = new.removesuffix("\n").count("\n")
+        return await self._save(workspace, path, "insert", (before, file), text, wanted.insert_line, added)
+
+    async def _undo_edit(self, workspace: Workspace, path: str) -> ToolResult:
+        state = self._undo.take(path)
+        if state is None:
+            raise ToolError(f"path: there is no change of {path} to take back")
+        (data,) = state
+        if data is None:
+            await workspace.files.remove(path)
+            return _told("undo_edit", path, f"Took back the creation of {path}; the file is gone.")
+        await workspace.files.write(path, data)
+        return _told("undo_edit", path, f"Took back the last change of {path}.")
+
+    async def _read(self, workspace: Workspace, path: str) -> tuple[bytes, TextFile]:
+        try:
+            data = await workspace.files.read(path, limit=LARGEST_BYTES + 1)
+        except PathNotFound:
+            raise ToolError(
+                f"path: there is no {path}; look with view on its folder, or use create"
+            ) from None
+        if len(data) > LARGEST_BYTES:
+            raise ToolError(f"path: {path} is larger than 10 MiB; look at parts of it with the terminal")
+        file = decode_text(data)
+        if file is None:
+            raise ToolError(f"path: {path} is no text file; look at it with a program in the terminal")
+        return data, file
+
+    async def _save(
+        self,
+        workspace: Workspace,
+        path: str,
+        command: str,
+        before: tuple[bytes, TextFile],
+        text: str,
+        first: int,
+        added: int,
+    ) -> ToolResult:
+        """Write the new text and show its lines `first` (from 0) to `first + added` with some around them."""
+        data, file = before
+        await workspace.files.write(path, encode_text(file, text))
+        self._undo.remember(path, data)
+        lines = TextFile(text).lines
+        start = max(0, first - SNIPPET_LINES)
+        shown = lines[start : first + added + 1 + SNIPPET_LINES]
+        snippet = _clipped(_numbered(shown, start + 1), start + 1, len(lines))
+        note = "Check that it is what you meant."
+        return _told(command, path, f"Changed {path}. Now it reads:\n{snippet}\n{note}")
+
+
+def _found(file: TextFile, old: str, new: str) -> tuple[int, str, str]:
+    """Where the text to replace is, as it stands in the file, and what to put there in the file's own line ends."""
+    if file.crlf:
+        old, new = old.replace("\r\n", "\n"), new.replace("\r\n", "\n")
+    attempts = [(old, new)]
+    if "\r\n" in file.text:  # mixed line ends
+        attempts.append((old.replace("\n", "\r\n"), new.replace("\n", "\r\n")))
+    if old.strip() and old.strip() != old:
+        attempts.append((old.strip(), new.strip()))
+    for sought, replacement in attempts:
+        places = _places(file.text, sought)
+        if len(places) == 1:
+            return places[0], sought, replacement
+        if places:
+            numbers = [str(file.text.count("\n", 0, place) + 1) for place in places[:LINES_NAMED]]
+            more = ", …" if len(places) > LINES_NAMED else ""
+            raise ToolError(
+                f"old_str: it is in the file {len(places)} times, in lines {', '.join(numbers)}{more}; "
+                "take more lines around the one you mean"
+            )
+    raise ToolError(
+        "old_str: it is not in the file; view the file and copy the text exactly, white space included"
+    )
+
+
+def _places(text: str, sought: str) -> list[int]:
+    places, at = [], text.find(sought)
+    while at >= 0:
+        places.append(at)
+        at = text.find(sought, at + len(sought))
+    return places
+
+
+def _range(view_range: list[int] | None, count: int) -> tuple[int, int]:
+    """First and last line to show, from 1; the last is cut to what there is."""
+    if view_range is None:
+        return 1, count
+    first, last = view_range
+    if not 1 <= first <= max(count, 1):
+        raise ToolError(f"view_range: the first line is between 1 and {count}, not {first}")
+    if last != -1 and last < first:
+        raise ToolError(f"view_range: the last line is -1 or at least {first}, not {last}")
+    return first, count if last == -1 else min(last, count)
+
+
+def _numbered(lines: list[str], first: int) -> list[str]:
+    return [f"{number:6}\t{line}" for number, line in enumerate(lines, first)]
+
+
+def _clipped(numbered: list[str], first: int, count: int) -> str:
+    """The lines as text, only as many as fit, at least the beginning of one."""
+    size, shown = 0, 0
+    for line in numbered:
+        size += len(line) + 1
+        if size > VIEW_CHARS and shown:
+            break
+        shown += 1
+    text = "\n".join(numbered[:shown])[:VIEW_CHARS]
+    if shown < len(numbered):
+        text += f"\n[Cut after line {first + shown - 1} of {count}; see more with view_range.]"
+    elif size > VIEW_CHARS + 1:
+        text += "\n[The rest of this long line is cut; see it with the terminal.]"
+    return text
+
+
+async def _folder(workspace: Workspace, path: str) -> ToolResult:
+    entries = await workspace.files.list(path, depth=2, hidden=False)
+    top = await workspace.files.list(path, depth=1, hidden=True)
+    hidden = sum(posixpath.basename(entry.path).startswith(".") for entry in top)
+    names = "\n".join(f"{entry.path}/" if entry.type == "dir" else entry.path for entry in entries)
+    if len(names) > VIEW_CHARS:
+        names = names[:VIEW_CHARS].rpartition("\n")[0]
+        names += f"\n[Cut after {names.count(chr(10)) + 1} of {len(entries)} entries; view a folder in it.]"
+    text = (
+        f"In {path}, two levels deep, from the workspace's root:\n{names}" if names else f"{path} is empty."
+    )
+    if hidden:
+        text += f"\n[{hidden} hidden entries are left out; `ls -a` shows them.]"
+    return _told("view", path, text)
+
+
+def _told(command: str, path: str, text: str) -> ToolResult:
+    return ToolResult(text=text, data={"command": command, "path": path})

@@ -1,0 +1,38 @@
+"""Names of keys, and what a terminal sends for them."""
+
+from __future__ import annotations
+
+import re
+
+_NAMED = {
+    "ENTER": b"\r",
+    "TAB": b"\t",
+    "ESC": b"\x1b",
+    "ESCAPE": b"\x1b",
+    "SPACE": b" ",
+    "BS": b"\x7f",
+    "BSPACE": b"\x7f",
+    "BACKSPACE": b"\x7f",
+    "UP": b"\x1b[A",
+    "DOWN": b"\x1b[B",
+    "RIGHT": b"\x1b[C",
+    "LEFT": b"\x1b[D",
+    "HOME": b"\x1b[H",
+    "END": b"\x1b[F",
+    "PGUP": b"\x1b[5~",
+    "PGDN": b"\x1b[6~",
+    "DEL": b"\x1b[3~",
+    "DELETE": b"\x1b[3~",
+}
+_CONTROL = re.compile(r"C-([A-Za-z@\[\\\]^_])\Z")
+
+
+def keystrokes(text: str) -> bytes:
+    """Return the bytes of a named key (`C-c`, `UP`, `ENTER`, …), or else the text and Enter."""
+    control = _CONTROL.match(text)
+    if control:
+        return bytes([ord(control[1].upper()) & 0x1F])
+    named = _NAMED.get(text.upper())
+    if named is not None and text in (text.upper(), text.capitalize()):
+        return named
+    return text.rstrip("\n").encode() + b"\n"

@@ -1,0 +1,143 @@
+"""terminal: a persistent bash. Folder, variables, functions and background jobs stay from call to call.
+
+A command that runs on is not killed: the call returns after a while and says how to wait, to type into
+it or to stop it. The shell itself lives in the workspace and outlives this object.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from agent_sdk.agent.clip import MODEL_CHARS, clip_chars
+from agent_sdk.agent.tools.keys import keystrokes
+from agent_sdk.agent.tools.screen import plain
+from agent_sdk.protocol.errors import ToolError
+from agent_sdk.protocol.specs import ToolSpec
+from agent_sdk.tools import ToolContext, ToolResult, decode_arguments, parameters_of
+from agent_sdk.workspace import Shell, ShellResult
+
+QUIET_SECONDS = 30.0
+"""Without new output until the call returns, when no timeout is given."""
+LONGEST_SECONDS = 600.0
+"""Until the call returns although output goes on, when no timeout is given."""
+
+_DESCRIPTION = """\
+Run a command in a bash that stays open: the folder, variables, functions and background jobs are still there in the
+next call. Several lines, pipes, loops and here-documents are fine.
+
+- The result ends with the exit code and the folder you are in.
+- A command that says nothing for 30 seconds is left running and the call returns. Then: an empty command waits on and
+  shows new output; is_input=true with text types a line; is_input=true with a key name presses it: C-c stops the
+  command, C-d ends its input, C-z suspends it, UP, DOWN, LEFT, RIGHT, TAB, ENTER and ESC work, too.
+- While a command runs no other one can be started.
+- timeout: seconds to wait at most, for commands that are known to be long or to ask something. They go on afterwards.
+- Long output is cut in its middle; the whole is in the file that is named there.
+- Start servers in the background with their output in a file: `server > server.log 2>&1 &`.
+- reset=true ends the shell with all it runs and opens a fresh one; the command, if there is one, runs there."""
+
+_HOW_TO_GO_ON = (
+    "an empty command waits on; is_input=true with text types into it; is_input=true with C-c stops it; "
+    "a longer timeout in the next call waits longer"
+)
+
+
+class TerminalArguments(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the model may say."""
+
+    command: Annotated[
+        str, Meta(description="Bash text; or, with is_input, text or a key for the running one.")
+    ] = ""
+    is_input: Annotated[bool, Meta(description="The command is input for the running program.")] = False
+    timeout: Annotated[float, Meta(gt=0, le=86_400, description="Seconds to wait at most.")] | None = None
+    reset: Annotated[bool, Meta(description="Open a fresh shell first.")] = False
+
+
+class TerminalTool:
+    """One per conversation; its shell has the conversation's name."""
+
+    def __init__(self, conversation: str) -> None:
+        self.spec = ToolSpec(
+            name="terminal", description=_DESCRIPTION, parameters=parameters_of(TerminalArguments)
+        )
+        self._shell_name = conversation
+        self._exported: Mapping[str, str] = {}
+
+    async def run(self, arguments: str, context: ToolContext) -> ToolResult:
+        """See Tool.run. Cancelling sends ^C to the command."""
+        wanted: TerminalArguments = decode_arguments(arguments, TerminalArguments)
+        if wanted.reset and wanted.is_input:
+            raise ToolError("reset and is_input exclude each other: a fresh shell has nothing to type into")
+        shell = context.workspace.shell(self._shell_name)
+        if wanted.reset:
+            await shell.reset()
+            self._exported = {}
+            if not wanted.command.strip():
+                return ToolResult(text="[A fresh shell is open.]", data={"status": "done"})
+        limits: dict[str, Any] = {"timeout": wanted.timeout, "quiet": None}
+        if wanted.timeout is None:
+            limits = {"timeout": LONGEST_SECONDS, "quiet": QUIET_SECONDS}
+        if wanted.is_input or not wanted.command.strip():
+            keys = keystrokes(wanted.command) if wanted.command else b""
+            result = await shell.send(keys, **limits)
+        else:
+            await self._export(shell, context.secrets)
+            result = await shell.run(wanted.command, **limits)
+        if result.status == "ended":
+            self._exported = {}
+        return _told(result, wanted)
+
+    async def _export(self, shell: Shell, secrets: Mapping[str, str]) -> None:
+        """Bring new secrets into the shell; while a command runs that has to wait for the next one."""
+        fresh = {name: value for name, value in secrets.items() if self._exported.get(name) != value}
+        if not fresh:
+            return
+        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in fresh.items())
+        # The space keeps it out of a history that somebody may have switched on.
+        result = await shell.run(f" export {words}", timeout=QUIET_SECONDS, quiet=None)
+        if result.status == "done":
+            self._exported = {**self._exported, **fresh}
+
+
+def _told(result: ShellResult, wanted: TerminalArguments) -> ToolResult:
+    """The result in words for the model and facts for programs."""
+    text = plain(result.output.text).rstrip()
+    where = f"; the whole output is in {result.full_output}" if result.full_output else ""
+    text = clip_chars(text, MODEL_CHARS, hint=where)
+    notes = _notes(result, wanted)
+    data: dict[str, Any] = {"exit_code": result.exit_code, "cwd": result.cwd, "status": result.status}
+    if result.full_output:
+        data["full_output"] = result.full_output
+    return ToolResult(text="\n".join(part for part in (text, *notes) if part), data=data)
+
+
+def _notes(result: ShellResult, wanted: TerminalArguments) -> list[str]:
+    match result.status:
+        case "quiet":
+            return [
+                f"[The command has said nothing for {QUIET_SECONDS:.0f} seconds and runs on: {_HOW_TO_GO_ON}.]"
+            ]
+        case "timeout":
+            seconds = wanted.timeout or LONGEST_SECONDS
+            return [f"[The command still runs after {seconds:g} seconds: {_HOW_TO_GO_ON}.]"]
+        case "busy":
+            return [
+                f"[Your command was NOT run: the one before it still runs. To go on with that one: {_HOW_TO_GO_ON}; "
+                "reset=true ends it with the whole shell.]"
+            ]
+        case "ended":
+            code = "" if result.exit_code is None else f" with exit code {result.exit_code}"
+            return [
+                f"[The shell itself ended{code}; a fresh one is open.]",
+                f"[Current folder: {result.cwd}]",
+            ]
+        case "done" if result.exit_code is None:
+            return ["[No command is running.]"]
+        case "done":
+            return [
+                f"[The command completed with exit code {result.exit_code}.]",
+                f"[Current working directory: {result.cwd}]",
+            ]
