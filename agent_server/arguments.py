@@ -63,6 +63,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
+def help_text() -> str:
+    """Return what `agent-server --help` prints."""
+    return _parser().format_help()
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog=PROGRAM,
