@@ -87,6 +87,28 @@ async def test_one_connection_serves_call_after_call(counting: tuple[ModelClient
     assert len(connections) == 1
 
 
+async def test_a_connection_is_kept_although_its_end_comes_late(dialect: str):
+    connections: list[object] = []
+    heard = asyncio.Event()
+
+    async def respond(request: web.Request) -> web.StreamResponse:
+        if request.transport not in connections:
+            connections.append(request.transport)
+        response = await sending([events(dialect, "Hi")], STREAM)(request)
+        await heard.wait()
+        heard.clear()
+        return response
+
+    app = web.Application()
+    app.router.add_post("/{tail:.*}", respond)
+    async with asyncio.timeout(30), TestServer(app) as server:
+        client = open_model(LLM(model=f"{dialect}/m", base_url=str(server.make_url("/v1"))))
+        for _ in range(3):
+            await client.complete(HELLO, on_delta=lambda *_: heard.set())
+        await client.close()
+    assert len(connections) == 1
+
+
 async def test_a_closed_client_connects_again(counting: tuple[ModelClient, list[object]]):
     client, connections = counting
     await client.complete(HELLO)

@@ -87,9 +87,10 @@ async def test_a_redirect_does_not_take_the_key_elsewhere(ask: Ask, status: int)
     assert len(visited) == 1
 
 
-async def test_an_endless_answer_is_given_up(ask: Ask):
+@pytest.mark.parametrize("kind", [STREAM, JSON], ids=["stream", "json"])
+async def test_an_endless_answer_is_given_up(ask: Ask, kind: dict[str, str]):
     async def respond(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers=STREAM)
+        response = web.StreamResponse(headers=kind)
         await response.prepare(request)
         while True:  # until the client hangs up
             await response.write(b": nothing yet\n\n" * 70_000)
