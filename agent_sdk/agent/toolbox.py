@@ -48,7 +48,7 @@ class Toolbox:
     def recall(self, results: Mapping[str, dict[str, Any]]) -> None:
         """Let tools that remember go on from the `data` of their last results, by tool."""
         for name, data in results.items():
-            tool = self._tools.get(name)
+            tool: object = self._tools.get(name)
             if isinstance(tool, Remembering):
                 tool.recall(data)
 

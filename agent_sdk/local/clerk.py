@@ -8,6 +8,7 @@ commit.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Any, Generic, TypeVar
 
 from agent_sdk.local.database import Database
 from agent_sdk.protocol.errors import StateConflict, WorkspaceUnavailable
+
+logger = logging.getLogger("agent_sdk")
 
 T = TypeVar("T")
 
@@ -97,8 +100,10 @@ class Clerk:
                 batch, going_on = self._next()
                 self._do(database, batch)
                 self._tell(_answer_all, batch)
-        finally:
             database.close()
+        except BaseException as exc:  # noqa: BLE001  a thread's end; what was committed stays in the WAL
+            logger.error("the log's database could not be closed properly", exc_info=exc)
+        finally:
             self._tell(self._ended.set_result, None)
 
     def _next(self) -> tuple[list[_Job[Any]], bool]:

@@ -86,40 +86,48 @@ class Database:
         )
         with self._translated():
             self._connection = apsw.Connection(str(path) if path else ":memory:", flags=flags)
-            self._connection.set_busy_timeout(int(BUSY_SECONDS * 1000))
-            try:
-                self._prepare(read_only)
-            except BaseException:
-                self._connection.close()
-                raise
+        try:
+            with self._translated():
+                self._connection.set_busy_timeout(int(BUSY_SECONDS * 1000))
+                version = self._check()
+                if not read_only:
+                    self._prepare(version)
+        except BaseException:
+            self._connection.close()
+            raise
 
-    def _prepare(self, read_only: bool) -> None:
-        if not read_only:
-            # FULL: a commit returns after its fsync. Without it a power loss takes acknowledged events along.
-            for setting in ("journal_mode=WAL", "synchronous=FULL", f"journal_size_limit={WAL_BYTES_KEPT}"):
-                self._connection.execute(f"PRAGMA {setting}").fetchall()
-        with self.transaction(immediate=not read_only):
-            version = self._value("PRAGMA user_version")
-            if version > VERSION:
-                raise Conflict(
-                    f"{self._path} was written by a newer version of this program (format {version}, this "
-                    f"one knows {VERSION}); use that version, or another folder"
-                )
-            if version == 0 and not read_only:
-                if self._value("SELECT count(*) FROM sqlite_schema"):
-                    raise Conflict(f"{self._path} is an SQLite file, but no event log; use another folder")
-                self._connection.execute(_SCHEMA)
-                self._connection.execute(f"PRAGMA user_version={VERSION}")
+    def _check(self) -> int:
+        """Return the version of the format, before anything in the file is touched."""
+        version = int(self._value("PRAGMA user_version"))
+        if version > VERSION:
+            raise Conflict(
+                f"{self._path} was written by a newer version of this program (format {version}, this one "
+                f"knows {VERSION}); use that version, or another folder"
+            )
+        if version == 0 and self._value("SELECT count(*) FROM sqlite_schema"):
+            raise Conflict(f"{self._path} is an SQLite file, but no event log; use another folder")
+        return version
+
+    def _prepare(self, version: int) -> None:
+        # FULL: a commit returns after its fsync. Without it a power loss takes acknowledged events along.
+        for setting in ("journal_mode=WAL", "synchronous=FULL", f"journal_size_limit={WAL_BYTES_KEPT}"):
+            self._connection.execute(f"PRAGMA {setting}").fetchall()
+        if version == 0:
+            with self.transaction():
+                # Another process may have been faster since the check.
+                if self._value("PRAGMA user_version") == 0:
+                    self._connection.execute(_SCHEMA)
+                    self._connection.execute(f"PRAGMA user_version={VERSION}")
 
     def close(self) -> None:
         """Close the connection; the last one moves what is left in the WAL into the file."""
         self._connection.close()
 
     @contextmanager
-    def transaction(self, *, immediate: bool = True) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
         """All of it, durable when the block is left, or nothing of it when the block raises."""
         with self._translated():
-            self._connection.execute("BEGIN IMMEDIATE" if immediate else "BEGIN")
+            self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
                 self._connection.execute("COMMIT")
