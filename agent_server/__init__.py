@@ -1,1 +1,20 @@
-"""Map of the folder."""
+"""The process: an agent server, and the command that starts and uses one.
+
+The server, from the network inwards:
+serve:          start and end, in order            app:           HTTP server and listening socket
+connection:     one network connection             frames:        WebSocket frames, before they are parsed
+gate:           Host, Origin, key; errors          upgrade:       the WebSocket handshake
+hosts:          the rules of Host and Origin       auth:          the API key
+routes:         what is at which address           answers:       JSON over HTTP
+event_stream:   events as Server-Sent Events       session:       one WebSocket
+feed:           replay, then live                  handlers:      method class to coroutine
+conversations:  all conversations                  hosted:        one of them, in memory
+client_tools:   tools in the client's process      workspace:     a box that starts when it is needed
+work:           what runs now; draining            metrics:       numbers for Prometheus
+config:         every option                       data_folder:   where things last, and its lock
+logs:           log lines without secrets          refusal:       why a server does not start
+
+The command line:
+cli, arguments: what was typed                     commands:      one file per command
+client, places: servers and workspaces to use      terminal, viewer, transcript, inlet, outlet: what a person sees
+"""

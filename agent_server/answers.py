@@ -83,4 +83,6 @@ def http_error(status: int, message: str, headers: Mapping[str, str] | None = No
 
 
 def _status(error: AgentServerError) -> int:
+    if error.details.get("reason") == "draining":
+        return HTTPStatus.SERVICE_UNAVAILABLE
     return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)

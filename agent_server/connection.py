@@ -14,10 +14,12 @@ from aiohttp.http_exceptions import LineTooLong
 
 from agent_sdk.protocol.errors import Overloaded, to_wire
 from agent_server.answers import http_error
-from agent_server.frames import FrameWatch, Violation
+from agent_server.frames import POLICY, FrameWatch, Violation
 from agent_server.metrics import Metrics
 
 RETRY_AFTER_MS = 1000
+STRANGER_BYTES = 64 << 10
+"""What a WebSocket may send before it has shown the key: enough for `initialize`, too little to fill memory."""
 
 
 class Crowd:
@@ -67,13 +69,14 @@ class Connection(web.RequestHandler):
         """Done when the client has broken the rules of WebSocket; made when it becomes one."""
         self._crowd = crowd
         self._longest_message = longest_message
-        self._stranger = True
+        self.is_stranger = True
+        """Whether it has not shown the key yet."""
         self._refused = False
 
     def recognise(self) -> None:
         """It has shown the key."""
-        if self._stranger and not self._refused:
-            self._stranger = False
+        if self.is_stranger and not self._refused:
+            self.is_stranger = False
             self._crowd.recognise(self.address)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -92,7 +95,7 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """See asyncio.Protocol."""
         if not self._refused:
-            self._crowd.leave(self.address, stranger=self._stranger)
+            self._crowd.leave(self.address, stranger=self.is_stranger)
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -103,7 +106,7 @@ class Connection(web.RequestHandler):
     def set_parser(self, parser: Any, data_received_cb: Callable[[], None] | None = None) -> None:
         """Become a WebSocket: from here on every byte is looked at before aiohttp's parser gets it."""
         self.violation = asyncio.get_running_loop().create_future()
-        watched: Any = _Watched(parser, self._longest_message, self.violation)
+        watched: Any = _Watched(parser, self, self._longest_message, self.violation)
         super().set_parser(watched, data_received_cb)
 
     def handle_error(
@@ -129,16 +132,24 @@ class Connection(web.RequestHandler):
 class _Watched:
     """aiohttp's WebSocket parser behind a FrameWatch."""
 
-    def __init__(self, parser: Any, limit: int, violation: asyncio.Future[Violation]) -> None:
+    def __init__(
+        self, parser: Any, connection: Connection, limit: int, violation: asyncio.Future[Violation]
+    ) -> None:
         self._parser = parser
+        self._connection = connection
         self._watch = FrameWatch(limit)
         self._violation = violation
         self._now = asyncio.get_running_loop().time
+        self._from_stranger = 0
 
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         if self._violation.done():
             return False, b""
         violation = self._watch.look(data, self._now())
+        if violation is None and self._connection.is_stranger:
+            self._from_stranger += len(data)
+            if self._from_stranger > STRANGER_BYTES:
+                violation = Violation(POLICY, f"limit {STRANGER_BYTES} bytes before initialize")
         if violation is None:
             eof, rest = self._parser.feed_data(data)
             return eof, rest

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, InternalError
@@ -47,8 +46,6 @@ _ALWAYS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-Route = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 class Gate:
     """See the module's docstring."""
@@ -62,16 +59,16 @@ class Gate:
         self._logs = logs
         self._metrics = metrics
 
-    def middlewares(self) -> list[Callable[[web.Request, Route], Awaitable[web.StreamResponse]]]:
+    def middlewares(self) -> list[Middleware]:
         """Return the middlewares, outermost first."""
 
         @web.middleware
-        async def answer(request: web.Request, route: Route) -> web.StreamResponse:
-            return await self._answer(request, route)
+        async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+            return await self._answer(request, handler)
 
         @web.middleware
-        async def admit(request: web.Request, route: Route) -> web.StreamResponse:
-            return await self._admit(request, route)
+        async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
+            return await self._admit(request, handler)
 
         return [answer, admit]
 
@@ -81,7 +78,7 @@ class Gate:
         if ORIGIN in request:
             response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = request[ORIGIN]
 
-    async def _answer(self, request: web.Request, route: Route) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, route: Handler) -> web.StreamResponse:
         try:
             return await route(request)
         except AgentServerError as exc:
@@ -107,7 +104,7 @@ class Gate:
         self._logs.log.debug("request_refused", kind=error.kind, problem=error.message)
         return refusal(error)
 
-    async def _admit(self, request: web.Request, route: Route) -> web.StreamResponse:
+    async def _admit(self, request: web.Request, route: Handler) -> web.StreamResponse:
         self._hosts.check(request.headers.getall(hdrs.HOST, []), request.raw_path)
         origin = self._origins.check(request.headers.getall(hdrs.ORIGIN, []))
         if origin is not None:

@@ -1,0 +1,105 @@
+"""The HTTP server: routes behind the gate, its own listening socket, its own start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from aiohttp import web
+
+from agent_server.config import ServerConfig
+from agent_server.connection import Connection, Crowd
+from agent_server.gate import Gate
+from agent_server.hosts import HostRules, OriginRules
+from agent_server.refusal import TRY_LATER, StartRefused
+from agent_server.routes import Routes
+from agent_server.session import Lobby
+
+BACKLOG = 512
+SEND_BUFFER = 128 << 10
+"""Bytes that the kernel keeps for a reader that does not read (Linux doubles it); without this some 4 MiB."""
+LAST_ANSWERS_SECONDS = 1.0
+UNACKNOWLEDGED_MS = 30_000
+"""How long sent bytes may stay unacknowledged until the kernel gives the connection up."""
+CANNOT_LISTEN = {
+    errno.EADDRINUSE: "the port is in use; choose another with --port, 0 takes a free one",
+    errno.EACCES: "this user may not use the port; choose one above 1023 with --port",
+    errno.EADDRNOTAVAIL: "no network interface of this machine has the address; choose another with --host",
+}
+
+
+@asynccontextmanager
+async def listening(config: ServerConfig, lobby: Lobby, routes: Routes) -> AsyncIterator[int]:
+    """Serve HTTP for the length of the block; yields the port.
+
+    Leaving closes the listening socket and the connections at once: whoever leaves has let the work
+    finish and told the sessions.
+
+    Raises:
+        StartRefused: the address or the port cannot be had.
+    """
+    gate = Gate(
+        HostRules(config.host, config.allow_hosts),
+        OriginRules(config.allow_origins),
+        lobby.authority,
+        lobby.logs,
+        lobby.metrics,
+    )
+    app = web.Application(middlewares=gate.middlewares(), client_max_size=config.limits.message_bytes)
+    app.on_response_prepare.append(gate.label)
+    app.add_routes(routes.table())
+    runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=LAST_ANSWERS_SECONDS)
+    await runner.setup()
+    try:
+        crowd = Crowd(config.max_connections, config.max_strangers, lobby.metrics)
+        server = runner.server
+        assert server is not None
+
+        def connect() -> Connection:
+            return Connection(
+                server,
+                crowd,
+                longest_message=config.limits.frame_bytes,
+                access_log=None,
+                keepalive_timeout=config.handshake_seconds,
+                lingering_time=0.0,
+            )
+
+        listener = await asyncio.get_running_loop().create_server(
+            connect, sock=_bind(config.host, config.port), backlog=BACKLOG
+        )
+        try:
+            yield int(listener.sockets[0].getsockname()[1])
+        finally:
+            listener.close()
+            for connection in server.connections:
+                connection.force_close()
+    finally:
+        await runner.cleanup()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as exc:
+        raise StartRefused(f"cannot listen on {host}: {exc.strerror}; choose another with --host") from None
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit these from the socket that accepts them.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        with suppress(OSError):
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)
+        bound.bind(address)
+        bound.listen(BACKLOG)
+        bound.setblocking(False)
+    except OSError as exc:
+        bound.close()
+        reason = CANNOT_LISTEN.get(exc.errno or 0, exc.strerror)
+        raise StartRefused(f"cannot listen on {host}:{port}: {reason}", exit_code=TRY_LATER) from None
+    return bound

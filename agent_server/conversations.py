@@ -1,0 +1,318 @@
+"""The conversations of a server: made, opened from the log, listed, let go of, deleted; and their workspaces."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Literal, Self
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from agent_sdk.ids import new_id
+from agent_sdk.local.log import ConversationRow, EventLog
+from agent_sdk.protocol.errors import ConversationNotFound, InvalidParams, NotADirectory, PathNotFound
+from agent_sdk.protocol.results import Snapshot
+from agent_sdk.protocol.specs import WorkspaceSpec
+from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_sdk.rpc.peer import Peer
+from agent_server.config import ServerConfig
+from agent_server.data_folder import DataFolder
+from agent_server.hosted import CLOSE_GONE, Hosted
+from agent_server.logs import Logs
+from agent_server.metrics import Metrics
+from agent_server.work import Work
+from agent_server.workspace import HostedWorkspace, Place
+from workspaces.box_process import BoxProcess
+
+SHOWN_ID = 64
+
+
+class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the server notes about a conversation beside its log."""
+
+    owner: str
+    """The conversation whose workspace it uses; its own id, or that of the one it shares with."""
+    working_dir: str | None = None
+    """An existing folder instead of one in the data folder."""
+    title: str | None = None
+    tags: dict[str, str] = {}
+    model: str | None = None
+
+
+class Conversations:
+    """See the module's docstring. Leaving interrupts what runs and ends all boxes."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        folder: DataFolder,
+        log: EventLog,
+        logs: Logs,
+        metrics: Metrics,
+        work: Work,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._log = log
+        self._logs = logs
+        self._metrics = metrics
+        self._work = work
+        self._notes: dict[str, Note] = {}
+        self._hosted: dict[str, Hosted] = {}
+        self._workspaces: dict[str, HostedWorkspace] = {}
+        self._closing: dict[str, asyncio.Task[None]] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def __repr__(self) -> str:
+        return f"<Conversations: {len(self._notes)}, {len(self._hosted)} in memory>"
+
+    async def __aenter__(self) -> Self:
+        for row in await self._log.list():
+            self._notes[row.id] = _note(row)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Interrupt what runs and end all boxes; may be called again."""
+        for timer in self._timers.values():
+            timer.cancel()
+        for id in list(self._hosted):
+            self._begin_close(id)
+        if self._closing:
+            await asyncio.wait(self._closing.values())
+        await asyncio.gather(*(workspace.close() for workspace in self._workspaces.values()))
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._notes
+
+    async def create(self, spec: WorkspaceSpec | None = None) -> str:
+        """Make a conversation and return its id. Its box starts when it is needed.
+
+        Raises:
+            ConversationNotFound: there is none of the id whose workspace is to be shared.
+            PathNotFound, NotADirectory: `working_dir` is no folder.
+            InvalidParams: the spec contradicts itself or asks for what this server has not.
+        """
+        spec = spec or WorkspaceSpec()
+        id = new_id()
+        note = self._note(id, spec)
+        if note.owner == id and note.working_dir is None:
+            await asyncio.to_thread(_make_folder, self._folder.workspace(id))
+        await self._log.create(id, msgspec.to_builtins(note))
+        self._notes[id] = note
+        self._logs.log.info("conversation_made", conversation=id)
+        return id
+
+    @asynccontextmanager
+    async def using(self, id: str) -> AsyncIterator[Hosted]:
+        """Have a conversation in memory for the length of the block.
+
+        Raises:
+            ConversationNotFound: there is none of this id.
+        """
+        hosted = await self._hold(id)
+        try:
+            await hosted.open()
+            yield hosted
+        finally:
+            self._let_go(hosted)
+
+    async def snapshots(self, limit: int) -> list[Snapshot]:
+        """Return the conversations, newest first. Those that are not in memory have no stats."""
+        found = []
+        for row in (await self._log.list())[:limit]:
+            hosted = self._hosted.get(row.id)
+            if hosted is not None and hosted.epoch:
+                found.append(await hosted.state())
+            elif row.id in self._notes:
+                found.append(_snapshot(row, self._notes[row.id]))
+        return found
+
+    async def note(self, hosted: Hosted) -> None:
+        """Keep title, tags and model of a conversation where the list finds them."""
+        state = await hosted.state()
+        note = replace(self._notes[hosted.id], title=state.title, tags=state.tags, model=state.model)
+        if note != self._notes[hosted.id]:
+            self._notes[hosted.id] = note
+            await self._log.set_meta(hosted.id, msgspec.to_builtins(note))
+
+    async def delete(self, hosted: Hosted, *, caller: Peer | None = None) -> None:
+        """Remove a conversation with its log, and its workspace when nobody else uses that.
+
+        Its connections are closed with 4404, but for the caller's, which still has to be answered.
+        """
+        id = hosted.id
+        note = self._notes.pop(id, None)
+        await hosted.local.delete()
+        hosted.dismiss(CLOSE_GONE, "the conversation was deleted", but=caller)
+        self._logs.log.info("conversation_deleted", conversation=id)
+        if note is not None and not any(other.owner == note.owner for other in self._notes.values()):
+            workspace = self._workspaces.pop(note.owner, None)
+            if workspace is not None:
+                await workspace.close()
+            await asyncio.to_thread(shutil.rmtree, self._folder.workspace(note.owner), ignore_errors=True)
+
+    async def wind_down(self) -> None:
+        """Ask every running turn to pause."""
+        for hosted in list(self._hosted.values()):
+            await hosted.wind_down()
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """Close all connections."""
+        for hosted in self._hosted.values():
+            hosted.dismiss(code, reason)
+
+    # --- in memory ---
+
+    async def _hold(self, id: str) -> Hosted:
+        while id in self._closing:
+            await asyncio.wait([self._closing[id]])
+        note = self._notes.get(id)
+        if note is None:
+            raise ConversationNotFound(f"no conversation {id[:SHOWN_ID]!r}", conversation=id[:SHOWN_ID])
+        timer = self._timers.pop(id, None)
+        if timer is not None:
+            timer.cancel()
+        hosted = self._hosted.get(id)
+        if hosted is None:
+            hosted = Hosted(
+                id,
+                self._log,
+                self._workspace(note),
+                logs=self._logs,
+                metrics=self._metrics,
+                work=self._work,
+            )
+            self._hosted[id] = hosted
+            self._metrics.conversations.set(len(self._hosted))
+        hosted.users += 1
+        return hosted
+
+    def _let_go(self, hosted: Hosted) -> None:
+        hosted.users -= 1
+        if not hosted.users and self._hosted.get(hosted.id) is hosted:
+            loop = asyncio.get_running_loop()
+            delay = self._config.idle_seconds if hosted.id in self._notes else 0.0
+            self._timers[hosted.id] = loop.call_later(delay, self._evict, hosted)
+
+    def _evict(self, hosted: Hosted) -> None:
+        """Let an idle conversation go; one that is busy is looked at again later."""
+        if hosted.busy:
+            hosted.users += 1
+            self._let_go(hosted)
+        else:
+            self._begin_close(hosted.id)
+
+    def _begin_close(self, id: str) -> None:
+        self._timers.pop(id, None)
+        if id not in self._closing:
+            self._closing[id] = asyncio.create_task(self._close(id))
+
+    async def _close(self, id: str) -> None:
+        hosted = self._hosted[id]
+        try:
+            await hosted.close()
+            others = (other for other in self._hosted.values() if other is not hosted)
+            if not any(other.workspace is hosted.workspace for other in others):
+                await hosted.workspace.release()
+        finally:
+            del self._hosted[id]
+            del self._closing[id]
+            self._metrics.conversations.set(len(self._hosted))
+
+    # --- workspaces ---
+
+    def _note(self, id: str, spec: WorkspaceSpec) -> Note:
+        if spec.sandbox is not None:
+            raise InvalidParams("$.params.workspace.sandbox: this server starts no containers")
+        if spec.share is not None:
+            other = self._notes.get(spec.share)
+            if spec.working_dir is not None:
+                raise InvalidParams("$.params.workspace: share and working_dir exclude each other")
+            if other is None:
+                raise ConversationNotFound(
+                    f"no conversation {spec.share[:SHOWN_ID]!r} to share with",
+                    conversation=spec.share[:SHOWN_ID],
+                )
+            return Note(owner=other.owner, working_dir=other.working_dir)
+        return Note(owner=id, working_dir=_existing_folder(spec.working_dir))
+
+    def _workspace(self, note: Note) -> HostedWorkspace:
+        workspace = self._workspaces.get(note.owner)
+        if workspace is None:
+            workspace = HostedWorkspace(
+                partial(self._open_place, note), partial(self._box_changed, note.owner)
+            )
+            self._workspaces[note.owner] = workspace
+        return workspace
+
+    @asynccontextmanager
+    async def _open_place(self, note: Note) -> AsyncIterator[Place]:
+        log = self._logs.log.bind(box=note.owner)
+        root = Path(note.working_dir) if note.working_dir else self._folder.workspace(note.owner)
+        async with (
+            BoxProcess(
+                root,
+                self._folder.sockets / f"{note.owner}.sock",
+                linger=self._config.box_linger_seconds,
+                environment=self._config.box_environment,
+                on_line=lambda line: log.warning("box_spoke", line=line),
+            ) as box,
+            RemoteWorkspace(box.url) as workspace,
+        ):
+            yield Place(workspace, box.wait_ended)
+
+    def _box_changed(self, owner: str, state: Literal["ready", "stopped", "lost"]) -> None:
+        self._metrics.boxes.set(sum(workspace.is_running for workspace in self._workspaces.values()))
+        if state == "lost":
+            self._logs.log.warning("box_lost", box=owner)
+        else:
+            self._logs.log.info(f"box_{'started' if state == 'ready' else 'ended'}", box=owner)
+
+
+def _note(row: ConversationRow) -> Note:
+    try:
+        return msgspec.convert(row.meta, Note)
+    except msgspec.ValidationError:
+        return Note(owner=row.id)
+
+
+def _snapshot(row: ConversationRow, note: Note) -> Snapshot:
+    return Snapshot(
+        id=row.id,
+        state="idle",
+        epoch=row.epoch,
+        head_seq=row.head_seq,
+        title=note.title,
+        tags=note.tags,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        model=note.model,
+    )
+
+
+def _make_folder(path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def _existing_folder(given: str | None) -> str | None:
+    if given is None:
+        return None
+    path = Path(given).expanduser()
+    if not path.is_absolute():
+        raise InvalidParams(
+            "$.params.workspace.working_dir: an absolute path of the server's machine is needed"
+        )
+    if not path.exists():
+        raise PathNotFound(f"no such folder on the server: {given}", path=given)
+    if not path.is_dir():
+        raise NotADirectory(f"no folder: {given}", path=given)
+    return str(path.resolve())

@@ -1,0 +1,288 @@
+"""Method class to coroutine: what a conversation of this server answers, over a WebSocket and over plain HTTP alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import structlog
+from msgspec import Raw
+
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams
+from agent_sdk.protocol.methods import (
+    WORKSPACE,
+    Configure,
+    Delete,
+    Done,
+    Download,
+    Effect,
+    EventPage,
+    GetEvents,
+    GetState,
+    Interrupt,
+    ListConversations,
+    Method,
+    Pause,
+    Ping,
+    Pong,
+    RegisterTools,
+    Respond,
+    Run,
+    RunAnswer,
+    SendMessage,
+    SetConfirmationPolicy,
+    SetTitle,
+    SwitchLlm,
+    UpdateSecrets,
+)
+from agent_sdk.protocol.results import Accepted, Snapshot
+from agent_sdk.protocol.specs import LLM, Model
+from agent_sdk.rpc.peer import Handler, Inbound
+from agent_sdk.serve import workspace_handlers
+from agent_server.conversations import Conversations
+from agent_server.hosted import Hosted
+from agent_server.metrics import Metrics
+from agent_server.work import Work
+
+Handlers = dict[type[Method[Any]], Handler]
+
+ALWAYS_ADMITTED = (Interrupt, Pause, Respond)
+"""Effects that help a draining server to come to an end."""
+WAITED_FOR = (Effect, Download)
+"""Calls that a draining server lets finish."""
+
+
+class HttpCall(Inbound):
+    """A call that came over plain HTTP: there are no byte streams, and nobody to call back."""
+
+    __slots__ = ()
+
+    def reading(self, channel: int) -> Any:
+        """Refuse."""
+        raise needs_a_websocket()
+
+    def writing(self, channel: int) -> Any:
+        """Refuse."""
+        raise needs_a_websocket()
+
+
+def needs_a_websocket() -> InvalidParams:
+    """Return the error for what plain HTTP cannot do."""
+    return InvalidParams("this needs a WebSocket: the method moves bytes or calls back")
+
+
+def conversation_handlers(hosted: Hosted, conversations: Conversations) -> Handlers:
+    """Return who answers what for a conversation; `initialize` and `events.subscribe` belong to the connection."""
+    answers = _Answers(hosted, conversations)
+    return {
+        **workspace_handlers(hosted.workspace, hosted.ledger),
+        Configure: answers.configure,
+        RegisterTools: answers.register_tools,
+        SendMessage: answers.send_message,
+        Run: answers.run,
+        Pause: answers.pause,
+        Interrupt: answers.interrupt,
+        Respond: answers.respond,
+        GetState: answers.state,
+        GetEvents: answers.events,
+        UpdateSecrets: answers.update_secrets,
+        SetConfirmationPolicy: answers.set_confirmation_policy,
+        SwitchLlm: answers.switch_llm,
+        SetTitle: answers.set_title,
+        Delete: answers.delete,
+        **server_handlers(conversations),
+    }
+
+
+class _Answers:
+    def __init__(self, hosted: Hosted, conversations: Conversations) -> None:
+        self._hosted = hosted
+        self._local = hosted.local
+        self._conversations = conversations
+
+    async def configure(self, params: Configure, call: Inbound) -> Done:
+        async def act() -> None:
+            agent = params.agent
+            self._hosted.mask([*_keys(agent.llm), *params.secrets.values()])
+            await self._local.configure(
+                agent, max_iterations=params.max_iterations, confirmation=params.confirmation
+            )
+            if params.secrets:
+                await self._local.update_secrets(params.secrets)
+            await self._retitle(params.title, params.tags)
+            await self._conversations.note(self._hosted)
+
+        await self._once(params, act)
+        if params.agent.client_tools and not isinstance(call, HttpCall):
+            self._hosted.tools.register(call.peer, [tool.name for tool in params.agent.client_tools])
+        return Done()
+
+    async def register_tools(self, params: RegisterTools, call: Inbound) -> Done:
+        if isinstance(call, HttpCall):
+            raise needs_a_websocket()
+        self._hosted.tools.register(call.peer, params.tools)
+        return Done()
+
+    async def send_message(self, params: SendMessage, call: Inbound) -> Accepted:
+        return await self._hosted.ledger.run(
+            params,
+            lambda: self._local.send_message(params.text, mode=params.mode, op_id=params.op_id),
+        )
+
+    async def run(self, params: Run, call: Inbound) -> RunAnswer:
+        return await self._hosted.ledger.run(params, self._local.begin)
+
+    async def pause(self, params: Pause, call: Inbound) -> Done:
+        return await self._once(params, self._local.pause)
+
+    async def interrupt(self, params: Interrupt, call: Inbound) -> Done:
+        return await self._once(params, lambda: self._local.interrupt(params.reason))
+
+    async def respond(self, params: Respond, call: Inbound) -> Done:
+        return await self._once(
+            params, lambda: self._local.respond(params.request_id, params.answer, reason=params.reason)
+        )
+
+    async def state(self, params: GetState, call: Inbound) -> Snapshot:
+        return await self._local.state()
+
+    async def events(self, params: GetEvents, call: Inbound) -> EventPage:
+        page = await self._hosted.page(params.after, params.limit)
+        return EventPage(
+            epoch=self._hosted.epoch, events=[Raw(event) for _, event in page], head_seq=self._hosted.head_seq
+        )
+
+    async def update_secrets(self, params: UpdateSecrets, call: Inbound) -> Done:
+        self._hosted.mask(params.secrets.values())
+        return await self._once(params, lambda: self._local.update_secrets(params.secrets))
+
+    async def set_confirmation_policy(self, params: SetConfirmationPolicy, call: Inbound) -> Done:
+        return await self._once(params, lambda: self._local.set_confirmation_policy(params.policy))
+
+    async def switch_llm(self, params: SwitchLlm, call: Inbound) -> Done:
+        async def act() -> None:
+            self._hosted.mask(_keys(params.llm))
+            await self._local.switch_llm(params.llm)
+            await self._conversations.note(self._hosted)
+
+        return await self._once(params, act)
+
+    async def set_title(self, params: SetTitle, call: Inbound) -> Done:
+        async def act() -> None:
+            await self._retitle(params.title, params.tags or {})
+            await self._conversations.note(self._hosted)
+
+        return await self._once(params, act)
+
+    async def delete(self, params: Delete, call: Inbound) -> Done:
+        return await self._once(params, lambda: self._conversations.delete(self._hosted, caller=call.peer))
+
+    async def _retitle(self, title: str | None, tags: Mapping[str, str]) -> None:
+        """Write a new title or new tags, if they are new."""
+        state = await self._local.state()
+        if (title is not None and title != state.title) or {**state.tags, **tags} != state.tags:
+            await self._local.set_title(title, tags=dict(tags))
+
+    async def _once(self, params: Effect[Done], action: Callable[[], Awaitable[None]]) -> Done:
+        async def act() -> Done:
+            await action()
+            return Done()
+
+        return await self._hosted.ledger.run(params, act)
+
+
+def server_handlers(conversations: Conversations) -> Handlers:
+    """Return who answers what concerns no particular conversation."""
+
+    async def list_conversations(params: ListConversations, call: Inbound) -> list[Snapshot]:
+        return await conversations.snapshots(params.limit)
+
+    async def ping(params: Ping, call: Inbound) -> Pong:
+        return Pong()
+
+    return {ListConversations: list_conversations, Ping: ping}
+
+
+class Counter:
+    """Goes around every handler: counts and times the calls, binds log lines to the conversation, refuses new
+    work while the server drains, and lets calls that change something go on when their caller is gone."""
+
+    def __init__(self, metrics: Metrics, work: Work) -> None:
+        self._metrics = metrics
+        self._work = work
+
+    def around(self, handlers: Handlers, hosted: Hosted | None = None) -> Handlers:
+        """Return the handlers with this around them."""
+        return {method: self._around(method, handler, hosted) for method, handler in handlers.items()}
+
+    def _around(self, method: type[Method[Any]], handler: Handler, hosted: Hosted | None) -> Handler:
+        room = "workspace" if method in WORKSPACE else "conversation"
+        seconds = self._metrics.call_seconds.labels(room)
+        waited_for = issubclass(method, WAITED_FOR)
+
+        async def answer(params: Any, call: Inbound) -> Any:
+            outcome, began = "ok", time.monotonic()
+            try:
+                if not waited_for:
+                    return await handler(params, call)
+                if not isinstance(params, ALWAYS_ADMITTED):
+                    self._work.admit()
+                with self._work.under_way():
+                    return await (
+                        _to_its_end(handler, params, call, hosted) if hosted else handler(params, call)
+                    )
+            except AgentServerError as exc:
+                outcome = exc.kind
+                raise
+            except asyncio.CancelledError:
+                outcome = "cancelled"
+                raise
+            except Exception:
+                outcome = "bug"
+                raise
+            finally:
+                seconds.observe(time.monotonic() - began)
+                self._metrics.calls.labels(method.method, outcome).inc()
+
+        async def bound(params: Any, call: Inbound) -> Any:
+            with structlog.contextvars.bound_contextvars(method=method.method, **_about(hosted)):
+                return await answer(params, call)
+
+        return bound
+
+
+async def _to_its_end(handler: Handler, params: Any, call: Inbound, hosted: Hosted) -> Any:
+    """Run a handler; when the connection ends it goes on alone, when the caller cancels it is cancelled."""
+    task: asyncio.Task[Any] = asyncio.ensure_future(handler(params, call))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if task.done():
+            raise
+        if await _is_gone(call):
+            hosted.leave_alone(task)
+        else:
+            task.cancel()
+            await asyncio.wait([task])
+        raise
+
+
+async def _is_gone(call: Inbound) -> bool:
+    """Whether the caller's connection has ended."""
+    try:
+        async with asyncio.timeout(0):
+            await call.peer.wait_closed()
+    except TimeoutError:
+        return False
+    return True
+
+
+def _about(hosted: Hosted | None) -> dict[str, str]:
+    return {} if hosted is None else {"conversation": hosted.id}
+
+
+def _keys(llm: Model) -> list[str | None]:
+    """What of a model must not be logged."""
+    return [llm.api_key, *llm.headers.values()] if isinstance(llm, LLM) else []

@@ -1,0 +1,179 @@
+"""One conversation while it is in this server's memory, with everything that belongs to it and who uses it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import msgspec
+
+from agent_sdk.local.conversation import LocalConversation
+from agent_sdk.local.log import PAGE_EVENTS, EventLog
+from agent_sdk.protocol.events import Delta, TurnEnded, TurnStarted
+from agent_sdk.protocol.methods import Method
+from agent_sdk.protocol.results import Snapshot
+from agent_sdk.rpc.ledger import Ledger
+from agent_sdk.rpc.peer import Handler, Peer
+from agent_server.client_tools import ClientTools
+from agent_server.logs import Logs
+from agent_server.metrics import Metrics
+from agent_server.work import Work
+from agent_server.workspace import HostedWorkspace
+
+CLOSE_GONE = 4404
+
+
+class Guest(Protocol):
+    """A connection that is bound to the conversation."""
+
+    @property
+    def peer(self) -> Peer | None:
+        """What calls come over."""
+        ...
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """Close it."""
+        ...
+
+
+class Hosted:
+    """See the module's docstring. It is a feed.Source."""
+
+    def __init__(
+        self,
+        id: str,
+        log: EventLog,
+        workspace: HostedWorkspace,
+        *,
+        logs: Logs,
+        metrics: Metrics,
+        work: Work,
+    ) -> None:
+        self.id = id
+        self.workspace = workspace
+        self.tools = ClientTools()
+        self.ledger = Ledger()
+        self.guests: set[Guest] = set()
+        self.handlers: dict[type[Method[Any]], Handler] = {}
+        """Who answers its calls; put here by whoever answers the first."""
+        self.users = 0
+        """Connections and requests that hold it in memory."""
+        self.local = LocalConversation(None, workspace, id=id, log=log, run_client_tool=self.tools.run)
+        self._log = log
+        self._logs = logs
+        self._metrics = metrics
+        self._work = work
+        self._turn = ExitStack()
+        self._turn_runs = False
+        self._left_alone: set[asyncio.Task[object]] = set()
+        self._forget: list[Callable[[], None]] = []
+        self._delta_listeners: dict[object, Callable[[bytes], None]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Hosted {self.id}, {self.users} users, {self.workspace!r}>"
+
+    async def open(self) -> None:
+        """Read the log; may be called again."""
+        await self.local.__aenter__()
+        if not self._forget:
+            self._forget.append(self.local.subscribe(self._follow_turns))
+            self._forget.append(self.local.subscribe_deltas(self._pass_delta))
+
+    async def close(self) -> None:
+        """Interrupt what runs, and let go of everything but the workspace, which may be shared."""
+        for task in self._left_alone:
+            task.cancel()
+        if self._left_alone:
+            await asyncio.wait(self._left_alone)
+        await self.local.close()
+        self._end_turn()
+        for forget in self._forget:
+            forget()
+        self._forget.clear()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something goes on in it that nobody needs to be connected for."""
+        return self._turn_runs or bool(self._left_alone)
+
+    @property
+    def epoch(self) -> str:
+        """Of its log."""
+        return self.local.epoch
+
+    @property
+    def head_seq(self) -> int:
+        """The seq of its last event."""
+        return self.local.head_seq
+
+    async def page(self, after: int, limit: int = PAGE_EVENTS) -> list[tuple[int, bytes]]:
+        """See feed.Source; at most `limit` events."""
+        return await self._log.read(self.id, after, limit)
+
+    async def state(self) -> Snapshot:
+        """Return its present state."""
+        return await self.local.state()
+
+    def subscribe(self, listener: Callable[[int, bytes], None]) -> Callable[[], None]:
+        """See feed.Source."""
+        return self.local.subscribe(listener)
+
+    def subscribe_deltas(self, listener: Callable[[bytes], None]) -> Callable[[], None]:
+        """See feed.Source; a delta is encoded once for all."""
+        key = object()
+        self._delta_listeners[key] = listener
+
+        def stop() -> None:
+            self._delta_listeners.pop(key, None)
+
+        return stop
+
+    def mask(self, secrets: Iterable[str | None]) -> None:
+        """Keep these values out of the server's log while the conversation is in memory."""
+        self._forget.append(self._logs.redactor.add(secrets))
+
+    def leave_alone(self, task: asyncio.Task[object]) -> None:
+        """Let a call go on whose caller is gone; its result waits in the ledger."""
+        self._left_alone.add(task)
+        task.add_done_callback(self._left_alone.discard)
+
+    def dismiss(self, code: int, reason: str, *, but: Peer | None = None) -> None:
+        """Close its connections, `but` that one."""
+        for guest in list(self.guests):
+            if but is None or guest.peer is not but:
+                guest.dismiss(code, reason)
+
+    async def wind_down(self) -> None:
+        """The server stops: a turn pauses before its next step; one that waits for somebody ends now."""
+        if not self._turn_runs:
+            return
+        state = (await self.local.state()).state
+        if state == "awaiting":
+            await self.local.close()
+        elif state == "running":
+            await self.local.pause()
+
+    def _follow_turns(self, seq: int, event: bytes) -> None:
+        if _is(event, TurnStarted) and not self._turn_runs:
+            self._turn_runs = True
+            self._turn.enter_context(self._work.under_way())
+            self._turn.enter_context(self._metrics.turns.track_inprogress())
+        elif _is(event, TurnEnded):
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        self._turn_runs = False
+        self._turn.close()
+
+    def _pass_delta(self, delta: Delta) -> None:
+        if self._delta_listeners:
+            encoded = msgspec.json.encode(delta)
+            for listener in list(self._delta_listeners.values()):
+                listener(encoded)
+
+
+def _is(event: bytes, kind: type[TurnStarted | TurnEnded]) -> bool:
+    """Whether this is the JSON of such an event. Our own encoder wrote it, and it writes the tag first."""
+    return event.startswith(b'{"type":"%b"' % str(kind.__struct_config__.tag).encode())

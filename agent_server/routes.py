@@ -1,0 +1,216 @@
+"""What the server answers at which address."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import structlog
+from aiohttp import hdrs, web
+from msgspec import Raw
+
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.endpoint import Endpoint, Request, decode_params, unknown_method
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ConversationNotFound,
+    InternalError,
+    InvalidParams,
+    InvalidRequest,
+    LimitExceeded,
+    to_wire,
+)
+from agent_sdk.protocol.methods import EventPage, Initialize, Method
+from agent_sdk.rpc.peer import Peer
+from agent_sdk.rpc.pipe import memory_pipes
+from agent_sdk.rpc.websocket import WebSocketPipe
+from agent_server.answers import as_json, http_error
+from agent_server.connection import Connection
+from agent_server.event_stream import stream_events
+from agent_server.gate import KEY_SHOWN
+from agent_server.handlers import Handlers, HttpCall, needs_a_websocket, server_handlers
+from agent_server.session import NEW, Lobby, Session, check_initialize, initialized, named_or_new
+from agent_server.upgrade import accept, check_upgrade
+
+PAGE = 1000
+LARGEST_SEQ = 2**53
+
+
+class Routes:
+    """See the module's docstring."""
+
+    def __init__(self, lobby: Lobby) -> None:
+        self._lobby = lobby
+        self._ending = asyncio.Event()
+        self._document: bytes | None = None
+        self._server_handlers = lobby.counter.around(server_handlers(lobby.conversations))
+
+    def table(self) -> list[web.RouteDef]:
+        """Return all routes."""
+        return [
+            web.get("/health", self.health, allow_head=True),
+            web.get("/ready", self.ready),
+            web.get("/metrics", self.metrics),
+            web.get("/openrpc.json", self.openrpc),
+            web.get("/v1/conversations", self.conversations),
+            web.get("/v1/conversations/{id}", self.socket, allow_head=False),
+            web.get("/v1/conversations/{id}/events", self.events, allow_head=False),
+            web.post("/v1/rpc", self.rpc),
+        ]
+
+    def end(self) -> None:
+        """End the event streams."""
+        self._ending.set()
+
+    async def health(self, request: web.Request) -> web.Response:
+        """Say that the process lives."""
+        return as_json({"status": "ok"})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """Say whether new work is welcome."""
+        if self._lobby.work.draining:
+            return http_error(503, "the server is stopping", {hdrs.RETRY_AFTER: "1"})
+        return as_json({"status": "ready"})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """Give the numbers to Prometheus."""
+        page = await asyncio.to_thread(self._lobby.metrics.page)
+        return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def openrpc(self, request: web.Request) -> web.Response:
+        """Describe the methods."""
+        if self._document is None:
+            from agent_sdk.protocol.openrpc import openrpc  # noqa: PLC0415  large, and seldom asked for
+
+            self._document = msgspec.json.encode(await asyncio.to_thread(openrpc))
+        return web.Response(body=self._document, content_type="application/json")
+
+    async def conversations(self, request: web.Request) -> web.Response:
+        """List the conversations, newest first."""
+        return as_json(await self._lobby.conversations.snapshots(_number(request, "limit", 100, 1, PAGE)))
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """Give a page of events as JSON, or all of them and live ones as Server-Sent Events."""
+        after = _number(request, "after", 0, 0, LARGEST_SEQ)
+        limit = _number(request, "limit", PAGE, 1, PAGE)
+        async with self._lobby.conversations.using(request.match_info["id"]) as hosted:
+            if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
+                last = request.headers.get("Last-Event-ID", "")
+                if last:
+                    after = _checked("Last-Event-ID", last, 0, LARGEST_SEQ)
+                return await stream_events(request, hosted, after, self._ending)
+            page = await hosted.page(after, limit)
+            events = [Raw(event) for _, event in page]
+            return as_json(EventPage(epoch=hosted.epoch, events=events, head_seq=hosted.head_seq))
+
+    async def socket(self, request: web.Request) -> web.StreamResponse:
+        """Become a WebSocket that is bound to one conversation."""
+        check_upgrade(request)
+        lobby, wanted = self._lobby, request.match_info["id"]
+        if lobby.work.draining:
+            return http_error(503, "the server is stopping", {hdrs.RETRY_AFTER: "1"})
+        if request[KEY_SHOWN] and wanted != NEW and wanted not in lobby.conversations:
+            raise ConversationNotFound(f"no conversation {wanted[:64]!r}", conversation=wanted[:64])
+        config = lobby.config
+        socket = await accept(
+            request, longest_message=config.limits.frame_bytes, heartbeat=config.heartbeat_seconds
+        )
+        assert isinstance(request.protocol, Connection)
+        session = Session(
+            lobby,
+            WebSocketPipe(socket),
+            request.protocol,
+            wanted=wanted,
+            key_shown=request[KEY_SHOWN],
+        )
+        await session.run()
+        return socket
+
+    # --- one call over HTTP ---
+
+    async def rpc(self, request: web.Request) -> web.Response:
+        """Answer one JSON-RPC call, for the conversation that `?conversation=` names where it concerns one."""
+        self._lobby.work.admit()
+        body = await self._body(request)
+        endpoint = Endpoint(self._lobby.config.limits, strict=True)
+        call: Request | None = None
+        try:
+            message = endpoint.receive(body, text=True)
+            if not isinstance(message, Request):
+                raise InvalidRequest("a call with an id is needed; there is nobody to send anything else to")
+            call = message
+            result = await self._call(call, request.query.get("conversation"))
+            answer = endpoint.response(call.id, result)
+        except AgentServerError as exc:
+            answer = endpoint.refusal(exc) if call is None else endpoint.failure(call.id, to_wire(exc))
+        except Exception as exc:  # noqa: BLE001  the boundary of a call, as in Peer
+            incident = new_id()
+            self._lobby.metrics.bugs.inc()
+            self._lobby.logs.bug(exc, incident)
+            bug = InternalError("internal error", incident=incident)
+            answer = endpoint.failure(call.id if call else None, to_wire(bug))
+        return web.Response(body=answer, content_type="application/json")
+
+    async def _body(self, request: web.Request) -> bytes:
+        seconds = self._lobby.config.body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await request.read()
+        except TimeoutError:
+            raise InvalidRequest(f"the body did not arrive within {seconds:g} s", status=408) from None
+        except web.HTTPRequestEntityTooLarge:
+            limit = self._lobby.config.limits.message_bytes
+            raise LimitExceeded(f"a body of more than {limit} bytes", field="body", limit=limit) from None
+
+    async def _call(self, call: Request, id: str | None) -> Any:
+        if call.method == Initialize.method:
+            return await self._initialize(call, id or NEW)
+        if id is None:
+            if call.method not in {method.method for method in self._server_handlers}:
+                raise InvalidParams(
+                    "which conversation? POST /v1/rpc?conversation=ID; initialize makes one and answers its id"
+                )
+            return await _run(self._server_handlers, call)
+        conversations = self._lobby.conversations
+        async with conversations.using(id) as hosted:
+            return await _run(self._lobby.tables(hosted), call)
+
+    async def _initialize(self, call: Request, wanted: str) -> Any:
+        params = decode_params(Initialize, call.params)
+        check_initialize(params)
+        if params.resume is not None:
+            raise needs_a_websocket()
+        conversations = self._lobby.conversations
+        id = await named_or_new(conversations, self._lobby.work, wanted, params)
+        async with conversations.using(id) as hosted:
+            return initialized(self._lobby.config, hosted, new_id())
+
+
+async def _run(handlers: Handlers, call: Request) -> Any:
+    methods: dict[str, type[Method[Any]]] = {method.method: method for method in handlers}
+    method = methods.get(call.method)
+    if method is None:
+        raise unknown_method(call.method)
+    # A peer that runs no connection: over HTTP there is nobody to call, see HttpCall.
+    inbound = HttpCall(Peer(memory_pipes()[0], opener=False), call.id)
+    with structlog.contextvars.bound_contextvars(call=call.id):
+        return await handlers[method](decode_params(method, call.params), inbound)
+
+
+def _number(request: web.Request, name: str, default: int, least: int, most: int) -> int:
+    values = request.query.getall(name, [])
+    if not values:
+        return default
+    return _checked(f"?{name}", values[0] if len(values) == 1 else "", least, most)
+
+
+def _checked(name: str, text: str, least: int, most: int) -> int:
+    """The number in a text of digits.
+
+    Raises:
+        InvalidParams: it is none, or out of range.
+    """
+    if text.isascii() and text.isdigit() and len(text) <= 16 and least <= int(text) <= most:
+        return int(text)
+    raise InvalidParams(f"{name}: expected int {least}..{most}")

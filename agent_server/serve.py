@@ -1,0 +1,195 @@
+"""A server from its start to its end, in that order: log lines, data folder, key, event log, conversations, port."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from msgspec import Struct
+
+from agent_sdk.local.log import EventLog
+from agent_sdk.protocol.errors import AgentServerError
+from agent_server import data_folder, logs
+from agent_server.app import listening
+from agent_server.auth import Authority, obtain_key
+from agent_server.config import ServerConfig
+from agent_server.conversations import Conversations
+from agent_server.hosts import is_loopback
+from agent_server.logs import Log, Logs
+from agent_server.metrics import Metrics
+from agent_server.refusal import CANNOT_CREATE, StartRefused
+from agent_server.routes import Routes
+from agent_server.session import CLOSE_DRAINING, Lobby
+from agent_server.work import Work
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+FOR_WORK = 0.95
+"""The part of `drain_seconds` that running calls get; the rest is for ending what they left."""
+FAREWELL_SECONDS = 1.0
+
+
+class Ready(Struct, frozen=True, kw_only=True):
+    """What clients need to know of a server that accepts connections."""
+
+    url: str
+    api_key_file: str | None
+    """Where the key is; None: in the configuration."""
+    pid: int
+
+
+OnReady = Callable[[Ready], None]
+
+
+async def serve(config: ServerConfig, *, on_ready: OnReady, log_to: TextIO | None = None) -> None:
+    """Run a server until SIGTERM or SIGINT. It prints nothing; its log goes to standard error.
+
+    The first signal drains: new work is refused, running calls get `drain_seconds`, then connections are
+    closed with 4503 and boxes ended. The second signal ends it at once.
+
+    Args:
+        on_ready: called once when connections are accepted.
+        log_to: instead of standard error.
+
+    Raises:
+        StartRefused: it cannot start; the text is one sentence for a person.
+    """
+    with _signals() as stop:
+        async with serving(config, on_ready=on_ready, stop=stop, log_to=log_to):
+            await stop.asked.wait()
+
+
+class Stop:
+    """Somebody wants the server to end: `asked` to finish what runs, `now` to let it be."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.now = asyncio.Event()
+
+    def ask(self) -> None:
+        """Ask to end; asking again means now."""
+        (self.now if self.asked.is_set() else self.asked).set()
+
+
+@asynccontextmanager
+async def serving(
+    config: ServerConfig, *, on_ready: OnReady, stop: Stop | None = None, log_to: TextIO | None = None
+) -> AsyncIterator[None]:
+    """Run a server for the length of the block; leaving drains it. See `serve`."""
+    stop = stop or Stop()
+    with (
+        logs.opened(style=config.log_format, level=config.log_level, stream=log_to) as opened,
+        data_folder.locked(Path(config.data)) as folder,
+    ):
+        key, text = obtain_key(config)
+        opened.redactor.add([text])
+        _raise_handle_limit()
+        metrics, work = Metrics(), Work()
+        async with (
+            _event_log(folder.log) as log,
+            Conversations(config, folder, log, opened, metrics, work) as conversations,
+        ):
+            lobby = Lobby(config, conversations, Authority(key), opened, metrics, work)
+            routes = Routes(lobby)
+            async with listening(config, lobby, routes) as port:
+                ready = Ready(
+                    url=_url(config.host, port),
+                    api_key_file=str(key.file) if key.file else None,
+                    pid=os.getpid(),
+                )
+                _warn(config, opened.log)
+                opened.log.info("server_started", url=ready.url, data=config.data)
+                on_ready(ready)
+                try:
+                    yield
+                finally:
+                    await _drain(config, lobby, conversations, routes, stop, opened)
+
+
+async def _drain(
+    config: ServerConfig,
+    lobby: Lobby,
+    conversations: Conversations,
+    routes: Routes,
+    stop: Stop,
+    opened: Logs,
+) -> None:
+    work = lobby.work
+    work.draining = True
+    opened.log.info("server_draining", work=str(work))
+    lobby.announce_end()
+    routes.end()
+    await conversations.wind_down()
+    waiting = asyncio.ensure_future(work.finished(config.drain_seconds * FOR_WORK))
+    await _either(waiting, asyncio.ensure_future(stop.now.wait()))
+    finished = not waiting.cancelled() and waiting.result()
+    dismissing = asyncio.ensure_future(
+        lobby.dismiss(CLOSE_DRAINING, "the server is stopping; come back in a moment")
+    )
+    # Clients that listen hear why they are cut off before their commands are ended; frozen ones hold nothing up.
+    await asyncio.wait([dismissing], timeout=FAREWELL_SECONDS)
+    await conversations.close()
+    await dismissing
+    opened.log.info("server_stopped", finished=finished)
+
+
+async def _either(*tasks: asyncio.Future[bool]) -> None:
+    """Wait for the first of them, cancel the others."""
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _event_log(path: Path) -> AsyncIterator[EventLog]:
+    async with AsyncExitStack() as stack:
+        try:
+            log = await stack.enter_async_context(EventLog.open(path))
+        except AgentServerError as exc:
+            raise StartRefused(
+                f"the event log {path} cannot be opened: {exc}", exit_code=CANNOT_CREATE
+            ) from None
+        yield log
+
+
+@contextmanager
+def _signals() -> Iterator[Stop]:
+    stop = Stop()
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, stop.ask)
+    try:
+        yield stop
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+def _warn(config: ServerConfig, log: Log) -> None:
+    if is_loopback(config.host):
+        return
+    log.warning("network_reachable", host=config.host, advice="put TLS in front: the key crosses the network")
+    if not config.allow_hosts:
+        log.warning("host_names_refused", advice="allow_hosts lists names that clients may use")
+
+
+def _url(host: str, port: int) -> str:
+    """Where a client of this machine reaches it."""
+    anywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+    return f"http://{anywhere.get(host) or (f'[{host}]' if ':' in host else host)}:{port}"
+
+
+def _raise_handle_limit() -> None:
+    """Allow as many open files as the operator permits: each connection and each box takes some."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
