@@ -22,8 +22,8 @@ def on_event(event: Event) -> None:
 
 
 async def main() -> None:
-    environ = os.environ
-    async with workspaces.LocalWorkspace(environ.get("EXAMPLE_DIR", ".")) as workspace:
+    env = os.environ
+    async with workspaces.LocalWorkspace(env.get("EXAMPLE_DIR", ".")) as workspace:
         conversation = Conversation(agent=agent, workspace=workspace, callbacks=[on_event])
         await conversation.send_message("Write a program that says hello, and run it.")
         outcome = await conversation.run()

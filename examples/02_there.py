@@ -22,10 +22,8 @@ def on_event(event: Event) -> None:
 
 
 async def main() -> None:
-    environ = os.environ
-    async with workspaces.RemoteWorkspace(
-        environ["AGENT_SERVER_URL"], environ["AGENT_SERVER_API_KEY"]
-    ) as workspace:
+    env = os.environ
+    async with workspaces.RemoteWorkspace(env["AGENT_SERVER_URL"], env["AGENT_SERVER_API_KEY"]) as workspace:
         conversation = Conversation(agent=agent, workspace=workspace, callbacks=[on_event])
         await conversation.send_message("Write a program that says hello, and run it.")
         outcome = await conversation.run()
