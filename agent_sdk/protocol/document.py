@@ -16,7 +16,7 @@ import msgspec
 from msgspec import inspect
 
 from agent_sdk.protocol import events, frame
-from agent_sdk.protocol.errors import AgentServerError, table
+from agent_sdk.protocol.errors import table
 from agent_sdk.protocol.methods import NOTICES, Method, result_type
 from agent_sdk.protocol.openrpc import (
     GROUPS,
@@ -264,9 +264,8 @@ def _cell(text: str) -> str:
 def _own_results() -> set[type]:
     """Results that belong to one method only: they are described there."""
     results = [result_type(method) for members in GROUPS.values() for method in members]
-    plain = [cls for cls in results if isinstance(cls, type) and issubclass(cls, msgspec.Struct)]
-    inside = {inner for cls in plain for inner in structs_in([cls]) if inner is not cls}
-    return {cls for cls in plain if results.count(cls) == 1 and cls not in inside}
+    inside = {inner for result in results for inner in structs_in([result]) if inner is not result}
+    return {cls for cls in structs_in(results) if results.count(cls) == 1 and cls not in inside}
 
 
 def _types_apart() -> list[type[msgspec.Struct]]:

@@ -48,6 +48,10 @@ DEFAULTS = Limits()
 EVENTS, MESSAGES = 0, 1
 """The streams of `message` frames."""
 
+CHECKED_BYTES = 1 << 20
+"""Longer messages, which come in pieces, are not checked for nesting and repeated keys: hostile ones
+could keep the event loop busy for seconds. The parser's own recursion limit holds for them."""
+
 _ID_LIMIT = 2**53
 _ID_LENGTH = 128
 _SHOWN = 64
@@ -230,7 +234,8 @@ class Endpoint:
 
     def _parse(self, text: bytes | bytearray) -> _Envelope:
         depth = self._limits.json_depth
-        if self._strict:
+        checked = self._strict and len(text) <= CHECKED_BYTES
+        if checked:
             check_depth(text, depth)
         try:
             if not text.isascii():
@@ -247,7 +252,7 @@ class Endpoint:
         except msgspec.DecodeError as exc:
             where = "" if "(byte " in str(exc) else f" (byte {len(text)})"
             raise ParseError(f"{exc}{where}") from None
-        if self._strict and repeats_a_member(text):
+        if checked and repeats_a_member(text):
             raise DuplicateKey("a member of the message occurs twice", **_id_of(wire))
         return wire
 

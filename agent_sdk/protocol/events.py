@@ -69,8 +69,13 @@ class AgentMessage(Base, frozen=True, tag="agent_message"):
     """How many ToolCalled events follow."""
     seen_seq: int = 0
     """The log's last seq when the model was asked: a UserMessage after it was not read yet."""
-    provider: Raw | None = None
-    """What the provider wants to see again unchanged in later requests (signed thinking); opaque."""
+    provider: Any = None
+    """What the provider wants to see again unchanged in later requests (signed thinking); opaque.
+    A Raw or None: msgspec cannot decode the union of the two."""
+
+    def __post_init__(self) -> None:
+        if self.provider is not None and not isinstance(self.provider, Raw):
+            msgspec.structs.force_setattr(self, "provider", Raw(_encoder.encode(self.provider)))
 
 
 class ToolCalled(Base, frozen=True, tag="tool_called"):

@@ -33,9 +33,10 @@ def check_depth(text: bytes | bytearray, limit: int) -> None:
     if text.count(b"[") + text.count(b"{") <= limit:
         return
     brackets = _STRING.sub(b"", text).translate(_ALIKE, _NOT_BRACKETS)
+    too_many = b"[" * (limit + 1)
     for _ in range(limit):
-        if b"[" not in brackets:
-            return
+        if b"[]" not in brackets or too_many in brackets:
+            break
         brackets = brackets.replace(b"[]", b"")  # takes one level, everywhere
     if b"[" in brackets:
         raise MaxDepth(f"max_depth {limit}", limit=limit)

@@ -3,8 +3,8 @@
 Client and server, docs and golden files are all made from these classes, so they cannot drift.
 Params refuse unknown fields; results tolerate them. Times in params are whole milliseconds, in
 results seconds. Bytes never travel in JSON: a field `channel` (also `stdout`, `stderr`) names a byte
-stream the caller opened for them, 0 means none. On a connection without byte streams (plain HTTP) answers that have bytes
-carry them as `text`, UTF-8 with wrong bytes replaced.
+stream the caller opened for them, 0 means none. On a connection without byte streams (plain HTTP)
+answers that have bytes carry them as `text`, UTF-8 with wrong bytes replaced.
 
 Calls of class Effect change something: `op_id` is their identity. The same op_id with the same
 params attaches to the running call or gets its stored result; with other params it is refused.
