@@ -1,13 +1,21 @@
 """A real server for tests that need one, as its users run it: a process of its own."""
 
 import json
+import os
+import secrets
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Commands inherit the environment, so those of this run can be told from those of another.
+os.environ["TESTS_RUN"] = secrets.token_hex(8)
+RUN = f"TESTS_RUN={os.environ['TESTS_RUN']}".encode()
 
 
 @dataclass(frozen=True)
@@ -31,5 +39,49 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running
             yield RunningServer(ready["url"], key, data, process.pid)
         finally:
             process.terminate()
-            left = process.wait(timeout=30)
-    assert left == 0
+            ended = process.wait(timeout=30)
+    assert ended == 0
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if names(path, data)]
+
+
+def names(cmdline: Path, folder: Path) -> bool:
+    """Whether a process was started for this folder; one that has ended was not."""
+    with suppress(OSError):
+        return str(folder).encode() in cmdline.read_bytes()
+    return False
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No process, socket or temporary folder of ours outlives the test that made it."""
+    if "running_server" in request.fixturenames:
+        request.getfixturevalue("running_server")  # it stays for the whole run
+    before = remains()
+    yield
+    left = remains() - before
+    assert not left, f"left behind: {sorted(left)}"
+
+
+def remains() -> set[str]:
+    """Processes of commands, boxes and servers; temporary folders; descriptors of sockets of this process."""
+    found = {str(path) for path in Path(tempfile.gettempdir()).glob("agent-*")}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                if is_ours(entry):
+                    found.add(f"process {entry.name}")
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            target = os.readlink(descriptor)
+            if target.startswith("socket:"):
+                found.add(target)
+    return found
+
+
+def is_ours(process: Path) -> bool:
+    """Whether it is a child of this run, or a command that a workspace of this run started."""
+    environment = (process / "environ").read_bytes()
+    if b"AGENT_SERVER_OP=" in environment and RUN in environment:
+        return True
+    state, parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+    return int(parent) == os.getpid() and state != "Z"
