@@ -11,4 +11,19 @@ follower:      reading a log and going on with what comes
 log:           the event log, one SQLite file for many conversations
 clerk:         the thread that owns a database and commits in groups
 database:      tables and statements, the only code that speaks to apsw
+
+workspace:    a workspace on this machine
+environment:  what a command finds in its environment
+arguments:    limits on what callers ask for
+launch:       starting a program
+children:     started programs, and their ends
+process_tree: all processes of an operation, found and ended
+processes:    processes as callers see them
+intake:       bytes from a process
+feed:         bytes into a process
+spool:        what a process said, by offset
+herald:       telling a caller what a process says
+terminal:     pseudo terminals
+paths:        paths that cannot leave the root
+files:        files of a workspace
 """

@@ -1,0 +1,324 @@
+"""Files of this machine, read and written in constant memory without holding up the event loop.
+
+Reading notices when the file changes meanwhile. Writing goes to a temporary file in the target's
+folder, is made durable and then renamed, so the target is the old file or the new one, never a part.
+Nothing here is confined to a folder; `local/files.py` hands in folders it has already checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from os import PathLike
+from typing import TypeVar, TypeVarTuple, Unpack
+
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ChangedDuringRead,
+    InvalidParams,
+    IsADirectory,
+    LimitExceeded,
+    NotADirectory,
+    NotARegularFile,
+    PathDenied,
+    PathError,
+    PathExists,
+    PathNotFound,
+    StorageFull,
+    TransferBroken,
+)
+from agent_sdk.protocol.results import Transferred
+
+PIECE_BYTES = 64 << 10
+BLOCK_BYTES = 1 << 20
+"""Disk is read and written in blocks of this size: one visit to a thread costs as much as copying 100 KiB."""
+PERMISSIONS = 0o777
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+async def in_thread(work: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+    """Run blocking work in a thread and wait for its end, even when cancelled meanwhile.
+
+    A thread cannot be stopped: giving up earlier would close descriptors under its hands.
+    """
+    future = asyncio.get_running_loop().run_in_executor(None, work, *args)
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait((future,))
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        future.exception()
+        raise cancelled
+    return future.result()
+
+
+_BY_ERRNO: dict[int, tuple[type[AgentServerError], str]] = {
+    errno.ENOENT: (PathNotFound, "no such file or folder"),
+    errno.ENOTDIR: (NotADirectory, "not a folder"),
+    errno.EISDIR: (IsADirectory, "is a folder"),
+    errno.EEXIST: (PathExists, "exists already"),
+    errno.EACCES: (PathDenied, "permission denied"),
+    errno.EPERM: (PathDenied, "not permitted"),
+    errno.EROFS: (PathDenied, "read-only file system"),
+    errno.ENOSPC: (StorageFull, "no space left"),
+    errno.EDQUOT: (StorageFull, "quota exceeded"),
+    errno.ENAMETOOLONG: (InvalidParams, "name too long"),
+    errno.EFBIG: (LimitExceeded, "file too large for the file system"),
+    errno.ENXIO: (NotARegularFile, "not a regular file"),
+}
+
+
+def path_error(exc: OSError, path: str) -> AgentServerError:
+    """Return the error of the contract for what the system said about a path."""
+    name = errno.errorcode.get(exc.errno or 0, "EIO")
+    cls, words = _BY_ERRNO.get(exc.errno or 0, (PathError, (exc.strerror or "input/output error").lower()))
+    if cls is PathError:
+        return PathError(f"{words}: {path}", path=path, errno=name)
+    return cls(f"{words}: {path}", path=path, errno=name)
+
+
+def refuse_irregular(mode: int, path: str) -> None:
+    """Raise unless `mode` (st_mode) is that of a regular file."""
+    if stat.S_ISDIR(mode):
+        raise IsADirectory(f"is a folder: {path}", path=path)
+    if not stat.S_ISREG(mode):
+        raise NotARegularFile(f"not a regular file: {path}", path=path)
+
+
+class Source:
+    """An open file and its bytes from `offset` on, in pieces of at most 64 KiB. It owns the descriptor."""
+
+    def __init__(self, fd: int, path: str, *, offset: int = 0, length: int | None = None) -> None:
+        """Takes over `fd`; it has to be open on a regular file."""
+        self._fd = fd
+        self._path = path
+        self._first = os.fstat(fd)
+        self.size = self._first.st_size
+        self.mode = self._first.st_mode & PERMISSIONS
+        self._position = offset
+        self._end = self.size if length is None else min(self.size, offset + length)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield the bytes in order.
+
+        Raises:
+            ChangedDuringRead: the file is not what it was when it was opened.
+        """
+        while self._position < self._end:
+            block = memoryview(await in_thread(self._read_block))
+            for start in range(0, len(block), PIECE_BYTES):
+                yield bytes(block[start : start + PIECE_BYTES])
+        await in_thread(self._check_unchanged)
+
+    def _read_block(self) -> bytes:
+        try:
+            data = os.pread(self._fd, min(BLOCK_BYTES, self._end - self._position), self._position)
+        except OSError as exc:
+            raise path_error(exc, self._path) from exc
+        if not data:
+            raise ChangedDuringRead(f"the file became shorter: {self._path}", path=self._path)
+        self._position += len(data)
+        return data
+
+    def _check_unchanged(self) -> None:
+        now, first = os.fstat(self._fd), self._first
+        if (now.st_size, now.st_mtime_ns) != (first.st_size, first.st_mtime_ns):
+            raise ChangedDuringRead(f"the file changed: {self._path}", path=self._path)
+
+    def close(self) -> None:
+        """Close the descriptor; harmless when repeated."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class AtomicFile:
+    """A file that comes into being as a whole; see `atomic_file`."""
+
+    def __init__(self, folder: int, name: bytes, path: str, mode: int | None = None) -> None:
+        """Takes over the descriptor `folder`.
+
+        Args:
+            folder: the folder of the target.
+            name: of the target in it.
+            path: of the target, for messages.
+            mode: permission bits; None: those of the file that is replaced, else 0o644 less the umask.
+        """
+        self._folder = folder
+        self._name = name
+        self._path = path
+        self._mode = mode
+        self._fd = -1
+        self._temporary = b""
+        self._replaced: os.stat_result | None = None
+        self._buffer = bytearray()
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """Append bytes; they go to the disk 1 MiB at a time."""
+        self._buffer += data
+        if len(self._buffer) >= BLOCK_BYTES:
+            await in_thread(self._flush)
+
+    async def commit(self, *, size: int | None = None, mode: int | None = None) -> Transferred:
+        """Make the file durable and put it in the target's place.
+
+        Args:
+            size: bytes that should have come.
+            mode: as in the constructor, for those who learn it late.
+
+        Raises:
+            TransferBroken: `size` differs from what came; nothing is kept.
+        """
+        if mode is not None:
+            self._mode = mode
+        return await in_thread(self._commit, size)
+
+    def open(self) -> None:
+        """Make the temporary file. Blocks."""
+        try:
+            self._replaced = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+            refuse_irregular(self._replaced.st_mode, self._path)
+        except FileNotFoundError:
+            pass
+        # A hidden name, short whatever the target's is: the file system's limit is 255 bytes for both.
+        self._temporary = f".{secrets.token_hex(8)}.part".encode()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        private = self._mode is not None or self._replaced is not None
+        self._fd = os.open(self._temporary, flags, 0o600 if private else 0o644, dir_fd=self._folder)
+
+    def close(self) -> None:
+        """Remove what was not committed. Blocks; harmless when repeated."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        if self._temporary:
+            with suppress(OSError):
+                os.unlink(self._temporary, dir_fd=self._folder)
+            self._temporary = b""
+        folder, self._folder = self._folder, -1
+        if folder >= 0:
+            os.close(folder)
+
+    def _flush(self) -> None:
+        view = memoryview(self._buffer)
+        self._digest.update(view)
+        self._size += len(view)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as exc:
+            raise path_error(exc, self._path) from exc
+        self._buffer = bytearray()
+
+    def _commit(self, size: int | None) -> Transferred:
+        self._flush()
+        if size is not None and size != self._size:
+            raise TransferBroken(
+                f"{size} bytes were announced and {self._size} came: {self._path}", path=self._path
+            )
+        try:
+            mode = self._settle_mode()
+            os.fsync(self._fd)
+            os.rename(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+            self._temporary = b""
+            _sync_folder(self._folder)
+        except OSError as exc:
+            raise path_error(exc, self._path) from exc
+        return Transferred(self._size, self._digest.hexdigest(), mode)
+
+    def _settle_mode(self) -> int:
+        old = self._replaced
+        if old is not None and (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+            with suppress(PermissionError):
+                os.fchown(self._fd, old.st_uid, old.st_gid)
+        if self._mode is not None:
+            os.fchmod(self._fd, self._mode & PERMISSIONS)
+        elif old is not None:
+            os.fchmod(self._fd, old.st_mode & PERMISSIONS)
+        return os.fstat(self._fd).st_mode & PERMISSIONS
+
+
+def _sync_folder(folder: int) -> None:
+    """Make the rename durable; a folder we may not read cannot be synced, and is not worth failing for."""
+    try:
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+    except PermissionError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@asynccontextmanager
+async def open_source(path: str | PathLike[str]) -> AsyncIterator[Source]:
+    """Open a regular file of this machine for reading.
+
+    Raises:
+        PathNotFound, PathDenied, IsADirectory, NotARegularFile: as the path deserves.
+    """
+    opened: list[Source] = []
+    try:
+        await in_thread(_open_source, os.fspath(path), opened)
+        yield opened[0]
+    finally:
+        for source in opened:
+            source.close()
+
+
+def _open_source(path: str, opened: list[Source]) -> None:
+    try:
+        # O_NONBLOCK: opening a FIFO nobody writes to would wait for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as exc:
+        raise path_error(exc, path) from exc
+    source = Source(fd, path)
+    opened.append(source)
+    refuse_irregular(os.fstat(fd).st_mode, path)
+
+
+@asynccontextmanager
+async def atomic_file(path: str | PathLike[str], mode: int | None = None) -> AsyncIterator[AtomicFile]:
+    """Open a file of this machine to be replaced as a whole; parents are made.
+
+    Leaving without `commit`, for whatever reason, leaves the old file and nothing else.
+
+    Raises:
+        PathDenied, NotADirectory, IsADirectory, NotARegularFile, StorageFull: as the path deserves.
+    """
+    opened: list[AtomicFile] = []
+    try:
+        await in_thread(_open_atomic, os.fspath(path), mode, opened)
+        yield opened[0]
+    finally:
+        for file in opened:
+            await in_thread(file.close)
+
+
+def _open_atomic(path: str, mode: int | None, opened: list[AtomicFile]) -> None:
+    # A symlink stays: what it points to is replaced.
+    folder, name = os.path.split(os.path.realpath(path))
+    try:
+        if not name or path.endswith("/"):
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        os.makedirs(folder, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        file = AtomicFile(fd, os.fsencode(name), path, mode)
+        opened.append(file)
+        file.open()
+    except AgentServerError:
+        raise
+    except OSError as exc:
+        raise path_error(exc, path) from exc

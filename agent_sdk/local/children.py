@@ -1,0 +1,202 @@
+"""The processes a workspace has started: their numbers, their ends, and the end of all that came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from agent_sdk.local.environment import MARKER
+from agent_sdk.local.launch import Folder, Launch, spawn
+from agent_sdk.local.process_tree import HAS_PIDFD, Tree, end_tree, tick_now
+from agent_sdk.protocol.errors import ProcessNotFound, WorkspaceUnavailable
+from agent_sdk.protocol.results import Exit, Status
+
+SESSIONS = 4096
+
+
+class Child:
+    """A started process. Its end is seen here and nowhere else; the exit code comes from wait() alone."""
+
+    def __init__(self, process_id: str, popen: subprocess.Popen[bytes], tree: Tree, started: float) -> None:
+        """Begin to wait for the end of `popen`."""
+        self.id = process_id
+        self.pid = popen.pid
+        self.started = started
+        """On the monotonic clock, right before the spawn."""
+        self.started_at = time.time()
+        self.exit: Exit | None = None
+        self.on_death: Callable[[], None] = _nothing
+        """Called once when the process itself has ended, before `over`."""
+        self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        """Done when it has ended and, if it is being ended, its whole tree has."""
+        self._popen = popen
+        self._tree = tree
+        self._ending: asyncio.Task[None] | None = None
+        self._verdict: Status | None = None
+        self._found: Exit | None = None
+        self._loop = asyncio.get_running_loop()
+        self._watch()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process itself runs (its number is still its own)."""
+        return self._found is None
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to its process group.
+
+        Raises:
+            ProcessNotFound: it has ended.
+        """
+        if not self.alive:
+            raise ProcessNotFound(f"the process has ended: {self.id}", process=self.id)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def look(self) -> None:
+        """Notice at once if it has ended, before the loop comes to tell."""
+        if self.alive and self._pidfd >= 0:
+            self._reap()
+
+    def end(
+        self, verdict: Status | None = None, *, hang_up: bool = False, grace: float | None = None
+    ) -> None:
+        """Begin to end its whole tree; `over` follows. A second call changes nothing.
+
+        Args:
+            verdict: the status of its Exit when the process itself still ran; None: what wait() says.
+            hang_up: see `end_tree`.
+            grace: seconds between TERM and KILL; None: 5.
+        """
+        if self._ending is None:
+            if self.alive:
+                self._verdict = verdict
+            options = {} if grace is None else {"grace": grace}
+            self._ending = self._loop.create_task(end_tree(self._tree, hang_up=hang_up, **options))
+            self._ending.add_done_callback(lambda _: self._settle())
+
+    async def ended(self) -> None:
+        """Wait until the tree that is being ended has ended, even when cancelled meanwhile."""
+        cancelled: asyncio.CancelledError | None = None
+        ending = self._ending
+        while ending is not None and not (ending.done() and self.over.done()):
+            try:
+                await asyncio.wait((ending, self.over), return_when=asyncio.ALL_COMPLETED)
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        if cancelled is not None:
+            raise cancelled
+
+    # --- the end of the process itself ---
+
+    def _watch(self) -> None:
+        self._pidfd = -1
+        if HAS_PIDFD:
+            try:
+                self._pidfd = os.pidfd_open(self.pid)
+                self._loop.add_reader(self._pidfd, self._reap)
+                return
+            except OSError:
+                pass  # out of descriptors, or an old kernel
+        threading.Thread(target=self._wait_in_thread, name=f"wait-{self.pid}", daemon=True).start()
+
+    def _wait_in_thread(self) -> None:
+        try:
+            _, status = os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            status = -1
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._died, status)
+
+    def _reap(self) -> None:
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:  # somebody else in this program has taken the exit code
+            pid, status = self.pid, -1
+        if pid:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._died(status)
+
+    def _died(self, status: int) -> None:
+        self._tree.leaders[self.pid] = tick_now()
+        self._popen.returncode = 0  # it has been waited for
+        seconds = time.monotonic() - self.started
+        if status < 0:
+            self._found = Exit(status="unknown", duration=seconds, reason="its exit code was lost")
+        elif os.WIFSIGNALED(status):
+            self._found = Exit(status="killed", signal=os.WTERMSIG(status), duration=seconds)
+        else:
+            self._found = Exit(status="exited", exit_code=os.WEXITSTATUS(status), duration=seconds)
+        self.on_death()
+        self._settle()
+
+    def _settle(self) -> None:
+        found = self._found
+        if found is None or self.over.done() or (self._ending is not None and not self._ending.done()):
+            return
+        if self._verdict is not None:
+            found = Exit(status=self._verdict, signal=found.signal, duration=time.monotonic() - self.started)
+        self.exit = found
+        self.over.set_result(found)
+
+
+class Children:
+    """All of a workspace. `close` ends every process that came of it."""
+
+    def __init__(self) -> None:
+        self._nonce = secrets.token_hex(6)
+        self._count = 0
+        # Pids of leaders; kept after their end, because what they left behind is in their session.
+        self._leaders: dict[int, int | None] = {}
+        self._living: set[Child] = set()
+        self._closed = False
+
+    def spawn(self, launch: Launch, folder: Folder, *, stdin: int, stdout: int, stderr: int) -> Child:
+        """Start a program. The descriptors stay the caller's.
+
+        Raises:
+            SpawnFailed: it did not start.
+            WorkspaceUnavailable: the workspace is closed.
+        """
+        if self._closed:
+            raise WorkspaceUnavailable("the workspace is closed")
+        self._count += 1
+        name = f"{self._nonce}-{self._count}"
+        started = time.monotonic()
+        popen = spawn(launch, folder, name, stdin=stdin, stdout=stdout, stderr=stderr)
+        self._leaders[popen.pid] = None
+        tree = Tree(f"{MARKER}={name}\0".encode(), {popen.pid: None})
+        child = Child(name, popen, tree, started)
+        self._living.add(child)
+        child.over.add_done_callback(lambda _: self._ended(child))
+        return child
+
+    def _ended(self, child: Child) -> None:
+        self._living.discard(child)
+        self._leaders[child.pid] = tick_now()
+        if len(self._leaders) > SESSIONS:
+            # What is forgotten here can still be found by its marker.
+            oldest = next(pid for pid, ended in self._leaders.items() if ended is not None)
+            del self._leaders[oldest]
+
+    async def close(self) -> None:
+        """End every process tree: HUP and TERM, after 5 s KILL. Nothing can be started any more."""
+        self._closed = True
+        if self._count == 0:
+            return
+        waiting = [child.over for child in self._living]
+        await end_tree(Tree(f"{MARKER}={self._nonce}-".encode(), self._leaders), hang_up=True)
+        if waiting:
+            await asyncio.wait(waiting)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,179 @@
+"""Starting a program: which one, in which folder, and the sentence for why it did not start."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from agent_sdk.disk import path_error
+from agent_sdk.local.environment import MARKER
+from agent_sdk.local.paths import Root
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    InvalidParams,
+    LimitExceeded,
+    NotADirectory,
+    PathDenied,
+    PathError,
+    PathNotFound,
+    PolicyDenied,
+)
+
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+
+# A session leader's terminal is the first one it opens: no code of ours has to run between fork and exec.
+_ON_TERMINAL = b'exec "$@" <"$0" >"$0" 2>&1'
+
+
+class SpawnFailed(Exception):
+    """The program did not start. Nothing is left of it."""
+
+    def __init__(self, error: AgentServerError, code: str, exit_code: int | None = None) -> None:
+        """Takes the error that callers who want an exception get, the errno's name and the shell's exit code."""
+        super().__init__(error.message)
+        self.error = error
+        self.reason = f"{code}: {error.message}"
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An open folder where a program starts."""
+
+    fd: int
+    path: str
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything about a program that is about to start."""
+
+    argv: Sequence[bytes]
+    environment: Mapping[str, str]
+    executable: str | None = None
+    """None: the first argument, looked up in PATH."""
+    terminal: str | None = None
+    """Path of the terminal that becomes its controlling terminal and its standard streams."""
+    pass_fds: Sequence[int] = ()
+
+
+def open_folder(root: Root, cwd: str, start: str) -> Folder:
+    """Open the folder a command starts in. Blocks for a few system calls.
+
+    Args:
+        root: which it may not leave.
+        cwd: relative to `start`, or absolute.
+        start: relative to the root.
+
+    Raises:
+        InvalidParams, OutsideWorkspace: the path is not acceptable.
+        SpawnFailed: there is no such folder, or it cannot be entered.
+    """
+    try:
+        with root.entry(cwd, start=start, field="cwd") as entry:
+            flags = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
+            return Folder(entry.open(flags), root.absolute(entry.names))
+    except (InvalidParams, PolicyDenied):
+        raise
+    except PathNotFound:
+        raise SpawnFailed(PathNotFound(f"no such folder: {cwd}", path=cwd), "ENOENT") from None
+    except NotADirectory:
+        raise SpawnFailed(NotADirectory(f"not a folder: {cwd}", path=cwd), "ENOTDIR") from None
+    except PathError as exc:
+        raise SpawnFailed(exc, str(exc.details.get("errno", "EIO"))) from None
+
+
+def shell_launch(text: bytes, environment: Mapping[str, str], shell: str) -> Launch:
+    """Return how text is run by a shell, given as its absolute path."""
+    return Launch((os.fsencode(os.path.basename(shell)), b"-c", text), environment, executable=shell)
+
+
+def find_shell(environment: Mapping[str, str]) -> str:
+    """Return the path of bash, or of sh where there is no bash."""
+    path = environment.get("PATH")
+    return shutil.which("bash", path=path) or shutil.which("sh", path=path) or "/bin/sh"
+
+
+def spawn(
+    launch: Launch, folder: Folder, operation: str, *, stdin: int, stdout: int, stderr: int
+) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own; returns when it runs.
+
+    Raises:
+        SpawnFailed: it does not.
+    """
+    environment = {os.fsencode(name): os.fsencode(value) for name, value in launch.environment.items()}
+    environment[MARKER.encode()] = operation.encode()
+    environment[b"PWD"] = os.fsencode(folder.path)
+    argv, executable = list(launch.argv), launch.executable
+    if launch.terminal is not None:
+        program = executable or _find_program(argv[0], launch.environment, folder)
+        argv = [b"sh", b"-c", _ON_TERMINAL, os.fsencode(launch.terminal), os.fsencode(program), *argv[1:]]
+        executable = shutil.which("sh", path=launch.environment.get("PATH")) or "/bin/sh"
+    # Through the descriptor the child enters the very folder that was checked.
+    cwd = f"/proc/self/fd/{folder.fd}" if os.path.exists("/proc/self/fd") else folder.path
+    try:
+        return subprocess.Popen(
+            argv,
+            executable=executable,
+            cwd=cwd,
+            env=environment,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            pass_fds=launch.pass_fds,
+        )
+    except OSError as exc:
+        if exc.filename == cwd:
+            raise _folder_failed(exc, folder) from None
+        raise _program_failed(exc, os.fsdecode(launch.argv[0])) from None
+
+
+def _folder_failed(exc: OSError, folder: Folder) -> SpawnFailed:
+    code = errno.errorcode.get(exc.errno or 0, "EIO")
+    if exc.errno == errno.ENOENT:
+        return SpawnFailed(PathNotFound(f"no such folder: {folder.path}", path=folder.path), code)
+    return SpawnFailed(path_error(exc, folder.path), code)
+
+
+def _program_failed(exc: OSError, name: str) -> SpawnFailed:
+    code = errno.errorcode.get(exc.errno or 0, "EIO")
+    words = (exc.strerror or "cannot be started").lower()
+    match exc.errno:
+        case errno.ENOENT if "/" in name and os.path.exists(name):
+            message = f"the interpreter of this program is missing: {name}"
+            return SpawnFailed(PathNotFound(message, path=name), code, NOT_FOUND)
+        case errno.ENOENT | errno.ENOTDIR:
+            return SpawnFailed(PathNotFound(f"no such program: {name}", path=name), code, NOT_FOUND)
+        case errno.EACCES | errno.EPERM:
+            return SpawnFailed(PathDenied(f"not executable: {name}", path=name), code, NOT_EXECUTABLE)
+        case errno.E2BIG:
+            message = "the arguments and the environment are too long together"
+            return SpawnFailed(LimitExceeded(message, field="argv"), code, NOT_EXECUTABLE)
+    error = PathError(f"{words}: {name}", path=name, errno=code)
+    return SpawnFailed(error, code, NOT_EXECUTABLE)
+
+
+def _find_program(name: bytes, environment: Mapping[str, str], folder: Folder) -> bytes:
+    """Return what exec would find; with a terminal a small shell calls exec, and cannot tell us why it failed."""
+    if b"/" in name:
+        places = [os.path.join(os.fsencode(folder.path), name)]
+    else:
+        path = os.fsencode(environment.get("PATH", os.defpath))
+        places = [os.path.join(part or b".", name) for part in path.split(b":")]
+    problem: OSError = FileNotFoundError(errno.ENOENT, "not found")
+    for place in places:
+        if os.path.isfile(place) and os.access(place, os.X_OK):
+            return name if b"/" in name else place
+        if os.path.exists(place):
+            problem = PermissionError(errno.EACCES, "not executable")
+    raise _program_failed(problem, os.fsdecode(name))

@@ -1,0 +1,350 @@
+"""A workspace on this machine: a folder, and the processes that were started in it.
+
+The contract is `agent_sdk.workspace.Workspace`. This file only puts the parts together: arguments are
+checked, a folder is opened, a program is launched, its output is kept, its end is awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from os import PathLike
+from typing import Self
+
+from agent_sdk.disk import atomic_file, in_thread, open_source, path_error
+from agent_sdk.local.arguments import check_command, check_environment, check_seconds, check_size
+from agent_sdk.local.children import Children
+from agent_sdk.local.environment import workspace_environment
+from agent_sdk.local.files import LocalFiles
+from agent_sdk.local.herald import Herald
+from agent_sdk.local.launch import Folder, Launch, SpawnFailed, find_shell, open_folder, shell_launch
+from agent_sdk.local.paths import Root
+from agent_sdk.local.processes import LocalProcess, Processes, Running
+from agent_sdk.protocol.errors import (
+    InvalidParams,
+    NotADirectory,
+    OutsideWorkspace,
+    PathNotFound,
+    ProcessNotFound,
+    StateConflict,
+    WorkspaceUnavailable,
+)
+from agent_sdk.protocol.results import ProcessInfo, Transferred, WorkspaceInfo
+from agent_sdk.workspace import ExecResult, FileStream, OnOutput
+
+
+@dataclass
+class _Open:
+    """What exists between entering and leaving."""
+
+    children: Children
+    processes: Processes
+    spool_folder: str
+    environment: dict[str, str]
+    shell: str
+
+
+class LocalWorkspace:
+    """A folder of this machine. Enter it with `async with`; leaving ends all processes it started."""
+
+    def __init__(
+        self,
+        dir: str | PathLike[str] = ".",
+        *,
+        working_dir: str | PathLike[str] | None = None,
+        confined: bool = True,
+        spool_dir: str | PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Describe it; nothing happens before it is entered.
+
+        Args:
+            dir: the root, an existing folder.
+            working_dir: where commands start, below the root (unless unconfined); None: the root.
+            confined: False: paths may lead out of the root. Commands themselves are never confined here.
+            spool_dir: where a folder for the output of commands is made, and removed; None: a temporary place.
+            env: added to the environment of every command.
+        """
+        self._root = Root(os.fspath(dir), confined=confined)
+        self.root = self._root.path
+        """Absolute, symlinks resolved."""
+        self.working_dir = self.root
+        if working_dir is not None:
+            self.working_dir = os.path.realpath(os.path.join(self.root, os.fspath(working_dir)))
+        self._spool_dir = None if spool_dir is None else os.path.abspath(os.fspath(spool_dir))
+        self._env = check_environment(env)
+        self._open: _Open | None = None
+        self._files = LocalFiles(self._root)
+
+    def __repr__(self) -> str:
+        return f"<LocalWorkspace {self.root} {'open' if self._open else 'not open'}>"
+
+    async def __aenter__(self) -> Self:
+        """Make the spool folder.
+
+        Raises:
+            PathNotFound, NotADirectory: the root or the working folder is missing or no folder.
+            OutsideWorkspace: the working folder is not below the root.
+            StateConflict: it is entered already.
+        """
+        if self._open is not None:
+            raise StateConflict("the workspace is entered already")
+        self._open = await in_thread(self._make)
+        return self
+
+    def _make(self) -> _Open:
+        for folder in (self.root, self.working_dir):
+            if not os.path.exists(folder):
+                raise PathNotFound(f"no such folder: {folder}", path=folder)
+            if not os.path.isdir(folder):
+                raise NotADirectory(f"not a folder: {folder}", path=folder)
+        if self._root.confined and os.path.commonpath((self.root, self.working_dir)) != self.root:
+            raise OutsideWorkspace(
+                f"the working folder is not below the root: {self.working_dir}", path=self.working_dir
+            )
+        try:
+            if self._spool_dir is not None:
+                os.makedirs(self._spool_dir, mode=0o700, exist_ok=True)
+            spool_folder = tempfile.mkdtemp(prefix="agent-output-", dir=self._spool_dir)
+        except OSError as exc:
+            raise path_error(exc, self._spool_dir or tempfile.gettempdir()) from exc
+        children = Children()
+        environment = workspace_environment(self._env)
+        return _Open(
+            children, Processes(children, spool_folder), spool_folder, environment, find_shell(environment)
+        )
+
+    async def __aexit__(self, *exc: object) -> None:
+        """End every process tree (TERM, after 5 s KILL) and remove the spool folder."""
+        opened, self._open = self._open, None
+        if opened is not None:
+            closing = asyncio.ensure_future(self._close(opened))
+            cancelled: asyncio.CancelledError | None = None
+            while not closing.done():
+                try:
+                    await asyncio.wait((closing,))
+                except asyncio.CancelledError as interruption:
+                    cancelled = interruption
+            closing.result()
+            if cancelled is not None:
+                raise cancelled
+
+    @staticmethod
+    async def _close(opened: _Open) -> None:
+        await opened.children.close()
+        await opened.processes.close()
+        await in_thread(_remove_folder, opened.spool_folder)
+
+    def _opened(self) -> _Open:
+        if self._open is None:
+            raise WorkspaceUnavailable("the workspace is not open; enter it with `async with`")
+        return self._open
+
+    @property
+    def files(self) -> LocalFiles:
+        """See Workspace.files."""
+        return self._files
+
+    async def describe(self) -> WorkspaceInfo:
+        """See Workspace.describe."""
+        return WorkspaceInfo(
+            root=self.root,
+            working_dir=self.working_dir,
+            platform=platform.platform(terse=True),
+            python=sys.version.split()[0],
+            confined=self._root.confined,
+            user=os.geteuid(),
+            pid=os.getpid(),
+        )
+
+    async def execute(
+        self,
+        command: str | list[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: bytes | str | None = None,
+        timeout: float | None = None,
+        yield_after: float | None = None,
+        on_output: OnOutput | None = None,
+    ) -> ExecResult:
+        """See Workspace.execute."""
+        timeout, yield_after = _clocks(timeout, yield_after)
+        data = _input(stdin)
+        try:
+            running = self._launch(command, cwd, env, stdin=bool(data))
+        except SpawnFailed as failed:
+            return ExecResult(status="spawn_failed", exit_code=failed.exit_code, reason=failed.reason)
+        running.limit(timeout)
+        if data:
+            self._feed(running, data)
+        try:
+            await _wait(running, yield_after, on_output)
+        except BaseException:
+            # Cancelled, or the callback failed: nobody is left who could want the command to go on.
+            running.child.end()
+            await running.child.ended()
+            raise
+        return await _result(running)
+
+    def _launch(
+        self,
+        command: str | list[str],
+        cwd: str | None,
+        env: Mapping[str, str] | None,
+        *,
+        stdin: bool,
+        size: tuple[int, int] | None = None,
+    ) -> Running:
+        opened = self._opened()
+        checked = check_command(command)
+        environment = {**opened.environment, **check_environment(env)}
+        if isinstance(checked, bytes):
+            launch = shell_launch(checked, environment, opened.shell)
+        else:
+            launch = Launch(checked, environment)
+        folder = self._folder(cwd)
+        try:
+            return opened.processes.start(command, launch, folder, stdin=stdin, size=size)
+        finally:
+            folder.close()
+
+    def _folder(self, cwd: str | None) -> Folder:
+        """Open where a command starts; relative paths start at the working folder."""
+        return open_folder(self._root, self.working_dir if cwd is None else cwd, self._start)
+
+    @property
+    def _start(self) -> str:
+        return os.path.relpath(self.working_dir, self.root) if self.working_dir != self.root else ""
+
+    def _feed(self, running: Running, data: bytes) -> None:
+        feed = running.feed
+        if feed is None:
+            return
+        try:
+            rest = memoryview(data)[feed.write_now(data) :]
+        except ProcessNotFound:
+            return  # it did not want its input; its exit code tells the rest
+        if not rest:
+            feed.close()
+            return
+
+        async def go_on() -> None:
+            try:
+                await feed.write(bytes(rest))
+            except ProcessNotFound:
+                return
+            feed.close()
+
+        self._opened().processes.hold(go_on())
+
+    async def start(
+        self,
+        command: str | list[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        pty: bool = False,
+        rows: int = 24,
+        cols: int = 80,
+        timeout: float | None = None,
+    ) -> LocalProcess:
+        """See Workspace.start."""
+        timeout = check_seconds(timeout, "timeout")
+        size = check_size(rows, cols)
+        try:
+            running = self._launch(command, cwd, env, stdin=True, size=size if pty else None)
+        except SpawnFailed as failed:
+            raise failed.error from None
+        running.limit(timeout)
+        return LocalProcess(self._opened().processes, running.child.id)
+
+    async def processes(self) -> list[ProcessInfo]:
+        """See Workspace.processes."""
+        return self._opened().processes.list()
+
+    def process(self, process_id: str) -> LocalProcess:
+        """See Workspace.process."""
+        return LocalProcess(self._opened().processes, process_id)
+
+    async def upload(self, source: str | PathLike[str], target: str) -> Transferred:
+        """See Workspace.upload."""
+        self._opened()
+        async with open_source(source) as opened:
+            return await self._files.write_stream(target, opened, size=opened.size, mode=opened.mode)
+
+    async def download(self, source: str, target: str | PathLike[str]) -> Transferred:
+        """See Workspace.download."""
+        self._opened()
+        async with self._files.read_stream(source) as opened, atomic_file(target, opened.mode) as file:
+            async for data in opened:
+                await file.write(data)
+            return await file.commit(size=opened.size)
+
+    def read_stream(
+        self, path: str, *, offset: int = 0, length: int | None = None
+    ) -> AbstractAsyncContextManager[FileStream]:
+        """See Workspace.read_stream."""
+        return self._files.read_stream(path, offset=offset, length=length)
+
+    async def write_stream(
+        self, path: str, chunks: AsyncIterable[bytes], *, size: int | None = None, mode: int | None = None
+    ) -> Transferred:
+        """See Workspace.write_stream."""
+        return await self._files.write_stream(path, chunks, size=size, mode=mode)
+
+
+def _clocks(timeout: float | None, yield_after: float | None) -> tuple[float | None, float | None]:
+    timeout = check_seconds(timeout, "timeout")
+    yield_after = check_seconds(yield_after, "yield_after")
+    if timeout is not None and yield_after is not None and yield_after > timeout:
+        raise InvalidParams(f"yield_after: {yield_after} s is after the timeout of {timeout} s")
+    return timeout, yield_after
+
+
+def _input(stdin: bytes | str | None) -> bytes:
+    match stdin:
+        case None:
+            return b""
+        case str():
+            return stdin.encode("utf-8", "surrogateescape")
+        case bytes():
+            return stdin
+    raise InvalidParams(f"stdin: expected bytes or text, got {type(stdin).__name__}")
+
+
+async def _wait(running: Running, yield_after: float | None, on_output: OnOutput | None) -> None:
+    child = running.child
+    left = None if yield_after is None else max(0.0, child.started + yield_after - time.monotonic())
+    if on_output is None:
+        await asyncio.wait((child.over,), timeout=left)
+    else:
+        until = None if left is None else asyncio.get_running_loop().time() + left
+        await Herald(running, on_output).tell(until)
+
+
+async def _result(running: Running) -> ExecResult:
+    child, spools = running.child, running.spools
+    exit = child.exit
+    return ExecResult(
+        status="running" if exit is None else exit.status,
+        exit_code=None if exit is None else exit.exit_code,
+        signal=None if exit is None else exit.signal,
+        out=await spools["stdout"].output(),
+        err=await spools["stderr"].output(),
+        duration=time.monotonic() - child.started if exit is None else exit.duration,
+        process_id=child.id,
+        reason="" if exit is None else exit.reason,
+    )
+
+
+def _remove_folder(path: str) -> None:
+    shutil.rmtree(path, ignore_errors=True)
