@@ -101,7 +101,7 @@ class Clerk:
                 self._do(database, batch)
                 self._tell(_answer_all, batch)
             database.close()
-        except BaseException as exc:  # noqa: BLE001  a thread's end; what was committed stays in the WAL
+        except BaseException as exc:  # a thread's end; what was committed stays in the WAL
             logger.error("the log's database could not be closed properly", exc_info=exc)
         finally:
             self._tell(self._ended.set_result, None)

@@ -1,0 +1,31 @@
+"""Long text, cut in its middle."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent_sdk.agent.clip import clip_bytes, clip_chars
+
+
+def test_a_short_text_stays_as_it_is():
+    assert clip_chars("short", 5) == "short"
+    assert clip_bytes("kürz", 5) == ("kürz", 0)
+
+
+def test_a_long_text_keeps_head_and_tail_and_says_what_is_missing():
+    assert (
+        clip_chars("a" * 10 + "b" * 10, 4, hint="; see x")
+        == "aa\n[... 16 characters left out; see x ...]\nbb"
+    )
+
+
+def test_half_of_a_surrogate_pair_becomes_a_question_mark():
+    assert clip_bytes("a\ud800b", 10) == ("a?b", 0)
+
+
+@given(st.text(min_size=1), st.integers(min_value=2, max_value=50))
+def test_bytes_kept_and_bytes_cut_add_up(text, limit):
+    kept, cut = clip_bytes(text, limit)
+    size = len(text.encode(errors="replace"))
+    assert len(kept.encode()) + cut == size
+    assert len(kept.encode()) <= max(limit, size if cut == 0 else 0)
+    assert cut == 0 or size > limit

@@ -1,0 +1,31 @@
+"""Names of keys."""
+
+import pytest
+
+from agent_sdk.agent.tools.keys import keystrokes
+
+
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("C-c", b"\x03"),
+        ("C-d", b"\x04"),
+        ("C-z", b"\x1a"),
+        ("C-C", b"\x03"),
+        ("UP", b"\x1b[A"),
+        ("ENTER", b"\r"),
+        ("TAB", b"\t"),
+        ("Escape", b"\x1b"),
+    ],
+)
+def test_a_key_is_sent_as_terminals_send_it(text, sent):
+    assert keystrokes(text) == sent
+
+
+@pytest.mark.parametrize("text", ["yes", "up", "C-cc", "C-", "print('UP')", "Ünï"])
+def test_anything_else_is_a_line_of_text(text):
+    assert keystrokes(text) == text.encode() + b"\n"
+
+
+def test_a_line_that_has_its_end_gets_no_second_one():
+    assert keystrokes("yes\n") == b"yes\n"

@@ -1,0 +1,608 @@
+"""What every conversation promises, wherever its agent runs.
+
+A subclass provides the fixture `open`: a coroutine function `open(agent, **options)` that returns a new
+Conversation in a folder of this machine, with the options of api.Conversation; the fixture closes
+what was opened.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from agent_sdk.conversation import Conversation
+from agent_sdk.definition import Agent
+from agent_sdk.protocol.errors import InvalidParams, RequestNotFound, StateConflict, TimedOut
+from agent_sdk.protocol.events import (
+    AgentMessage,
+    ErrorRaised,
+    Event,
+    Interrupted,
+    ModelFailed,
+    RequestOpened,
+    RequestResolved,
+    SecretsChanged,
+    ToolCalled,
+    ToolReturned,
+    TurnEnded,
+    TurnStarted,
+    UserMessage,
+    encode,
+    kind_of,
+)
+from agent_sdk.protocol.specs import ConfirmationPolicy, ScriptedLLM, Step
+from agent_sdk.testing import call, calls, fail, hang, say
+from agent_sdk.tools import FunctionTool, tool
+
+Open = Callable[..., Awaitable[Conversation]]
+
+PATIENCE = 30
+"""Seconds until a test that hangs fails."""
+
+
+def acting(*steps: Step, tools: list[str | FunctionTool] | None = None, repeat: bool = False) -> Agent:
+    """An agent whose model says just this."""
+    llm = ScriptedLLM(steps=steps, repeat=repeat)
+    return Agent(llm=llm) if tools is None else Agent(llm=llm, tools=tools)
+
+
+class Gate:
+    """A client tool that lets a test stand in the middle of a turn."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.release = asyncio.Event()
+
+        @tool
+        async def gate() -> str:
+            """Wait."""
+            self.entered.set()
+            await self.release.wait()
+            return "through"
+
+        self.tool = gate
+
+    async def reached(self) -> None:
+        async with asyncio.timeout(PATIENCE):
+            await self.entered.wait()
+
+
+async def until(conversation: Conversation, kind: type, count: int = 1) -> Any:
+    """The count-th event of this kind, now or when it comes."""
+    async with asyncio.timeout(PATIENCE):
+        async for event in conversation.events(follow=True):
+            count -= isinstance(event, kind)
+            if count == 0:
+                return event
+    raise AssertionError(f"the conversation was closed before a {kind.__name__}")
+
+
+async def past(conversation: Conversation) -> list[Event]:
+    return [event async for event in conversation.events()]
+
+
+async def these(conversation: Conversation, kind: type) -> list[Any]:
+    return [event for event in await past(conversation) if isinstance(event, kind)]
+
+
+async def ended(conversation: Conversation) -> TurnEnded:
+    return (await these(conversation, TurnEnded))[-1]
+
+
+async def last_result(conversation: Conversation) -> ToolReturned:
+    return (await these(conversation, ToolReturned))[-1]
+
+
+async def no_longer_runs(pid: int) -> None:
+    """Returns when the process has ended."""
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        loop.add_reader(handle, over.set)
+        async with asyncio.timeout(PATIENCE):
+            await over.wait()
+    finally:
+        loop.remove_reader(handle)
+        os.close(handle)
+
+
+class ConversationContract:
+    """See the module's docstring."""
+
+    # --- messages and turns ---
+
+    async def test_a_message_is_answered(self, open: Open) -> None:
+        conversation = await open(acting(say("Hello.")))
+        accepted = await conversation.send_message("Hi")
+        outcome = await conversation.run(timeout=PATIENCE)
+        assert (outcome.status, outcome.final_text, outcome.run_id) == ("finished", "Hello.", accepted.run_id)
+
+    async def test_the_answer_to_a_message_names_its_event(self, open: Open) -> None:
+        conversation = await open(acting(say("Hello.")))
+        accepted = await conversation.send_message("Hi")
+        [event] = [event for event in await past(conversation) if event.seq == accepted.seq]
+        assert isinstance(event, UserMessage)
+        assert event.text == "Hi"
+
+    async def test_a_turn_is_a_sequence_of_events(self, open: Open) -> None:
+        conversation = await open(acting(call("terminal", command="echo hi"), say("Done.")))
+        await conversation.send_message("Say hi")
+        await conversation.run(timeout=PATIENCE)
+        kinds = [kind_of(event) for event in await past(conversation)]
+        assert kinds[:2] == ["conversation_created", "agent_configured"]
+        assert kinds[kinds.index("user_message") :] == [
+            "user_message",
+            "turn_started",
+            "agent_message",
+            "tool_called",
+            "model_used",
+            "tool_returned",
+            "agent_message",
+            "model_used",
+            "turn_ended",
+        ]
+
+    async def test_the_seqs_of_events_have_no_gaps(self, open: Open) -> None:
+        conversation = await open(acting(call("think", thought="hm"), say("Done.")))
+        await conversation.send_message("Think")
+        await conversation.run(timeout=PATIENCE)
+        seqs = [event.seq for event in await past(conversation)]
+        assert seqs == list(range(1, len(seqs) + 1))
+
+    async def test_a_turn_ends_when_the_agent_calls_finish(self, open: Open) -> None:
+        conversation = await open(acting(call("finish", message="All done."), say("never said")))
+        await conversation.send_message("Finish")
+        outcome = await conversation.run(timeout=PATIENCE)
+        assert (outcome.status, outcome.final_text) == ("finished", "All done.")
+
+    async def test_a_second_message_starts_a_second_turn(self, open: Open) -> None:
+        conversation = await open(acting(say("one"), say("two")))
+        first = await conversation.send_message("1")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "one"
+        second = await conversation.send_message("2")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "two"
+        assert first.run_id != second.run_id
+
+    async def test_running_again_with_nothing_to_do_returns_the_last_outcome(self, open: Open) -> None:
+        conversation = await open(acting(say("one"), say("two")))
+        await conversation.send_message("1")
+        outcome = await conversation.run(timeout=PATIENCE)
+        assert await conversation.run(timeout=PATIENCE) == outcome
+
+    async def test_running_before_the_first_message_is_a_conflict(self, open: Open) -> None:
+        conversation = await open(acting(say("one")))
+        with pytest.raises(StateConflict):
+            await conversation.run(timeout=PATIENCE)
+
+    async def test_an_empty_message_is_refused(self, open: Open) -> None:
+        conversation = await open(acting(say("one")))
+        with pytest.raises(InvalidParams, match="text"):
+            await conversation.send_message(" \n")
+
+    async def test_a_message_sent_while_the_agent_works_joins_the_turn(self, open: Open) -> None:
+        gate = Gate()
+        conversation = await open(acting(call("gate"), say("both"), tools=[gate.tool]))
+        first = await conversation.send_message("one")
+        await gate.reached()
+        second = await conversation.send_message("two")
+        gate.release.set()
+        outcome = await conversation.run(timeout=PATIENCE)
+        assert first.run_id == second.run_id == outcome.run_id
+        assert outcome.final_text == "both"
+        assert len(await these(conversation, TurnStarted)) == 1
+
+    async def test_a_turn_does_not_end_while_a_message_is_unread(self, open: Open) -> None:
+        gate = Gate()
+        finishing = calls(call("gate"), call("finish", message="first"))
+        conversation = await open(acting(finishing, say("second"), tools=[gate.tool, "finish"]))
+        await conversation.send_message("one")
+        await gate.reached()
+        await conversation.send_message("two")
+        gate.release.set()
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "second"
+        assert len(await these(conversation, TurnStarted)) == 1
+
+    async def test_waiting_for_a_turn_can_have_an_end_that_the_turn_does_not_notice(self, open: Open) -> None:
+        gate = Gate()
+        conversation = await open(acting(call("gate"), say("done"), tools=[gate.tool]))
+        await conversation.send_message("go")
+        await gate.reached()
+        with pytest.raises(TimedOut):
+            await conversation.run(timeout=0.01)
+        gate.release.set()
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "done"
+
+    # --- callbacks and events ---
+
+    async def test_callbacks_see_every_event_once_and_in_order(self, open: Open) -> None:
+        heard: list[Event] = []
+        heard_later: list[Event] = []
+
+        async def slow(event: Event) -> None:
+            await asyncio.sleep(0)
+            heard_later.append(event)
+
+        conversation = await open(
+            acting(call("think", thought="hm"), say("Done.")), callbacks=[heard.append, slow]
+        )
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        events = await past(conversation)
+        assert heard == events
+        assert heard_later == events
+
+    async def test_a_callback_that_raises_stops_nothing(self, open: Open) -> None:
+        heard: list[Event] = []
+
+        def broken(event: Event) -> None:
+            raise RuntimeError("broken callback")
+
+        conversation = await open(acting(say("Done.")), callbacks=[broken, heard.append])
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        assert heard == await past(conversation)
+
+    async def test_streamed_pieces_add_up_to_the_answer(self, open: Open) -> None:
+        pieces: list[str] = []
+        conversation = await open(
+            acting(say("one two three")), on_delta=lambda delta: pieces.append(delta.text)
+        )
+        await conversation.send_message("count")
+        await conversation.run(timeout=PATIENCE)
+        assert "".join(pieces) == "one two three"
+
+    async def test_events_can_be_read_from_any_point(self, open: Open) -> None:
+        conversation = await open(acting(say("Done.")))
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        events = await past(conversation)
+        assert [event async for event in conversation.events(since=3)] == events[3:]
+        assert [event async for event in conversation.events(since=len(events))] == []
+
+    async def test_following_goes_on_with_what_comes(self, open: Open) -> None:
+        conversation = await open(acting(say("one"), say("two")))
+        await conversation.send_message("1")
+        await conversation.run(timeout=PATIENCE)
+        following = asyncio.create_task(until(conversation, TurnEnded, count=2))
+        await conversation.send_message("2")
+        assert (await following).final_text == "two"
+
+    # --- stopping and going on ---
+
+    async def test_a_paused_turn_stops_before_its_next_step_and_goes_on_with_run(self, open: Open) -> None:
+        gate = Gate()
+        conversation = await open(acting(call("gate"), say("done"), tools=[gate.tool]))
+        await conversation.send_message("go")
+        await gate.reached()
+        await conversation.pause()
+        gate.release.set()
+        assert (await conversation.run(timeout=PATIENCE)).status == "paused"
+        assert (await conversation.state()).state == "paused"
+        assert len(await these(conversation, AgentMessage)) == 1
+        outcome = await conversation.run(timeout=PATIENCE)
+        assert (outcome.status, outcome.final_text) == ("finished", "done")
+
+    async def test_a_message_does_not_wake_a_paused_conversation(self, open: Open) -> None:
+        gate = Gate()
+        conversation = await open(acting(call("gate"), say("done"), tools=[gate.tool]))
+        await conversation.send_message("go")
+        await gate.reached()
+        await conversation.pause()
+        gate.release.set()
+        await conversation.run(timeout=PATIENCE)
+        accepted = await conversation.send_message("more")
+        assert (await conversation.state()).state == "paused"
+        assert (await conversation.run(timeout=PATIENCE)).run_id == accepted.run_id
+
+    async def test_an_interrupt_drops_a_model_call_that_hangs(self, open: Open) -> None:
+        conversation = await open(acting(hang(), say("after")))
+        await conversation.send_message("go")
+        await until(conversation, TurnStarted)
+        async with asyncio.timeout(PATIENCE):
+            await conversation.interrupt("enough")
+        assert (await conversation.run(timeout=PATIENCE)).status == "interrupted"
+        assert [event.reason for event in await these(conversation, Interrupted)] == ["enough"]
+        await conversation.send_message("again")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "after"
+
+    async def test_an_interrupt_ends_the_command_under_way_with_its_process(
+        self, open: Open, tmp_path: Any
+    ) -> None:
+        fifo = tmp_path / "pid"
+        os.mkfifo(fifo)
+        command = f"bash -c 'echo $$ > {fifo}; exec sleep 3600'"
+        conversation = await open(acting(call("terminal", command=command), say("after")))
+        await conversation.send_message("go")
+        async with asyncio.timeout(PATIENCE):
+            pid = int(await asyncio.to_thread(fifo.read_text))
+            await conversation.interrupt()
+        await no_longer_runs(pid)
+        assert (await ended(conversation)).status == "interrupted"
+
+    async def test_a_call_that_is_interrupted_gets_an_error_as_its_result(self, open: Open) -> None:
+        gate = Gate()
+        several = calls(call("think", thought="hm"), call("gate"), call("think", thought="never"))
+        conversation = await open(acting(several, say("after"), tools=["think", gate.tool]))
+        await conversation.send_message("go")
+        await gate.reached()
+        await conversation.interrupt()
+        called = [event.call_id for event in await these(conversation, ToolCalled)]
+        returned = await these(conversation, ToolReturned)
+        assert [event.call_id for event in returned] == called
+        assert [event.is_error for event in returned] == [False, True, True]
+        assert "interrupted" in returned[1].text
+        await conversation.send_message("go on")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "after"
+
+    async def test_a_message_may_interrupt_the_turn_and_start_another(self, open: Open) -> None:
+        conversation = await open(acting(hang(), say("after")))
+        first = await conversation.send_message("go")
+        await until(conversation, TurnStarted)
+        second = await conversation.send_message("stop, do this", mode="interrupt")
+        outcome = await conversation.run(timeout=PATIENCE)
+        assert first.run_id != second.run_id == outcome.run_id
+        assert [event.status for event in await these(conversation, TurnEnded)] == ["interrupted", "finished"]
+
+    async def test_a_turn_has_a_limit_and_goes_on_with_run(self, open: Open) -> None:
+        conversation = await open(acting(call("think", thought="hm"), repeat=True), max_iterations=3)
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "limit"
+        assert (await ended(conversation)).iterations == 3
+        assert (await conversation.run(timeout=PATIENCE)).status == "limit"
+        assert len(await these(conversation, AgentMessage)) == 6
+
+    async def test_finishing_in_the_last_step_is_finishing(self, open: Open) -> None:
+        conversation = await open(acting(call("think", thought="hm"), say("done")), max_iterations=2)
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+
+    # --- the model ---
+
+    async def test_a_model_that_refuses_fails_the_turn_and_run_tries_again(self, open: Open) -> None:
+        conversation = await open(acting(fail("model_refused", "too long"), say("now")))
+        await conversation.send_message("go")
+        outcome = await conversation.run(timeout=PATIENCE)
+        assert (outcome.status, outcome.error) == ("failed", "model_refused")
+        [raised] = await these(conversation, ErrorRaised)
+        assert (raised.error, raised.message, raised.classification) == ("model_refused", "too long", "model")
+        assert (await conversation.state()).state == "failed"
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "now"
+
+    async def test_a_model_that_fails_for_a_while_is_asked_again(self, open: Open) -> None:
+        conversation = await open(acting(fail("model_unavailable"), fail("model_rate_limited"), say("now")))
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "now"
+        failures = await these(conversation, ModelFailed)
+        assert [(event.error, event.attempt) for event in failures] == [
+            ("model_unavailable", 1),
+            ("model_rate_limited", 2),
+        ]
+        assert all(event.retry_in is not None for event in failures)
+
+    async def test_the_model_can_be_switched(self, open: Open) -> None:
+        conversation = await open(acting(say("one")))
+        await conversation.send_message("1")
+        await conversation.run(timeout=PATIENCE)
+        await conversation.switch_llm(ScriptedLLM(steps=(say("unused"), say("other")), model="scripted-2"))
+        await conversation.send_message("2")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "other"
+        assert (await conversation.state()).model == "scripted-2"
+
+    async def test_what_was_consumed_is_counted(self, open: Open) -> None:
+        several = calls(call("think", thought="a"), call("think", thought="b"))
+        conversation = await open(acting(several, say("done")))
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        stats = await conversation.stats()
+        assert (stats.turns, stats.model_calls, stats.tool_calls) == (1, 2, 2)
+        assert stats.input_tokens > stats.output_tokens > 0
+        assert (await conversation.state()).stats == stats
+
+    # --- tools ---
+
+    async def test_a_python_function_runs_in_the_process_of_its_owner(self, open: Open) -> None:
+        pids: list[int] = []
+
+        @tool
+        def where(question: str) -> dict[str, int]:
+            """Say where this runs."""
+            pids.append(os.getpid())
+            return {"pid": os.getpid()}
+
+        conversation = await open(acting(call("where", question="?"), say("done"), tools=[where]))
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        assert pids == [os.getpid()]
+        assert (await last_result(conversation)).text == f'{{"pid":{os.getpid()}}}'
+
+    async def test_what_a_function_raises_is_read_by_the_model(self, open: Open) -> None:
+        @tool
+        async def broken() -> str:
+            """Break."""
+            raise KeyError("no such symbol")
+
+        conversation = await open(acting(call("broken"), say("done"), tools=[broken]))
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        result = await last_result(conversation)
+        assert result.is_error
+        assert "no such symbol" in result.text
+
+    async def test_a_tool_that_does_not_exist_is_answered_with_those_that_do(self, open: Open) -> None:
+        conversation = await open(acting(call("browser", url="x"), say("done"), tools=["think", "finish"]))
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        result = await last_result(conversation)
+        assert result.is_error
+        assert "think, finish" in result.text
+
+    @pytest.mark.parametrize(
+        ("arguments", "field"),
+        [
+            ({"command": "view"}, "path"),
+            ({"command": "view", "path": 3}, "path"),
+            ({"command": "fly"}, "command"),
+        ],
+        ids=["missing", "wrong type", "wrong value"],
+    )
+    async def test_wrong_arguments_are_answered_with_the_name_of_the_field(
+        self, open: Open, arguments: dict[str, Any], field: str
+    ) -> None:
+        conversation = await open(acting(call("file_editor", **arguments), say("done")))
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        result = await last_result(conversation)
+        assert result.is_error
+        assert field in result.text
+
+    async def test_results_come_in_the_order_of_the_calls(self, open: Open) -> None:
+        second_ran = asyncio.Event()
+
+        @tool(read_only=True)
+        async def slow() -> str:
+            """Wait for the other."""
+            await second_ran.wait()
+            return "slow"
+
+        @tool(read_only=True)
+        async def quick() -> str:
+            """Let the other go on."""
+            second_ran.set()
+            return "quick"
+
+        conversation = await open(
+            acting(calls(call("slow"), call("quick")), say("done"), tools=[slow, quick])
+        )
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        assert [event.text for event in await these(conversation, ToolReturned)] == ["slow", "quick"]
+
+    async def test_a_very_long_result_arrives_with_its_beginning_its_end_and_the_size_of_the_gap(
+        self, open: Open
+    ) -> None:
+        size = 20 << 20
+
+        @tool
+        async def flood() -> str:
+            """Say a lot."""
+            return "<" + "x" * (size - 2) + ">"
+
+        heard: list[Event] = []
+        conversation = await open(acting(call("flood"), say("done"), tools=[flood]), callbacks=[heard.append])
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        [returned] = [event for event in heard if isinstance(event, ToolReturned)]
+        assert len(returned.text) + returned.bytes_cut == size
+        assert len(returned.text) == 16 << 20
+        assert (returned.text[0], returned.text[-1]) == ("<", ">")
+
+    # --- approvals ---
+
+    async def test_an_approved_call_runs(self, open: Open) -> None:
+        policy = ConfirmationPolicy(mode="writes")
+        conversation = await open(
+            acting(call("terminal", command="echo ran"), say("done")), confirmation=policy
+        )
+        await conversation.send_message("go")
+        request = await until(conversation, RequestOpened)
+        snapshot = await conversation.state()
+        assert snapshot.state == "awaiting"
+        assert [pending.request_id for pending in snapshot.pending] == [request.request_id]
+        assert await these(conversation, ToolReturned) == []
+        await conversation.respond(request.request_id, "approve")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        assert (await last_result(conversation)).text.startswith("ran\n")
+
+    async def test_a_rejected_call_is_not_run_and_the_agent_hears_why(self, open: Open) -> None:
+        policy = ConfirmationPolicy(tools=("terminal",))
+        conversation = await open(
+            acting(call("terminal", command="echo ran"), say("done")), confirmation=policy
+        )
+        await conversation.send_message("go")
+        request = await until(conversation, RequestOpened)
+        await conversation.respond(request.request_id, "reject", reason="not on a Sunday")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "done"
+        result = await last_result(conversation)
+        assert result.is_error
+        assert "not on a Sunday" in result.text
+        assert "ran\n" not in result.text
+
+    async def test_the_first_answer_to_a_request_counts(self, open: Open) -> None:
+        policy = ConfirmationPolicy(mode="always")
+        conversation = await open(acting(call("terminal", command="true"), say("done")), confirmation=policy)
+        await conversation.send_message("go")
+        request = await until(conversation, RequestOpened)
+        await conversation.respond(request.request_id, "approve")
+        with pytest.raises(RequestNotFound):
+            await conversation.respond(request.request_id, "reject")
+        await conversation.run(timeout=PATIENCE)
+        assert [event.answer for event in await these(conversation, RequestResolved)] == ["approved"]
+
+    async def test_an_interrupt_makes_open_requests_void(self, open: Open) -> None:
+        policy = ConfirmationPolicy(mode="always")
+        conversation = await open(acting(call("terminal", command="true"), say("done")), confirmation=policy)
+        await conversation.send_message("go")
+        request = await until(conversation, RequestOpened)
+        await conversation.interrupt()
+        assert [event.answer for event in await these(conversation, RequestResolved)] == ["void"]
+        assert (await conversation.state()).pending == ()
+        with pytest.raises(RequestNotFound):
+            await conversation.respond(request.request_id, "approve")
+
+    async def test_the_policy_can_be_changed(self, open: Open) -> None:
+        conversation = await open(acting(call("terminal", command="true"), say("done")))
+        await conversation.set_confirmation_policy(ConfirmationPolicy(mode="always"))
+        await conversation.send_message("go")
+        request = await until(conversation, RequestOpened)
+        assert (request.request, request.tool) == ("approval", "terminal")
+
+    # --- secrets, names, the end ---
+
+    async def test_secrets_reach_the_terminal_and_nobody_else(self, open: Open) -> None:
+        secret = "hunter2-hunter2"
+        script = (call("terminal", command='echo "$TOKEN"; echo ${#TOKEN}'), say("done"))
+        conversation = await open(acting(*script), secrets={"TOKEN": secret})
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        assert (await last_result(conversation)).text.startswith("<secret-hidden>\n15\n")
+        assert [event.names for event in await these(conversation, SecretsChanged)] == [("TOKEN",)]
+        assert not any(secret.encode() in encode(event) for event in await past(conversation))
+
+    async def test_secrets_can_be_changed_between_commands(self, open: Open) -> None:
+        script = (call("terminal", command="echo ${#TOKEN}"), say("one"))
+        again = (call("terminal", command="echo ${#TOKEN}"), say("two"))
+        conversation = await open(acting(*script, *again))
+        await conversation.update_secrets({"TOKEN": "12345678"})
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        await conversation.update_secrets({"TOKEN": "1234567890"})
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        texts = [event.text.splitlines()[0] for event in await these(conversation, ToolReturned)]
+        assert texts == ["8", "10"]
+
+    async def test_a_secret_needs_the_name_of_a_variable(self, open: Open) -> None:
+        conversation = await open(acting(say("done")))
+        with pytest.raises(InvalidParams, match="secrets"):
+            await conversation.update_secrets({"NOT A NAME": "12345678"})
+
+    async def test_title_and_tags_are_kept_and_tags_are_merged(self, open: Open) -> None:
+        conversation = await open(acting(say("done")), title="First", tags={"a": "1"})
+        await conversation.set_title(tags={"b": "2"})
+        await conversation.set_title("Second", tags={"a": "3"})
+        snapshot = await conversation.state()
+        assert (snapshot.title, snapshot.tags) == ("Second", {"a": "3", "b": "2"})
+
+    async def test_a_deleted_conversation_is_closed(self, open: Open) -> None:
+        conversation = await open(acting(hang(), say("done")))
+        await conversation.send_message("go")
+        await until(conversation, TurnStarted)
+        async with asyncio.timeout(PATIENCE):
+            await conversation.delete()
+        with pytest.raises(StateConflict):
+            await conversation.send_message("more")
