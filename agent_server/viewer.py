@@ -43,8 +43,9 @@ class Viewer:
             OSError: output could not be written.
         """
         task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task, self._broken}
         try:
-            await asyncio.wait({task, self._broken}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._broken.done():
                 self._broken.result()
             return await task
