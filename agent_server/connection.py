@@ -117,7 +117,8 @@ class Connection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what is no HTTP, or what our own code did not catch. Nothing of the exception is told."""
-        self.logger.error("request refused", exc_info=exc)
+        if not isinstance(exc, ConnectionError):
+            self.logger.error("request refused", exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun; only the end of the connection can tell")
         if status == 400:

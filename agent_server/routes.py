@@ -153,15 +153,17 @@ class Routes:
         return web.Response(body=answer, content_type="application/json")
 
     async def _body(self, request: web.Request) -> bytes:
-        seconds = self._lobby.config.body_seconds
+        seconds, limit = self._lobby.config.body_seconds, self._lobby.config.limits.message_bytes
+        too_long = LimitExceeded(f"a body of more than {limit} bytes", field="body", limit=limit)
+        if (request.content_length or 0) > limit:
+            raise too_long
         try:
             async with asyncio.timeout(seconds):
                 return await request.read()
         except TimeoutError:
             raise InvalidRequest(f"the body did not arrive within {seconds:g} s", status=408) from None
         except web.HTTPRequestEntityTooLarge:
-            limit = self._lobby.config.limits.message_bytes
-            raise LimitExceeded(f"a body of more than {limit} bytes", field="body", limit=limit) from None
+            raise too_long from None
 
     async def _call(self, call: Request, id: str | None) -> Any:
         if call.method == Initialize.method:

@@ -1,30 +1,11 @@
-import os
 import struct
 
 import pytest
 
-from agent_server.frames import BINARY, CLOSE, CONTINUATION, PING, TEXT, FrameWatch
+from agent_server.frames import FrameWatch
+from tests.server.wire import BINARY, CLOSE, CONTINUATION, PING, TEXT, frame
 
 LIMIT = 1 << 20
-
-
-def frame(
-    opcode: int, payload: bytes = b"", *, final=True, masked=True, rsv=0, width=None, length=None
-) -> bytes:
-    """One frame as a client sends it, right or wrong."""
-    size = len(payload) if length is None else length
-    width = width if width is not None else 0 if size < 126 else 2 if size <= 0xFFFF else 8
-    flag = 0x80 if masked else 0
-    head = bytes([(0x80 if final else 0) | rsv | opcode])
-    if width == 0:
-        head += bytes([flag | size])
-    elif width == 2:
-        head += bytes([flag | 126]) + struct.pack(">H", size)
-    else:
-        head += bytes([flag | 127]) + struct.pack(">Q", size)
-    mask = os.urandom(4) if masked else b""
-    body = bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload)) if masked else payload
-    return head + mask + body
 
 
 def code(data: bytes, *, now: float = 0.0) -> int | None:
