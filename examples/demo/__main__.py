@@ -29,8 +29,8 @@ TASK = f"The tests of this project fail. Repair the code, not the tests. Run the
 
 SCRIPT = ScriptedLLM(
     [
-        call("terminal", command=TESTS, text="Let me see what fails."),
-        call("file_editor", command="view", path="basket.py", text="The total ignores how many there are."),
+        call("terminal", command=TESTS, saying="Let me see what fails."),
+        call("file_editor", command="view", path="basket.py", saying="The total ignores how many there are."),
         call(
             "file_editor",
             command="str_replace",
@@ -38,7 +38,7 @@ SCRIPT = ScriptedLLM(
             old_str="sum(cents for _, cents, _ in self._lines)",
             new_str="sum(cents * count for _, cents, count in self._lines)",
         ),
-        call("terminal", command=TESTS, text="Now the tests again."),
+        call("terminal", command=TESTS, saying="Now the tests again."),
         say("`Basket.total` forgot to multiply by the count. It does now, and all tests pass."),
     ]
 )
@@ -53,6 +53,7 @@ async def main() -> int:
             async with RemoteWorkspace(url, api_key) as workspace:
                 repaired = await repair(screen, workspace, model, Path(folder))
     await title(screen, "The server is stopped, its folder is gone")
+    await screen.line("The tests failed before and pass now." if repaired else "The project is not repaired.")
     return 0 if repaired else 1
 
 
@@ -69,7 +70,7 @@ async def repair(screen: Terminal, workspace: Workspace, model: Model, folder: P
             await screen.line(f"{file.name}: {sent.size} bytes, sha256 {sent.sha256[:16]}…")
     await git(workspace)
 
-    await title(screen, "Its tests fail")
+    await title(screen, "Its tests, before")
     failed_before = not await tests_pass(screen, workspace)
 
     who = (
@@ -85,7 +86,7 @@ async def repair(screen: Terminal, workspace: Workspace, model: Model, folder: P
     await conversation.send_message(TASK)
     await viewer.watch(conversation.run())
 
-    await title(screen, "Its tests pass")
+    await title(screen, "Its tests, after")
     pass_after = await tests_pass(screen, workspace)
 
     await title(screen, "What changed, and what it cost")
