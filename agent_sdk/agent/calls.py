@@ -11,6 +11,7 @@ import msgspec
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.clip import RESULT_BYTES, clip_bytes
 from agent_sdk.agent.journal import Journal
+from agent_sdk.agent.toolbox import failed
 from agent_sdk.agent.tools.finish import FINISH
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import RequestNotFound
@@ -126,7 +127,10 @@ class Calls:
         opened = _request(call, "client_tool")
         self._client_requests.add(opened.request_id)
         await self._journal.append(opened)
-        result = await runner(opened)
+        try:
+            result = await runner(opened)
+        except Exception as exc:  # noqa: BLE001  part of the turn's boundary, like Toolbox.run
+            result = failed(call.tool, exc)
         self._client_requests.discard(opened.request_id)
         await self._journal.append(RequestResolved(request_id=opened.request_id, answer="answered"))
         return result

@@ -81,11 +81,16 @@ class Toolbox:
             return await self._tools[name].run(arguments, context)
         except (WorkspaceUnavailable, ConnectionLost):
             raise
-        except AgentServerError as exc:
-            return ToolResult(text=str(exc), is_error=True, data={"error": exc.kind})
-        except Exception as exc:  # part of the turn's boundary: a broken tool must not break the turn
-            logger.warning("tool %s failed", name, exc_info=exc)
-            return ToolResult(text=f"{type(exc).__name__}: {exc}", is_error=True)
+        except Exception as exc:  # noqa: BLE001  part of the turn's boundary: no tool breaks the turn
+            return failed(name, exc)
+
+
+def failed(name: str, exc: Exception) -> ToolResult:
+    """Return the result of a call that raised: what the model reads instead."""
+    if isinstance(exc, AgentServerError):
+        return ToolResult(text=str(exc), is_error=True, data={"error": exc.kind})
+    logger.warning("tool %s failed", name, exc_info=exc)
+    return ToolResult(text=f"{type(exc).__name__}: {exc}", is_error=True)
 
 
 def local_and_remote(

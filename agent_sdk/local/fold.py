@@ -35,7 +35,6 @@ class Fold:
         self.tags: dict[str, str] = {}
         self.stats = Stats()
         self.configured: AgentConfigured | None = None
-        self.messages = 0
         self.secret_names: frozenset[str] = frozenset()
         self.run_id: str | None = None
         """Of the running or last turn."""
@@ -49,20 +48,20 @@ class Fold:
         """The `data` of each tool's last result that was no error."""
         self._created_at = 0.0
         self._updated_at = 0.0
-        self._seq = 0
         self._asked_to_stop = False
+        self._seq = 0
+        self.stopped = False
+        """Somebody interrupted the last turn, and nobody has said anything since: it is to stay so."""
 
     def __repr__(self) -> str:
         return f"<Fold at seq {self._seq}, turn {'open' if self.turn_open else 'closed'}>"
 
     @property
     def resumable(self) -> bool:
-        """Whether the last turn stopped before it was done and nobody said that it should stay so."""
-        if self.outcome is None or self.turn_open:
+        """Whether the last turn ended before it was done, and not because somebody wanted it to end."""
+        if self.outcome is None or self.turn_open or self.outcome.status == "finished":
             return False
-        if self.outcome.status == "interrupted":
-            return not self._asked_to_stop
-        return self.outcome.status != "finished"
+        return self.outcome.status != "interrupted" or not self._asked_to_stop
 
     @property
     def paused(self) -> bool:
@@ -78,7 +77,7 @@ class Fold:
             case AgentConfigured():
                 self.configured = event
             case UserMessage():
-                self.messages += 1
+                self.stopped = False
             case TitleChanged():
                 self.title, self.tags = event.title, event.tags
             case SecretsChanged():
@@ -137,12 +136,12 @@ class Fold:
 
     def _turn(self, event: TurnStarted | Interrupted | TurnEnded) -> None:
         if isinstance(event, Interrupted):
-            self._asked_to_stop = True
+            self._asked_to_stop = self.stopped = True
             return
         self.run_id = event.run_id
         self.pause_requested = False
         if isinstance(event, TurnStarted):
-            self.turn_open, self._asked_to_stop = True, False
+            self.turn_open, self._asked_to_stop, self.stopped = True, False, False
             self.stats = replace(self.stats, turns=self.stats.turns + 1)
         else:
             self.turn_open, self.outcome, self.ended_seq = False, outcome_of(event), event.seq

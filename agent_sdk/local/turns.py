@@ -54,6 +54,8 @@ class Turns:
         if self._turn is not None:
             return self._turn
         fold = self._journal.fold
+        if fold.stopped and not fold.turn_open:
+            return None
         if self._journal.history.unread or fold.resumable or fold.turn_open:
             return self._start()
         return None

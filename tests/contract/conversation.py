@@ -300,13 +300,14 @@ class ConversationContract:
         assert (await conversation.run(timeout=PATIENCE)).run_id == accepted.run_id
 
     async def test_an_interrupt_drops_a_model_call_that_hangs(self, open: Open) -> None:
-        conversation = await open(acting(hang(), say("after")))
+        conversation = await open(acting(hang()))
         await conversation.send_message("go")
         await until(conversation, TurnStarted)
         async with asyncio.timeout(PATIENCE):
             await conversation.interrupt("enough")
         assert (await conversation.run(timeout=PATIENCE)).status == "interrupted"
         assert [event.reason for event in await these(conversation, Interrupted)] == ["enough"]
+        await conversation.switch_llm(ScriptedLLM(steps=(say("after"),)))
         await conversation.send_message("again")
         assert (await conversation.run(timeout=PATIENCE)).final_text == "after"
 
@@ -340,9 +341,10 @@ class ConversationContract:
         assert (await conversation.run(timeout=PATIENCE)).final_text == "after"
 
     async def test_a_message_may_interrupt_the_turn_and_start_another(self, open: Open) -> None:
-        conversation = await open(acting(hang(), say("after")))
+        gate = Gate()
+        conversation = await open(acting(call("gate"), say("after"), tools=[gate.tool]))
         first = await conversation.send_message("go")
-        await until(conversation, TurnStarted)
+        await gate.reached()
         second = await conversation.send_message("stop, do this", mode="interrupt")
         outcome = await conversation.run(timeout=PATIENCE)
         assert first.run_id != second.run_id == outcome.run_id

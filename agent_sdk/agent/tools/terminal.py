@@ -65,6 +65,8 @@ class TerminalTool:
         )
         self._shell_name = conversation
         self._exported: Mapping[str, str] = {}
+        self._running = False
+        """The last call left a command running."""
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
         """See Tool.run. Cancelling sends ^C to the command."""
@@ -74,7 +76,7 @@ class TerminalTool:
         shell = context.workspace.shell(self._shell_name)
         if wanted.reset:
             await shell.reset()
-            self._exported = {}
+            self._exported, self._running = {}, False
             if not wanted.command.strip():
                 return ToolResult(text="[A fresh shell is open.]", data={"status": "done"})
         limits: dict[str, Any] = {"timeout": wanted.timeout, "quiet": None}
@@ -83,9 +85,13 @@ class TerminalTool:
         if wanted.is_input or not wanted.command.strip():
             keys = keystrokes(wanted.command) if wanted.command else b""
             result = await shell.send(keys, **limits)
+            if result.status == "done" and not self._running:
+                text = "No command is running, so nothing was typed." if keys else "No command is running."
+                return ToolResult(text=f"[{text}]", is_error=True, data={"status": "done", "cwd": result.cwd})
         else:
             await self._export(shell, context.secrets)
             result = await shell.run(wanted.command, **limits)
+        self._running = result.status in ("quiet", "timeout", "busy")
         if result.status == "ended":
             self._exported = {}
         return _told(result, wanted)
@@ -134,8 +140,6 @@ def _notes(result: ShellResult, wanted: TerminalArguments) -> list[str]:
                 f"[The shell itself ended{code}; a fresh one is open.]",
                 f"[Current folder: {result.cwd}]",
             ]
-        case "done" if result.exit_code is None:
-            return ["[No command is running.]"]
         case "done":
             return [
                 f"[The command completed with exit code {result.exit_code}.]",
