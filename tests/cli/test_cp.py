@@ -1,0 +1,101 @@
+"""agent-server cp, ls, events: files and history of a workspace on a server."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+
+
+@pytest.fixture
+def conversation(client, script):
+    """A conversation of the server in which an agent has done something."""
+    done = client.run(
+        "run", "Say hello", "--script", script, "--json", "--workspace", client.environ["AGENT_SERVER_URL"]
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[0])["conversation"]
+
+
+def test_a_file_goes_in_and_comes_back_with_its_mode(client, conversation):
+    data = os.urandom(200_000)
+    source = client.folder / "tool.bin"
+    source.write_bytes(data)
+    source.chmod(0o750)
+    there = client.run("cp", "--conversation", conversation, "tool.bin", ":bin/")
+    back = client.run("cp", "--conversation", conversation, ":bin/tool.bin", "copy.bin")
+    assert (there.returncode, back.returncode) == (0, 0), there.stderr + back.stderr
+    assert there.stdout.startswith(b"tool.bin -> :bin/tool.bin: 200000 bytes, sha256 ")
+    copy = client.folder / "copy.bin"
+    assert (copy.read_bytes(), copy.stat().st_mode & 0o777) == (data, 0o750)
+
+
+def test_a_folder_of_this_machine_takes_the_file_under_its_name(client, conversation):
+    done = client.run("cp", "--conversation", conversation, ":said.txt", ".")
+    assert done.returncode == 0, done.stderr
+    assert (client.folder / "said.txt").read_bytes() == b"hello\n"
+
+
+def test_copying_into_a_fresh_workspace_tells_whose_it_is(client):
+    (client.folder / "a.txt").write_text("a")
+    where = client.environ["AGENT_SERVER_URL"]
+    done = client.run("cp", "--workspace", where, "a.txt", ":")
+    found = re.search(rb"in the workspace of conversation (\S+)\n$", done.stdout)
+    assert found, done
+    assert client.run("exec", "--conversation", found[1].decode(), "cat a.txt").stdout == b"a"
+
+
+def test_copying_within_this_machine_needs_no_server(shell):
+    (shell.folder / "a.txt").write_text("a")
+    done = shell.run("cp", "a.txt", ":sub/b.txt")
+    assert done.returncode == 0, done.stderr
+    assert (shell.folder / "sub" / "b.txt").read_text() == "a"
+
+
+def test_a_broken_copy_leaves_nothing_behind(client, conversation):
+    done = client.run("cp", "--conversation", conversation, ":nowhere", "copy")
+    assert done.returncode == 1
+    assert list(client.folder.glob("copy*")) == []
+
+
+def test_the_list_shows_a_conversation(client, conversation):
+    head, *rows = client.run("ls").stdout.decode().splitlines()
+    assert head.split() == ["CONVERSATION", "STATE", "UPDATED", "EVENTS", "MODEL", "TITLE"]
+    assert any(row.startswith(conversation) and " idle " in row and " scripted" in row for row in rows)
+
+
+def test_the_list_is_json_for_programs(client, conversation):
+    rows = [json.loads(line) for line in client.run("ls", "--json").stdout.splitlines()]
+    assert conversation in [row["id"] for row in rows]
+
+
+def test_the_history_of_a_conversation_is_the_log(client, conversation):
+    lines = client.run("events", conversation, "--json").stdout.splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert (events[0]["type"], events[-1]["type"]) == ("conversation_created", "turn_ended")
+
+
+def test_the_history_can_begin_after_a_seq(client, conversation):
+    whole = client.run("events", conversation, "--json").stdout.splitlines()
+    assert client.run("events", conversation, "--json", "--since", "3").stdout.splitlines() == whole[3:]
+
+
+def test_people_read_the_history_as_a_transcript(client, conversation):
+    said = client.run("events", conversation).stdout.decode()
+    assert "you: Say hello\n" in said
+    assert "  > $ echo hello | tee said.txt\n    hello\n" in said
+    assert "agent: It says hello.\n[finished - 2 steps" in said
+
+
+def test_following_goes_on_with_what_happens_until_ctrl_c(client, conversation, script):
+    old = client.run("events", conversation, "--json").stdout.splitlines()
+    with client.start("events", conversation, "--json", "--follow", "--since", str(len(old))) as following:
+        done = client.run("run", "Again", "--script", script, "--conversation", conversation)
+        new = [json.loads(following.stdout.readline()) for _ in range(3)]
+        following.send_signal(signal.SIGINT)
+        assert following.wait(timeout=30) == 130
+        assert following.stderr.read() == b""
+    assert done.returncode == 0, done.stderr
+    assert [event["seq"] for event in new] == [len(old) + 1, len(old) + 2, len(old) + 3]
