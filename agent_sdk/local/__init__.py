@@ -26,4 +26,7 @@ herald:       telling a caller what a process says
 terminal:     pseudo terminals
 paths:        paths that cannot leave the root
 files:        files of a workspace
+bash:         one bash in a terminal, driven over pipes of its own
+shell:        persistent shells
+git:          the repository of a workspace
 """

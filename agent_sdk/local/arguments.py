@@ -42,6 +42,11 @@ def check_command(command: str | Sequence[str]) -> bytes | list[bytes]:
         return check_argument(command, "command")
     if not isinstance(command, list | tuple):
         raise InvalidParams(f"command: expected text or a list of texts, got {type(command).__name__}")
+    return check_argv(command)
+
+
+def check_argv(command: Sequence[str]) -> list[bytes]:
+    """Return an argument list as a list of bytes."""
     if not command:
         raise InvalidParams("argv: empty")
     if len(command) > ARGUMENTS:

@@ -84,6 +84,11 @@ class Running:
         if self.child.alive:
             self.child.end("timeout")
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether somebody can still write to its streams."""
+        return any(intake.open for intake in self.intakes.values())
+
     def info(self) -> ProcessInfo:
         """Describe it."""
         child = self.child
@@ -114,7 +119,8 @@ class Processes:
         self._children = children
         self._spool_folder = spool_folder
         self._running: dict[str, Running] = {}
-        self._forgotten: set[Running] = set()
+        self._hidden: set[Running] = set()
+        """Those nobody can ask for: not listed ones, and ended ones whose children still write."""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(
@@ -135,7 +141,7 @@ class Processes:
             folder: where; the descriptor stays the caller's.
             stdin: whether it gets input (`feed`), or reads an empty one.
             size: of its terminal; None: pipes.
-            listed: whether callers see it in `list`.
+            listed: whether callers see it in `list`; if not, it has to be given to `drop`.
 
         Raises:
             SpawnFailed: it did not start.
@@ -148,10 +154,9 @@ class Processes:
         child.on_death = running.died
         if listed:
             self._running[child.id] = running
-            child.over.add_done_callback(lambda _: self._forget_old())
+            child.over.add_done_callback(lambda _: self._settle(running))
         else:
-            self._forgotten.add(running)
-            child.over.add_done_callback(lambda _: self._forget(running))
+            self._hidden.add(running)
         return running
 
     def _start_on_pipes(
@@ -221,6 +226,12 @@ class Processes:
         """Describe all, oldest first."""
         return [running.info() for running in self._running.values()]
 
+    def _settle(self, running: Running) -> None:
+        for name, spool in running.spools.items():
+            if spool.wrapped and not running.intakes[name].open:
+                self.hold(spool.settle(final=True))
+        self._forget_old()
+
     def _forget_old(self) -> None:
         ended = [running for running in self._running.values() if running.child.exit is not None]
         kept = sum(spool.on_disk for running in ended for spool in running.spools.values())
@@ -228,20 +239,25 @@ class Processes:
             oldest = ended.pop(0)
             kept -= sum(spool.on_disk for spool in oldest.spools.values())
             del self._running[oldest.child.id]
-            self._forgotten.add(oldest)
             self._forget(oldest)
 
     def _forget(self, running: Running) -> None:
         """Drop the output. What its children still write is read, or the pipe would break under them."""
         running.forgotten = True
+        self._hidden.add(running)
         for spool in running.spools.values():
             spool.on_room = None
             self.hold(spool.close())
         for intake in running.intakes.values():
             intake.resume()
-        self._forgotten = {
-            each for each in self._forgotten if any(intake.open for intake in each.intakes.values())
-        }
+        self._hidden = {each for each in self._hidden if not each.forgotten or each.is_heard}
+
+    async def drop(self, running: Running) -> None:
+        """End what a process that is not listed left behind, and forget it."""
+        if running.child.exit is None:
+            running.child.end()
+            await running.child.ended()
+        self._forget(running)
 
     def hold(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something in the background; the workspace waits for it when it closes."""
@@ -252,17 +268,17 @@ class Processes:
 
     async def close(self) -> None:
         """Close all descriptors and spools; the processes have to be ended already."""
-        for running in (*self._running.values(), *self._forgotten):
+        for running in (*self._running.values(), *self._hidden):
             running.close()
         for task in tuple(self._tasks):
             task.cancel()
         if self._tasks:
             await asyncio.wait(tuple(self._tasks))
-        for running in self._running.values():
+        for running in (*self._running.values(), *self._hidden):
             for spool in running.spools.values():
                 await spool.close()
         self._running.clear()
-        self._forgotten.clear()
+        self._hidden.clear()
 
 
 class LocalProcess:

@@ -63,6 +63,11 @@ class Spool:
         """Whether `path` exists or is about to."""
         return self._written > 0 or self._pending_bytes > 0
 
+    @property
+    def wrapped(self) -> bool:
+        """Whether its end is kept in memory, because the middle is gone."""
+        return bool(self._ring)
+
     def feed(self, data: bytes) -> None:
         """Append bytes; never waits, see `full`."""
         start, self.size = self.size, self.size + len(data)
@@ -152,13 +157,16 @@ class Spool:
         first = bytes(self._ring[at : at + length])
         return first + bytes(self._ring[: length - len(first)])
 
-    async def seal(self) -> None:
-        """Put the last 1 MiB behind the rest of the file, after a line that says what is missing.
+    async def settle(self, *, final: bool = False) -> None:
+        """Bring the file up to date: the last 1 MiB goes behind the rest, after a line on what is missing.
 
-        Nothing may be fed any more.
+        Args:
+            final: nothing will be fed any more; memory is given back.
         """
-        while self._writing is not None:
+        wanted = min(self.size, self._capacity)
+        while self._writing is not None and self._written < wanted:
             await asyncio.wait((self._writing,))
+            wanted = min(wanted, self._capacity)
         if not self._ring or self._fd < 0:
             return
         first = self.first_kept(self._capacity)
@@ -166,8 +174,9 @@ class Spool:
         note = f"\n[... {missing} bytes left out ...]\n".encode() if missing else b""
         tail = self._ring_bytes(first)
         await in_thread(os.pwrite, self._fd, note + tail, self._capacity)
-        self._sealed = (first, self._capacity + len(note))
-        self._ring = bytearray()
+        if final:
+            self._sealed = (first, self._capacity + len(note))
+            self._ring = bytearray()
 
     # --- reading ---
 
@@ -216,6 +225,10 @@ class Spool:
     async def output(self) -> Output:
         """Return the head and the tail of what came so far."""
         return await self.slice(0)
+
+    async def beginning(self, limit: int) -> bytes:
+        """Return the first `limit` bytes of what came so far."""
+        return await self._collect(0, min(self.size, limit, self._capacity))
 
     async def slice(self, start: int) -> Output:
         """Return what came from `start` on, as head and tail."""

@@ -18,6 +18,10 @@ class Terminal:
     name: str
     """Path of the other side."""
 
+    def discard_input(self) -> None:
+        """Drop what was typed and not read."""
+        termios.tcflush(self.slave, termios.TCIFLUSH)
+
     def close_slave(self) -> None:
         """Let the master see the end once no process has the other side open. Harmless when repeated."""
         slave, self.slave = self.slave, -1

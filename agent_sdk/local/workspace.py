@@ -9,25 +9,29 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Self
 
 from agent_sdk.disk import atomic_file, in_thread, open_source, path_error
-from agent_sdk.local.arguments import check_command, check_environment, check_seconds, check_size
+from agent_sdk.local.arguments import check_argv, check_command, check_environment, check_seconds, check_size
+from agent_sdk.local.bash import Bash, Report, is_bash
 from agent_sdk.local.children import Children
 from agent_sdk.local.environment import workspace_environment
 from agent_sdk.local.files import LocalFiles
+from agent_sdk.local.git import LocalGit
 from agent_sdk.local.herald import Herald
 from agent_sdk.local.launch import Folder, Launch, SpawnFailed, find_shell, open_folder, shell_launch
 from agent_sdk.local.paths import Root
 from agent_sdk.local.processes import LocalProcess, Processes, Running
+from agent_sdk.local.shell import LocalShell
 from agent_sdk.protocol.errors import (
     InvalidParams,
     NotADirectory,
@@ -40,6 +44,8 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.results import ProcessInfo, Transferred, WorkspaceInfo
 from agent_sdk.workspace import ExecResult, FileStream, OnOutput
 
+_SHELL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
 
 @dataclass
 class _Open:
@@ -50,6 +56,7 @@ class _Open:
     spool_folder: str
     environment: dict[str, str]
     shell: str
+    shells: dict[str, LocalShell] = field(default_factory=dict)
 
 
 class LocalWorkspace:
@@ -83,6 +90,7 @@ class LocalWorkspace:
         self._env = check_environment(env)
         self._open: _Open | None = None
         self._files = LocalFiles(self._root)
+        self._git = LocalGit(self._root, self._run_git)
 
     def __repr__(self) -> str:
         return f"<LocalWorkspace {self.root} {'open' if self._open else 'not open'}>"
@@ -140,6 +148,8 @@ class LocalWorkspace:
     @staticmethod
     async def _close(opened: _Open) -> None:
         await opened.children.close()
+        for shell in opened.shells.values():
+            await shell.close()
         await opened.processes.close()
         await in_thread(_remove_folder, opened.spool_folder)
 
@@ -152,6 +162,11 @@ class LocalWorkspace:
     def files(self) -> LocalFiles:
         """See Workspace.files."""
         return self._files
+
+    @property
+    def git(self) -> LocalGit:
+        """See Workspace.git."""
+        return self._git
 
     async def describe(self) -> WorkspaceInfo:
         """See Workspace.describe."""
@@ -217,6 +232,28 @@ class LocalWorkspace:
         finally:
             folder.close()
 
+    async def _run_git(
+        self, argv: list[str], folder: str, environment: dict[str, str], limit: int
+    ) -> tuple[int | None, bytes, str]:
+        opened = self._opened()
+        launch = Launch(check_argv(argv), {**opened.environment, **environment})
+        try:
+            place = open_folder(self._root, folder, "")
+            try:
+                running = opened.processes.start(argv, launch, place, stdin=False, listed=False)
+            finally:
+                place.close()
+        except SpawnFailed as failed:
+            return failed.exit_code, b"", failed.reason
+        try:
+            await asyncio.wait((running.child.over,))
+            out = await running.spools["stdout"].beginning(limit)
+            err = await running.spools["stderr"].output()
+        finally:
+            await opened.processes.drop(running)
+        exit = running.child.exit
+        return None if exit is None else exit.exit_code, out, err.text
+
     def _folder(self, cwd: str | None) -> Folder:
         """Open where a command starts; relative paths start at the working folder."""
         return open_folder(self._root, self.working_dir if cwd is None else cwd, self._start)
@@ -274,6 +311,32 @@ class LocalWorkspace:
     def process(self, process_id: str) -> LocalProcess:
         """See Workspace.process."""
         return LocalProcess(self._opened().processes, process_id)
+
+    def shell(self, name: str = "default") -> LocalShell:
+        """See Workspace.shell.
+
+        Raises:
+            InvalidParams: the name is not 1..64 letters, digits, `_`, `.` or `-`.
+        """
+        opened = self._opened()
+        if not _SHELL_NAME.fullmatch(name):
+            raise InvalidParams(f"name: 1..64 letters, digits, _ . or - (got {name!r:.80})")
+        if name not in opened.shells:
+            opened.shells[name] = LocalShell(name, opened.spool_folder, self._start_bash)
+        return opened.shells[name]
+
+    def _start_bash(self, take: Callable[[bytes], bool], on_report: Callable[[Report], None]) -> Bash:
+        opened = self._opened()
+        if not is_bash(opened.shell):
+            raise WorkspaceUnavailable("bash is needed for a shell, and is not installed")
+        try:
+            folder = self._folder(None)
+            try:
+                return Bash(opened.children, folder, opened.environment, opened.shell, take, on_report)
+            finally:
+                folder.close()
+        except SpawnFailed as failed:
+            raise failed.error from None
 
     async def upload(self, source: str | PathLike[str], target: str) -> Transferred:
         """See Workspace.upload."""

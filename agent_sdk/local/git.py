@@ -1,0 +1,220 @@
+"""The git repository of a workspace, asked by the git program.
+
+A repository is untrusted input: no hook, no fsmonitor, no external diff, no pager and no configuration
+of the machine takes part, paths stand behind `--` and are taken literally, and a revision cannot be an
+option. What git says is read NUL-separated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import Literal
+
+from agent_sdk.disk import in_thread
+from agent_sdk.local.arguments import encode
+from agent_sdk.local.paths import Root
+from agent_sdk.protocol.errors import (
+    InvalidParams,
+    PathNotFound,
+    StateConflict,
+    WorkspaceUnavailable,
+)
+from agent_sdk.protocol.results import GitChange
+
+DIFF_BYTES = 1 << 20
+UNTRACKED_SHOWN = 100
+LISTING_BYTES = 64 << 20
+BASE_LENGTH = 256
+
+_ENVIRONMENT = {
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_CONFIG_GLOBAL": "/dev/null",
+    "GIT_OPTIONAL_LOCKS": "0",
+    "GIT_LITERAL_PATHSPECS": "1",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_NO_REPLACE_OBJECTS": "1",
+    "LC_ALL": "C",
+}
+_SAFE = (
+    "--no-pager",
+    *("-c", "core.hooksPath=/dev/null"),
+    *("-c", "core.fsmonitor=false"),
+    *("-c", "core.quotePath=false"),
+    *("-c", "diff.external="),
+    *("-c", "submodule.recurse=false"),
+    # The folder may belong to somebody else (a mounted volume); nothing of it is executed.
+    *("-c", "safe.directory=*"),
+)
+_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=dirty", "-M")
+_STATUS: dict[str, Literal["added", "modified", "deleted", "renamed"]] = {
+    "A": "added",
+    "C": "added",
+    "D": "deleted",
+    "R": "renamed",
+}
+
+
+RunGit = Callable[[list[str], str, dict[str, str], int], Awaitable[tuple[int | None, bytes, str]]]
+"""Runs arguments in a folder with more environment; gives exit code, output (cut after a limit), complaints."""
+
+
+class LocalGit:
+    """Implements `workspace.Git`."""
+
+    def __init__(self, root: Root, run: RunGit) -> None:
+        self._root = root
+        self._run = run
+
+    async def changes(self, path: str = ".", *, base: str | None = None) -> list[GitChange]:
+        """See Git.changes."""
+        place = await self._place(path)
+        tree = await place.tree(base)
+        tracked = await place.git(*_DIFF, "--name-status", "-z", tree, "--", *place.spec)
+        found = {change.path: change for change in _tracked(tracked, place.shown)}
+        for name in await place.untracked():
+            shown = place.shown(name)
+            found[shown] = GitChange(path=shown, status="untracked")
+        return sorted(found.values(), key=lambda change: change.path)
+
+    async def diff(self, path: str = ".", *, base: str | None = None) -> str:
+        """See Git.diff; untracked files are shown as new ones."""
+        place = await self._place(path)
+        tree = await place.tree(base)
+        text = await place.git(*_DIFF, tree, "--", *place.spec, limit=DIFF_BYTES + 1)
+        untracked = await place.untracked()
+        for name in untracked[:UNTRACKED_SHOWN]:
+            if len(text) > DIFF_BYTES:
+                break
+            text += await place.as_new(name)
+        if len(untracked) > UNTRACKED_SHOWN and len(text) <= DIFF_BYTES:
+            text += f"[... {len(untracked) - UNTRACKED_SHOWN} more untracked files ...]\n".encode()
+        return _cut(text)
+
+    async def _place(self, path: str) -> _Place:
+        folder, rest = await in_thread(self._deepest_folder, path)
+        place = _Place(self._run, self._root.path, folder, rest)
+        await place.find_top(path)
+        return place
+
+    def _deepest_folder(self, path: str) -> tuple[str, str]:
+        """Return the folder where git is asked and what is left of the path, which may have been deleted."""
+        rest: list[str] = []
+        while True:
+            try:
+                with self._root.entry(path) as entry:
+                    place = self._root.absolute(entry.names)
+                    if entry.stat() is not None and os.path.isdir(place):
+                        return place, "/".join(rest)
+                    return os.path.dirname(place), "/".join((os.path.basename(place), *rest))
+            except PathNotFound:
+                path, _, name = path.rstrip("/").rpartition("/")
+                if not path or name in ("", ".", ".."):
+                    raise
+                rest.insert(0, name)
+
+
+class _Place:
+    """A folder in a repository."""
+
+    def __init__(self, run: RunGit, root: str, folder: str, rest: str) -> None:
+        self._run = run
+        self._root = root
+        self._folder = folder
+        self.spec = (rest or ".",)
+        self._top = ""
+
+    async def find_top(self, path: str) -> None:
+        """Find the repository.
+
+        Raises:
+            StateConflict: there is none.
+            WorkspaceUnavailable: there is no git.
+        """
+        code, out, err = await self._ask("rev-parse", "--show-toplevel")
+        if code == 127:
+            raise WorkspaceUnavailable("git is needed for this, and is not installed")
+        if code != 0:
+            raise StateConflict(
+                f"not a git repository: {path}", state="no repository", reason=err.strip()[:200]
+            )
+        self._top = os.fsdecode(out.rstrip(b"\n"))
+
+    async def tree(self, base: str | None) -> str:
+        """Return the id of the tree to compare with.
+
+        Raises:
+            InvalidParams: there is no such revision.
+        """
+        if base is not None:
+            _check_base(base)
+        wanted = base or "HEAD"
+        code, out, _ = await self._ask(
+            "rev-parse", "--verify", "--quiet", "--end-of-options", f"{wanted}^{{tree}}"
+        )
+        if code == 0:
+            return out.decode().strip()
+        if base is not None:
+            raise InvalidParams(f"base: no such revision: {base}")
+        return (await self.git("hash-object", "-t", "tree", "/dev/null")).decode().strip()
+
+    async def untracked(self) -> list[bytes]:
+        """Return the untracked files, relative to the top of the repository, sorted."""
+        only = ("--others", "--exclude-standard", "-z", "--full-name")
+        return sorted(filter(None, (await self.git("ls-files", *only, "--", *self.spec)).split(b"\0")))
+
+    async def as_new(self, name: bytes) -> bytes:
+        """Return the diff that would add an untracked file."""
+        pair = ("--no-index", "--", "/dev/null", os.fsdecode(name))
+        return await self.git("-C", self._top, *_DIFF, *pair, limit=DIFF_BYTES + 1, fine=(0, 1))
+
+    async def git(self, *arguments: str, limit: int = LISTING_BYTES, fine: Iterable[int] = (0,)) -> bytes:
+        """Return what git says.
+
+        Raises:
+            StateConflict: git cannot do it.
+        """
+        code, out, err = await self._ask(*arguments, limit=limit)
+        if code not in fine and len(out) < limit:
+            raise StateConflict(f"git {arguments[0]}: {err.strip()[:500]}", state="git failed")
+        return out
+
+    async def _ask(self, *arguments: str, limit: int = LISTING_BYTES) -> tuple[int | None, bytes, str]:
+        return await self._run(["git", *_SAFE, *arguments], self._folder, _ENVIRONMENT, limit)
+
+    def shown(self, name: bytes) -> str:
+        """Return a path of the repository as a path of the workspace."""
+        path = os.path.join(os.fsencode(self._top), name)
+        relative = os.path.relpath(path, os.fsencode(self._root))
+        return relative.decode("utf-8", "backslashreplace")
+
+
+def _tracked(listing: bytes, shown: Callable[[bytes], str]) -> Iterator[GitChange]:
+    words = iter(listing.split(b"\0"))
+    for word in words:
+        letter = word[:1].decode()
+        if not letter:
+            return
+        old = next(words) if letter in "RC" else None
+        status = _STATUS.get(letter, "modified")
+        yield GitChange(
+            path=shown(next(words)),
+            status=status,
+            old_path=shown(old) if old is not None and status == "renamed" else None,
+        )
+
+
+def _check_base(base: str) -> None:
+    encode(base, "base")
+    if not 1 <= len(base) <= BASE_LENGTH:
+        raise InvalidParams(f"base: 1..{BASE_LENGTH} characters (got {len(base)})")
+    if base.startswith("-") or ":" in base:
+        raise InvalidParams(f"base: not a revision: {base}")
+
+
+def _cut(text: bytes) -> str:
+    if len(text) <= DIFF_BYTES:
+        return text.decode(errors="replace")
+    note = b"[... the rest of the diff is left out ...]\n"
+    kept = text[: DIFF_BYTES - len(note)]
+    return (kept[: kept.rfind(b"\n") + 1] + note).decode(errors="replace")

@@ -1,0 +1,270 @@
+"""Persistent shells: what one call types, when it is answered, and what it is answered with."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Literal
+
+from agent_sdk.local.arguments import check_seconds, encode
+from agent_sdk.local.bash import Bash, Report, restoring
+from agent_sdk.local.processes import SPOOL_KEPT_BYTES
+from agent_sdk.local.spool import Spool
+from agent_sdk.protocol.errors import InvalidParams, ProcessNotFound
+from agent_sdk.workspace import Output, ShellResult
+
+OUTPUT_IN_MEMORY = 30_000
+"""Longer outputs are in a file, too, because whoever reads the answer may not want all of it."""
+FILES_KEPT = 32
+_PRESSES = 3
+_PATIENCE_SECONDS = 0.3
+
+Status = Literal["done", "quiet", "timeout", "busy", "ended"]
+StartBash = Callable[[Callable[[bytes], bool], Callable[[Report], None]], Bash]
+
+
+class LocalShell:
+    """Implements `workspace.Shell`."""
+
+    def __init__(self, name: str, spool_folder: str, start_bash: StartBash) -> None:
+        """Describe it; bash starts at the first use."""
+        self._name = name
+        self._spool_folder = spool_folder
+        self._start_bash = start_bash
+        self._starting = asyncio.Lock()
+        self._bash: Bash | None = None
+        self._report: Report | None = None
+        """The last one: folder and variables for the next bash."""
+        self._restoring: int | None = None
+        self._command: int | None = None
+        """The number of the command that runs, as far as we know."""
+        self._exit_code: int | None = None
+        self._spool: Spool | None = None
+        self._answered = 0
+        self._files: deque[Spool] = deque()
+        self._count = 0
+        self._heard = 0.0
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def __repr__(self) -> str:
+        state = "not started" if self._bash is None else "idle" if self._command is None else "busy"
+        return f"<LocalShell {self._name} {state}>"
+
+    async def run(
+        self, command: str, *, timeout: float | None = None, quiet: float | None = 30.0
+    ) -> ShellResult:
+        """See Shell.run."""
+        limits = _limits(timeout, quiet)
+        text = encode(command, "command")
+        if not text.strip():
+            raise InvalidParams("command: empty")
+        bash = await self._ready()
+        if self._command is not None:
+            return await self._answer("busy")
+        dropped = self._turn_page()
+        self._exit_code = None
+        with suppress(ProcessNotFound):  # it ended just now, as the answer will say
+            self._command = bash.run(text)
+        try:
+            for spool in dropped:
+                await spool.close()
+            return await self._wait(bash, *limits)
+        except asyncio.CancelledError:
+            await self._interrupt(bash)
+            raise
+
+    async def send(
+        self, data: bytes, *, timeout: float | None = None, quiet: float | None = 30.0
+    ) -> ShellResult:
+        """See Shell.send. When no command runs, nothing is typed and the answer is `done`."""
+        limits = _limits(timeout, quiet)
+        bash = await self._ready()
+        if self._command is None:
+            return await self._answer("done")
+        typing = asyncio.ensure_future(_type(bash, data))
+        try:
+            return await self._wait(bash, *limits)
+        finally:
+            typing.cancel()
+            with suppress(asyncio.CancelledError):
+                await typing
+
+    async def reset(self) -> None:
+        """See Shell.reset."""
+        async with self._starting:
+            bash, self._bash = self._bash, None
+            self._report = self._command = self._exit_code = None
+            if bash is not None:
+                bash.child.end(hang_up=True)
+                await bash.child.ended()
+                bash.close()
+            if self._spool is not None:
+                self._answered = self._spool.size
+            self._begin()
+            self._wake()
+
+    async def close(self) -> None:
+        """Close all descriptors and remove the files; bash has to be ended already."""
+        bash, self._bash = self._bash, None
+        if bash is not None:
+            bash.close()
+        self._wake()
+        for spool in (*self._files, *((self._spool,) if self._spool is not None else ())):
+            await spool.close()
+        self._files.clear()
+        self._spool = None
+
+    # --- bash ---
+
+    async def _ready(self) -> Bash:
+        async with self._starting:
+            return self._renewed()
+
+    def _renewed(self) -> Bash:
+        """Return a bash that runs: the present one, or a fresh one where the ended one left off."""
+        bash = self._bash
+        if bash is not None and not bash.child.over.done():
+            return bash
+        last = self._report
+        if bash is not None:
+            bash.close()
+        fresh = self._begin()
+        if bash is not None and last is not None:
+            self._restoring = fresh.run(restoring(last))
+        return fresh
+
+    def _begin(self) -> Bash:
+        if self._spool is None:
+            self._turn_page()
+        bash = self._bash = self._start_bash(self._take, self._heard_from)
+        self._resume_with(bash)
+        self._command = self._restoring = None
+        bash.child.over.add_done_callback(lambda _: self._wake())
+        return bash
+
+    def _resume_with(self, bash: Bash) -> None:
+        if self._spool is not None:
+            self._spool.on_room = bash.intake.resume
+
+    def _heard_from(self, report: Report) -> None:
+        self._report = report
+        if report.number is None or report.number == self._restoring:
+            return
+        if report.number == self._command:
+            self._command = None
+            self._exit_code = report.exit_code
+            self._wake()
+
+    def _take(self, data: bytes) -> bool:
+        self._heard = time.monotonic()
+        spool = self._spool
+        if spool is None:
+            return True
+        spool.feed(data)
+        self._wake()
+        return not spool.full
+
+    async def _interrupt(self, bash: Bash) -> None:
+        """Press ^C and give the command a moment to end, so that the next one finds the shell free.
+
+        A key pressed while a program is just being started reaches the shell and not the program, so it
+        is pressed more than once.
+        """
+        with suppress(asyncio.CancelledError):
+            for _ in range(_PRESSES):
+                bash.interrupt()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_PATIENCE_SECONDS):
+                        while self._command is not None and not bash.child.over.done():
+                            await self._change(None)
+                        return
+
+    # --- answers ---
+
+    async def _wait(self, bash: Bash, timeout: float | None, quiet: float | None) -> ShellResult:
+        began = time.monotonic()
+        while True:
+            if bash.child.over.done():
+                return await self._ended(bash)
+            if self._command is None:
+                return await self._answer("done")
+            now = time.monotonic()
+            left_quiet = None if quiet is None else max(began, self._heard) + quiet - now
+            left = None if timeout is None else began + timeout - now
+            if left is not None and left <= 0:
+                return await self._answer("timeout")
+            if left_quiet is not None and left_quiet <= 0:
+                return await self._answer("quiet")
+            await self._change(min((each for each in (left, left_quiet) if each is not None), default=None))
+
+    async def _ended(self, bash: Bash) -> ShellResult:
+        self._exit_code = bash.child.over.result().exit_code
+        result = await self._answer("ended")
+        async with self._starting:
+            if self._bash is bash:  # or a reset has been faster
+                self._renewed()
+        return result
+
+    async def _answer(self, status: Status) -> ShellResult:
+        output, path = Output(), None
+        spool = self._spool
+        if spool is not None:
+            start, self._answered = self._answered, spool.size
+            output = await spool.slice(start)
+            if spool.has_file:
+                await spool.settle(final=False)
+                path = spool.path
+        return ShellResult(
+            status=status,
+            output=output,
+            exit_code=self._exit_code if status in ("done", "ended") else None,
+            cwd="" if self._report is None else self._report.cwd,
+            full_output=path,
+        )
+
+    def _turn_page(self) -> list[Spool]:
+        """Begin a new file for a new command, unless something in the present one was never shown.
+
+        Returns the oldest files where too many are kept; they have to be closed.
+        """
+        old = self._spool
+        if old is not None and old.size > self._answered:
+            return []
+        if old is not None:
+            self._files.append(old)
+        self._count += 1
+        path = os.path.join(self._spool_folder, f"shell-{self._name}-{self._count}.out")
+        self._spool = Spool(path, memory=OUTPUT_IN_MEMORY)
+        self._answered = 0
+        if self._bash is not None:
+            self._resume_with(self._bash)
+        dropped: list[Spool] = []
+        while len(self._files) > FILES_KEPT or sum(f.on_disk for f in self._files) > SPOOL_KEPT_BYTES:
+            dropped.append(self._files.popleft())
+        return dropped
+
+    async def _change(self, seconds: float | None) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait((waiter,), timeout=seconds)
+        finally:
+            self._waiters.discard(waiter)
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+async def _type(bash: Bash, data: bytes) -> None:
+    with suppress(ProcessNotFound):
+        await bash.type(data)
+
+
+def _limits(timeout: float | None, quiet: float | None) -> tuple[float | None, float | None]:
+    return check_seconds(timeout, "timeout"), check_seconds(quiet, "quiet")
