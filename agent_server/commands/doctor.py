@@ -189,8 +189,13 @@ def data_folder(config: ServerConfig) -> Check:
     mend = "choose another one with --data or AGENT_SERVER_DATA"
     if not there.is_dir():
         return Check(name="data folder", state="problem", found=f"{there} is no folder", mend=mend)
-    if not os.access(there, os.W_OK | os.X_OK) or os.statvfs(there).f_flag & os.ST_RDONLY:
-        return Check(name="data folder", state="problem", found=f"{there} cannot be written", mend=mend)
+    try:
+        # Permissions alone do not tell: the file system may be read-only, full, or of another kind.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as exc:
+        found = f"{there} cannot be written: {exc.strerror}"
+        return Check(name="data folder", state="problem", found=found, mend=mend)
     state = "is there and can be written" if there == folder else "will be made at the first start"
     return Check(name="data folder", state="ok", found=f"{folder} {state}")
 
@@ -303,4 +308,4 @@ async def _is_agent_server(config: ServerConfig) -> bool:
 
 def _nearest(folder: Path) -> Path:
     """The folder, or what stands where its way ends."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    return next(path for path in (folder, *folder.parents) if os.path.exists(path))
