@@ -32,6 +32,8 @@ class Calls:
     """The calls of one turn."""
 
     def __init__(self, actor: Actor, journal: Journal) -> None:
+        self.stopped = False
+        """The turn was interrupted; a tool that swallows its cancellation must not let it go on."""
         self._actor = actor
         self._journal = journal
         self._results: dict[str, ToolResult] = {}
@@ -61,6 +63,8 @@ class Calls:
                 if call.tool == FINISH and not result.is_error:
                     final = result.text
             await self._journal.append(*(self._returned(call) for call in group))
+            if self.stopped:
+                raise asyncio.CancelledError
         return final
 
     async def respond(self, request_id: str, answer: Literal["approve", "reject"], reason: str) -> None:

@@ -92,6 +92,7 @@ class Turn:
         if self.ending or self._stopped is not None:
             return
         self._stopped = (reason, asked)
+        self._calls.stopped = True
         if self._task is not None:
             self._task.cancel()
 
