@@ -171,7 +171,6 @@ class Calls:
         group: list[ToolCalled] = []
         for call in calls:
             alone = call.call_id in approvals or not self._actor.reads_only(call.tool)
-            alone = alone or self._actor.toolbox.runs_in_client(call.tool)
             if group and alone:
                 yield group
                 group = []
