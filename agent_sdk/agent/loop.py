@@ -63,6 +63,8 @@ class Turn:
         self.run_id = run_id
         self.ending = False
         """Its end is decided: a message from now on belongs to the next turn."""
+        self.over = asyncio.Event()
+        """Set by whoever runs it, when `run` has returned."""
         self.failure: Exception | None = None
         """Why not even its end could be written."""
         self.outcome: Outcome | None = None

@@ -1,7 +1,9 @@
 """Here: workspaces and conversations of this machine and process.
 
 conversation:  a conversation whose agent runs in this process
+opened:        what exists of it between its first use and its end
 configuration: which agent it has, and its secrets
+receipts:      what the sender of a message gets, once and again
 turns:         which turn runs, and which answers a message
 journal:       its part of the log, and who follows it
 fold:          what follows from its log: state, stats, title

@@ -10,7 +10,13 @@ from agent_sdk.agent.actor import Actor, RunClientTool
 from agent_sdk.definition import Agent
 from agent_sdk.local.fold import Fold
 from agent_sdk.protocol.errors import StateConflict
-from agent_sdk.protocol.events import AgentConfigured, Event, SecretsChanged
+from agent_sdk.protocol.events import (
+    AgentConfigured,
+    ConversationCreated,
+    Event,
+    SecretsChanged,
+    TitleChanged,
+)
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.tools import FunctionTool
 from agent_sdk.workspace import Workspace
@@ -28,13 +34,18 @@ class Configuration:
         confirmation: ConfirmationPolicy,
         secrets: Mapping[str, str],
         run_client_tool: RunClientTool | None,
+        title: str | None,
+        tags: Mapping[str, str],
     ) -> None:
         self.actor: Actor | None = None
         self._agent = agent
-        self._conversation = conversation
+        self.conversation = conversation
+        """Its id."""
         self._max_iterations = max_iterations
         self._confirmation = confirmation
         self._secrets = dict(secrets)
+        self._title = title
+        self._tags = dict(tags)
         self._run_client_tool = run_client_tool
         self._workspace: Workspace | None = None
         self._functions: Mapping[str, FunctionTool] = {}
@@ -85,8 +96,18 @@ class Configuration:
         if self.actor is not None:
             self.actor.toolbox.recall(fold.results)
 
+    def introduction(self, fold: Fold) -> list[Event]:
+        """Return the events that say who and what this conversation is, as far as the log does not say it yet."""
+        events: list[Event] = [] if fold.created else [ConversationCreated(conversation=self.conversation)]
+        events += self.news(fold)
+        title = fold.title if self._title is None else self._title
+        tags = {**fold.tags, **self._tags}
+        if (title, tags) != (fold.title, fold.tags):
+            events.append(TitleChanged(title=title, tags=tags))
+        return events
+
     def news(self, fold: Fold) -> list[Event]:
-        """Return the events that say what the log does not say yet."""
+        """Return the events that say of the agent what the log does not say yet."""
         events: list[Event] = []
         if self.actor is not None:
             configured = self.actor.configured()
@@ -132,7 +153,7 @@ class Configuration:
         actor = Actor(
             spec,
             self._workspace,
-            conversation=self._conversation,
+            conversation=self.conversation,
             functions=self._functions,
             max_iterations=max_iterations,
             confirmation=confirmation,

@@ -7,34 +7,25 @@ the log that of fold and history. This file opens and closes, and turns verbs in
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Literal, Self
-
-import msgspec
 
 from agent_sdk.agent.actor import RunClientTool
 from agent_sdk.conversation import Accepted, Callback, OnDelta, Outcome, Snapshot, Stats
 from agent_sdk.definition import Agent
 from agent_sdk.ids import new_id
 from agent_sdk.local.configuration import Configuration
-from agent_sdk.local.delivery import Delivery
+from agent_sdk.local.delivery import Delivery, DeltaListener, Listener, Unsubscribe
 from agent_sdk.local.follower import Follower
-from agent_sdk.local.journal import DeltaListener, Journal, Listener
-from agent_sdk.local.log import EventLog, Operation
-from agent_sdk.local.turns import Turns
-from agent_sdk.protocol.errors import InvalidParams, OpMismatch, RequestNotFound, StateConflict, TimedOut
-from agent_sdk.protocol.events import (
-    ConversationCreated,
-    Event,
-    PauseRequested,
-    TitleChanged,
-    UserMessage,
-)
+from agent_sdk.local.log import EventLog
+from agent_sdk.local.opened import Opened, open_conversation
+from agent_sdk.local.receipts import digest_of, operation, receipt_of
+from agent_sdk.protocol.errors import InvalidParams, RequestNotFound, StateConflict, TimedOut
+from agent_sdk.protocol.events import Event, PauseRequested, TitleChanged, UserMessage
 from agent_sdk.protocol.methods import RunAnswer
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.workspace import Workspace
@@ -82,8 +73,7 @@ class LocalConversation:
         self.id = id or new_id()
         """See Conversation.id."""
         self._place = workspace
-        self._path = Path(persistence_dir) / FILE_NAME if persistence_dir is not None else None
-        self._log = log
+        self._log = log if persistence_dir is None else Path(persistence_dir) / FILE_NAME
         self._configuration = Configuration(
             agent,
             conversation=self.id,
@@ -91,15 +81,12 @@ class LocalConversation:
             confirmation=confirmation or ConfirmationPolicy(),
             secrets=secrets or {},
             run_client_tool=run_client_tool,
+            title=title,
+            tags=tags or {},
         )
-        self._title, self._tags = title, dict(tags or {})
         self._delivery = Delivery(callbacks, on_delta)
-        self._listeners: dict[object, Listener] = {}
-        self._delta_listeners: dict[object, DeltaListener] = {}
-        self._followers: set[Follower] = set()
-        self._stack = AsyncExitStack()
-        self._opening: asyncio.Task[tuple[Journal, Turns]] | None = None
-        self._opened: tuple[Journal, Turns] | None = None
+        self._opening: asyncio.Task[Opened] | None = None
+        self._opened: Opened | None = None
         self._closing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -115,12 +102,12 @@ class LocalConversation:
     @property
     def epoch(self) -> str:
         """Of the log; empty until the conversation is open."""
-        return self._opened[0].epoch if self._opened else ""
+        return self._opened.journal.epoch if self._opened else ""
 
     @property
     def head_seq(self) -> int:
         """The seq of the last event; 0 until the conversation is open."""
-        return self._opened[0].head_seq if self._opened else 0
+        return self._opened.journal.head_seq if self._opened else 0
 
     @property
     def run_client_tool(self) -> RunClientTool | None:
@@ -136,7 +123,7 @@ class LocalConversation:
     async def send_message(
         self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op_id: str | None = None
     ) -> Accepted:
-        """See Conversation.send_message. A paused conversation stays paused until `run`.
+        """See Conversation.send_message. A paused conversation stays so until `run`, or a message that interrupts.
 
         Args:
             op_id: of the call, for the log's ledger: a repeated call returns what the first returned.
@@ -146,23 +133,21 @@ class LocalConversation:
             OpMismatch: the op_id was used for another message.
             StateConflict: no agent is configured, or the conversation is closed.
         """
-        journal, turns = await self._open()
-        digest = hashlib.sha256(_message_bytes(text) + b"\0" + mode.encode()).digest()
-        if turns.actor is None:
+        opened = await self._open()
+        digest = digest_of(text, mode)
+        if opened.turns.actor is None:
             raise StateConflict("no agent is configured yet", state="idle")
-        if op_id is not None and (known := await self._known(journal, op_id, digest)):
+        if op_id is not None and (known := await receipt_of(opened.journal, op_id, digest)):
             return known
         if mode == "interrupt":
-            await turns.stop("a new message came", asked=True)
-        run_id = turns.run_id
-        operation = (
-            None if op_id is None else Operation(op_id, digest, lambda events: _accepted(events, run_id))
-        )
-        written = journal.submit(UserMessage(text=text, op_id=op_id), op=operation)
+            await opened.turns.stop("a new message came", asked=True)
+        run_id = opened.turns.run_id
+        op = None if op_id is None else operation(op_id, digest, run_id)
+        written = opened.journal.submit(UserMessage(text=text, op_id=op_id), op=op)
         # Not after the await: whoever sends the message may be cancelled, the message is there all the same.
-        written.add_done_callback(turns.message_committed)
+        written.add_done_callback(partial(opened.turns.message_committed, wake=mode == "interrupt"))
         records = await asyncio.shield(written)
-        if not records and op_id is not None and (known := await self._known(journal, op_id, digest)):
+        if not records and op_id is not None and (known := await receipt_of(opened.journal, op_id, digest)):
             return known
         return Accepted(records[0].event.seq, run_id)
 
@@ -172,65 +157,68 @@ class LocalConversation:
         Raises:
             StorageFull, WorkspaceUnavailable, LeaseLost: the log could not be written, so the turn stopped.
         """
-        journal, turns = await self._open()
-        turn = turns.begin()
+        opened = await self._open()
+        turn = opened.turns.begin()
         if turn is None:
-            return _last(journal)
+            return _last(opened)
         try:
             async with asyncio.timeout(timeout):
-                await turns.ended(turn)
+                await opened.turns.ended(turn)
                 await self._delivery.drained()
         except TimeoutError:
             raise TimedOut(f"the turn still runs after {timeout} seconds", seconds=timeout) from None
         if turn.failure is not None:
             raise turn.failure
-        return turn.outcome or _last(journal)
+        return turn.outcome or _last(opened)
 
     async def begin(self) -> RunAnswer:
         """Like `run`, without waiting: make the turn go on, and say which it is or was."""
-        journal, turns = await self._open()
-        turn = turns.begin()
+        opened = await self._open()
+        turn = opened.turns.begin()
         if turn is not None:
             return RunAnswer(run_id=turn.run_id, running=True)
-        return RunAnswer(run_id=_last(journal).run_id, running=False, ended_seq=journal.fold.ended_seq)
+        return RunAnswer(run_id=_last(opened).run_id, running=False, ended_seq=opened.journal.fold.ended_seq)
 
     async def pause(self) -> None:
         """See Conversation.pause. Nothing happens when no turn runs."""
-        journal, turns = await self._open()
-        if turns.current is not None and not turns.current.ending and not journal.pause_requested:
-            await journal.append(PauseRequested())
+        opened = await self._open()
+        turn = opened.turns.current
+        if turn is not None and not turn.ending and not opened.journal.pause_requested:
+            await opened.journal.append(PauseRequested())
 
     async def interrupt(self, reason: str = "") -> None:
         """See Conversation.interrupt. Nothing happens when no turn runs."""
-        _, turns = await self._open()
-        await turns.stop(reason, asked=True)
+        opened = await self._open()
+        await opened.turns.stop(reason, asked=True)
 
     async def respond(
         self, request_id: str, answer: Literal["approve", "reject"], *, reason: str = ""
     ) -> None:
         """See Conversation.respond."""
-        _, turns = await self._open()
-        if turns.current is None:
+        opened = await self._open()
+        turn = opened.turns.current
+        if turn is None:
             raise RequestNotFound(f"no request {request_id[:64]!r} waits for an answer", request=request_id)
-        await turns.current.respond(request_id, answer, reason)
+        await turn.respond(request_id, answer, reason)
 
     async def events(self, since: int = 0, follow: bool = False) -> AsyncIterator[Event]:
         """See Conversation.events."""
-        journal, _ = await self._open()
-        follower = Follower(journal, since)
-        self._followers.add(follower)
+        opened = await self._open()
+        follower = Follower(opened.journal, since)
+        opened.followers.add(follower)
         try:
             async for event in follower.events(follow=follow):
                 yield event
         finally:
-            self._followers.discard(follower)
+            opened.followers.discard(follower)
             follower.close()
 
     async def state(self) -> Snapshot:
         """See Conversation.state; a closed conversation has one, too."""
-        closed = self._closing is not None and self._opened is not None
-        journal, turns = self._opened if closed and self._opened else await self._open()
-        return journal.fold.snapshot(self.id, journal.epoch, working=turns.current is not None, closed=closed)
+        closed = self._closing is not None
+        opened = self._opened if closed and self._opened is not None else await self._open()
+        working = opened.turns.current is not None
+        return opened.journal.fold.snapshot(self.id, opened.journal.epoch, working=working, closed=closed)
 
     async def stats(self) -> Stats:
         """See Conversation.stats."""
@@ -242,13 +230,13 @@ class LocalConversation:
         Raises:
             InvalidParams: a name cannot be an environment variable.
         """
-        journal, _ = await self._open()
-        await journal.append(self._configuration.add_secrets(secrets))
+        opened = await self._open()
+        await opened.journal.append(self._configuration.add_secrets(secrets))
 
     async def set_confirmation_policy(self, policy: ConfirmationPolicy) -> None:
         """See Conversation.set_confirmation_policy."""
-        journal, _ = await self._open()
-        await journal.append(self._configuration.set_confirmation(policy))
+        opened = await self._open()
+        await opened.journal.append(self._configuration.set_confirmation(policy))
 
     async def switch_llm(self, llm: Model) -> None:
         """See Conversation.switch_llm.
@@ -256,14 +244,15 @@ class LocalConversation:
         Raises:
             InvalidParams: there is no way to reach this model.
         """
-        journal, _ = await self._open()
-        await journal.append(self._configuration.switch_llm(llm))
+        opened = await self._open()
+        await opened.journal.append(self._configuration.switch_llm(llm))
 
     async def set_title(self, title: str | None = None, *, tags: dict[str, str] | None = None) -> None:
         """See Conversation.set_title."""
-        journal, _ = await self._open()
-        merged = {**journal.fold.tags, **(tags or {})}
-        await journal.append(TitleChanged(title=journal.fold.title if title is None else title, tags=merged))
+        opened = await self._open()
+        merged = {**opened.journal.fold.tags, **(tags or {})}
+        kept = opened.journal.fold.title if title is None else title
+        await opened.journal.append(TitleChanged(title=kept, tags=merged))
 
     async def configure(
         self,
@@ -277,27 +266,23 @@ class LocalConversation:
         Raises:
             InvalidParams: the model or a tool does not exist.
         """
-        journal, turns = await self._open()
+        opened = await self._open()
         policy = confirmation or ConfirmationPolicy()
         self._configuration.replace(agent, max_iterations=max_iterations, confirmation=policy)
-        self._configuration.recall(journal.fold)
-        turns.actor = self._configuration.actor
-        if events := self._configuration.news(journal.fold):
-            await journal.append(*events)
+        self._configuration.recall(opened.journal.fold)
+        opened.turns.actor = self._configuration.actor
+        if events := self._configuration.news(opened.journal.fold):
+            await opened.journal.append(*events)
 
     # --- following ---
 
-    def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener` with (seq, JSON) of every new event, in order, after its commit; return the unsubscribing."""
-        key = object()
-        self._listeners[key] = listener
-        return lambda: (self._listeners.pop(key, None), None)[1]
+    def subscribe(self, listener: Listener) -> Unsubscribe:
+        """Call `listener` with (seq, JSON) of every new event, in order, right after its commit."""
+        return self._delivery.subscribe(listener)
 
-    def subscribe_deltas(self, listener: DeltaListener) -> Callable[[], None]:
-        """Call `listener` with every transient piece of an answer; return the unsubscribing."""
-        key = object()
-        self._delta_listeners[key] = listener
-        return lambda: (self._delta_listeners.pop(key, None), None)[1]
+    def subscribe_deltas(self, listener: DeltaListener) -> Unsubscribe:
+        """Call `listener` with every transient piece of an answer."""
+        return self._delivery.subscribe_deltas(listener)
 
     # --- opening and closing ---
 
@@ -314,29 +299,17 @@ class LocalConversation:
         await self._until_closed()
 
     async def _until_closed(self) -> None:
-        assert self._closing is not None
         # A callback that closes the conversation cannot wait for itself to return.
-        if not self._delivery.delivering:
+        if self._closing is not None and not self._delivery.delivering:
             await asyncio.shield(self._closing)
 
     async def _close(self, *, delete: bool) -> None:
         if self._opening is not None:
             await asyncio.wait({self._opening})
-        try:
-            if self._opened is not None:
-                journal, turns = self._opened
-                turns.accepts = False
-                await turns.stop("the conversation was closed", asked=False)
-                await journal.settle()
-                for follower in self._followers:
-                    follower.end()
-                await self._delivery.drained()
-                if delete:
-                    await journal.log.delete(self.id)
-        finally:
-            await self._stack.aclose()
+        if self._opened is not None:
+            await self._opened.close(delete=delete)
 
-    async def _open(self) -> tuple[Journal, Turns]:
+    async def _open(self) -> Opened:
         if self._closing is not None:
             raise StateConflict("the conversation is closed", state="closed")
         if self._opened is not None:
@@ -351,76 +324,14 @@ class LocalConversation:
             if opening.done() and self._opened is None and self._opening is opening:
                 self._opening = None
 
-    async def _really_open(self) -> tuple[Journal, Turns]:
-        async with AsyncExitStack() as stack:
-            workspace = await self._enter(stack)
-            self._configuration.open(workspace)
-            stack.push_async_callback(self._configuration.close)
-            log = self._log
-            if log is None:
-                log = await stack.enter_async_context(EventLog.open(self._path))
-            journal = Journal(log, self.id, await log.create(self.id), self._delivery)
-            journal.listeners, journal.delta_listeners = self._listeners, self._delta_listeners
-            await journal.replay()
-            await journal.mend()
-            self._configuration.recall(journal.fold)
-            await self._introduce(journal)
-            turns = Turns(journal)
-            turns.actor = self._configuration.actor
-            self._stack = stack.pop_all()
-        self._opened = journal, turns
+    async def _really_open(self) -> Opened:
+        self._opened = await open_conversation(
+            self._configuration, self._place, self._log, self._delivery, self.close
+        )
         return self._opened
 
-    async def _enter(self, stack: AsyncExitStack) -> Workspace:
-        if isinstance(self._place, str | PathLike):
-            from agent_sdk.local.workspace import LocalWorkspace  # noqa: PLC0415  only for those who give a folder
 
-            return await stack.enter_async_context(LocalWorkspace(self._place))
-        on_close = getattr(self._place, "on_close", None)
-        if on_close is not None:
-            on_close(self.close)
-        return self._place
-
-    async def _introduce(self, journal: Journal) -> None:
-        """Write who and what this is, as far as the log does not say so already."""
-        fold = journal.fold
-        events: list[Event] = []
-        if journal.head_seq == 0:
-            events.append(ConversationCreated(conversation=self.id))
-        events += self._configuration.news(fold)
-        title = fold.title if self._title is None else self._title
-        tags = {**fold.tags, **self._tags}
-        if (title, tags) != (fold.title, fold.tags):
-            events.append(TitleChanged(title=title, tags=tags))
-        if events:
-            await journal.append(*events)
-
-    async def _known(self, journal: Journal, op_id: str, digest: bytes) -> Accepted | None:
-        operation = await journal.log.operation(self.id, op_id)
-        if operation is None:
-            return None
-        if operation.digest != digest:
-            raise OpMismatch("this op_id was used for another call", op_id=op_id)
-        assert isinstance(operation.result, bytes)
-        return msgspec.json.decode(operation.result, type=Accepted)
-
-
-def _accepted(events: Sequence[Event], run_id: str) -> bytes:
-    return msgspec.json.encode(Accepted(events[0].seq, run_id))
-
-
-def _last(journal: Journal) -> Outcome:
-    if journal.fold.outcome is None:
+def _last(opened: Opened) -> Outcome:
+    if opened.journal.fold.outcome is None:
         raise StateConflict("there is no message yet", state="idle")
-    return journal.fold.outcome
-
-
-def _message_bytes(text: str) -> bytes:
-    if not text.strip():
-        raise InvalidParams("text: a message needs at least one character that is not white space")
-    try:
-        return text.encode()
-    except UnicodeEncodeError as exc:
-        raise InvalidParams(
-            f"text: character {exc.start} is half of a surrogate pair, which UTF-8 cannot say"
-        ) from None
+    return opened.journal.fold.outcome

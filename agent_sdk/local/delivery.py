@@ -1,4 +1,8 @@
-"""Events on their way to the callbacks of this process: each exactly once, in the order of `seq`."""
+"""Events on their way to everybody in this process who wants them: each exactly once, in the order of `seq`.
+
+Listeners are called at once, in the moment of the commit, and must be quick: they are how a server
+feeds its connections. Callbacks are the user's and may take their time.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,21 @@ import asyncio
 import inspect
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from agent_sdk.conversation import Callback, OnDelta
 from agent_sdk.protocol.events import Delta, Event
 
 logger = logging.getLogger("agent_sdk")
 
+Listener = Callable[[int, bytes], None]
+"""Called with (seq, JSON)."""
+DeltaListener = Callable[[Delta], None]
+Unsubscribe = Callable[[], None]
+
 
 class Delivery:
-    """Calls the callbacks from a task of its own, so that a slow one delays later events and nothing else.
+    """Callbacks are called from a task of its own, so that a slow one delays later events and nothing else.
 
     The task exists only while something waits to be delivered.
     """
@@ -23,16 +32,37 @@ class Delivery:
     def __init__(self, callbacks: Sequence[Callback], on_delta: OnDelta | None) -> None:
         self._callbacks = tuple(callbacks)
         self._on_delta = on_delta
+        self._listeners: dict[object, Listener] = {}
+        self._delta_listeners: dict[object, DeltaListener] = {}
         self._waiting: deque[Event | Delta] = deque()
         self._task: asyncio.Task[None] | None = None
 
-    def put(self, event: Event) -> None:
-        """Deliver an event after those before it."""
+    def subscribe(self, listener: Listener) -> Unsubscribe:
+        """Tell `listener` of every event from now on; return how to end that."""
+        key = object()
+        self._listeners[key] = listener
+        return lambda: _forget(self._listeners, key)
+
+    def subscribe_deltas(self, listener: DeltaListener) -> Unsubscribe:
+        """Tell `listener` of every transient piece from now on; return how to end that."""
+        key = object()
+        self._delta_listeners[key] = listener
+        return lambda: _forget(self._delta_listeners, key)
+
+    def publish(self, event: Event, body: bytes) -> None:
+        """Tell everybody of an event that is in the log now."""
+        for listener in list(self._listeners.values()):
+            try:
+                listener(event.seq, body)
+            except Exception:  # one broken listener must not take events from the others
+                logger.exception("a listener failed")
         if self._callbacks:
             self._enqueue(event)
 
-    def put_delta(self, delta: Delta) -> None:
-        """Deliver a transient piece, in order with the events."""
+    def publish_delta(self, delta: Delta) -> None:
+        """Tell everybody of a transient piece; callbacks get it in order with the events."""
+        for listener in list(self._delta_listeners.values()):
+            listener(delta)
         if self._on_delta is not None:
             self._enqueue(delta)
 
@@ -42,7 +72,7 @@ class Delivery:
         return self._task is not None and self._task is asyncio.current_task()
 
     async def drained(self) -> None:
-        """Return when everything has been delivered; at once when a callback itself asks."""
+        """Return when the callbacks have seen everything; at once when a callback itself asks."""
         while self._task is not None and not self.delivering:
             await asyncio.wait({self._task})
 
@@ -63,6 +93,10 @@ class Delivery:
                         await _tell(callback, item)
         finally:
             self._task = None
+
+
+def _forget(listeners: dict[object, Listener] | dict[object, DeltaListener], key: object) -> None:
+    listeners.pop(key, None)
 
 
 async def _tell(callback: Callback | OnDelta, item: Event | Delta) -> None:

@@ -31,6 +31,7 @@ class Fold:
     """Feed it every event in the order of the log."""
 
     def __init__(self) -> None:
+        self.created = False
         self.title: str | None = None
         self.tags: dict[str, str] = {}
         self.stats = Stats()
@@ -73,7 +74,7 @@ class Fold:
         self._seq, self._updated_at = event.seq, event.at
         match event:
             case ConversationCreated():
-                self._created_at = event.at
+                self.created, self._created_at = True, event.at
             case AgentConfigured():
                 self.configured = event
             case UserMessage():

@@ -23,7 +23,7 @@ class Follower:
         self._behind = True
         self._ended = False
         self._news = asyncio.Event()
-        journal.listeners[self] = self._listen
+        self._unsubscribe = journal.delivery.subscribe(self._listen)
 
     async def events(self, *, follow: bool) -> AsyncIterator[Event]:
         """Yield the events after `since`; with `follow` go on until `end`."""
@@ -52,7 +52,7 @@ class Follower:
 
     def close(self) -> None:
         """Stop listening."""
-        self._journal.listeners.pop(self, None)
+        self._unsubscribe()
 
     def _listen(self, seq: int, body: bytes) -> None:
         if len(self._buffer) >= BUFFERED:

@@ -9,8 +9,7 @@ cancelled.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from agent_sdk.agent.history import History
 from agent_sdk.local.delivery import Delivery
@@ -18,11 +17,6 @@ from agent_sdk.local.fold import Fold
 from agent_sdk.local.log import EventLog, Operation, Record
 from agent_sdk.local.repair import missing_end
 from agent_sdk.protocol.events import Delta, Event, decode
-
-logger = logging.getLogger("agent_sdk")
-
-Listener = Callable[[int, bytes], None]
-DeltaListener = Callable[[Delta], None]
 
 
 class Journal:
@@ -34,9 +28,7 @@ class Journal:
         self.epoch = epoch
         self.history = History()
         self.fold = Fold()
-        self.listeners: dict[object, Listener] = {}
-        self.delta_listeners: dict[object, DeltaListener] = {}
-        self._delivery = delivery
+        self.delivery = delivery
         self._under_way: set[asyncio.Future[list[Record]]] = set()
 
     @property
@@ -51,13 +43,23 @@ class Journal:
 
     async def replay(self) -> None:
         """Take in what the log has already; nobody is told of it."""
-        async for seq_body in self.pages(0):
-            self._grow(decode(seq_body[1]))
+        while page := await self.log.read(self.conversation, self.head_seq):
+            for _, body in page:
+                self._grow(decode(body))
 
     async def pages(self, after: int) -> AsyncIterator[tuple[int, bytes]]:
-        """Yield (seq, JSON) of the events after a seq that are in the log now."""
-        while page := await self.log.read(self.conversation, after):
+        """Yield (seq, JSON) of the events after a seq, up to the head.
+
+        The file may be ahead of the head for a moment. An event that fold does not know of yet is not
+        shown to anybody, or whoever sees it and asks for the state would be told the state before it.
+        """
+        while after < self.head_seq:
+            page = await self.log.read(self.conversation, after)
+            if not page:
+                return
             for seq, body in page:
+                if seq > self.head_seq:
+                    return
                 after = seq
                 yield seq, body
 
@@ -88,10 +90,9 @@ class Journal:
 
     def delta(self, run_id: str, text: str, thinking: str) -> None:
         """Pass on a transient piece of an answer."""
-        delta = Delta(run_id=run_id, after_seq=self.head_seq, text=text, thinking=thinking)
-        for listener in list(self.delta_listeners.values()):
-            listener(delta)
-        self._delivery.put_delta(delta)
+        self.delivery.publish_delta(
+            Delta(run_id=run_id, after_seq=self.head_seq, text=text, thinking=thinking)
+        )
 
     def _committed(self, future: asyncio.Future[list[Record]]) -> None:
         self._under_way.discard(future)
@@ -99,12 +100,7 @@ class Journal:
             return
         for event, body in future.result():
             self._grow(event)
-            for listener in list(self.listeners.values()):
-                try:
-                    listener(event.seq, body)
-                except Exception:  # one broken listener must not take events from the others
-                    logger.exception("a listener failed")
-            self._delivery.put(event)
+            self.delivery.publish(event, body)
 
     def _grow(self, event: Event) -> None:
         self.history.add(event)

@@ -31,8 +31,10 @@ class Turns:
 
     @property
     def current(self) -> Turn | None:
-        """The turn that runs, its last moments included."""
-        return self._turn
+        """The turn that runs: its end is not in the log yet."""
+        turn, outcome = self._turn, self._journal.fold.outcome
+        over = turn is not None and outcome is not None and outcome.run_id == turn.run_id
+        return None if over else turn
 
     @property
     def run_id(self) -> str:
@@ -40,19 +42,20 @@ class Turns:
         joins = self._turn is not None and not self._turn.ending
         return self._turn.run_id if joins and self._turn else self._next_run_id
 
-    def message_committed(self, future: asyncio.Future[Any]) -> None:
-        """Start a turn for a message that no turn reads; one that was paused stays so until `begin`."""
+    def message_committed(self, future: asyncio.Future[Any], *, wake: bool = False) -> None:
+        """Start a turn for a message that no turn reads; what is paused stays so, unless it is to `wake`."""
         if future.cancelled() or future.exception() is not None or not self._journal.history.unread:
             return
-        if self._journal.fold.paused or not self.accepts:
+        if not self.accepts or (self._journal.fold.paused and not wake):
             return
         if self._turn is None or self._turn.ending:
             self._start()
 
     def begin(self) -> Turn | None:
         """Return the turn that runs, or start one when there is something to do, else None."""
-        if self._turn is not None:
-            return self._turn
+        current = self.current
+        if current is not None:
+            return current
         fold = self._journal.fold
         if fold.stopped and not fold.turn_open:
             return None
@@ -62,8 +65,7 @@ class Turns:
 
     async def ended(self, turn: Turn) -> None:
         """Wait for the end of a turn that `begin` or `current` returned."""
-        while self._turn is turn and self._task is not None:
-            await asyncio.wait({self._task})
+        await turn.over.wait()
 
     async def stop(self, reason: str, *, asked: bool) -> None:
         """End the running turn at once and wait for its end."""
@@ -89,5 +91,6 @@ class Turns:
                 await asyncio.wait({before})
             await turn.run()
         finally:
+            turn.over.set()
             if self._turn is turn:
                 self._turn = self._task = None
