@@ -262,6 +262,7 @@ class Conversations:
             BoxProcess(
                 root,
                 self._folder.sockets / f"{note.owner}.sock",
+                spool=self._folder.output,
                 linger=self._config.box_linger_seconds,
                 environment=self._config.box_environment,
                 on_line=lambda line: log.warning("box_spoke", line=line),

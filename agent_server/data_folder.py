@@ -30,6 +30,11 @@ class DataFolder:
         """Sockets of boxes, where the path is short enough for one."""
         return self.root / "boxes"
 
+    @property
+    def output(self) -> Path:
+        """What commands said, for as long as their box lives."""
+        return self.root / "output"
+
     def workspace(self, conversation: str) -> Path:
         """The folder in which the commands of a conversation run."""
         return self.root / "workspaces" / conversation

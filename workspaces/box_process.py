@@ -39,6 +39,7 @@ class BoxProcess:
         socket: Path,
         *,
         working_dir: Path | None = None,
+        spool: Path | None = None,
         confined: bool = True,
         linger: float = 30.0,
         environment: Mapping[str, str] | None = None,
@@ -51,6 +52,7 @@ class BoxProcess:
             socket: where it should listen; when the path is too long for a socket, it is in a private
                 temporary folder instead, see `url`.
             working_dir: where commands start; None: the root.
+            spool: folder below which it keeps the output of commands; None: a temporary place.
             confined: whether file calls are kept below the root.
             linger: seconds it goes on without any connection.
             environment: all it knows of the environment; None: a PATH and nothing else.
@@ -59,6 +61,7 @@ class BoxProcess:
         self.root = root
         self._socket = socket
         self._working_dir = working_dir
+        self._spool = spool
         self._confined = confined
         self._linger = linger
         self._environment = {"PATH": os.defpath} if environment is None else dict(environment)
@@ -149,6 +152,8 @@ class BoxProcess:
         ]
         if self._working_dir is not None:
             command += ["--working-dir", str(self._working_dir)]
+        if self._spool is not None:
+            command += ["--spool", str(self._spool)]
         if not self._confined:
             command.append("--unconfined")
         return [*command, "--linger", str(self._linger)]

@@ -35,7 +35,7 @@ class TestOverAUnixSocketToABox(WorkspaceContract):
         root.mkdir()
         async with (
             BoxProcess(root, tmp_path / "box.sock") as box,
-            RemoteWorkspace(f"unix://{box.socket_path}") as workspace,
+            RemoteWorkspace(box.url) as workspace,
         ):
             yield workspace
 
