@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,16 @@ import pytest
 # Commands inherit the environment, so those of this run can be told from those of another.
 os.environ["TESTS_RUN"] = secrets.token_hex(8)
 RUN = f"TESTS_RUN={os.environ['TESTS_RUN']}".encode()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give this run a place of its own for temporary files, so that it sees only what it left itself."""
+    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="tests-")
+    tempfile.tempdir = None
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ.pop("TMPDIR"), ignore_errors=True)
 
 
 @dataclass(frozen=True)
