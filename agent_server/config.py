@@ -150,7 +150,7 @@ def load(
 
 
 def client_environment(environ: Mapping[str, str] | None = None) -> ClientEnvironment:
-    """Read what client commands need: where the server is, its key, the model. Variables set to nothing do not count."""
+    """Read what client commands need: server, key, model. Variables set to nothing do not count."""
     environ = os.environ if environ is None else environ
     return ClientEnvironment(
         url=environ.get(f"{PREFIX}URL") or None,

@@ -61,20 +61,13 @@ class Feed:
         self._last = 0
         self._stops: list[Stop] = []
 
-    def position(self, epoch: str | None, after: int) -> None:
-        """Decide where to begin, and tell the client when that is not where it wanted to."""
-        reason = None
-        if epoch is not None and epoch != self._epoch:
-            reason = "the log was made anew"
-        elif after > self._source.head_seq:
-            reason = f"the log ends at {self._source.head_seq}, before {after}"
-        if reason is None:
-            self._last = after
-        else:
-            self._peer.notify(SyncReset(reason=reason, epoch=self._epoch, from_seq=1))
+    async def run(self, epoch: str | None, after: int) -> None:
+        """Replay what comes after a cursor, then listen; returns when the connection is live.
 
-    async def run(self) -> None:
-        """Replay, then listen; returns when the connection is live."""
+        Args:
+            epoch: of the log that `after` is from; None: of this one.
+        """
+        self._position(epoch, after)
         while True:
             page = await self._source.page(self._last)
             if not page and self._source.head_seq <= self._last:
@@ -91,6 +84,18 @@ class Feed:
         for stop in self._stops:
             stop()
         self._stops.clear()
+
+    def _position(self, epoch: str | None, after: int) -> None:
+        """Decide where to begin, and tell the client when that is not where it wanted to."""
+        reason = None
+        if epoch is not None and epoch != self._epoch:
+            reason = "the log was made anew"
+        elif after > self._source.head_seq:
+            reason = f"the log ends at {self._source.head_seq}, before {after}"
+        if reason is None:
+            self._last = after
+        else:
+            self._peer.notify(SyncReset(reason=reason, epoch=self._epoch, from_seq=1))
 
     def _live(self, seq: int, event: bytes) -> None:
         if seq > self._last and not self._send(seq, event):

@@ -48,11 +48,6 @@ from agent_server.work import Work
 
 Handlers = dict[type[Method[Any]], Handler]
 
-ALWAYS_ADMITTED = (Interrupt, Pause, Respond)
-"""Effects that help a draining server to come to an end."""
-WAITED_FOR = (Effect, Download)
-"""Calls that a draining server lets finish."""
-
 
 class HttpCall(Inbound):
     """A call that came over plain HTTP: there are no byte streams, and nobody to call back."""
@@ -206,8 +201,7 @@ def server_handlers(conversations: Conversations) -> Handlers:
 
 
 class Counter:
-    """Goes around every handler: counts and times the calls, binds log lines to the conversation, refuses new
-    work while the server drains, and lets calls that change something go on when their caller is gone."""
+    """Goes around every handler: counts and times the calls, and binds log lines to the conversation."""
 
     def __init__(self, metrics: Metrics, work: Work) -> None:
         self._metrics = metrics
@@ -220,19 +214,15 @@ class Counter:
     def _around(self, method: type[Method[Any]], handler: Handler, hosted: Hosted | None) -> Handler:
         room = "workspace" if method in WORKSPACE else "conversation"
         seconds = self._metrics.call_seconds.labels(room)
-        waited_for = issubclass(method, WAITED_FOR)
+        counts = method is Download  # what changes something is counted by the ledger
 
         async def answer(params: Any, call: Inbound) -> Any:
             outcome, began = "ok", time.monotonic()
             try:
-                if not waited_for:
+                if not counts:
                     return await handler(params, call)
-                if not isinstance(params, ALWAYS_ADMITTED):
-                    self._work.admit()
                 with self._work.under_way():
-                    return await (
-                        _to_its_end(handler, params, call, hosted) if hosted else handler(params, call)
-                    )
+                    return await handler(params, call)
             except AgentServerError as exc:
                 outcome = exc.kind
                 raise
@@ -251,32 +241,6 @@ class Counter:
                 return await answer(params, call)
 
         return bound
-
-
-async def _to_its_end(handler: Handler, params: Any, call: Inbound, hosted: Hosted) -> Any:
-    """Run a handler; when the connection ends it goes on alone, when the caller cancels it is cancelled."""
-    task: asyncio.Task[Any] = asyncio.ensure_future(handler(params, call))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if task.done():
-            raise
-        if await _is_gone(call):
-            hosted.leave_alone(task)
-        else:
-            task.cancel()
-            await asyncio.wait([task])
-        raise
-
-
-async def _is_gone(call: Inbound) -> bool:
-    """Whether the caller's connection has ended."""
-    try:
-        async with asyncio.timeout(0):
-            await call.peer.wait_closed()
-    except TimeoutError:
-        return False
-    return True
 
 
 def _about(hosted: Hosted | None) -> dict[str, str]:

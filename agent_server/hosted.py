@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -14,12 +13,12 @@ from agent_sdk.local.log import PAGE_EVENTS, EventLog
 from agent_sdk.protocol.events import Delta, TurnEnded, TurnStarted
 from agent_sdk.protocol.methods import Method
 from agent_sdk.protocol.results import Snapshot
-from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Peer
+from agent_sdk.serve import weight
 from agent_server.client_tools import ClientTools
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
-from agent_server.work import Work
+from agent_server.work import CountedLedger, Work
 from agent_server.workspace import HostedWorkspace
 
 CLOSE_GONE = 4404
@@ -54,7 +53,7 @@ class Hosted:
         self.id = id
         self.workspace = workspace
         self.tools = ClientTools()
-        self.ledger = Ledger()
+        self.ledger = CountedLedger(work, weigh=weight)
         self.guests: set[Guest] = set()
         self.handlers: dict[type[Method[Any]], Handler] = {}
         """Who answers its calls; put here by whoever answers the first."""
@@ -67,7 +66,6 @@ class Hosted:
         self._work = work
         self._turn = ExitStack()
         self._turn_runs = False
-        self._left_alone: set[asyncio.Task[object]] = set()
         self._forget: list[Callable[[], None]] = []
         self._delta_listeners: dict[object, Callable[[bytes], None]] = {}
 
@@ -83,10 +81,7 @@ class Hosted:
 
     async def close(self) -> None:
         """Interrupt what runs, and let go of everything but the workspace, which may be shared."""
-        for task in self._left_alone:
-            task.cancel()
-        if self._left_alone:
-            await asyncio.wait(self._left_alone)
+        await self.ledger.close()
         await self.local.close()
         self._end_turn()
         for forget in self._forget:
@@ -96,7 +91,7 @@ class Hosted:
     @property
     def busy(self) -> bool:
         """Whether something goes on in it that nobody needs to be connected for."""
-        return self._turn_runs or bool(self._left_alone)
+        return self._turn_runs or self.ledger.running > 0
 
     @property
     def epoch(self) -> str:
@@ -133,11 +128,6 @@ class Hosted:
     def mask(self, secrets: Iterable[str | None]) -> None:
         """Keep these values out of the server's log while the conversation is in memory."""
         self._forget.append(self._logs.redactor.add(secrets))
-
-    def leave_alone(self, task: asyncio.Task[object]) -> None:
-        """Let a call go on whose caller is gone; its result waits in the ledger."""
-        self._left_alone.add(task)
-        task.add_done_callback(self._left_alone.discard)
 
     def dismiss(self, code: int, reason: str, *, but: Peer | None = None) -> None:
         """Close its connections, `but` that one."""

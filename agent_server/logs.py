@@ -140,9 +140,10 @@ class Logs:
         self.log = log
         self.redactor = redactor
 
-    def bug(self, bug: BaseException, incident: str) -> None:
+    def bug(self, bug: BaseException, incident: str, **facts: str) -> None:
         """Log a bug under the incident id that the other side was told."""
-        self.log.error("bug_met", incident=incident, traceback="".join(traceback.format_exception(bug)))
+        story = "".join(traceback.format_exception(bug))
+        self.log.error("bug_met", incident=incident, **facts, traceback=story)
 
 
 @contextmanager

@@ -202,7 +202,8 @@ class Session:
 
     def _bug(self, bug: BaseException, incident: str) -> None:
         self._lobby.metrics.bugs.inc()
-        self._lobby.logs.bug(bug, incident)
+        conversation = self._hosted.id if self._hosted else self._wanted[:SHOWN]
+        self._lobby.logs.bug(bug, incident, connection=self.id, conversation=conversation)
 
     # --- initialize ---
 
@@ -274,10 +275,14 @@ class Session:
     def _begin_feed(self, epoch: str | None, after: int) -> None:
         assert self._hosted is not None
         self._feed = Feed(self._hosted, self.peer, self._stuck)
-        self._feed.position(epoch, after)
-        # A task, so that the answer to this call goes out before the first event.
-        self._feeding = asyncio.create_task(self._feed.run())
-        self._feeding.add_done_callback(self._fed)
+        # Peer queues the answer to this call as soon as the handler has ended: what begins one turn
+        # of the loop later comes after it.
+        asyncio.get_running_loop().call_soon(self._start_feed, self._feed, epoch, after)
+
+    def _start_feed(self, feed: Feed, epoch: str | None, after: int) -> None:
+        if not self.ended.is_set():
+            self._feeding = asyncio.create_task(feed.run(epoch, after))
+            self._feeding.add_done_callback(self._fed)
 
     def _fed(self, feeding: asyncio.Task[None]) -> None:
         if not feeding.cancelled() and (bug := feeding.exception()) is not None:

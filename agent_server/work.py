@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from agent_sdk.protocol.errors import Overloaded
+from agent_sdk.protocol.methods import Effect, Interrupt, Pause, Respond
+from agent_sdk.rpc.ledger import Ledger
+
+T = TypeVar("T")
+
+ALWAYS_ADMITTED = (Interrupt, Pause, Respond)
+"""They help a server that drains to come to an end."""
 
 RETRY_AFTER_MS = 1000
 
 
 class Work:
-    """Calls that change something, and agent turns, while they run."""
+    """Calls that change something, downloads, and agent turns, while they run."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -57,3 +65,35 @@ class Work:
         except TimeoutError:
             return False
         return True
+
+
+class CountedLedger(Ledger):
+    """A ledger whose operations are work: the server waits for them, and begins no new ones while it drains.
+
+    An operation goes on when its caller loses the connection, so it is counted here and not with the call.
+    """
+
+    def __init__(self, work: Work, **options: Any) -> None:
+        super().__init__(**options)
+        self._work = work
+        self.running = 0
+        """Operations under way."""
+
+    async def run(self, call: Effect[Any], action: Callable[[], Awaitable[T]]) -> T:
+        """See Ledger.run.
+
+        Raises:
+            Overloaded: the operation is new, and the server drains.
+        """
+
+        async def counted() -> T:
+            if not isinstance(call, ALWAYS_ADMITTED):
+                self._work.admit()
+            self.running += 1
+            try:
+                with self._work.under_way():
+                    return await action()
+            finally:
+                self.running -= 1
+
+        return await super().run(call, counted)
