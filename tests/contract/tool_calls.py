@@ -1,0 +1,213 @@
+"""What every conversation promises of the calls its agent makes: tools, approvals, secrets."""
+
+import asyncio
+import os
+from typing import Any
+
+import pytest
+
+from agent_sdk.protocol.errors import InvalidParams, RequestNotFound
+from agent_sdk.protocol.events import (
+    Event,
+    RequestOpened,
+    RequestResolved,
+    SecretsChanged,
+    ToolReturned,
+    encode,
+)
+from agent_sdk.protocol.specs import ConfirmationPolicy
+from agent_sdk.testing import call, calls, say
+from agent_sdk.tools import tool
+from tests.contract.vocabulary import PATIENCE, Open, acting, last_result, past, these, until
+
+
+class ToolCallsContract:
+    """Part of the ConversationContract; see there."""
+
+    # --- tools ---
+
+    async def test_a_python_function_runs_in_the_process_of_its_owner(self, open: Open) -> None:
+        pids: list[int] = []
+
+        @tool
+        def where(question: str) -> dict[str, int]:
+            """Say where this runs."""
+            pids.append(os.getpid())
+            return {"pid": os.getpid()}
+
+        conversation = await open(acting(call("where", question="?"), say("done"), tools=[where]))
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        assert pids == [os.getpid()]
+        assert (await last_result(conversation)).text == f'{{"pid":{os.getpid()}}}'
+
+    async def test_what_a_function_raises_is_read_by_the_model(self, open: Open) -> None:
+        @tool
+        async def broken() -> str:
+            """Break."""
+            raise KeyError("no such symbol")
+
+        conversation = await open(acting(call("broken"), say("done"), tools=[broken]))
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        result = await last_result(conversation)
+        assert result.is_error
+        assert "no such symbol" in result.text
+
+    async def test_a_tool_that_does_not_exist_is_answered_with_those_that_do(self, open: Open) -> None:
+        conversation = await open(acting(call("browser", url="x"), say("done"), tools=["think", "finish"]))
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        result = await last_result(conversation)
+        assert result.is_error
+        assert "think, finish" in result.text
+
+    @pytest.mark.parametrize(
+        ("arguments", "field"),
+        [
+            ({"command": "view"}, "path"),
+            ({"command": "view", "path": 3}, "path"),
+            ({"command": "fly"}, "command"),
+        ],
+        ids=["missing", "wrong type", "wrong value"],
+    )
+    async def test_wrong_arguments_are_answered_with_the_name_of_the_field(
+        self, open: Open, arguments: dict[str, Any], field: str
+    ) -> None:
+        conversation = await open(acting(call("file_editor", **arguments), say("done")))
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        result = await last_result(conversation)
+        assert result.is_error
+        assert field in result.text
+
+    async def test_results_come_in_the_order_of_the_calls(self, open: Open) -> None:
+        second_ran = asyncio.Event()
+
+        @tool(read_only=True)
+        async def slow() -> str:
+            """Wait for the other."""
+            await second_ran.wait()
+            return "slow"
+
+        @tool(read_only=True)
+        async def quick() -> str:
+            """Let the other go on."""
+            second_ran.set()
+            return "quick"
+
+        conversation = await open(
+            acting(calls(call("slow"), call("quick")), say("done"), tools=[slow, quick])
+        )
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        assert [event.text for event in await these(conversation, ToolReturned)] == ["slow", "quick"]
+
+    async def test_a_very_long_result_arrives_with_its_beginning_its_end_and_the_size_of_the_gap(
+        self, open: Open
+    ) -> None:
+        size = 20 << 20
+
+        @tool
+        async def flood() -> str:
+            """Say a lot."""
+            return "<" + "x" * (size - 2) + ">"
+
+        heard: list[Event] = []
+        conversation = await open(acting(call("flood"), say("done"), tools=[flood]), callbacks=[heard.append])
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        [returned] = [event for event in heard if isinstance(event, ToolReturned)]
+        assert len(returned.text) + returned.bytes_cut == size
+        assert len(returned.text) == 16 << 20
+        assert (returned.text[0], returned.text[-1]) == ("<", ">")
+
+    # --- approvals ---
+
+    async def test_an_approved_call_runs(self, open: Open) -> None:
+        policy = ConfirmationPolicy(mode="writes")
+        conversation = await open(
+            acting(call("terminal", command="echo ran"), say("done")), confirmation=policy
+        )
+        await conversation.send_message("go")
+        request = await until(conversation, RequestOpened)
+        snapshot = await conversation.state()
+        assert snapshot.state == "awaiting"
+        assert [pending.request_id for pending in snapshot.pending] == [request.request_id]
+        assert await these(conversation, ToolReturned) == []
+        await conversation.respond(request.request_id, "approve")
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+        assert (await last_result(conversation)).text.startswith("ran\n")
+
+    async def test_a_rejected_call_is_not_run_and_the_agent_hears_why(self, open: Open) -> None:
+        policy = ConfirmationPolicy(tools=("terminal",))
+        conversation = await open(
+            acting(call("terminal", command="echo ran"), say("done")), confirmation=policy
+        )
+        await conversation.send_message("go")
+        request = await until(conversation, RequestOpened)
+        await conversation.respond(request.request_id, "reject", reason="not on a Sunday")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "done"
+        result = await last_result(conversation)
+        assert result.is_error
+        assert "not on a Sunday" in result.text
+        assert "ran\n" not in result.text
+
+    async def test_the_first_answer_to_a_request_counts(self, open: Open) -> None:
+        policy = ConfirmationPolicy(mode="always")
+        conversation = await open(acting(call("terminal", command="true"), say("done")), confirmation=policy)
+        await conversation.send_message("go")
+        request = await until(conversation, RequestOpened)
+        await conversation.respond(request.request_id, "approve")
+        with pytest.raises(RequestNotFound):
+            await conversation.respond(request.request_id, "reject")
+        await conversation.run(timeout=PATIENCE)
+        assert [event.answer for event in await these(conversation, RequestResolved)] == ["approved"]
+
+    async def test_an_interrupt_makes_open_requests_void(self, open: Open) -> None:
+        policy = ConfirmationPolicy(mode="always")
+        conversation = await open(acting(call("terminal", command="true"), say("done")), confirmation=policy)
+        await conversation.send_message("go")
+        request = await until(conversation, RequestOpened)
+        await conversation.interrupt()
+        assert [event.answer for event in await these(conversation, RequestResolved)] == ["void"]
+        assert (await conversation.state()).pending == ()
+        with pytest.raises(RequestNotFound):
+            await conversation.respond(request.request_id, "approve")
+
+    async def test_the_policy_can_be_changed(self, open: Open) -> None:
+        conversation = await open(acting(call("terminal", command="true"), say("done")))
+        await conversation.set_confirmation_policy(ConfirmationPolicy(mode="always"))
+        await conversation.send_message("go")
+        request = await until(conversation, RequestOpened)
+        assert (request.request, request.tool) == ("approval", "terminal")
+
+    # --- secrets ---
+
+    async def test_secrets_reach_the_terminal_and_nobody_else(self, open: Open) -> None:
+        secret = "hunter2-hunter2"
+        script = (call("terminal", command='echo "$TOKEN"; echo ${#TOKEN}'), say("done"))
+        conversation = await open(acting(*script), secrets={"TOKEN": secret})
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        assert (await last_result(conversation)).text.startswith("<secret-hidden>\n15\n")
+        assert [event.names for event in await these(conversation, SecretsChanged)] == [("TOKEN",)]
+        assert not any(secret.encode() in encode(event) for event in await past(conversation))
+
+    async def test_secrets_can_be_changed_between_commands(self, open: Open) -> None:
+        script = (call("terminal", command="echo ${#TOKEN}"), say("one"))
+        again = (call("terminal", command="echo ${#TOKEN}"), say("two"))
+        conversation = await open(acting(*script, *again))
+        await conversation.update_secrets({"TOKEN": "12345678"})
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        await conversation.update_secrets({"TOKEN": "1234567890"})
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        texts = [event.text.splitlines()[0] for event in await these(conversation, ToolReturned)]
+        assert texts == ["8", "10"]
+
+    async def test_a_secret_needs_the_name_of_a_variable(self, open: Open) -> None:
+        conversation = await open(acting(say("done")))
+        with pytest.raises(InvalidParams, match="secrets"):
+            await conversation.update_secrets({"NOT A NAME": "12345678"})
