@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import InvalidParams, ProcessNotFound, TransferBroken
@@ -19,7 +19,7 @@ from agent_sdk.protocol.methods import (
     ShellRun,
     ShellSend,
 )
-from agent_sdk.remote.streams import collect, milliseconds, pass_failure
+from agent_sdk.remote.streams import milliseconds, pass_failure, with_output
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteReader, ByteWriter
 from agent_sdk.workspace import Exit, OutputName, ShellResult
@@ -138,44 +138,41 @@ class RemoteShell:
         if not command:
             raise InvalidParams("command must not be empty")
         async with self._peer.open_reader() as reader:
-            answer = await self._peer.call(
-                ShellRun(
-                    op_id=new_id(),
-                    name=self._name,
-                    command=command,
-                    timeout_ms=milliseconds("timeout", timeout),
-                    quiet_ms=milliseconds("quiet", quiet),
-                    channel=reader.channel,
-                )
+            call = ShellRun(
+                op_id=new_id(),
+                name=self._name,
+                command=command,
+                timeout_ms=milliseconds("timeout", timeout),
+                quiet_ms=milliseconds("quiet", quiet),
+                channel=reader.channel,
             )
-            return await _shell_result(answer, reader)
+            return await _shell_result(self._peer.call(call), reader)
 
     async def send(
         self, data: bytes, *, timeout: float | None = None, quiet: float | None = 30.0
     ) -> ShellResult:
         """See Shell.send."""
         async with self._peer.open_reader() as reader:
-            answer = await self._peer.call(
-                ShellSend(
-                    op_id=new_id(),
-                    name=self._name,
-                    keys=data.decode("latin-1"),
-                    timeout_ms=milliseconds("timeout", timeout),
-                    quiet_ms=milliseconds("quiet", quiet),
-                    channel=reader.channel,
-                )
+            call = ShellSend(
+                op_id=new_id(),
+                name=self._name,
+                keys=data.decode("latin-1"),
+                timeout_ms=milliseconds("timeout", timeout),
+                quiet_ms=milliseconds("quiet", quiet),
+                channel=reader.channel,
             )
-            return await _shell_result(answer, reader)
+            return await _shell_result(self._peer.call(call), reader)
 
     async def reset(self) -> None:
         """See Shell.reset."""
         await self._peer.call(ShellReset(op_id=new_id(), name=self._name))
 
 
-async def _shell_result(answer: ShellAnswer, reader: ByteReader) -> ShellResult:
+async def _shell_result(call: Awaitable[ShellAnswer], reader: ByteReader) -> ShellResult:
+    answer, (output,) = await with_output(call, (reader,), lambda ended: (ended.output_bytes,))
     return ShellResult(
         status=answer.status,
-        output=await collect(reader, answer.output_bytes),
+        output=output,
         exit_code=answer.exit_code,
         cwd=answer.cwd,
         full_output=answer.full_output,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -62,13 +62,36 @@ class Collector:
         return Output(bytes(self._head), bytes(self._tail[-TAIL_BYTES:]), size)
 
 
-async def collect(reader: ByteReader, size: int) -> Output:
-    """Read the output a call sent after its end; nothing is sent where `size` is 0."""
+async def with_output(
+    call: Awaitable[A], readers: Sequence[ByteReader], sizes: Callable[[A], Sequence[int]]
+) -> tuple[A, list[Output]]:
+    """Await a call and the output it sends meanwhile.
+
+    Output may exceed one window of credit, so it has to be read before the call is answered. A stream
+    that stayed empty is never opened by the other end.
+
+    Args:
+        sizes: how many bytes each stream had, from the answer.
+    """
+    collecting = [asyncio.ensure_future(_collect(reader)) for reader in readers]
+    try:
+        answer = await call
+        outputs = [
+            (await collected).output(size) if size else Output()
+            for collected, size in zip(collecting, sizes(answer), strict=True)
+        ]
+        return answer, outputs
+    finally:
+        for collected in collecting:
+            collected.cancel()
+        await asyncio.gather(*collecting, return_exceptions=True)
+
+
+async def _collect(reader: ByteReader) -> Collector:
     collector = Collector()
-    if size:
-        async for chunk in reader:
-            collector.add(chunk.data)
-    return collector.output(size)
+    async for chunk in reader:
+        collector.add(chunk.data)
+    return collector
 
 
 async def pump(out: ByteReader, err: ByteReader, on_output: OnOutput) -> tuple[Collector, Collector]:

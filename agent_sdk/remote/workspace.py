@@ -26,7 +26,7 @@ from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
 from agent_sdk.remote.connection import Connection, connect
 from agent_sdk.remote.files import RemoteFiles, RemoteGit
 from agent_sdk.remote.process import RemoteProcess, RemoteShell
-from agent_sdk.remote.streams import Incoming, collect, feed, milliseconds, pump, send, together
+from agent_sdk.remote.streams import Incoming, feed, milliseconds, pump, send, together, with_output
 from agent_sdk.rpc.peer import Handler, Peer
 from agent_sdk.workspace import (
     ExecResult,
@@ -175,9 +175,9 @@ class RemoteWorkspace:
                 follow=on_output is not None,
             )
             if on_output is None:
-                answer = await peer.call(call)
-                stdout = await collect(out, answer.stdout_bytes)
-                stderr = await collect(err, answer.stderr_bytes)
+                answer, (stdout, stderr) = await with_output(
+                    peer.call(call), (out, err), lambda ended: (ended.stdout_bytes, ended.stderr_bytes)
+                )
             else:
                 answer, said = await together(peer.call(call), pump(out, err, on_output))
                 stdout = said[0].output(answer.stdout_bytes)
