@@ -7,6 +7,9 @@ variables on another. Whatever throws bash out of the loop (^C, an unset variabl
 which starts the loop again. So no command is too long for a terminal's line, none can be cut by a quote
 that never closes, and what is typed reaches the running program and nothing else.
 
+The last exit status is in `$?` when the next command begins: the two arms of an `if` see the status of its
+condition, and unlike a plain command that fails, a condition sets off no ERR trap.
+
 After each report a marker with a nonce is printed to the terminal: what came before it was said before
 the command had ended. Commands run without the three descriptors of this machinery.
 """
@@ -50,6 +53,7 @@ __report() {
   builtin printf '\0' >&STATUS
 }
 __next() {
+  __last=$1
   __report "$__n" "$1"
   builtin printf '\033]133;D;NONCE;%s\007' "$__n" >&$__tty
   builtin set +e
@@ -59,8 +63,12 @@ __next() {
   __n=$((__n + 1))
   builtin printf 'NONCE begin %s \0\0' "$__n" >&STATUS
 }
+__keep() { builtin return "$__last"; }
 __loop='while { __next "$?"; } 2>/dev/null; do
-builtin eval "$__command" COMMANDS<&- STATUS>&- {__tty}>&-
+if { __keep; } 2>/dev/null
+then builtin eval "$__command" COMMANDS<&- STATUS>&- {__tty}>&-
+else builtin eval "$__command" COMMANDS<&- STATUS>&- {__tty}>&-
+fi
 done; builtin eval "$__loop"'
 PROMPT_COMMAND='builtin eval "$__loop"'
 trap '__report end "$?"' EXIT
@@ -114,6 +122,7 @@ class Bash:
         self._early: asyncio.Future[None] | None = None
         self._sending: asyncio.Task[None] | None = None
         self._reports: dict[int, Report] = {}
+        self._last: Report | None = None
         self._marked = -1
         self._told = -1
         self._status = bytearray()
@@ -210,6 +219,8 @@ class Bash:
         self.intake.drain()
         self._terminal.close_slave()
         self.intake.drain()
+        if self._last is not None:
+            self._on_report(self._last)
         self._feed.close()
         self._commands.close()
 
@@ -248,7 +259,7 @@ class Bash:
         number = None if name == b"end" else int(name)
         report = Report(number, int(exit_code), os.fsdecode(cwd), exported)
         if number is None:
-            self._on_report(report)
+            self._last = report
         else:
             self._reports[number] = report
             self._tell()

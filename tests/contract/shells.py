@@ -1,0 +1,225 @@
+"""What every workspace promises about persistent shells."""
+
+import asyncio
+
+import pytest
+
+from agent_sdk.protocol.errors import InvalidParams
+from tests.contract.commands import PATIENCE, alive
+
+CTRL_C, CTRL_D, CTRL_Z = b"\x03", b"\x04", b"\x1a"
+
+ASKS_WHERE_THE_CURSOR_IS = r"""
+import os, sys, termios, tty
+before = termios.tcgetattr(0)
+tty.setraw(0)
+os.write(1, b"\x1b[6n")
+answer = os.read(0, 100)
+termios.tcsetattr(0, termios.TCSANOW, before)
+print("answered", answer.endswith(b"R"))
+"""
+
+
+class ShellContract:
+    """Mixed into WorkspaceContract."""
+
+    async def test_a_shell_answers_with_output_exit_code_and_folder(self, workspace):
+        result = await workspace.shell().run("echo hi; false")
+        info = await workspace.describe()
+        assert (result.status, result.output.text, result.exit_code) == ("done", "hi\n", 1)
+        assert result.cwd == info.working_dir
+
+    async def test_folder_variables_functions_and_options_stay(self, workspace):
+        shell = workspace.shell()
+        await shell.run(
+            "mkdir -p a/b; cd a/b; name=value; export OTHER='x y'; f() { echo f:$1; }; shopt -s nullglob"
+        )
+        result = await shell.run('echo "$name/$OTHER"; f 1; basename "$PWD"; echo no*thing')
+        assert result.output.text == "value/x y\nf:1\nb\n\n"
+
+    async def test_shells_of_other_names_are_others(self, workspace):
+        await workspace.shell("one").run("x=1")
+        assert (await workspace.shell("two").run("echo [$x]")).output.text == "[]\n"
+
+    async def test_the_last_exit_code_is_known_to_the_next_command(self, workspace):
+        await workspace.shell().run("(exit 42)")
+        assert (await workspace.shell().run("echo $?")).output.text == "42\n"
+
+    @pytest.mark.parametrize(
+        ("command", "output"),
+        [
+            ("cat <<'END'\n$x `y`\nEND", "$x `y`\n"),
+            ("for i in 1 2\ndo\n  echo $i\ndone", "1\n2\n"),
+            ("echo one\necho two", "one\ntwo\n"),
+            ("printf '%s' 'tab\there'", "tab\there"),
+            ("echo a \\\n  b", "a b\n"),
+            ("echo 'it''s' \"fine\"  # not this", "its fine\n"),
+            ("declare -A m=([a]=1); echo ${m[a]}", "1\n"),
+        ],
+    )
+    async def test_any_bash_text_is_fine(self, workspace, command, output):
+        result = await workspace.shell().run(command)
+        assert (result.output.text, result.exit_code) == (output, 0)
+
+    @pytest.mark.parametrize("command", ["echo 'abc", 'echo "abc', "if true; then", "echo $(", ")"])
+    async def test_text_that_never_ends_is_an_error_of_that_command_alone(self, workspace, command):
+        shell = workspace.shell()
+        assert (await shell.run(command)).exit_code != 0
+        assert (await shell.run("echo alive")).output.text == "alive\n"
+
+    @pytest.mark.parametrize(
+        "command", ["break", "continue", "return 3", "set -u; echo $nope", "echo ${x:?no}", "TMOUT=1"]
+    )
+    async def test_what_would_leave_a_script_leaves_the_shell_alone(self, workspace, command):
+        shell = workspace.shell()
+        assert (await shell.run(command)).status == "done"
+        assert (await shell.run("echo alive")).output.text == "alive\n"
+
+    async def test_a_command_of_any_length_arrives_whole(self, workspace):
+        result = await workspace.shell().run(f"echo {'a' * 300_000} | wc -c")
+        assert result.output.text.strip() == "300001"
+
+    async def test_every_byte_value_is_shown_as_it_is(self, workspace):
+        every = "".join(f"\\x{byte:02x}" for byte in range(256))
+        result = await workspace.shell().run(f"printf '{every}'")
+        assert result.output.head == bytes(range(256))
+
+    async def test_an_empty_command_is_refused(self, workspace):
+        with pytest.raises(InvalidParams):
+            await workspace.shell().run("")
+
+    async def test_a_background_job_does_not_hold_up_the_answer(self, workspace):
+        shell = workspace.shell()
+        async with asyncio.timeout(PATIENCE):
+            result = await shell.run("sleep 1000 & echo $! > pid; echo hi")
+        assert result.output.text == "hi\n"
+        assert await alive(workspace)
+        assert (await shell.run("kill %1; wait %1 2>/dev/null; echo $?")).output.text == "143\n"
+
+    async def test_what_a_background_job_says_later_comes_with_the_next_answer(self, workspace):
+        shell = workspace.shell()
+        await shell.run("(until [ -e go ]; do sleep 0.01; done; echo late; touch said) &")
+        result = await shell.run("touch go; until [ -e said ]; do sleep 0.01; done; echo now")
+        assert result.output.text == "late\nnow\n"
+
+    # --- commands that go on ---
+
+    async def test_a_silent_command_is_answered_as_quiet_and_goes_on(self, workspace):
+        shell = workspace.shell()
+        result = await shell.run("read line; echo got $line", quiet=0.2)
+        assert (result.status, result.exit_code) == ("quiet", None)
+        result = await shell.send(b"something\n")
+        assert (result.status, result.output.text, result.exit_code) == ("done", "got something\n", 0)
+
+    async def test_a_timeout_answers_and_the_command_goes_on(self, workspace):
+        shell = workspace.shell()
+        result = await shell.run(
+            "echo begun; until [ -e go ]; do sleep 0.01; done; echo ended", timeout=0.3, quiet=None
+        )
+        assert (result.status, result.output.text) == ("timeout", "begun\n")
+        await workspace.files.write("go", b"")
+        result = await shell.send(b"", timeout=PATIENCE)
+        assert (result.status, result.output.text, result.exit_code) == ("done", "ended\n", 0)
+
+    async def test_a_second_command_is_not_started_while_one_runs(self, workspace):
+        shell = workspace.shell()
+        await shell.run("sleep 1000", timeout=0.1)
+        result = await shell.run("touch never")
+        assert result.status == "busy"
+        assert (await workspace.execute("ls never")).exit_code != 0
+
+    async def test_the_interrupt_key_ends_the_command_and_not_the_shell(self, workspace):
+        shell = workspace.shell()
+        await shell.run("x=kept; sleep 1000", timeout=0.2)
+        result = await shell.send(CTRL_C)
+        assert (result.status, result.exit_code) == ("done", 130)
+        assert (await shell.run("echo $x")).output.text == "kept\n"
+
+    async def test_the_interrupt_key_ends_a_loop(self, workspace):
+        shell = workspace.shell()
+        await shell.run("while :; do :; done", timeout=0.2)
+        assert (await shell.send(CTRL_C)).status == "done"
+
+    async def test_the_end_of_file_key_ends_the_input(self, workspace):
+        shell = workspace.shell()
+        await shell.run("cat | tr a-z A-Z", quiet=0.1)
+        await shell.send(b"abc\n", quiet=0.1)
+        assert (await shell.send(CTRL_D)).status == "done"
+
+    async def test_a_suspended_command_can_be_brought_back(self, workspace):
+        shell = workspace.shell()
+        await shell.run("until [ -e go ]; do sleep 0.01; done; echo ended", timeout=0.2)
+        await shell.send(CTRL_C)
+        await shell.run("bash -c 'until [ -e go ]; do sleep 0.01; done; echo ended'", timeout=0.2)
+        assert (await shell.send(CTRL_Z)).status == "done"
+        assert (await shell.run("touch go; fg >/dev/null")).output.text == "ended\n"
+
+    async def test_typing_when_nothing_runs_types_nothing(self, workspace):
+        shell = workspace.shell()
+        assert (await shell.send(b"touch never\n")).status == "done"
+        assert (await shell.run("ls never 2>&1 | wc -l; read -t 0 && echo typed")).output.text == "1\n"
+
+    async def test_cancelling_interrupts_the_command(self, workspace):
+        shell = workspace.shell()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await shell.run("sleep 1000")
+        assert (await shell.run("echo free")).output.text.strip() == "free"
+
+    async def test_a_program_may_ask_where_the_cursor_is(self, workspace):
+        await workspace.files.write("ask.py", ASKS_WHERE_THE_CURSOR_IS.encode())
+        async with asyncio.timeout(PATIENCE):
+            result = await workspace.shell().run("python3 ask.py")
+        assert "answered True" in result.output.text
+
+    async def test_a_program_finds_a_terminal(self, workspace):
+        result = await workspace.shell().run("[ -t 0 ] && [ -t 1 ] && [ -t 2 ] && echo yes")
+        assert result.output.text == "yes\n"
+
+    # --- long output ---
+
+    async def test_the_whole_of_a_long_output_is_in_a_file(self, workspace):
+        shell = workspace.shell()
+        result = await shell.run("seq 1 300000")
+        assert result.output.omitted > 0
+        summed = await workspace.execute(f"cksum < {result.full_output}; seq 1 300000 | cksum")
+        first, second = summed.stdout.splitlines()
+        assert first == second
+
+    async def test_output_too_long_to_read_has_a_file_though_nothing_is_left_out(self, workspace):
+        result = await workspace.shell().run("seq 1 8000")
+        assert result.output.omitted == 0
+        assert (await workspace.execute(f"wc -l < {result.full_output}")).stdout.strip() == "8000"
+
+    async def test_short_output_has_no_file(self, workspace):
+        assert (await workspace.shell().run("seq 1 100")).full_output is None
+
+    # --- its end ---
+
+    @pytest.mark.parametrize(
+        ("command", "exit_code"), [("exit 3", 3), ("set -e; false", 1), ("exec true", 0)]
+    )
+    async def test_a_shell_that_ends_leaves_folder_and_variables_to_a_fresh_one(
+        self, workspace, command, exit_code
+    ):
+        shell = workspace.shell()
+        await shell.run("mkdir sub; cd sub; export KEPT='a b'")
+        result = await shell.run(f"echo bye; {command}")
+        assert (result.status, result.output.text, result.exit_code) == ("ended", "bye\n", exit_code)
+        result = await shell.run('echo "$KEPT"; basename "$PWD"')
+        assert (result.status, result.output.text) == ("done", "a b\nsub\n")
+
+    async def test_what_was_exported_in_the_last_command_is_kept_too(self, workspace):
+        shell = workspace.shell()
+        await shell.run("export LAST=1; exit")
+        assert (await shell.run("echo $LAST")).output.text == "1\n"
+
+    async def test_a_reset_ends_everything_and_starts_afresh(self, workspace):
+        shell = workspace.shell()
+        await shell.run(
+            "cd /; export LOST=1; setsid sleep 1000 & echo $! > $OLDPWD/pid; sleep 1000", timeout=0.3
+        )
+        await shell.reset()
+        result = await shell.run("echo [$LOST]")
+        assert (result.output.text, result.cwd) == ("[]\n", (await workspace.describe()).working_dir)
+        assert not await alive(workspace)

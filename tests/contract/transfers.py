@@ -1,0 +1,160 @@
+"""What every workspace promises about files that travel: whole and verified, or not at all."""
+
+import asyncio
+import hashlib
+import os
+import stat
+from collections.abc import AsyncIterator
+
+import pytest
+
+from agent_sdk.protocol.errors import (
+    ChangedDuringRead,
+    IsADirectory,
+    NotARegularFile,
+    OutsideWorkspace,
+    PathNotFound,
+    TransferBroken,
+)
+
+BLOCK = bytes(range(256)) * 4096
+
+
+async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+class TransferContract:
+    """Mixed into WorkspaceContract."""
+
+    @pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 5_000_003])
+    async def test_a_file_goes_up_and_comes_down_unchanged(self, workspace, tmp_path, size):
+        source, copy = tmp_path / "source", tmp_path / "there" / "copy"
+        source.write_bytes((BLOCK * 5)[:size])
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        up = await workspace.upload(source, "in/data.bin")
+        down = await workspace.download("in/data.bin", copy)
+        assert (up.size, up.sha256, down.size, down.sha256) == (size, digest, size, digest)
+        assert copy.read_bytes() == source.read_bytes()
+        assert (await workspace.execute("sha256sum < in/data.bin")).stdout.split()[0] == digest
+
+    async def test_mode_bits_travel(self, workspace, tmp_path):
+        (tmp_path / "tool").write_text("#!/bin/sh\necho works\n")
+        (tmp_path / "tool").chmod(0o750)
+        up = await workspace.upload(str(tmp_path / "tool"), "bin/tool")
+        down = await workspace.download("bin/tool", tmp_path / "back")
+        assert (up.mode, down.mode, stat.S_IMODE((tmp_path / "back").stat().st_mode)) == (0o750,) * 3
+        assert (await workspace.execute(["./bin/tool"])).stdout == "works\n"
+
+    async def test_a_missing_source_is_a_file_not_found_error_both_ways(self, workspace, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            await workspace.upload(tmp_path / "nowhere", "f")
+        with pytest.raises(FileNotFoundError):
+            await workspace.download("nowhere", tmp_path / "f")
+        assert os.listdir(tmp_path) == [] or not (tmp_path / "f").exists()
+        assert await workspace.files.list() == []
+
+    async def test_only_regular_files_travel(self, workspace, tmp_path):
+        os.mkfifo(tmp_path / "fifo")
+        with pytest.raises(NotARegularFile):
+            await workspace.upload(tmp_path / "fifo", "f")
+        with pytest.raises(IsADirectory):
+            await workspace.upload(tmp_path, "f")
+        await workspace.execute("mkfifo pipe")
+        with pytest.raises(NotARegularFile):
+            await workspace.download("pipe", tmp_path / "f")
+
+    @pytest.mark.parametrize("path", ["../f", "/etc/f", "out/f"])
+    async def test_nothing_travels_to_or_from_outside(self, workspace, tmp_path, path):
+        await workspace.execute("ln -s /etc out")
+        (tmp_path / "source").write_bytes(b"x")
+        with pytest.raises(OutsideWorkspace):
+            await workspace.upload(tmp_path / "source", path)
+        with pytest.raises(OutsideWorkspace):
+            await workspace.download(path, tmp_path / "copy")
+
+    async def test_an_upload_replaces_a_file_as_a_whole(self, workspace, tmp_path):
+        await workspace.files.write("f", b"a much longer old text")
+        (tmp_path / "source").write_bytes(b"new")
+        await workspace.upload(tmp_path / "source", "f")
+        assert await workspace.files.read("f") == b"new"
+        assert (await workspace.execute("ls -A")).stdout == "f\n"
+
+    async def test_a_download_that_fails_keeps_the_old_file(self, workspace, tmp_path):
+        (tmp_path / "copy").write_bytes(b"old")
+        with pytest.raises(PathNotFound):
+            await workspace.download("nowhere", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == b"old"
+        assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
+
+    # --- byte streams ---
+
+    async def test_a_file_is_written_from_pieces(self, workspace):
+        written = await workspace.write_stream("d/f", pieces(b"one ", b"", b"two"), size=7, mode=0o640)
+        assert (written.size, written.mode) == (7, 0o640)
+        assert written.sha256 == hashlib.sha256(b"one two").hexdigest()
+        assert await workspace.files.read("d/f") == b"one two"
+
+    @pytest.mark.parametrize("size", [3, 2_000_000])
+    async def test_a_file_of_another_size_than_announced_is_not_kept(self, workspace, size):
+        await workspace.files.write("f", b"old")
+        with pytest.raises(TransferBroken):
+            await workspace.write_stream("f", pieces(b"more than three"), size=size)
+        assert await workspace.files.read("f") == b"old"
+        assert (await workspace.execute("ls -A")).stdout == "f\n"
+
+    async def test_an_upload_that_breaks_leaves_nothing_behind(self, workspace):
+        async def broken() -> AsyncIterator[bytes]:
+            yield BLOCK
+            yield BLOCK
+            raise RuntimeError("the source broke")
+
+        with pytest.raises(RuntimeError, match="the source broke"):
+            await workspace.write_stream("f", broken())
+        assert (await workspace.execute("ls -A")).stdout == ""
+
+    async def test_an_upload_that_is_cancelled_leaves_nothing_behind(self, workspace):
+        sent = asyncio.Event()
+
+        async def endless() -> AsyncIterator[bytes]:
+            yield BLOCK
+            yield BLOCK
+            sent.set()
+            await asyncio.Event().wait()
+
+        task = asyncio.create_task(workspace.write_stream("f", endless()))
+        await sent.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await workspace.execute("ls -A")).stdout == ""
+
+    async def test_a_file_is_read_in_pieces(self, workspace):
+        await workspace.files.write("f", BLOCK * 2, mode=0o600)
+        async with workspace.read_stream("f") as stream:
+            read = [piece async for piece in stream]
+        assert (stream.size, stream.mode) == (len(BLOCK) * 2, 0o600)
+        assert b"".join(read) == BLOCK * 2
+        assert max(map(len, read)) <= 65_536
+
+    async def test_a_part_of_a_file_is_read_in_pieces(self, workspace):
+        await workspace.files.write("f", b"0123456789")
+        async with workspace.read_stream("f", offset=2, length=5) as stream:
+            assert b"".join([piece async for piece in stream]) == b"23456"
+
+    async def test_a_stream_may_be_left_early(self, workspace):
+        await workspace.files.write("f", BLOCK * 8)
+        async with workspace.read_stream("f") as stream:
+            async for _ in stream:
+                break
+        assert (await workspace.execute("echo fine")).stdout == "fine\n"
+
+    async def test_a_file_that_changes_while_it_is_read_is_not_passed_off_as_whole(self, workspace):
+        await workspace.execute("head -c 20M /dev/zero > f")
+        with pytest.raises(ChangedDuringRead):
+            async with workspace.read_stream("f") as stream:
+                async for _ in stream:
+                    await workspace.execute("echo more >> f")
+                    async for _ in stream:
+                        pass

@@ -1,0 +1,25 @@
+"""What every workspace promises, wherever it is: one suite for all implementations.
+
+A subclass provides the fixture `workspace`: an entered workspace in an empty folder, where bash, git
+and the usual tools are installed. The suite uses nothing but the contract and `tmp_path`.
+"""
+
+from tests.contract.commands import CommandContract
+from tests.contract.files import FileContract
+from tests.contract.processes import ProcessContract
+from tests.contract.repository import RepositoryContract
+from tests.contract.shells import ShellContract
+from tests.contract.transfers import TransferContract
+
+
+class WorkspaceContract(
+    CommandContract, ProcessContract, ShellContract, FileContract, TransferContract, RepositoryContract
+):
+    """Subclass it and provide a `workspace` fixture."""
+
+    async def test_a_workspace_says_what_and_where_it_is(self, workspace):
+        info = await workspace.describe()
+        assert info.root.startswith("/")
+        assert info.working_dir.startswith(info.root)
+        assert info.confined
+        assert (await workspace.execute("id -u")).stdout.strip() == str(info.user)
