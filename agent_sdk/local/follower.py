@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from agent_sdk.local.journal import Journal
 from agent_sdk.protocol.events import Event, decode
 
-BUFFERED = 1000
-"""Events kept for a reader that is slow; one that is slower reads them from the log again."""
+BUFFERED_BYTES = 1 << 20
+"""Of events kept for a reader that is slow; one that is slower reads them from the log again."""
 
 
 class Follower:
@@ -20,6 +20,7 @@ class Follower:
         self._journal = journal
         self._seq = since
         self._buffer: deque[tuple[int, bytes]] = deque()
+        self._buffered = 0
         self._behind = True
         self._ended = False
         self._news = asyncio.Event()
@@ -35,6 +36,7 @@ class Follower:
                     yield decode(body)
             while self._buffer:
                 seq, body = self._buffer.popleft()
+                self._buffered -= len(body)
                 if seq > self._seq:
                     self._seq = seq
                     yield decode(body)
@@ -55,9 +57,10 @@ class Follower:
         self._unsubscribe()
 
     def _listen(self, seq: int, body: bytes) -> None:
-        if len(self._buffer) >= BUFFERED:
-            self._buffer.clear()
-            self._behind = True
-        elif not self._behind:
+        if not self._behind:
             self._buffer.append((seq, body))
+            self._buffered += len(body)
+            if self._buffered > BUFFERED_BYTES and len(self._buffer) > 1:
+                self._buffer.clear()
+                self._buffered, self._behind = 0, True
         self._news.set()

@@ -241,12 +241,13 @@ class ConversationContract(ToolCallsContract):
         await conversation.send_message("again")
         assert (await conversation.run(timeout=PATIENCE)).final_text == "after"
 
+    @pytest.mark.parametrize("first", ["true", "trap '' INT"], ids=["obedient", "stubborn"])
     async def test_an_interrupt_ends_the_command_under_way_with_its_process(
-        self, open: Open, tmp_path: Any
+        self, open: Open, tmp_path: Any, first: str
     ) -> None:
         fifo = tmp_path / "pid"
         os.mkfifo(fifo)
-        command = f"bash -c 'echo $$ > {fifo}; exec sleep 3600'"
+        command = f'bash -c "{first}; echo \\$\\$ > {fifo}; exec sleep 3600"'
         conversation = await open(acting(call("terminal", command=command), say("after")))
         await conversation.send_message("go")
         async with asyncio.timeout(PATIENCE):

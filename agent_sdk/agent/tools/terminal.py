@@ -6,8 +6,10 @@ it or to stop it. The shell itself lives in the workspace and outlives this obje
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
@@ -15,7 +17,7 @@ from msgspec import Meta, Struct
 from agent_sdk.agent.clip import MODEL_CHARS, clip_chars
 from agent_sdk.agent.tools.keys import keystrokes
 from agent_sdk.agent.tools.screen import plain
-from agent_sdk.protocol.errors import ToolError
+from agent_sdk.protocol.errors import AgentServerError, ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import ToolContext, ToolResult, decode_arguments, parameters_of
 from agent_sdk.workspace import Shell, ShellResult
@@ -24,6 +26,8 @@ QUIET_SECONDS = 30.0
 """Without new output until the call returns, when no timeout is given."""
 LONGEST_SECONDS = 600.0
 """Until the call returns although output goes on, when no timeout is given."""
+MOMENT_SECONDS = 0.001
+"""Long enough to ask a shell whether its command still runs."""
 
 _DESCRIPTION = """\
 Run a command in a bash that stays open: the folder, variables, functions and background jobs are still there in the
@@ -69,7 +73,7 @@ class TerminalTool:
         """The last call left a command running."""
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
-        """See Tool.run. Cancelling sends ^C to the command."""
+        """See Tool.run. Cancelling sends ^C to the command; one that does not care is ended with its shell."""
         wanted: TerminalArguments = decode_arguments(arguments, TerminalArguments)
         if wanted.reset and wanted.is_input:
             raise ToolError("reset and is_input exclude each other: a fresh shell has nothing to type into")
@@ -90,11 +94,22 @@ class TerminalTool:
                 return ToolResult(text=f"[{text}]", is_error=True, data={"status": "done", "cwd": result.cwd})
         else:
             await self._export(shell, context.secrets)
-            result = await shell.run(wanted.command, **limits)
+            result = await self._run(shell, wanted.command, limits)
         self._running = result.status in ("quiet", "timeout", "busy")
         if result.status == "ended":
             self._exported = {}
         return _told(result, wanted)
+
+    async def _run(self, shell: Shell, command: str, limits: dict[str, Any]) -> ShellResult:
+        try:
+            return await shell.run(command, **limits)
+        except asyncio.CancelledError:
+            with suppress(AgentServerError):  # the place may be gone, too
+                left = await shell.send(b"", timeout=MOMENT_SECONDS, quiet=None)
+                if left.status == "timeout":
+                    await shell.reset()
+                    self._exported = {}
+            raise
 
     async def _export(self, shell: Shell, secrets: Mapping[str, str]) -> None:
         """Bring new secrets into the shell; while a command runs that has to wait for the next one."""
