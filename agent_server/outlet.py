@@ -23,6 +23,13 @@ class Outlet:
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
+    def columns(self) -> int | None:
+        """Return the width of the terminal that it is; None when it is none."""
+        try:
+            return os.get_terminal_size(self.descriptor).columns or None
+        except OSError:
+            return None
+
     async def write(self, data: bytes) -> None:
         """Write all of it; cancelling leaves the rest unwritten.
 

@@ -38,6 +38,8 @@ class Terminal:
         self._paint = paint
         self.live = live
         """Whether somebody watches, so that answers are shown while they are written."""
+        self.width = outlet.columns()
+        """Characters in a line; None: as many as one likes."""
 
     async def write(self, text: str, style: Style = "") -> None:
         """Write text; what is not ours must be made `visible` before."""

@@ -51,7 +51,7 @@ _Notice = (
 """Events that take a line in brackets."""
 
 LINES_SHOWN = 12
-WIDTH = 200
+CHARACTERS_SHOWN = 200
 _MARK: dict[str, Style] = {"finished": "green", "failed": "red", "limit": "yellow"}
 
 
@@ -65,7 +65,9 @@ class Piece(Struct, frozen=True):
 class Transcript:
     """Turns the events of one conversation, in their order, into text."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = CHARACTERS_SHOWN) -> None:
+        """Begin; tool calls and their results are cut to `width` characters a line."""
+        self._width = width
         self._streamed = ""
         self._last_text = ""
         self._input_tokens = self._output_tokens = 0
@@ -103,9 +105,9 @@ class Transcript:
             case UserMessage(text=text):
                 return [Piece("you: ", "cyan"), Piece(f"{_indented(visible(text))}\n", "bold")]
             case ToolCalled(tool=tool, arguments=arguments):
-                return [Piece(f"  > {call_line(tool, arguments)}\n", "bold")]
+                return [Piece(f"{_cut(f'  > {call_line(tool, arguments)}', self._width)}\n", "bold")]
             case ToolReturned():
-                return _result(event)
+                return _result(event, self._width)
             case _:
                 return _notice(event)
 
@@ -145,28 +147,35 @@ def usage(input_tokens: int, output_tokens: int, cost: float | None) -> str:
 
 
 def call_line(tool: str, arguments: str) -> str:
-    """Return a tool call as one line: a command as it is typed, other calls as `tool name=value …`."""
+    """Return a tool call as one line: a command as it is typed, other calls as `tool name=value …`.
+
+    Line ends are shown as `\\n`: who approves a command must see where the next one begins.
+    """
     try:
         given = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return _cut(one_line(f"{tool} {arguments}"))
+        return _flat(f"{tool} {arguments[:CHARACTERS_SHOWN]}")
     if tool == "terminal" and isinstance(given.get("command"), str):
-        return _cut(one_line(f"$ {given['command']}"))
+        return _flat(f"$ {given['command']}")
     if tool == "file_editor":
-        return _cut(one_line(f"{given.get('command', tool)} {given.get('path', '')}"))
-    return _cut(one_line(" ".join([tool, *(f"{name}={_value(value)}" for name, value in given.items())])))
+        return _flat(f"{given.get('command', tool)} {given.get('path', '')}")
+    return _flat(" ".join([tool, *(f"{name}={_value(value)}" for name, value in given.items())]))
+
+
+def _flat(text: str) -> str:
+    return visible(text).rstrip("\n").replace("\n", "\\n")
 
 
 def _value(value: object) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _result(event: ToolReturned) -> list[Piece]:
+def _result(event: ToolReturned, width: int) -> list[Piece]:
     lines = visible(event.text).rstrip("\n").split("\n")
     if len(lines) > LINES_SHOWN:
         half = LINES_SHOWN // 2
         lines = [*lines[:half], f"[… {len(lines) - 2 * half} lines …]", *lines[-half:]]
-    text = "".join(f"    {_cut(line)}\n" for line in lines if line or len(lines) > 1)
+    text = "".join(f"{_cut(f'    {line}', width)}\n" for line in lines if line or len(lines) > 1)
     return [Piece(text, "red" if event.is_error else "dim")] if text else []
 
 
@@ -211,5 +220,5 @@ def _indented(text: str) -> str:
     return text.rstrip("\n").replace("\n", "\n  ")
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= WIDTH else f"{line[:WIDTH]}…"
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else f"{line[: width - 1]}…"

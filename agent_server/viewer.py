@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from agent_sdk.protocol.events import Delta, Event, encode
 from agent_server.outlet import Outlet
 from agent_server.terminal import STDOUT, Terminal, open_terminal
-from agent_server.transcript import Piece, Transcript
+from agent_server.transcript import CHARACTERS_SHOWN, Piece, Transcript
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ class Viewer:
     def __init__(self, terminal: Terminal | None, lines: Outlet) -> None:
         self._terminal = terminal
         self._lines = lines
-        self._transcript = Transcript()
+        self._transcript = Transcript((terminal and terminal.width) or CHARACTERS_SHOWN)
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def event(self, event: Event) -> None:

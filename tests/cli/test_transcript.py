@@ -85,6 +85,10 @@ def test_a_command_looks_as_it_is_typed():
     assert call_line("terminal", '{"command": "ls -l\\n"}') == "$ ls -l"
 
 
+def test_who_approves_sees_where_the_next_command_begins():
+    assert call_line("terminal", '{"command": "ls\\nrm -r ."}') == "$ ls\\nrm -r ."
+
+
 def test_another_call_shows_its_arguments():
     assert call_line("price", '{"symbol": "X", "count": 2}') == "price symbol=X count=2"
 
