@@ -118,6 +118,8 @@ def unpack(frame: bytes) -> BinaryFrame:
     version, kind, flags, stream, offset = _head.unpack_from(frame)
     if version != VERSION:
         raise BadBinaryHeader(f"unknown version {version}")
+    if kind > MESSAGE:
+        raise BadBinaryHeader(f"unknown kind {kind}")
     if kind == MESSAGE:
         return _unpack_piece(frame, flags, stream, offset)
     if flags:
@@ -137,8 +139,6 @@ def _unpack_small(frame: bytes, kind: int, stream: int, offset: int) -> BinaryFr
         if payload:
             raise BadBinaryHeader("a credit frame has no payload")
         return Credit(stream, offset)
-    if kind not in (END, RESET):
-        raise BadBinaryHeader(f"unknown kind {kind}")
     if len(payload) > TRAILER_BYTES:
         raise BadBinaryHeader(f"more than {TRAILER_BYTES} bytes in an end or reset frame")
     return End(stream, offset, payload) if kind == END else Reset(stream, payload.decode(errors="replace"))

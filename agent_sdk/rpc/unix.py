@@ -14,13 +14,16 @@ import struct
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 
 from agent_sdk.protocol.errors import ConnectionLost, PathExists, WorkspaceUnavailable
 from agent_sdk.rpc.pipe import Pipe, lost, wake
 
 FRAME_BYTES = 1 << 20
 PATH_BYTES = 107
+BACKLOG = 128
 CLOSE_SECONDS = 5.0
+RETRY_SECONDS = 1.0
 _HELD_BYTES = 256 << 10
 _TEXT, _BINARY, _CLOSE = 1, 2, 8
 _head = struct.Struct(">IB")
@@ -30,9 +33,8 @@ _code = struct.Struct(">H")
 class UnixPipe(asyncio.Protocol):
     """See Pipe. Reading pauses while more than 256 KiB wait to be received."""
 
-    def __init__(self, frame_bytes: int, on_made: Callable[[UnixPipe], None] | None = None) -> None:
+    def __init__(self, frame_bytes: int) -> None:
         self._frame_bytes = frame_bytes
-        self._on_made = on_made
         self._transport: asyncio.Transport | None = None
         self._rest = bytearray()
         self._needed = 0
@@ -91,8 +93,6 @@ class UnixPipe(asyncio.Protocol):
         """Part of asyncio.Protocol."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        if self._on_made is not None:
-            self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
@@ -132,6 +132,7 @@ class UnixPipe(asyncio.Protocol):
     def _cut(self, data: bytes) -> None:
         """Take the whole frames off `data`, keep the rest."""
         start, size = 0, len(data)
+        self._needed = 0
         while size - start >= _head.size:
             length, kind = _head.unpack_from(data, start)
             if length > self._frame_bytes:
@@ -198,38 +199,75 @@ async def serve_unix(
         PathExists: somebody listens there, or it is not a socket.
         WorkspaceUnavailable: the socket cannot be made.
     """
-    loop = asyncio.get_running_loop()
-    running: set[asyncio.Task[None]] = set()
+    async with _Listener(_listening_socket(path), on_pipe, frame_bytes):
+        try:
+            yield
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
-    def made(pipe: UnixPipe) -> None:
-        task = loop.create_task(_serve(pipe, on_pipe))
-        running.add(task)
-        task.add_done_callback(running.discard)
 
-    listening = _listening_socket(path)
-    server = await loop.create_unix_server(lambda: UnixPipe(frame_bytes, made), sock=listening)
-    try:
-        yield
-    finally:
-        server.close()
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        for task in running:
+class _Listener:
+    """Accepts connections. asyncio's own server can lose one that comes in the moment it is closed."""
+
+    def __init__(
+        self, listening: socket.socket, on_pipe: Callable[[Pipe], Awaitable[None]], frame_bytes: int
+    ) -> None:
+        self._listening = listening
+        self._on_pipe = on_pipe
+        self._frame_bytes = frame_bytes
+        self._loop = asyncio.get_running_loop()
+        self._running: set[asyncio.Task[None]] = set()
+        self._pause: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> None:
+        self._listen()
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._listening)
+        self._listening.close()
+        for task in self._running:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(*self._running, return_exceptions=True)
 
+    def _listen(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._listening, self._accept)
 
-async def _serve(pipe: UnixPipe, on_pipe: Callable[[Pipe], Awaitable[None]]) -> None:
-    try:
-        await on_pipe(pipe)
-    except ConnectionLost:
-        pass
-    except Exception as exc:  # noqa: BLE001 - the boundary of the connection's task
-        asyncio.get_running_loop().call_exception_handler(
-            {"message": "serving a Unix connection failed", "exception": exc}
-        )
-    finally:
-        await pipe.close()
+    def _accept(self) -> None:
+        try:
+            accepted, _ = self._listening.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as exc:  # out of descriptors, most likely; the connection stays in the backlog
+            self._report("accepting a Unix connection failed", exc)
+            self._loop.remove_reader(self._listening)
+            self._pause = self._loop.call_later(RETRY_SECONDS, self._listen)
+            return
+        task = self._loop.create_task(self._serve(accepted))
+        self._running.add(task)
+        task.add_done_callback(partial(self._served, accepted))
+
+    def _served(self, accepted: socket.socket, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        accepted.close()  # for a task that was cancelled before it began
+
+    async def _serve(self, accepted: socket.socket) -> None:
+        accepted.setblocking(False)
+        _, pipe = await self._loop.connect_accepted_socket(lambda: UnixPipe(self._frame_bytes), accepted)
+        try:
+            await self._on_pipe(pipe)
+        except ConnectionLost:
+            pass
+        except Exception as exc:  # noqa: BLE001 - the boundary of the connection's task
+            self._report("serving a Unix connection failed", exc)
+        finally:
+            await pipe.close()
+
+    def _report(self, message: str, exc: Exception) -> None:
+        self._loop.call_exception_handler({"message": message, "exception": exc})
 
 
 def _listening_socket(path: str) -> socket.socket:
@@ -244,6 +282,7 @@ def _listening_socket(path: str) -> socket.socket:
                 _remove_if_dead(path, address)
                 made.bind(address)
         os.chmod(path, 0o600)  # before listen(): nobody can connect in between
+        made.listen(BACKLOG)
         made.setblocking(False)
     except OSError as exc:
         made.close()

@@ -53,9 +53,10 @@ class WebSocket(Protocol):
 class WebSocketPipe:
     """See Pipe."""
 
-    def __init__(self, ws: WebSocket) -> None:
-        """Take over an open WebSocket."""
+    def __init__(self, ws: WebSocket, *, patience: float = CLOSE_SECONDS) -> None:
+        """Take over an open WebSocket; `patience`: seconds for the other end to agree to a close."""
         self._ws = ws
+        self._patience = patience
         self._lost: ConnectionLost | None = None
 
     async def send(self, frame: bytes | bytearray | memoryview, *, text: bool) -> None:
@@ -66,6 +67,10 @@ class WebSocketPipe:
             await self._ws.send_frame(frame, WSMsgType.TEXT if text else WSMsgType.BINARY)  # type: ignore[arg-type]
         except (ClientError, ConnectionError) as exc:
             raise self._end(1006, str(exc)) from None
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            raise self._end(1006, "closed while sending") from None
 
     async def receive(self) -> tuple[bytes, bool]:
         """See Pipe. A text frame that is not UTF-8 ends the connection with 1007."""
@@ -87,17 +92,18 @@ class WebSocketPipe:
         raise self._end(self._ws.close_code or 1006, "" if broken is None else str(broken))
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """See Pipe. A socket that takes no close frame within 5 s is shut down."""
+        """See Pipe. A socket that does not agree in time is shut down."""
         self._end(code, reason)
         transport = self._ws.get_extra_info("socket")
         try:
-            async with asyncio.timeout(CLOSE_SECONDS):
+            async with asyncio.timeout(self._patience):
                 await self._ws.close(code=code, message=reason.encode()[:REASON_BYTES])
         except (TimeoutError, ClientError, ConnectionError):
             _shut_down(transport)
         except asyncio.CancelledError:
             _shut_down(transport)
-            raise
+            if _is_cancelled():
+                raise
 
     async def _text(self, data: bytes | str) -> bytes:
         if isinstance(data, str):
@@ -115,6 +121,14 @@ class WebSocketPipe:
         if self._lost is None:
             self._lost = lost(code, reason)
         return self._lost
+
+
+def _is_cancelled() -> bool:
+    """Whether a CancelledError is ours: in aiohttp all who wait for room share one future, so cancelling one of
+    them cancels the others.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _shut_down(transport: Any) -> None:
