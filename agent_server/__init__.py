@@ -15,6 +15,6 @@ config:         every option                       data_folder:   where things l
 logs:           log lines without secrets          refusal:       why a server does not start
 
 The command line:
-cli, arguments: what was typed                     commands:      one file per command
+__main__, cli, arguments: what was typed           commands:      one file per command
 client, places: servers and workspaces to use      terminal, viewer, transcript, inlet, outlet: what a person sees
 """

@@ -1,4 +1,4 @@
-"""Which server client commands talk to, and how: its address, its key, its conversations."""
+"""Which server client commands talk to, and how: its address, its key, a conversation of it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import aiohttp
-import msgspec
 from msgspec import Raw, Struct
 
-from agent_sdk.protocol.errors import (
-    ConnectionLost,
-    ErrorObject,
-    InvalidParams,
-    PathDenied,
-    PathNotFound,
-    from_wire,
-)
-from agent_sdk.protocol.results import Snapshot
+from agent_sdk.protocol.errors import InvalidParams, PathDenied, PathNotFound
 from agent_sdk.remote.connection import connect
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server.config import ClientEnvironment, client_environment
@@ -28,7 +18,6 @@ from agent_server.hosts import is_loopback
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_FILE = "api_key"
-ANSWER_SECONDS = 30.0
 
 
 class Server(Struct, frozen=True, kw_only=True):
@@ -83,36 +72,6 @@ def _read_key(file: Path) -> str:
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not ASCII text"
         raise PathDenied(f"{file}: the API key cannot be read: {reason}", path=str(file)) from None
-
-
-async def conversations(server: Server) -> list[Snapshot]:
-    """Ask for the conversations of a server, newest first, at most 1000.
-
-    Raises:
-        ConnectionLost: nobody answers there, or it is no agent server.
-        Unauthorized, Overloaded, …: the server refuses.
-    """
-    headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session,
-            session.get(f"{server.url}/v1/conversations?limit=1000", headers=headers) as answer,
-        ):
-            body = await answer.read()
-    except (aiohttp.ClientError, OSError, TimeoutError) as exc:
-        reason = str(exc) or type(exc).__name__
-        raise ConnectionLost(f"cannot reach {server.url}: {reason}; is the server running there?") from None
-    try:
-        if answer.status == 200:
-            return msgspec.json.decode(body, type=list[Snapshot])
-        refusal = msgspec.json.decode(body, type=_Refusal)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise ConnectionLost(f"{server.url} is no agent server: it answered {answer.status}") from None
-    raise from_wire(refusal.error)
-
-
-class _Refusal(Struct):
-    error: ErrorObject
 
 
 @asynccontextmanager

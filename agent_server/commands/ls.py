@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 from datetime import datetime
 
+import aiohttp
 import msgspec
+from msgspec import Struct
 
+from agent_sdk.protocol.errors import ConnectionLost, ErrorObject, from_wire
 from agent_sdk.protocol.results import Snapshot
-from agent_server.client import conversations, find_server
+from agent_server.client import Server, find_server
 from agent_server.outlet import Outlet
 from agent_server.terminal import STDOUT, Style, one_line, open_terminal
 
 HEAD = ("CONVERSATION", "STATE", "UPDATED", "EVENTS", "MODEL", "TITLE")
+ANSWER_SECONDS = 30.0
 _STYLES: dict[str, Style] = {"running": "green", "awaiting": "yellow", "failed": "red"}
 
 
@@ -32,6 +36,36 @@ async def main(given: argparse.Namespace) -> int:
     for snapshot, row in zip(found, rows, strict=True):
         await terminal.line(_line(row, widths), _STYLES.get(snapshot.state, ""))
     return 0
+
+
+async def conversations(server: Server) -> list[Snapshot]:
+    """Ask for the conversations of a server, newest first, at most 1000.
+
+    Raises:
+        ConnectionLost: nobody answers there, or it is no agent server.
+        Unauthorized, Overloaded, …: the server refuses.
+    """
+    headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session,
+            session.get(f"{server.url}/v1/conversations?limit=1000", headers=headers) as answer,
+        ):
+            body = await answer.read()
+    except (aiohttp.ClientError, OSError, TimeoutError) as exc:
+        reason = str(exc) or type(exc).__name__
+        raise ConnectionLost(f"cannot reach {server.url}: {reason}; is the server running there?") from None
+    try:
+        if answer.status == 200:
+            return msgspec.json.decode(body, type=list[Snapshot])
+        refusal = msgspec.json.decode(body, type=_Refusal)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise ConnectionLost(f"{server.url} is no agent server: it answered {answer.status}") from None
+    raise from_wire(refusal.error)
+
+
+class _Refusal(Struct):
+    error: ErrorObject
 
 
 def _row(snapshot: Snapshot) -> tuple[str, ...]:
