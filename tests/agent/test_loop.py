@@ -8,7 +8,7 @@ import pytest
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.clip import ARGUMENT_BYTES
-from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ToolTurn, ToolUse, Usage
+from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ToolTurn, ToolUse, Usage, UserTurn
 from agent_sdk.agent.loop import Turn
 from agent_sdk.local.delivery import Delivery
 from agent_sdk.local.journal import Journal
@@ -128,6 +128,19 @@ async def test_the_model_is_shown_its_calls_and_their_results(stage):
         AssistantTurn(text="hm", tool_calls=uses("think", arguments='{"thought":"x"}')),
         ToolTurn(call_id="id0", text="The thought is noted."),
     ]
+
+
+async def test_a_message_on_its_way_to_the_log_keeps_the_turn_from_ending(stage):
+    sent = []
+
+    def send(seq, body):
+        if b'"type":"agent_message"' in body and not sent:
+            sent.append(stage.journal.submit(UserMessage(text="one more thing")))
+
+    stage.journal.delivery.subscribe(send)
+    asked = await stage.play(Completion(text="first"), Completion(text="second"))
+    assert asked[1][1:] == [AssistantTurn(text="first"), UserTurn("one more thing")]
+    assert (await stage.ended()).final_text == "second"
 
 
 async def test_what_a_call_consumed_is_written_down(stage):

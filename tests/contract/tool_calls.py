@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from agent_sdk.conversation import Conversation
 from agent_sdk.protocol.errors import InvalidParams, RequestNotFound
 from agent_sdk.protocol.events import (
     Event,
@@ -138,6 +139,24 @@ class ToolCallsContract:
         await conversation.respond(request.request_id, "approve")
         assert (await conversation.run(timeout=PATIENCE)).status == "finished"
         assert (await last_result(conversation)).text.startswith("ran\n")
+
+    async def test_an_approval_is_in_the_log_before_the_call_runs(self, open: Open) -> None:
+        conversations: list[Conversation] = []
+        seen: list[str] = []
+
+        @tool
+        async def look() -> str:
+            """Look into the log."""
+            seen.extend(event.answer for event in await these(conversations[0], RequestResolved))
+            return "looked"
+
+        policy = ConfirmationPolicy(tools=("look",))
+        conversations.append(await open(acting(call("look"), say("done"), tools=[look]), confirmation=policy))
+        await conversations[0].send_message("go")
+        request = await until(conversations[0], RequestOpened)
+        await conversations[0].respond(request.request_id, "approve")
+        assert (await conversations[0].run(timeout=PATIENCE)).status == "finished"
+        assert seen[:1] == ["approved"]
 
     async def test_a_rejected_call_is_not_run_and_the_agent_hears_why(self, open: Open) -> None:
         policy = ConfirmationPolicy(tools=("terminal",))

@@ -312,6 +312,39 @@ async def test_many_conversations_share_a_log(tmp_path):
         assert len(await log.list()) == 9
 
 
+async def test_messages_that_meet_the_end_of_a_turn_are_answered(open):
+    """Each is sent some steps of the event loop after the turn has its answer, while it writes its end."""
+    conversation = await open(acting(say("ok"), repeat=True))
+    for steps in range(40):
+        late = []
+
+        async def send(steps=steps, late=late):
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            late.append(await conversation.send_message("late"))
+
+        tasks = []
+
+        def meet(seq, body, send=send, tasks=tasks):
+            if not tasks and body.startswith(b'{"type":"agent_message"'):
+                tasks.append(asyncio.create_task(send()))
+
+        unsubscribe = conversation.subscribe(meet)
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        await asyncio.gather(*tasks)
+        unsubscribe()
+        await until_answered(conversation, late[0])
+
+
+async def until_answered(conversation, receipt):
+    """Returns when the turn that was promised to answer has ended, without asking it to run."""
+    async with asyncio.timeout(PATIENCE):
+        async for event in conversation.events(since=receipt.seq, follow=True):
+            if isinstance(event, TurnEnded) and event.run_id == receipt.run_id:
+                return
+
+
 async def test_messages_that_come_at_every_moment_are_all_read(open):
     """Messages race with the ends of turns: each is read by the turn its answer names, and none is left."""
     conversation = await open(acting(say("ok"), repeat=True))

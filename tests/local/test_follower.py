@@ -31,6 +31,17 @@ async def test_a_reader_that_is_far_behind_misses_nothing(journal):
     follower.close()
 
 
+async def test_what_comes_while_the_log_is_read_is_yielded_once(journal):
+    await journal.append(UserMessage(text="a"))
+    follower = Follower(journal, 0)
+    events = follower.events(follow=True)
+    seqs = [(await anext(events)).seq]
+    await journal.append(UserMessage(text="b"), UserMessage(text="c"))
+    follower.end()
+    seqs += [event.seq async for event in events]
+    assert seqs == [1, 2, 3]
+
+
 async def test_writing_and_reading_at_the_same_time_loses_and_repeats_nothing(journal):
     follower = Follower(journal, 0)
 
