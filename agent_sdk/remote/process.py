@@ -6,7 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import InvalidParams, ProcessNotFound, TransferBroken
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    InvalidParams,
+    ProcessNotFound,
+    TimedOut,
+    TransferBroken,
+)
 from agent_sdk.protocol.methods import (
     Count,
     ProcessInput,
@@ -93,6 +99,15 @@ class _Input:
         self._calling = asyncio.ensure_future(self._run(peer, process_id))
 
     async def _run(self, peer: Peer, process_id: str) -> Count:
+        try:
+            # What is written to a process that has ended would be lost before the call is refused.
+            await peer.call(ProcessWait(process_id=process_id, timeout_ms=1))
+            raise ProcessNotFound("the process has ended", process=process_id)
+        except TimedOut:
+            pass
+        except AgentServerError as exc:
+            self._opened.set_exception(exc)
+            raise
         async with peer.open_writer() as writer:
             call = asyncio.ensure_future(
                 peer.call(ProcessInput(process_id=process_id, channel=writer.channel))

@@ -1,11 +1,14 @@
 """The contract of a workspace holds over every kind of connection."""
 
+import os
 from contextlib import AsyncExitStack
 
 import pytest
 
 from agent_sdk import LocalWorkspace, RemoteWorkspace
+from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, Unauthorized
+from agent_sdk.protocol.methods import Delete
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
@@ -33,8 +36,9 @@ class TestOverAUnixSocketToABox(WorkspaceContract):
     async def workspace(self, tmp_path):
         root = tmp_path / "root"
         root.mkdir()
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
         async with (
-            BoxProcess(root, tmp_path / "box.sock") as box,
+            BoxProcess(root, tmp_path / "box.sock", environment=environment) as box,
             RemoteWorkspace(box.url) as workspace,
         ):
             yield workspace
@@ -45,6 +49,7 @@ class TestOverAWebSocketThroughAServer(WorkspaceContract):
     async def workspace(self, running_server):
         async with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
             yield workspace
+            await workspace.peer.call(Delete(op_id=new_id()))  # its box would live as long as the server
 
 
 async def test_a_wrong_key_is_refused_with_a_permission_error(running_server):
