@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Self
 
 import agent_sdk
+from agent_sdk.local.process_tree import Tree, end_tree
 from agent_sdk.protocol.errors import PathNotFound, WorkspaceUnavailable
 
 SOCKET_BYTES = 107
 """Longest path of a Unix socket (sun_path of Linux, without its NUL)."""
+MARKER = "AGENT_BOX"
+"""Names a box in its environment, which its commands inherit: so they are found when it could not end them."""
 START_SECONDS = 30.0
 END_SECONDS = 8.0
 """Longer than the 5 s that a box gives its commands between TERM and KILL."""
@@ -64,7 +68,9 @@ class BoxProcess:
         self._spool = spool
         self._confined = confined
         self._linger = linger
+        self._mark = f"{MARKER}={secrets.token_hex(8)}"
         self._environment = {"PATH": os.defpath} if environment is None else dict(environment)
+        self._environment[MARKER] = self._mark.removeprefix(f"{MARKER}=")
         self._on_line = on_line
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
         self._process: asyncio.subprocess.Process | None = None
@@ -201,14 +207,16 @@ class BoxProcess:
             self._socket.unlink(missing_ok=True)
 
     async def _end_process(self, process: asyncio.subprocess.Process) -> None:
+        """End the box; a box that crashes or does not end by itself does not end what it runs, so we do."""
         _signal(process, os.kill, signal.SIGTERM)
         try:
             async with asyncio.timeout(END_SECONDS):
                 await process.wait()
         except TimeoutError:
-            # The whole session: a box that does not end by itself does not end what it runs.
             _signal(process, os.killpg, signal.SIGKILL)
             await process.wait()
+        if process.returncode != 0:
+            await end_tree(Tree(f"{self._mark}\0".encode()))
 
 
 def _signal(
