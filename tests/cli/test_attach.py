@@ -7,19 +7,19 @@ import signal
 
 import pytest
 
-from agent_sdk import Agent, ConfirmationPolicy, Conversation, RemoteWorkspace
+from agent_sdk import Agent, ConfirmationPolicy, Conversation, RemoteWorkspace, sync
 from agent_sdk.testing import ScriptedLLM, call, say
 
 
 @pytest.fixture
-def conversation(client, tmp_path):
+def conversation(running_server):
     """A conversation that has said `one` and will say `two`, then `three`."""
-    steps = [{"step": "say", "text": text} for text in ("one", "two", "three")]
-    (tmp_path / "steps.json").write_text(json.dumps(steps))
-    url = client.environ["AGENT_SERVER_URL"]
-    done = client.run("run", "first", "--script", "steps.json", "--json", "--workspace", url)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[0])["conversation"]
+    llm = ScriptedLLM([say("one"), say("two"), say("three")])
+    with sync.RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
+        conversation = sync.Conversation(Agent(llm=llm), workspace)
+        conversation.send_message("first")
+        assert conversation.run().final_text == "one"
+        return conversation.id
 
 
 class Person:

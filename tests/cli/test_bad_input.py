@@ -13,6 +13,12 @@ NOWHERE = "http://127.0.0.1:1"
 UNKNOWN = "0199d2c8-8a3c-7b60-9d2b-7f4a5e1c0d11"
 
 
+def test_the_program_itself_says_one_sentence_and_exits_so(shell):
+    done = shell.run("events", UNKNOWN, AGENT_SERVER_URL=NOWHERE)
+    assert sentence(done).endswith("; is the server running there?")
+    assert (done.returncode, done.stdout) == (69, b"")
+
+
 def sentence(done):
     """The one line on stderr, without the program's name."""
     lines = done.stderr.decode().splitlines()
@@ -103,11 +109,11 @@ USAGE = {
 
 
 @pytest.mark.parametrize("case", USAGE)
-def test_wrong_usage_is_exit_code_2(shell, script, case):
+def test_wrong_usage_is_exit_code_2(perform, tmp_path, script, case):
     words, wanted = USAGE[case]
-    config = shell.folder / "typo.toml"
+    config = tmp_path / "typo.toml"
     config.write_text("[server]\nprot = 8000\n")
-    done = shell.run(*(word.format(script=script, config=config) for word in words))
+    done = perform(*(word.format(script=script, config=config) for word in words))
     assert (sentence(done), done.returncode, done.stdout) == (wanted, 2, b"")
 
 
@@ -134,10 +140,10 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_wrong_file_is_exit_code_1(shell, script, case):
+def test_a_wrong_file_is_exit_code_1(perform, tmp_path, script, case):
     words, wanted = FILES[case]
-    (shell.folder / "folder").mkdir()
-    done = shell.run(*words)
+    (tmp_path / "folder").mkdir()
+    done = perform(*words)
     assert wanted in sentence(done)
     assert (done.returncode, done.stdout) == (1, b"")
 
@@ -145,10 +151,9 @@ def test_a_wrong_file_is_exit_code_1(shell, script, case):
 @pytest.mark.parametrize(
     "text", ["", "{}", "[1]", '[{"step": "sing"}]', '[{"step": "say"}]', "\udcff", "[" * 9999]
 )
-def test_a_script_that_is_none_is_told_with_an_example(shell, text):
-    file = shell.folder / "no.json"
-    file.write_bytes(text.encode(errors="surrogateescape"))
-    done = shell.run("run", "task", "--script", "no.json")
+def test_a_script_that_is_none_is_told_with_an_example(perform, tmp_path, text):
+    (tmp_path / "no.json").write_bytes(text.encode(errors="surrogateescape"))
+    done = perform("run", "task", "--script", "no.json")
     assert sentence(done).startswith("no.json is no script: ")
     assert sentence(done).endswith(
         '; a script is a JSON list of steps like [{"step": "say", "text": "Done."}]'
@@ -167,8 +172,8 @@ CLIENTS = {
 
 
 @pytest.mark.parametrize("words", CLIENTS.values(), ids=CLIENTS)
-def test_a_server_that_is_not_there_is_exit_code_69(shell, words):
-    done = shell.run(*words, AGENT_SERVER_URL=NOWHERE)
+def test_a_server_that_is_not_there_is_exit_code_69(perform, words):
+    done = perform(*words, AGENT_SERVER_URL=NOWHERE)
     assert sentence(done).startswith(f"cannot reach {NOWHERE}: ")
     assert sentence(done).endswith("; is the server running there?")
     assert done.returncode == 69
@@ -184,8 +189,8 @@ def suspicious_server(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", ["ls", "events", "exec", "run"])
-def test_a_wrong_key_is_exit_code_77(shell, suspicious_server, command):
-    done = shell.run(*CLIENTS[command], "--url", suspicious_server, "--api-key", "wrong-key-wrong-key")
+def test_a_wrong_key_is_exit_code_77(perform, suspicious_server, command):
+    done = perform(*CLIENTS[command], "--url", suspicious_server, "--api-key", "wrong-key-wrong-key")
     mend = "pass the server's key with --api-key-file, --api-key or AGENT_SERVER_API_KEY"
     assert sentence(done).endswith(f"; {mend}")
     assert done.returncode == 77
@@ -200,8 +205,9 @@ def test_no_key_at_all_is_exit_code_77(client):
 @pytest.mark.parametrize(
     "words", [CLIENTS["events"], CLIENTS["attach"], CLIENTS["exec"]], ids=["events", "attach", "exec"]
 )
-def test_a_conversation_that_is_not_there_is_exit_code_1(client, words):
-    done = client.run(*words)
+def test_a_conversation_that_is_not_there_is_exit_code_1(perform, running_server, words):
+    server = {"AGENT_SERVER_URL": running_server.url, "AGENT_SERVER_API_KEY": running_server.api_key}
+    done = perform(*words, **server)
     assert sentence(done).endswith("no such conversation; agent-server ls shows those there are")
     assert done.returncode == 1
 
@@ -227,8 +233,8 @@ def something_else():
 
 
 @pytest.mark.parametrize("words", [CLIENTS["ls"], CLIENTS["events"]], ids=["ls", "events"])
-def test_a_server_of_another_kind_is_exit_code_69(shell, something_else, words):
-    done = shell.run(*words, AGENT_SERVER_URL=something_else)
+def test_a_server_of_another_kind_is_exit_code_69(perform, something_else, words):
+    done = perform(*words, AGENT_SERVER_URL=something_else)
     assert sentence(done).startswith(f"{something_else} is no agent server")
     assert done.returncode == 69
 
@@ -265,6 +271,6 @@ def test_a_data_folder_that_cannot_be_written_is_exit_code_73(shell, place):
     assert done.returncode == 73
 
 
-def test_control_characters_in_an_error_cannot_drive_the_terminal(shell):
-    done = shell.run("exec", "--workspace", "\x1b[2J\nagent-server: all is well", "true")
+def test_control_characters_in_an_error_cannot_drive_the_terminal(perform):
+    done = perform("exec", "--workspace", "\x1b[2J\nagent-server: all is well", "true")
     assert "\\x1b[2J agent-server: all is well: no such folder" in sentence(done)

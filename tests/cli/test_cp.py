@@ -7,15 +7,21 @@ import signal
 
 import pytest
 
+from agent_sdk.sync import Agent, Conversation, RemoteWorkspace
+from agent_sdk.testing import ScriptedLLM, call, say
 
-@pytest.fixture
-def conversation(client, script):
+
+@pytest.fixture(scope="module")
+def conversation(running_server):
     """A conversation of the server in which an agent has done something."""
-    done = client.run(
-        "run", "Say hello", "--script", script, "--json", "--workspace", client.environ["AGENT_SERVER_URL"]
+    llm = ScriptedLLM(
+        [call("terminal", command="echo hello | tee said.txt"), say("It says hello."), say("Again.")]
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[0])["conversation"]
+    with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
+        conversation = Conversation(Agent(llm=llm), workspace)
+        conversation.send_message("Say hello")
+        assert conversation.run().status == "finished"
+        return conversation.id
 
 
 def test_a_file_goes_in_and_comes_back_with_its_mode(client, conversation):
@@ -89,10 +95,10 @@ def test_people_read_the_history_as_a_transcript(client, conversation):
     assert "agent: It says hello.\n[finished - 2 steps" in said
 
 
-def test_following_goes_on_with_what_happens_until_ctrl_c(client, conversation, script):
+def test_following_goes_on_with_what_happens_until_ctrl_c(client, conversation):
     old = client.run("events", conversation, "--json").stdout.splitlines()
     with client.start("events", conversation, "--json", "--follow", "--since", str(len(old))) as following:
-        done = client.run("run", "Again", "--script", script, "--conversation", conversation)
+        done = client.run("run", "Again", "--conversation", conversation)
         new = [json.loads(following.stdout.readline()) for _ in range(3)]
         following.send_signal(signal.SIGINT)
         assert following.wait(timeout=30) == 130
