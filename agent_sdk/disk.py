@@ -251,15 +251,25 @@ class AtomicFile:
 
 
 def _sync_folder(folder: int) -> None:
-    """Make the rename durable; a folder we may not read cannot be synced, and is not worth failing for."""
+    """Make the rename durable, where the folder may be read and its file system can do that."""
     try:
         fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
     except PermissionError:
         return
     try:
         os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)
+
+
+def _local_path(path: str | PathLike[str]) -> str:
+    text = os.fsdecode(os.fspath(path))
+    if not text or "\0" in text:
+        raise InvalidParams("the path on this machine is empty or contains a NUL character")
+    return text
 
 
 @asynccontextmanager
@@ -271,7 +281,7 @@ async def open_source(path: str | PathLike[str]) -> AsyncIterator[Source]:
     """
     opened: list[Source] = []
     try:
-        await in_thread(_open_source, os.fspath(path), opened)
+        await in_thread(_open_source, _local_path(path), opened)
         yield opened[0]
     finally:
         for source in opened:
@@ -300,7 +310,7 @@ async def atomic_file(path: str | PathLike[str], mode: int | None = None) -> Asy
     """
     opened: list[AtomicFile] = []
     try:
-        await in_thread(_open_atomic, os.fspath(path), mode, opened)
+        await in_thread(_open_atomic, _local_path(path), mode, opened)
         yield opened[0]
     finally:
         for file in opened:

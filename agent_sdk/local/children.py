@@ -24,8 +24,24 @@ SESSIONS = 4096
 class Child:
     """A started process. Its end is seen here and nowhere else; the exit code comes from wait() alone."""
 
-    def __init__(self, process_id: str, popen: subprocess.Popen[bytes], tree: Tree, started: float) -> None:
-        """Begin to wait for the end of `popen`."""
+    def __init__(
+        self,
+        process_id: str,
+        popen: subprocess.Popen[bytes],
+        tree: Tree,
+        started: float,
+        *,
+        by_thread: bool = not HAS_PIDFD,
+    ) -> None:
+        """Begin to wait for the end of `popen`.
+
+        Args:
+            process_id: unique in the workspace.
+            popen: what was started just now.
+            tree: how to find what will come of it.
+            started: when, on the monotonic clock.
+            by_thread: wait in a thread, as one has to without pidfds.
+        """
         self.id = process_id
         self.pid = popen.pid
         self.started = started
@@ -42,7 +58,8 @@ class Child:
         self._verdict: Status | None = None
         self._found: Exit | None = None
         self._loop = asyncio.get_running_loop()
-        self._watch()
+        self._pidfd = -1
+        self._watch(by_thread)
 
     @property
     def alive(self) -> bool:
@@ -96,9 +113,8 @@ class Child:
 
     # --- the end of the process itself ---
 
-    def _watch(self) -> None:
-        self._pidfd = -1
-        if HAS_PIDFD:
+    def _watch(self, by_thread: bool) -> None:
+        if not by_thread:
             try:
                 self._pidfd = os.pidfd_open(self.pid)
                 self._loop.add_reader(self._pidfd, self._reap)
@@ -151,7 +167,9 @@ class Child:
 class Children:
     """All of a workspace. `close` ends every process that came of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_thread: bool = not HAS_PIDFD) -> None:
+        """Begin with none; `by_thread` as in Child."""
+        self._by_thread = by_thread
         self._nonce = secrets.token_hex(6)
         self._count = 0
         # Pids of leaders; kept after their end, because what they left behind is in their session.
@@ -174,7 +192,7 @@ class Children:
         popen = spawn(launch, folder, name, stdin=stdin, stdout=stdout, stderr=stderr)
         self._leaders[popen.pid] = None
         tree = Tree(f"{MARKER}={name}\0".encode(), {popen.pid: None})
-        child = Child(name, popen, tree, started)
+        child = Child(name, popen, tree, started, by_thread=self._by_thread)
         self._living.add(child)
         child.over.add_done_callback(lambda _: self._ended(child))
         return child

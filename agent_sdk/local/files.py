@@ -165,7 +165,7 @@ class LocalFiles:
                         self._list_folder(below, (*names, name), depth - 1, hidden, found)
                     finally:
                         os.close(below)
-            except (FileNotFoundError, PermissionError, NotADirectoryError):
+            except OSError:
                 continue  # gone meanwhile, or not for us to see into
 
     def _stat(self, path: str) -> FileInfo:

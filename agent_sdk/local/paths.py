@@ -89,9 +89,9 @@ class Root:
         self.confined = confined
         home = _names(os.fsencode(self.path))
         # The caller may know the root by another name (a symlink to it); paths below that one are fine, too.
-        self._aliases = (
-            {tuple(home), tuple(_names(os.fsencode(os.path.abspath(folder))))} if confined else {()}
-        )
+        # The real name comes first: it may lie below the other one.
+        given = _names(os.fsencode(os.path.abspath(folder)))
+        self._aliases = (tuple(home), tuple(given)) if confined else ((),)
         self._top = self.path if confined else "/"
         self._home = [] if confined else home
 

@@ -29,6 +29,19 @@ STRANGE_NAMES = [
 ]
 
 
+OUTSIDE = [
+    "..",
+    "../x",
+    "/etc/passwd",
+    "/",
+    "a/../../x",
+    "out/passwd",
+    "deep/out/passwd",
+    "up/x",
+    "//etc/passwd",
+]
+
+
 class FileContract:
     """Mixed into WorkspaceContract."""
 
@@ -59,11 +72,12 @@ class FileContract:
         await workspace.files.write("dangling", b"2")
         assert (await workspace.execute("cat d/real d/new; readlink link")).stdout == "12d/real\n"
 
-    @pytest.mark.parametrize("name", STRANGE_NAMES)
-    async def test_names_are_kept_exactly(self, workspace, name):
-        await workspace.files.write(name, b"x")
-        assert [info.path for info in await workspace.files.list()] == [name]
-        assert (await workspace.execute(["ls", "-A", "--zero"])).stdout == name + "\0"
+    async def test_names_are_kept_exactly(self, workspace):
+        for name in STRANGE_NAMES:
+            await workspace.files.write(name, b"x")
+        assert [info.path for info in await workspace.files.list()] == sorted(STRANGE_NAMES)
+        listed = await workspace.execute(["find", ".", "-type", "f", "-printf", "%P\\0"])
+        assert sorted(listed.stdout.split("\0")[:-1]) == sorted(STRANGE_NAMES)
 
     async def test_a_folder_is_listed_sorted_and_as_deep_as_asked(self, workspace):
         await workspace.execute("mkdir -p b/c; echo 12 > b/f; touch a .h b/c/g; ln -s b l; mkfifo p")
@@ -105,14 +119,9 @@ class FileContract:
 
     async def test_absolute_paths_below_the_root_are_fine(self, workspace):
         root = (await workspace.describe()).root
-        await workspace.files.write(f"{root}/a//b/../f", b"x") if await self.has_folder(
-            workspace, "a/b"
-        ) else None
-        assert await workspace.files.read(f"{root}/a/f") == b"x"
-
-    async def has_folder(self, workspace, path: str) -> bool:
-        await workspace.files.mkdir(path)
-        return True
+        await workspace.files.mkdir(f"{root}/a/b")
+        await workspace.files.write(f"{root}/a//b/../f", b"x")
+        assert await workspace.files.read(f"{root}/./a/f") == b"x"
 
     async def test_symlinks_that_stay_inside_are_followed(self, workspace):
         root = (await workspace.describe()).root
@@ -122,38 +131,30 @@ class FileContract:
 
     # --- what is refused ---
 
-    @pytest.mark.parametrize(
-        "path",
-        [
-            "..",
-            "../x",
-            "/etc/passwd",
-            "/",
-            "a/../../x",
-            "out/passwd",
-            "deep/out/passwd",
-            "up/x",
-            "file",
-            "//etc/passwd",
-        ],
-    )
     @pytest.mark.parametrize("verb", ["read", "write", "list", "remove", "mkdir", "stat", "move"])
-    async def test_no_path_leads_out_of_the_workspace(self, workspace, path, verb):
+    async def test_no_path_leads_out_of_the_workspace(self, workspace, verb):
         await workspace.execute(
-            "mkdir a deep; touch here; ln -s /etc out; ln -s ../out deep/out; ln -s .. up; ln -s /etc/passwd file"
+            "mkdir a deep; touch here; ln -s /etc out; ln -s ../out deep/out; ln -s .. up"
         )
-        if path == "file" and verb in ("remove", "stat", "move"):
-            pytest.skip("the symlink itself is inside")
-        arguments = {"write": (path, b"x"), "move": ("here", path)}.get(verb, (path,))
-        with pytest.raises(OutsideWorkspace) as caught:
-            await getattr(workspace.files, verb)(*arguments)
-        assert isinstance(caught.value, PermissionError)
+        for path in OUTSIDE:
+            arguments = {"write": (path, b"x"), "move": ("here", path)}.get(verb, (path,))
+            with pytest.raises(OutsideWorkspace) as caught:
+                await getattr(workspace.files, verb)(*arguments)
+            assert isinstance(caught.value, PermissionError)
 
-    @pytest.mark.parametrize("path", ["", "a\0b", "x" * 5000, "y" * 300, "a/" * 2500])
+    @pytest.mark.parametrize("verb", ["read", "write", "list", "mkdir"])
+    async def test_a_symlink_out_of_the_workspace_is_not_followed(self, workspace, verb):
+        await workspace.execute("ln -s /etc/passwd out")
+        with pytest.raises(OutsideWorkspace):
+            await getattr(workspace.files, verb)("out", *((b"x",) if verb == "write" else ()))
+        assert (await workspace.files.stat("out")).target == "/etc/passwd"
+        await workspace.files.remove("out")
+
     @pytest.mark.parametrize("verb", ["read", "list", "remove", "mkdir", "stat"])
-    async def test_an_impossible_path_is_refused(self, workspace, path, verb):
-        with pytest.raises(InvalidParams):
-            await getattr(workspace.files, verb)(path)
+    async def test_an_impossible_path_is_refused(self, workspace, verb):
+        for path in ("", "a\0b", "x" * 5000, "y" * 300, "a/" * 2500):
+            with pytest.raises(InvalidParams):
+                await getattr(workspace.files, verb)(path)
 
     @pytest.mark.parametrize(
         ("verb", "path", "error"),
