@@ -182,7 +182,11 @@ def _workspace(parser: argparse.ArgumentParser) -> None:
 def _server(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--url", help="the server (default: AGENT_SERVER_URL, or http://127.0.0.1:8000)")
-    group.add_argument("--api-key", metavar="KEY", help="its key (default: AGENT_SERVER_API_KEY)")
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="its key (default: AGENT_SERVER_API_KEY, which the process list does not show)",
+    )
     group.add_argument("--api-key-file", metavar="FILE", help="a file that holds its key")
 
 
