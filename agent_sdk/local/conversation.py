@@ -145,7 +145,8 @@ class LocalConversation:
         op = None if op_id is None else operation(op_id, digest, run_id)
         written = opened.journal.submit(UserMessage(text=text, op_id=op_id), op=op)
         # Not after the await: whoever sends the message may be cancelled, the message is there all the same.
-        written.add_done_callback(partial(opened.turns.message_committed, wake=mode == "interrupt"))
+        wake = mode == "interrupt"
+        written.add_done_callback(partial(opened.turns.message_committed, run_id=run_id, wake=wake))
         records = await asyncio.shield(written)
         if not records and op_id is not None and (known := await receipt_of(opened.journal, op_id, digest)):
             return known

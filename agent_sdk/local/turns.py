@@ -42,13 +42,15 @@ class Turns:
         joins = self._turn is not None and not self._turn.ending
         return self._turn.run_id if joins and self._turn else self._next_run_id
 
-    def message_committed(self, future: asyncio.Future[Any], *, wake: bool = False) -> None:
-        """Start a turn for a message that no turn reads; what is paused stays so, unless it is to `wake`."""
+    def message_committed(self, future: asyncio.Future[Any], *, run_id: str, wake: bool) -> None:
+        """Start the turn that was promised to a message, unless it has started.
+
+        What is paused stays so, unless the message is to `wake` it. A turn that had been joined and ends
+        without reading the message leaves it to the next one.
+        """
         if future.cancelled() or future.exception() is not None or not self._journal.history.unread:
             return
-        if not self.accepts or (self._journal.fold.paused and not wake):
-            return
-        if self._turn is None or self._turn.ending:
+        if run_id == self._next_run_id and self.accepts and (wake or not self._journal.fold.paused):
             self._start()
 
     def begin(self) -> Turn | None:

@@ -142,11 +142,13 @@ class ToolCallsContract:
 
     async def test_an_approval_is_in_the_log_before_the_call_runs(self, open: Open) -> None:
         conversations: list[Conversation] = []
-        seen: list[str] = []
+        seen: list[Any] = []
 
         @tool
         async def look() -> str:
             """Look into the log."""
+            pending = (await conversations[0].state()).pending
+            seen.append([each.request for each in pending if each.request == "approval"])
             seen.extend(event.answer for event in await these(conversations[0], RequestResolved))
             return "looked"
 
@@ -156,7 +158,7 @@ class ToolCallsContract:
         request = await until(conversations[0], RequestOpened)
         await conversations[0].respond(request.request_id, "approve")
         assert (await conversations[0].run(timeout=PATIENCE)).status == "finished"
-        assert seen[:1] == ["approved"]
+        assert seen[:2] == [[], "approved"]
 
     async def test_a_rejected_call_is_not_run_and_the_agent_hears_why(self, open: Open) -> None:
         policy = ConfirmationPolicy(tools=("terminal",))

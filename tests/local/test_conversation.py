@@ -22,12 +22,13 @@ from agent_sdk.protocol.events import (
     TurnStarted,
     UserMessage,
     decode,
+    kind_of,
 )
 from agent_sdk.protocol.specs import AgentSpec, ScriptedLLM, ToolSpec
 from agent_sdk.testing import call, hang, say
 from agent_sdk.tools import ToolResult
 from tests.contract.conversation import ConversationContract
-from tests.contract.vocabulary import PATIENCE, Gate, acting, last_result, past, these, until
+from tests.contract.vocabulary import PATIENCE, Gate, acting, ended, last_result, past, these, until
 
 ROOT = Path(__file__).parents[2]
 OP = "01890000-0000-7000-8000-000000000001"
@@ -343,6 +344,50 @@ async def until_answered(conversation, receipt):
         async for event in conversation.events(since=receipt.seq, follow=True):
             if isinstance(event, TurnEnded) and event.run_id == receipt.run_id:
                 return
+
+
+async def test_a_turn_begins_after_the_end_of_the_one_before_whatever_meets(open):
+    for steps in range(15):
+        gate = Gate()
+        conversation = await open(acting(call("gate"), say("ok"), tools=[gate.tool]))
+        await conversation.send_message("go")
+        await gate.reached()
+        meeting = [
+            asyncio.create_task(conversation.set_title("x")),
+            asyncio.create_task(conversation.interrupt()),
+        ]
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        receipt = await conversation.send_message("late")
+        await asyncio.gather(*meeting)
+        await conversation.run(timeout=PATIENCE)
+        kinds = [kind_of(event) for event in await past(conversation) if kind_of(event).startswith("turn_")]
+        assert kinds == ["turn_started", "turn_ended"] * (len(kinds) // 2)
+        assert (await ended(conversation)).run_id == receipt.run_id
+
+
+async def test_running_in_the_moment_of_a_pause_goes_on(open):
+    for steps in range(5):
+        gate = Gate()
+        conversation = await open(acting(call("gate"), say("done"), tools=[gate.tool]))
+        again = []
+
+        async def run(steps=steps, conversation=conversation):
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            return await conversation.run(timeout=PATIENCE)
+
+        def paused(seq, body, again=again, run=run):
+            if body.startswith(b'{"type":"turn_ended"') and not again:
+                again.append(asyncio.create_task(run()))
+
+        conversation.subscribe(paused)
+        await conversation.send_message("go")
+        await gate.reached()
+        await conversation.pause()
+        gate.release.set()
+        await conversation.run(timeout=PATIENCE)
+        assert (await again[0]).status == "finished"
 
 
 async def test_messages_that_come_at_every_moment_are_all_read(open):
