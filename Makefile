@@ -57,7 +57,7 @@ types: $(READY) ## check types
 	$(BIN)/mypy $(PACKAGES) $(wildcard examples bench)
 
 contracts: $(READY) ## check who may import whom
-	$(BIN)/lint-imports --no-logo
+	$(BIN)/lint-imports --no-logo --no-cache
 
 bench: $(READY) ## measure, next to the physical limits; writes bench/results.json
 	$(BIN)/python -m bench $(ARGS)

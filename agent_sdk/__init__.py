@@ -16,12 +16,15 @@ disk:         files of this machine as streams
 serve:        a workspace behind a Peer
 box:          a workspace behind a Unix socket
 ids:          identities
+version:      the version
 
 Names are imported at their first use, so that `import agent_sdk` costs nothing that is not needed.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from agent_sdk.version import __version__
 
 if TYPE_CHECKING:
     from agent_sdk.api import Conversation
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
     from agent_sdk.remote.workspace import RemoteWorkspace
     from agent_sdk.tools import tool
     from agent_sdk.workspace import ExecResult, Exit, FileInfo, Transferred
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LLM",
@@ -55,6 +56,7 @@ __all__ = [
     "Snapshot",
     "Stats",
     "Transferred",
+    "__version__",
     "tool",
 ]
 

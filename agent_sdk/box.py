@@ -24,6 +24,7 @@ from agent_sdk.rpc.peer import Handler, Inbound, Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_sdk.rpc.unix import serve_unix
 from agent_sdk.serve import weight, workspace_handlers
+from agent_sdk.version import __version__
 
 logger = logging.getLogger("agent_sdk.box")
 
@@ -63,7 +64,7 @@ class Box:
         call.peer.other_limits = params.limits
         return Initialized(
             protocol_version=PROTOCOL_VERSION,
-            server=ClientInfo(name="agent-box", version="0.1.0"),
+            server=ClientInfo(name="agent-box", version=__version__),
             limits=Limits(),
             connection_id="box",
             heartbeat_s=20.0,

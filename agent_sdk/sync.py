@@ -363,8 +363,13 @@ class RemoteWorkspace(Workspace):
         *,
         sandbox: Sandbox | None = None,
         working_dir: str | None = None,
+        conversation: str | None = None,
     ) -> None:
-        super().__init__(AsyncRemoteWorkspace(url, api_key, sandbox=sandbox, working_dir=working_dir))
+        super().__init__(
+            AsyncRemoteWorkspace(
+                url, api_key, sandbox=sandbox, working_dir=working_dir, conversation=conversation
+            )
+        )
 
 
 class Conversation:

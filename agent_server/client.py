@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from msgspec import Raw, Struct
+from msgspec import Struct
 
 from agent_sdk.protocol.errors import InvalidParams, PathDenied, PathNotFound
-from agent_sdk.remote.connection import connect
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server.config import ClientEnvironment, client_environment
 from agent_server.hosts import is_loopback
@@ -28,6 +25,12 @@ class Server(Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"Server(url={self.url!r})"
+
+    def workspace(
+        self, *, conversation: str | None = None, working_dir: str | None = None
+    ) -> RemoteWorkspace:
+        """Return the workspace of an existing conversation, or a fresh one."""
+        return RemoteWorkspace(self.url, self.api_key, conversation=conversation, working_dir=working_dir)
 
 
 def find_server(given: argparse.Namespace, url: str | None = None) -> Server:
@@ -72,27 +75,3 @@ def _read_key(file: Path) -> str:
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not ASCII text"
         raise PathDenied(f"{file}: the API key cannot be read: {reason}", path=str(file)) from None
-
-
-@asynccontextmanager
-async def workspace_of(server: Server, conversation: str) -> AsyncIterator[RemoteWorkspace]:
-    """Enter the workspace of an existing conversation; a Conversation with its id shares the connection.
-
-    Raises:
-        ConversationNotFound, Unauthorized, ConnectionLost: see `connect`.
-    """
-    entered: list[RemoteWorkspace] = []
-
-    def noticed(method: str, params: Raw) -> None:
-        for workspace in entered:
-            if workspace.on_notice is not None:
-                workspace.on_notice(method, params)
-
-    async with connect(
-        server.url, server.api_key, conversation=conversation, on_notice=noticed
-    ) as connection:
-        workspace = RemoteWorkspace.over(connection.peer)
-        workspace.url, workspace.api_key, workspace.connection = server.url, server.api_key, connection
-        async with workspace:
-            entered.append(workspace)
-            yield workspace

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from agent_sdk import LocalWorkspace, RemoteWorkspace
+from agent_sdk import LocalWorkspace
 from agent_sdk.protocol.errors import InvalidParams, NotADirectory, PathNotFound
 from agent_sdk.workspace import Workspace
-from agent_server.client import find_server, workspace_of
+from agent_server.client import find_server
 
 
 @asynccontextmanager
@@ -34,11 +34,10 @@ async def entered(given: argparse.Namespace) -> AsyncIterator[Workspace]:
             raise InvalidParams(
                 "--conversation names a workspace of a server; leave out --workspace, or give it the URL"
             )
-        async with workspace_of(find_server(given, place), given.conversation) as workspace:
+        async with find_server(given, place).workspace(conversation=given.conversation) as workspace:
             yield workspace
     elif remote or (place is None and given.url):
-        server = find_server(given, place)
-        async with RemoteWorkspace(server.url, server.api_key, working_dir=given.working_dir) as fresh:
+        async with find_server(given, place).workspace(working_dir=given.working_dir) as fresh:
             yield fresh
     else:
         if given.working_dir is not None:

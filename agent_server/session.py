@@ -32,6 +32,7 @@ from agent_sdk.protocol.methods import (
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.rpc.peer import Inbound, Peer
 from agent_sdk.rpc.pipe import Pipe
+from agent_sdk.version import __version__
 from agent_server.auth import Authority
 from agent_server.config import ServerConfig
 from agent_server.connection import Connection
@@ -58,7 +59,7 @@ _LEAST = Limits(
     queue_bytes=1,
     json_depth=1,
 )
-SERVER = ClientInfo(name="agent-server", version="0.1.0")
+SERVER = ClientInfo(name="agent-server", version=__version__)
 
 
 class Lobby:

@@ -16,7 +16,7 @@ FUNCTION_LINES = 60
 NAMES_OF_NOTHING = {"utils", "util", "helpers", "helper", "common", "base", "core", "impl", "manager", "misc"}
 READS_THE_ENVIRONMENT = {
     "agent_server/config.py",
-    "agent_sdk/api.py",  # LLM.from_env
+    "agent_sdk/definition.py",  # LLM.from_env
     "agent_sdk/local/environment.py",  # what a child process inherits
 }
 

@@ -23,12 +23,13 @@ from agent_sdk.protocol.specs import PROTOCOL_VERSION, SUBPROTOCOL, Limits, Work
 from agent_sdk.rpc.peer import Handler, Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_sdk.rpc.unix import connect_unix
+from agent_sdk.version import __version__
 
 if TYPE_CHECKING:
     import aiohttp
 
 OnNotice = Callable[[str, Raw], None]
-CLIENT = ClientInfo(name="agent-sdk", version="0.1.0")
+CLIENT = ClientInfo(name="agent-sdk", version=__version__)
 
 _REFUSALS: Mapping[int, Callable[[str], AgentServerError]] = {
     401: lambda url: Unauthorized(f"{url} does not accept the API key; pass the server's key as api_key"),
@@ -118,7 +119,8 @@ async def _reach_server(stack: AsyncExitStack, url: str, api_key: str | None, co
             raise refusal(url) from None
         raise ConnectionLost(f"{url} is no agent server: it answered {exc.status} {exc.message}") from None
     except (aiohttp.ClientError, OSError, TimeoutError) as exc:
-        reason = str(exc) or type(exc).__name__
+        cause = getattr(exc, "os_error", exc)
+        reason = getattr(cause, "strerror", None) or str(exc) or type(exc).__name__
         raise ConnectionLost(f"cannot reach {url}: {reason}; is the server running there?") from None
     return WebSocketPipe(socket)
 

@@ -234,7 +234,8 @@ class RemoteConversation:
                 )
             )
         self._id = connection.conversation or ""
-        self._delivery.start(since=connection.answer.head_seq if self._wanted else 0)
+        existing = self._wanted is not None or (connection is shared and self._workspace.attached)
+        self._delivery.start(since=connection.answer.head_seq if existing else 0)
         await self._introduce(connection.peer)
         return connection.peer
 

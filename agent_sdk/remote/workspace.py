@@ -11,7 +11,7 @@ from msgspec import Raw
 
 from agent_sdk.disk import atomic_file, open_source
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import ConnectionLost, TransferBroken
+from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, TransferBroken
 from agent_sdk.protocol.methods import (
     Describe,
     Download,
@@ -57,6 +57,7 @@ class RemoteWorkspace:
         *,
         sandbox: Sandbox | None = None,
         working_dir: str | None = None,
+        conversation: str | None = None,
     ) -> None:
         """Describe it; nothing is reached before `async with`.
 
@@ -65,9 +66,18 @@ class RemoteWorkspace:
             api_key: the server's key.
             sandbox: run the commands in a container the server manages.
             working_dir: an existing folder of the server's machine; None: a fresh one.
+            conversation: id of an existing conversation, whose workspace this is then; None: a new one.
+
+        Raises:
+            InvalidParams: an existing conversation has its workspace already.
         """
+        if conversation is not None and (sandbox is not None or working_dir is not None):
+            raise InvalidParams(
+                "conversation: it has its workspace already; leave out sandbox and working_dir"
+            )
         self.url = url
         self.api_key = api_key
+        self._conversation = conversation or "new"
         self._spec = WorkspaceSpec(sandbox=sandbox, working_dir=working_dir)
         self._stack = AsyncExitStack()
         self._peer: Peer | None = None
@@ -93,6 +103,7 @@ class RemoteWorkspace:
                 connect(
                     self.url,
                     self.api_key,
+                    conversation=self._conversation,
                     workspace=self._spec,
                     handlers=self.handlers,
                     on_notice=self._noticed,
@@ -118,6 +129,11 @@ class RemoteWorkspace:
     def _noticed(self, method: str, params: Raw) -> None:
         if self.on_notice is not None:
             self.on_notice(method, params)
+
+    @property
+    def attached(self) -> bool:
+        """Whether it is the workspace of a conversation that existed before."""
+        return self._conversation != "new"
 
     @property
     def peer(self) -> Peer:

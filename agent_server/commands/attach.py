@@ -14,7 +14,7 @@ from agent_sdk import Conversation, Event
 from agent_sdk.conversation import Conversation as ConversationContract
 from agent_sdk.protocol.errors import AgentServerError, TimedOut
 from agent_sdk.protocol.events import RequestOpened, RequestResolved, TurnEnded, UserMessage
-from agent_server.client import find_server, workspace_of
+from agent_server.client import find_server
 from agent_server.inlet import STDIN, Inlet
 from agent_server.terminal import STDERR, one_line, open_terminal
 from agent_server.viewer import Viewer, open_viewer
@@ -26,7 +26,7 @@ async def main(given: argparse.Namespace) -> int:
     """Show it until Ctrl-C, or until the lines of a piped input are answered."""
     left = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, left.set)
-    async with workspace_of(find_server(given), given.id) as workspace:
+    async with find_server(given).workspace(conversation=given.id) as workspace:
         conversation = Conversation(None, workspace, id=given.id)
         async with conversation:
             typed = os.isatty(STDIN)

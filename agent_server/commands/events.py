@@ -6,14 +6,14 @@ import argparse
 from collections.abc import AsyncIterator
 
 from agent_sdk import Conversation, Event
-from agent_server.client import find_server, workspace_of
+from agent_server.client import find_server
 from agent_server.viewer import Viewer, open_viewer
 
 
 async def main(given: argparse.Namespace) -> int:
     """Show the events."""
     viewer = open_viewer(json=given.json)
-    async with workspace_of(find_server(given), given.id) as workspace:
+    async with find_server(given).workspace(conversation=given.id) as workspace:
         conversation = Conversation(None, workspace, id=given.id)
         async with conversation:
             await viewer.watch(_show(conversation.events(given.since, given.follow), viewer))

@@ -64,6 +64,17 @@ async def test_another_client_attaches_by_id_and_sees_the_same_events(running_se
         assert theirs == mine
 
 
+async def test_the_workspace_of_an_existing_conversation_can_be_entered(running_server):
+    async with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
+        conversation = Conversation(AGENT, workspace)
+        await conversation.send_message("go")
+        await conversation.run()
+        again = RemoteWorkspace(running_server.url, running_server.api_key, conversation=conversation.id)
+        async with again:
+            assert await again.files.read("it.txt") == b"made\n"
+            assert (await Conversation(None, again).state()).id == conversation.id
+
+
 async def test_an_unknown_id_is_a_conversation_that_is_not_found(running_server):
     async with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
         nobody = Conversation(None, workspace, id="01900000-0000-7000-8000-000000000000")
