@@ -11,9 +11,9 @@ from agent_sdk.protocol.errors import ConversationNotFound
 from agent_sdk.protocol.events import UserMessage
 
 
-@pytest.fixture
-async def journal():
-    async with EventLog.open(None) as log:
+@pytest.fixture(params=["file", "memory"])
+async def journal(request, tmp_path):
+    async with EventLog.open(tmp_path / "log.sqlite" if request.param == "file" else None) as log:
         yield Journal(log, "c", await log.create("c"), Delivery((), None))
 
 
@@ -35,12 +35,20 @@ async def test_what_follows_from_an_event_is_known_before_its_writer_goes_on(jou
 
 
 async def test_nobody_is_shown_an_event_before_what_follows_from_it_is_known(journal):
+    """For a moment the file is ahead of everybody; readers that are always there would notice."""
     await journal.append(UserMessage(text="a"))
-    for _ in range(200):
-        written = journal.submit(UserMessage(text="a"))
-        async for seq, _ in journal.pages(journal.head_seq - 1):
-            assert seq <= journal.head_seq
-        await written
+
+    async def write():
+        for _ in range(300):
+            await journal.append(UserMessage(text="a"))
+
+    async def read():
+        while not writing.done():
+            async for seq, _ in journal.pages(journal.head_seq - 1):
+                assert seq <= journal.head_seq
+
+    writing = asyncio.create_task(write())
+    await asyncio.gather(writing, *(read() for _ in range(5)))
 
 
 async def test_an_event_that_was_not_written_is_told_to_nobody(journal):
