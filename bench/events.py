@@ -121,8 +121,8 @@ async def _one_way(path: str) -> float:
 async def _raw(path: str) -> float:
     body = events.encode(EVENT)
 
-    async def write(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for _ in range(COUNT // 50):
+    async def write(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _batch in range(COUNT // 50):
             writer.write(body * 50)
             await writer.drain()
         writer.close()

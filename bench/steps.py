@@ -12,6 +12,8 @@ from bench.measure import Row
 
 async def measure() -> list[Row]:
     """Per step over 1, 100 and 2 000 steps: the log in memory, and on disk with fsync."""
+    with tempfile.TemporaryDirectory() as folder:
+        await _run(10, folder, folder)  # imports and first connections
     rows = []
     for on_disk in (False, True):
         for steps in (1, 100, 2000):
@@ -24,7 +26,7 @@ async def measure() -> list[Row]:
                     value=each,
                     unit="ms",
                     target="<= 3",
-                    met=each <= 3 or steps == 1,
+                    met=each <= 3,
                 )
             )
     return rows
@@ -34,6 +36,7 @@ async def _run(steps: int, folder: str, log: str | None) -> float:
     agent = Agent(llm=ScriptedLLM([call("think", thought="nothing")], repeat=True), tools=["think"])
     conversation = Conversation(agent, folder, persistence_dir=log, max_iterations=steps)
     async with conversation:
+        await conversation.state()  # opened: what is measured is steps, not the making of a database
         began = time.perf_counter()
         await conversation.send_message("go")
         outcome = await conversation.run()
