@@ -265,6 +265,13 @@ def _sync_folder(folder: int) -> None:
         os.close(fd)
 
 
+def _make_folders(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder") from None
+
+
 def _local_path(path: str | PathLike[str]) -> str:
     text = os.fsdecode(os.fspath(path))
     if not text or "\0" in text:
@@ -323,7 +330,7 @@ def _open_atomic(path: str, mode: int | None, opened: list[AtomicFile]) -> None:
     try:
         if not name or path.endswith("/"):
             raise IsADirectoryError(errno.EISDIR, "is a folder")
-        os.makedirs(folder, exist_ok=True)
+        _make_folders(folder)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         file = AtomicFile(fd, os.fsencode(name), path, mode)
         opened.append(file)

@@ -314,12 +314,12 @@ class _Filter:
 
     def _show(self, data: bytes) -> bool:
         answers = b""
-        if b"\x1b" in data or b"\x1b" in self._before:
-            text = self._before + data
+        text = self._before + data
+        if b"\x1b" in text:
             for query in _QUERIES.finditer(text):
                 if query.end() > len(self._before):
                     answers += _answer_to(query[0])
-        self._before = data[-_LONGEST_QUERY:]
+        self._before = text[-_LONGEST_QUERY:]
         return self._shown(data, answers)
 
 

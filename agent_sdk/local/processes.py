@@ -6,8 +6,8 @@ import asyncio
 import os
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from agent_sdk.local.arguments import check_seconds, check_signal, check_size
@@ -42,6 +42,8 @@ class Running:
         self.on_news: OnNews | None = None
         """Called with the name of a stream and its size when more came, up to the process's end."""
         self.timer: asyncio.TimerHandle | None = None
+        self.readers = 0
+        """Who needs its output at this moment; until then it is not forgotten."""
         self.forgotten = False
 
     def listen(self, name: OutputName, fd: int, spool: Spool) -> None:
@@ -73,6 +75,15 @@ class Running:
         if self.feed is not None:
             self.feed.close()
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep its output from being forgotten."""
+        self.readers += 1
+        try:
+            yield
+        finally:
+            self.readers -= 1
+
     def limit(self, seconds: float | None) -> None:
         """End its tree `seconds` after its start."""
         if seconds is not None:
@@ -83,6 +94,11 @@ class Running:
         self.child.look()
         if self.child.alive:
             self.child.end("timeout")
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes of disk its output takes."""
+        return sum(spool.on_disk for spool in self.spools.values())
 
     @property
     def is_heard(self) -> bool:
@@ -119,6 +135,8 @@ class Processes:
         self._children = children
         self._spool_folder = spool_folder
         self._running: dict[str, Running] = {}
+        self._ended: dict[str, Running] = {}
+        """Those of `_running` that have ended, the first to end first."""
         self._hidden: set[Running] = set()
         """Those nobody can ask for: not listed ones, and ended ones whose children still write."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -230,16 +248,18 @@ class Processes:
         for name, spool in running.spools.items():
             if spool.wrapped and not running.intakes[name].open:
                 self.hold(spool.settle(final=True))
+        self._ended[running.child.id] = running
         self._forget_old()
 
     def _forget_old(self) -> None:
-        ended = [running for running in self._running.values() if running.child.exit is not None]
-        kept = sum(spool.on_disk for running in ended for spool in running.spools.values())
-        while len(ended) > ENDED_KEPT or (kept > SPOOL_KEPT_BYTES and len(ended) > 1):
-            oldest = ended.pop(0)
-            kept -= sum(spool.on_disk for spool in oldest.spools.values())
-            del self._running[oldest.child.id]
-            self._forget(oldest)
+        kept = sum(running.on_disk for running in self._ended.values())
+        for process_id, oldest in tuple(self._ended.items()):
+            if len(self._ended) <= ENDED_KEPT and (kept <= SPOOL_KEPT_BYTES or len(self._ended) == 1):
+                return
+            if not oldest.readers:
+                kept -= oldest.on_disk
+                del self._running[process_id], self._ended[process_id]
+                self._forget(oldest)
 
     def _forget(self, running: Running) -> None:
         """Drop the output. What its children still write is read, or the pipe would break under them."""
@@ -278,6 +298,7 @@ class Processes:
             for spool in running.spools.values():
                 await spool.close()
         self._running.clear()
+        self._ended.clear()
         self._hidden.clear()
 
 
@@ -338,24 +359,25 @@ class LocalProcess:
         spool, over = running.spools.get(stream), running.child.over
         if spool is None:
             return
-        end = None if follow and not over.done() else spool.size
-        position = since
-        while end is None or position < end:
-            news = spool.changed()
-            found, data = await spool.read(position, PIECE_BYTES)
-            if data:
-                news.cancel()
-                data = data if end is None else data[: max(0, end - found)]
+        with running.reading():
+            end = None if follow and not over.done() else spool.size
+            position = since
+            while end is None or position < end:
+                news = spool.changed()
+                found, data = await spool.read(position, PIECE_BYTES)
                 if data:
-                    yield found, data
-                position = found + len(data)
-            elif end is not None:
-                return
-            else:
-                await asyncio.wait((news, over), return_when=asyncio.FIRST_COMPLETED)
-                news.cancel()
-            if end is None and over.done():
-                end = max(position, spool.size)
+                    news.cancel()
+                    data = data if end is None else data[: max(0, end - found)]
+                    if data:
+                        yield found, data
+                    position = found + len(data)
+                elif end is not None:
+                    return
+                else:
+                    await asyncio.wait((news, over), return_when=asyncio.FIRST_COMPLETED)
+                    news.cancel()
+                if end is None and over.done():
+                    end = max(position, spool.size)
 
     async def signal(self, name: str) -> None:
         """See Process.signal; on a terminal the foreground job gets it, too."""

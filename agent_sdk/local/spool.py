@@ -173,7 +173,10 @@ class Spool:
         missing = first - self._capacity
         note = f"\n[... {missing} bytes left out ...]\n".encode() if missing else b""
         tail = self._ring_bytes(first)
-        await in_thread(os.pwrite, self._fd, note + tail, self._capacity)
+        try:
+            await in_thread(os.pwrite, self._fd, note + tail, self._capacity)
+        except OSError:
+            return  # the disk is full: the memory stays the only place
         if final:
             self._sealed = (first, self._capacity + len(note))
             self._ring = bytearray()

@@ -201,14 +201,15 @@ class LocalWorkspace:
         running.limit(timeout)
         if data:
             self._feed(running, data)
-        try:
-            await _wait(running, yield_after, on_output)
-        except BaseException:
-            # Cancelled, or the callback failed: nobody is left who could want the command to go on.
-            running.child.end()
-            await running.child.ended()
-            raise
-        return await _result(running)
+        with running.reading():
+            try:
+                await _wait(running, yield_after, on_output)
+            except BaseException:
+                # Cancelled, or the callback failed: nobody is left who could want the command to go on.
+                running.child.end()
+                await running.child.ended()
+                raise
+            return await _result(running)
 
     def _launch(
         self,

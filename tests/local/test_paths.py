@@ -1,0 +1,159 @@
+"""No path leads out of the root, whatever somebody swaps meanwhile."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from agent_sdk.local.paths import Root
+from agent_sdk.local.workspace import LocalWorkspace
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    OutsideWorkspace,
+    PathError,
+)
+from agent_sdk.protocol.results import Transferred
+
+ROUNDS = 400
+
+# Swaps a folder and a symlink, each time in one step: `d` is always one of the two.
+FLIP = """
+import ctypes, os, sys
+os.chdir(sys.argv[1])
+os.mkdir("d")
+os.symlink(sys.argv[2], "e")
+exchange, here = 2, -100
+renameat2 = ctypes.CDLL(None).renameat2
+print("ready", flush=True)
+while renameat2(here, b"d", here, b"e", exchange) == 0:
+    pass
+"""
+
+
+@pytest.fixture
+def flipping(tmp_path):
+    """A folder `d` in `root` that is now a folder, now a symlink to `outside`."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    (outside / "secret").write_text("secret")
+    process = subprocess.Popen([sys.executable, "-c", FLIP, str(root), str(outside)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    yield root, outside
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+async def tried(work) -> object:
+    """What a call gives, or the class of its error."""
+    try:
+        return await work
+    except AgentServerError as exc:
+        return type(exc)
+
+
+async def test_a_folder_that_becomes_a_symlink_at_any_moment_lets_nothing_out(flipping):
+    root, outside = flipping
+    async with LocalWorkspace(root) as workspace:
+        files = workspace.files
+        written = [await tried(files.write(f"d/f{number}", b"x")) for number in range(ROUNDS)]
+        made = [await tried(files.mkdir(f"d/m{number}/n")) for number in range(ROUNDS)]
+        read = [await tried(files.read("d/secret")) for _ in range(ROUNDS)]
+        removed = [await tried(files.remove("d/secret")) for _ in range(ROUNDS)]
+        listed = [await tried(files.list("d")) for _ in range(ROUNDS)]
+    assert os.listdir(outside) == ["secret"]
+    assert b"secret" not in read
+    assert OutsideWorkspace in read
+    assert any(isinstance(each, Transferred) for each in written)
+    assert None in made
+    assert None not in removed
+    assert not [
+        info for each in listed if isinstance(each, list) for info in each if info.path.endswith("secret")
+    ]
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+def resolved(root: Root, path: str, **options) -> str:
+    with root.entry(path, **options) as entry:
+        return root.shown(entry.names)
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [("a", "a"), ("./a//b/", "a/b"), ("a/../b", "b"), (".", "."), ("a/./..", "."), ("a/b/../../c", "c")],
+)
+def test_a_path_is_shown_relative_to_the_root(root, path, shown):
+    (root / "a" / "b").mkdir(parents=True)
+    assert resolved(Root(str(root)), path) == shown
+
+
+def test_the_root_may_be_named_by_a_symlink_to_it(root, tmp_path):
+    (tmp_path / "alias").symlink_to(root)
+    (root / "f").touch()
+    alias = Root(str(tmp_path / "alias"))
+    assert alias.path == str(root)
+    assert resolved(alias, f"{tmp_path}/alias/f") == resolved(alias, f"{root}/f") == "f"
+
+
+def test_a_root_below_its_own_alias_is_told_apart(tmp_path):
+    (tmp_path / "x" / "x").mkdir(parents=True)
+    (tmp_path / "x" / "x" / "f").touch()
+    assert resolved(Root(str(tmp_path / "x" / "x")), f"{tmp_path}/x/x/f") == "f"
+
+
+def test_a_neighbour_with_a_longer_name_is_outside(root, tmp_path):
+    (tmp_path / "root-too").mkdir()
+    with pytest.raises(OutsideWorkspace):
+        resolved(Root(str(root)), f"{tmp_path}/root-too")
+
+
+def test_magic_links_of_proc_are_only_text(root):
+    with open("/etc/passwd") as opened:
+        (root / "link").symlink_to(f"/proc/self/fd/{opened.fileno()}")
+        (root / "top").symlink_to("/proc/self/root")
+        for path in ("link", "top/etc"):
+            with pytest.raises(OutsideWorkspace):
+                resolved(Root(str(root)), path)
+
+
+def test_too_many_symlinks_are_refused(root):
+    for number in range(50):
+        (root / f"l{number}").symlink_to(f"l{number + 1}")
+    with pytest.raises(PathError, match="symbolic links"):
+        resolved(Root(str(root)), "l0")
+    assert resolved(Root(str(root)), "l15") == "l50"
+
+
+def test_deep_folders_are_fine(root):
+    deep = "/".join(["d"] * 200)
+    (root / deep).mkdir(parents=True)
+    assert resolved(Root(str(root)), deep) == deep
+
+
+def test_the_root_of_the_machine_is_a_root(tmp_path):
+    (tmp_path / "f").touch()
+    assert resolved(Root("/"), f"{tmp_path}/f") == str(tmp_path / "f")[1:]
+
+
+def test_unconfined_paths_go_anywhere(root, tmp_path):
+    free = Root(str(root), confined=False)
+    (root / "f").touch()
+    (tmp_path / "g").touch()
+    assert resolved(free, "f") == "f"
+    assert resolved(free, "../g") == resolved(free, str(tmp_path / "g")) == str(tmp_path / "g")
+
+
+def test_no_descriptor_is_left_open(root):
+    (root / "a" / "b").mkdir(parents=True)
+    before = len(os.listdir("/proc/self/fd"))
+    resolved(Root(str(root)), "a/b/c")
+    with pytest.raises(OutsideWorkspace):
+        resolved(Root(str(root)), "a/../..")
+    assert len(os.listdir("/proc/self/fd")) == before
