@@ -20,7 +20,9 @@ arguments:    limits on what callers ask for
 launch:       starting a program
 children:     started programs, and their ends
 process_tree: all processes of an operation, found and ended
-processes:    processes as callers see them
+processes:    the processes of a workspace
+running:      a process with its streams
+process:      a process as its users see it
 intake:       bytes from a process
 feed:         bytes into a process
 spool:        what a process said, by offset
@@ -28,6 +30,7 @@ herald:       telling a caller what a process says
 terminal:     pseudo terminals
 paths:        paths that cannot leave the root
 files:        files of a workspace
+entries:      what can be done with one of them; blocks
 bash:         one bash in a terminal, driven over pipes of its own
 shell:        persistent shells
 git:          the repository of a workspace

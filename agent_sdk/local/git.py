@@ -8,7 +8,7 @@ option. What git says is read NUL-separated.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Literal
 
 from agent_sdk.disk import in_thread
@@ -168,7 +168,9 @@ class _Place:
         pair = ("--no-index", "--", "/dev/null", os.fsdecode(name))
         return await self.git("-C", self._top, *_DIFF, *pair, limit=DIFF_BYTES + 1, fine=(0, 1))
 
-    async def git(self, *arguments: str, limit: int = LISTING_BYTES, fine: Iterable[int] = (0,)) -> bytes:
+    async def git(
+        self, *arguments: str, limit: int = LISTING_BYTES, fine: tuple[int | None, ...] = (0,)
+    ) -> bytes:
         """Return what git says.
 
         Raises:

@@ -9,7 +9,9 @@ import asyncio
 import inspect
 from collections import deque
 
-from agent_sdk.local.processes import PIECE_BYTES, Running
+from agent_sdk.local.process import PIECE_BYTES
+from agent_sdk.local.running import Running
+from agent_sdk.protocol.results import Exit
 from agent_sdk.workspace import OnOutput, OutputName
 
 TURNS = 4096
@@ -71,7 +73,7 @@ class Herald:
                     await answer
 
 
-async def _first(news: asyncio.Event, over: asyncio.Future[object], seconds: float | None) -> None:
+async def _first(news: asyncio.Event, over: asyncio.Future[Exit], seconds: float | None) -> None:
     waiting = asyncio.ensure_future(news.wait())
     try:
         await asyncio.wait((waiting, over), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)

@@ -1,131 +1,24 @@
-"""Processes of a workspace as its users see them: output by offset, input, signals, their ends."""
+"""The processes of a workspace: started, listed, and forgotten when too many have ended."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import subprocess
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Coroutine
 from typing import Any
 
-from agent_sdk.local.arguments import check_seconds, check_signal, check_size
 from agent_sdk.local.children import Child, Children
 from agent_sdk.local.feed import Feed
-from agent_sdk.local.intake import Intake
 from agent_sdk.local.launch import Folder, Launch
+from agent_sdk.local.running import Running
 from agent_sdk.local.spool import Spool
-from agent_sdk.local.terminal import Terminal, open_terminal, resize
-from agent_sdk.protocol.errors import InvalidParams, ProcessNotFound, StateConflict, TimedOut
-from agent_sdk.protocol.results import Exit, ProcessInfo
-from agent_sdk.workspace import OutputName
+from agent_sdk.local.terminal import open_terminal
+from agent_sdk.protocol.errors import ProcessNotFound
+from agent_sdk.protocol.results import ProcessInfo
 
 ENDED_KEPT = 64
 SPOOL_KEPT_BYTES = 1 << 30
-PIECE_BYTES = 256 << 10
-END_OF_FILE = b"\x04"
-
-OnNews = Callable[[OutputName, int], None]
-
-
-class Running:
-    """A process with its streams; it stays one after its end."""
-
-    def __init__(self, command: str | list[str], child: Child, terminal: Terminal | None) -> None:
-        self.command = command
-        self.child = child
-        self.terminal = terminal
-        self.spools: dict[OutputName, Spool] = {}
-        self.intakes: dict[OutputName, Intake] = {}
-        self.feed: Feed | None = None
-        self.on_news: OnNews | None = None
-        """Called with the name of a stream and its size when more came, up to the process's end."""
-        self.timer: asyncio.TimerHandle | None = None
-        self.readers = 0
-        """Who needs its output at this moment; until then it is not forgotten."""
-        self.forgotten = False
-
-    def listen(self, name: OutputName, fd: int, spool: Spool) -> None:
-        """Keep what comes from `fd` in `spool`."""
-        self.spools[name] = spool
-
-        def take(data: bytes) -> bool:
-            if self.forgotten:
-                return True
-            spool.feed(data)
-            if self.on_news is not None:
-                self.on_news(name, spool.size)
-            return not spool.full
-
-        intake = self.intakes[name] = Intake(fd, take)
-        spool.on_room = intake.resume
-
-    def died(self) -> None:
-        """Take what it said last; what its children say later is kept, but nobody waits for it."""
-        for intake in self.intakes.values():
-            intake.drain()
-        if self.terminal is not None:
-            self.terminal.close_slave()
-            for intake in self.intakes.values():
-                intake.drain()
-        self.on_news = None
-        if self.timer is not None:
-            self.timer.cancel()
-        if self.feed is not None:
-            self.feed.close()
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Keep its output from being forgotten."""
-        self.readers += 1
-        try:
-            yield
-        finally:
-            self.readers -= 1
-
-    def limit(self, seconds: float | None) -> None:
-        """End its tree `seconds` after its start."""
-        if seconds is not None:
-            left = self.child.started + seconds - time.monotonic()
-            self.timer = asyncio.get_running_loop().call_later(max(0.0, left), self._time_over)
-
-    def _time_over(self) -> None:
-        self.child.look()
-        if self.child.alive:
-            self.child.end("timeout")
-
-    @property
-    def on_disk(self) -> int:
-        """Bytes of disk its output takes."""
-        return sum(spool.on_disk for spool in self.spools.values())
-
-    @property
-    def is_heard(self) -> bool:
-        """Whether somebody can still write to its streams."""
-        return any(intake.open for intake in self.intakes.values())
-
-    def info(self) -> ProcessInfo:
-        """Describe it."""
-        child = self.child
-        sizes = {name: spool.size for name, spool in self.spools.items()}
-        return ProcessInfo(
-            id=child.id,
-            command=self.command,
-            pid=child.pid,
-            pty=self.terminal is not None,
-            running=child.exit is None,
-            started_at=child.started_at,
-            exit=child.exit,
-            stdout_bytes=sizes.get("stdout", 0),
-            stderr_bytes=sizes.get("stderr", 0),
-        )
-
-    def close(self) -> None:
-        """Close its descriptors; its output stays readable."""
-        self.died()
-        for intake in self.intakes.values():
-            intake.close()
 
 
 class Processes:
@@ -159,7 +52,7 @@ class Processes:
             folder: where; the descriptor stays the caller's.
             stdin: whether it gets input (`feed`), or reads an empty one.
             size: of its terminal; None: pipes.
-            listed: whether callers see it in `list`; if not, it has to be given to `drop`.
+            listed: whether callers see it in `infos`; if not, it has to be given to `drop`.
 
         Raises:
             SpawnFailed: it did not start.
@@ -240,7 +133,7 @@ class Processes:
             raise ProcessNotFound(f"no such process: {process_id:.80}", process=process_id[:80])
         return running
 
-    def list(self) -> list[ProcessInfo]:
+    def infos(self) -> list[ProcessInfo]:
         """Describe all, oldest first."""
         return [running.info() for running in self._running.values()]
 
@@ -300,114 +193,6 @@ class Processes:
         self._running.clear()
         self._ended.clear()
         self._hidden.clear()
-
-
-class LocalProcess:
-    """Implements `workspace.Process`."""
-
-    def __init__(self, processes: Processes, process_id: str) -> None:
-        self._processes = processes
-        self._id = process_id
-
-    def __repr__(self) -> str:
-        return f"<LocalProcess {self._id}>"
-
-    @property
-    def id(self) -> str:
-        """See Process.id."""
-        return self._id
-
-    def _find(self) -> Running:
-        return self._processes.find(self._id)
-
-    def _feed(self) -> Feed:
-        feed = self._find().feed
-        if feed is None or not feed.open:
-            raise ProcessNotFound(f"the process has ended or closed its input: {self._id}", process=self._id)
-        return feed
-
-    async def write(self, data: bytes) -> None:
-        """See Process.write."""
-        await self._feed().write(data)
-
-    async def close_stdin(self) -> None:
-        """See Process.close_stdin."""
-        running = self._find()
-        if running.feed is None:
-            return
-        if running.terminal is None:
-            running.feed.close()
-        elif running.feed.open:
-            await running.feed.write(END_OF_FILE)
-
-    async def output(
-        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
-    ) -> AsyncIterator[bytes]:
-        """See Process.output."""
-        async for _, data in self.chunks(since, stream=stream, follow=follow):
-            yield data
-
-    async def chunks(
-        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
-    ) -> AsyncIterator[tuple[int, bytes]]:
-        """Like `output`, with the offset of each piece, which shows where a gap is."""
-        running = self._find()
-        if stream not in ("stdout", "stderr"):
-            raise InvalidParams(f"stream: stdout or stderr (got {stream!r:.40})")
-        if isinstance(since, bool) or not isinstance(since, int) or since < 0:
-            raise InvalidParams(f"since: a number of bytes, not negative (got {since!r:.40})")
-        spool, over = running.spools.get(stream), running.child.over
-        if spool is None:
-            return
-        with running.reading():
-            end = None if follow and not over.done() else spool.size
-            position = since
-            while end is None or position < end:
-                news = spool.changed()
-                found, data = await spool.read(position, PIECE_BYTES)
-                if data:
-                    news.cancel()
-                    data = data if end is None else data[: max(0, end - found)]
-                    if data:
-                        yield found, data
-                    position = found + len(data)
-                elif end is not None:
-                    return
-                else:
-                    await asyncio.wait((news, over), return_when=asyncio.FIRST_COMPLETED)
-                    news.cancel()
-                if end is None and over.done():
-                    end = max(position, spool.size)
-
-    async def signal(self, name: str) -> None:
-        """See Process.signal; on a terminal the foreground job gets it, too."""
-        number = check_signal(name)
-        running = self._find()
-        running.child.send(number)
-        if running.terminal is not None:
-            with suppress(OSError):
-                foreground = os.tcgetpgrp(running.terminal.master)
-                if foreground > 0 and foreground != running.child.pid:
-                    os.killpg(foreground, number)
-
-    async def resize(self, *, rows: int, cols: int) -> None:
-        """See Process.resize; a process without a terminal is a StateConflict."""
-        check_size(rows, cols)
-        running = self._find()
-        if running.terminal is None:
-            raise StateConflict(f"the process has no terminal: {self._id}")
-        if not running.child.alive:
-            raise ProcessNotFound(f"the process has ended: {self._id}", process=self._id)
-        resize(running.terminal.master, rows, cols)
-
-    async def wait(self, timeout: float | None = None) -> Exit:
-        """See Process.wait."""
-        check_seconds(timeout, "timeout")
-        over = self._find().child.over
-        await asyncio.wait((over,), timeout=timeout)
-        if not over.done():
-            raise TimedOut(f"the process still runs after {timeout} s: {self._id}", seconds=timeout)
-        return over.result()
 
 
 def _pair(readers: list[int], writers: list[int], reader: int, writer: int) -> None:

@@ -30,7 +30,9 @@ from agent_sdk.local.git import LocalGit
 from agent_sdk.local.herald import Herald
 from agent_sdk.local.launch import Folder, Launch, SpawnFailed, find_shell, open_folder, shell_launch
 from agent_sdk.local.paths import Root
-from agent_sdk.local.processes import LocalProcess, Processes, Running
+from agent_sdk.local.process import LocalProcess
+from agent_sdk.local.processes import Processes
+from agent_sdk.local.running import Running
 from agent_sdk.local.shell import LocalShell
 from agent_sdk.protocol.errors import (
     InvalidParams,
@@ -307,7 +309,7 @@ class LocalWorkspace:
 
     async def processes(self) -> list[ProcessInfo]:
         """See Workspace.processes."""
-        return self._opened().processes.list()
+        return self._opened().processes.infos()
 
     def process(self, process_id: str) -> LocalProcess:
         """See Workspace.process."""

@@ -1,0 +1,206 @@
+"""What can be done with a file or folder below a root. Everything here blocks; `files.py` calls it in threads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from contextlib import suppress
+from typing import Literal
+
+from agent_sdk.disk import AtomicFile, Source, refuse_irregular
+from agent_sdk.local.paths import Entry, Root
+from agent_sdk.protocol.errors import (
+    InvalidParams,
+    LimitExceeded,
+    NotADirectory,
+    PathError,
+    PathNotFound,
+)
+from agent_sdk.protocol.results import FileInfo
+
+READ_BYTES = 64 << 20
+ENTRIES = 10_000
+
+
+def open_atomic(root: Root, path: str, mode: int | None, opened: list[AtomicFile]) -> None:
+    """Open a file to be replaced as a whole, into `opened`; parents are made."""
+    with root.entry(path, make_parents=True) as entry:
+        entry.check_file_name()
+        file = AtomicFile(os.dup(entry.folder), entry.name, path, mode)
+        opened.append(file)
+        file.open()
+
+
+def open_source(root: Root, path: str, offset: int, length: int | None, opened: list[Source]) -> None:
+    """Open a regular file for reading, into `opened`."""
+    with root.entry(path) as entry:
+        fd = _open_file(entry)
+        opened.append(Source(fd, path, offset=offset, length=length))
+
+
+def read(root: Root, path: str, offset: int, limit: int | None) -> bytes:
+    """Return bytes of a regular file."""
+    with root.entry(path) as entry:
+        fd = _open_file(entry)
+        try:
+            wanted = READ_BYTES + 1 if limit is None else min(limit, READ_BYTES + 1)
+            data = _read_up_to(fd, offset, wanted)
+        finally:
+            os.close(fd)
+    if len(data) > READ_BYTES:
+        raise LimitExceeded(
+            f"limit: at most {READ_BYTES} bytes at once: {path}",
+            field="limit",
+            limit=READ_BYTES,
+            path=path,
+        )
+    return data
+
+
+def listing(root: Root, path: str, depth: int, hidden: bool) -> list[FileInfo]:
+    """Return what is in a folder, sorted by path."""
+    with root.entry(path) as entry:
+        listing = _Listing(root, hidden)
+        fd = entry.open(os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            listing.add_folder(fd, entry.names, depth)
+        finally:
+            os.close(fd)
+    return sorted(listing.found, key=lambda info: info.path)
+
+
+class _Listing:
+    def __init__(self, root: Root, hidden: bool) -> None:
+        self._root = root
+        self._hidden = hidden
+        self.found: list[FileInfo] = []
+
+    def add_folder(self, fd: int, names: tuple[bytes, ...], depth: int) -> None:
+        for name in sorted(map(os.fsencode, os.listdir(fd))):
+            if len(self.found) >= ENTRIES:
+                return
+            if self._hidden or not name.startswith(b"."):
+                with suppress(OSError):  # gone meanwhile, or not for us to see into
+                    self._add(fd, name, (*names, name), depth)
+
+    def _add(self, fd: int, name: bytes, names: tuple[bytes, ...], depth: int) -> None:
+        state = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        self.found.append(_info(self._root, fd, name, names, state))
+        if depth > 1 and stat.S_ISDIR(state.st_mode):
+            below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            try:
+                self.add_folder(below, names, depth - 1)
+            finally:
+                os.close(below)
+
+
+def describe(root: Root, path: str) -> FileInfo:
+    """Describe a path, a symlink itself."""
+    with root.entry(path, follow=False) as entry:
+        found = entry.stat()
+        if found is None:
+            raise PathNotFound(f"no such file or folder: {path}", path=path)
+        if entry.slash and not stat.S_ISDIR(found.st_mode):
+            raise NotADirectory(f"not a folder: {path}", path=path)
+        return _info(root, entry.folder, entry.name, entry.names, found)
+
+
+def _info(root: Root, folder: int, name: bytes, names: tuple[bytes, ...], found: os.stat_result) -> FileInfo:
+    kind = _kind(found.st_mode)
+    target = os.readlink(name, dir_fd=folder) if kind == "symlink" else None
+    return FileInfo(
+        path=root.shown(names),
+        type=kind,
+        size=found.st_size,
+        mode=found.st_mode & 0o777,
+        modified_at=found.st_mtime,
+        target=None if target is None else target.decode("utf-8", "backslashreplace"),
+    )
+
+
+def remove(root: Root, path: str, recursive: bool) -> None:
+    """Remove a file, a symlink or a folder."""
+    with root.entry(path, follow=False) as entry:
+        _refuse_root(entry)
+        found = entry.stat()
+        if found is None:
+            raise PathNotFound(f"no such file or folder: {path}", path=path)
+        if stat.S_ISDIR(found.st_mode):
+            if recursive:
+                shutil.rmtree(os.fsdecode(entry.name), dir_fd=entry.folder)
+            else:
+                os.rmdir(entry.name, dir_fd=entry.folder)
+        elif entry.slash:
+            raise NotADirectory(f"not a folder: {path}", path=path)
+        else:
+            os.unlink(entry.name, dir_fd=entry.folder)
+
+
+def move(root: Root, source: str, target: str) -> None:
+    """Rename; an existing file is replaced."""
+    with root.entry(source, follow=False) as old:
+        _refuse_root(old)
+        found = old.stat()
+        if found is None:
+            raise PathNotFound(f"no such file or folder: {source}", path=source)
+        is_folder = stat.S_ISDIR(found.st_mode)
+        if old.slash and not is_folder:
+            raise NotADirectory(f"not a folder: {source}", path=source)
+        with root.entry(target, follow=False, make_parents=True, field="target") as new:
+            _refuse_root(new)
+            if not is_folder:
+                new.check_file_name()
+            if new.names[: len(old.names)] == old.names and new.names != old.names:
+                raise InvalidParams(f"target: a folder cannot move into itself: {target}")
+            os.rename(old.name, new.name, src_dir_fd=old.folder, dst_dir_fd=new.folder)
+
+
+def make_folder(root: Root, path: str) -> None:
+    """Make a folder and its parents."""
+    with root.entry(path, make_parents=True) as entry:
+        try:
+            os.mkdir(entry.name, dir_fd=entry.folder)
+        except FileExistsError:
+            found = entry.stat()
+            if found is None or not stat.S_ISDIR(found.st_mode):
+                raise NotADirectory(f"exists and is not a folder: {path}", path=path) from None
+
+
+def _refuse_root(entry: Entry) -> None:
+    if entry.name == b".":
+        raise InvalidParams(f"path: the root itself cannot be moved or removed: {entry.shown}")
+
+
+def _open_file(entry: Entry) -> int:
+    found = entry.stat()
+    if found is None:
+        raise PathNotFound(f"no such file: {entry.shown}", path=entry.shown)
+    refuse_irregular(found.st_mode, entry.shown)
+    fd = entry.open(os.O_RDONLY)
+    try:
+        refuse_irregular(os.fstat(fd).st_mode, entry.shown)
+    except PathError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _read_up_to(fd: int, offset: int, wanted: int) -> bytes:
+    blocks: list[bytes] = []
+    while wanted > 0:
+        block = os.pread(fd, min(wanted, 1 << 20), offset)
+        if not block:
+            break
+        blocks.append(block)
+        wanted -= len(block)
+        offset += len(block)
+    return b"".join(blocks)
+
+
+def _kind(mode: int) -> Literal["file", "dir", "symlink", "other"]:
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "dir"
+    return "symlink" if stat.S_ISLNK(mode) else "other"

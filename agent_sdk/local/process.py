@@ -1,0 +1,128 @@
+"""A process as its users see it; see the contract in `agent_sdk.workspace`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from agent_sdk.local.arguments import check_seconds, check_signal, check_size
+from agent_sdk.local.feed import Feed
+from agent_sdk.local.processes import Processes
+from agent_sdk.local.running import Running
+from agent_sdk.local.terminal import resize
+from agent_sdk.protocol.errors import InvalidParams, ProcessNotFound, StateConflict, TimedOut
+from agent_sdk.protocol.results import Exit
+from agent_sdk.workspace import OutputName
+
+PIECE_BYTES = 256 << 10
+END_OF_FILE = b"\x04"
+
+
+class LocalProcess:
+    """Implements `workspace.Process`."""
+
+    def __init__(self, processes: Processes, process_id: str) -> None:
+        self._processes = processes
+        self._id = process_id
+
+    def __repr__(self) -> str:
+        return f"<LocalProcess {self._id}>"
+
+    @property
+    def id(self) -> str:
+        """See Process.id."""
+        return self._id
+
+    def _find(self) -> Running:
+        return self._processes.find(self._id)
+
+    def _feed(self) -> Feed:
+        feed = self._find().feed
+        if feed is None or not feed.open:
+            raise ProcessNotFound(f"the process has ended or closed its input: {self._id}", process=self._id)
+        return feed
+
+    async def write(self, data: bytes) -> None:
+        """See Process.write."""
+        await self._feed().write(data)
+
+    async def close_stdin(self) -> None:
+        """See Process.close_stdin."""
+        running = self._find()
+        if running.feed is None:
+            return
+        if running.terminal is None:
+            running.feed.close()
+        elif running.feed.open:
+            await running.feed.write(END_OF_FILE)
+
+    async def output(
+        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
+    ) -> AsyncIterator[bytes]:
+        """See Process.output."""
+        async for _, data in self.chunks(since, stream=stream, follow=follow):
+            yield data
+
+    async def chunks(
+        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        """Like `output`, with the offset of each piece, which shows where a gap is."""
+        running = self._find()
+        if stream not in ("stdout", "stderr"):
+            raise InvalidParams(f"stream: stdout or stderr (got {stream!r:.40})")
+        if isinstance(since, bool) or not isinstance(since, int) or since < 0:
+            raise InvalidParams(f"since: a number of bytes, not negative (got {since!r:.40})")
+        spool, over = running.spools.get(stream), running.child.over
+        if spool is None:
+            return
+        with running.reading():
+            end = None if follow and not over.done() else spool.size
+            position = since
+            while end is None or position < end:
+                news = spool.changed()
+                found, data = await spool.read(position, PIECE_BYTES)
+                if data:
+                    news.cancel()
+                    data = data if end is None else data[: max(0, end - found)]
+                    if data:
+                        yield found, data
+                    position = found + len(data)
+                elif end is not None:
+                    return
+                else:
+                    await asyncio.wait((news, over), return_when=asyncio.FIRST_COMPLETED)
+                    news.cancel()
+                if end is None and over.done():
+                    end = max(position, spool.size)
+
+    async def signal(self, name: str) -> None:
+        """See Process.signal; on a terminal the foreground job gets it, too."""
+        number = check_signal(name)
+        running = self._find()
+        running.child.send(number)
+        if running.terminal is not None:
+            with suppress(OSError):
+                foreground = os.tcgetpgrp(running.terminal.master)
+                if foreground > 0 and foreground != running.child.pid:
+                    os.killpg(foreground, number)
+
+    async def resize(self, *, rows: int, cols: int) -> None:
+        """See Process.resize; a process without a terminal is a StateConflict."""
+        check_size(rows, cols)
+        running = self._find()
+        if running.terminal is None:
+            raise StateConflict(f"the process has no terminal: {self._id}")
+        if not running.child.alive:
+            raise ProcessNotFound(f"the process has ended: {self._id}", process=self._id)
+        resize(running.terminal.master, rows, cols)
+
+    async def wait(self, timeout: float | None = None) -> Exit:
+        """See Process.wait."""
+        check_seconds(timeout, "timeout")
+        over = self._find().child.over
+        await asyncio.wait((over,), timeout=timeout)
+        if not over.done():
+            raise TimedOut(f"the process still runs after {timeout} s: {self._id}", seconds=timeout)
+        return over.result()
