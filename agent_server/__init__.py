@@ -6,7 +6,8 @@ connection:     one network connection             frames:        WebSocket fram
 gate:           Host, Origin, key; errors          upgrade:       the WebSocket handshake
 hosts:          the rules of Host and Origin       auth:          the API key
 routes:         what is at which address           answers:       JSON over HTTP
-event_stream:   events as Server-Sent Events       session:       one WebSocket
+event_stream:   events as Server-Sent Events       lobby:         what all WebSockets share
+session:        one WebSocket                      introduction:  `initialize`
 feed:           replay, then live                  handlers:      method class to coroutine
 conversations:  all conversations                  hosted:        one of them, in memory
 client_tools:   tools in the client's process      workspace:     a box that starts when it is needed

@@ -14,9 +14,9 @@ from agent_server.config import ServerConfig
 from agent_server.connection import Connection, Crowd
 from agent_server.gate import Gate
 from agent_server.hosts import HostRules, OriginRules
+from agent_server.lobby import Lobby
 from agent_server.refusal import TRY_LATER, StartRefused
 from agent_server.routes import Routes
-from agent_server.session import Lobby
 
 BACKLOG = 512
 SEND_BUFFER = 128 << 10

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import structlog
@@ -36,6 +38,7 @@ from agent_sdk.protocol.methods import (
     SetTitle,
     SwitchLlm,
     UpdateSecrets,
+    all_methods,
 )
 from agent_sdk.protocol.results import Accepted, Snapshot
 from agent_sdk.protocol.specs import LLM, Model
@@ -206,45 +209,38 @@ class Counter:
     def __init__(self, metrics: Metrics, work: Work) -> None:
         self._metrics = metrics
         self._work = work
+        rooms = {room: metrics.call_seconds.labels(room) for room in ("workspace", "conversation")}
+        self._seconds = {
+            method: rooms["workspace" if method in WORKSPACE else "conversation"]
+            for method in all_methods().values()
+        }
 
     def around(self, handlers: Handlers, hosted: Hosted | None = None) -> Handlers:
-        """Return the handlers with this around them."""
-        return {method: self._around(method, handler, hosted) for method, handler in handlers.items()}
+        """Return the handlers with this around them. There is a table per conversation, so entries are small."""
+        about = {} if hosted is None else {"conversation": hosted.id}
+        return {method: partial(self._answer, method, handler, about) for method, handler in handlers.items()}
 
-    def _around(self, method: type[Method[Any]], handler: Handler, hosted: Hosted | None) -> Handler:
-        room = "workspace" if method in WORKSPACE else "conversation"
-        seconds = self._metrics.call_seconds.labels(room)
-        counts = method is Download  # what changes something is counted by the ledger
-
-        async def answer(params: Any, call: Inbound) -> Any:
-            outcome, began = "ok", time.monotonic()
-            try:
-                if not counts:
-                    return await handler(params, call)
-                with self._work.under_way():
-                    return await handler(params, call)
-            except AgentServerError as exc:
-                outcome = exc.kind
-                raise
-            except asyncio.CancelledError:
-                outcome = "cancelled"
-                raise
-            except Exception:
-                outcome = "bug"
-                raise
-            finally:
-                seconds.observe(time.monotonic() - began)
-                self._metrics.calls.labels(method.method, outcome).inc()
-
-        async def bound(params: Any, call: Inbound) -> Any:
-            with structlog.contextvars.bound_contextvars(method=method.method, **_about(hosted)):
-                return await answer(params, call)
-
-        return bound
-
-
-def _about(hosted: Hosted | None) -> dict[str, str]:
-    return {} if hosted is None else {"conversation": hosted.id}
+    async def _answer(
+        self, method: type[Method[Any]], handler: Handler, about: dict[str, str], params: Any, call: Inbound
+    ) -> Any:
+        outcome, began = "ok", time.monotonic()
+        # What changes something is counted by the ledger.
+        working = self._work.under_way() if method is Download else nullcontext()
+        try:
+            with structlog.contextvars.bound_contextvars(method=method.method, **about), working:
+                return await handler(params, call)
+        except AgentServerError as exc:
+            outcome = exc.kind
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except Exception:
+            outcome = "bug"
+            raise
+        finally:
+            self._seconds[method].observe(time.monotonic() - began)
+            self._metrics.calls.labels(method.method, outcome).inc()
 
 
 def _keys(llm: Model) -> list[str | None]:

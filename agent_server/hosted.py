@@ -64,8 +64,8 @@ class Hosted:
         self._logs = logs
         self._metrics = metrics
         self._work = work
-        self._turn = ExitStack()
-        self._turn_runs = False
+        self._turn: ExitStack | None = None
+        """What is counted while a turn runs."""
         self._forget: list[Callable[[], None]] = []
         self._delta_listeners: dict[object, Callable[[bytes], None]] = {}
 
@@ -91,7 +91,7 @@ class Hosted:
     @property
     def busy(self) -> bool:
         """Whether something goes on in it that nobody needs to be connected for."""
-        return self._turn_runs or self.ledger.running > 0
+        return self._turn is not None or self.ledger.running > 0
 
     @property
     def epoch(self) -> str:
@@ -137,7 +137,7 @@ class Hosted:
 
     async def wind_down(self) -> None:
         """The server stops: a turn pauses before its next step; one that waits for somebody ends now."""
-        if not self._turn_runs:
+        if self._turn is None:
             return
         state = (await self.local.state()).state
         if state == "awaiting":
@@ -146,16 +146,17 @@ class Hosted:
             await self.local.pause()
 
     def _follow_turns(self, seq: int, event: bytes) -> None:
-        if _is(event, TurnStarted) and not self._turn_runs:
-            self._turn_runs = True
+        if _is(event, TurnStarted) and self._turn is None:
+            self._turn = ExitStack()
             self._turn.enter_context(self._work.under_way())
             self._turn.enter_context(self._metrics.turns.track_inprogress())
         elif _is(event, TurnEnded):
             self._end_turn()
 
     def _end_turn(self) -> None:
-        self._turn_runs = False
-        self._turn.close()
+        if self._turn is not None:
+            self._turn.close()
+            self._turn = None
 
     def _pass_delta(self, delta: Delta) -> None:
         if self._delta_listeners:

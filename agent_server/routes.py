@@ -30,7 +30,9 @@ from agent_server.connection import Connection
 from agent_server.event_stream import stream_events
 from agent_server.gate import KEY_SHOWN
 from agent_server.handlers import Handlers, HttpCall, needs_a_websocket, server_handlers
-from agent_server.session import NEW, Lobby, Session, check_initialize, initialized, named_or_new
+from agent_server.introduction import NEW, check_initialize, initialized, named_or_new
+from agent_server.lobby import Lobby
+from agent_server.session import Session
 from agent_server.upgrade import accept, check_upgrade
 
 PAGE = 1000
@@ -176,7 +178,7 @@ class Routes:
             return await _run(self._server_handlers, call)
         conversations = self._lobby.conversations
         async with conversations.using(id) as hosted:
-            return await _run(self._lobby.tables(hosted), call)
+            return await _run(self._lobby.table(hosted), call)
 
     async def _initialize(self, call: Request, wanted: str) -> Any:
         params = decode_params(Initialize, call.params)

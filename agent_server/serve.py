@@ -21,11 +21,12 @@ from agent_server.auth import Authority, obtain_key
 from agent_server.config import ServerConfig
 from agent_server.conversations import Conversations
 from agent_server.hosts import is_loopback
+from agent_server.lobby import Lobby
 from agent_server.logs import Log, Logs
 from agent_server.metrics import Metrics
 from agent_server.refusal import CANNOT_CREATE, StartRefused
 from agent_server.routes import Routes
-from agent_server.session import CLOSE_DRAINING, Lobby
+from agent_server.session import CLOSE_DRAINING
 from agent_server.work import Work
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

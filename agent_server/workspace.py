@@ -54,7 +54,7 @@ class HostedWorkspace:
         self._on_change = on_change
         self._opening: asyncio.Future[RemoteWorkspace] | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._let_go = asyncio.Event()
+        self._let_go: asyncio.Event | None = None
         self._closed = False
 
     def __repr__(self) -> str:
@@ -84,14 +84,15 @@ class HostedWorkspace:
                 await asyncio.wait([self._keeper])  # the former box is still ending
                 self._keeper = None
                 continue
-            self._let_go.clear()
+            self._let_go = asyncio.Event()
             self._opening = asyncio.get_running_loop().create_future()
-            self._keeper = asyncio.create_task(self._keep(self._opening))
+            self._keeper = asyncio.create_task(self._keep(self._opening, self._let_go))
         return await asyncio.shield(self._opening)
 
     async def release(self) -> None:
         """End the box with all that runs in it; the next use starts another."""
-        self._let_go.set()
+        if self._let_go is not None:
+            self._let_go.set()
         if self._keeper is not None:
             await asyncio.wait([self._keeper])
 
@@ -100,14 +101,14 @@ class HostedWorkspace:
         self._closed = True
         await self.release()
 
-    async def _keep(self, opening: asyncio.Future[RemoteWorkspace]) -> None:
+    async def _keep(self, opening: asyncio.Future[RemoteWorkspace], let_go: asyncio.Event) -> None:
         """Own one box from its start to its end."""
         state: Literal["stopped", "lost"] = "stopped"
         try:
             async with self._open_place() as place:
                 opening.set_result(place.workspace)
                 self._on_change("ready")
-                state = await self._stay(place)
+                state = await _stay(place, let_go)
                 self._opening = None
         except Exception as exc:  # noqa: BLE001  whoever waits for the box gets it, whatever it is
             if opening.done():
@@ -118,17 +119,6 @@ class HostedWorkspace:
         finally:
             self._opening = None
             self._on_change(state)
-
-    async def _stay(self, place: Place) -> Literal["stopped", "lost"]:
-        let_go = asyncio.ensure_future(self._let_go.wait())
-        ended = asyncio.ensure_future(place.ended())
-        try:
-            await asyncio.wait([let_go, ended], return_when=asyncio.FIRST_COMPLETED)
-            return "stopped" if let_go.done() else "lost"
-        finally:
-            for task in (let_go, ended):
-                task.cancel()
-            await asyncio.gather(let_go, ended, return_exceptions=True)
 
     # --- the contract ---
 
@@ -218,6 +208,19 @@ class HostedWorkspace:
     ) -> Transferred:
         """See Workspace.write_stream."""
         return await (await self.opened()).write_stream(path, chunks, size=size, mode=mode)
+
+
+async def _stay(place: Place, let_go: asyncio.Event) -> Literal["stopped", "lost"]:
+    """Wait until the box is not wanted any more or has ended by itself; returns which."""
+    wanted = asyncio.ensure_future(let_go.wait())
+    ended = asyncio.ensure_future(place.ended())
+    try:
+        await asyncio.wait([wanted, ended], return_when=asyncio.FIRST_COMPLETED)
+        return "stopped" if wanted.done() else "lost"
+    finally:
+        for task in (wanted, ended):
+            task.cancel()
+        await asyncio.gather(wanted, ended, return_exceptions=True)
 
 
 _Open = Callable[[], Awaitable[RemoteWorkspace]]

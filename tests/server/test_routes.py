@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from types import SimpleNamespace
 
 import aiohttp
@@ -266,12 +267,11 @@ async def test_a_stream_from_the_future_begins_with_a_reset(server):
 
 
 async def test_a_stream_ends_when_the_server_does(start):
-    async with start() as server:
-        http = server.http()
-        id = await made(http)
-        answer = await http.get(f"/v1/conversations/{id}/events", headers={"Accept": "text/event-stream"})
-        assert b"retry" in await answer.content.readline()
-    async with asyncio.timeout(GUARD):
+    async with AsyncExitStack() as client, asyncio.timeout(GUARD):
+        async with start() as server:
+            http = await client.enter_async_context(server.http())
+            id = await made(http)
+            url, headers = f"/v1/conversations/{id}/events", {"Accept": "text/event-stream"}
+            answer = await client.enter_async_context(http.get(url, headers=headers))
+            assert b"retry" in await answer.content.readline()
         assert b"conversation_created" in await answer.content.read()
-    answer.close()
-    await http.close()

@@ -1,0 +1,74 @@
+"""What `initialize` means over a WebSocket and over plain HTTP alike: who may, which conversation, the answer."""
+
+from __future__ import annotations
+
+from msgspec.structs import asdict
+
+from agent_sdk.protocol.errors import ConversationNotFound, InvalidParams
+from agent_sdk.protocol.methods import ClientInfo, Initialize, Initialized
+from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
+from agent_sdk.version import __version__
+from agent_server.config import ServerConfig
+from agent_server.conversations import SHOWN_ID, Conversations
+from agent_server.hosted import Hosted
+from agent_server.work import Work
+
+NEW = "new"
+SERVER = ClientInfo(name="agent-server", version=__version__)
+_LEAST = Limits(
+    frame_bytes=1,
+    message_bytes=64 << 10,
+    payload_bytes=1,
+    calls=1,
+    window_bytes=1,
+    queue_bytes=1,
+    json_depth=1,
+)
+
+
+def check_initialize(params: Initialize) -> None:
+    """Accept the params of `initialize`.
+
+    Raises:
+        InvalidParams: another version, or limits with which nothing could be sent.
+    """
+    if params.protocol_version != PROTOCOL_VERSION:
+        raise InvalidParams(
+            f"$.params.protocol_version: this server speaks {PROTOCOL_VERSION}, got {params.protocol_version}",
+            supported=[PROTOCOL_VERSION],
+        )
+    for name, value in asdict(_LEAST).items():
+        if getattr(params.limits, name) < value:
+            raise InvalidParams(f"$.params.limits.{name}: expected int >= {value}")
+
+
+async def named_or_new(conversations: Conversations, work: Work, wanted: str, params: Initialize) -> str:
+    """Return the id of the conversation a client is bound to, which is made when it wants a new one.
+
+    Raises:
+        ConversationNotFound: there is none of that id.
+        InvalidParams: a workspace is described for an existing one.
+        Overloaded: a new one, and the server drains.
+    """
+    if wanted == NEW:
+        work.admit()
+        return await conversations.create(params.workspace)
+    if wanted not in conversations:
+        raise ConversationNotFound(f"no conversation {wanted[:SHOWN_ID]!r}", conversation=wanted[:SHOWN_ID])
+    if params.workspace is not None:
+        raise InvalidParams("$.params.workspace: an existing conversation has its workspace already")
+    return wanted
+
+
+def initialized(config: ServerConfig, hosted: Hosted, connection: str) -> Initialized:
+    """Return the answer to `initialize`."""
+    return Initialized(
+        protocol_version=PROTOCOL_VERSION,
+        server=SERVER,
+        limits=config.limits,
+        connection_id=connection,
+        heartbeat_s=config.heartbeat_seconds,
+        conversation=hosted.id,
+        epoch=hosted.epoch,
+        head_seq=hosted.head_seq,
+    )
