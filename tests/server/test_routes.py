@@ -273,5 +273,6 @@ async def test_a_stream_ends_when_the_server_does(start):
             id = await made(http)
             url, headers = f"/v1/conversations/{id}/events", {"Accept": "text/event-stream"}
             answer = await client.enter_async_context(http.get(url, headers=headers))
-            assert b"retry" in await answer.content.readline()
-        assert b"conversation_created" in await answer.content.read()
+            while b"conversation_created" not in await answer.content.readline():
+                pass
+        assert await answer.content.read() == b"\n"
