@@ -20,6 +20,15 @@ print("answered", answer.endswith(b"R"))
 """
 
 
+async def begun(shell, command: str) -> None:
+    """Run a command that says `ready` and goes on, and wait until it has said so."""
+    result = await shell.run(command, quiet=0.1)
+    said = result.output.text
+    async with asyncio.timeout(PATIENCE):
+        while "ready" not in said:
+            said += (await shell.send(b"", quiet=0.1)).output.text
+
+
 class ShellContract:
     """Mixed into WorkspaceContract."""
 
@@ -130,14 +139,14 @@ class ShellContract:
 
     async def test_the_interrupt_key_ends_the_command_and_not_the_shell(self, workspace):
         shell = workspace.shell()
-        await shell.run("x=kept; sleep 1000", timeout=0.2)
+        await begun(shell, "x=kept; bash -c 'echo ready; exec sleep 1000'")
         result = await shell.send(CTRL_C)
         assert (result.status, result.exit_code) == ("done", 130)
         assert (await shell.run("echo $x")).output.text == "kept\n"
 
     async def test_the_interrupt_key_ends_a_loop(self, workspace):
         shell = workspace.shell()
-        await shell.run("while :; do :; done", timeout=0.2)
+        await begun(shell, "echo ready; while :; do :; done")
         assert (await shell.send(CTRL_C)).status == "done"
 
     async def test_the_end_of_file_key_ends_the_input(self, workspace):
@@ -148,9 +157,7 @@ class ShellContract:
 
     async def test_a_suspended_command_can_be_brought_back(self, workspace):
         shell = workspace.shell()
-        await shell.run("until [ -e go ]; do sleep 0.01; done; echo ended", timeout=0.2)
-        await shell.send(CTRL_C)
-        await shell.run("bash -c 'until [ -e go ]; do sleep 0.01; done; echo ended'", timeout=0.2)
+        await begun(shell, "bash -c 'echo ready; until [ -e go ]; do sleep 0.01; done; echo ended'")
         assert (await shell.send(CTRL_Z)).status == "done"
         assert (await shell.run("touch go; fg >/dev/null")).output.text == "ended\n"
 
