@@ -22,6 +22,8 @@ BACKLOG = 512
 SEND_BUFFER = 128 << 10
 """Bytes that the kernel keeps for a reader that does not read (Linux doubles it); without this some 4 MiB."""
 LAST_ANSWERS_SECONDS = 1.0
+LINGER_SECONDS = 1.0
+"""How long the rest of a refused body is read, so that the client finds the answer and not a reset connection."""
 UNACKNOWLEDGED_MS = 30_000
 """How long sent bytes may stay unacknowledged until the kernel gives the connection up."""
 CANNOT_LISTEN = {
@@ -65,7 +67,7 @@ async def listening(config: ServerConfig, lobby: Lobby, routes: Routes) -> Async
                 longest_message=config.limits.frame_bytes,
                 access_log=None,
                 keepalive_timeout=config.handshake_seconds,
-                lingering_time=0.0,
+                lingering_time=LINGER_SECONDS,
             )
 
         listener = await asyncio.get_running_loop().create_server(

@@ -259,6 +259,44 @@ async def gone(server, line: str) -> bool:
                     return True
 
 
+# --- tools of the client ---
+
+TOOL = {
+    "name": "price",
+    "description": "Price of a stock.",
+    "parameters": {"type": "object", "properties": {}},
+}
+BUYER = agent(
+    {"step": "call", "tool": "price", "arguments": {"of": "X"}},
+    {"step": "say", "text": "bought"},
+    client_tools=[TOOL],
+)
+
+
+async def tool_call(wire) -> dict:
+    """The server's next call of a tool."""
+    while (message := await wire.message()).get("method") != "tool.call":
+        pass
+    return message
+
+
+async def test_a_tool_call_outlives_the_connection_that_had_it(server):
+    async with server.session() as first:
+        path = f"/v1/conversations/{first.answered['conversation']}"
+        await first.call("conversation.configure", op_id=new_id(), agent=BUYER)
+        await first.send(frame(TEXT, call("send_message", 2, op_id=new_id(), text="buy")))
+        asked = await tool_call(first)
+    async with server.session(path) as second:
+        assert (await second.call("conversation.state", 1))["result"]["state"] == "awaiting"
+        await second.call("events.subscribe", 2, after_seq=second.answered["head_seq"])
+        await second.send(frame(TEXT, call("tools.register", 3, tools=["price"])))
+        again = await tool_call(second)
+        assert again["params"] == asked["params"]
+        await second.send_json({"jsonrpc": "2.0", "id": again["id"], "result": {"text": "5 EUR"}})
+        *_, ended = await events(second, "turn_ended")
+        assert (ended["status"], ended["final_text"]) == ("finished", "bought")
+
+
 # --- the end ---
 
 
