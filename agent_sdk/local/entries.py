@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from contextlib import suppress
 from typing import Literal
@@ -128,6 +127,8 @@ def remove(root: Root, path: str, recursive: bool) -> None:
             raise PathNotFound(f"no such file or folder: {path}", path=path)
         if stat.S_ISDIR(found.st_mode):
             if recursive:
+                import shutil  # noqa: PLC0415  1 MB of compression modules, rarely needed
+
                 shutil.rmtree(os.fsdecode(entry.name), dir_fd=entry.folder)
             else:
                 os.rmdir(entry.name, dir_fd=entry.folder)

@@ -43,6 +43,11 @@ _NOBODY_WATCHES = {
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+def temporary_folder() -> str:
+    """Return the folder for what need not last."""
+    return os.path.abspath(os.environ.get("TMPDIR") or "/tmp")
+
+
 def workspace_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the caller's environment without secrets and prompts, with `extra` on top."""
     environment = {

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from agent_sdk.disk import path_error
@@ -98,8 +97,21 @@ def shell_launch(text: bytes, environment: Mapping[str, str], shell: str) -> Lau
 
 def find_shell(environment: Mapping[str, str]) -> str:
     """Return the path of bash, or of sh where there is no bash."""
-    path = environment.get("PATH")
-    return shutil.which("bash", path=path) or shutil.which("sh", path=path) or "/bin/sh"
+    return _find(b"bash", environment) or _find(b"sh", environment) or "/bin/sh"
+
+
+def _find(name: bytes, environment: Mapping[str, str]) -> str | None:
+    runnable = (place for place in _places(name, environment) if _is_program(place))
+    return next(map(os.fsdecode, runnable), None)
+
+
+def _places(name: bytes, environment: Mapping[str, str]) -> Iterator[bytes]:
+    path = os.fsencode(environment.get("PATH", os.defpath))
+    return (os.path.join(part or b".", name) for part in path.split(b":"))
+
+
+def _is_program(place: bytes) -> bool:
+    return os.path.isfile(place) and os.access(place, os.X_OK)
 
 
 def spawn(
@@ -117,7 +129,7 @@ def spawn(
     if launch.terminal is not None:
         program = executable or _find_program(argv[0], launch.environment, folder)
         argv = [b"sh", b"-c", _ON_TERMINAL, os.fsencode(launch.terminal), os.fsencode(program), *argv[1:]]
-        executable = shutil.which("sh", path=launch.environment.get("PATH")) or "/bin/sh"
+        executable = _find(b"sh", launch.environment) or "/bin/sh"
     # Through the descriptor the child enters the very folder that was checked.
     cwd = f"/proc/self/fd/{folder.fd}" if os.path.exists("/proc/self/fd") else folder.path
     try:
@@ -165,14 +177,10 @@ def _program_failed(exc: OSError, name: str) -> SpawnFailed:
 
 def _find_program(name: bytes, environment: Mapping[str, str], folder: Folder) -> bytes:
     """Return what exec would find; with a terminal a small shell calls exec, and cannot tell us why it failed."""
-    if b"/" in name:
-        places = [os.path.join(os.fsencode(folder.path), name)]
-    else:
-        path = os.fsencode(environment.get("PATH", os.defpath))
-        places = [os.path.join(part or b".", name) for part in path.split(b":")]
+    here = (os.path.join(os.fsencode(folder.path), name),)
     problem: OSError = FileNotFoundError(errno.ENOENT, "not found")
-    for place in places:
-        if os.path.isfile(place) and os.access(place, os.X_OK):
+    for place in here if b"/" in name else _places(name, environment):
+        if _is_program(place):
             return name if b"/" in name else place
         if os.path.exists(place):
             problem = PermissionError(errno.EACCES, "not executable")

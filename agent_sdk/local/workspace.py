@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import re
-import shutil
+import secrets
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -24,7 +22,7 @@ from agent_sdk.disk import atomic_file, in_thread, open_source, path_error
 from agent_sdk.local.arguments import check_argv, check_command, check_environment, check_seconds, check_size
 from agent_sdk.local.bash import Bash, Report, is_bash
 from agent_sdk.local.children import Children
-from agent_sdk.local.environment import workspace_environment
+from agent_sdk.local.environment import temporary_folder, workspace_environment
 from agent_sdk.local.files import LocalFiles
 from agent_sdk.local.git import LocalGit
 from agent_sdk.local.herald import Herald
@@ -120,12 +118,13 @@ class LocalWorkspace:
             raise OutsideWorkspace(
                 f"the working folder is not below the root: {self.working_dir}", path=self.working_dir
             )
+        spool_dir = self._spool_dir or temporary_folder()
         try:
-            if self._spool_dir is not None:
-                os.makedirs(self._spool_dir, mode=0o700, exist_ok=True)
-            spool_folder = tempfile.mkdtemp(prefix="agent-output-", dir=self._spool_dir)
+            os.makedirs(spool_dir, mode=0o700, exist_ok=True)
+            spool_folder = os.path.join(spool_dir, f"agent-output-{secrets.token_hex(8)}")
+            os.mkdir(spool_folder, mode=0o700)
         except OSError as exc:
-            raise path_error(exc, self._spool_dir or tempfile.gettempdir()) from exc
+            raise path_error(exc, spool_dir) from exc
         children = Children()
         environment = workspace_environment(self._env)
         return _Open(
@@ -172,10 +171,11 @@ class LocalWorkspace:
 
     async def describe(self) -> WorkspaceInfo:
         """See Workspace.describe."""
+        machine = os.uname()
         return WorkspaceInfo(
             root=self.root,
             working_dir=self.working_dir,
-            platform=platform.platform(terse=True),
+            platform=f"{machine.sysname}-{machine.release}-{machine.machine}",
             python=sys.version.split()[0],
             confined=self._root.confined,
             user=os.geteuid(),
@@ -381,7 +381,10 @@ def _input(stdin: bytes | str | None) -> bytes:
         case None:
             return b""
         case str():
-            return stdin.encode("utf-8", "surrogateescape")
+            try:
+                return stdin.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:
+                raise InvalidParams("stdin: contains a lone surrogate") from None
         case bytes():
             return stdin
     raise InvalidParams(f"stdin: expected bytes or text, got {type(stdin).__name__}")
@@ -413,4 +416,6 @@ async def _result(running: Running) -> ExecResult:
 
 
 def _remove_folder(path: str) -> None:
+    import shutil  # noqa: PLC0415  1 MB of compression modules, needed at the very end
+
     shutil.rmtree(path, ignore_errors=True)
