@@ -14,7 +14,7 @@ from agent_sdk.local.arguments import check_seconds, encode
 from agent_sdk.local.bash import Bash, Report, restoring
 from agent_sdk.local.processes import SPOOL_KEPT_BYTES
 from agent_sdk.local.spool import Spool
-from agent_sdk.protocol.errors import InvalidParams, ProcessNotFound
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams, ProcessNotFound
 from agent_sdk.workspace import Output, ShellResult
 
 OUTPUT_IN_MEMORY = 30_000
@@ -206,15 +206,17 @@ class LocalShell:
         result = await self._answer("ended")
         async with self._starting:
             if self._bash is bash:  # or a reset has been faster
-                self._renewed()
+                with suppress(AgentServerError):  # what stands in its way shows at the next use
+                    self._renewed()
         return result
 
     async def _answer(self, status: Status) -> ShellResult:
         output, path = Output(), None
         spool = self._spool
         if spool is not None:
-            start, self._answered = self._answered, spool.size
+            start = self._answered
             output = await spool.slice(start)
+            self._answered = start + output.size  # only now: a cancelled answer has told nobody
             if spool.has_file:
                 await spool.settle(final=False)
                 path = spool.path

@@ -308,6 +308,13 @@ async def test_cancelling_at_any_moment_leaves_a_usable_shell(workspace):
     assert (await workspace.execute("ls never")).exit_code != 0
 
 
+async def test_leaving_answers_a_shell_that_still_runs_something(root):
+    async with LocalWorkspace(root) as workspace:
+        running = asyncio.create_task(workspace.shell().run("echo begun; touch begun; sleep 1000"))
+        await workspace.execute("until [ -e begun ]; do sleep 0.01; done")
+    assert (await running).status == "ended"
+
+
 async def test_commands_do_not_see_how_the_shell_is_driven(workspace):
     result = await workspace.shell().run(
         "ls /proc/self/fd; env | grep -c '^__'; bash --norc -ic 'echo $PROMPT_COMMAND' 2>&1"
