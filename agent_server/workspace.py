@@ -80,9 +80,11 @@ class HostedWorkspace:
         while self._opening is None:
             if self._closed:
                 raise WorkspaceUnavailable("the workspace is closed", phase="closed")
-            if self._keeper is not None:
-                await asyncio.wait([self._keeper])  # the former box is still ending
-                self._keeper = None
+            former = self._keeper
+            if former is not None:
+                await asyncio.wait([former])  # its box is still ending
+                if self._keeper is former:
+                    self._keeper = None
                 continue
             self._let_go = asyncio.Event()
             self._opening = asyncio.get_running_loop().create_future()
@@ -90,7 +92,8 @@ class HostedWorkspace:
         return await asyncio.shield(self._opening)
 
     async def release(self) -> None:
-        """End the box with all that runs in it; the next use starts another."""
+        """End the box with all that runs in it; the next use starts another, when this one has ended."""
+        self._opening = None
         if self._let_go is not None:
             self._let_go.set()
         if self._keeper is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -304,8 +305,11 @@ async def test_a_deleted_conversation_is_gone_for_everybody(server):
     async with server.session() as wire:
         path = f"/v1/conversations/{wire.answered['conversation']}"
         async with server.session(path) as other:
-            assert (await wire.call("conversation.delete", op_id=new_id()))["result"] == {}
+            root = Path((await wire.call("workspace.describe", 1))["result"]["root"])
+            assert (await wire.call("conversation.delete", 2, op_id=new_id()))["result"] == {}
             assert (await other.ended()).code == 4404
+        assert not root.exists()
+        assert await gone(server, "agent_server_boxes 0.0")
     async with await server.wire() as wire:
         answer = await wire.ask(_upgrade(path))
         assert answer.status == 404

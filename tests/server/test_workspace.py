@@ -28,6 +28,7 @@ class Boxes:
         self.started: list[BoxProcess] = []
         self.changes: list[str] = []
         self.lost = asyncio.Event()
+        self.at_once = self.most_at_once = 0
 
     def changed(self, state: str) -> None:
         self.changes.append(state)
@@ -36,12 +37,15 @@ class Boxes:
 
     @asynccontextmanager
     async def open(self):
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
         async with (
             BoxProcess(self.root, self.folder / "b.sock", environment=ENVIRONMENT) as box,
             RemoteWorkspace(box.url) as workspace,
         ):
             self.started.append(box)
             yield Place(workspace, box.wait_ended)
+        self.at_once -= 1
 
 
 @pytest.fixture
@@ -89,6 +93,17 @@ async def test_a_box_that_is_let_go_of_comes_back(workspace, boxes):
     await workspace.release()
     assert (workspace.is_running, boxes.changes) == (False, ["ready", "stopped"])
     assert (await workspace.shell().run("echo $x$PWD")).output.text.strip().endswith(str(boxes.root))
+
+
+async def test_the_next_box_waits_until_the_former_has_ended(workspace, boxes):
+    await workspace.describe()
+    releasing = asyncio.create_task(workspace.release())
+    using = [asyncio.create_task(workspace.describe()) for _ in range(3)]
+    await releasing
+    assert [(await described).root for described in using] == [str(boxes.root)] * 3
+    assert (len(boxes.started), boxes.most_at_once) == (2, 1)
+    await workspace.release()
+    assert boxes.at_once == 0
 
 
 async def test_a_closed_workspace_starts_nothing(workspace, boxes):

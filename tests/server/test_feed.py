@@ -1,0 +1,182 @@
+"""From the log to one connection: the moments at which an event could be lost or sent twice."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from agent_sdk.protocol.methods import EventsNotice, SyncReset
+from agent_sdk.protocol.specs import Limits
+from agent_sdk.rpc.peer import Peer
+from agent_sdk.rpc.pipe import memory_pipes
+from agent_server.feed import SLOW_READER, TOO_BIG, Feed
+from tests.server.wire import GUARD
+
+
+class Source:
+    """A conversation whose log and announcements the test controls."""
+
+    epoch = "e1"
+
+    def __init__(self, head: int) -> None:
+        self.log = [self.event(seq) for seq in range(1, head + 1)]
+        self.head_seq = head
+        self.listeners = []
+        self.deltas = []
+        self.after_page = lambda: None
+
+    @staticmethod
+    def event(seq: int) -> tuple[int, bytes]:
+        return seq, b'{"type":"title_changed","seq":%d}' % seq
+
+    async def page(self, after: int) -> list[tuple[int, bytes]]:
+        page = self.log[after : after + 5]  # at most half of the reader's budget, as real pages are
+        await asyncio.sleep(0)
+        self.after_page()
+        return page
+
+    def write(self) -> None:
+        """An event enters the log; it is announced later."""
+        self.log.append(self.event(len(self.log) + 1))
+
+    def announce(self) -> None:
+        """The next event of the log is announced."""
+        self.head_seq += 1
+        for listener in list(self.listeners):
+            listener(*self.log[self.head_seq - 1])
+
+    def subscribe(self, listener):
+        self.listeners.append(listener)
+        return lambda: self.listeners.remove(listener)
+
+    def subscribe_deltas(self, listener):
+        self.deltas.append(listener)
+        return lambda: self.deltas.remove(listener)
+
+
+class Reader:
+    """The client's end."""
+
+    def __init__(self) -> None:
+        self.seqs: list[int] = []
+        self.resets: list[SyncReset] = []
+        self.stuck: list[int] = []
+        self.came = asyncio.Event()
+
+    def noticed(self, method, params) -> None:
+        if method == EventsNotice.method:
+            events = msgspec.json.decode(params, type=EventsNotice).events
+            self.seqs += [msgspec.json.decode(event)["seq"] for event in events]
+        elif method == SyncReset.method:
+            self.resets.append(msgspec.json.decode(params, type=SyncReset))
+        self.came.set()
+
+    async def until(self, seq: int) -> list[int]:
+        """Wait for this event, and for whatever would follow it at once; returns all seqs."""
+        async with asyncio.timeout(GUARD):
+            while seq not in self.seqs:
+                self.came.clear()
+                await self.came.wait()
+            for _ in range(20):
+                await asyncio.sleep(0)
+        return self.seqs
+
+
+@pytest.fixture
+async def connected():
+    """A reader, and the server's end of its connection."""
+    here, there = memory_pipes()
+    reader = Reader()
+    async with (
+        Peer(there, opener=True, on_notice=reader.noticed),
+        Peer(here, opener=False, limits=Limits(queue_bytes=1 << 20)) as peer,
+    ):
+        yield reader, peer
+
+
+def feed(source, reader, peer) -> Feed:
+    return Feed(source, peer, lambda code, reason: reader.stuck.append(code))
+
+
+async def test_replay_comes_first_and_live_events_follow(connected):
+    reader, peer = connected
+    source = Source(25)
+    await feed(source, reader, peer).run(None, 3)
+    source.write()
+    source.announce()
+    assert await reader.until(26) == list(range(4, 27))
+
+
+async def test_an_event_that_comes_after_the_last_page_is_not_lost(connected):
+    reader, peer = connected
+    source = Source(1)
+
+    def once() -> None:
+        source.after_page = lambda: None
+        source.write()
+        source.announce()
+
+    source.after_page = once
+    await feed(source, reader, peer).run(None, 1)
+    assert await reader.until(2) == [2]
+
+
+async def test_an_event_that_was_read_before_it_is_announced_is_not_repeated(connected):
+    reader, peer = connected
+    source = Source(1)
+    source.write()
+    await feed(source, reader, peer).run(None, 0)
+    source.announce()
+    source.write()
+    source.announce()
+    assert await reader.until(3) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("epoch", "after"), [("e0", 1), ("e1", 9), (None, 9)])
+async def test_a_cursor_that_means_nothing_resets_before_the_first_event(connected, epoch, after):
+    reader, peer = connected
+    await feed(Source(2), reader, peer).run(epoch, after)
+    assert await reader.until(2) == [1, 2]
+    assert [(reset.epoch, reset.from_seq) for reset in reader.resets] == [("e1", 1)]
+
+
+async def test_a_closed_feed_sends_nothing_more(connected):
+    reader, peer = connected
+    source = Source(1)
+    fed = feed(source, reader, peer)
+    await fed.run(None, 0)
+    fed.close()
+    assert (source.listeners, source.deltas) == ([], [])
+
+
+async def test_a_live_reader_that_falls_behind_is_cut_off(connected):
+    reader, peer = connected
+    source = Source(0)
+    await feed(source, reader, peer).run(None, 0)
+    for seq in range(1, 30):
+        source.log.append((seq, b'{"seq":%d,"x":"%b"}' % (seq, b"x" * 100_000)))
+        source.announce()
+    assert reader.stuck == [SLOW_READER]
+    assert source.listeners == []
+
+
+async def test_a_reader_is_waited_for_while_it_replays(connected):
+    reader, peer = connected
+    source = Source(0)
+    source.log = [(seq, b'{"seq":%d,"x":"%b"}' % (seq, b"x" * 100_000)) for seq in range(1, 100)]
+    source.head_seq = 99
+    await feed(source, reader, peer).run(None, 0)
+    assert await reader.until(99) == list(range(1, 100))
+    assert reader.stuck == []
+
+
+async def test_an_event_that_the_reader_cannot_take_is_not_skipped_in_silence(connected):
+    reader, peer = connected
+    peer.other_limits = Limits(message_bytes=64 << 10)
+    source = Source(0)
+    await feed(source, reader, peer).run(None, 0)
+    source.log.append((1, b'{"seq":1,"x":"%b"}' % (b"x" * 100_000)))
+    source.announce()
+    assert reader.stuck == [TOO_BIG]
