@@ -32,7 +32,7 @@ run-server: $(READY) ## run a server in the foreground (ARGS="--port 0")
 	$(BIN)/agent-server serve $(ARGS)
 
 test: $(READY) ## run the tests that need no container engine (ARGS="-k name")
-	$(BIN)/python -m pytest -m "not docker" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not docker" $(ARGS)
 
 test-docker: $(READY) ## run the tests that need a container engine
 	@$(BIN)/python -m pytest -m docker $(ARGS) || { code=$$?; \
