@@ -110,8 +110,7 @@ class Routes:
         """Become a WebSocket that is bound to one conversation."""
         check_upgrade(request)
         lobby, wanted = self._lobby, request.match_info["id"]
-        if lobby.work.draining:
-            return http_error(503, "the server is stopping", {hdrs.RETRY_AFTER: "1"})
+        lobby.work.admit()
         if request[KEY_SHOWN] and wanted != NEW and wanted not in lobby.conversations:
             raise ConversationNotFound(f"no conversation {wanted[:64]!r}", conversation=wanted[:64])
         config = lobby.config
@@ -133,7 +132,6 @@ class Routes:
 
     async def rpc(self, request: web.Request) -> web.Response:
         """Answer one JSON-RPC call, for the conversation that `?conversation=` names where it concerns one."""
-        self._lobby.work.admit()
         body = await self._body(request)
         endpoint = Endpoint(self._lobby.config.limits, strict=True)
         call: Request | None = None

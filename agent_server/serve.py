@@ -33,6 +33,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FOR_WORK = 0.95
 """The part of `drain_seconds` that running calls get; the rest is for ending what they left."""
 FAREWELL_SECONDS = 1.0
+OPEN_FILES = 65_536
+"""Commands inherit the limit, and some programs walk through all of it: not more than needed."""
 
 
 class Ready(Struct, frozen=True, kw_only=True):
@@ -89,7 +91,7 @@ async def serving(
     ):
         key, text = obtain_key(config)
         opened.redactor.add([text])
-        _raise_handle_limit()
+        _set_limits()
         metrics, work = Metrics(), Work()
         async with (
             _event_log(folder.log) as log,
@@ -188,9 +190,10 @@ def _url(host: str, port: int) -> str:
     return f"http://{anywhere.get(host) or (f'[{host}]' if ':' in host else host)}:{port}"
 
 
-def _raise_handle_limit() -> None:
-    """Allow as many open files as the operator permits: each connection and each box takes some."""
+def _set_limits() -> None:
+    """Allow many open files, for connections and boxes; leave no core dumps, because keys are in them."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from agent_sdk.ids import new_id
-from tests.server.wire import GUARD, TEXT, Wire, call, frame, request
+from tests.server.wire import GUARD, TEXT, Wire, call, frame, request, upgrade
 
 LONG = {"argv": ["sleep", "600"], "timeout_ms": 600_000}
 
@@ -237,6 +237,34 @@ async def test_the_second_signal_ends_it_at_once(server):
         server.process.send_signal(signal.SIGTERM)
         assert (await wire.ended()).code == 4503
         assert await server.ended() == 0
+
+
+async def test_over_http_new_work_is_refused_and_reading_goes_on(server):
+    async with server.session() as wire:
+        id = wire.answered["conversation"]
+        await wire.send(frame(TEXT, call("execute", 1, op_id=new_id(), **LONG)))
+        await running(wire)
+        server.process.send_signal(signal.SIGTERM)
+        assert (await wire.message())["method"] == "draining"
+        assert (await asked(server, id, "execute", op_id=new_id(), shell="true"))["error"]["code"] == -32001
+        assert (await asked(server, id, "conversation.state"))["result"]["id"] == id
+        async with await Wire.open(server.port) as late:
+            answer = await late.ask(upgrade(server.key))
+            assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        server.process.send_signal(signal.SIGTERM)
+        assert (await wire.ended()).code == 4503
+
+
+async def asked(server, id: str, method: str, **params) -> dict:
+    """The answer to a call over HTTP."""
+    body = call(method, **params)
+    headers = [
+        ("Host", "localhost"),
+        ("Authorization", f"Bearer {server.key}"),
+        ("Content-Length", str(len(body))),
+    ]
+    async with await Wire.open(server.port) as wire:
+        return (await wire.ask(request("POST", f"/v1/rpc?conversation={id}", headers, body))).json
 
 
 async def test_a_frozen_client_does_not_hold_the_end_up(server):
