@@ -26,8 +26,8 @@ from agent_sdk.rpc.lanes import Lanes
 
 UNQUEUED = (CancelCall.method, Ping.method)
 """Small, answered at once, and needed when all else is stuck."""
-CANCEL_SECONDS = 30.0
-"""How long a cancelled call waits for its answer."""
+CANCEL_SECONDS = 10.0
+"""How long a cancelled call waits for its answer: a command gets TERM, 5 s, KILL."""
 
 
 class Calls:
@@ -117,7 +117,7 @@ class Calls:
         """Ask the other end to give the call up and wait for the call's own answer, whatever it is."""
         answer: asyncio.Future[Raw] = asyncio.get_running_loop().create_future()
         self._pending[id] = answer
-        _, message = self._endpoint.request(CancelCall.method, CancelCall(id=id))
+        cancelling, message = self._endpoint.request(CancelCall.method, CancelCall(id=id))
         self._lanes.put_message(message, after_long=long)
         try:
             with anyio.CancelScope(shield=True):
@@ -127,6 +127,7 @@ class Calls:
                 answer.exception()  # seen: an error is as good an end as any
             else:
                 self._endpoint.forget(id)
+                self._endpoint.forget(cancelling)
 
     async def _enter(self) -> None:
         """Take a place among the calls in flight; waits in a queue for one."""

@@ -20,10 +20,12 @@ import msgspec
 
 from agent_sdk.protocol import frame as frames
 from agent_sdk.protocol.endpoint import EVENTS, MESSAGES
+from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.pipe import wake
 
 BATCH_BYTES = 64 << 10
 WHOLE_BYTES = 256 << 10
+"""Longer messages travel in pieces, so that others can overtake them."""
 CONTROL_FRAMES = 4096
 
 Left = Callable[[], object]
@@ -52,6 +54,8 @@ class LongMessages:
     """Messages that travel in pieces, one after the other, and short ones that must not overtake them."""
 
     def __init__(self, stream: int) -> None:
+        self.whole_bytes = WHOLE_BYTES
+        self.piece_bytes = frames.PAYLOAD_BYTES
         self._stream = stream
         self._messages: deque[tuple[bytes, Left | None]] = deque()
         self._position = 0
@@ -67,8 +71,8 @@ class LongMessages:
     def next_frame(self) -> Frame:
         """See Source."""
         message, left = self._messages[0]
-        start, end = self._position, self._position + frames.PAYLOAD_BYTES
-        whole = len(message) <= WHOLE_BYTES
+        start, end = self._position, self._position + self.piece_bytes
+        whole = start == 0 and len(message) <= self.whole_bytes
         last = whole or end >= len(message)
         self._position = 0 if last else end
         if last:
@@ -87,6 +91,8 @@ class Lanes:
         """Make empty lanes; `budget`: bytes of events that may wait."""
         self.closing = False
         """Whether only the control lane is still served."""
+        self.payload_bytes = frames.PAYLOAD_BYTES
+        """The longest payload the other end accepts."""
         self._budget = budget
         self._control: deque[tuple[bytes, bool, Left | None]] = deque()
         self._events: deque[tuple[str | None, bytes]] = deque()
@@ -104,6 +110,13 @@ class Lanes:
         """Whether the other end does not read what it asked for."""
         return len(self._control) >= CONTROL_FRAMES
 
+    def use(self, limits: Limits) -> None:
+        """From now on these are the limits of the other end."""
+        self.payload_bytes = min(frames.PAYLOAD_BYTES, limits.payload_bytes)
+        for messages in (self._long_events, self._long_messages):
+            messages.whole_bytes = min(WHOLE_BYTES, limits.frame_bytes)
+            messages.piece_bytes = self.payload_bytes
+
     def put_message(self, message: bytes, left: Left | None = None, *, after_long: bool = False) -> bool:
         """Queue a call, an answer or a notice; returns whether it went behind the long messages.
 
@@ -112,7 +125,7 @@ class Lanes:
             left: called when the message, or its last piece, goes.
             after_long: go behind the long messages in any case.
         """
-        long = after_long or len(message) > WHOLE_BYTES
+        long = after_long or len(message) > self._long_messages.whole_bytes
         if long:
             self._long_messages.put(message, left)
             self.put_bulk(self._long_messages)
@@ -215,7 +228,7 @@ class Lanes:
         return self._whole_or_piece(first if epoch is None else events_message(epoch, batch))
 
     def _whole_or_piece(self, message: bytes) -> Frame:
-        if len(message) <= WHOLE_BYTES:
+        if len(message) <= self._long_events.whole_bytes:
             return Frame(message, True)
         self._long_events.put(message)
         return self._long_events.next_frame()

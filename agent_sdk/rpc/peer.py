@@ -9,6 +9,7 @@ waits for anything gets ConnectionLost with the close code, and handlers are can
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -55,6 +56,7 @@ OnNotice = Callable[[str, Raw], None]
 OnBug = Callable[[BaseException, str], None]
 
 FLUSH_SECONDS = 2.0
+TURN_FRAMES = 64
 
 PROTOCOL_ERROR, SLOW_READER, TOO_BIG, BUG = 4400, 4408, 4413, 1011
 
@@ -155,7 +157,9 @@ class Peer:
 
     @other_limits.setter
     def other_limits(self, limits: Limits) -> None:
+        limits = _sane(limits)
         self._calls.use(limits)
+        self._lanes.use(limits)
         self._answers.longest = limits.message_bytes
         self._channels.other_window = limits.window_bytes
 
@@ -183,7 +187,7 @@ class Peer:
 
         Waits in a queue while as many calls are in flight as the other end accepts (not `ping` and
         `call.cancel`). Cancelling asks the other end to cancel the call, waits for the call's answer
-        (30 s at most), then raises CancelledError.
+        (10 s at most), then raises CancelledError.
 
         Args:
             params: the method's params; their class says which method.
@@ -308,12 +312,14 @@ class Peer:
     async def _read(self) -> None:
         code, reason = 1000, ""
         try:
-            while True:
+            for number in itertools.count(1):
                 frame, text = await self._pipe.receive()
                 self._take(frame, text)
                 if self._lanes.control_is_full:
                     code, reason = SLOW_READER, "answers are not read"
                     break
+                if number % TURN_FRAMES == 0:
+                    await asyncio.sleep(0)  # frames that are here already must not keep others waiting
         except ConnectionLost as exc:
             self._lose(exc)
         except BadBinaryHeader as exc:
@@ -365,6 +371,17 @@ class Peer:
                 {"message": f"unexpected exception, incident {incident}", "exception": exc}
             )
         return incident
+
+
+def _sane(limits: Limits) -> Limits:
+    """What the other end says of itself, without values that nothing could be sent under."""
+    return Limits(
+        frame_bytes=max(limits.frame_bytes, 1024),
+        message_bytes=limits.message_bytes,
+        payload_bytes=max(limits.payload_bytes, 1024),
+        calls=max(limits.calls, 1),
+        window_bytes=max(limits.window_bytes, 0),
+    )
 
 
 async def _until_done(task: asyncio.Task[None]) -> None:

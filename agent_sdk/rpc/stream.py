@@ -159,7 +159,7 @@ class ByteWriter:
                 return
             taken = 0
             if len(self._frames) < QUEUED_FRAMES:
-                taken = self._window.take(min(len(view), frames.PAYLOAD_BYTES))
+                taken = self._window.take(min(len(view), self._lanes.payload_bytes))
             if not taken:
                 self._room = asyncio.get_running_loop().create_future()
                 await self._room

@@ -31,7 +31,7 @@ from agent_sdk.protocol.errors import (
     MethodNotFound,
     ParseError,
 )
-from agent_sdk.protocol.methods import Describe, Execute, ProcessSignal, Upload
+from agent_sdk.protocol.methods import Describe, Execute, Initialize, ProcessSignal, Upload
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.protocol.specs import Limits
 
@@ -329,6 +329,13 @@ def test_params_that_json_cannot_say_are_refused_before_they_are_sent():
     endpoint = Endpoint()
     with pytest.raises(InvalidParams, match="surrogates"):
         endpoint.request("execute", Execute(op_id=OP_ID, shell="\ud800"))
+
+
+def test_params_that_no_parser_can_follow_are_refused():
+    with pytest.raises(InvalidParams, match="nested too deeply"):
+        decode_params(Initialize, Raw(b'{"capabilities":{"a":%b' % (b"[" * 100_000)))
+    with pytest.raises(InvalidParams, match="not UTF-8"):
+        decode_params(Execute, Raw(b'{"op_id":"\xff"}'))
 
 
 def test_a_result_of_a_newer_version_is_understood():

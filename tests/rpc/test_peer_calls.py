@@ -445,10 +445,15 @@ async def test_a_call_cancelled_while_it_waits_for_its_turn_is_never_sent(peers)
 async def test_a_turn_given_to_a_call_that_is_cancelled_goes_to_the_next(peers):
     async with peers({GitDiff: echo}) as (client, _):
         client.other_limits = Limits(calls=1)
-        first, second, third = (asyncio.create_task(client.call(GitDiff(path=str(n)))) for n in range(3))
-        await first
-        second.cancel()
-        assert await third == DiffText("2")
+
+        async def call_and_cancel_the_next():
+            await client.call(GitDiff(path="1"))
+            second.cancel()  # in the very step in which its turn came
+
+        first = asyncio.create_task(call_and_cancel_the_next())
+        second, third = (asyncio.create_task(client.call(GitDiff(path=path))) for path in "23")
+        assert await third == DiffText("3")
+        assert first.done() and second.cancelled()
 
 
 async def test_a_greater_limit_lets_waiting_calls_go_at_once(peers):
@@ -463,12 +468,20 @@ async def test_a_greater_limit_lets_waiting_calls_go_at_once(peers):
 
 
 async def test_an_id_whose_answer_has_not_left_is_still_in_use():
+    third = asyncio.Event()
+
     async def big(params, call):
+        if call.id == 3:
+            third.set()
         return DiffText("x" * 200_000)
 
     async with raw_to_peer({GitDiff: big}) as (raw, _):
-        for id in (1, 2, 3, 3):
+        for id in (1, 2, 3):
             await raw.call(id, "git.diff")
+        await third.wait()
+        await asyncio.sleep(0)  # its answer waits: two fill the pipe
+        await asyncio.sleep(0)
+        await raw.call(3, "git.diff")
         answers = [await raw.receive() for _ in range(4)]
         assert sorted(answer["id"] for answer in answers) == [1, 2, 3, 3]
         [refused] = [answer for answer in answers if "error" in answer]

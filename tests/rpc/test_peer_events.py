@@ -6,6 +6,7 @@ import json
 import msgspec
 import pytest
 
+from agent_sdk.protocol import frame
 from agent_sdk.protocol.errors import ConnectionLost, LimitExceeded
 from agent_sdk.protocol.methods import (
     DiffText,
@@ -214,9 +215,11 @@ async def test_a_long_call_may_be_cancelled_while_it_is_being_sent():
         calling = asyncio.create_task(peer.call(SendMessage(op_id=op_id, text="x" * (2 << 20))))
         await raw.receive()
         calling.cancel()
-        while not isinstance(last := await raw.receive(), dict):
-            pass
-        assert last["method"] == "call.cancel"  # behind the call it cancels, not before it
+        content = b""
+        while isinstance(content, bytes):
+            content, before = await raw.receive(), content
+        assert content["method"] == "call.cancel"
+        assert frame.unpack(before).last  # behind the call it cancels, not before it
         await raw.send({"jsonrpc": "2.0", "id": 1, "error": {"code": -32800, "message": ""}})
         with pytest.raises(asyncio.CancelledError):
             await calling

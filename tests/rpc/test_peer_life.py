@@ -6,7 +6,7 @@ import pytest
 
 from agent_sdk.protocol import frame
 from agent_sdk.protocol.errors import ConnectionLost
-from agent_sdk.protocol.methods import DiffText, Draining, GitDiff, Ping, Pong
+from agent_sdk.protocol.methods import DiffText, GitDiff, Ping, Pong, SyncReset
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import DISCONNECTED, memory_pipes
@@ -101,11 +101,13 @@ async def test_an_error_in_the_body_closes_the_connection(peers):
 async def test_what_waits_in_the_control_lane_is_sent_before_the_end(peers):
     seen = []
     async with peers(own={"on_notice": lambda method, _: seen.append(method)}) as (client, server):
-        for _ in range(100):
-            server.notify(Draining())
+        for _ in range(50):
+            server.notify(
+                SyncReset(reason="x" * 200_000, epoch="e", from_seq=1)
+            )  # more than a transport takes
         await server.close(4503)
         await client.wait_closed()
-    assert seen == ["draining"] * 100
+    assert seen == ["sync.reset"] * 50
 
 
 async def test_a_reader_that_does_not_read_cannot_keep_a_connection_open():

@@ -8,8 +8,9 @@ import pytest
 from agent_sdk.ids import new_id
 from agent_sdk.protocol import frame
 from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, LimitExceeded, TransferBroken
-from agent_sdk.protocol.methods import Count, Download, Ping, Pong, ProcessInput, Upload
+from agent_sdk.protocol.methods import Count, Download, Ping, Pong, ProcessInput, SyncReset, Upload
 from agent_sdk.protocol.results import Transferred
+from agent_sdk.protocol.specs import Limits
 from tests.rpc.links import SMALL, raw_to_peer
 
 pytestmark = pytest.mark.timeout(30)
@@ -283,6 +284,60 @@ async def test_a_trailer_has_a_limit(peers):
     async with peers() as (client, _), client.open_writer() as writer:
         with pytest.raises(ValueError, match="256"):
             await writer.finish(bytes(257))
+
+
+async def test_an_end_that_accepts_little_gets_little_at_once():
+    async with raw_to_peer({Download: send_file}) as (raw, peer):
+        peer.other_limits = Limits(payload_bytes=10_000, frame_bytes=5_000)
+        await raw.call(1, "download", path="x", channel=1)
+        assert len(await raw.receive()) == 16 + 10_000
+        peer.notify(SyncReset(reason="x" * 20_000, epoch="e", from_seq=1))
+        pieces = []
+        while not pieces or not pieces[-1].last:
+            content = frame.unpack(await raw.receive())
+            if isinstance(content, frame.Piece):
+                pieces.append(content)
+        assert max(len(piece.payload) for piece in pieces) == 10_000
+
+
+async def test_streams_take_turns():
+    async with raw_to_peer({Download: send_file}) as (raw, _):
+        for channel in (1, 3, 5):
+            await raw.call(channel, "download", path="x", channel=channel)
+        turns = [frame.unpack(await raw.receive()).stream for _ in range(30)]
+        assert all(set(turns[n : n + 3]) == {1, 3, 5} for n in range(6, 30, 3))
+
+
+async def test_a_stream_waits_for_the_connection_even_when_it_has_credit():
+    writers = []
+
+    async def send(params, call):
+        async with call.writing(params.channel) as writer:
+            writers.append(writer)
+            await send_file_to(writer)
+
+    async with raw_to_peer({Download: send}) as (raw, peer):
+        peer.other_limits = Limits(window_bytes=1 << 30)
+        await raw.call(1, "download", path="x", channel=1)
+        await asyncio.wait({asyncio.create_task(peer.wait_closed())}, timeout=0.2)
+        assert writers[0].offset < 1 << 20
+        await raw.pipe.close()
+
+
+async def send_file_to(writer):
+    for _ in range(100):
+        await writer.write(BLOCK)
+
+
+async def test_limits_that_make_no_sense_are_mended():
+    async with raw_to_peer({Download: send_file}) as (raw, peer):
+        peer.other_limits = Limits(payload_bytes=-1, window_bytes=-5, calls=0, frame_bytes=0)
+        await raw.call(1, "download", path="x", channel=1)
+        await raw.call(2, "ping")
+        assert (await raw.receive())["id"] == 2
+        await raw.send_binary(frame.credit(1, 1))
+        assert await raw.receive() == frame.data(1, 0, BLOCK[:1])
+        assert peer.other_limits.calls == 1
 
 
 # -- by hand

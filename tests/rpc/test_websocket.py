@@ -1,6 +1,8 @@
 """Pipes over aiohttp: what WebSockets add, against real sockets."""
 
 import asyncio
+import os
+import socket
 from contextlib import asynccontextmanager, suppress
 from urllib.parse import urlsplit
 
@@ -35,10 +37,10 @@ async def test_text_that_is_not_utf8_ends_the_connection():
     async with (
         web_server(ending) as url,
         aiohttp.ClientSession() as session,
-        session.ws_connect(url) as socket,
+        session.ws_connect(url) as ws,
     ):
-        await socket.send_frame(b"\xff\xfe", aiohttp.WSMsgType.TEXT)
-        message = await socket.receive()
+        await ws.send_frame(b"\xff\xfe", aiohttp.WSMsgType.TEXT)
+        message = await ws.receive()
         assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 1007)
         assert (await ending.lost).details["close_code"] == 1007
 
@@ -48,9 +50,9 @@ async def test_a_frame_that_is_too_long_ends_the_connection():
     async with (
         web_server(ending) as url,
         aiohttp.ClientSession() as session,
-        session.ws_connect(url) as socket,
+        session.ws_connect(url) as ws,
     ):
-        await socket.send_bytes(bytes((1 << 20) + 1))
+        await ws.send_bytes(bytes((1 << 20) + 1))
         lost = await ending.lost
         assert lost.details["close_code"] == 1009
         assert "exceeds limit" in lost.details["reason"]
@@ -65,18 +67,18 @@ async def test_a_frame_of_the_greatest_length_is_accepted():
     async with (
         web_server(accept) as url,
         aiohttp.ClientSession() as session,
-        session.ws_connect(url) as socket,
+        session.ws_connect(url) as ws,
     ):
-        await socket.send_bytes(bytes(1 << 20))
+        await ws.send_bytes(bytes(1 << 20))
         assert await got == (bytes(1 << 20), False)
 
 
 async def test_pings_are_answered_and_are_no_frames():
     ending = Ending()
     async with web_server(ending) as url, aiohttp.ClientSession() as session:
-        async with session.ws_connect(url, autoping=False) as socket:
-            await socket.ping(b"there?")
-            message = await socket.receive()
+        async with session.ws_connect(url, autoping=False) as ws:
+            await ws.ping(b"there?")
+            message = await ws.receive()
             assert (message.type, message.data) == (aiohttp.WSMsgType.PONG, b"there?")
         assert (await ending.lost).details["close_code"] == 1000
 
@@ -84,18 +86,18 @@ async def test_pings_are_answered_and_are_no_frames():
 async def test_the_reason_of_a_close_arrives():
     ending = Ending()
     async with web_server(ending) as url, aiohttp.ClientSession() as session:
-        socket = await session.ws_connect(url)
-        await socket.close(code=4409, message=b"another window")
+        ws = await session.ws_connect(url)
+        await ws.close(code=4409, message=b"another window")
         assert (await ending.lost).details == {"close_code": 4409, "reason": "another window"}
 
 
 async def test_a_connection_that_breaks_ends_with_1006():
     ending = Ending()
     async with web_server(ending) as url, aiohttp.ClientSession() as session:
-        socket = await session.ws_connect(url)
-        socket.get_extra_info("socket").shutdown(2)
+        ws = await session.ws_connect(url)
+        ws.get_extra_info("socket").shutdown(2)
         assert (await ending.lost).details["close_code"] == 1006
-        await socket.close()
+        await ws.close()
 
 
 async def test_text_may_be_decoded_already():
@@ -131,13 +133,29 @@ async def deaf_client(url):
             await writer.wait_closed()
 
 
+def is_over(connection):
+    """Whether nothing more can be sent, in contrast to: now there is no room."""
+    if connection.fileno() < 0:
+        return True
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        try:
+            same.send(b"x")
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
+        return False
+
+
 async def test_a_client_that_reads_nothing_cannot_keep_a_pipe_open():
     ended = asyncio.get_running_loop().create_future()
 
     async def accept(pipe):
         flooding = asyncio.create_task(flood(pipe))
         await asyncio.wait({flooding}, timeout=0.2)
+        connection = pipe._ws.get_extra_info("socket")
         await pipe.close(4408, "slow")
+        assert is_over(connection)
         ended.set_result((await asyncio.gather(flooding, return_exceptions=True))[0])
 
     async with web_server(accept, patience=0.2) as url, deaf_client(url):
@@ -180,9 +198,9 @@ async def test_a_peer_survives_a_client_that_vanishes_in_a_call():
             assert (await peer.wait_closed()).details["close_code"] == 1006
 
     async with web_server(accept) as url, aiohttp.ClientSession() as session:
-        socket = await session.ws_connect(url)
-        await socket.send_json({"jsonrpc": "2.0", "id": 1, "method": "git.diff"})
+        ws = await session.ws_connect(url)
+        await ws.send_json({"jsonrpc": "2.0", "id": 1, "method": "git.diff"})
         await entered.wait()
-        socket.get_extra_info("socket").shutdown(2)
+        ws.get_extra_info("socket").shutdown(2)
         await cancelled.wait()
-        await socket.close()
+        await ws.close()
