@@ -7,13 +7,19 @@ It prints `ready` when it listens, ends on SIGTERM, and by itself when nobody ha
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    # asyncio does without ssl; a box speaks to one Unix socket, and OpenSSL would cost it 1.3 MB.
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+
 import argparse
 import asyncio
 import logging
+import os
 import signal
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 
 from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.protocol.errors import AgentServerError
@@ -114,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"box: {exc}\n")
         return 1
     finally:
-        Path(given.socket).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(given.socket)
     return 0
 
 

@@ -11,7 +11,6 @@ import asyncio
 import errno
 import hashlib
 import os
-import secrets
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -193,7 +192,7 @@ class AtomicFile:
         except FileNotFoundError:
             pass
         # A hidden name, short whatever the target's is: the file system's limit is 255 bytes for both.
-        self._temporary = f".{secrets.token_hex(8)}.part".encode()
+        self._temporary = f".{os.urandom(8).hex()}.part".encode()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         private = self._mode is not None or self._replaced is not None
         self._fd = os.open(self._temporary, flags, 0o600 if private else 0o644, dir_fd=self._folder)

@@ -20,13 +20,11 @@ import asyncio
 import fcntl
 import os
 import re
-import secrets
 import subprocess
 import termios
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import PurePath
 
 from agent_sdk.local.children import Child, Children
 from agent_sdk.local.feed import Feed
@@ -113,7 +111,7 @@ class Bash:
             take: gets what the terminal shows, see Intake.
             on_report: called after a command's end, when its whole output was taken.
         """
-        self._nonce = secrets.token_hex(8)
+        self._nonce = os.urandom(8).hex()
         self._take_output = take
         self._on_report = on_report
         self._sent = 0
@@ -367,4 +365,4 @@ def restoring(report: Report) -> bytes:
 
 def is_bash(executable: str) -> bool:
     """Whether a shell is bash, by its name."""
-    return PurePath(executable).name == "bash"
+    return os.path.basename(executable) == "bash"

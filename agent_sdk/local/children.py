@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import signal
 import subprocess
 import threading
@@ -170,7 +169,7 @@ class Children:
     def __init__(self, *, by_thread: bool = not HAS_PIDFD) -> None:
         """Begin with none; `by_thread` as in Child."""
         self._by_thread = by_thread
-        self._nonce = secrets.token_hex(6)
+        self._nonce = os.urandom(6).hex()
         self._count = 0
         # Pids of leaders; kept after their end, because what they left behind is in their session.
         self._leaders: dict[int, int | None] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import secrets
 import sys
 import time
 from collections.abc import AsyncIterable, Callable, Mapping
@@ -121,7 +120,7 @@ class LocalWorkspace:
         spool_dir = self._spool_dir or temporary_folder()
         try:
             os.makedirs(spool_dir, mode=0o700, exist_ok=True)
-            spool_folder = os.path.join(spool_dir, f"agent-output-{secrets.token_hex(8)}")
+            spool_folder = os.path.join(spool_dir, f"agent-output-{os.urandom(8).hex()}")
             os.mkdir(spool_folder, mode=0o700)
         except OSError as exc:
             raise path_error(exc, spool_dir) from exc
