@@ -6,6 +6,7 @@ import ast
 import sys
 from collections.abc import Iterable
 from functools import cache
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any, get_args
 
@@ -131,6 +132,7 @@ def _docs_in(source: Path) -> dict[str, dict[str, str]]:
 def _describe(schema: Json | None, cls: type) -> None:
     if schema is None:
         return
+    schema["description"] = cleandoc(cls.__doc__ or "")  # Python 3.13 does that itself, older ones do not
     for name, text in field_docs(cls).items():
         if name in schema.get("properties", {}):
             schema["properties"][name].setdefault("description", text)
