@@ -13,6 +13,7 @@ agent:        thinking: loop, models, tools
 local:        here
 remote:       there
 disk:         files of this machine as streams
+digest:       the SHA-256 of files that move
 serve:        a workspace behind a Peer
 box:          a workspace behind a Unix socket
 ids:          identities

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hashlib
 import os
 import stat
 from collections.abc import AsyncIterator, Callable
@@ -17,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from os import PathLike
 from typing import TypeVar, TypeVarTuple, Unpack
 
+from agent_sdk.digest import sha256
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ChangedDuringRead,
@@ -161,7 +161,7 @@ class AtomicFile:
         self._temporary = b""
         self._replaced: os.stat_result | None = None
         self._buffer = bytearray()
-        self._digest = hashlib.sha256()
+        self._digest = sha256()
         self._size = 0
 
     async def write(self, data: bytes | memoryview) -> None:

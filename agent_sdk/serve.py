@@ -6,10 +6,10 @@ no transport and no policy; each handler is the contract's call plus the bytes t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+from agent_sdk.digest import sha256
 from agent_sdk.protocol.errors import InvalidParams, TransferBroken
 from agent_sdk.protocol.methods import (
     Count,
@@ -225,7 +225,7 @@ class _Served:
             call.writing(params.channel) as writer,
             self._workspace.read_stream(params.path, offset=params.offset, length=params.length) as source,
         ):
-            digest = hashlib.sha256()
+            digest = sha256()
             async for data in source:
                 digest.update(data)
                 await writer.write(data)
@@ -325,7 +325,7 @@ async def _finish(writer: ByteWriter, output: Output) -> None:
 
 async def _verified(reader: ByteReader) -> AsyncIterator[bytes]:
     """The bytes of an upload; breaks before its end when the digest of the sender differs."""
-    digest = hashlib.sha256()
+    digest = sha256()
     async for chunk in reader:
         digest.update(chunk.data)
         yield chunk.data

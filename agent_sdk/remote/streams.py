@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+from agent_sdk.digest import sha256
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, TransferBroken
 from agent_sdk.protocol.results import Transferred
 from agent_sdk.rpc.peer import Peer
@@ -133,7 +133,7 @@ async def _write(writer: ByteWriter, data: bytes) -> None:
 
 async def send(writer: ByteWriter, chunks: AsyncIterable[bytes]) -> str:
     """Send a file's bytes and their SHA-256; returns it as hexadecimal text."""
-    digest = hashlib.sha256()
+    digest = sha256()
     async for data in chunks:
         digest.update(data)
         await writer.write(data)
@@ -155,7 +155,7 @@ class Incoming:
         return self._read()
 
     async def _read(self) -> AsyncIterator[bytes]:
-        digest = hashlib.sha256()
+        digest = sha256()
         try:
             async for chunk in self._reader:
                 digest.update(chunk.data)

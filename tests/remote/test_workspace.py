@@ -13,6 +13,7 @@ from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from agent_sdk.serve import workspace_handlers
+from bench.measure import rss_mib
 from tests.contract.workspace import WorkspaceContract
 from workspaces.box_process import BoxProcess
 
@@ -74,3 +75,9 @@ async def test_a_url_without_a_scheme_is_refused_with_one_sentence():
 async def test_a_workspace_that_is_not_entered_says_so():
     with pytest.raises(ConnectionLost, match="async with"):
         await RemoteWorkspace("http://127.0.0.1:1", "key").execute("true")
+
+
+async def test_an_idle_box_is_small(tmp_path):
+    async with BoxProcess(tmp_path, tmp_path / "box.sock") as box, RemoteWorkspace(box.url) as workspace:
+        await workspace.describe()
+        assert rss_mib(box.pid) <= 25
