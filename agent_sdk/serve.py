@@ -166,8 +166,10 @@ class _Served:
     async def output(self, params: ProcessOutput, call: Inbound) -> Count:
         process = self._workspace.process(params.process_id)
         async with call.writing(params.channel) as writer:
-            await writer.skip_to(params.since)
-            async for data in process.output(params.since, stream=params.stream, follow=params.follow):
+            async for offset, data in process.chunks(
+                params.since, stream=params.stream, follow=params.follow
+            ):
+                await writer.skip_to(offset)
                 await writer.write(data)
             await writer.finish()
             return Count(writer.offset)

@@ -142,6 +142,12 @@ class Process:
         """See workspace.Process.output."""
         return self._caller.iterate(lambda: self._async.output(since, stream=stream, follow=follow))
 
+    def chunks(
+        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
+    ) -> Iterator[tuple[int, bytes]]:
+        """See workspace.Process.chunks."""
+        return self._caller.iterate(lambda: self._async.chunks(since, stream=stream, follow=follow))
+
     def signal(self, name: str) -> None:
         """See workspace.Process.signal."""
         self._caller.call(lambda: self._async.signal(name))

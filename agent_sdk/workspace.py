@@ -170,6 +170,12 @@ class Process(Protocol):
         """
         ...
 
+    def chunks(
+        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        """Yield like `output`, each piece with its offset, which shows where a gap is."""
+        ...
+
     async def signal(self, name: str) -> None:
         """Send a signal (`INT`, `TERM`, `KILL`, …) to its process group.
 

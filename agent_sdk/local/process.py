@@ -68,7 +68,7 @@ class LocalProcess:
     async def chunks(
         self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncIterator[tuple[int, bytes]]:
-        """Like `output`, with the offset of each piece, which shows where a gap is."""
+        """See Process.chunks."""
         running = self._find()
         if stream not in ("stdout", "stderr"):
             raise InvalidParams(f"stream: stdout or stderr (got {stream!r:.40})")

@@ -58,6 +58,13 @@ class RemoteProcess:
         self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncIterator[bytes]:
         """See Process.output."""
+        async for _, data in self.chunks(since, stream=stream, follow=follow):
+            yield data
+
+    async def chunks(
+        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        """See Process.chunks."""
         async with self._peer.open_reader() as reader:
             call = ProcessOutput(
                 process_id=self.id, channel=reader.channel, stream=stream, since=since, follow=follow
@@ -66,7 +73,7 @@ class RemoteProcess:
             calling.add_done_callback(lambda done: pass_failure(done, reader))
             try:
                 async for chunk in reader:
-                    yield chunk.data
+                    yield chunk.offset, chunk.data
                 await calling
             except TransferBroken:
                 await calling

@@ -10,4 +10,5 @@ calls:     calls of ours that wait for an answer
 answers:   calls of the other end that we answer
 peer:      one end of a connection: calls both ways, notices, events, streams
 ledger:    each op_id runs once
+shield:    finishing what must not be left half done
 """

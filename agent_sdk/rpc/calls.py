@@ -7,7 +7,6 @@ from collections import deque
 from functools import cache
 from typing import Any
 
-import anyio
 import msgspec
 from msgspec import Raw
 
@@ -23,6 +22,7 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.methods import CancelCall, Method, Ping, R, result_type
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.lanes import Lanes
+from agent_sdk.rpc.shield import shielded
 
 UNQUEUED = (CancelCall.method, Ping.method)
 """Small, answered at once, and needed when all else is stuck."""
@@ -120,7 +120,7 @@ class Calls:
         cancelling, message = self._endpoint.request(CancelCall.method, CancelCall(id=id))
         self._lanes.put_message(message, after_long=long)
         try:
-            with anyio.CancelScope(shield=True):
+            with shielded():
                 await asyncio.wait({answer}, timeout=CANCEL_SECONDS)
         finally:
             if answer.done():

@@ -16,7 +16,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-import anyio
 from msgspec import Raw
 
 from agent_sdk.ids import new_id
@@ -49,6 +48,7 @@ from agent_sdk.rpc.calls import Calls
 from agent_sdk.rpc.channels import Channels
 from agent_sdk.rpc.lanes import Lanes
 from agent_sdk.rpc.pipe import Pipe, lost
+from agent_sdk.rpc.shield import shielded
 from agent_sdk.rpc.stream import ByteReader, ByteWriter
 
 Handler = Callable[[Any, "Inbound"], Awaitable[Any]]
@@ -387,7 +387,7 @@ def _sane(limits: Limits) -> Limits:
 async def _until_done(task: asyncio.Task[None]) -> None:
     """Wait for a task that must not be left behind, however often that is cancelled; then be cancelled."""
     cancelled: asyncio.CancelledError | None = None
-    with anyio.CancelScope(shield=True):
+    with shielded():
         while not task.done():
             try:
                 await asyncio.shield(task)

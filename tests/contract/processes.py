@@ -76,6 +76,20 @@ class ProcessContract:
             await process.close_stdin()
         assert (await whole(process)).strip() == b"3000000"
 
+    async def test_pieces_of_output_come_with_their_offsets(self, workspace):
+        process = await workspace.start("printf 0123456789")
+        await process.wait(PATIENCE)
+        assert [chunk async for chunk in process.chunks(4)] == [(4, b"456789")]
+
+    async def test_a_gap_in_the_output_shows_in_the_offsets(self, workspace):
+        size = (256 << 20) + (8 << 20)
+        process = await workspace.start(f"head -c {size} /dev/zero; printf end")
+        await process.wait(PATIENCE)
+        pieces = [(offset, len(data)) async for offset, data in process.chunks((256 << 20) - 10)]
+        assert pieces[0] == ((256 << 20) - 10, 10)
+        assert pieces[1][0] == size + 3 - (1 << 20)
+        assert sum(length for _, length in pieces) == 10 + (1 << 20)
+
     async def test_writing_to_an_ended_process_is_refused(self, workspace):
         process = await workspace.start("true")
         await process.wait(PATIENCE)

@@ -1,0 +1,19 @@
+"""Finishing what must not be left half done, under any kind of cancellation.
+
+asyncio cancels a task once; a cancel scope of anyio does it again at every await until the scope is
+left. Callers may use either. anyio is not loaded for that: where its backend is not, no scope exists.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+
+def shielded() -> AbstractContextManager[object]:
+    """Keep the cancel scopes of anyio that surround the task from cancelling what is awaited in the block."""
+    if "anyio._backends._asyncio" not in sys.modules:
+        return nullcontext()
+    import anyio  # noqa: PLC0415  loaded already
+
+    return anyio.CancelScope(shield=True)
