@@ -294,6 +294,12 @@ class _Process:
         async for data in (await self._there()).output(since, stream=stream, follow=follow):
             yield data
 
+    async def chunks(
+        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        async for chunk in (await self._there()).chunks(since, stream=stream, follow=follow):
+            yield chunk
+
     async def signal(self, name: str) -> None:
         await (await self._there()).signal(name)
 

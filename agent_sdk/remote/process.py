@@ -104,6 +104,8 @@ class _Input:
         self._opened: asyncio.Future[ByteWriter] = asyncio.get_running_loop().create_future()
         self._closed = asyncio.Event()
         self._calling = asyncio.ensure_future(self._run(peer, process_id))
+        # Nobody may write again to hear of the end; then it does not matter how it came.
+        self._calling.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _run(self, peer: Peer, process_id: str) -> Count:
         try:
