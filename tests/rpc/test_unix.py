@@ -1,7 +1,9 @@
 """Pipes over a Unix socket: who may connect, what is refused, what is left behind."""
 
 import asyncio
+import errno
 import os
+import resource
 import socket
 import stat
 import struct
@@ -141,6 +143,33 @@ async def test_what_fails_while_serving_one_client_is_reported_and_harms_no_othe
         assert await good.receive() == (b"fine", True)
         await asyncio.gather(good.close(), bad.close())
     assert [type(exc) for exc in seen] == [ZeroDivisionError]
+
+
+async def test_a_connection_waits_while_there_is_no_descriptor_for_it(tmp_path):
+    loop, limits = asyncio.get_running_loop(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    served, seen = asyncio.Event(), []
+
+    def reported(_, context):
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        seen.append(context["exception"].errno)
+
+    async def serve(pipe):
+        served.set()
+
+    loop.set_exception_handler(reported)
+    path = str(tmp_path / "socket")
+    async with serve_unix(path, serve):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            next_descriptor = os.dup(0)
+            os.close(next_descriptor)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (next_descriptor, limits[1]))
+            try:
+                await loop.sock_connect(client, path)
+                await served.wait()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert seen == [errno.EMFILE]
 
 
 # -- by hand
