@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from aiohttp import web
@@ -88,9 +88,9 @@ class Connection(web.RequestHandler):
             super().connection_made(transport)
             return
         self._refused = True
-        assert isinstance(transport, asyncio.Transport)
-        transport.write(_raw_answer(refusal))
-        transport.close()
+        writing = cast(asyncio.Transport, transport)  # other event loops have classes of their own
+        writing.write(_raw_answer(refusal))
+        writing.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """See asyncio.Protocol."""
