@@ -124,7 +124,7 @@ async def _drain(
 ) -> None:
     work = lobby.work
     work.draining = True
-    opened.log.info("server_draining", work=str(work))
+    opened.log.info("server_draining", calls=work.running)
     lobby.announce_end()
     routes.end()
     await conversations.wind_down()

@@ -32,6 +32,11 @@ class Work:
     def __repr__(self) -> str:
         return f"<Work {self._running} under way{', draining' if self.draining else ''}>"
 
+    @property
+    def running(self) -> int:
+        """How many calls are under way."""
+        return self._running
+
     def admit(self) -> None:
         """Let new work begin.
 
