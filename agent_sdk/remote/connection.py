@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,10 +120,15 @@ async def _reach_server(stack: AsyncExitStack, url: str, api_key: str | None, co
             raise refusal(url) from None
         raise ConnectionLost(f"{url} is no agent server: it answered {exc.status} {exc.message}") from None
     except (aiohttp.ClientError, OSError, TimeoutError) as exc:
-        cause = getattr(exc, "os_error", exc)
-        reason = getattr(cause, "strerror", None) or str(exc) or type(exc).__name__
-        raise ConnectionLost(f"cannot reach {url}: {reason}; is the server running there?") from None
+        raise unreachable(url, exc) from None
     return WebSocketPipe(socket)
+
+
+def unreachable(url: str, exc: Exception) -> ConnectionLost:
+    """Return what there is to say when nobody answers at an address."""
+    number = getattr(getattr(exc, "os_error", exc), "errno", None)
+    reason = os.strerror(number) if number and number > 0 else str(exc) or type(exc).__name__
+    return ConnectionLost(f"cannot reach {url}: {reason}; is the server running there?")
 
 
 def _upgrade(

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from agent_sdk.protocol.errors import ConnectionLost, ErrorObject, from_wire
 from agent_sdk.protocol.results import Snapshot
+from agent_sdk.remote.connection import unreachable
 from agent_server.client import Server, find_server
 from agent_server.outlet import Outlet
 from agent_server.terminal import STDOUT, Style, one_line, open_terminal
@@ -53,8 +54,7 @@ async def conversations(server: Server) -> list[Snapshot]:
         ):
             body = await answer.read()
     except (aiohttp.ClientError, OSError, TimeoutError) as exc:
-        reason = str(exc) or type(exc).__name__
-        raise ConnectionLost(f"cannot reach {server.url}: {reason}; is the server running there?") from None
+        raise unreachable(server.url, exc) from None
     try:
         if answer.status == 200:
             return msgspec.json.decode(body, type=list[Snapshot])

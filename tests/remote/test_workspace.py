@@ -61,7 +61,7 @@ async def test_a_wrong_key_is_refused_with_a_permission_error(running_server):
 
 
 async def test_a_server_that_is_not_there_is_a_connection_error(unused_tcp_port):
-    with pytest.raises(ConnectionLost, match="is the server running there"):
+    with pytest.raises(ConnectionLost, match="Connection refused; is the server running there"):
         async with RemoteWorkspace(f"http://127.0.0.1:{unused_tcp_port}", "key"):
             pass
 
