@@ -7,10 +7,11 @@ no transport and no policy; each handler is the contract's call plus the bytes t
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 from agent_sdk.digest import sha256
-from agent_sdk.protocol.errors import InvalidParams, TransferBroken
+from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, TransferBroken
 from agent_sdk.protocol.methods import (
     Count,
     Describe,
@@ -116,7 +117,9 @@ class _Served:
         async with call.writing(params.stdout) as out, call.writing(params.stderr) as err:
 
             async def send(stream: OutputName, data: bytes) -> None:
-                await (out if stream == "stdout" else err).write(data)
+                # The command outlives the connection that started it; who repeats the call gets the rest.
+                with suppress(ConnectionLost):
+                    await (out if stream == "stdout" else err).write(data)
 
             result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin, send))
             await _finish(out, result.out)

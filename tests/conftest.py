@@ -12,6 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+# Loaded now: its pytest plugin loads it during the first test otherwise, and CPython 3.11 can fail to parse
+# it ("AST constructor recursion depth mismatch") while threads of that test run.
+import hypothesis  # noqa: F401
 import pytest
 
 # Commands inherit the environment, so those of this run can be told from those of another.

@@ -113,7 +113,8 @@ class _Held:
         self._loop = asyncio.get_running_loop()
         self._fds: dict[int, _Seen] = {}
         self._all_gone = self._loop.create_future()
-        for seen in found:
+        # Parents first: a shell whose child dies before it would go on with its next command.
+        for seen in sorted(found, key=lambda seen: (seen.started, seen.pid)):
             try:
                 fd = os.pidfd_open(seen.pid)
             except OSError:

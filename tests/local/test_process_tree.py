@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agent_sdk import LocalWorkspace
 from agent_sdk.local.children import Children
 from agent_sdk.local.environment import workspace_environment
 from agent_sdk.local.launch import Launch, open_folder
@@ -169,3 +170,13 @@ def take_exit_code(fifo: Path, pid: int) -> None:
     """Let the process end and wait for it before the loop gets a turn."""
     fifo.write_text("go\n")
     os.waitpid(pid, 0)
+
+
+async def test_a_shell_whose_command_is_ended_does_not_go_on_with_the_next(tmp_path):
+    async with LocalWorkspace(tmp_path) as workspace:
+
+        async def one() -> str:
+            return (await workspace.execute("sleep 1000; echo next", timeout=0.3)).stdout
+
+        for _ in range(5):
+            assert set(await asyncio.gather(*(one() for _ in range(20)))) == {""}
