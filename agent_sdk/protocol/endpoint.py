@@ -39,7 +39,7 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.methods import NOTICES, Method, Notice, all_methods
 from agent_sdk.protocol.specs import Limits
-from agent_sdk.protocol.strictness import check_depth, repeats_a_member
+from agent_sdk.protocol.strictness import check_depth, repeats_a_member, without_lone_surrogates
 
 Id = int | str
 M = TypeVar("M", bound="Method[Any] | Notice")
@@ -250,11 +250,22 @@ class Endpoint:
                 raise BatchNotSupported("batches are not supported") from None
             raise InvalidRequest(f"not a JSON-RPC message: {str(exc).replace('`', '')}") from None
         except msgspec.DecodeError as exc:
+            if checked and b"\\u" in text:
+                self._refuse_surrogates(text)
             where = "" if "(byte " in str(exc) else f" (byte {len(text)})"
             raise ParseError(f"{exc}{where}") from None
         if checked and repeats_a_member(text):
             raise DuplicateKey("a member of the message occurs twice", **_id_of(wire))
         return wire
+
+    def _refuse_surrogates(self, text: bytes | bytearray) -> None:
+        """Blame the params for what is legible but for lone surrogates in them."""
+        try:
+            wire = _envelope.decode(without_lone_surrogates(text))
+        except (msgspec.DecodeError, RecursionError):
+            return
+        if wire.method is not UNSET and wire.params is not UNSET and wire.id is not UNSET:
+            raise InvalidParams("$.params: a lone surrogate is no text", **_id_of(wire))
 
     def _notice(self, wire: _Envelope) -> Notification | None:
         assert wire.method is not UNSET

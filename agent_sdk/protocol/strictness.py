@@ -15,6 +15,11 @@ from agent_sdk.protocol.errors import MaxDepth
 
 # Possessive quantifiers: no backtracking, so neither time nor memory grows beyond the input.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# Every escape in turn, so that an escaped backslash before a `u` is not taken for one; a pair counts as one.
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
 _INNERMOST = re.compile(rb"\[:*+\]")
 _ALIKE = bytes.maketrans(b"{}", b"[]")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -40,6 +45,11 @@ def check_depth(text: bytes | bytearray, limit: int) -> None:
         brackets = brackets.replace(b"[]", b"")  # takes one level, everywhere
     if b"[" in brackets:
         raise MaxDepth(f"max_depth {limit}", limit=limit)
+
+
+def without_lone_surrogates(text: bytes | bytearray) -> bytes:
+    """The JSON with U+FFFD for escapes that are half of a pair, which no UTF-8 text can hold."""
+    return _ESCAPE.sub(lambda found: b"\\ufffd" if found["lone"] else found[0], text)
 
 
 def repeats_a_member(text: bytes | bytearray) -> bool:

@@ -319,10 +319,16 @@ def test_a_nul_in_text_is_let_through_to_whoever_knows_what_the_text_means():
     assert decode_params(Execute, Raw(b'{"op_id":"%b","shell":"a\\u0000b"}' % OP_ID.encode())).shell == "a\0b"
 
 
-def test_a_lone_surrogate_in_a_call_is_a_parse_error():
-    text = call(method="execute", params={"shell": "\ud800 and enough text behind it"})
-    assert b"\\ud800" in text
-    assert type(refused(text)[0]) is ParseError
+@pytest.mark.parametrize("shell", ["\ud800", "\udc00 and text", "\\\ud8ff", "😀\ud800😀"])
+def test_a_lone_surrogate_in_a_call_is_blamed_on_the_params(shell):
+    error, answer = refused(call(method="execute", params={"shell": shell}))
+    assert type(error) is InvalidParams
+    assert answer["id"] == 1
+
+
+def test_an_escaped_backslash_before_a_u_is_no_surrogate():
+    text = call(method="execute", params={"shell": "\\ud800"})
+    assert isinstance(Endpoint(strict=True).receive(text, text=True), Request)
 
 
 def test_params_that_json_cannot_say_are_refused_before_they_are_sent():

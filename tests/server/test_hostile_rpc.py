@@ -103,9 +103,9 @@ REFUSED: dict[str, tuple[bytes, int, str, str]] = {
     ),
     "25 lone surrogate": (
         params(b'{"op_id":"' + OP.encode() + b'","text":"\\ud800"}', b"send_message"),
-        PARSE,
-        "parse_error",
-        "byte",
+        PARAMS,
+        "invalid_params",
+        "$.params: a lone surrogate is no text",
     ),
     "26 neither call nor answer": (b'{"jsonrpc":"2.0"}', REQUEST, "invalid_request", "neither"),
     "26 both call and answer": (
