@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from agent_sdk.agent.actor import Actor
-from agent_sdk.agent.clip import RESULT_BYTES, clip_bytes
+from agent_sdk.agent.clip import clip_result
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.toolbox import failed
 from agent_sdk.agent.tools.finish import FINISH
@@ -184,7 +184,7 @@ class Calls:
     def _returned(self, call: ToolCalled) -> ToolReturned:
         result = self._results.pop(call.call_id)
         mask = self._actor.mask
-        text, cut = clip_bytes(mask.text(result.text), RESULT_BYTES)
+        text, cut = clip_result(mask.text(result.text))
         return ToolReturned(
             call_id=call.call_id,
             tool=call.tool,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-RESULT_BYTES = 16 << 20
+import msgspec
+
+RESULT_BYTES = 32 << 20
 """UTF-8 bytes of a tool result that go into the log."""
+RESULT_JSON_BYTES = 56 << 20
+"""The same as JSON, where a control character takes six bytes: an event has to fit into one message (64 MiB)."""
 MODEL_CHARS = 30_000
 """Characters of a tool result that the model sees."""
 ARGUMENT_BYTES = 1 << 20
@@ -16,6 +20,18 @@ def clip_chars(text: str, limit: int, hint: str = "") -> str:
     half = limit // 2
     note = f"\n[... {len(text) - 2 * half} characters left out{hint} ...]\n"
     return text[:half] + note + text[len(text) - half :]
+
+
+def clip_result(text: str) -> tuple[str, int]:
+    """Return what of a tool's result goes into the log, and how many of its UTF-8 bytes were left out."""
+    limit = RESULT_BYTES
+    clipped, cut = clip_bytes(text, limit)
+    while 6 * len(clipped) > RESULT_JSON_BYTES and (
+        (length := len(msgspec.json.encode(clipped))) > RESULT_JSON_BYTES
+    ):
+        limit = limit * RESULT_JSON_BYTES // length
+        clipped, cut = clip_bytes(text, limit)
+    return clipped, cut
 
 
 def clip_bytes(text: str, limit: int) -> tuple[str, int]:

@@ -1,9 +1,10 @@
 """Long text, cut in its middle."""
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_sdk.agent.clip import clip_bytes, clip_chars
+from agent_sdk.agent.clip import clip_bytes, clip_chars, clip_result
 
 
 def test_a_short_text_stays_as_it_is():
@@ -29,3 +30,13 @@ def test_bytes_kept_and_bytes_cut_add_up(text, limit):
     assert len(kept.encode()) + cut == size
     assert len(kept.encode()) <= max(limit, size if cut == 0 else 0)
     assert cut == 0 or size > limit
+
+
+def test_a_result_of_20_mib_stays_whole():
+    assert clip_result("x" * (20 << 20)) == ("x" * (20 << 20), 0)
+
+
+def test_a_result_that_json_makes_much_longer_still_fits_into_a_message():
+    text, cut = clip_result("\0" * (30 << 20))
+    assert len(text) + cut == 30 << 20
+    assert len(msgspec.json.encode(text)) <= 56 << 20
