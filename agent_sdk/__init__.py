@@ -29,7 +29,7 @@ from agent_sdk.version import __version__
 
 if TYPE_CHECKING:
     from agent_sdk.api import Conversation
-    from agent_sdk.conversation import Accepted, Outcome, Snapshot, Stats
+    from agent_sdk.conversation import Accepted, Cursor, Outcome, Snapshot, Stats
     from agent_sdk.definition import LLM, Agent
     from agent_sdk.local.workspace import LocalWorkspace
     from agent_sdk.protocol.events import Delta, Event
@@ -44,6 +44,7 @@ __all__ = [
     "Agent",
     "ConfirmationPolicy",
     "Conversation",
+    "Cursor",
     "Delta",
     "Event",
     "ExecResult",
@@ -64,6 +65,7 @@ __all__ = [
 _HOME = {
     "Conversation": "api",
     "Accepted": "conversation",
+    "Cursor": "conversation",
     "Outcome": "conversation",
     "Snapshot": "conversation",
     "Stats": "conversation",

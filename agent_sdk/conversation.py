@@ -18,6 +18,7 @@ __all__ = [
     "Accepted",
     "Callback",
     "Conversation",
+    "Cursor",
     "OnDelta",
     "Outcome",
     "PendingRequest",
@@ -31,6 +32,15 @@ Callback = Callable[[Event], Awaitable[None] | None]
 """Called exactly once per event, in the order of `seq`. What it raises is logged and does not stop the delivery."""
 
 OnDelta = Callable[[Delta], Awaitable[None] | None]
+
+
+class Cursor(Struct, frozen=True):
+    """A place in a log: everything up to it has been seen. Plain data, to be stored beside what was made of the events."""
+
+    epoch: str
+    """Of the log; another epoch is another history."""
+    seq: int
+    """Of the last event that was seen; 0: none."""
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
@@ -64,6 +74,15 @@ class Conversation(Protocol):
     @property
     def id(self) -> str:
         """Its id; known after the first use."""
+        ...
+
+    @property
+    def cursor(self) -> Cursor:
+        """The place of the event that the callbacks were given last; within a callback, of that very event.
+
+        Stored together with the callback's effect, and given as `since` to a later Conversation of the same id,
+        it makes the effect happen exactly once even when this process dies.
+        """
         ...
 
     async def send_message(self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue") -> Accepted:

@@ -18,6 +18,7 @@ from agent_sdk.protocol.events import (
     ErrorRaised,
     Event,
     Interrupted,
+    LogRecovered,
     ModelFailed,
     ModelUsed,
     PauseRequested,
@@ -28,6 +29,7 @@ from agent_sdk.protocol.events import (
     ToolCalled,
     ToolReturned,
     TurnEnded,
+    TurnResumed,
     TurnStarted,
     Unknown,
     UserMessage,
@@ -46,6 +48,8 @@ _Notice = (
     | TitleChanged
     | SecretsChanged
     | WorkspaceChanged
+    | TurnResumed
+    | LogRecovered
     | Unknown
 )
 """Events that take a line in brackets."""
@@ -208,6 +212,10 @@ def _notice_text(event: _Notice) -> tuple[str, Style]:
             return f"title: {title}" if title else "", "dim"
         case SecretsChanged(names=names):
             return f"secrets set: {', '.join(names)}", "dim"
+        case TurnResumed():
+            return "the turn goes on after a restart", "dim"
+        case LogRecovered(reason=reason, after_seq=seq):
+            return f"the log was cut after event {seq}: {reason}", "red"
         case WorkspaceChanged(state=state, reason=reason):
             return f"workspace {state}{': ' if reason else ''}{reason}", "dim"
         case Unknown(kind=kind):

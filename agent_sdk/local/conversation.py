@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from agent_sdk.agent.actor import RunClientTool
-from agent_sdk.conversation import Accepted, Callback, OnDelta, Outcome, Snapshot, Stats
+from agent_sdk.conversation import Accepted, Callback, Cursor, OnDelta, Outcome, Snapshot, Stats
 from agent_sdk.definition import Agent
 from agent_sdk.ids import new_id
 from agent_sdk.local.configuration import Configuration
@@ -108,6 +108,11 @@ class LocalConversation:
     def head_seq(self) -> int:
         """The seq of the last event; 0 until the conversation is open."""
         return self._opened.journal.head_seq if self._opened else 0
+
+    @property
+    def cursor(self) -> Cursor:
+        """See Conversation.cursor."""
+        return Cursor(self.epoch, self._delivery.seq)
 
     @property
     def run_client_tool(self) -> RunClientTool | None:

@@ -36,6 +36,8 @@ class Delivery:
         self._delta_listeners: dict[object, DeltaListener] = {}
         self._waiting: deque[Event | Delta] = deque()
         self._task: asyncio.Task[None] | None = None
+        self.seq = 0
+        """Of the event that the callbacks were given last."""
 
     def subscribe(self, listener: Listener) -> Unsubscribe:
         """Tell `listener` of every event from now on; return how to end that."""
@@ -89,6 +91,7 @@ class Delivery:
                     if self._on_delta is not None:
                         await _tell(self._on_delta, item)
                 else:
+                    self.seq = item.seq
                     for callback in self._callbacks:
                         await _tell(callback, item)
         finally:

@@ -15,13 +15,14 @@ AgentServerError
         PathNotFound (FileNotFoundError)
     Conflict            -32005
         OpMismatch, OpExpired, TurnInProgress, TransferBroken, ChangedDuringRead,
-        PathExists (FileExistsError), StateConflict
+        PathExists (FileExistsError), StateConflict, HistoryLost, ConversationDamaged
     LimitExceeded       -32006
         StorageFull (OSError)
     TimedOut            -32007 (TimeoutError)
         CommandTimeout
     WorkspaceUnavailable -32008
         WorkspaceLost (ConnectionError)
+            OutcomeUnknown
     LeaseLost           -32010
     PolicyDenied        -32011 (PermissionError)
         OutsideWorkspace, OriginNotAllowed, HostNotAllowed
@@ -198,6 +199,14 @@ class StateConflict(Conflict):
     """The conversation is not in a state that allows the call. Details: state."""
 
 
+class HistoryLost(Conflict):
+    """The events after a cursor are gone: what was built from the history is void. Details: epoch, from_seq."""
+
+
+class ConversationDamaged(Conflict):
+    """The log of the conversation is damaged in its middle; nothing of it is served. Details: conversation, seq."""
+
+
 class TurnInProgress(Conflict):
     """A turn runs. Details: run_id."""
 
@@ -236,6 +245,10 @@ class WorkspaceUnavailable(AgentServerError, code=-32008, retryable=True):
 
 class WorkspaceLost(WorkspaceUnavailable, ConnectionError):
     """The place where commands ran is gone; what ran in it has an unknown outcome."""
+
+
+class OutcomeUnknown(WorkspaceLost, retryable=False):
+    """The operation had begun, or may have, when the place where it ran was lost; it is not run again. Details: op_id."""
 
 
 class LeaseLost(AgentServerError, code=-32010):

@@ -59,6 +59,14 @@ class TurnStarted(Base, frozen=True, tag="turn_started"):
     run_id: str
 
 
+class TurnResumed(Base, frozen=True, tag="turn_resumed"):
+    """Another process goes on with the turn, because the one that ran it ended."""
+
+    run_id: str
+    generation: int
+    """How many processes have run this turn, this one included: 2, 3, …"""
+
+
 class AgentMessage(Base, frozen=True, tag="agent_message"):
     """One answer of the model. The tools it called follow as ToolCalled."""
 
@@ -198,6 +206,14 @@ class WorkspaceChanged(Base, frozen=True, tag="workspace_changed"):
     reason: str = ""
 
 
+class LogRecovered(Base, frozen=True, tag="log_recovered"):
+    """The end of the log was damaged and has been cut off; the log has a new epoch."""
+
+    reason: str
+    after_seq: int
+    """The last event that was whole."""
+
+
 class Unknown(Base, frozen=True, tag="unknown"):
     """An event of a kind this version does not know: kept whole, never dropped."""
 
@@ -210,6 +226,7 @@ KnownEvent = (
     | AgentConfigured
     | UserMessage
     | TurnStarted
+    | TurnResumed
     | AgentMessage
     | ToolCalled
     | ToolReturned
@@ -224,6 +241,7 @@ KnownEvent = (
     | TitleChanged
     | SecretsChanged
     | WorkspaceChanged
+    | LogRecovered
 )
 Event = KnownEvent | Unknown
 

@@ -10,8 +10,9 @@ Status = Literal["exited", "killed", "timeout", "running", "spawn_failed", "unkn
 """`killed`: ended by a signal; `timeout`: ended by us when its time was over; `running`: `yield_after`
 passed first; `spawn_failed`: it never started, `reason` says why; `unknown`: nobody can know."""
 
-State = Literal["idle", "running", "awaiting", "paused", "failed", "closed"]
-"""`awaiting`: a request has to be answered first; `failed`: the last turn failed, `run` tries again."""
+State = Literal["idle", "running", "awaiting", "paused", "failed", "closed", "damaged"]
+"""`awaiting`: a request has to be answered first, or see `waiting_for`; `failed`: the last turn failed,
+`run` tries again; `damaged`: the log cannot be read."""
 
 
 class Exit(Struct, frozen=True, kw_only=True):
@@ -118,6 +119,13 @@ class PendingRequest(Struct, frozen=True, kw_only=True):
     arguments: str
 
 
+class RunningOperation(Struct, frozen=True, kw_only=True):
+    """A call that changes the workspace and has begun. Repeating it attaches to it."""
+
+    op_id: str
+    method: str
+
+
 class Snapshot(Struct, frozen=True, kw_only=True):
     """A conversation at one moment."""
 
@@ -135,3 +143,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     run_id: str | None = None
     """The running or last turn."""
     model: str | None = None
+    operations: tuple[RunningOperation, ...] = ()
+    """Calls of clients that are under way in the workspace, oldest first."""
+    waiting_for: str = ""
+    """What the agent waits for besides `pending`, e.g. a key that the server does not keep; a sentence."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import msgspec
 from msgspec import Raw
 
-from agent_sdk.conversation import Accepted, Callback, OnDelta, Outcome, Snapshot, Stats, outcome_of
+from agent_sdk.conversation import Accepted, Callback, Cursor, OnDelta, Outcome, Snapshot, Stats, outcome_of
 from agent_sdk.definition import Agent
 from agent_sdk.ids import new_id
 from agent_sdk.protocol import events as event_types
@@ -109,6 +109,11 @@ class RemoteConversation:
     def id(self) -> str:
         """See Conversation.id."""
         return self._id
+
+    @property
+    def cursor(self) -> Cursor:
+        """See Conversation.cursor."""
+        return self._delivery.cursor
 
     async def send_message(self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue") -> Accepted:
         """See Conversation.send_message."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from msgspec import Raw
 
-from agent_sdk.conversation import Callback, OnDelta, Outcome, outcome_of
+from agent_sdk.conversation import Callback, Cursor, OnDelta, Outcome, outcome_of
 from agent_sdk.protocol import events as event_types
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, TransferBroken
 from agent_sdk.protocol.events import Delta, Event, TurnEnded
@@ -40,10 +40,17 @@ class Delivery:
         self.since = 0
         self.seq = 0
         self.closed = False
+        self.epoch = ""
+        self._given = 0
+
+    @property
+    def cursor(self) -> Cursor:
+        """Of the event that the callbacks were given last."""
+        return Cursor(self.epoch, self._given)
 
     def start(self, *, since: int) -> None:
         """Begin after this seq."""
-        self.since = self.seq = self._taken = since
+        self.since = self.seq = self._taken = self._given = since
         self._tasks.append(asyncio.create_task(self._deliver()))
 
     def follow(self, peer: Peer) -> None:
@@ -125,6 +132,7 @@ class Delivery:
                 if self._on_delta is not None:
                     await _tell(self._on_delta, item)
             else:
+                self._given = item.seq
                 for callback in self._callbacks:
                     await _tell(callback, item)
                 self._delivered(item)

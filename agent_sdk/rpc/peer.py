@@ -168,6 +168,11 @@ class Peer:
         """How often something that cannot be answered was ignored, by reason."""
         return {**self._endpoint.ignored, "frame of an unknown stream": self._channels.strays}
 
+    @property
+    def lost(self) -> ConnectionLost | None:
+        """How the connection ended; None while it is up."""
+        return self._lost
+
     def __repr__(self) -> str:
         state = "new" if self._reader is None else "closed" if self._lost is not None else "open"
         return f"<Peer {state}: {len(self._answers)} calls in, {len(self._calls)} calls out>"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Raw, Struct
 
 from agent_sdk.protocol.methods.method import Method, Notice, Offset
+from agent_sdk.protocol.results import Snapshot
 from agent_sdk.protocol.specs import Limits, WorkspaceSpec
 
 
@@ -36,6 +37,8 @@ class Initialized(Struct, frozen=True, kw_only=True):
     conversation: str | None = None
     epoch: str | None = None
     head_seq: int = 0
+    state: Snapshot | None = None
+    """What a client that comes back has to know at once: the turn, pending requests, running operations."""
     capabilities: dict[str, Any] = {}
 
 

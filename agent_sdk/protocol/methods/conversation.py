@@ -102,6 +102,8 @@ class Subscribed(Struct, frozen=True, kw_only=True):
 
     epoch: str
     head_seq: int
+    state: Snapshot | None = None
+    """As in `initialize`."""
 
 
 class Subscribe(Method[Subscribed], frozen=True, kw_only=True):

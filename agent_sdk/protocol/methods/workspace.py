@@ -66,6 +66,9 @@ class Execute(Effect[Executed], frozen=True, kw_only=True):
     stderr: Channel = 0
     follow: bool = False
     """Send output while the command runs."""
+    stdout_since: Offset = 0
+    """With `follow`: what a repeated call has already; the channel begins at this offset."""
+    stderr_since: Offset = 0
 
 
 class Started(Struct, frozen=True):
@@ -114,6 +117,8 @@ class ProcessInput(Method[Count], frozen=True, kw_only=True):
     method = "process.input"
     process_id: Name
     channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
+    since: Offset = 0
+    """Where in all the input of the process the channel begins; what the process got already is skipped."""
 
 
 class ProcessOutput(Method[Count], frozen=True, kw_only=True):
