@@ -35,7 +35,7 @@ OnDelta = Callable[[Delta], Awaitable[None] | None]
 
 
 class Cursor(Struct, frozen=True):
-    """A place in a log: everything up to it has been seen. Plain data, to be stored beside what was made of the events."""
+    """A place in a log: all up to it has been seen. Plain data, to be stored beside what was made of the events."""
 
     epoch: str
     """Of the log; another epoch is another history."""

@@ -248,7 +248,7 @@ class WorkspaceLost(WorkspaceUnavailable, ConnectionError):
 
 
 class OutcomeUnknown(WorkspaceLost, retryable=False):
-    """The operation had begun, or may have, when the place where it ran was lost; it is not run again. Details: op_id."""
+    """It had begun, or may have, when the place where it ran was lost; it is not run again. Details: op_id."""
 
 
 class LeaseLost(AgentServerError, code=-32010):

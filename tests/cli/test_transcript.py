@@ -157,6 +157,9 @@ def test_every_kind_of_event_can_be_shown(kind):
         "classification": "tool",
         "names": ["A"],
         "state": "ready",
+        "generation": 2,
+        "reason": "r",
+        "after_seq": 1,
     }
     wanted = events.kinds()[kind].__struct_fields__
     event = events.kinds()[kind](**{name: value for name, value in fields.items() if name in wanted})
