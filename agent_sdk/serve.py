@@ -178,8 +178,8 @@ class _Served:
             return Count(writer.offset)
 
     async def signal(self, params: ProcessSignal, call: Inbound) -> Done:
-        await self._workspace.process(params.process_id).signal(params.name)
-        return Done()
+        process = self._workspace.process(params.process_id)
+        return await self._done(params, lambda: process.signal(params.name))
 
     async def resize(self, params: ProcessResize, call: Inbound) -> Done:
         await self._workspace.process(params.process_id).resize(rows=params.rows, cols=params.cols)

@@ -16,7 +16,13 @@ from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
 from agent_sdk.local.log import ConversationRow, EventLog
-from agent_sdk.protocol.errors import ConversationNotFound, InvalidParams, NotADirectory, PathNotFound
+from agent_sdk.protocol.errors import (
+    ConversationNotFound,
+    InvalidParams,
+    NotADirectory,
+    OpMismatch,
+    PathNotFound,
+)
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.protocol.specs import WorkspaceSpec
 from agent_sdk.remote.workspace import RemoteWorkspace
@@ -93,22 +99,28 @@ class Conversations:
     def __contains__(self, id: str) -> bool:
         return id in self._notes
 
-    async def create(self, spec: WorkspaceSpec | None = None) -> str:
+    async def create(self, spec: WorkspaceSpec | None = None, id: str | None = None) -> str:
         """Make a conversation and return its id. Its box starts when it is needed.
+
+        Args:
+            id: chosen by the client; when it was made already, nothing happens.
 
         Raises:
             ConversationNotFound: there is none of the id whose workspace is to be shared.
+            OpMismatch: the id belongs to a conversation with another workspace.
             PathNotFound, NotADirectory: `working_dir` is no folder.
             InvalidParams: the spec contradicts itself or asks for what this server has not.
         """
-        spec = spec or WorkspaceSpec()
-        id = new_id()
-        note = self._note(id, spec)
-        if note.owner == id and note.working_dir is None:
-            await asyncio.to_thread(_make_folder, self._folder.workspace(id))
-        await self._log.create(id, msgspec.to_builtins(note))
-        self._notes[id] = note
-        self._logs.log.info("conversation_made", conversation=id)
+        id = id or new_id()
+        note = self._note(id, spec or WorkspaceSpec())
+        if id not in self._notes:
+            if note.owner == id and note.working_dir is None:
+                await asyncio.to_thread(_make_folder, self._folder.workspace(id))
+            await self._log.create(id, msgspec.to_builtins(note))
+            self._logs.log.info("conversation_made", conversation=id)
+        made = self._notes.setdefault(id, note)
+        if (made.owner, made.working_dir) != (note.owner, note.working_dir):
+            raise OpMismatch(f"conversation {id} was made with another workspace", op_id=id)
         return id
 
     @asynccontextmanager

@@ -47,14 +47,18 @@ async def named_or_new(conversations: Conversations, work: Work, wanted: str, pa
 
     Raises:
         ConversationNotFound: there is none of that id.
-        InvalidParams: a workspace is described for an existing one.
+        InvalidParams: a workspace is described for an existing one, or an id is chosen.
+        OpMismatch: the chosen id is taken, by a conversation with another workspace.
         Overloaded: a new one, and the server drains.
     """
     if wanted == NEW:
-        work.admit()
-        return await conversations.create(params.workspace)
+        if params.conversation is None or params.conversation not in conversations:
+            work.admit()
+        return await conversations.create(params.workspace, params.conversation)
     if wanted not in conversations:
         raise ConversationNotFound(f"no conversation {wanted[:SHOWN_ID]!r}", conversation=wanted[:SHOWN_ID])
+    if params.conversation is not None:
+        raise InvalidParams("$.params.conversation: an existing conversation has its id already")
     if params.workspace is not None:
         raise InvalidParams("$.params.workspace: an existing conversation has its workspace already")
     return wanted

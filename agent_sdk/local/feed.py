@@ -17,6 +17,8 @@ class Feed:
         self._fd = fd
         self._turn = asyncio.Lock()
         self._room: asyncio.Future[None] | None = None
+        self.taken = 0
+        """Bytes that went in so far."""
 
     @property
     def open(self) -> bool:
@@ -46,12 +48,14 @@ class Feed:
         if self._fd < 0:
             raise ProcessNotFound("the process has ended or closed its input")
         try:
-            return os.write(self._fd, data) if data else 0
+            taken = os.write(self._fd, data) if data else 0
         except BlockingIOError:
             return 0
         except OSError:  # EPIPE; EIO from a terminal
             self.close()
             raise ProcessNotFound("the process has ended or closed its input") from None
+        self.taken += taken
+        return taken
 
     async def _wait_for_room(self) -> None:
         loop, fd = asyncio.get_running_loop(), self._fd

@@ -108,6 +108,7 @@ class Running:
             exit=child.exit,
             stdout_bytes=sizes.get("stdout", 0),
             stderr_bytes=sizes.get("stderr", 0),
+            stdin_bytes=self.feed.taken if self.feed is not None else 0,
         )
 
     def close(self) -> None:

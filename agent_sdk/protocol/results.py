@@ -38,6 +38,8 @@ class ProcessInfo(Struct, frozen=True, kw_only=True):
     exit: Exit | None = None
     stdout_bytes: int = 0
     stderr_bytes: int = 0
+    stdin_bytes: int = 0
+    """What it was given of its input so far; see `process.input`."""
 
 
 class Transferred(Struct, frozen=True):

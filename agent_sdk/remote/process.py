@@ -84,7 +84,7 @@ class RemoteProcess:
 
     async def signal(self, name: str) -> None:
         """See Process.signal."""
-        await self._peer.call(ProcessSignal(process_id=self.id, name=name))
+        await self._peer.call(ProcessSignal(op_id=new_id(), process_id=self.id, name=name))
 
     async def resize(self, *, rows: int, cols: int) -> None:
         """See Process.resize."""

@@ -67,6 +67,13 @@ class ProcessContract:
         assert await whole(process) == b"one two"
         assert (await process.wait(PATIENCE)).exit_code == 0
 
+    async def test_how_much_input_a_process_was_given_is_known(self, workspace):
+        process = await workspace.start("head -c 5; sleep 60")
+        await process.write(b"hello")
+        await until_said(process, b"hello")
+        assert [info.stdin_bytes for info in await workspace.processes()] == [5]
+        await process.signal("KILL")
+
     async def test_much_can_be_written_while_nobody_reads_yet(self, workspace):
         process = await workspace.start("read; until [ -e go ]; do sleep 0.01; done; wc -c")
         writing = asyncio.create_task(process.write(b"\n" + b"x" * 3_000_000))

@@ -359,7 +359,7 @@ def test_a_result_of_a_newer_version_is_understood():
     ("name", "fits"), [("INT", True), ("FOO", True), ("int", False), ("9", False), ("", False)]
 )
 def test_a_signal_is_named_in_capitals(name, fits):
-    raw = Raw(json.dumps({"process_id": "p", "name": name}).encode())
+    raw = Raw(json.dumps({"op_id": OP_ID, "process_id": "p", "name": name}).encode())
     if fits:
         assert decode_params(ProcessSignal, raw).name == name
     else:

@@ -167,6 +167,28 @@ async def test_the_events_of_a_turn_come_once_each_and_in_order(server):
         assert [event["type"] for event in seen if event["type"] == "agent_message"] == ["agent_message"]
 
 
+async def test_an_id_that_the_client_chose_leads_to_one_conversation_however_often_it_is_asked_for(server):
+    chosen = new_id()
+    async with server.session(conversation=chosen) as first, server.session(conversation=chosen) as again:
+        assert first.answered["conversation"] == again.answered["conversation"] == chosen
+        assert len((await again.call("conversations.list", 1))["result"]) == 1
+
+
+async def test_a_chosen_id_is_refused_where_it_makes_no_sense(server, tmp_path):
+    chosen = new_id()
+    async with (
+        server.session(conversation=chosen),
+        await server.wire() as other,
+        await server.wire() as third,
+    ):
+        await other.upgrade(server.key)
+        refused = await other.initialize(conversation=chosen, workspace={"working_dir": str(tmp_path)})
+        assert refused["error"]["data"]["kind"] == "op_mismatch"
+        assert (await other.initialize(conversation="../it"))["error"]["code"] == -32602
+        await third.upgrade(server.key, f"/v1/conversations/{chosen}")
+        assert "has its id already" in (await third.initialize(conversation=chosen))["error"]["message"]
+
+
 async def test_a_client_that_comes_back_gets_exactly_what_it_missed(server):
     async with server.session(resume={"after_seq": 0}) as wire:
         id = wire.answered["conversation"]

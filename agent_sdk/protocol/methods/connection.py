@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Raw, Struct
 
-from agent_sdk.protocol.methods.method import Method, Notice, Offset
+from agent_sdk.protocol.methods.method import Method, Notice, Offset, OpId
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.protocol.specs import Limits, WorkspaceSpec
 
@@ -56,6 +56,8 @@ class Initialize(Method[Initialized], frozen=True, kw_only=True):
     """None: no events are sent."""
     workspace: WorkspaceSpec | None = None
     """For a new conversation only."""
+    conversation: OpId | None = None
+    """The id a new conversation gets; repeated, it leads to the one that was made. None: the server chooses."""
 
 
 class Pong(Struct, frozen=True):

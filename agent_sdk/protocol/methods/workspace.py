@@ -132,7 +132,7 @@ class ProcessOutput(Method[Count], frozen=True, kw_only=True):
     follow: bool = True
 
 
-class ProcessSignal(Method[Done], frozen=True, kw_only=True):
+class ProcessSignal(Effect[Done], frozen=True, kw_only=True):
     """Send a signal to the process group."""
 
     method = "process.signal"
