@@ -12,7 +12,11 @@ delivery:      events on their way to callbacks
 follower:      reading a log and going on with what comes
 log:           the event log, one SQLite file for many conversations
 clerk:         the thread that owns a database and commits in groups
-database:      tables and statements, the only code that speaks to apsw
+database:     the rows of conversations and events, with what proves that they are what was written
+operations:   the rows of operations, and for how long they are kept
+chain:        what proves that rows are what was written
+formats:      the tables, and the way from older formats
+storage:      one connection to an SQLite file
 
 workspace:    a workspace on this machine
 environment:  what a command finds in its environment

@@ -1,8 +1,9 @@
-"""The thread that owns a database: jobs in, results out, in order. Knows nothing of events.
+"""The thread that owns a database: jobs in, results out. Knows nothing of events.
 
-Writes share commits: everything that queued up while the last commit waited for the disk goes into
-the next one, and one call into the event loop tells all who wait. Nobody hears of a write before its
-commit.
+Writes share commits: what queued up while the last commit waited for the disk goes into the next one,
+and one call into the event loop tells all who wait. Nobody hears of a write before its commit.
+Jobs of one lane run in the order of their submission; the lanes take turns, so that one which is
+flooded delays the others by one commit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
@@ -26,10 +28,13 @@ JOBS_PER_COMMIT = 512
 
 
 class _Job(Generic[T]):
-    __slots__ = ("error", "future", "result", "work", "writes")
+    __slots__ = ("error", "future", "lane", "result", "work", "writes")
 
-    def __init__(self, work: Callable[[Database], T], *, writes: bool, future: asyncio.Future[T]) -> None:
+    def __init__(
+        self, work: Callable[[Database], T], *, lane: str, writes: bool, future: asyncio.Future[T]
+    ) -> None:
         self.work = work
+        self.lane = lane
         self.writes = writes
         self.future = future
         self.result: T | None = None
@@ -53,10 +58,15 @@ class Clerk:
     def __init__(self, open_database: Callable[[], Database], *, name: str) -> None:
         self._open_database = open_database
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._lanes: OrderedDict[str, deque[_Job[Any]]] = OrderedDict()
+        """What came out of the queue and waits for its turn; used by the thread alone."""
         self._loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[BaseException] = self._loop.create_future()
+        """Done when the device below the database has failed: no write is accepted any more."""
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._accepts = True
+        self._ending = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -64,8 +74,8 @@ class Clerk:
         """Return when the database is open; raises what opening it raised."""
         await asyncio.shield(self._ready)
 
-    def submit(self, work: Callable[[Database], T], *, writes: bool) -> asyncio.Future[T]:
-        """Queue a job; jobs run in the order of their submission, and a write is answered after its commit.
+    def submit(self, work: Callable[[Database], T], *, lane: str = "", writes: bool) -> asyncio.Future[T]:
+        """Queue a job; those of a lane run in the order of their submission, a write is answered after its commit.
 
         `work` runs in the thread. It may run twice: alone, after the commit it shared with others failed.
 
@@ -75,7 +85,7 @@ class Clerk:
         if not self._accepts:
             raise StateConflict("the log is closed", state="closed")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._jobs.put(_Job(work, writes=writes, future=future))
+        self._jobs.put(_Job(work, lane=lane, writes=writes, future=future))
         return future
 
     async def stop(self) -> None:
@@ -95,28 +105,33 @@ class Clerk:
             return
         self._tell(self._ready.set_result, None)
         try:
-            going_on = True
-            while going_on:
-                batch, going_on = self._next()
+            while batch := self._next():
                 self._do(database, batch)
                 self._tell(_answer_all, batch)
+                if database.broken is not None:
+                    self._tell(self._fail, database.broken)
             database.close()
         except BaseException as exc:  # a thread's end; what was committed stays in the WAL
             logger.error("the log's database could not be closed properly", exc_info=exc)
         finally:
             self._tell(self._ended.set_result, None)
 
-    def _next(self) -> tuple[list[_Job[Any]], bool]:
-        """Return what is queued, at least one job unless this is the end."""
-        batch: list[_Job[Any]] = []
-        job = self._jobs.get()
+    def _next(self) -> list[_Job[Any]]:
+        """Return what is done next, one job of each lane in turn; nothing when this is the end."""
         with suppress(queue.Empty):
-            while job is not None:
-                batch.append(job)
-                if len(batch) == JOBS_PER_COMMIT:
-                    return batch, True
-                job = self._jobs.get_nowait()
-        return batch, job is not None
+            while True:
+                job = self._jobs.get_nowait() if self._lanes or self._ending else self._jobs.get()
+                if job is None:
+                    self._ending = True
+                else:
+                    self._lanes.setdefault(job.lane, deque()).append(job)
+        batch: list[_Job[Any]] = []
+        while self._lanes and len(batch) < JOBS_PER_COMMIT:
+            lane, jobs = self._lanes.popitem(last=False)
+            batch.append(jobs.popleft())
+            if jobs:
+                self._lanes[lane] = jobs
+        return batch
 
     def _do(self, database: Database, batch: list[_Job[Any]]) -> None:
         writes = [job for job in batch if job.writes]
@@ -133,7 +148,7 @@ class Clerk:
     def _together(self, database: Database, jobs: list[_Job[Any]]) -> bool:
         """Do the jobs in one commit; a single one keeps its error, several are left to be done alone."""
         try:
-            if database.broken:
+            if database.broken is not None:
                 # After a failed fsync the kernel may have dropped the pages: a retry that succeeds proves nothing.
                 raise WorkspaceUnavailable(
                     "the disk below the log has failed; restart the program", phase="storage"
@@ -146,6 +161,10 @@ class Clerk:
                 return False
             jobs[0].error = exc
         return True
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_result(error)
 
     def _tell(self, function: Callable[..., object], *values: object) -> None:
         # The loop may be gone when the program ends without closing the log: nobody is left to be told.

@@ -1,76 +1,56 @@
-"""The SQLite file below the event log: its tables, and the only code that speaks to apsw.
-
-A Database is one connection. It is made and used in one thread and knows nothing of asyncio. SQLite
-comes with apsw because a log must not depend on how old the machine's own SQLite is (3.7.0 to 3.51.2
-can lose a WAL file when two connections checkpoint at once).
-"""
+"""The rows of conversations, their events and settings, in the file of a log."""
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple
 
-import apsw
+from agent_sdk.local.chain import ChainBroken, link, origin, sum_of
+from agent_sdk.local.formats import bring_up_to_date, open_turn, version_of
+from agent_sdk.local.operations import Operations
+from agent_sdk.local.storage import Storage
+from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
 
-from agent_sdk.protocol.errors import (
-    AgentServerError,
-    Conflict,
-    ConversationNotFound,
-    PathDenied,
-    PathError,
-    StorageFull,
-    WorkspaceUnavailable,
-)
-
-VERSION = 1
-BUSY_SECONDS = 10.0
 WAL_BYTES_KEPT = 64 << 20
 
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-_SCHEMA = """
-CREATE TABLE conversations (
-    key INTEGER PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE,
-    epoch TEXT NOT NULL,
-    created REAL NOT NULL,
-    meta BLOB NOT NULL
-);
-CREATE TABLE events (
-    conversation INTEGER NOT NULL,
-    seq INTEGER NOT NULL,
-    at REAL NOT NULL,
-    body BLOB NOT NULL,
-    PRIMARY KEY (conversation, seq)
-) WITHOUT ROWID;
-CREATE TABLE operations (
-    conversation INTEGER NOT NULL,
-    op_id TEXT NOT NULL,
-    digest BLOB NOT NULL,
-    result BLOB NOT NULL,
-    PRIMARY KEY (conversation, op_id)
-) WITHOUT ROWID;
-"""
+_FIELDS = "id, epoch, created, meta, origin, open_turn, damaged, recovered"
 
 
-def make_folder(path: Path) -> None:
-    """Make the folder of a log, readable by its owner only; an existing one is fine.
+class Tail(NamedTuple):
+    """Where a conversation's events end."""
 
-    Raises:
-        PathDenied, PathError: it cannot be made.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as exc:
-        raise _path_error(exc.errno, path) from exc
+    key: int
+    seq: int
+    chain: bytes
 
 
-class Database:
-    """One connection to the file, or to a database in memory.
+class Conversation(NamedTuple):
+    """The row of a conversation."""
+
+    id: str
+    epoch: str
+    created: float
+    meta: bytes
+    origin: bytes
+    open_turn: str | None
+    damaged: str | None
+    recovered: str | None
+
+
+class Listed(NamedTuple):
+    """A conversation with what its events say."""
+
+    row: Conversation
+    whole: bool
+    """The row is what was written."""
+    head: int
+    at: float
+    """Of the last event; when it was made, if there is none."""
+
+
+class Database(Storage):
+    """One connection to the file of a log, or to a log in memory.
 
     Raises:
         PathDenied, PathError, StorageFull: the file cannot be opened or made.
@@ -78,186 +58,193 @@ class Database:
     """
 
     def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
-        self._path = path
-        self.broken = False
-        """The device failed; nothing that is written from here on can be trusted to arrive."""
-        flags = (
-            apsw.SQLITE_OPEN_READONLY if read_only else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
-        )
-        with self._translated():
-            self._connection = apsw.Connection(str(path) if path else ":memory:", flags=flags)
+        super().__init__(path, read_only=read_only)
+        self.operations = Operations(self)
         try:
-            with self._translated():
-                self._connection.set_busy_timeout(int(BUSY_SECONDS * 1000))
-                version = self._check()
-                if not read_only:
-                    self._prepare(version)
+            version_of(self)
+            if not read_only:
+                self._prepare()
         except BaseException:
-            self._connection.close()
+            self.close()
             raise
 
-    def _check(self) -> int:
-        """Return the version of the format, before anything in the file is touched."""
-        version = int(self._value("PRAGMA user_version"))
-        if version > VERSION:
-            raise Conflict(
-                f"{self._path} was written by a newer version of this program (format {version}, this one "
-                f"knows {VERSION}); use that version, or another folder"
-            )
-        if version == 0 and self._value("SELECT count(*) FROM sqlite_schema"):
-            raise Conflict(f"{self._path} is an SQLite file, but no event log; use another folder")
-        return version
-
-    def _prepare(self, version: int) -> None:
+    def _prepare(self) -> None:
+        # auto_vacuum has to come before the first table: what is deleted can be given back to a full disk.
         # FULL: a commit returns after its fsync. Without it a power loss takes acknowledged events along.
-        for setting in ("journal_mode=WAL", "synchronous=FULL", f"journal_size_limit={WAL_BYTES_KEPT}"):
-            self._connection.execute(f"PRAGMA {setting}").fetchall()
-        if version == 0:
-            with self.transaction():
-                # Another process may have been faster since the check.
-                if self._value("PRAGMA user_version") == 0:
-                    self._connection.execute(_SCHEMA)
-                    self._connection.execute(f"PRAGMA user_version={VERSION}")
+        for setting in (
+            "auto_vacuum=INCREMENTAL",
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            f"journal_size_limit={WAL_BYTES_KEPT}",
+        ):
+            self.rows(f"PRAGMA {setting}")
+        bring_up_to_date(self)
 
-    def close(self) -> None:
-        """Close the connection; the last one moves what is left in the WAL into the file."""
-        self._connection.close()
+    # --- conversations ---
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All of it, durable when the block is left, or nothing of it when the block raises."""
-        with self._translated():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._connection.execute("COMMIT")
-            except BaseException:
-                # A full disk makes SQLite roll back by itself; a second ROLLBACK would be an error.
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
+    def create(self, conversation: str, epoch: str, at: float, meta: bytes) -> Conversation:
+        """Make a conversation; an existing one stays what it is. Return its row.
 
-    def create(self, conversation: str, epoch: str, at: float, meta: bytes) -> str:
-        """Make a conversation and return its epoch; an existing one keeps its own."""
-        self._connection.execute(
-            "INSERT INTO conversations (id, epoch, created, meta) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
-            (conversation, epoch, at, meta),
-        )
-        return str(self._value("SELECT epoch FROM conversations WHERE id = ?", (conversation,)))
+        Raises:
+            ConversationDamaged: it exists, and cannot be used any more.
+        """
+        if not self.rows("SELECT 1 FROM conversations WHERE id = ?", (conversation,)):
+            made = (conversation, epoch, at, meta, origin(conversation, epoch), None, None, None)
+            self.rows(
+                f"INSERT INTO conversations ({_FIELDS}, sum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*made, sum_of(*made)),
+            )
+        return self.conversation(conversation)
 
-    def head(self, conversation: str) -> int:
-        """Return the last seq, 0 when there are no events.
+    def conversation(self, conversation: str) -> Conversation:
+        """Return the row of a conversation.
 
         Raises:
             ConversationNotFound: there is no such conversation.
+            ConversationDamaged: nothing of it may be used.
         """
-        key = self._key(conversation)
-        return int(self._value("SELECT coalesce(max(seq), 0) FROM events WHERE conversation = ?", (key,)))
+        self._key(conversation)
+        rows = self.rows(f"SELECT {_FIELDS}, sum FROM conversations WHERE id = ?", (conversation,))
+        *fields, sum = rows[0]
+        if sum_of(*fields) != sum:
+            raise _damaged(conversation, "what is noted about it is not what was written")
+        return Conversation(*fields)
 
-    def insert(self, conversation: str, rows: Sequence[tuple[int, float, bytes]]) -> None:
-        """Write events as (seq, at, body)."""
+    def change(self, conversation: str, **fields: object) -> None:
+        """Replace fields of a conversation's row."""
+        row = self.conversation(conversation)._replace(**fields)  # type: ignore[arg-type]
+        names = ", ".join(f"{name} = ?" for name in Conversation._fields)
+        self.rows(
+            f"UPDATE conversations SET {names}, sum = ? WHERE id = ?", (*row, sum_of(*row), conversation)
+        )
+
+    def conversations(self) -> list[Listed]:
+        """Return all conversations, newest first."""
+        fields = ", ".join(f"c.{name}" for name in Conversation._fields)
+        rows = self.rows(
+            f"SELECT {fields}, c.sum, coalesce(e.seq, 0), coalesce(e.at, c.created) "
+            "FROM conversations c LEFT JOIN events e ON e.conversation = c.key AND e.seq = "
+            "(SELECT max(seq) FROM events WHERE conversation = c.key) ORDER BY c.key DESC"
+        )
+        return [Listed(Conversation(*row), sum_of(*row) == sum, head, at) for *row, sum, head, at in rows]
+
+    def delete(self, conversation: str) -> None:
+        """Remove a conversation with everything that belongs to it, damaged or not."""
+        key = self._key(conversation, even_damaged=True)
+        for table in ("events", "operations", "settings"):
+            self.rows(f"DELETE FROM {table} WHERE conversation = ?", (key,))
+        self.rows("DELETE FROM conversations WHERE key = ?", (key,))
+
+    # --- events ---
+
+    def head(self, conversation: str) -> int:
+        """Return the last seq, 0 when there are no events."""
         key = self._key(conversation)
-        self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", [(key, *row) for row in rows])
+        return int(self.value("SELECT coalesce(max(seq), 0) FROM events WHERE conversation = ?", (key,)))
+
+    def tail(self, conversation: str) -> Tail:
+        """Return where the next event goes."""
+        key = self._key(conversation)
+        rows = self.rows(
+            "SELECT seq, chain FROM events WHERE conversation = ? ORDER BY seq DESC LIMIT 1", (key,)
+        )
+        seq, chain = rows[0] if rows else (0, self._origin(key))
+        return Tail(key, seq, chain)
+
+    def insert(self, tail: Tail, rows: Sequence[tuple[float, bytes]]) -> None:
+        """Write events as (at, body) after the tail."""
+        chain, linked = tail.chain, []
+        for seq, (at, body) in enumerate(rows, tail.seq + 1):
+            chain = link(chain, seq, body)
+            linked.append((tail.key, seq, at, body, chain))
+        with self.translated():
+            self.connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", linked)
 
     def page(self, conversation: str, after: int, limit: int, max_bytes: int) -> list[tuple[int, bytes]]:
-        """Return (seq, body) in order: at most `limit`, and no more than `max_bytes` unless one alone is longer."""
-        key, size = self._key(conversation), 0
+        """Return (seq, body) in order: at most `limit`, and no more than `max_bytes` unless one alone is longer.
+
+        Raises:
+            ChainBroken: an event that would have been returned is not what was written.
+        """
         found: list[tuple[int, bytes]] = []
-        with self._translated():
-            rows = self._connection.execute(
-                "SELECT seq, body FROM events WHERE conversation = ? AND seq > ? ORDER BY seq LIMIT ?",
-                (key, after, limit),
-            )
-            for row in rows:
-                seq, body = cast(tuple[int, bytes], row)
+        size = 0
+        with self.snapshot():
+            for seq, body in self.verified(self._key(conversation), max(after, 0), limit):
                 size += len(body)
                 if found and size > max_bytes:
                     break
                 found.append((seq, body))
         return found
 
-    def put_operation(self, conversation: str, op_id: str, digest: bytes, result: bytes) -> None:
-        """Remember what an operation answered."""
-        row = (self._key(conversation), op_id, digest, result)
-        self._connection.execute("INSERT INTO operations VALUES (?, ?, ?, ?)", row)
+    def verified(self, key: int, after: int, limit: int) -> Iterator[tuple[int, bytes]]:
+        """Yield (seq, body) of the events after a seq, each proven to be what was written.
 
-    def operation(self, conversation: str, op_id: str) -> tuple[bytes, bytes] | None:
-        """Return (digest, result) of an operation, None when it is not known."""
+        Raises:
+            ChainBroken: the next one is not, or is missing.
+        """
+        events = "SELECT seq, body, chain FROM events WHERE conversation = ? AND seq > ? ORDER BY seq LIMIT ?"
+        previous: bytes | None = self._origin(key)
+        if after:
+            known = "SELECT chain FROM events WHERE conversation = ? AND seq = ?"
+            previous = self.value(known, (key, after))
+        expected = after + 1
+        for seq, body, chain in self.connection.execute(events, (key, after, limit)):
+            if seq != expected or previous is None or link(previous, seq, body) != chain:
+                raise ChainBroken(expected)
+            yield seq, body
+            previous, expected = chain, seq + 1
+
+    def cut(self, conversation: str, from_seq: int) -> None:
+        """Remove the events from a seq on."""
         key = self._key(conversation)
-        with self._translated():
-            rows = self._connection.execute(
-                "SELECT digest, result FROM operations WHERE conversation = ? AND op_id = ?", (key, op_id)
-            ).fetchall()
-        return cast(tuple[bytes, bytes], rows[0]) if rows else None
+        self.rows("DELETE FROM events WHERE conversation = ? AND seq >= ?", (key, from_seq))
+        self.change(conversation, open_turn=open_turn(self, key))
 
-    def set_meta(self, conversation: str, meta: bytes) -> None:
-        """Replace what is noted about a conversation."""
-        self._connection.execute(
-            "UPDATE conversations SET meta = ? WHERE key = ?", (meta, self._key(conversation))
+    def whole_after(self, conversation: str, seq: int) -> bool:
+        """Return whether any event after this one is what was written."""
+        events = "SELECT seq, body, chain FROM events WHERE conversation = ? AND seq >= ? ORDER BY seq"
+        last: tuple[int, bytes] | None = None
+        for number, body, chain in self.connection.execute(events, (self._key(conversation), seq)):
+            if last is not None and last[0] + 1 == number and link(last[1], number, body) == chain:
+                return True
+            last = number, chain
+        return False
+
+    # --- settings ---
+
+    def store_settings(self, conversation: str, plain: bytes, sealed: bytes | None) -> None:
+        """Replace what is kept beside the events."""
+        key = self._key(conversation)
+        self.rows(
+            "INSERT OR REPLACE INTO settings VALUES (?, ?, ?, ?)",
+            (key, plain, sealed, sum_of(key, plain, sealed)),
         )
 
-    def conversations(self) -> list[tuple[str, str, float, bytes, int, float]]:
-        """Return (id, epoch, created, meta, last seq, time of the last event), newest first."""
-        with self._translated():
-            rows = self._connection.execute(
-                "SELECT c.id, c.epoch, c.created, c.meta, coalesce(e.seq, 0), coalesce(e.at, c.created) "
-                "FROM conversations c LEFT JOIN events e ON e.conversation = c.key AND e.seq = "
-                "(SELECT max(seq) FROM events WHERE conversation = c.key) ORDER BY c.key DESC"
-            ).fetchall()
-        return cast(list[tuple[str, str, float, bytes, int, float]], rows)
-
-    def delete(self, conversation: str) -> None:
-        """Remove a conversation with its events and operations."""
+    def settings(self, conversation: str) -> tuple[bytes, bytes | None] | None:
+        """Return what is kept beside the events, None when nothing is."""
         key = self._key(conversation)
-        for table in ("events", "operations"):
-            self._connection.execute(f"DELETE FROM {table} WHERE conversation = ?", (key,))
-        self._connection.execute("DELETE FROM conversations WHERE key = ?", (key,))
+        rows = self.rows("SELECT plain, sealed, sum FROM settings WHERE conversation = ?", (key,))
+        if not rows:
+            return None
+        plain, sealed, sum = rows[0]
+        if sum_of(key, plain, sealed) != sum:
+            raise _damaged(conversation, "its settings are not what was written")
+        return plain, sealed
 
-    def _key(self, conversation: str) -> int:
-        with self._translated():
-            rows = self._connection.execute(
-                "SELECT key FROM conversations WHERE id = ?", (conversation,)
-            ).fetchall()
+    def _key(self, conversation: str, *, even_damaged: bool = False) -> int:
+        rows = self.rows("SELECT key, damaged FROM conversations WHERE id = ?", (conversation,))
         if not rows:
             raise ConversationNotFound(f"no conversation {conversation}", conversation=conversation)
-        return cast(int, rows[0][0])
+        key, damaged = rows[0]
+        if damaged and not even_damaged:
+            raise _damaged(conversation, damaged)
+        return int(key)
 
-    def _value(self, query: str, values: tuple[Any, ...] = ()) -> Any:
-        return self._connection.execute(query, values).fetchall()[0][0]
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Turn what apsw raises into the errors of this project."""
-        try:
-            yield
-        except apsw.Error as exc:
-            raise self._translate(exc) from exc
-
-    def _translate(self, exc: apsw.Error) -> AgentServerError:
-        connection = getattr(self, "_connection", None)
-        number = connection.system_errno if connection is not None else 0
-        where = str(self._path or "memory")
-        if isinstance(exc, apsw.FullError) or (isinstance(exc, apsw.IOError) and number in _NO_SPACE):
-            return StorageFull(f"no space is left for the log {where}; make room and try again", path=where)
-        if isinstance(exc, apsw.CantOpenError | apsw.ReadOnlyError | apsw.PermissionsError):
-            return _path_error(number, self._path or Path())
-        if isinstance(exc, apsw.NotADBError | apsw.CorruptError):
-            return Conflict(f"{where} is no event log, or it is damaged: {exc}; use another folder")
-        self.broken = isinstance(exc, apsw.IOError)
-        return WorkspaceUnavailable(f"the log {where} cannot be used: {exc}", phase="storage")
+    def _origin(self, key: int) -> bytes:
+        return bytes(self.value("SELECT origin FROM conversations WHERE key = ?", (key,)))
 
 
-def _path_error(number: int | None, path: Path) -> AgentServerError:
-    """One sentence about a place that cannot be used, with what to do."""
-    folder = path if path.is_dir() or not path.suffix else path.parent
-    if number in _NO_SPACE:
-        return StorageFull(
-            f"no space is left for the log in {folder}; make room and try again", path=str(folder)
-        )
-    reason = os.strerror(number) if number else "not writable"
-    kind = PathDenied if number in (None, 0, errno.EACCES, errno.EPERM, errno.EROFS) else PathError
-    return kind(
-        f"the log cannot be written in {folder}: {reason}; choose another folder or change its permissions",
-        path=str(folder),
-        errno=errno.errorcode.get(number or 0, "EACCES"),
+def _damaged(conversation: str, why: str) -> ConversationDamaged:
+    return ConversationDamaged(
+        f"conversation {conversation} is damaged: {why}; it can only be deleted", conversation=conversation
     )

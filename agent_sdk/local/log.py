@@ -7,25 +7,29 @@ long replay delays no append.
 
 from __future__ import annotations
 
+import builtins
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import LeaseLost, OpMismatch
-from agent_sdk.protocol.events import Event, Unknown, encode
+from agent_sdk.protocol.errors import LeaseLost
+from agent_sdk.protocol.events import Event, LogRecovered, TurnEnded, TurnStarted, Unknown, encode
 
 if TYPE_CHECKING:
     import asyncio
 
     from agent_sdk.local.clerk import Clerk
-    from agent_sdk.local.database import Database
+    from agent_sdk.local.database import Database, Listed
+    from agent_sdk.local.operations import OperationRow
+
+T = TypeVar("T")
 
 PAGE_EVENTS = 1000
 PAGE_BYTES = 512 << 10
@@ -51,6 +55,20 @@ class Operation(Struct, frozen=True):
     """What it answers, or a function of the numbered events that makes it (called in the log's thread)."""
 
 
+class KnownOperation(Struct, frozen=True, kw_only=True):
+    """What is remembered of a call that was sent to a box."""
+
+    op_id: str
+    digest: bytes
+    method: str
+    instance: str
+    """Of the box it was sent to."""
+    at: float
+    """When it began; seconds since the Unix epoch."""
+    result: bytes | None
+    """What it answered; None: it began, and nobody has written down how it ended."""
+
+
 class ConversationRow(Struct, frozen=True, kw_only=True):
     """One conversation of a log."""
 
@@ -61,6 +79,10 @@ class ConversationRow(Struct, frozen=True, kw_only=True):
     """Of the last event; seconds since the Unix epoch, like `created_at`."""
     head_seq: int
     meta: dict[str, Any]
+    open_turn: str | None
+    """The run_id of a turn that has begun and not ended."""
+    damaged: bool
+    """Nothing of it is served; it can only be deleted."""
 
 
 class EventLog:
@@ -68,6 +90,7 @@ class EventLog:
 
     Raises (any method):
         ConversationNotFound: there is no such conversation.
+        ConversationDamaged: it is not what was written; only `delete` and `list` go on.
         StorageFull: nothing was written; it works again when there is room.
         WorkspaceUnavailable: the disk failed or another process holds the file; nothing was written.
         StateConflict: the log is closed.
@@ -77,6 +100,7 @@ class EventLog:
         self._writer = writer
         self._reader = reader
         self._heads: dict[str, int] = {}
+        """Used by the writer's thread alone."""
 
     @classmethod
     @asynccontextmanager
@@ -88,7 +112,8 @@ class EventLog:
             Conflict: the file was written by a newer version, or is something else.
         """
         from agent_sdk.local.clerk import Clerk  # noqa: PLC0415  SQLite is loaded by those who need it
-        from agent_sdk.local.database import Database, make_folder  # noqa: PLC0415
+        from agent_sdk.local.database import Database  # noqa: PLC0415
+        from agent_sdk.local.storage import make_folder  # noqa: PLC0415
 
         def open_writer() -> Database:
             if path is not None:
@@ -107,15 +132,26 @@ class EventLog:
             for clerk in reversed(clerks):
                 await clerk.stop()
 
+    @property
+    def failed(self) -> asyncio.Future[BaseException]:
+        """Done, with the error, when the disk has failed: nothing is acknowledged any more, so end the program.
+
+        Shield it when waiting for it.
+        """
+        return self._writer.failed
+
     async def create(self, conversation: str, meta: dict[str, Any] | None = None) -> str:
         """Make a conversation, or attach to the existing one, whose `meta` stays; return its epoch."""
         epoch, at, encoded = new_id(), time.time(), msgspec.json.encode(meta or {})
 
         def work(database: Database) -> str:
             self._heads.pop(conversation, None)
-            return database.create(conversation, epoch, at, encoded)
+            row = database.create(conversation, epoch, at, encoded)
+            if row.recovered is not None:
+                self._tell_of_recovery(database, conversation, row.recovered)
+            return row.epoch
 
-        return await self._writer.submit(work, writes=True)
+        return await self._write(conversation, work)
 
     async def append(
         self, conversation: str, events: Sequence[Event], *, op: Operation | None = None
@@ -128,30 +164,78 @@ class EventLog:
         Raises:
             LeaseLost: another process has written to this conversation since `create`.
             OpMismatch: the op_id is known with another digest.
+            OpExpired: the op_id is known, and what it answered is not.
         """
         return [record.event for record in await self.submit(conversation, events, op=op)]
 
     def submit(
         self, conversation: str, events: Sequence[Event], *, op: Operation | None = None
     ) -> asyncio.Future[list[Record]]:
-        """Like `append`, but queue it now; submissions are committed in their order."""
+        """Like `append`, but queue it now; submissions of a conversation are committed in their order."""
 
         def work(database: Database) -> list[Record]:
-            return self._write(database, conversation, events, op)
+            return self._append(database, conversation, events, op)
 
-        return self._writer.submit(work, writes=True)
+        return self._write(conversation, work)
 
     async def operation(self, conversation: str, op_id: str) -> Operation | None:
-        """Return a remembered operation."""
-        row = await self._writer.submit(
-            lambda database: database.operation(conversation, op_id), writes=False
-        )
-        return Operation(op_id, row[0], row[1]) if row else None
+        """Return a remembered operation that has finished.
+
+        Raises:
+            OpExpired: it is known that it ran, and no more.
+        """
+
+        def work(database: Database) -> Operation | None:
+            row = database.operations.find(database.tail(conversation).key, op_id, None)
+            return Operation(op_id, row.digest, row.result) if row else None
+
+        return await self._writer.submit(work, lane=conversation, writes=False)
+
+    async def begin_operation(
+        self, conversation: str, op_id: str, digest: bytes, *, method: str, instance: str
+    ) -> KnownOperation | None:
+        """Write down that a call is about to be sent to a box; None: go on, it was not known.
+
+        Args:
+            instance: of the box.
+
+        Returns:
+            What is remembered, when the op_id is known already; nothing was written then.
+
+        Raises:
+            OpMismatch: the op_id is known with another digest.
+            OpExpired: the op_id is known, and what it answered is not.
+        """
+
+        def work(database: Database) -> KnownOperation | None:
+            key = database.tail(conversation).key
+            if known := database.operations.find(key, op_id, digest):
+                return _known(known)
+            database.operations.begin(key, op_id, digest, method, instance)
+            return None
+
+        return await self._write(conversation, work)
+
+    async def finish_operation(self, conversation: str, op_id: str, result: bytes) -> None:
+        """Write down what a begun operation answered; what it answered first stays."""
+
+        def work(database: Database) -> None:
+            database.operations.finish(database.tail(conversation).key, op_id, result)
+
+        await self._write(conversation, work)
+
+    async def open_operations(self, conversation: str) -> builtins.list[KnownOperation]:
+        """Return what has begun and not finished, oldest first."""
+
+        def work(database: Database) -> builtins.list[KnownOperation]:
+            return [_known(row) for row in database.operations.begun(database.tail(conversation).key)]
+
+        return await self._writer.submit(work, lane=conversation, writes=False)
 
     async def read(
         self, conversation: str, after: int = 0, limit: int = PAGE_EVENTS, max_bytes: int = PAGE_BYTES
-    ) -> list[tuple[int, bytes]]:
-        """Return (seq, JSON) of the events after a seq, in order.
+    ) -> builtins.list[tuple[int, bytes]]:
+        """Return (seq, JSON) of the events after a seq, in order, each proven to be what was written.
 
         At most `limit`, and no more than `max_bytes` together unless the first alone is longer.
         """
@@ -163,54 +247,65 @@ class EventLog:
         """Return the seq of the last event, 0 when there is none."""
         return await self._reader.submit(lambda database: database.head(conversation), writes=False)
 
-    async def list(self) -> list[ConversationRow]:
+    async def list(self) -> builtins.list[ConversationRow]:
         """Return all conversations, newest first."""
-        rows = await self._reader.submit(lambda database: database.conversations(), writes=False)
-        return [
-            ConversationRow(
-                id=id,
-                epoch=epoch,
-                created_at=created,
-                meta=msgspec.json.decode(meta),
-                head_seq=seq,
-                updated_at=at,
-            )
-            for id, epoch, created, meta, seq, at in rows
-        ]
+        found = await self._reader.submit(lambda database: database.conversations(), writes=False)
+        return [_row(listed) for listed in found]
 
     async def set_meta(self, conversation: str, meta: dict[str, Any]) -> None:
         """Replace what is noted about a conversation: any JSON, nothing secret."""
         encoded = msgspec.json.encode(meta)
-        await self._writer.submit(lambda database: database.set_meta(conversation, encoded), writes=True)
+        await self._write(conversation, lambda database: database.change(conversation, meta=encoded))
+
+    async def store_settings(self, conversation: str, plain: bytes, sealed: bytes | None) -> None:
+        """Replace what is kept beside the events; nothing secret in `plain`."""
+        await self._write(conversation, lambda database: database.store_settings(conversation, plain, sealed))
+
+    async def settings(self, conversation: str) -> tuple[bytes, bytes | None] | None:
+        """Return what `store_settings` kept, None when it kept nothing."""
+        return await self._writer.submit(
+            lambda database: database.settings(conversation), lane=conversation, writes=False
+        )
 
     async def delete(self, conversation: str) -> None:
-        """Remove a conversation with all its events."""
+        """Remove a conversation with all that belongs to it."""
 
         def work(database: Database) -> None:
             self._heads.pop(conversation, None)
             database.delete(conversation)
 
-        await self._writer.submit(work, writes=True)
+        await self._write(conversation, work)
 
-    def _write(
+    def _write(self, conversation: str, work: Callable[[Database], T]) -> asyncio.Future[T]:
+        return self._writer.submit(work, lane=conversation, writes=True)
+
+    # --- in the writer's thread, inside a transaction that may still fail ---
+
+    def _append(
         self, database: Database, conversation: str, events: Sequence[Event], op: Operation | None
     ) -> Records:
-        """In the writer's thread, inside a transaction that may still fail."""
-        if op is not None and (known := database.operation(conversation, op.op_id)):
-            if known[0] != op.digest:
-                raise OpMismatch("this op_id was used for another call", op_id=op.op_id)
+        tail = database.tail(conversation)
+        if op is not None and database.operations.find(tail.key, op.op_id, op.digest):
             return []
-        head = database.head(conversation)
         # Heads only ever grow, and one that a failed commit has left too high must not lock us out.
-        if head > self._heads.get(conversation, head):
+        if tail.seq > self._heads.get(conversation, tail.seq):
             raise LeaseLost("another process writes to this conversation; open it anew")
-        records = [_number(event, head + nth) for nth, event in enumerate(events, 1)]
-        database.insert(conversation, [(r.event.seq, r.event.at, r.body) for r in records])
-        self._heads[conversation] = head + len(records)
+        records = [_number(event, tail.seq + nth) for nth, event in enumerate(events, 1)]
+        database.insert(tail, [(r.event.at, r.body) for r in records])
+        self._heads[conversation] = tail.seq + len(records)
+        turns = [event for event in events if isinstance(event, TurnStarted | TurnEnded)]
+        if turns:
+            run_id = turns[-1].run_id if isinstance(turns[-1], TurnStarted) else None
+            database.change(conversation, open_turn=run_id)
         if op is not None:
             result = op.result if isinstance(op.result, bytes) else op.result([r.event for r in records])
-            database.put_operation(conversation, op.op_id, op.digest, result)
+            database.operations.put(tail.key, op.op_id, op.digest, "", result)
         return records
+
+    def _tell_of_recovery(self, database: Database, conversation: str, reason: str) -> None:
+        head = database.tail(conversation).seq
+        self._append(database, conversation, [LogRecovered(reason=reason, after_seq=head)], None)
+        database.change(conversation, recovered=None)
 
 
 def _number(event: Event, seq: int) -> Record:
@@ -218,3 +313,29 @@ def _number(event: Event, seq: int) -> Record:
         raise TypeError("an event of an unknown kind cannot be written anew: its seq is part of its JSON")
     numbered = replace(event, seq=seq, at=time.time())
     return Record(numbered, encode(numbered))
+
+
+def _known(row: OperationRow) -> KnownOperation:
+    return KnownOperation(
+        op_id=row.op_id,
+        digest=row.digest,
+        method=row.method,
+        instance=row.instance,
+        at=row.at,
+        result=row.result if row.state else None,
+    )
+
+
+def _row(listed: Listed) -> ConversationRow:
+    row, whole, head, at = listed
+    damaged = bool(row.damaged) or not whole
+    return ConversationRow(
+        id=row.id,
+        epoch=row.epoch,
+        created_at=row.created,
+        meta=msgspec.json.decode(row.meta) if whole else {},
+        head_seq=head,
+        updated_at=at,
+        open_turn=row.open_turn,
+        damaged=damaged,
+    )

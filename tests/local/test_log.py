@@ -12,6 +12,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from agent_sdk.local.clerk import JOBS_PER_COMMIT
 from agent_sdk.local.log import EventLog, Operation
 from agent_sdk.protocol.errors import (
     Conflict,
@@ -142,6 +143,17 @@ async def test_appends_that_are_under_way_together_keep_their_order(path):
         assert seqs == list(range(1, 1501))
 
 
+async def test_a_flooded_conversation_delays_another_by_about_one_commit(path):
+    async with EventLog.open(path) as log:
+        await log.create("flooded")
+        await log.create("c")
+        flood = [log.submit("flooded", said("x")) for _ in range(10_000)]
+        await log.append("c", said("a"))
+        assert sum(future.done() for future in flood) <= 2 * JOBS_PER_COMMIT
+        await asyncio.gather(*flood)
+        assert await log.head("flooded") == 10_000
+
+
 async def test_a_bad_append_does_not_take_its_neighbours_along(path):
     async with EventLog.open(path) as log:
         await log.create("c")
@@ -270,7 +282,7 @@ async def test_the_format_has_a_version_and_every_commit_is_synced(file):
     async with EventLog.open(file):
         pass
     connection = apsw.Connection(str(file), flags=apsw.SQLITE_OPEN_READONLY)
-    assert connection.execute("PRAGMA user_version").fetchall() == [(1,)]
+    assert connection.execute("PRAGMA user_version").fetchall() == [(2,)]
     assert connection.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
     connection.close()
 
@@ -402,6 +414,7 @@ class FailingDisk(apsw.VFS):
 
     def __init__(self) -> None:
         self.broken = False
+        self.failures = 0
         super().__init__("failing-disk", "unix")
 
     def xOpen(self, name, flags):
@@ -415,6 +428,7 @@ class FailingFile(apsw.VFSFile):
 
     def xSync(self, flags):
         if self.disk.broken:
+            self.disk.failures += 1
             raise apsw.exception_for(apsw.SQLITE_IOERR_FSYNC)
         super().xSync(flags)
 
@@ -441,3 +455,21 @@ async def test_after_a_failed_fsync_nothing_is_acknowledged_any_more(disk, file)
         with pytest.raises(WorkspaceUnavailable, match="restart"):
             await log.append("c", said("refused"))
         assert await texts(log) == ["before"]
+        assert isinstance(await asyncio.shield(log.failed), WorkspaceUnavailable)
+
+
+async def test_a_commit_that_failed_on_the_disk_is_not_tried_again_for_anybody(disk, file):
+    async with EventLog.open(file) as log:
+        await log.create("c")
+        disk.broken = True
+        futures = [log.submit("c", said(str(number))) for number in range(20)]
+        errors = await asyncio.gather(*futures, return_exceptions=True)
+        assert all(isinstance(error, WorkspaceUnavailable) for error in errors)
+        assert disk.failures == 1
+
+
+async def test_a_log_on_a_disk_that_works_has_not_failed(path):
+    async with EventLog.open(path) as log:
+        with pytest.raises(ConversationNotFound):
+            await log.append("x", said("a"))
+        assert not log.failed.done()

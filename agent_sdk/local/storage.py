@@ -1,0 +1,145 @@
+"""One connection to an SQLite file: how it is opened, its transactions, and its errors in our words.
+
+It is made and used in one thread and knows nothing of asyncio. SQLite comes with apsw because a log
+must not depend on how old the machine's own SQLite is (3.7.0 to 3.51.2 can lose a WAL file when two
+connections checkpoint at once).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    Conflict,
+    PathDenied,
+    PathError,
+    StorageFull,
+    WorkspaceUnavailable,
+)
+
+BUSY_SECONDS = 10.0
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_ONLY_READING = {
+    apsw.SQLITE_IOERR_READ,
+    apsw.SQLITE_IOERR_SHORT_READ,
+    apsw.SQLITE_IOERR_NOMEM,
+}
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of a log, readable by its owner only; an existing one is fine.
+
+    Raises:
+        PathDenied, PathError: it cannot be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise _path_error(exc.errno, path) from exc
+
+
+class Storage:
+    """One connection to the file, or to a database in memory.
+
+    Raises:
+        PathDenied, PathError, StorageFull: the file cannot be opened or made.
+        Conflict: it is no database, or a damaged one.
+    """
+
+    def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
+        self.path = path
+        self.broken: AgentServerError | None = None
+        """The device failed; nothing that is written from here on can be trusted to arrive."""
+        flags = (
+            apsw.SQLITE_OPEN_READONLY if read_only else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
+        )
+        with self.translated():
+            self.connection = apsw.Connection(str(path) if path else ":memory:", flags=flags)
+        self.connection.set_busy_timeout(int(BUSY_SECONDS * 1000))
+
+    def close(self) -> None:
+        """Close the connection; the last one moves what is left in the WAL into the file."""
+        self.connection.close()
+
+    def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Run a statement and return its rows as tuples."""
+        with self.translated():
+            return self.connection.execute(query, values).fetchall()
+
+    def value(self, query: str, values: Sequence[Any] = ()) -> Any:
+        """Return the first field of the first row, None when there is no row."""
+        found = self.rows(query, values)
+        return found[0][0] if found else None
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of it, durable when the block is left, or nothing of it when the block raises."""
+        with self._between("BEGIN IMMEDIATE"):
+            yield
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """What is read in the block is the state of one moment."""
+        with self._between("BEGIN"):
+            yield
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turn what apsw raises into the errors of this project."""
+        try:
+            yield
+        except apsw.Error as exc:
+            raise self._translate(exc) from exc
+
+    @contextmanager
+    def _between(self, begin: str) -> Iterator[None]:
+        with self.translated():
+            self.connection.execute(begin)
+            try:
+                yield
+                self.connection.execute("COMMIT")
+            except BaseException:
+                # A full disk makes SQLite roll back by itself; a second ROLLBACK would be an error.
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
+                raise
+
+    def _translate(self, exc: apsw.Error) -> AgentServerError:
+        connection = getattr(self, "connection", None)
+        number = connection.system_errno if connection is not None else 0
+        where = str(self.path or "memory")
+        if isinstance(exc, apsw.FullError) or (isinstance(exc, apsw.IOError) and number in _NO_SPACE):
+            return StorageFull(f"no space is left for the log {where}; make room and try again", path=where)
+        if isinstance(exc, apsw.CantOpenError | apsw.ReadOnlyError | apsw.PermissionsError):
+            return _path_error(number, self.path or Path())
+        if isinstance(exc, apsw.NotADBError | apsw.CorruptError):
+            return Conflict(f"{where} is no event log, or it is damaged: {exc}; use another folder")
+        error = WorkspaceUnavailable(f"the log {where} cannot be used: {exc}", phase="storage")
+        if isinstance(exc, apsw.IOError) and getattr(exc, "extendedresult", 0) not in _ONLY_READING:
+            self.broken = error
+        return error
+
+
+def _path_error(number: int | None, path: Path) -> AgentServerError:
+    """One sentence about a place that cannot be used, with what to do."""
+    folder = path if path.is_dir() or not path.suffix else path.parent
+    if number in _NO_SPACE:
+        return StorageFull(
+            f"no space is left for the log in {folder}; make room and try again", path=str(folder)
+        )
+    reason = os.strerror(number) if number else "not writable"
+    kind = PathDenied if number in (None, 0, errno.EACCES, errno.EPERM, errno.EROFS) else PathError
+    return kind(
+        f"the log cannot be written in {folder}: {reason}; choose another folder or change its permissions",
+        path=str(folder),
+        errno=errno.errorcode.get(number or 0, "EACCES"),
+    )
