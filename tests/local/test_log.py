@@ -12,7 +12,6 @@ from pathlib import Path
 import apsw
 import pytest
 
-from agent_sdk.local.clerk import JOBS_PER_COMMIT
 from agent_sdk.local.log import EventLog, Operation
 from agent_sdk.protocol.errors import (
     Conflict,
@@ -141,17 +140,6 @@ async def test_appends_that_are_under_way_together_keep_their_order(path):
         futures = [log.submit("c", said(str(number))) for number in range(1500)]
         seqs = [record.event.seq for records in await asyncio.gather(*futures) for record in records]
         assert seqs == list(range(1, 1501))
-
-
-async def test_a_flooded_conversation_delays_another_by_about_one_commit(path):
-    async with EventLog.open(path) as log:
-        await log.create("flooded")
-        await log.create("c")
-        flood = [log.submit("flooded", said("x")) for _ in range(10_000)]
-        await log.append("c", said("a"))
-        assert sum(future.done() for future in flood) <= 2 * JOBS_PER_COMMIT
-        await asyncio.gather(*flood)
-        assert await log.head("flooded") == 10_000
 
 
 async def test_a_bad_append_does_not_take_its_neighbours_along(path):
