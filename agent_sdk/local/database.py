@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from agent_sdk.local.chain import ChainBroken, link, origin, sum_of
-from agent_sdk.local.formats import bring_up_to_date, open_turn, version_of
+from agent_sdk.local.formats import LAST_SEQ, bring_up_to_date, event_id, open_turn, version_of
 from agent_sdk.local.operations import Operations
 from agent_sdk.local.storage import Storage
 from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
 
 WAL_BYTES_KEPT = 64 << 20
+TAILS_KNOWN = 10_000
 
 _FIELDS = "id, epoch, created, meta, origin, open_turn, damaged, recovered"
 
@@ -60,6 +62,9 @@ class Database(Storage):
     def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
         super().__init__(path, read_only=read_only)
         self.operations = Operations(self)
+        self._tails: dict[str, Tail] = {}
+        """What is known of the ends of conversations; of use while nobody else writes to the file."""
+        self._data_version: int | None = None
         try:
             version_of(self)
             if not read_only:
@@ -79,6 +84,20 @@ class Database(Storage):
         ):
             self.rows(f"PRAGMA {setting}")
         bring_up_to_date(self)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """See Storage."""
+        try:
+            with super().transaction():
+                data_version = self.value("PRAGMA data_version")
+                if data_version != self._data_version or len(self._tails) > TAILS_KNOWN:
+                    self._tails.clear()
+                    self._data_version = data_version
+                yield
+        except BaseException:
+            self._tails.clear()
+            raise
 
     # --- conversations ---
 
@@ -112,6 +131,7 @@ class Database(Storage):
 
     def change(self, conversation: str, **fields: object) -> None:
         """Replace fields of a conversation's row."""
+        self._tails.pop(conversation, None)
         row = self.conversation(conversation)._replace(**fields)  # type: ignore[arg-type]
         names = ", ".join(f"{name} = ?" for name in Conversation._fields)
         self.rows(
@@ -122,16 +142,18 @@ class Database(Storage):
         """Return all conversations, newest first."""
         fields = ", ".join(f"c.{name}" for name in Conversation._fields)
         rows = self.rows(
-            f"SELECT {fields}, c.sum, coalesce(e.seq, 0), coalesce(e.at, c.created) "
-            "FROM conversations c LEFT JOIN events e ON e.conversation = c.key AND e.seq = "
-            "(SELECT max(seq) FROM events WHERE conversation = c.key) ORDER BY c.key DESC"
+            f"SELECT {fields}, c.sum, coalesce(e.id & {LAST_SEQ}, 0), coalesce(e.at, c.created) "
+            "FROM conversations c LEFT JOIN events e ON e.id = (SELECT max(id) FROM events "
+            f"WHERE id BETWEEN c.key << 36 AND c.key << 36 | {LAST_SEQ}) ORDER BY c.key DESC"
         )
         return [Listed(Conversation(*row), sum_of(*row) == sum, head, at) for *row, sum, head, at in rows]
 
     def delete(self, conversation: str) -> None:
         """Remove a conversation with everything that belongs to it, damaged or not."""
+        self._tails.pop(conversation, None)
         key = self._key(conversation, even_damaged=True)
-        for table in ("events", "operations", "settings"):
+        self.rows("DELETE FROM events WHERE id BETWEEN ? AND ?", _all(key))
+        for table in ("operations", "settings"):
             self.rows(f"DELETE FROM {table} WHERE conversation = ?", (key,))
         self.rows("DELETE FROM conversations WHERE key = ?", (key,))
 
@@ -139,26 +161,32 @@ class Database(Storage):
 
     def head(self, conversation: str) -> int:
         """Return the last seq, 0 when there are no events."""
-        key = self._key(conversation)
-        return int(self.value("SELECT coalesce(max(seq), 0) FROM events WHERE conversation = ?", (key,)))
+        last = self.value(
+            "SELECT max(id) FROM events WHERE id BETWEEN ? AND ?", _all(self._key(conversation))
+        )
+        return (last or 0) & LAST_SEQ
 
     def tail(self, conversation: str) -> Tail:
         """Return where the next event goes."""
+        if self.connection.in_transaction and (known := self._tails.get(conversation)):
+            return known
         key = self._key(conversation)
         rows = self.rows(
-            "SELECT seq, chain FROM events WHERE conversation = ? ORDER BY seq DESC LIMIT 1", (key,)
+            "SELECT id, chain FROM events WHERE id BETWEEN ? AND ? ORDER BY id DESC LIMIT 1", _all(key)
         )
-        seq, chain = rows[0] if rows else (0, self._origin(key))
-        return Tail(key, seq, chain)
+        id, chain = rows[0] if rows else (0, self._origin(key))
+        return Tail(key, id & LAST_SEQ, chain)
 
-    def insert(self, tail: Tail, rows: Sequence[tuple[float, bytes]]) -> None:
+    def insert(self, conversation: str, rows: Sequence[tuple[float, bytes]]) -> None:
         """Write events as (at, body) after the tail."""
+        tail = self.tail(conversation)
         chain, linked = tail.chain, []
         for seq, (at, body) in enumerate(rows, tail.seq + 1):
             chain = link(chain, seq, body)
-            linked.append((tail.key, seq, at, body, chain))
+            linked.append((event_id(tail.key, seq), at, body, chain))
         with self.translated():
-            self.connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", linked)
+            self.connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", linked)
+        self._tails[conversation] = Tail(tail.key, tail.seq + len(linked), chain)
 
     def page(self, conversation: str, after: int, limit: int, max_bytes: int) -> list[tuple[int, bytes]]:
         """Return (seq, body) in order: at most `limit`, and no more than `max_bytes` unless one alone is longer.
@@ -169,7 +197,7 @@ class Database(Storage):
         found: list[tuple[int, bytes]] = []
         size = 0
         with self.snapshot():
-            for seq, body in self.verified(self._key(conversation), max(after, 0), limit):
+            for seq, body in self.verified(self._key(conversation), after, limit):
                 size += len(body)
                 if found and size > max_bytes:
                     break
@@ -182,13 +210,15 @@ class Database(Storage):
         Raises:
             ChainBroken: the next one is not, or is missing.
         """
-        events = "SELECT seq, body, chain FROM events WHERE conversation = ? AND seq > ? ORDER BY seq LIMIT ?"
+        after = min(max(after, 0), LAST_SEQ)
         previous: bytes | None = self._origin(key)
         if after:
-            known = "SELECT chain FROM events WHERE conversation = ? AND seq = ?"
-            previous = self.value(known, (key, after))
+            previous = self.value("SELECT chain FROM events WHERE id = ?", (event_id(key, after),))
         expected = after + 1
-        for seq, body, chain in self.connection.execute(events, (key, after, limit)):
+        events = "SELECT id, body, chain FROM events WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
+        bounds = event_id(key, after), event_id(key, LAST_SEQ)
+        for id, body, chain in self.connection.execute(events, (*bounds, limit)):
+            seq = id & LAST_SEQ
             if seq != expected or previous is None or link(previous, seq, body) != chain:
                 raise ChainBroken(expected)
             yield seq, body
@@ -197,17 +227,20 @@ class Database(Storage):
     def cut(self, conversation: str, from_seq: int) -> None:
         """Remove the events from a seq on."""
         key = self._key(conversation)
-        self.rows("DELETE FROM events WHERE conversation = ? AND seq >= ?", (key, from_seq))
+        bounds = event_id(key, from_seq), event_id(key, LAST_SEQ)
+        self.rows("DELETE FROM events WHERE id BETWEEN ? AND ?", bounds)
         self.change(conversation, open_turn=open_turn(self, key))
 
     def whole_after(self, conversation: str, seq: int) -> bool:
         """Return whether any event after this one is what was written."""
-        events = "SELECT seq, body, chain FROM events WHERE conversation = ? AND seq >= ? ORDER BY seq"
+        key = self._key(conversation)
+        bounds = event_id(key, seq), event_id(key, LAST_SEQ)
         last: tuple[int, bytes] | None = None
-        for number, body, chain in self.connection.execute(events, (self._key(conversation), seq)):
-            if last is not None and last[0] + 1 == number and link(last[1], number, body) == chain:
+        events = "SELECT id, body, chain FROM events WHERE id BETWEEN ? AND ? ORDER BY id"
+        for id, body, chain in self.connection.execute(events, bounds):
+            if last is not None and last[0] + 1 == id and link(last[1], id & LAST_SEQ, body) == chain:
                 return True
-            last = number, chain
+            last = id, chain
         return False
 
     # --- settings ---
@@ -242,6 +275,10 @@ class Database(Storage):
 
     def _origin(self, key: int) -> bytes:
         return bytes(self.value("SELECT origin FROM conversations WHERE key = ?", (key,)))
+
+
+def _all(key: int) -> tuple[int, int]:
+    return event_id(key, 0), event_id(key, LAST_SEQ)
 
 
 def _damaged(conversation: str, why: str) -> ConversationDamaged:

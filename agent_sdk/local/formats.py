@@ -27,13 +27,11 @@ CREATE TABLE conversations (
     sum BLOB NOT NULL       -- over all fields but key
 );
 CREATE TABLE events (
-    conversation INTEGER NOT NULL,
-    seq INTEGER NOT NULL,
+    id INTEGER PRIMARY KEY, -- key of the conversation << 36 | seq
     at REAL NOT NULL,
     body BLOB NOT NULL,
-    chain BLOB NOT NULL,    -- over the body and everything before it
-    PRIMARY KEY (conversation, seq)
-) WITHOUT ROWID;
+    chain BLOB NOT NULL     -- over the body and everything before it
+);
 CREATE TABLE operations (
     conversation INTEGER NOT NULL,
     nth INTEGER NOT NULL,   -- counts the operations of a conversation
@@ -60,7 +58,13 @@ CREATE TABLE clock (seconds REAL NOT NULL);  -- that the log has been open in it
 INSERT INTO clock VALUES (0);
 """
 
+LAST_SEQ = (1 << 36) - 1
 ROWS_AT_ONCE = 1000
+
+
+def event_id(key: int, seq: int) -> int:
+    """Return the id of an event's row. One number, not two: such rows of up to 4 KB stay on one page."""
+    return key << 36 | seq
 
 
 def version_of(storage: Storage) -> int:
@@ -105,21 +109,14 @@ def _from_1(storage: Storage) -> None:
     storage.rows(SCHEMA)
     for key, id, epoch, created, meta in storage.rows("SELECT * FROM conversations_1 ORDER BY key"):
         first = origin(id, epoch)
-        storage.rows(
-            "INSERT INTO conversations VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL, ?)",
-            (key, id, epoch, created, meta, first, *_turn_and_sum(storage, key, id, epoch, created, meta)),
-        )
         _chain_events(storage, key, first)
         _copy_operations(storage, key, created)
+        row = (id, epoch, created, meta, first, open_turn(storage, key), None, None)
+        storage.rows(
+            "INSERT INTO conversations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row, sum_of(*row))
+        )
     for table in ("conversations_1", "events_1", "operations_1"):
         storage.rows(f"DROP TABLE {table}")
-
-
-def _turn_and_sum(
-    storage: Storage, key: int, id: str, epoch: str, created: float, meta: bytes
-) -> tuple[str | None, bytes]:
-    turn = open_turn(storage, key, "events_1")
-    return turn, sum_of(id, epoch, created, meta, origin(id, epoch), turn, None, None)
 
 
 def _chain_events(storage: Storage, key: int, first: bytes) -> None:
@@ -128,7 +125,7 @@ def _chain_events(storage: Storage, key: int, first: bytes) -> None:
     while rows := storage.rows(page, (key, after, ROWS_AT_ONCE)):
         for seq, at, body in rows:
             chain, after = link(chain, seq, body), seq
-            storage.rows("INSERT INTO events VALUES (?, ?, ?, ?, ?)", (key, seq, at, body, chain))
+            storage.rows("INSERT INTO events VALUES (?, ?, ?, ?)", (event_id(key, seq), at, body, chain))
 
 
 def _copy_operations(storage: Storage, key: int, at: float) -> None:
@@ -141,11 +138,11 @@ def _copy_operations(storage: Storage, key: int, at: float) -> None:
         )
 
 
-def open_turn(storage: Storage, key: int, table: str = "events") -> str | None:
+def open_turn(storage: Storage, key: int) -> str | None:
     """Return the run_id of the turn that began last, unless it ended."""
-    query = (
-        f"SELECT CAST(body AS TEXT) ->> 'type', CAST(body AS TEXT) ->> 'run_id' FROM {table} "
-        "WHERE conversation = ? AND substr(body, 1, 15) IN (?, ?) ORDER BY seq DESC LIMIT 1"
+    rows = storage.rows(
+        "SELECT CAST(body AS TEXT) ->> 'type', CAST(body AS TEXT) ->> 'run_id' FROM events "
+        "WHERE id BETWEEN ? AND ? AND substr(body, 1, 15) IN (?, ?) ORDER BY id DESC LIMIT 1",
+        (event_id(key, 0), event_id(key, LAST_SEQ), b'{"type":"turn_s', b'{"type":"turn_e'),
     )
-    rows = storage.rows(query, (key, b'{"type":"turn_s', b'{"type":"turn_e'))
     return rows[0][1] if rows and rows[0][0] == "turn_started" else None

@@ -291,7 +291,7 @@ class EventLog:
         if tail.seq > self._heads.get(conversation, tail.seq):
             raise LeaseLost("another process writes to this conversation; open it anew")
         records = [_number(event, tail.seq + nth) for nth, event in enumerate(events, 1)]
-        database.insert(tail, [(r.event.at, r.body) for r in records])
+        database.insert(conversation, [(r.event.at, r.body) for r in records])
         self._heads[conversation] = tail.seq + len(records)
         turns = [event for event in events if isinstance(event, TurnStarted | TurnEnded)]
         if turns:

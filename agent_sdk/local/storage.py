@@ -72,8 +72,10 @@ class Storage:
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         """Run a statement and return its rows as tuples."""
-        with self.translated():
+        try:
             return self.connection.execute(query, values).fetchall()
+        except apsw.Error as exc:
+            raise self._translate(exc) from exc
 
     def value(self, query: str, values: Sequence[Any] = ()) -> Any:
         """Return the first field of the first row, None when there is no row."""
