@@ -66,6 +66,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """How long the body of a request may take."""
     heartbeat_seconds: Timeout = 20.0
     """Silence after which a WebSocket is pinged; it is cut when no pong comes within half of it."""
+    slow_reader_seconds: Timeout = 10.0
+    """How long a connection may be over its budget of events before it is closed with 4408."""
     max_connections: Count = 16_000
     max_strangers: Count = 64
     """Connections of one address that have not shown a key yet."""

@@ -130,12 +130,33 @@ class Conversations:
         Raises:
             ConversationNotFound: there is none of this id.
         """
-        hosted = await self._hold(id)
+        hosted = await self.hold(id)
         try:
-            await hosted.open()
             yield hosted
         finally:
-            self._let_go(hosted)
+            self.let_go(hosted)
+
+    async def hold(self, id: str) -> Hosted:
+        """Have a conversation in memory until `let_go`; cancelling lets it go.
+
+        Raises:
+            ConversationNotFound: there is none of this id.
+        """
+        hosted = await self._get(id)
+        try:
+            await hosted.open()
+        except BaseException:
+            self.let_go(hosted)
+            raise
+        return hosted
+
+    def let_go(self, hosted: Hosted) -> None:
+        """One user less; the last leaves it in memory for a while."""
+        hosted.users -= 1
+        if not hosted.users and self._hosted.get(hosted.id) is hosted:
+            loop = asyncio.get_running_loop()
+            delay = self._config.idle_seconds if hosted.id in self._notes else 0.0
+            self._timers[hosted.id] = loop.call_later(delay, self._evict, hosted)
 
     async def snapshots(self, limit: int) -> list[Snapshot]:
         """Return the conversations, newest first. Those that are not in memory have no stats."""
@@ -184,7 +205,7 @@ class Conversations:
 
     # --- in memory ---
 
-    async def _hold(self, id: str) -> Hosted:
+    async def _get(self, id: str) -> Hosted:
         while id in self._closing:
             await asyncio.wait([self._closing[id]])
         note = self._notes.get(id)
@@ -208,18 +229,11 @@ class Conversations:
         hosted.users += 1
         return hosted
 
-    def _let_go(self, hosted: Hosted) -> None:
-        hosted.users -= 1
-        if not hosted.users and self._hosted.get(hosted.id) is hosted:
-            loop = asyncio.get_running_loop()
-            delay = self._config.idle_seconds if hosted.id in self._notes else 0.0
-            self._timers[hosted.id] = loop.call_later(delay, self._evict, hosted)
-
     def _evict(self, hosted: Hosted) -> None:
         """Let an idle conversation go; one that is busy is looked at again later."""
         if hosted.busy:
             hosted.users += 1
-            self._let_go(hosted)
+            self.let_go(hosted)
         else:
             self._begin_close(hosted.id)
 

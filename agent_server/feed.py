@@ -3,24 +3,25 @@ or repetition.
 
 Pages of the log are sent until it has no more; in the very step in which that shows, the connection
 begins to listen. Nothing is kept aside meanwhile, so a long replay costs no memory, and a reader that
-is slow during the replay is waited for. A live reader is not: when too much waits for it, it is cut off (4408) and
-resumes later where it stopped.
+is slow during the replay is waited for. A live reader that does not keep up misses deltas first. When the
+budget of its connection is full it is not live any more: nothing is queued for it, and it catches up from
+the log as soon as half of the budget is free. One that is over its budget for `patience` seconds, or takes
+nothing at all for so long, is cut off (4408), and resumes later where it stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Protocol
 
 from agent_sdk.protocol.errors import LimitExceeded
 from agent_sdk.protocol.methods import SyncReset
-from agent_sdk.rpc.peer import Peer
-
-SLOW_READER = 4408
-TOO_BIG = 4413
+from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
 
 Stop = Callable[[], None]
 OnStuck = Callable[[int, str], None]
+OnBug = Callable[[BaseException], None]
 
 
 class Source(Protocol):
@@ -50,40 +51,50 @@ class Source(Protocol):
 
 
 class Feed:
-    """One connection's subscription."""
+    """One connection's subscription. Close it."""
 
-    def __init__(self, source: Source, peer: Peer, on_stuck: OnStuck) -> None:
-        """Take where events come from and go to, and whom to tell (close code, reason) when they cannot get there."""
+    def __init__(
+        self, source: Source, peer: Peer, on_stuck: OnStuck, on_bug: OnBug, *, patience: float
+    ) -> None:
+        """Make one that does nothing yet.
+
+        Args:
+            source: where events come from.
+            peer: where they go to.
+            on_stuck: told (close code, reason) when they cannot get there.
+            on_bug: told of an unexpected exception, after which nothing more is sent.
+            patience: seconds for a reader that does not keep up.
+        """
         self._source = source
         self._peer = peer
         self._on_stuck = on_stuck
+        self._on_bug = on_bug
+        self._patience = patience
         self._epoch = source.epoch
         self._last = 0
-        self._stops: list[Stop] = []
+        self._full = False
+        """Whether the budget was used up, and half of it has not been free since."""
+        self._stuck = False
+        """Whether the reader was given up."""
+        self._replay: asyncio.Task[None] | None = None
+        self._stops: tuple[Stop, ...] = ()
 
-    async def run(self, epoch: str | None, after: int) -> None:
-        """Replay what comes after a cursor, then listen; returns when the connection is live.
+    def __repr__(self) -> str:
+        return f"<Feed at seq {self._last}, {'live' if self._stops else 'behind'}>"
+
+    def begin(self, epoch: str | None, after: int) -> None:
+        """Replay what comes after a cursor, then be live.
 
         Args:
             epoch: of the log that `after` is from; None: of this one.
         """
-        self._position(epoch, after)
-        while True:
-            page = await self._source.page(self._last)
-            if not page and self._source.head_seq <= self._last:
-                break
-            for seq, event in page:
-                if not self._send(seq, event):
-                    return
-            await self._peer.room()
-        self._stops.append(self._source.subscribe(self._live))
-        self._stops.append(self._source.subscribe_deltas(self._peer.publish_delta))
+        self._begin_replay(self._from(epoch, after))
 
     def close(self) -> None:
-        """Stop listening."""
-        for stop in self._stops:
-            stop()
-        self._stops.clear()
+        """Send nothing more."""
+        self._stop_listening()
+        if self._replay is not None:
+            self._replay.cancel()
 
     def _position(self, epoch: str | None, after: int) -> None:
         """Decide where to begin, and tell the client when that is not where it wanted to."""
@@ -97,17 +108,84 @@ class Feed:
         else:
             self._peer.notify(SyncReset(reason=reason, epoch=self._epoch, from_seq=1))
 
+    # --- from the log ---
+
+    def _begin_replay(self, replay: Coroutine[None, None, None]) -> None:
+        self._replay = asyncio.create_task(replay)
+        self._replay.add_done_callback(self._replayed)
+
+    def _replayed(self, replay: asyncio.Task[None]) -> None:
+        self._replay = None
+        if not replay.cancelled() and (bug := replay.exception()) is not None:
+            self._on_bug(bug)
+
+    async def _from(self, epoch: str | None, after: int) -> None:
+        self._position(epoch, after)
+        await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Send pages until there are no more, then listen; or give the reader up."""
+        while await self._room():
+            page = await self._source.page(self._last)
+            if not page and self._source.head_seq <= self._last:
+                self._listen()
+                return
+            for seq, event in page:
+                if not await self._send_when_it_fits(seq, event):
+                    return
+
+    async def _send_when_it_fits(self, seq: int, event: bytes) -> bool:
+        while not self._send(seq, event):
+            if self._stuck or not await self._room(len(event)):
+                return False
+        return True
+
+    async def _room(self, size: int = 0) -> bool:
+        """Wait until half the budget is free and so many bytes fit; False: the reader is gone or was given up."""
+        while True:
+            frames = self._peer.frames_left
+            try:
+                async with asyncio.timeout(self._patience):
+                    there = await self._peer.room(size)
+            except TimeoutError:
+                moves = frames != self._peer.frames_left
+                if moves and (not self._full or self._peer.sends_long_event):
+                    continue
+                self._give_up(SLOW_READER, "events are not read fast enough; resume after the last one")
+                return False
+            self._full = False
+            return there
+
+    # --- live ---
+
+    def _listen(self) -> None:
+        self._stops = (
+            self._source.subscribe(self._live),
+            self._source.subscribe_deltas(self._peer.publish_delta),
+        )
+
+    def _stop_listening(self) -> None:
+        for stop in self._stops:
+            stop()
+        self._stops = ()
+
     def _live(self, seq: int, event: bytes) -> None:
         if seq > self._last and not self._send(seq, event):
-            self.close()
+            self._stop_listening()
+            if not self._stuck:
+                self._full = True
+                self._begin_replay(self._catch_up())
 
     def _send(self, seq: int, event: bytes) -> bool:
-        self._last = seq
         try:
             sent = self._peer.publish(event, epoch=self._epoch)
         except LimitExceeded as exc:
-            self._on_stuck(TOO_BIG, f"event {seq}: {exc}")
+            self._give_up(TOO_BIG, f"event {seq}: {exc}")
             return False
-        if not sent:
-            self._on_stuck(SLOW_READER, "events are not read fast enough; resume after the last one")
+        if sent:
+            self._last = seq
         return sent
+
+    def _give_up(self, code: int, reason: str) -> None:
+        self._stuck = True
+        self._on_stuck(code, reason)

@@ -64,8 +64,9 @@ async def named_or_new(conversations: Conversations, work: Work, wanted: str, pa
     return wanted
 
 
-def initialized(config: ServerConfig, hosted: Hosted, connection: str) -> Initialized:
+async def initialized(config: ServerConfig, hosted: Hosted, connection: str) -> Initialized:
     """Return the answer to `initialize`."""
+    state = await hosted.state()
     return Initialized(
         protocol_version=PROTOCOL_VERSION,
         server=SERVER,
@@ -73,6 +74,7 @@ def initialized(config: ServerConfig, hosted: Hosted, connection: str) -> Initia
         connection_id=connection,
         heartbeat_s=config.heartbeat_seconds,
         conversation=hosted.id,
-        epoch=hosted.epoch,
-        head_seq=hosted.head_seq,
+        epoch=state.epoch,
+        head_seq=state.head_seq,
+        state=state,
     )

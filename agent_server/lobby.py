@@ -17,6 +17,7 @@ from agent_sdk.protocol.methods import (
     Subscribe,
     Subscribed,
 )
+from agent_sdk.rpc.answers import Table
 from agent_sdk.rpc.peer import Inbound, Peer
 from agent_server.auth import Authority
 from agent_server.config import ServerConfig
@@ -79,6 +80,7 @@ class Lobby:
             Initialize: self._initialize,
             Subscribe: self._subscribe,
         }
+        self.answers = Table(self.handlers)
         self._here: dict[Peer, Attendee] = {}
 
     def __repr__(self) -> str:

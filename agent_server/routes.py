@@ -186,7 +186,7 @@ class Routes:
         conversations = self._lobby.conversations
         id = await named_or_new(conversations, self._lobby.work, wanted, params)
         async with conversations.using(id) as hosted:
-            return initialized(self._lobby.config, hosted, new_id())
+            return await initialized(self._lobby.config, hosted, new_id())
 
 
 async def _run(handlers: Handlers, call: Request) -> Any:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
 
 import structlog
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     AgentServerError,
+    ConnectionLost,
     ConversationNotFound,
     InvalidRequest,
     Overloaded,
     Unauthorized,
 )
 from agent_sdk.protocol.methods import Initialize, Initialized, Subscribe, Subscribed
-from agent_sdk.rpc.peer import Peer
+from agent_sdk.rpc.peer import SLOW_READER, Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_server.connection import Connection
-from agent_server.feed import SLOW_READER, Feed
+from agent_server.feed import Feed
 from agent_server.frames import Violation
 from agent_server.hosted import CLOSE_GONE, Hosted
 from agent_server.introduction import NEW, check_initialize, initialized, named_or_new
@@ -50,14 +50,13 @@ class Session:
         self._wanted = wanted
         self._key_shown = key_shown
         self._begun = False
+        self._late: asyncio.TimerHandle | None = None
         self.hosted: Hosted | None = None
         self._feed: Feed | None = None
-        self._feeding: asyncio.Task[None] | None = None
-        self._stack = AsyncExitStack()
         self._verdict: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
         self.peer = Peer(
             pipe,
-            lobby.handlers,
+            lobby.answers,
             opener=False,
             limits=lobby.config.limits,
             strict=True,
@@ -75,41 +74,31 @@ class Session:
     async def run(self) -> None:
         """Serve until the connection has ended, by whichever side."""
         lobby = self._lobby
+        # For the rest of this task, which aiohttp made for this one request.
+        structlog.contextvars.bind_contextvars(connection=self.id)
         seconds = lobby.config.handshake_seconds
-        late = asyncio.get_running_loop().call_later(
+        self._late = asyncio.get_running_loop().call_later(
             seconds, self._too_late, f"no initialize within {seconds:g} s"
         )
-        with structlog.contextvars.bound_contextvars(connection=self.id):
-            lobby.enter(self.peer, self)
-            try:
-                async with self._stack, self.peer:
-                    code = await self._until_over()
-                    lobby.logs.log.info("session_ended", code=code)
-            finally:
-                late.cancel()
-                self._leave()
-
-    async def _until_over(self) -> int:
-        """Wait for the end of the connection, or bring it about; returns the close code."""
-        closed = asyncio.ensure_future(self.peer.wait_closed())
-        reasons: set[asyncio.Future[object]] = {closed, self._verdict}  # type: ignore[arg-type]
-        violation = self._connection.violation
-        if violation is not None:
-            reasons.add(violation)  # type: ignore[arg-type]
+        if self._connection.violation is not None:
+            self._connection.violation.add_done_callback(self._violated)
+        lobby.enter(self.peer, self)
         try:
-            await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
-            if closed.done():
-                return int(closed.result().details.get("close_code") or 1006)
-            if violation is not None and violation.done():
-                self._violated(violation.result())
-            code, reason = self._verdict.result()
-            await self.peer.close(code, reason)
-            return code
+            async with self.peer:
+                self.peer.ended.add_done_callback(self._lost)
+                code, reason = await self._verdict
+                if self.peer.lost is None:
+                    await self.peer.close(code, reason)
+                lobby.logs.log.info("session_ended", code=code)
         finally:
-            closed.cancel()
-            await asyncio.gather(closed, return_exceptions=True)
+            self._leave()
 
-    def _violated(self, violation: Violation) -> None:
+    def _lost(self, ended: asyncio.Future[ConnectionLost]) -> None:
+        details = ended.result().details
+        self.dismiss(int(details.get("close_code") or 1006), str(details.get("reason", "")))
+
+    def _violated(self, seen: asyncio.Future[Violation]) -> None:
+        violation = seen.result()
         self._lobby.metrics.refused.labels("bad_frame").inc()
         self._lobby.logs.log.warning("frames_refused", code=violation.code, problem=violation.reason)
         self.dismiss(violation.code, violation.reason)
@@ -119,14 +108,15 @@ class Session:
             self.dismiss(CLOSE_UNAUTHORISED, reason)
 
     def _leave(self) -> None:
-        if self._feeding is not None:
-            self._feeding.cancel()
+        if self._late is not None:
+            self._late.cancel()
         if self._feed is not None:
             self._feed.close()
         if self.hosted is not None:
             self.hosted.guests.discard(self)
             self.hosted.tools.forget(self.peer)
             self._lobby.metrics.sessions.dec()
+            self._lobby.conversations.let_go(self.hosted)
         self._lobby.leave(self.peer)
         self.ended.set_result(None)
 
@@ -152,7 +142,7 @@ class Session:
         self.peer.other_limits = params.limits
         if params.resume is not None:
             self._begin_feed(params.resume.epoch, params.resume.after_seq)
-        return initialized(self._lobby.config, hosted, self.id)
+        return await initialized(self._lobby.config, hosted, self.id)
 
     def _authenticate(self, given: str | None) -> None:
         """Check the key of the first message, where the upgrade request had none."""
@@ -173,7 +163,7 @@ class Session:
         lobby = self._lobby
         try:
             id = await named_or_new(lobby.conversations, lobby.work, self._wanted, params)
-            hosted = await self._stack.enter_async_context(lobby.conversations.using(id))
+            hosted = await lobby.conversations.hold(id)
         except ConversationNotFound:
             if self._wanted != NEW:
                 self.dismiss(CLOSE_GONE, "no such conversation")
@@ -197,25 +187,30 @@ class Session:
         if self._feed is not None:
             raise InvalidRequest("the connection is subscribed already")
         self._begin_feed(params.epoch, params.after_seq)
-        return Subscribed(epoch=self.hosted.epoch, head_seq=self.hosted.head_seq)
+        state = await self.hosted.state()
+        return Subscribed(epoch=state.epoch, head_seq=state.head_seq, state=state)
 
     def _begin_feed(self, epoch: str | None, after: int) -> None:
         assert self.hosted is not None
-        self._feed = Feed(self.hosted, self.peer, self._stuck)
+        self._feed = Feed(
+            self.hosted,
+            self.peer,
+            self._stuck,
+            self._broken,
+            patience=self._lobby.config.slow_reader_seconds,
+        )
         # Peer queues the answer to this call as soon as the handler has ended: what begins one turn
         # of the loop later comes after it.
         asyncio.get_running_loop().call_soon(self._start_feed, self._feed, epoch, after)
 
     def _start_feed(self, feed: Feed, epoch: str | None, after: int) -> None:
         if not self.ended.done():
-            self._feeding = asyncio.create_task(feed.run(epoch, after))
-            self._feeding.add_done_callback(self._fed)
+            feed.begin(epoch, after)
 
-    def _fed(self, feeding: asyncio.Task[None]) -> None:
-        if not feeding.cancelled() and (bug := feeding.exception()) is not None:
-            incident = new_id()
-            self._bug(bug, incident)
-            self.dismiss(1011, f"internal error {incident}")
+    def _broken(self, bug: BaseException) -> None:
+        incident = new_id()
+        self._bug(bug, incident)
+        self.dismiss(1011, f"internal error {incident}")
 
     def _stuck(self, code: int, reason: str) -> None:
         if code == SLOW_READER:

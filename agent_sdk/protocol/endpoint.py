@@ -133,6 +133,7 @@ _encode = msgspec.json.Encoder().encode
 _envelope = msgspec.json.Decoder(_Envelope)
 _text = msgspec.json.Decoder(str)
 _error = msgspec.json.Decoder(_Error)
+_NOTICES = frozenset(notice.method for notice in NOTICES)
 
 
 class Endpoint:
@@ -148,7 +149,6 @@ class Endpoint:
         self._awaiting: set[Id] = set()
         self._answering: set[Id] = set()
         self._partial: dict[int, bytearray] = {}
-        self._notices = {notice.method for notice in NOTICES}
 
     def request(self, method: str, params: Any) -> tuple[int, bytes]:
         """A call under a fresh id, as JSON.
@@ -270,7 +270,7 @@ class Endpoint:
     def _notice(self, wire: _Envelope) -> Notification | None:
         assert wire.method is not UNSET
         method = _name(wire.method)
-        if method in self._notices and wire.jsonrpc is not UNSET and bytes(wire.jsonrpc) == _VERSION:
+        if method in _NOTICES and wire.jsonrpc is not UNSET and bytes(wire.jsonrpc) == _VERSION:
             assert method is not None
             return Notification(method, _NO_PARAMS if wire.params is UNSET else wire.params)
         self.ignored["call without id" if method in all_methods() else "unknown notice"] += 1

@@ -29,6 +29,15 @@ RETRY_AFTER_MS = 250
 CANCELS = 16
 
 
+class Table:
+    """Who answers which method, found by the method's name; connections may share one."""
+
+    __slots__ = ("by_name",)
+
+    def __init__(self, handlers: Mapping[type[Method[Any]], AnyHandler]) -> None:
+        self.by_name = {method.method: (method, handler) for method, handler in handlers.items()}
+
+
 class Running:
     """A call whose answer has not left yet."""
 
@@ -66,6 +75,7 @@ class Answers:
             report: is told of bugs and returns an incident id.
         """
         self.handlers: dict[str, tuple[type[Method[Any]], AnyHandler]] = {}
+        """By the method's name."""
         self.longest = limits.message_bytes
         """The longest message the other end accepts, in bytes."""
         self._endpoint = endpoint
@@ -84,9 +94,9 @@ class Answers:
         """The handlers."""
         return {call.task for call in self._running.values()}
 
-    def use(self, handlers: Mapping[type[Method[Any]], AnyHandler]) -> None:
+    def use(self, handlers: Mapping[type[Method[Any]], AnyHandler] | Table) -> None:
         """From now on these answer."""
-        self.handlers = {method.method: (method, handler) for method, handler in handlers.items()}
+        self.handlers = (handlers if isinstance(handlers, Table) else Table(handlers)).by_name
 
     def request(self, message: Request) -> None:
         """A call came."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,7 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.methods import CancelCall, Method, Ping, R, result_type
 from agent_sdk.protocol.specs import Limits
-from agent_sdk.rpc.lanes import Lanes
+from agent_sdk.rpc.lanes import Lanes, Line
 from agent_sdk.rpc.shield import shielded
 
 UNQUEUED = (CancelCall.method, Ping.method)
@@ -40,7 +39,7 @@ class Calls:
         self._lanes = lanes
         self._pending: dict[Id, asyncio.Future[Raw]] = {}
         self._in_flight = 0
-        self._queue: deque[asyncio.Future[None]] = deque()
+        self._queue: Line[asyncio.Future[None]] = Line()
         self._lost: ConnectionLost | None = None
 
     def __len__(self) -> int:

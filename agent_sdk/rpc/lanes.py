@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -29,6 +30,39 @@ WHOLE_BYTES = 256 << 10
 CONTROL_FRAMES = 4096
 
 Left = Callable[[], object]
+T = TypeVar("T")
+
+
+class Line(Generic[T]):
+    """A queue that costs next to nothing while it is empty, as most are: an empty deque has 760 bytes."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self) -> None:
+        self._items: deque[T] | None = None
+
+    def __len__(self) -> int:
+        return 0 if self._items is None else len(self._items)
+
+    @property
+    def first(self) -> T:
+        """Who goes next; there must be somebody."""
+        assert self._items is not None
+        return self._items[0]
+
+    def append(self, item: T) -> None:
+        """Come last."""
+        if self._items is None:
+            self._items = deque()
+        self._items.append(item)
+
+    def popleft(self) -> T:
+        """Take the first; there must be one."""
+        assert self._items is not None
+        item = self._items.popleft()
+        if not self._items:
+            self._items = None
+        return item
 
 
 class Frame(NamedTuple):
@@ -40,6 +74,9 @@ class Frame(NamedTuple):
 
 class Source(Protocol):
     """Somebody with bulk frames."""
+
+    in_turn: bool
+    """Whether it waits in the bulk lane; the lanes' business."""
 
     def has_frames(self) -> bool:
         """Whether `next_frame` may be called."""
@@ -54,10 +91,11 @@ class LongMessages:
     """Messages that travel in pieces, one after the other, and short ones that must not overtake them."""
 
     def __init__(self, stream: int) -> None:
+        self.in_turn = False
         self.whole_bytes = WHOLE_BYTES
         self.piece_bytes = frames.PAYLOAD_BYTES
         self._stream = stream
-        self._messages: deque[tuple[bytes, Left | None]] = deque()
+        self._messages: Line[tuple[bytes, Left | None]] = Line()
         self._position = 0
 
     def has_frames(self) -> bool:
@@ -70,7 +108,7 @@ class LongMessages:
 
     def next_frame(self) -> Frame:
         """See Source."""
-        message, left = self._messages[0]
+        message, left = self._messages.first
         start, end = self._position, self._position + self.piece_bytes
         whole = start == 0 and len(message) <= self.whole_bytes
         last = whole or end >= len(message)
@@ -87,21 +125,27 @@ class LongMessages:
 class Lanes:
     """See the module's docstring."""
 
-    def __init__(self, budget: int) -> None:
-        """Make empty lanes; `budget`: bytes of events that may wait."""
+    def __init__(self, budget: int, on_work: Callable[[], object]) -> None:
+        """Make empty lanes.
+
+        Args:
+            budget: bytes of events that may wait.
+            on_work: called when there may be something to send; it must not call back.
+        """
         self.closing = False
         """Whether only the control lane is still served."""
         self.payload_bytes = frames.PAYLOAD_BYTES
         """The longest payload the other end accepts."""
+        self.frames_left = 0
+        """How many frames have gone: whether a reader reads at all."""
         self._budget = budget
-        self._control: deque[tuple[bytes, bool, Left | None]] = deque()
-        self._events: deque[tuple[str | None, bytes]] = deque()
+        self._on_work = on_work
+        self._control: Line[tuple[bytes, bool, Left | None]] = Line()
+        self._events: Line[tuple[str | None, bytes]] = Line()
         self._waiting_bytes = 0
         self._long_events = LongMessages(EVENTS)
         self._long_messages = LongMessages(MESSAGES)
-        self._bulk: deque[Source] = deque()
-        self._in_turn: set[Source] = set()
-        self._work: asyncio.Future[None] | None = None
+        self._bulk: Line[Source] = Line()
         self._room: asyncio.Future[None] | None = None
         self._flushed: asyncio.Future[None] | None = None
 
@@ -109,6 +153,11 @@ class Lanes:
     def control_is_full(self) -> bool:
         """Whether the other end does not read what it asked for."""
         return len(self._control) >= CONTROL_FRAMES
+
+    @property
+    def sends_long_event(self) -> bool:
+        """Whether an event is on its way in pieces."""
+        return self._long_events.has_frames()
 
     def use(self, limits: Limits) -> None:
         """From now on these are the limits of the other end."""
@@ -131,24 +180,24 @@ class Lanes:
             self.put_bulk(self._long_messages)
         else:
             self._control.append((message, True, left))
-            wake(self._work)
+            self._on_work()
         return long
 
     def put_control(self, frame: bytes) -> None:
         """Queue a binary frame in the control lane."""
         self._control.append((frame, False, None))
-        wake(self._work)
+        self._on_work()
 
     def put_event(self, event: bytes, epoch: str) -> bool:
-        """Queue an event; False when the budget is used up.
+        """Queue an event; False when it does not fit into what is left of the budget.
 
-        An event that is longer than half the budget counts as half of it, or it could never be sent.
+        One that is longer than the budget fits when nothing else waits, or it could never be sent.
         """
-        if self._waiting_bytes >= self._budget:
+        if not self._fits(len(event)):
             return False
         self._events.append((epoch, event))
-        self._waiting_bytes += self._cost(event)
-        wake(self._work)
+        self._waiting_bytes += len(event)
+        self._on_work()
         return True
 
     def put_delta(self, message: bytes) -> bool:
@@ -156,19 +205,25 @@ class Lanes:
         if self._waiting_bytes >= self._budget // 2:
             return False
         self._events.append((None, message))
-        self._waiting_bytes += self._cost(message)
-        wake(self._work)
+        self._waiting_bytes += len(message)
+        self._on_work()
         return True
 
     def put_bulk(self, source: Source) -> None:
         """Let this source have its turns until it has no frames."""
-        if source not in self._in_turn:
-            self._in_turn.add(source)
+        if not source.in_turn:
+            source.in_turn = True
             self._bulk.append(source)
-        wake(self._work)
+        self._on_work()
 
     def next_frame(self) -> Frame | None:
         """Who goes next; None: nobody."""
+        frame = self._next_frame()
+        if frame is not None:
+            self.frames_left += 1
+        return frame
+
+    def _next_frame(self) -> Frame | None:
         if self._control:
             data, text, left = self._control.popleft()
             if left is not None:
@@ -183,17 +238,16 @@ class Lanes:
             return self._next_events()
         return self._next_bulk()
 
-    async def work(self) -> None:
-        """Wait until there may be something to send."""
-        self._work = asyncio.get_running_loop().create_future()
-        await self._work
+    async def room(self, size: int = 0) -> bool:
+        """Wait until the events lane is below half of its budget, and an event of `size` bytes fits.
 
-    async def room(self) -> None:
-        """Wait until the events lane is below half of its budget."""
-        while self._waiting_bytes >= self._budget // 2 and not self.closing:
+        Returns False when nothing more leaves the lane.
+        """
+        while not self.closing and not (self._is_low() and self._fits(size)):
             if self._room is None or self._room.done():
                 self._room = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._room)
+        return not self.closing
 
     async def flushed(self) -> None:
         """From now on serve the control lane only; wait until it is empty."""
@@ -204,46 +258,50 @@ class Lanes:
 
     def wake_all(self) -> None:
         """Let everybody who waits look again."""
-        wake(self._work)
+        self._on_work()
         wake(self._room)
 
-    def _cost(self, event: bytes) -> int:
-        return min(len(event), self._budget // 2)
+    def _is_low(self) -> bool:
+        return self._waiting_bytes < self._budget // 2
+
+    def _fits(self, size: int) -> bool:
+        return not self._waiting_bytes or self._waiting_bytes + size <= self._budget
+
+    def _free(self, size: int) -> None:
+        self._waiting_bytes -= size
+        if self._is_low():
+            wake(self._room)
 
     def _next_events(self) -> Frame:
         epoch, first = self._events.popleft()
         batch, size = [first], len(first)
-        freed = self._cost(first)
+        freed = len(first)
         while epoch is not None and self._events:
-            other, event = self._events[0]
+            other, event = self._events.first
             size += len(event) + 1
             if other != epoch or size > BATCH_BYTES:
                 break
             batch.append(event)
-            freed += self._cost(event)
+            freed += len(event)
             self._events.popleft()
-        self._waiting_bytes -= freed
-        if self._waiting_bytes < self._budget // 2:
-            wake(self._room)
-        return self._whole_or_piece(first if epoch is None else events_message(epoch, batch))
-
-    def _whole_or_piece(self, message: bytes) -> Frame:
+        message = first if epoch is None else events_message(epoch, batch)
         if len(message) <= self._long_events.whole_bytes:
+            self._free(freed)
             return Frame(message, True)
-        self._long_events.put(message)
+        self._long_events.put(message, partial(self._free, freed))
         return self._long_events.next_frame()
 
     def _next_bulk(self) -> Frame | None:
         while self._bulk:
             source = self._bulk.popleft()
             if not source.has_frames():
-                self._in_turn.discard(source)
+                source.in_turn = False
                 continue
             frame = source.next_frame()
             if source.has_frames():
                 self._bulk.append(source)
             else:
-                self._in_turn.discard(source)
+                source.in_turn = False
             return frame
         return None
 

@@ -1,9 +1,10 @@
 """One end of a connection, alive: calls and notices both ways, events, byte streams.
 
 Theory of operation. A reader task takes frames from the pipe and never waits for anything else; a
-writer task takes frames from the lanes. Every inbound call is a task; when it ends, it is answered,
-exactly once. Nothing that puts something into the lanes waits. When the connection ends, whoever
-waits for anything gets ConnectionLost with the close code, and handlers are cancelled.
+writer task takes frames from the lanes, and exists only while there are any. Every inbound call is a
+task; when it ends, it is answered, exactly once. Nothing that puts something into the lanes waits. When
+the connection ends, whoever waits for anything gets ConnectionLost with the close code, and handlers
+are cancelled.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from agent_sdk.protocol.methods import (
     R,
 )
 from agent_sdk.protocol.specs import Limits
-from agent_sdk.rpc.answers import Answers
+from agent_sdk.rpc.answers import Answers, Table
 from agent_sdk.rpc.calls import Calls
 from agent_sdk.rpc.channels import Channels
 from agent_sdk.rpc.lanes import Lanes
@@ -55,6 +56,7 @@ Handler = Callable[[Any, "Inbound"], Awaitable[Any]]
 OnNotice = Callable[[str, Raw], None]
 OnBug = Callable[[BaseException, str], None]
 
+NOBODY = Table({})
 FLUSH_SECONDS = 2.0
 TURN_FRAMES = 64
 
@@ -102,7 +104,7 @@ class Peer:
     def __init__(
         self,
         pipe: Pipe,
-        handlers: Mapping[type[Method[Any]], Handler] = {},
+        handlers: Mapping[type[Method[Any]], Handler] | Table = NOBODY,
         *,
         opener: bool,
         limits: Limits = DEFAULTS,
@@ -114,7 +116,7 @@ class Peer:
 
         Args:
             pipe: closed by the peer.
-            handlers: who answers which method; may be replaced at any time.
+            handlers: who answers which method; may be replaced at any time. A Table can be shared.
             opener: whether this side opened the connection; it decides who numbers streams odd.
             limits: what this end accepts.
             strict: check nesting and repeated keys of what comes in: for the accepting side.
@@ -128,7 +130,7 @@ class Peer:
         self._on_notice = on_notice
         self._on_bug = on_bug
         self._endpoint = Endpoint(limits, strict=strict)
-        self._lanes = Lanes(limits.queue_bytes)
+        self._lanes = Lanes(limits.queue_bytes, self._begin_writing)
         self._channels = Channels(self._lanes, limits, opener=opener)
         self._calls = Calls(self._endpoint, self._lanes, DEFAULTS)
         self._answers = Answers(
@@ -138,7 +140,7 @@ class Peer:
         self._writer: asyncio.Task[None] | None = None
         self._closer: asyncio.Task[None] | None = None
         self._lost: ConnectionLost | None = None
-        self._ended = asyncio.Event()
+        self._ended: asyncio.Future[ConnectionLost] | None = None
         self._answers.use(handlers)
 
     @property
@@ -179,7 +181,7 @@ class Peer:
 
     async def __aenter__(self) -> Self:
         self._reader = asyncio.create_task(self._read())
-        self._writer = asyncio.create_task(self._write())
+        self._begin_writing()
         return self
 
     async def __aexit__(
@@ -246,12 +248,27 @@ class Peer:
         if self._lost is None:
             self._lanes.put_delta(b'{"jsonrpc":"2.0","method":"delta","params":{"delta":%b}}' % delta)
 
-    async def room(self) -> None:
-        """Wait until less than half of the events' budget is used, or the connection has ended."""
-        await self._lanes.room()
+    async def room(self, size: int = 0) -> bool:
+        """Wait until less than half of the events' budget is used and an event of `size` bytes fits.
+
+        Returns False when the connection has ended or is being closed.
+        """
+        return await self._lanes.room(size)
+
+    @property
+    def sends_long_event(self) -> bool:
+        """Whether an event that is longer than a frame is on its way, which may take long on a thin line."""
+        return self._lanes.sends_long_event
+
+    @property
+    def frames_left(self) -> int:
+        """How many frames the pipe has taken so far: whether the other end reads at all."""
+        return self._lanes.frames_left
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Send what waits in the control lane (2 s at most), then close the connection, telling why.
+
+        With 4408 nothing is waited for: who does not read cannot be told.
 
         May be called again, then it waits for the first to be done. Cancelling does not stop it.
         A handler that closes its own connection is cancelled at its next await.
@@ -260,9 +277,17 @@ class Peer:
 
     async def wait_closed(self) -> ConnectionLost:
         """Wait until the connection has ended, by whichever side; returns how."""
-        await self._ended.wait()
-        assert self._lost is not None
-        return self._lost
+        await asyncio.shield(self.ended)
+        return self.ended.result()
+
+    @property
+    def ended(self) -> asyncio.Future[ConnectionLost]:
+        """Done when the connection has ended; do not cancel it."""
+        if self._ended is None:
+            self._ended = asyncio.get_running_loop().create_future()
+            if self._lost is not None:
+                self._ended.set_result(self._lost)
+        return self._ended
 
     # -- the connection's life
 
@@ -277,7 +302,7 @@ class Peer:
         return self._closer
 
     async def _close(self, code: int, reason: str) -> None:
-        if self._lost is None and self._writer is not None:
+        if self._lost is None and self._reader is not None and code != SLOW_READER:
             try:
                 async with asyncio.timeout(FLUSH_SECONDS):
                     await self._lanes.flushed()
@@ -297,16 +322,18 @@ class Peer:
         self._calls.lose(reason)
         self._channels.lose(reason)
         self._answers.lose()
-        self._ended.set()
+        if self._ended is not None:
+            self._ended.set_result(reason)
+
+    def _begin_writing(self) -> None:
+        if self._writer is None and self._reader is not None and self._lost is None:
+            self._writer = asyncio.create_task(self._write())
 
     async def _write(self) -> None:
         try:
-            while True:
-                frame = self._lanes.next_frame()
-                if frame is None:
-                    await self._lanes.work()
-                else:
-                    await self._pipe.send(frame.data, text=frame.text)
+            while (frame := self._lanes.next_frame()) is not None:
+                await self._pipe.send(frame.data, text=frame.text)
+            self._writer = None  # in the step that found nothing: what comes next begins anew
         except ConnectionLost as exc:
             self._lose(exc)
             self._begin_close(1000, "")

@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 from agent_sdk.protocol import frame as frames
 from agent_sdk.protocol.errors import AgentServerError, LimitExceeded, TransferBroken
 from agent_sdk.protocol.window import ReceiveWindow, SendWindow
-from agent_sdk.rpc.lanes import Frame, Lanes
+from agent_sdk.rpc.lanes import Frame, Lanes, Line
 from agent_sdk.rpc.pipe import wake
 
 QUEUED_FRAMES = 4
@@ -135,10 +135,11 @@ class ByteWriter:
         self.channel = channel
         self.offset = 0
         self.finished = False
+        self.in_turn = False
         self._window = SendWindow(window_bytes)
         self._lanes = lanes
         self._on_end = on_end
-        self._frames: deque[bytes] = deque()
+        self._frames: Line[bytes] = Line()
         self._error: AgentServerError | None = None
         self._room: asyncio.Future[None] | None = None
 
@@ -212,7 +213,7 @@ class ByteWriter:
     def fail(self, error: AgentServerError) -> None:
         """Send nothing more; `write` and `finish` raise from now on."""
         self._error = self._error or error
-        self._frames.clear()
+        self._frames = Line()
         wake(self._room)
 
     def _put(self, frame: bytes) -> None:

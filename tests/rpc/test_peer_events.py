@@ -177,12 +177,18 @@ async def test_an_event_of_twenty_megabytes_arrives_whole_while_calls_are_answer
     listener = Listener()
     async with peers(own={"on_notice": listener}) as (client, server):
         sent = [event(1), event(2, LONG), event(3)]
-        for one in sent:
-            assert server.publish(one, epoch="e")
+
+        async def publish() -> None:
+            for one in sent:
+                await server.room(len(one))
+                assert server.publish(one, epoch="e")
+
+        publishing = asyncio.create_task(publish())
         pings = 0
         while len(listener.events) < 3:
             assert await client.call(Ping()) == Pong()
             pings += 1
+        await publishing
         assert listener.events == sent
         assert pings > 3
 
@@ -225,16 +231,19 @@ async def test_a_long_call_may_be_cancelled_while_it_is_being_sent():
             await calling
 
 
-async def test_a_long_event_does_not_use_up_the_budget_alone():
+async def test_an_event_longer_than_the_budget_is_sent_when_nothing_else_waits():
     async with raw_to_peer(limits=Limits(queue_bytes=100_000)) as (raw, peer):
-        assert peer.publish(event(1, 1 << 20), epoch="e")
-        assert peer.publish(event(2), epoch="e")
-        assert peer.publish(event(3, 1 << 20), epoch="e")
-        assert not peer.publish(event(4), epoch="e")
-        frames = 0
-        while not isinstance(await raw.receive(), dict):
-            frames += 1
-        assert frames >= 16
+        assert peer.publish(event(1), epoch="e")
+        assert not peer.publish(event(2, 1 << 20), epoch="e")
+        await peer.room(1 << 20)
+        assert peer.publish(event(2, 1 << 20), epoch="e")
+        assert not peer.publish(event(3), epoch="e")
+        waiting = asyncio.create_task(peer.room(100))
+        assert (await raw.receive())["method"] == "events"
+        while not frame.unpack(await raw.receive()).last:
+            pass
+        await waiting
+        assert peer.publish(event(3), epoch="e")
 
 
 async def test_an_event_longer_than_the_other_end_accepts_is_refused():

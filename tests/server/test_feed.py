@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
 
 from agent_sdk.protocol.methods import EventsNotice, SyncReset
 from agent_sdk.protocol.specs import Limits
-from agent_sdk.rpc.peer import Peer
+from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_server.feed import SLOW_READER, TOO_BIG, Feed
+from agent_server.feed import Feed
 from tests.server.wire import GUARD
 
 
@@ -26,6 +27,7 @@ class Source:
         self.listeners = []
         self.deltas = []
         self.after_page = lambda: None
+        self.turned = asyncio.Event()
 
     @staticmethod
     def event(seq: int) -> tuple[int, bytes]:
@@ -49,6 +51,7 @@ class Source:
 
     def subscribe(self, listener):
         self.listeners.append(listener)
+        self.turned.set()
         return lambda: self.listeners.remove(listener)
 
     def subscribe_deltas(self, listener):
@@ -63,7 +66,13 @@ class Reader:
         self.seqs: list[int] = []
         self.resets: list[SyncReset] = []
         self.stuck: list[int] = []
+        self.bugs: list[BaseException] = []
+        self.given_up = asyncio.Event()
         self.came = asyncio.Event()
+
+    def give_up(self, code: int, reason: str) -> None:
+        self.stuck.append(code)
+        self.given_up.set()
 
     def noticed(self, method, params) -> None:
         if method == EventsNotice.method:
@@ -96,17 +105,37 @@ async def connected():
         yield reader, peer
 
 
-def feed(source, reader, peer) -> Feed:
-    return Feed(source, peer, lambda code, reason: reader.stuck.append(code))
+@asynccontextmanager
+async def feed(source, reader, peer, cursor=(None, 0), *, patience=GUARD):
+    fed = Feed(source, peer, reader.give_up, reader.bugs.append, patience=patience)
+    fed.begin(*cursor)
+    yield fed
+    fed.close()
+    await asyncio.sleep(0)
+    assert reader.bugs == []
+
+
+async def live(source) -> None:
+    """Wait until somebody listens."""
+    async with asyncio.timeout(GUARD):
+        while not source.listeners:
+            source.turned.clear()
+            await source.turned.wait()
+
+
+def large(seq: int) -> tuple[int, bytes]:
+    """An event of 100 KB: ten of them are over the budget."""
+    return seq, b'{"seq":%d,"x":"%b"}' % (seq, b"x" * 100_000)
 
 
 async def test_replay_comes_first_and_live_events_follow(connected):
     reader, peer = connected
     source = Source(25)
-    await feed(source, reader, peer).run(None, 3)
-    source.write()
-    source.announce()
-    assert await reader.until(26) == list(range(4, 27))
+    async with feed(source, reader, peer, (None, 3)):
+        await live(source)
+        source.write()
+        source.announce()
+        assert await reader.until(26) == list(range(4, 27))
 
 
 async def test_an_event_that_comes_after_the_last_page_is_not_lost(connected):
@@ -119,45 +148,72 @@ async def test_an_event_that_comes_after_the_last_page_is_not_lost(connected):
         source.announce()
 
     source.after_page = once
-    await feed(source, reader, peer).run(None, 1)
-    assert await reader.until(2) == [2]
+    async with feed(source, reader, peer, (None, 1)):
+        assert await reader.until(2) == [2]
 
 
 async def test_an_event_that_was_read_before_it_is_announced_is_not_repeated(connected):
     reader, peer = connected
     source = Source(1)
     source.write()
-    await feed(source, reader, peer).run(None, 0)
-    source.announce()
-    source.write()
-    source.announce()
-    assert await reader.until(3) == [1, 2, 3]
+    async with feed(source, reader, peer):
+        await live(source)
+        source.announce()
+        source.write()
+        source.announce()
+        assert await reader.until(3) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("epoch", "after"), [("e0", 1), ("e1", 9), (None, 9)])
 async def test_a_cursor_that_means_nothing_resets_before_the_first_event(connected, epoch, after):
     reader, peer = connected
-    await feed(Source(2), reader, peer).run(epoch, after)
-    assert await reader.until(2) == [1, 2]
+    async with feed(Source(2), reader, peer, (epoch, after)):
+        assert await reader.until(2) == [1, 2]
     assert [(reset.epoch, reset.from_seq) for reset in reader.resets] == [("e1", 1)]
 
 
 async def test_a_closed_feed_sends_nothing_more(connected):
     reader, peer = connected
     source = Source(1)
-    fed = feed(source, reader, peer)
-    await fed.run(None, 0)
-    fed.close()
-    assert (source.listeners, source.deltas) == ([], [])
+    async with feed(source, reader, peer) as fed:
+        await live(source)
+        fed.close()
+        assert (source.listeners, source.deltas) == ([], [])
 
 
-async def test_a_live_reader_that_falls_behind_is_cut_off(connected):
+async def test_a_live_reader_that_falls_behind_catches_up_from_the_log(connected):
     reader, peer = connected
     source = Source(0)
-    await feed(source, reader, peer).run(None, 0)
-    for seq in range(1, 30):
-        source.log.append((seq, b'{"seq":%d,"x":"%b"}' % (seq, b"x" * 100_000)))
+    async with feed(source, reader, peer):
+        await live(source)
+        for seq in range(1, 30):
+            source.log.append(large(seq))
+            source.announce()
+        assert (source.listeners, source.deltas) == ([], []), "nothing is queued beyond the budget"
+        assert await reader.until(29) == list(range(1, 30))
+        await live(source)
+        source.write()
         source.announce()
+        assert await reader.until(30) == list(range(1, 31))
+    assert reader.stuck == []
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+async def test_a_reader_that_takes_nothing_is_given_up(is_live):
+    here, _ = memory_pipes()
+    reader, source = Reader(), Source(0)
+    async with Peer(here, opener=False, limits=Limits(queue_bytes=1 << 20)) as peer:
+        if not is_live:
+            source.log = [large(seq) for seq in range(1, 30)]
+            source.head_seq = 29
+        async with feed(source, reader, peer, patience=0.1):
+            if is_live:
+                await live(source)
+                for seq in range(1, 30):
+                    source.log.append(large(seq))
+                    source.announce()
+            async with asyncio.timeout(GUARD):
+                await reader.given_up.wait()
     assert reader.stuck == [SLOW_READER]
     assert source.listeners == []
 
@@ -165,10 +221,10 @@ async def test_a_live_reader_that_falls_behind_is_cut_off(connected):
 async def test_a_reader_is_waited_for_while_it_replays(connected):
     reader, peer = connected
     source = Source(0)
-    source.log = [(seq, b'{"seq":%d,"x":"%b"}' % (seq, b"x" * 100_000)) for seq in range(1, 100)]
+    source.log = [large(seq) for seq in range(1, 100)]
     source.head_seq = 99
-    await feed(source, reader, peer).run(None, 0)
-    assert await reader.until(99) == list(range(1, 100))
+    async with feed(source, reader, peer):
+        assert await reader.until(99) == list(range(1, 100))
     assert reader.stuck == []
 
 
@@ -176,7 +232,18 @@ async def test_an_event_that_the_reader_cannot_take_is_not_skipped_in_silence(co
     reader, peer = connected
     peer.other_limits = Limits(message_bytes=64 << 10)
     source = Source(0)
-    await feed(source, reader, peer).run(None, 0)
-    source.log.append((1, b'{"seq":1,"x":"%b"}' % (b"x" * 100_000)))
-    source.announce()
+    async with feed(source, reader, peer):
+        await live(source)
+        source.log.append(large(1))
+        source.announce()
     assert reader.stuck == [TOO_BIG]
+
+
+async def test_a_feed_of_a_connection_that_ends_while_it_replays_ends_too(connected):
+    reader, peer = connected
+    source = Source(0)
+    source.log = [large(seq) for seq in range(1, 100)]
+    source.head_seq = 99
+    async with feed(source, reader, peer):
+        await peer.close()
+    assert (reader.stuck, source.listeners) == ([], [])

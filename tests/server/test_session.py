@@ -204,7 +204,10 @@ async def test_a_client_that_comes_back_gets_exactly_what_it_missed(server):
 async def test_a_subscription_may_come_later_but_only_once(server):
     async with server.session() as wire:
         answer = await wire.call("events.subscribe", 1, after_seq=0)
-        assert answer["result"] == {"epoch": wire.answered["epoch"], "head_seq": 1}
+        result = answer["result"]
+        assert (result["epoch"], result["head_seq"]) == (wire.answered["epoch"], 1)
+        assert result["state"] == wire.answered["state"]
+        assert (result["state"]["state"], result["state"]["head_seq"]) == ("idle", 1)
         assert (await events(wire, "conversation_created"))[0]["seq"] == 1
         assert (await wire.call("events.subscribe", 2))["error"]["code"] == -32600
 
