@@ -17,6 +17,7 @@ operations:   the rows of operations, and for how long they are kept
 chain:        what proves that rows are what was written
 formats:      the tables, and the way from older formats
 storage:      one connection to an SQLite file
+sealed:       secrets at rest
 
 workspace:    a workspace on this machine
 environment:  what a command finds in its environment
