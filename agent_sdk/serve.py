@@ -189,13 +189,13 @@ class _Served:
 
     async def shell_run(self, params: ShellRun, call: Inbound) -> ShellAnswer:
         shell = self._workspace.shell(params.name)
-        limits = {"timeout": _seconds(params.timeout_ms), "quiet": _seconds(params.quiet_ms)}
+        limits: dict[str, Any] = {"timeout": _seconds(params.timeout_ms), "quiet": _seconds(params.quiet_ms)}
         result = await self._ledger.run(params, lambda: shell.run(params.command, **limits))
         return await self._shell_answer(call, params.channel, result)
 
     async def shell_send(self, params: ShellSend, call: Inbound) -> ShellAnswer:
         shell = self._workspace.shell(params.name)
-        limits = {"timeout": _seconds(params.timeout_ms), "quiet": _seconds(params.quiet_ms)}
+        limits: dict[str, Any] = {"timeout": _seconds(params.timeout_ms), "quiet": _seconds(params.quiet_ms)}
         keys = _keys(params.keys)
         result = await self._ledger.run(params, lambda: shell.send(keys, **limits))
         return await self._shell_answer(call, params.channel, result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol, get_type_hints, runtime_checkable
 
 import msgspec
 from msgspec import Struct
@@ -30,6 +30,10 @@ class ToolContext(Struct, frozen=True, kw_only=True):
     workspace: Workspace
     secrets: Mapping[str, str] = {}
     """Environment variables for commands; the loop masks their values in results."""
+    call_key: str = ""
+    """Of this call and no other, in whatever process it is run or taken up again."""
+    same_place: bool = True
+    """For `resume`: the workspace is the one in which the call began, with all that ran there."""
 
 
 class Tool(Protocol):
@@ -53,11 +57,30 @@ class Tool(Protocol):
         ...
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """A Tool whose calls outlive the process that made them, or leave enough behind to be told apart."""
+
+    async def resume(self, arguments: str, context: ToolContext) -> ToolResult:
+        """Take up a call that may have begun before the process that ran it ended; never run it twice.
+
+        Raises:
+            OutcomeUnknown: whether and how far it was carried out cannot be found out.
+            ToolError, WorkspaceError, OSError: see Tool.run.
+        """
+        ...
+
+
 class FunctionTool:
     """A Python function as a tool; made by `@tool`, still callable as before."""
 
     def __init__(
-        self, function: Callable[..., Any], *, name: str | None = None, read_only: bool = False
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        read_only: bool = False,
+        idempotent: bool = False,
     ) -> None:
         self.function = function
         self._arguments = _arguments_struct(function)
@@ -66,6 +89,7 @@ class FunctionTool:
             description=inspect.getdoc(function) or function.__name__,
             parameters=parameters_of(self._arguments),
             read_only=read_only,
+            idempotent=idempotent,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,19 +117,31 @@ class FunctionTool:
 
 
 def tool(
-    function: Callable[..., Any] | None = None, *, name: str | None = None, read_only: bool = False
+    function: Callable[..., Any] | None = None,
+    *,
+    name: str | None = None,
+    read_only: bool = False,
+    idempotent: bool = False,
 ) -> Any:
     """Make a tool of a plain or async function.
 
     The schema comes from its signature, the description from its docstring. Every parameter needs
     a type that msgspec can describe; the result is text, or becomes JSON text.
 
+    Args:
+        function: what the tool does.
+        name: instead of the function's.
+        read_only: it changes nothing: it may run beside others and needs no approval.
+        idempotent: it may run again when a crash left open whether it had run.
+
     Raises:
         TypeError: a parameter has no annotation, or is `*args` or `**kwargs`.
     """
     if function is None:
-        return lambda decorated: FunctionTool(decorated, name=name, read_only=read_only)
-    return FunctionTool(function, name=name, read_only=read_only)
+        return lambda decorated: FunctionTool(
+            decorated, name=name, read_only=read_only, idempotent=idempotent
+        )
+    return FunctionTool(function, name=name, read_only=read_only, idempotent=idempotent)
 
 
 def decode_arguments(arguments: str, into: type[Any]) -> Any:

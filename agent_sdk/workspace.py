@@ -202,21 +202,33 @@ class Shell(Protocol):
     """A persistent bash in a terminal: folder, variables, functions and jobs stay between commands."""
 
     async def run(
-        self, command: str, *, timeout: float | None = None, quiet: float | None = 30.0
+        self,
+        command: str,
+        *,
+        timeout: float | None = None,
+        quiet: float | None = 30.0,
+        op_id: str | None = None,
     ) -> ShellResult:
         """Run one command (any bash text) and wait until it ends, is quiet, or the time is over.
 
-        Neither limit ends the command. Cancelling interrupts it (^C). Args are seconds; None waits for ever.
+        Neither limit ends the command. Cancelling interrupts it (^C). `timeout` and `quiet` are seconds;
+        None waits for ever. `op_id` names the call where the shell is in another process: a call that is
+        repeated under it attaches to the first.
         """
         ...
 
     async def send(
-        self, data: bytes, *, timeout: float | None = None, quiet: float | None = 30.0
+        self,
+        data: bytes,
+        *,
+        timeout: float | None = None,
+        quiet: float | None = 30.0,
+        op_id: str | None = None,
     ) -> ShellResult:
         """Type into the running command (empty: only look), then wait like `run`."""
         ...
 
-    async def reset(self) -> None:
+    async def reset(self, *, op_id: str | None = None) -> None:
         """End the shell with all it runs and start a fresh one in the working folder."""
         ...
 

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from agent_sdk.ids import new_id
 from agent_sdk.local.log import ConversationRow, EventLog
 from agent_sdk.protocol.errors import (
+    AgentServerError,
     ConversationNotFound,
     InvalidParams,
     NotADirectory,
@@ -37,6 +38,7 @@ from agent_server.workspace import HostedWorkspace, Place
 from workspaces.box_process import BoxProcess
 
 SHOWN_ID = 64
+RESUMED_AT_ONCE = 8
 
 
 class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -52,7 +54,7 @@ class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Conversations:
-    """See the module's docstring. Leaving interrupts what runs and ends all boxes."""
+    """See the module's docstring. Entering lets turns go on that the last server left; leaving ends all boxes."""
 
     def __init__(
         self,
@@ -74,20 +76,28 @@ class Conversations:
         self._workspaces: dict[str, HostedWorkspace] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._letting_go: set[asyncio.Task[None]] = set()
+        self._resuming: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Conversations: {len(self._notes)}, {len(self._hosted)} in memory>"
 
     async def __aenter__(self) -> Self:
-        for row in await self._log.list():
+        rows = await self._log.list()
+        for row in rows:
             self._notes[row.id] = _note(row)
+        abandoned = [row.id for row in rows if row.open_turn is not None and not row.damaged]
+        self._resuming = asyncio.create_task(self._resume(abandoned))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """Interrupt what runs and end all boxes; may be called again."""
+        """Let go of everything, leave turns to the next server, and end all boxes; may be called again."""
+        if self._resuming is not None:
+            self._resuming.cancel()
+            await asyncio.wait([self._resuming])
         for timer in self._timers.values():
             timer.cancel()
         for id in list(self._hosted):
@@ -193,15 +203,31 @@ class Conversations:
                 await workspace.close()
             await asyncio.to_thread(shutil.rmtree, self._folder.workspace(note.owner), ignore_errors=True)
 
-    async def wind_down(self) -> None:
-        """Ask every running turn to pause."""
-        for hosted in list(self._hosted.values()):
-            await hosted.wind_down()
+    def wind_down(self) -> None:
+        """Let go of every turn as soon as the next server can go on with it; it counts as work until then."""
+        for hosted in self._hosted.values():
+            task = asyncio.create_task(hosted.wind_down())
+            self._letting_go.add(task)
+            task.add_done_callback(self._letting_go.discard)
 
     def dismiss(self, code: int, reason: str) -> None:
         """Close all connections."""
         for hosted in self._hosted.values():
             hosted.dismiss(code, reason)
+
+    async def _resume(self, abandoned: list[str]) -> None:
+        """Open the conversations whose turns the last server left, a few at a time: opened, they go on."""
+
+        async def worker() -> None:
+            while abandoned:
+                id = abandoned.pop()
+                try:
+                    async with self.using(id):
+                        pass
+                except AgentServerError as exc:  # its turn waits until somebody opens it
+                    self._logs.log.warning("turn_not_resumed", conversation=id, problem=str(exc))
+
+        await asyncio.gather(*(worker() for _ in range(RESUMED_AT_ONCE)))
 
     # --- in memory ---
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import structlog
 from msgspec import Raw
 
+from agent_sdk.local.log import Operation
+from agent_sdk.local.receipts import operation
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams
 from agent_sdk.protocol.methods import (
     WORKSPACE,
@@ -39,6 +42,7 @@ from agent_sdk.protocol.methods import (
     SwitchLlm,
     UpdateSecrets,
     all_methods,
+    result_type,
 )
 from agent_sdk.protocol.results import Accepted, Snapshot
 from agent_sdk.protocol.specs import LLM, Model
@@ -48,6 +52,8 @@ from agent_server.conversations import Conversations
 from agent_server.hosted import Hosted
 from agent_server.metrics import Metrics
 from agent_server.work import Work
+
+T = TypeVar("T")
 
 Handlers = dict[type[Method[Any]], Handler]
 
@@ -101,16 +107,20 @@ class _Answers:
         self._conversations = conversations
 
     async def configure(self, params: Configure, call: Inbound) -> Done:
-        async def act() -> None:
+        async def act(op: Operation) -> Done:
             agent = params.agent
             self._hosted.mask([*_keys(agent.llm), *params.secrets.values()])
             await self._local.configure(
-                agent, max_iterations=params.max_iterations, confirmation=params.confirmation
+                agent,
+                max_iterations=params.max_iterations,
+                confirmation=params.confirmation,
+                secrets=params.secrets,
+                title=params.title,
+                tags=params.tags,
+                op=op,
             )
-            if params.secrets:
-                await self._local.update_secrets(params.secrets)
-            await self._retitle(params.title, params.tags)
             await self._conversations.note(self._hosted)
+            return Done()
 
         await self._once(params, act)
         if params.agent.client_tools and not isinstance(call, HttpCall):
@@ -124,23 +134,24 @@ class _Answers:
         return Done()
 
     async def send_message(self, params: SendMessage, call: Inbound) -> Accepted:
+        op = _operation(params)
         return await self._hosted.ledger.run(
-            params,
-            lambda: self._local.send_message(params.text, mode=params.mode, op_id=params.op_id),
+            params, lambda: self._local.send_message(params.text, mode=params.mode, op=op)
         )
 
     async def run(self, params: Run, call: Inbound) -> RunAnswer:
-        return await self._hosted.ledger.run(params, self._local.begin)
+        return await self._once(params, lambda op: self._local.begin(op=op))
 
     async def pause(self, params: Pause, call: Inbound) -> Done:
-        return await self._once(params, self._local.pause)
+        return await self._done(params, lambda op: self._local.pause(op=op))
 
     async def interrupt(self, params: Interrupt, call: Inbound) -> Done:
-        return await self._once(params, lambda: self._local.interrupt(params.reason))
+        return await self._done(params, lambda op: self._local.interrupt(params.reason, op=op))
 
     async def respond(self, params: Respond, call: Inbound) -> Done:
-        return await self._once(
-            params, lambda: self._local.respond(params.request_id, params.answer, reason=params.reason)
+        return await self._done(
+            params,
+            lambda op: self._local.respond(params.request_id, params.answer, reason=params.reason, op=op),
         )
 
     async def state(self, params: GetState, call: Inbound) -> Snapshot:
@@ -154,41 +165,59 @@ class _Answers:
 
     async def update_secrets(self, params: UpdateSecrets, call: Inbound) -> Done:
         self._hosted.mask(params.secrets.values())
-        return await self._once(params, lambda: self._local.update_secrets(params.secrets))
+        return await self._done(params, lambda op: self._local.update_secrets(params.secrets, op=op))
 
     async def set_confirmation_policy(self, params: SetConfirmationPolicy, call: Inbound) -> Done:
-        return await self._once(params, lambda: self._local.set_confirmation_policy(params.policy))
+        return await self._done(params, lambda op: self._local.set_confirmation_policy(params.policy, op=op))
 
     async def switch_llm(self, params: SwitchLlm, call: Inbound) -> Done:
-        async def act() -> None:
+        async def act(op: Operation) -> None:
             self._hosted.mask(_keys(params.llm))
-            await self._local.switch_llm(params.llm)
+            await self._local.switch_llm(params.llm, op=op)
             await self._conversations.note(self._hosted)
 
-        return await self._once(params, act)
+        return await self._done(params, act)
 
     async def set_title(self, params: SetTitle, call: Inbound) -> Done:
-        async def act() -> None:
-            await self._retitle(params.title, params.tags or {})
+        async def act(op: Operation) -> None:
+            await self._local.set_title(params.title, tags=params.tags, op=op)
             await self._conversations.note(self._hosted)
+
+        return await self._done(params, act)
+
+    async def delete(self, params: Delete, call: Inbound) -> Done:
+        """Its row goes with the log: a repeat after a restart finds no conversation, which is as good an answer."""
+        return await self._done(params, lambda op: self._conversations.delete(self._hosted, caller=call.peer))
+
+    async def _done(self, params: Effect[Done], action: Callable[[Operation], Awaitable[None]]) -> Done:
+        async def act(op: Operation) -> Done:
+            await action(op)
+            return Done()
 
         return await self._once(params, act)
 
-    async def delete(self, params: Delete, call: Inbound) -> Done:
-        return await self._once(params, lambda: self._conversations.delete(self._hosted, caller=call.peer))
+    async def _once(self, params: Effect[T], action: Callable[[Operation], Awaitable[T]]) -> T:
+        """Attach to the call of this op_id that runs, or return what it answered in whatever process, or run it."""
+        op = _operation(params)
+        kind = result_type(type(params))
 
-    async def _retitle(self, title: str | None, tags: Mapping[str, str]) -> None:
-        """Write a new title or new tags, if they are new."""
-        state = await self._local.state()
-        if (title is not None and title != state.title) or {**state.tags, **tags} != state.tags:
-            await self._local.set_title(title, tags=dict(tags))
-
-    async def _once(self, params: Effect[Done], action: Callable[[], Awaitable[None]]) -> Done:
-        async def act() -> Done:
-            await action()
-            return Done()
+        async def act() -> T:
+            known: T | None = await self._local.answered(op, kind)
+            return await action(op) if known is None else known
 
         return await self._hosted.ledger.run(params, act)
+
+
+def _operation(params: Effect[Any]) -> Operation:
+    """The call as the log remembers it. What is secret leaves no trace, not even a digest that could be guessed at."""
+    fields = msgspec.to_builtins(params)
+    del fields["op_id"]
+    if "secrets" in fields:
+        fields["secrets"] = sorted(fields["secrets"])
+    llm = fields.get("llm") or fields.get("agent", {}).get("llm", {})
+    for name in ("api_key", "headers"):
+        llm.pop(name, None)
+    return operation(params.op_id, params.method, fields)
 
 
 def server_handlers(conversations: Conversations) -> Handlers:

@@ -10,7 +10,7 @@ import msgspec
 
 from agent_sdk.local.conversation import LocalConversation
 from agent_sdk.local.log import PAGE_EVENTS, EventLog
-from agent_sdk.protocol.events import Delta, TurnEnded, TurnStarted
+from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted
 from agent_sdk.protocol.methods import Method
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.rpc.peer import Handler, Peer
@@ -59,7 +59,9 @@ class Hosted:
         """Who answers its calls; put here by whoever answers the first."""
         self.users = 0
         """Connections and requests that hold it in memory."""
-        self.local = LocalConversation(None, workspace, id=id, log=log, run_client_tool=self.tools.run)
+        self.local = LocalConversation(
+            None, workspace, id=id, log=log, run_client_tool=self.tools.run, resume_turns=True
+        )
         self._log = log
         self._logs = logs
         self._metrics = metrics
@@ -74,15 +76,15 @@ class Hosted:
 
     async def open(self) -> None:
         """Read the log; may be called again."""
-        await self.local.__aenter__()
-        if not self._forget:
+        if not self._forget:  # before the log is read: a turn that is open in it goes on at once
             self._forget.append(self.local.subscribe(self._follow_turns))
             self._forget.append(self.local.subscribe_deltas(self._pass_delta))
+        await self.local.__aenter__()
 
     async def close(self) -> None:
-        """Interrupt what runs, and let go of everything but the workspace, which may be shared."""
+        """Let go of everything but the workspace, which may be shared. A turn that runs stays open in the log."""
         await self.ledger.close()
-        await self.local.close()
+        await self.local.suspend()
         self._end_turn()
         for forget in self._forget:
             forget()
@@ -91,7 +93,7 @@ class Hosted:
     @property
     def busy(self) -> bool:
         """Whether something goes on in it that nobody needs to be connected for."""
-        return self._turn is not None or self.ledger.running > 0
+        return self.local.working or self.ledger.running > 0
 
     @property
     def epoch(self) -> str:
@@ -136,17 +138,12 @@ class Hosted:
                 guest.dismiss(code, reason)
 
     async def wind_down(self) -> None:
-        """The server stops: a turn pauses before its next step; one that waits for somebody ends now."""
-        if self._turn is None:
-            return
-        state = (await self.local.state()).state
-        if state == "awaiting":
-            await self.local.close()
-        elif state == "running":
-            await self.local.pause()
+        """The server stops: let go of the turn, as soon as the next server can go on with it; return then."""
+        await self.local.wind_down()
+        self._end_turn()
 
     def _follow_turns(self, seq: int, event: bytes) -> None:
-        if _is(event, TurnStarted) and self._turn is None:
+        if self._turn is None and (_is(event, TurnStarted) or _is(event, TurnResumed)):
             self._turn = ExitStack()
             self._turn.enter_context(self._work.under_way())
             self._turn.enter_context(self._metrics.turns.track_inprogress())
@@ -165,6 +162,6 @@ class Hosted:
                 listener(encoded)
 
 
-def _is(event: bytes, kind: type[TurnStarted | TurnEnded]) -> bool:
+def _is(event: bytes, kind: type[TurnStarted | TurnResumed | TurnEnded]) -> bool:
     """Whether this is the JSON of such an event. Our own encoder wrote it, and it writes the tag first."""
     return event.startswith(b'{"type":"%b"' % str(kind.__struct_config__.tag).encode())

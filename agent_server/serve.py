@@ -127,7 +127,7 @@ async def _drain(
     opened.log.info("server_draining", calls=work.running)
     lobby.announce_end()
     routes.end()
-    await conversations.wind_down()
+    conversations.wind_down()
     waiting = asyncio.ensure_future(work.finished(config.drain_seconds * FOR_WORK))
     await _either(waiting, asyncio.ensure_future(stop.now.wait()))
     finished = not waiting.cancelled() and waiting.result()

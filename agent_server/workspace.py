@@ -316,14 +316,32 @@ class _Shell:
         self._name = name
 
     async def run(
-        self, command: str, *, timeout: float | None = None, quiet: float | None = 30.0
+        self,
+        command: str,
+        *,
+        timeout: float | None = None,
+        quiet: float | None = 30.0,
+        op_id: str | None = None,
     ) -> ShellResult:
-        return await (await self._opened()).shell(self._name).run(command, timeout=timeout, quiet=quiet)
+        return (
+            await (await self._opened())
+            .shell(self._name)
+            .run(command, timeout=timeout, quiet=quiet, op_id=op_id)
+        )
 
     async def send(
-        self, data: bytes, *, timeout: float | None = None, quiet: float | None = 30.0
+        self,
+        data: bytes,
+        *,
+        timeout: float | None = None,
+        quiet: float | None = 30.0,
+        op_id: str | None = None,
     ) -> ShellResult:
-        return await (await self._opened()).shell(self._name).send(data, timeout=timeout, quiet=quiet)
+        return (
+            await (await self._opened())
+            .shell(self._name)
+            .send(data, timeout=timeout, quiet=quiet, op_id=op_id)
+        )
 
-    async def reset(self) -> None:
-        await (await self._opened()).shell(self._name).reset()
+    async def reset(self, *, op_id: str | None = None) -> None:
+        await (await self._opened()).shell(self._name).reset(op_id=op_id)

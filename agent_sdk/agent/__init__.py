@@ -4,6 +4,7 @@ loop:     one turn, from start to end
 calls:    the tool calls of a turn: order, approvals, results
 actor:    an agent at work: model client, tools, secrets
 journal:  what a turn needs of its log
+progress: how far a turn has come, for whoever goes on with it
 history:  what the model is shown of the log
 prompt:   the system prompt
 toolbox:  the tools of a conversation

@@ -47,6 +47,8 @@ class Actor:
         self.max_iterations = max_iterations
         self.confirmation = confirmation
         self.run_client_tool: RunClientTool | None = None
+        self.same_place: Callable[[], bool] = lambda: True
+        """Whether the workspace is the one that the conversation had when it was opened."""
         built_in = [make_tool(name, conversation) for name in spec.tools]
         self.toolbox: Toolbox = local_and_remote(built_in, functions, spec.client_tools)
         self.llm: Model = spec.llm
@@ -101,9 +103,14 @@ class Actor:
         spec = self.toolbox.spec(tool)
         return spec is not None and spec.read_only
 
-    def context(self) -> ToolContext:
-        """Return what tools may use."""
-        return ToolContext(workspace=self.workspace, secrets=self._secrets)
+    def context(self, call_key: str) -> ToolContext:
+        """Return what tools may use in a call."""
+        return ToolContext(
+            workspace=self.workspace,
+            secrets=self._secrets,
+            call_key=call_key,
+            same_place=self.same_place(),
+        )
 
     def configured(self) -> AgentConfigured:
         """Return the event that describes this agent."""

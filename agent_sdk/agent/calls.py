@@ -11,10 +11,13 @@ import msgspec
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.clip import clip_result
 from agent_sdk.agent.journal import Journal
+from agent_sdk.agent.mask import Mask
+from agent_sdk.agent.progress import Progress
 from agent_sdk.agent.toolbox import failed
 from agent_sdk.agent.tools.finish import FINISH
+from agent_sdk.digest import sha256
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import RequestNotFound
+from agent_sdk.protocol.errors import GOES_ON, RequestNotFound
 from agent_sdk.protocol.events import Event, RequestOpened, RequestResolved, ToolCalled, ToolReturned
 from agent_sdk.tools import ToolResult
 
@@ -24,50 +27,101 @@ CALLS_PER_ANSWER = 64
 class _Decision(NamedTuple):
     approved: bool
     reason: str
-    written: Awaitable[Any]
-    """Done when the answer is in the log."""
+    written: Awaitable[Any] | None
+    """Done when the answer is in the log; None: it was there before."""
 
 
 class Calls:
-    """The calls of one turn."""
+    """The calls of one turn, one answer after the other."""
 
-    def __init__(self, actor: Actor, journal: Journal) -> None:
+    def __init__(self, journal: Journal) -> None:
+        self.actor: Actor | None = None
+        """Who runs them; needed by all but `respond` and `close`."""
         self.stopped = False
         """The turn was interrupted; a tool that swallows its cancellation must not let it go on."""
-        self._actor = actor
+        self.leaving = False
+        """The turn is let go of: nothing new begins."""
+        self.must_end = False
+        """A tool runs that no other process could take up."""
         self._journal = journal
         self._results: dict[str, ToolResult] = {}
         """Of calls whose ToolReturned is not written yet."""
-        self._approvals: dict[str, asyncio.Future[_Decision]] = {}
+        self._resolved: dict[str, RequestResolved] = {}
+        """What is to be written beside the ToolReturned, by call id."""
         self._deciding: dict[str, asyncio.Future[_Decision]] = {}
-        """Like `_approvals`, but an answer does not take them out."""
-        self._client_requests: set[str] = set()
+        """By call id."""
+        self._approvals: dict[str, asyncio.Future[_Decision]] = {}
+        """Those of them that nobody has answered, by request id."""
+        self._client_requests: dict[str, RequestOpened] = {}
+        """By call id."""
+        self._begun: frozenset[str] = frozenset()
+        """Calls that another process may have begun."""
+        self._before = 0
+        """How many calls of the same answer have their result already."""
 
-    async def run(self, calls: Sequence[ToolCalled]) -> str | None:
-        """Run the calls of one answer, neighbours that only read together; return what `finish` said.
+    def open(self, calls: Sequence[ToolCalled]) -> list[RequestOpened]:
+        """Return the approvals that these calls of one answer need; they are to be written with the calls."""
+        self._deciding, self._begun, self._before = {}, frozenset(), 0
+        requests = [_request(call, "approval") for call in calls[:CALLS_PER_ANSWER] if self._waits(call)]
+        for request in requests:
+            self._expect(request)
+        return requests
+
+    def take_up(self, progress: Progress) -> None:
+        """Go on with the requests of the last answer that another process has opened."""
+        for request in progress.requests.values():
+            answer = progress.answers.get(request.request_id)
+            if request.request == "approval":
+                self._expect(request, answer)
+            elif answer is None:
+                self._client_requests[request.call_id] = request
+
+    async def resume(self, progress: Progress) -> str | None:
+        """Like `run`, for calls that another process may have begun; `take_up` came before.
+
+        Only the first group can have begun: a group starts when the results of the one before are written.
+        """
+        calls = list(self._journal.history.open_calls.values())
+        self._before = progress.calls - len(calls)
+        first = next(self._groups(calls), [])
+        self._begun = frozenset(call.call_id for call in first if not self._waiting(call))
+        return await self.run() or progress.concluded
+
+    async def run(self) -> str | None:
+        """Run the open calls, neighbours that only read together; return what `finish` said.
 
         Results are written in the order of the calls. Cancelling cancels the tools under way.
 
         Raises:
             WorkspaceUnavailable, ConnectionLost: the place where tools act is gone.
         """
-        for call in calls[CALLS_PER_ANSWER:]:
+        calls = list(self._journal.history.open_calls.values())
+        for call in calls[max(0, CALLS_PER_ANSWER - self._before) :]:
             text = f"Not run: at most {CALLS_PER_ANSWER} calls fit into one answer."
             self._results[call.call_id] = ToolResult(text=text, is_error=True)
-        approvals = await self._ask([call for call in calls if self._waits(call)])
         final = None
-        for group in self._groups(calls, approvals):
-            await self._run_group(group, approvals)
-            for call in group:
-                result = self._results[call.call_id]
-                if call.tool == FINISH and not result.is_error:
-                    final = result.text
-            await self._journal.append(*(self._returned(call) for call in group))
+        for group in self._groups(calls):
+            self.leave()
+            await self._refuse(group)
+            self.leave()
+            try:
+                self.must_end = not all(self._may_be_left(call) for call in group)
+                said = await self._finish(group)
+            finally:
+                self.must_end = False
+            final = said if said is not None else final
             if self.stopped:
                 raise asyncio.CancelledError
         return final
 
-    async def respond(self, request_id: str, answer: Literal["approve", "reject"], reason: str) -> None:
+    def leave(self) -> None:
+        """End the turn here, if it is let go of."""
+        if self.leaving:
+            raise asyncio.CancelledError(GOES_ON)
+
+    async def respond(
+        self, request_id: str, answer: Literal["approve", "reject"], reason: str, op: Any = None
+    ) -> None:
         """Answer an approval; returns when the answer is in the log.
 
         Raises:
@@ -77,33 +131,47 @@ class Calls:
         if waiting is None:
             raise RequestNotFound(f"no request {request_id[:64]!r} waits for an answer", request=request_id)
         approved = answer == "approve"
-        written = self._journal.submit(
-            RequestResolved(
-                request_id=request_id, answer="approved" if approved else "rejected", reason=reason
-            )
+        resolved = RequestResolved(
+            request_id=request_id, answer="approved" if approved else "rejected", reason=reason
         )
+        written = self._journal.submit(resolved, op=op)
         waiting.set_result(_Decision(approved, reason, written))
         await asyncio.shield(written)
 
     def close(self, why: str) -> list[Event]:
         """Return the events that void open requests and give every open call its result, or `why` there is none."""
-        open_requests = [*self._approvals, *self._client_requests]
+        open_requests = [
+            *self._approvals,
+            *(request.request_id for request in self._client_requests.values()),
+        ]
         self._approvals.clear()
         self._client_requests.clear()
-        for call in self._journal.history.open_calls.values():
+        calls = list(self._journal.history.open_calls.values())
+        for call in calls:
             self._results.setdefault(call.call_id, ToolResult(text=why, is_error=True))
         return [
             *(RequestResolved(request_id=request_id, answer="void") for request_id in open_requests),
-            *(self._returned(call) for call in self._journal.history.open_calls.values()),
+            *self._outcome(calls),
         ]
 
     # --- one by one ---
 
-    async def _run_group(self, group: Sequence[ToolCalled], approvals: dict[str, str]) -> None:
+    async def _finish(self, group: Sequence[ToolCalled]) -> str | None:
+        """Run a group and write its results; return what `finish` said."""
+        await self._run_group(group)
+        final = None
+        for call in group:
+            result = self._results[call.call_id]
+            if call.tool == FINISH and not result.is_error:
+                final = result.text
+        await self._journal.append(*self._outcome(group))
+        return final
+
+    async def _run_group(self, group: Sequence[ToolCalled]) -> None:
         if len(group) == 1:
-            await self._run_call(group[0], approvals.get(group[0].call_id))
+            await self._run_call(group[0])
             return
-        tasks = [asyncio.create_task(self._run_call(call, None)) for call in group]
+        tasks = [asyncio.create_task(self._run_call(call)) for call in group]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -111,66 +179,83 @@ class Calls:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run_call(self, call: ToolCalled, request_id: str | None) -> None:
+    async def _run_call(self, call: ToolCalled) -> None:
         """Put the call's result into `_results`."""
-        toolbox = self._actor.toolbox
+        toolbox = self._present().toolbox
         result = self._results.get(call.call_id) or toolbox.refusal(call.tool, call.arguments)
-        if result is None and request_id is not None:
-            result = await self._refused(request_id)
         if result is None and toolbox.runs_in_client(call.tool):
             result = await self._run_in_client(call)
         if result is None:
-            result = await toolbox.run(call.tool, call.arguments, self._actor.context())
+            begun = call.call_id in self._begun
+            context = self._present().context(_key(call))
+            result = await toolbox.run(call.tool, call.arguments, context, begun=begun)
         self._results[call.call_id] = result
 
     async def _run_in_client(self, call: ToolCalled) -> ToolResult:
-        runner = self._actor.run_client_tool
+        runner = self._present().run_client_tool
         if runner is None:
             text = f"{call.tool} runs in a client's process, and there is no client."
             return ToolResult(text=text, is_error=True)
-        opened = _request(call, "client_tool")
-        self._client_requests.add(opened.request_id)
-        await self._journal.append(opened)
+        opened = self._client_requests.get(call.call_id)
+        if opened is None:
+            opened = self._client_requests[call.call_id] = _request(call, "client_tool")
+            await self._journal.append(opened)
         try:
             result = await runner(opened)
         except Exception as exc:  # noqa: BLE001  part of the turn's boundary, like Toolbox.run
             result = failed(call.tool, exc)
-        self._client_requests.discard(opened.request_id)
-        await self._journal.append(RequestResolved(request_id=opened.request_id, answer="answered"))
+        del self._client_requests[call.call_id]
+        # Written with the result: a request that is answered in the log has its answer there, too.
+        self._resolved[call.call_id] = RequestResolved(request_id=opened.request_id, answer="answered")
         return result
+
+    def _may_be_left(self, call: ToolCalled) -> bool:
+        toolbox = self._present().toolbox
+        return toolbox.runs_in_client(call.tool) or toolbox.may_be_left(call.tool)
+
+    def _present(self) -> Actor:
+        assert self.actor is not None
+        return self.actor
 
     # --- approvals ---
 
     def _waits(self, call: ToolCalled) -> bool:
-        known = self._actor.toolbox.refusal(call.tool, call.arguments) is None
-        return known and call.call_id not in self._results and self._actor.needs_approval(call.tool)
+        actor = self._present()
+        return actor.toolbox.refusal(call.tool, call.arguments) is None and actor.needs_approval(call.tool)
 
-    async def _ask(self, calls: Sequence[ToolCalled]) -> dict[str, str]:
-        """Open a request for each call, all at once; return the request ids by call id."""
-        requests = [_request(call, "approval") for call in calls]
-        for request in requests:
-            self._approvals[request.request_id] = asyncio.get_running_loop().create_future()
-        self._deciding = {request.request_id: self._approvals[request.request_id] for request in requests}
-        if requests:
-            await self._journal.append(*requests)
-        return {request.call_id: request.request_id for request in requests}
+    def _waiting(self, call: ToolCalled) -> bool:
+        """Whether the call waits for an approval that nobody has given or refused."""
+        deciding = self._deciding.get(call.call_id)
+        return deciding is not None and not deciding.done()
 
-    async def _refused(self, request_id: str) -> ToolResult | None:
-        """Wait for the answer; None means: go on."""
-        decision = await self._deciding[request_id]
-        await asyncio.shield(decision.written)
-        if decision.approved:
-            return None
-        reason = f": {decision.reason}" if decision.reason else ", without a reason"
-        return ToolResult(text=f"The user rejected this call{reason}. It was not run.", is_error=True)
+    def _expect(self, request: RequestOpened, answer: RequestResolved | None = None) -> None:
+        decision: asyncio.Future[_Decision] = asyncio.get_running_loop().create_future()
+        self._deciding[request.call_id] = decision
+        if answer is None:
+            self._approvals[request.request_id] = decision
+        else:
+            decision.set_result(_Decision(answer.answer == "approved", answer.reason, None))
+
+    async def _refuse(self, group: Sequence[ToolCalled]) -> None:
+        """Wait for the answer about the call that the group consists of; refused, it has its result."""
+        call = group[0]
+        if call.call_id not in self._deciding or call.call_id in self._results:
+            return
+        decision = await self._deciding[call.call_id]
+        if decision.written is not None:
+            await asyncio.shield(decision.written)
+        if not decision.approved:
+            reason = f": {decision.reason}" if decision.reason else ", without a reason"
+            text = f"The user rejected this call{reason}. It was not run."
+            self._results[call.call_id] = ToolResult(text=text, is_error=True)
 
     # --- order and form ---
 
-    def _groups(self, calls: Sequence[ToolCalled], approvals: dict[str, str]) -> Iterator[list[ToolCalled]]:
+    def _groups(self, calls: Sequence[ToolCalled]) -> Iterator[list[ToolCalled]]:
         """Cut the calls, in order, into those that run together."""
         group: list[ToolCalled] = []
         for call in calls:
-            alone = call.call_id in approvals or not self._actor.reads_only(call.tool)
+            alone = call.call_id in self._deciding or not self._present().reads_only(call.tool)
             if group and alone:
                 yield group
                 group = []
@@ -181,9 +266,13 @@ class Calls:
         if group:
             yield group
 
+    def _outcome(self, calls: Sequence[ToolCalled]) -> list[Event]:
+        resolved = [self._resolved.pop(call.call_id) for call in calls if call.call_id in self._resolved]
+        return [*resolved, *(self._returned(call) for call in calls)]
+
     def _returned(self, call: ToolCalled) -> ToolReturned:
         result = self._results.pop(call.call_id)
-        mask = self._actor.mask
+        mask = self.actor.mask if self.actor else Mask()
         text, cut = clip_result(mask.text(result.text))
         return ToolReturned(
             call_id=call.call_id,
@@ -193,6 +282,13 @@ class Calls:
             data=_json_able(mask.data(result.data)),
             bytes_cut=cut,
         )
+
+
+def _key(call: ToolCalled) -> str:
+    """What tells a call from all others, also from one of the same id in a log whose damaged end was cut off."""
+    digest = sha256()
+    digest.update(f"{call.run_id}\0{call.call_id}\0{call.seq}\0{call.at!r}".encode())
+    return digest.hexdigest()
 
 
 def _request(call: ToolCalled, kind: Literal["approval", "client_tool"]) -> RequestOpened:

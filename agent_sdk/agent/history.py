@@ -35,6 +35,11 @@ class History:
         return bool(self._unread)
 
     @property
+    def last_unread(self) -> UserMessage | None:
+        """The last of them."""
+        return self._unread[-1] if self._unread else None
+
+    @property
     def answered(self) -> str | None:
         """The model's last answer when it called no tool and nobody has said anything since, else None."""
         last = self.turns[-1] if self.turns and not self._unread else None

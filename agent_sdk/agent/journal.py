@@ -19,12 +19,17 @@ class Journal(Protocol):
         """Whether the running turn was asked to pause."""
         ...
 
-    def submit(self, *events: Event) -> Awaitable[Any]:
+    def submit(self, *events: Event, op: Any = None) -> Awaitable[Any]:
         """Queue events for the log now; the result comes with the commit. Must not be cancelled."""
         ...
 
-    async def append(self, *events: Event) -> None:
-        """Queue events now and wait for the commit; cancelling ends the waiting only."""
+    async def append(self, *events: Event, op: Any = None) -> None:
+        """Queue events now and wait for the commit; cancelling ends the waiting only.
+
+        Args:
+            events: one commit's.
+            op: the operation they belong to, which is remembered in the same commit.
+        """
         ...
 
     async def mend(self) -> None:

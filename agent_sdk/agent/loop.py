@@ -1,9 +1,10 @@
 """One turn: ask the model, run the tools it calls, again and again, until there is nothing left to do.
 
 Everything is written down before it counts: a call before it runs, a result before the model sees
-it. A turn is one task and ends in exactly one TurnEnded, whatever happens. It never ends as finished
-while a user's message is unread: it waits until all that was submitted is committed, looks once
-more, and submits its end without giving way in between.
+it. A turn is one task and ends in exactly one TurnEnded, whatever happens; one whose process died
+before that is gone on with by another, in the same run_id, from where the log ends. It never ends as
+finished while a user's message is unread: it waits until all that was submitted is committed, looks
+once more, and submits its end without giving way in between.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Literal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.llm.contract import Completion, ModelRequest
 from agent_sdk.agent.llm.retry import complete_with_retries
+from agent_sdk.agent.mask import Mask
+from agent_sdk.agent.progress import Progress
 from agent_sdk.conversation import Outcome, outcome_of
 from agent_sdk.protocol.errors import (
+    GOES_ON,
     AgentServerError,
     ConnectionLost,
     InternalError,
@@ -39,10 +45,14 @@ from agent_sdk.protocol.events import (
     RunStatus,
     ToolCalled,
     TurnEnded,
+    TurnResumed,
     TurnStarted,
 )
 
 logger = logging.getLogger("agent_sdk")
+
+GENERATIONS_IN_VAIN = 10
+"""Processes in a row that may die over a turn before it is given up."""
 
 Classification = Literal["model", "tool", "workspace", "policy", "limit", "internal"]
 
@@ -59,22 +69,50 @@ _CLASSES: tuple[tuple[type[Exception], Classification], ...] = (
 class Turn:
     """Run it as a task of its own."""
 
-    def __init__(self, run_id: str, actor: Actor, journal: Journal) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        present: Callable[[], Awaitable[Actor]],
+        journal: Journal,
+        *,
+        progress: Progress | None = None,
+        op: Any = None,
+    ) -> None:
+        """Make a turn.
+
+        Args:
+            run_id: its id.
+            present: returns who works in it, and waits as long as nobody is there.
+            journal: where it is written down.
+            progress: of a turn that another process has begun.
+            op: the operation that starts it, see Journal.append.
+        """
         self.run_id = run_id
         self.ending = False
         """Its end is decided: a message from now on belongs to the next turn."""
+        self.begun = asyncio.Event()
+        """Set when its start is in the log, or cannot get there."""
         self.over = asyncio.Event()
         """Set by whoever runs it, when `run` has returned."""
         self.failure: Exception | None = None
         """Why not even its end could be written."""
         self.outcome: Outcome | None = None
-        """How it ended."""
-        self._actor = actor
+        """How it ended; None after its end: another process is to go on with it."""
+        self._present = present
+        self._actor: Actor | None = None
         self._journal = journal
-        self._calls = Calls(actor, journal)
+        self._progress = progress
+        self._op = op
+        self._calls = Calls(journal)
         self._iterations = 0
+        if progress is not None:
+            self._iterations = progress.iterations
+            self._calls.take_up(progress)
+            self.begun.set()
+        self._asking = False
+        """The model is asked: what it costs is not to be lost when the turn is let go of."""
         self._task: asyncio.Task[None] | None = None
-        self._stopped: tuple[str, bool] | None = None
+        self._stopped: tuple[str, bool, Any] | None = None
 
     def __repr__(self) -> str:
         return f"<Turn {self.run_id} after {self._iterations} steps>"
@@ -88,42 +126,85 @@ class Turn:
             self.ending = True
             self.failure = exc
             logger.error("the end of turn %s could not be written", self.run_id, exc_info=exc)
+        finally:
+            self.begun.set()
 
-    def stop(self, reason: str, *, asked: bool = True) -> None:
+    def stop(self, reason: str, *, asked: bool = True, op: Any = None) -> None:
         """End it at once: calls under way are cancelled. Not `asked` for by a user: it may be continued."""
         if self.ending or self._stopped is not None:
             return
-        self._stopped = (reason, asked)
+        self._stopped = (reason, asked, op)
         self._calls.stopped = True
         if self._task is not None:
             self._task.cancel()
 
-    async def respond(self, request_id: str, answer: Literal["approve", "reject"], reason: str) -> None:
+    def let_go(self, *, now: bool) -> None:
+        """End the work without an end in the log, so that another process goes on with it.
+
+        What nobody could take up is finished first and written down: an answer of the model, a tool that
+        runs in this process. With `now` it is broken off.
+        """
+        self._calls.leaving = True
+        must_end = self._asking or self._calls.must_end
+        if self._task is not None and not self.ending and (now or not must_end):
+            self._task.cancel(GOES_ON)
+
+    async def respond(
+        self, request_id: str, answer: Literal["approve", "reject"], reason: str, op: Any = None
+    ) -> None:
         """Answer an approval; returns when the answer is in the log."""
         if self.ending:
             raise RequestNotFound("the turn that asked has ended", request=request_id)
-        await self._calls.respond(request_id, answer, reason)
+        await self._calls.respond(request_id, answer, reason, op)
 
     async def _work(self) -> None:
         try:
-            await self._journal.mend()
-            await self._journal.append(TurnStarted(run_id=self.run_id))
-            if self._stopped is not None:
-                raise asyncio.CancelledError
-            ended = await self._steps()
+            final = await (self._start() if self._progress is None else self._resume(self._progress))
+            ended = await self._steps(final)
             self.ending = True
             await self._journal.append(ended)
         except asyncio.CancelledError:
             if self._task is not None:
                 self._task.uncancel()
-            await self._interrupted()
+            if self._calls.leaving and self._stopped is None:
+                logger.info("turn %s is left to another process", self.run_id)
+            else:
+                await self._interrupted()
         except Exception as exc:  # noqa: BLE001  the turn's boundary: every failure becomes an event
             await self._failed(exc)
 
-    async def _steps(self) -> TurnEnded:
-        journal, limit = self._journal, self._actor.max_iterations
-        final = journal.history.answered
+    async def _start(self) -> str | None:
+        await self._journal.mend()
+        await self._journal.append(TurnStarted(run_id=self.run_id), op=self._op)
+        self.begun.set()
+        await self._enter()
+        return self._journal.history.answered
+
+    async def _resume(self, progress: Progress) -> str | None:
+        """Go on where the log ends; return the final text when nothing but the end was missing."""
+        await self._enter()
+        if progress.in_vain >= GENERATIONS_IN_VAIN:
+            raise LimitExceeded(
+                f"the turn was given up: {progress.in_vain} processes in a row ended while they ran it"
+            )
+        await self._journal.append(TurnResumed(run_id=self.run_id, generation=progress.generation + 1))
+        if self._journal.history.open_calls:
+            return await self._calls.resume(progress)
+        return progress.concluded or self._journal.history.answered
+
+    async def _enter(self) -> None:
+        """Wait for who works in this turn."""
+        if self._stopped is not None:
+            raise asyncio.CancelledError
+        self._calls.leave()
+        self._actor = self._calls.actor = await self._present()
+        self._calls.leave()
+
+    async def _steps(self, final: str | None) -> TurnEnded:
+        journal = self._journal
+        limit = self._mine.max_iterations
         while True:
+            self._calls.leave()
             if final is not None:
                 await journal.settle()
                 if not journal.history.unread:
@@ -137,7 +218,16 @@ class Turn:
 
     async def _step(self) -> str | None:
         """Ask once and run what is called; return the final text when the agent is done."""
-        actor, history = self._actor, self._journal.history
+        with self._unbroken():
+            message, calls = await self._ask()
+        if not calls:
+            return message.text
+        self._calls.leave()
+        return await self._calls.run()
+
+    async def _ask(self) -> tuple[AgentMessage, list[ToolCalled]]:
+        """Ask the model and write down what it answers."""
+        actor, history = self._mine, self._journal.history
         system = await actor.system()
         seen, started, llm = history.read(), time.monotonic(), actor.llm
         completion = await complete_with_retries(
@@ -157,8 +247,22 @@ class Turn:
             provider=completion.provider,
         )
         used = _used(self.run_id, llm.model, completion, time.monotonic() - started)
-        await self._journal.append(message, *calls, used)
-        return await self._calls.run(calls) if calls else message.text
+        # In one commit: a call without a request needed none, whatever the policy is after a restart.
+        await self._journal.append(message, *calls, used, *self._calls.open(calls))
+        return message, calls
+
+    @contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        self._asking = True
+        try:
+            yield
+        finally:
+            self._asking = False
+
+    @property
+    def _mine(self) -> Actor:
+        assert self._actor is not None
+        return self._actor
 
     def _called(self, completion: Completion) -> list[ToolCalled]:
         return [
@@ -176,7 +280,7 @@ class Turn:
             ModelFailed(
                 run_id=self.run_id,
                 error=error.kind,
-                message=_utf8(self._actor.mask.text(error.message)),
+                message=_utf8(self._masked(error.message)),
                 attempt=attempt,
                 retry_in=retry_in,
             )
@@ -189,19 +293,22 @@ class Turn:
         if decided:
             return
         # A task that is cancelled without `stop` belongs to a program that ends.
-        reason, asked = self._stopped or ("the program that ran it was stopped", False)
+        reason, asked, op = self._stopped or ("the program that ran it was stopped", False, None)
         why = f"interrupted before it returned: {reason}" if reason else "interrupted before it returned"
         events = self._calls.close(f"[{why}; what it had done already stays done]")
         if asked:
             events.append(Interrupted(reason=reason))
-        await self._journal.append(*events, self._end("interrupted", reason=reason))
+        await self._journal.append(*events, self._end("interrupted", reason=reason), op=op)
+
+    def _masked(self, text: str) -> str:
+        return (self._actor.mask if self._actor else Mask()).text(text)
 
     async def _failed(self, exc: Exception) -> None:
         self.ending = True
         known = exc if isinstance(exc, AgentServerError) else InternalError(f"{type(exc).__name__}: {exc}")
         if known is not exc:
             logger.error("turn %s failed", self.run_id, exc_info=exc)
-        message = _utf8(self._actor.mask.text(known.message))
+        message = _utf8(self._masked(known.message))
         raised = ErrorRaised(
             error=known.kind,
             message=message,

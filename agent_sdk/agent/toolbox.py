@@ -7,11 +7,23 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from agent_sdk.agent.clip import ARGUMENT_BYTES
-from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, InvalidParams, WorkspaceUnavailable
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ConnectionLost,
+    InvalidParams,
+    OutcomeUnknown,
+    WorkspaceUnavailable,
+)
 from agent_sdk.protocol.specs import ToolSpec
-from agent_sdk.tools import Tool, ToolContext, ToolResult
+from agent_sdk.tools import Resumable, Tool, ToolContext, ToolResult
 
 logger = logging.getLogger("agent_sdk")
+
+UNKNOWN = ToolResult(
+    text="[no result: the process that ran it ended; whether and how far the call was carried out is unknown]",
+    is_error=True,
+    data={"outcome": "unknown"},
+)
 
 
 @runtime_checkable
@@ -71,14 +83,36 @@ class Toolbox:
             )
         return None
 
-    async def run(self, name: str, arguments: str, context: ToolContext) -> ToolResult:
+    def repeatable(self, name: str) -> bool:
+        """Whether a call of this tool does no harm when it is run again."""
+        spec = self._specs.get(name)
+        return spec is not None and (spec.read_only or spec.idempotent)
+
+    def may_be_left(self, name: str) -> bool:
+        """Whether a call under way can be given up by this process and taken up by another."""
+        return self.repeatable(name) or isinstance(self._tools.get(name), Resumable)
+
+    async def run(
+        self, name: str, arguments: str, context: ToolContext, *, begun: bool = False
+    ) -> ToolResult:
         """Run a call; whatever goes wrong is a result that the model reads.
+
+        Args:
+            name: of the tool.
+            arguments: as the model wrote them.
+            context: what the tool may use.
+            begun: another process may have begun it: it is taken up, or the result says that nobody knows.
 
         Raises:
             WorkspaceUnavailable, ConnectionLost: the place is gone, and with it the sense of going on.
         """
+        tool = self._tools[name]
         try:
-            return await self._tools[name].run(arguments, context)
+            if not begun or self.repeatable(name):
+                return await tool.run(arguments, context)
+            return await tool.resume(arguments, context) if isinstance(tool, Resumable) else UNKNOWN
+        except OutcomeUnknown:
+            return UNKNOWN
         except (WorkspaceUnavailable, ConnectionLost):
             raise
         except Exception as exc:  # noqa: BLE001  part of the turn's boundary: no tool breaks the turn

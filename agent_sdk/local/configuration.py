@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
@@ -48,6 +48,7 @@ class Configuration:
         self._tags = dict(tags)
         self._run_client_tool = run_client_tool
         self._workspace: Workspace | None = None
+        self.same_place: Callable[[], bool] = lambda: True
         self._functions: Mapping[str, FunctionTool] = {}
         self._former: list[Actor] = []
 
@@ -160,6 +161,7 @@ class Configuration:
         )
         actor.add_secrets(self._secrets)
         actor.run_client_tool = self._run_client_tool
+        actor.same_place = self.same_place
         return actor
 
 

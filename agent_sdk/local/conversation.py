@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from agent_sdk.agent.actor import RunClientTool
 from agent_sdk.conversation import Accepted, Callback, Cursor, OnDelta, Outcome, Snapshot, Stats
@@ -20,17 +20,20 @@ from agent_sdk.definition import Agent
 from agent_sdk.ids import new_id
 from agent_sdk.local.configuration import Configuration
 from agent_sdk.local.delivery import Delivery, DeltaListener, Listener, Unsubscribe
+from agent_sdk.local.fold import Fold
 from agent_sdk.local.follower import Follower
-from agent_sdk.local.log import EventLog
+from agent_sdk.local.log import EventLog, Operation
 from agent_sdk.local.opened import Opened, open_conversation
-from agent_sdk.local.receipts import digest_of, operation, receipt_of
+from agent_sdk.local.receipts import answering, check_text, receipt, remembered
 from agent_sdk.protocol.errors import InvalidParams, RequestNotFound, StateConflict, TimedOut
 from agent_sdk.protocol.events import Event, PauseRequested, TitleChanged, UserMessage
-from agent_sdk.protocol.methods import RunAnswer
+from agent_sdk.protocol.methods import Done, RunAnswer
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.workspace import Workspace
 
 FILE_NAME = "conversations.sqlite"
+
+T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 
@@ -54,8 +57,12 @@ class LocalConversation:
         tags: dict[str, str] | None = None,
         log: EventLog | None = None,
         run_client_tool: RunClientTool | None = None,
+        since: Cursor | None = None,
+        resume_turns: bool = False,
     ) -> None:
         """Describe it; it is opened at its first use.
+
+        Verbs that take an `op` remember the call in the commit of its first event, see `answered`.
 
         Args:
             agent: None: `configure` says later which agent answers.
@@ -64,6 +71,9 @@ class LocalConversation:
             persistence_dir: folder of the log; None: the conversation lives in memory.
             log: an open log, instead of `persistence_dir`; the caller closes it.
             run_client_tool: runs tools of `AgentSpec.client_tools` that are no functions of this process.
+            since: what the callbacks have seen: they get the events after it first. None: new events only.
+            resume_turns: a turn that is open in the log goes on as soon as the conversation is opened;
+                otherwise it is closed as interrupted, and `run` goes on.
 
         Raises:
             InvalidParams: the id is not acceptable.
@@ -85,6 +95,8 @@ class LocalConversation:
             tags=tags or {},
         )
         self._delivery = Delivery(callbacks, on_delta)
+        self._since = since
+        self._survive = resume_turns
         self._opening: asyncio.Task[Opened] | None = None
         self._opened: Opened | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -123,15 +135,41 @@ class LocalConversation:
     def run_client_tool(self, runner: RunClientTool | None) -> None:
         self._configuration.run_client_tool = runner
 
+    @property
+    def same_place(self) -> Callable[[], bool]:
+        """Whether the workspace has still what ran in it before the conversation was opened. May be set before that."""
+        return self._configuration.same_place
+
+    @same_place.setter
+    def same_place(self, same: Callable[[], bool]) -> None:
+        self._configuration.same_place = same
+
+    @property
+    def working(self) -> bool:
+        """Whether a turn runs, or waits for somebody."""
+        return self._opened is not None and self._opened.turns.current is not None
+
     # --- verbs ---
 
+    async def answered(self, op: Operation | None, result: type[T]) -> T | None:
+        """Return what the call of this `op` was answered when it came before, in whatever process; None: it is new.
+
+        Raises:
+            OpMismatch: another call came with this op_id.
+            OpExpired: it came, and its answer is no longer kept.
+        """
+        return await remembered((await self._open()).journal, op, result)
+
+    async def record(self, *events: Event) -> None:
+        """Append events of the surroundings, e.g. WorkspaceChanged."""
+        await (await self._open()).journal.append(*events)
+
     async def send_message(
-        self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op_id: str | None = None
+        self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op: Operation | None = None
     ) -> Accepted:
         """See Conversation.send_message. A paused conversation stays so until `run`, or a message that interrupts.
 
-        Args:
-            op_id: of the call, for the log's ledger: a repeated call returns what the first returned.
+        A repeated call returns what the first returned.
 
         Raises:
             InvalidParams: the text is empty or cannot be UTF-8.
@@ -139,21 +177,21 @@ class LocalConversation:
             StateConflict: no agent is configured, or the conversation is closed.
         """
         opened = await self._open()
-        digest = digest_of(text, mode)
-        if opened.turns.actor is None:
-            raise StateConflict("no agent is configured yet", state="idle")
-        if op_id is not None and (known := await receipt_of(opened.journal, op_id, digest)):
+        check_text(text)
+        if known := await self.answered(op, Accepted):
             return known
+        if not opened.turns.ready:
+            raise StateConflict("no agent is configured yet", state="idle")
         if mode == "interrupt":
             await opened.turns.stop("a new message came", asked=True)
         run_id = opened.turns.run_id
-        op = None if op_id is None else operation(op_id, digest, run_id)
-        written = opened.journal.submit(UserMessage(text=text, op_id=op_id), op=op)
+        message = UserMessage(text=text, op_id=op.op_id if op else None)
+        written = opened.journal.submit(message, op=receipt(op, run_id))
         # Not after the await: whoever sends the message may be cancelled, the message is there all the same.
         wake = mode == "interrupt"
         written.add_done_callback(partial(opened.turns.message_committed, run_id=run_id, wake=wake))
         records = await asyncio.shield(written)
-        if not records and op_id is not None and (known := await receipt_of(opened.journal, op_id, digest)):
+        if not records and (known := await self.answered(op, Accepted)):
             return known
         return Accepted(records[0].event.seq, run_id)
 
@@ -177,35 +215,54 @@ class LocalConversation:
             raise turn.failure
         return turn.outcome or _last(opened)
 
-    async def begin(self) -> RunAnswer:
+    async def begin(self, *, op: Operation | None = None) -> RunAnswer:
         """Like `run`, without waiting: make the turn go on, and say which it is or was."""
         opened = await self._open()
-        turn = opened.turns.begin()
+        if opened.turns.current is None:
+            coming = RunAnswer(run_id=opened.turns.run_id, running=True)
+            turn = opened.turns.begin(answering(op, coming))
+        else:
+            turn = opened.turns.current
         if turn is not None:
-            return RunAnswer(run_id=turn.run_id, running=True)
-        return RunAnswer(run_id=_last(opened).run_id, running=False, ended_seq=opened.journal.fold.ended_seq)
+            await turn.begun.wait()
+            answer = RunAnswer(run_id=turn.run_id, running=True)
+        else:
+            last, ended = _last(opened), opened.journal.fold.ended_seq
+            answer = RunAnswer(run_id=last.run_id, running=False, ended_seq=ended)
+        await self._note(answering(op, answer))
+        return answer
 
-    async def pause(self) -> None:
+    async def pause(self, *, op: Operation | None = None) -> None:
         """See Conversation.pause. Nothing happens when no turn runs."""
         opened = await self._open()
         turn = opened.turns.current
+        done = answering(op, Done())
         if turn is not None and not turn.ending and not opened.journal.pause_requested:
-            await opened.journal.append(PauseRequested())
+            await opened.journal.append(PauseRequested(), op=done)
+        else:
+            await self._note(done)
 
-    async def interrupt(self, reason: str = "") -> None:
+    async def interrupt(self, reason: str = "", *, op: Operation | None = None) -> None:
         """See Conversation.interrupt. Nothing happens when no turn runs."""
         opened = await self._open()
-        await opened.turns.stop(reason, asked=True)
+        done = answering(op, Done())
+        await opened.turns.stop(reason, asked=True, op=done)
+        await self._note(done)
 
     async def respond(
-        self, request_id: str, answer: Literal["approve", "reject"], *, reason: str = ""
+        self,
+        request_id: str,
+        answer: Literal["approve", "reject"],
+        *,
+        reason: str = "",
+        op: Operation | None = None,
     ) -> None:
         """See Conversation.respond."""
         opened = await self._open()
         turn = opened.turns.current
         if turn is None:
             raise RequestNotFound(f"no request {request_id[:64]!r} waits for an answer", request=request_id)
-        await turn.respond(request_id, answer, reason)
+        await turn.respond(request_id, answer, reason, answering(op, Done()))
 
     async def events(self, since: int = 0, follow: bool = False) -> AsyncIterator[Event]:
         """See Conversation.events."""
@@ -223,42 +280,56 @@ class LocalConversation:
         """See Conversation.state; a closed conversation has one, too."""
         closed = self._closing is not None
         opened = self._opened if closed and self._opened is not None else await self._open()
-        working = opened.turns.current is not None
-        return opened.journal.fold.snapshot(self.id, opened.journal.epoch, working=working, closed=closed)
+        return opened.journal.fold.snapshot(
+            self.id,
+            opened.journal.epoch,
+            working=self.working,
+            closed=closed,
+            waiting_for=opened.turns.waiting_for if self.working else "",
+        )
 
     async def stats(self) -> Stats:
         """See Conversation.stats."""
         return (await self.state()).stats
 
-    async def update_secrets(self, secrets: dict[str, str]) -> None:
+    async def update_secrets(self, secrets: dict[str, str], *, op: Operation | None = None) -> None:
         """See Conversation.update_secrets.
 
         Raises:
             InvalidParams: a name cannot be an environment variable.
         """
         opened = await self._open()
-        await opened.journal.append(self._configuration.add_secrets(secrets))
+        changed = self._configuration.add_secrets(secrets)
+        await opened.journal.append(changed, op=answering(op, Done()))
 
-    async def set_confirmation_policy(self, policy: ConfirmationPolicy) -> None:
+    async def set_confirmation_policy(
+        self, policy: ConfirmationPolicy, *, op: Operation | None = None
+    ) -> None:
         """See Conversation.set_confirmation_policy."""
         opened = await self._open()
-        await opened.journal.append(self._configuration.set_confirmation(policy))
+        changed = self._configuration.set_confirmation(policy)
+        await opened.journal.append(changed, op=answering(op, Done()))
 
-    async def switch_llm(self, llm: Model) -> None:
+    async def switch_llm(self, llm: Model, *, op: Operation | None = None) -> None:
         """See Conversation.switch_llm.
 
         Raises:
             InvalidParams: there is no way to reach this model.
         """
         opened = await self._open()
-        await opened.journal.append(self._configuration.switch_llm(llm))
+        changed = self._configuration.switch_llm(llm)
+        await opened.journal.append(changed, op=answering(op, Done()))
 
-    async def set_title(self, title: str | None = None, *, tags: dict[str, str] | None = None) -> None:
-        """See Conversation.set_title."""
+    async def set_title(
+        self,
+        title: str | None = None,
+        *,
+        tags: dict[str, str] | None = None,
+        op: Operation | None = None,
+    ) -> None:
+        """See Conversation.set_title. What does not change is not written."""
         opened = await self._open()
-        merged = {**opened.journal.fold.tags, **(tags or {})}
-        kept = opened.journal.fold.title if title is None else title
-        await opened.journal.append(TitleChanged(title=kept, tags=merged))
+        await self._write(opened, _retitled(opened.journal.fold, title, tags), op)
 
     async def configure(
         self,
@@ -266,8 +337,14 @@ class LocalConversation:
         *,
         max_iterations: int = 500,
         confirmation: ConfirmationPolicy | None = None,
+        secrets: dict[str, str] | None = None,
+        title: str | None = None,
+        tags: dict[str, str] | None = None,
+        op: Operation | None = None,
     ) -> None:
         """Say which agent answers from the next turn on; the same agent keeps its tools and what they remember.
+
+        A turn that had nobody to go on with it goes on. Secrets and tags are added to those there are.
 
         Raises:
             InvalidParams: the model or a tool does not exist.
@@ -275,10 +352,14 @@ class LocalConversation:
         opened = await self._open()
         policy = confirmation or ConfirmationPolicy()
         self._configuration.replace(agent, max_iterations=max_iterations, confirmation=policy)
-        self._configuration.recall(opened.journal.fold)
+        fold = opened.journal.fold
+        self._configuration.recall(fold)
+        events = self._configuration.news(fold)
+        if secrets:
+            events.append(self._configuration.add_secrets(secrets))
+        events += _retitled(fold, title, tags)
         opened.turns.actor = self._configuration.actor
-        if events := self._configuration.news(opened.journal.fold):
-            await opened.journal.append(*events)
+        await self._write(opened, events, op)
 
     # --- following ---
 
@@ -295,7 +376,25 @@ class LocalConversation:
     async def close(self) -> None:
         """See Conversation.close. A turn it stops may be continued when the log is opened again."""
         if self._closing is None:
-            self._closing = asyncio.create_task(self._close(delete=False))
+            self._closing = asyncio.create_task(self._close())
+        await self._until_closed()
+
+    async def wind_down(self) -> None:
+        """Start no more turns and let go of the present one, without an end in the log, for another process.
+
+        What nobody could take up is finished first: an answer of the model, a tool that runs in this
+        process. Returns when no turn runs; cancelling ends the waiting only.
+        """
+        if self._opened is not None:
+            await self._opened.turns.let_go(now=False)
+
+    async def suspend(self) -> None:
+        """Like `close`, but a turn that runs stays open in the log: the next process goes on with it.
+
+        Commands it has started run on, where the workspace outlives this process.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(suspend=True))
         await self._until_closed()
 
     async def delete(self) -> None:
@@ -309,11 +408,23 @@ class LocalConversation:
         if self._closing is not None and not self._delivery.delivering:
             await asyncio.shield(self._closing)
 
-    async def _close(self, *, delete: bool) -> None:
+    async def _close(self, *, delete: bool = False, suspend: bool = False) -> None:
         if self._opening is not None:
             await asyncio.wait({self._opening})
         if self._opened is not None:
-            await self._opened.close(delete=delete)
+            await self._opened.close(delete=delete, suspend=suspend)
+
+    async def _write(self, opened: Opened, events: Sequence[Event], op: Operation | None) -> None:
+        """Append what there is to append, and remember that the call is done."""
+        if events:
+            await opened.journal.append(*events, op=answering(op, Done()))
+        else:
+            await self._note(answering(op, Done()))
+
+    async def _note(self, op: Operation | None) -> None:
+        """Remember a call that wrote no event of its own."""
+        if op is not None:
+            await (await self._open()).journal.append(op=op)
 
     async def _open(self) -> Opened:
         if self._closing is not None:
@@ -332,7 +443,13 @@ class LocalConversation:
 
     async def _really_open(self) -> Opened:
         self._opened = await open_conversation(
-            self._configuration, self._place, self._log, self._delivery, self.close
+            self._configuration,
+            self._place,
+            self._log,
+            self._delivery,
+            self.close,
+            survive=self._survive,
+            since=self._since,
         )
         return self._opened
 
@@ -341,3 +458,10 @@ def _last(opened: Opened) -> Outcome:
     if opened.journal.fold.outcome is None:
         raise StateConflict("there is no message yet", state="idle")
     return opened.journal.fold.outcome
+
+
+def _retitled(fold: Fold, title: str | None, tags: dict[str, str] | None) -> list[Event]:
+    """What says the new title and the new tags, if they are new."""
+    kept = fold.title if title is None else title
+    merged = {**fold.tags, **(tags or {})}
+    return [] if (kept, merged) == (fold.title, fold.tags) else [TitleChanged(title=kept, tags=merged)]

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from agent_sdk.conversation import Callback, OnDelta
 from agent_sdk.protocol.events import Delta, Event
@@ -35,6 +35,7 @@ class Delivery:
         self._listeners: dict[object, Listener] = {}
         self._delta_listeners: dict[object, DeltaListener] = {}
         self._waiting: deque[Event | Delta] = deque()
+        self._past: AsyncIterator[Event] | None = None
         self._task: asyncio.Task[None] | None = None
         self.seq = 0
         """Of the event that the callbacks were given last."""
@@ -50,6 +51,12 @@ class Delivery:
         key = object()
         self._delta_listeners[key] = listener
         return lambda: _forget(self._delta_listeners, key)
+
+    def begin_with(self, past: AsyncIterator[Event]) -> None:
+        """Give the callbacks these events before all that is published from now on."""
+        if self._callbacks:
+            self._past = past
+            self._wake()
 
     def publish(self, event: Event, body: bytes) -> None:
         """Tell everybody of an event that is in the log now."""
@@ -80,22 +87,34 @@ class Delivery:
 
     def _enqueue(self, item: Event | Delta) -> None:
         self._waiting.append(item)
+        self._wake()
+
+    def _wake(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._deliver())
 
     async def _deliver(self) -> None:
         try:
+            if self._past is not None:
+                async for event in self._past:
+                    await self._tell_all(event)
+                self._past = None
             while self._waiting:
                 item = self._waiting.popleft()
-                if isinstance(item, Delta):
-                    if self._on_delta is not None:
-                        await _tell(self._on_delta, item)
-                else:
-                    self.seq = item.seq
-                    for callback in self._callbacks:
-                        await _tell(callback, item)
+                if not isinstance(item, Delta):
+                    await self._tell_all(item)
+                elif self._on_delta is not None:
+                    await _tell(self._on_delta, item)
+        except Exception:  # the past could not be read; later events would come out of order
+            logger.exception("the events before cannot be delivered")
+            self._callbacks = ()
         finally:
             self._task = None
+
+    async def _tell_all(self, event: Event) -> None:
+        self.seq = event.seq
+        for callback in self._callbacks:
+            await _tell(callback, event)
 
 
 def _forget(listeners: dict[object, Listener] | dict[object, DeltaListener], key: object) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from agent_sdk.agent.progress import Progress
 from agent_sdk.conversation import Outcome, outcome_of
 from agent_sdk.protocol.events import (
     AgentConfigured,
@@ -39,8 +40,8 @@ class Fold:
         self.secret_names: frozenset[str] = frozenset()
         self.run_id: str | None = None
         """Of the running or last turn."""
-        self.turn_open = False
-        """TurnStarted was written and TurnEnded was not."""
+        self.progress: Progress | None = None
+        """Of the turn whose TurnStarted was written and whose TurnEnded was not."""
         self.pause_requested = False
         self.outcome: Outcome | None = None
         self.ended_seq = 0
@@ -56,6 +57,11 @@ class Fold:
 
     def __repr__(self) -> str:
         return f"<Fold at seq {self._seq}, turn {'open' if self.turn_open else 'closed'}>"
+
+    @property
+    def turn_open(self) -> bool:
+        """Whether TurnStarted was written and TurnEnded was not."""
+        return self.progress is not None
 
     @property
     def resumable(self) -> bool:
@@ -99,13 +105,17 @@ class Fold:
                 self._turn(event)
             case _:
                 pass
+        if self.progress is not None:
+            self.progress.add(event)
 
-    def snapshot(self, id: str, epoch: str, *, working: bool, closed: bool) -> Snapshot:
+    def snapshot(
+        self, id: str, epoch: str, *, working: bool, closed: bool, waiting_for: str = ""
+    ) -> Snapshot:
         """Return the state; `working`: a turn runs in this process or is about to."""
         configured = self.configured
         return Snapshot(
             id=id,
-            state=self._state(working, closed),
+            state=self._state(working, closed, waiting_for),
             epoch=epoch,
             head_seq=self._seq,
             title=self.title,
@@ -124,13 +134,14 @@ class Fold:
             ),
             run_id=self.run_id,
             model=configured.model if configured else None,
+            waiting_for=waiting_for,
         )
 
-    def _state(self, working: bool, closed: bool) -> State:
+    def _state(self, working: bool, closed: bool, waiting_for: str) -> State:
         if closed:
             return "closed"
         if working:
-            return "awaiting" if self.pending else "running"
+            return "awaiting" if self.pending or waiting_for else "running"
         if self.outcome is not None and self.outcome.status == "failed":
             return "failed"
         return "paused" if self.resumable or self.turn_open else "idle"
@@ -142,10 +153,11 @@ class Fold:
         self.run_id = event.run_id
         self.pause_requested = False
         if isinstance(event, TurnStarted):
-            self.turn_open, self._asked_to_stop, self.stopped = True, False, False
+            self._asked_to_stop = self.stopped = False
+            self.progress = Progress(event.run_id)
             self.stats = replace(self.stats, turns=self.stats.turns + 1)
         else:
-            self.turn_open, self.outcome, self.ended_seq = False, outcome_of(event), event.seq
+            self.progress, self.outcome, self.ended_seq = None, outcome_of(event), event.seq
 
     def _count(self, used: ModelUsed) -> None:
         stats = self.stats

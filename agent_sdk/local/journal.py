@@ -70,13 +70,13 @@ class Journal:
         future.add_done_callback(self._committed)
         return future
 
-    async def append(self, *events: Event) -> None:
+    async def append(self, *events: Event, op: Operation | None = None) -> None:
         """Queue events and wait for the commit; cancelling ends the waiting only.
 
         Raises:
             StorageFull, WorkspaceUnavailable, LeaseLost: nothing of it was written.
         """
-        await asyncio.shield(self.submit(*events))
+        await asyncio.shield(self.submit(*events, op=op))
 
     async def mend(self) -> None:
         """Close a turn that nobody runs any more, if there is one."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from os import PathLike
 from pathlib import Path
 
+import msgspec
+
+from agent_sdk.conversation import Cursor
 from agent_sdk.local.configuration import Configuration
 from agent_sdk.local.delivery import Delivery
 from agent_sdk.local.follower import Follower
 from agent_sdk.local.journal import Journal
 from agent_sdk.local.log import EventLog
 from agent_sdk.local.turns import Turns
+from agent_sdk.protocol.errors import HistoryLost
+from agent_sdk.protocol.events import Event, decode
+from agent_sdk.protocol.results import Accepted
 from agent_sdk.workspace import Workspace
 
 Place = Workspace | str | PathLike[str]
@@ -27,11 +33,17 @@ class Opened:
         self.followers: set[Follower] = set()
         self._stack = stack
 
-    async def close(self, *, delete: bool) -> None:
-        """Stop the turn, wait for the callbacks, let go of everything; `delete` removes the log, too."""
+    async def close(self, *, delete: bool = False, suspend: bool = False) -> None:
+        """Stop the turn, wait for the callbacks, let go of everything; `delete` removes the log, too.
+
+        With `suspend` the turn stays open in the log.
+        """
         try:
             self.turns.accepts = False
-            await self.turns.stop("the conversation was closed", asked=False)
+            if suspend:
+                await self.turns.let_go(now=True)
+            else:
+                await self.turns.stop("the conversation was closed", asked=False)
             await self.journal.settle()
             for follower in self.followers:
                 follower.end()
@@ -48,6 +60,9 @@ async def open_conversation(
     log: EventLog | Path | None,
     delivery: Delivery,
     on_close: Callable[[], Awaitable[None]],
+    *,
+    survive: bool,
+    since: Cursor | None,
 ) -> Opened:
     """Enter the place if it is a folder, open the log if it is a path or None, and go on where the log ends.
 
@@ -55,6 +70,11 @@ async def open_conversation(
 
     Args:
         on_close: given to a workspace that wants to close its conversations before itself.
+        survive: a turn that another process has begun goes on; otherwise it is closed.
+        since: callbacks get the events after it first.
+
+    Raises:
+        HistoryLost: `since` is of another history.
     """
     async with AsyncExitStack() as stack:
         configuration.open(await _entered(place, stack, on_close))
@@ -64,13 +84,49 @@ async def open_conversation(
         epoch = await log.create(configuration.conversation)
         journal = Journal(log, configuration.conversation, epoch, delivery)
         await journal.replay()
-        await journal.mend()
+        if since is not None:
+            delivery.begin_with(_past(journal, since))
+        if not survive:
+            await journal.mend()
         configuration.recall(journal.fold)
         if events := configuration.introduction(journal.fold):
             await journal.append(*events)
-        turns = Turns(journal)
+        turns = Turns(journal, survive=survive)
         turns.actor = configuration.actor
+        if survive:
+            turns.take_up(await _promised(journal))
         return Opened(journal, turns, stack.pop_all())
+
+
+def _past(journal: Journal, since: Cursor) -> AsyncIterator[Event]:
+    """The events after a cursor, up to the present head."""
+    head = journal.head_seq
+    nothing = since.seq == 0 and not since.epoch
+    if not nothing and (since.epoch != journal.epoch or not 0 <= since.seq <= head):
+        raise HistoryLost(
+            f"the log has no seq {since.seq} of epoch {since.epoch[:64]!r}; it is epoch {journal.epoch!r} up to {head}",
+            epoch=journal.epoch,
+            from_seq=1,
+        )
+
+    async def events() -> AsyncIterator[Event]:
+        async for seq, body in journal.pages(since.seq):
+            if seq > head:
+                return
+            yield decode(body)
+
+    return events()
+
+
+async def _promised(journal: Journal) -> str | None:
+    """The turn that a message was promised when the process ended before it had started one."""
+    message, fold = journal.history.last_unread, journal.fold
+    if message is None or message.op_id is None or message.seq < fold.ended_seq or fold.paused:
+        return None
+    known = await journal.log.operation(journal.conversation, message.op_id)
+    if known is None or not isinstance(known.result, bytes):
+        return None
+    return msgspec.json.decode(known.result, type=Accepted).run_id
 
 
 async def _entered(place: Place, stack: AsyncExitStack, on_close: Callable[[], Awaitable[None]]) -> Workspace:

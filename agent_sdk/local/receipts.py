@@ -1,21 +1,23 @@
-"""What the sender of a message gets, and gets again when it sends the same message once more."""
+"""What a call that changes a conversation is remembered by, so that it gets the same answer when it comes once more."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
+from agent_sdk.digest import sha256
 from agent_sdk.local.journal import Journal
 from agent_sdk.local.log import Operation
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch
-from agent_sdk.protocol.events import Event
 from agent_sdk.protocol.results import Accepted
 
+T = TypeVar("T")
 
-def digest_of(text: str, mode: str) -> bytes:
-    """Return what tells this message from others.
+
+def check_text(text: str) -> None:
+    """Accept the text of a message.
 
     Raises:
         InvalidParams: the text is empty or cannot be UTF-8.
@@ -23,32 +25,42 @@ def digest_of(text: str, mode: str) -> bytes:
     if not text.strip():
         raise InvalidParams("text: a message needs at least one character that is not white space")
     try:
-        encoded = text.encode()
+        text.encode()
     except UnicodeEncodeError as exc:
         half = f"character {exc.start} is half of a surrogate pair, which UTF-8 cannot say"
         raise InvalidParams(f"text: {half}") from None
-    return hashlib.sha256(encoded + b"\0" + mode.encode()).digest()
 
 
-def operation(op_id: str, digest: bytes, run_id: str) -> Operation:
-    """Return the ledger's row for a message; its receipt is made when the message has its seq."""
-
-    def receipt(events: Sequence[Event]) -> bytes:
-        return msgspec.json.encode(Accepted(events[0].seq, run_id))
-
-    return Operation(op_id, digest, receipt)
+def operation(op_id: str, *params: Any) -> Operation:
+    """Return the ledger's row for a call with these params, which JSON can say; its result comes later."""
+    digest = sha256()
+    digest.update(msgspec.json.encode(params, order="sorted"))
+    return Operation(op_id, digest.digest(), b"null")
 
 
-async def receipt_of(journal: Journal, op_id: str, digest: bytes) -> Accepted | None:
-    """Return the receipt that a message with this op_id got; None when there was none.
+def answering(op: Operation | None, result: Any) -> Operation | None:
+    """Return the row with what the call answers."""
+    return None if op is None else replace(op, result=msgspec.json.encode(result))
+
+
+def receipt(op: Operation | None, run_id: str) -> Operation | None:
+    """Return the row of a message; its receipt is made when the message has its seq."""
+    if op is None:
+        return None
+    return replace(op, result=lambda events: msgspec.json.encode(Accepted(events[0].seq, run_id)))
+
+
+async def remembered(journal: Journal, op: Operation | None, result: type[T]) -> T | None:
+    """Return what this call answered before; None when it did not come before.
 
     Raises:
-        OpMismatch: it was another message.
+        OpMismatch: another call came with this op_id.
+        OpExpired: it is too long ago.
     """
-    known = await journal.log.operation(journal.conversation, op_id)
-    if known is None:
+    known = op and await journal.log.operation(journal.conversation, op.op_id)
+    if op is None or known is None:
         return None
-    if known.digest != digest:
-        raise OpMismatch("this op_id was used for another call", op_id=op_id)
+    if known.digest != op.digest:
+        raise OpMismatch("this op_id was used for another call", op_id=op.op_id)
     assert isinstance(known.result, bytes)
-    return msgspec.json.decode(known.result, type=Accepted)
+    return msgspec.json.decode(known.result, type=result)

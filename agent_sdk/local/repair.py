@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agent_sdk.agent.history import History
+from agent_sdk.agent.toolbox import UNKNOWN
 from agent_sdk.local.fold import Fold
 from agent_sdk.protocol.events import Event, RequestResolved, ToolReturned, TurnEnded
 
@@ -13,12 +14,11 @@ def missing_end(fold: Fold, history: History) -> list[Event]:
     """Return what closes an abandoned turn: void requests, results of open calls, TurnEnded."""
     if not fold.turn_open:
         return []
-    text = f"[no result: {REASON}; whether and how far the call was carried out is unknown]"
     return [
         *(RequestResolved(request_id=id, answer="void", reason=REASON) for id in fold.pending),
         *(
             ToolReturned(
-                call_id=call.call_id, tool=call.tool, text=text, is_error=True, data={"outcome": "unknown"}
+                call_id=call.call_id, tool=call.tool, text=UNKNOWN.text, is_error=True, data=UNKNOWN.data
             )
             for call in history.open_calls.values()
         ),

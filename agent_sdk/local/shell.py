@@ -55,7 +55,12 @@ class LocalShell:
         return f"<LocalShell {self._name} {state}>"
 
     async def run(
-        self, command: str, *, timeout: float | None = None, quiet: float | None = 30.0
+        self,
+        command: str,
+        *,
+        timeout: float | None = None,
+        quiet: float | None = 30.0,
+        op_id: str | None = None,
     ) -> ShellResult:
         """See Shell.run."""
         limits = _limits(timeout, quiet)
@@ -78,7 +83,12 @@ class LocalShell:
             raise
 
     async def send(
-        self, data: bytes, *, timeout: float | None = None, quiet: float | None = 30.0
+        self,
+        data: bytes,
+        *,
+        timeout: float | None = None,
+        quiet: float | None = 30.0,
+        op_id: str | None = None,
     ) -> ShellResult:
         """See Shell.send. When no command runs, nothing is typed and the answer is `done`."""
         limits = _limits(timeout, quiet)
@@ -93,7 +103,7 @@ class LocalShell:
             with suppress(asyncio.CancelledError):
                 await typing
 
-    async def reset(self) -> None:
+    async def reset(self, *, op_id: str | None = None) -> None:
         """See Shell.reset."""
         async with self._starting:
             bash, self._bash = self._bash, None

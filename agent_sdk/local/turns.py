@@ -1,7 +1,8 @@
 """Which turn runs, which comes next, and which of them answers a message.
 
 Whether a message joins the running turn is decided when it is submitted. A turn submits its end only
-when no message is under way, and the next turn waits for the task of the one before.
+when no message is under way, and the next turn waits for the task of the one before. Where turns are
+to survive their process, the one that is open in the log is gone on with before any other.
 """
 
 from __future__ import annotations
@@ -11,23 +12,48 @@ from typing import Any
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.loop import Turn
+from agent_sdk.agent.progress import Progress
 from agent_sdk.ids import new_id
 from agent_sdk.local.journal import Journal
-from agent_sdk.protocol.errors import StateConflict
+from agent_sdk.local.log import Operation
+from agent_sdk.protocol.errors import AgentServerError, StateConflict
 
 
 class Turns:
     """The turns of one conversation, one at a time."""
 
-    def __init__(self, journal: Journal) -> None:
-        self.actor: Actor | None = None
-        """Who works in the next turn."""
+    def __init__(self, journal: Journal, *, survive: bool = False) -> None:
+        """Take the log; `survive`: a turn that is open in it is gone on with, not closed."""
         self.accepts = True
         """Whether new turns may start."""
+        self.waiting_for = ""
+        """Why there is no actor although the conversation has an agent; a turn then waits for one."""
+        self.obstacle: AgentServerError | None = None
+        """Why there cannot be one; a turn then fails with it."""
+        self._actor: Actor | None = None
+        self._arrived = asyncio.Event()
         self._journal = journal
+        self._survive = survive
         self._next_run_id = new_id()
         self._turn: Turn | None = None
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def actor(self) -> Actor | None:
+        """Who works in the next turn, and in the present one if it still waits for somebody."""
+        return self._actor
+
+    @actor.setter
+    def actor(self, actor: Actor | None) -> None:
+        self._actor = actor
+        if actor is not None:
+            self.waiting_for, self.obstacle = "", None
+            self._arrived.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a turn may start, even if it has to wait for its actor."""
+        return self._actor is not None or bool(self.waiting_for) or self.obstacle is not None
 
     @property
     def current(self) -> Turn | None:
@@ -40,7 +66,7 @@ class Turns:
     def run_id(self) -> str:
         """The turn that answers a message submitted now."""
         joins = self._turn is not None and not self._turn.ending
-        return self._turn.run_id if joins and self._turn else self._next_run_id
+        return self._turn.run_id if joins and self._turn else self._coming
 
     def message_committed(self, future: asyncio.Future[Any], *, run_id: str, wake: bool) -> None:
         """Start the turn that was promised to a message, unless it has started.
@@ -50,11 +76,15 @@ class Turns:
         """
         if future.cancelled() or future.exception() is not None or not self._journal.history.unread:
             return
-        if run_id == self._next_run_id and self.accepts and (wake or not self._journal.fold.paused):
+        if run_id == self._coming and self.accepts and (wake or not self._journal.fold.paused):
             self._start()
 
-    def begin(self) -> Turn | None:
-        """Return the turn that runs, or start one when there is something to do, else None."""
+    def begin(self, op: Operation | None = None) -> Turn | None:
+        """Return the turn that runs, or start one when there is something to do, else None.
+
+        Args:
+            op: remembered with the start of the turn, if one is started.
+        """
         current = self.current
         if current is not None:
             return current
@@ -62,30 +92,63 @@ class Turns:
         if fold.stopped and not fold.turn_open:
             return None
         if self._journal.history.unread or fold.resumable or fold.turn_open:
-            return self._start()
+            return self._start(op)
         return None
+
+    def take_up(self, promised: str | None) -> None:
+        """Go on where another process has stopped: with the open turn, or with the one `promised` to a message."""
+        if self._abandoned is not None and self.ready:
+            self._start()
+        elif promised is not None and self.ready:
+            self._next_run_id = promised
+            self._start()
 
     async def ended(self, turn: Turn) -> None:
         """Wait for the end of a turn that `begin` or `current` returned."""
         await turn.over.wait()
 
-    async def stop(self, reason: str, *, asked: bool) -> None:
+    async def stop(self, reason: str, *, asked: bool, op: Operation | None = None) -> None:
         """End the running turn at once and wait for its end."""
         turn = self._turn
         if turn is not None:
-            turn.stop(reason, asked=asked)
+            turn.stop(reason, asked=asked, op=op)
             await self.ended(turn)
 
-    def _start(self) -> Turn:
-        if self.actor is None:
+    async def let_go(self, *, now: bool) -> None:
+        """Start no more turns, end the work of the present one without an end in the log, and wait for that."""
+        self.accepts = False
+        turn = self._turn
+        if turn is not None:
+            turn.let_go(now=now)
+            await self.ended(turn)
+
+    @property
+    def _abandoned(self) -> Progress | None:
+        """How far the turn came that is open in the log and that nobody runs."""
+        return self._journal.fold.progress if self._survive and self._turn is None else None
+
+    @property
+    def _coming(self) -> str:
+        return self._abandoned.run_id if self._abandoned else self._next_run_id
+
+    def _start(self, op: Operation | None = None) -> Turn:
+        if not self.ready:
             raise StateConflict("no agent is configured yet", state="idle")
         if not self.accepts:
             raise StateConflict("the conversation is closed", state="closed")
-        turn = Turn(self._next_run_id, self.actor, self._journal)
-        self._next_run_id = new_id()
+        turn = Turn(self._coming, self._present, self._journal, progress=self._abandoned, op=op)
+        if turn.run_id == self._next_run_id:
+            self._next_run_id = new_id()
         before, self._turn = self._task, turn
         self._task = asyncio.create_task(self._course(turn, before), name=f"turn {turn.run_id}")
         return turn
+
+    async def _present(self) -> Actor:
+        while self._actor is None:
+            if self.obstacle is not None:
+                raise self.obstacle
+            await self._arrived.wait()
+        return self._actor
 
     async def _course(self, turn: Turn, before: asyncio.Task[None] | None) -> None:
         try:

@@ -103,6 +103,8 @@ class ToolSpec(Struct, frozen=True, kw_only=True):
     """JSON Schema of the arguments, an object."""
     read_only: bool = False
     """Changes nothing: may run at the same time as others and needs no approval."""
+    idempotent: bool = False
+    """A call may be run again when nobody knows whether it was carried out; `read_only` implies it."""
 
 
 class AgentSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

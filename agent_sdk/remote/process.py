@@ -156,14 +156,19 @@ class RemoteShell:
         self._name = name
 
     async def run(
-        self, command: str, *, timeout: float | None = None, quiet: float | None = 30.0
+        self,
+        command: str,
+        *,
+        timeout: float | None = None,
+        quiet: float | None = 30.0,
+        op_id: str | None = None,
     ) -> ShellResult:
         """See Shell.run."""
         if not command:
             raise InvalidParams("command must not be empty")
         async with self._peer.open_reader() as reader:
             call = ShellRun(
-                op_id=new_id(),
+                op_id=op_id or new_id(),
                 name=self._name,
                 command=command,
                 timeout_ms=milliseconds("timeout", timeout),
@@ -173,12 +178,17 @@ class RemoteShell:
             return await _shell_result(self._peer.call(call), reader)
 
     async def send(
-        self, data: bytes, *, timeout: float | None = None, quiet: float | None = 30.0
+        self,
+        data: bytes,
+        *,
+        timeout: float | None = None,
+        quiet: float | None = 30.0,
+        op_id: str | None = None,
     ) -> ShellResult:
         """See Shell.send."""
         async with self._peer.open_reader() as reader:
             call = ShellSend(
-                op_id=new_id(),
+                op_id=op_id or new_id(),
                 name=self._name,
                 keys=data.decode("latin-1"),
                 timeout_ms=milliseconds("timeout", timeout),
@@ -187,9 +197,9 @@ class RemoteShell:
             )
             return await _shell_result(self._peer.call(call), reader)
 
-    async def reset(self) -> None:
+    async def reset(self, *, op_id: str | None = None) -> None:
         """See Shell.reset."""
-        await self._peer.call(ShellReset(op_id=new_id(), name=self._name))
+        await self._peer.call(ShellReset(op_id=op_id or new_id(), name=self._name))
 
 
 async def _shell_result(call: Awaitable[ShellAnswer], reader: ByteReader) -> ShellResult:

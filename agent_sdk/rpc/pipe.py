@@ -6,10 +6,10 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-from agent_sdk.protocol.errors import ConnectionLost
+from agent_sdk.protocol.errors import GOES_ON, ConnectionLost
 
 MEMORY_BYTES = 256 << 10
-DISCONNECTED = "the connection ended"
+DISCONNECTED = GOES_ON
 """The message of the CancelledError in handlers whose caller is gone; others were cancelled on purpose."""
 
 

@@ -73,6 +73,13 @@ def uses(*names, arguments="{}", ids=None):
     )
 
 
+def present(actor):
+    async def arrived():
+        return actor
+
+    return arrived
+
+
 class Stage:
     def __init__(self, journal):
         self.journal = journal
@@ -91,7 +98,7 @@ class Stage:
         actor.add_secrets(secrets or {})
         actor.client = client = Answers(*answers)
         await self.journal.append(UserMessage(text="go"))
-        turn = Turn("run", actor, self.journal)
+        turn = Turn("run", present(actor), self.journal)
         task = asyncio.create_task(turn.run())
         if stop_when is not None:
             await stop_when.wait()

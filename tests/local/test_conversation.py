@@ -11,6 +11,7 @@ import pytest
 from agent_sdk.definition import Agent
 from agent_sdk.local.conversation import LocalConversation
 from agent_sdk.local.log import EventLog
+from agent_sdk.local.receipts import operation
 from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch, StateConflict
 from agent_sdk.protocol.events import (
@@ -158,16 +159,17 @@ async def test_an_agent_that_cannot_be_is_refused_at_the_first_use(tmp_path, age
 
 async def test_a_message_sent_twice_with_one_op_id_is_there_once(open):
     conversation = await open(acting(say("one"), say("two")))
-    first = await conversation.send_message("go", op_id=OP)
-    assert await conversation.send_message("go", op_id=OP) == first
+    first = await conversation.send_message("go", op=operation(OP, "go"))
+    assert await conversation.send_message("go", op=operation(OP, "go")) == first
     assert (await conversation.run(timeout=PATIENCE)).final_text == "one"
-    assert await conversation.send_message("go", op_id=OP) == first
+    assert await conversation.send_message("go", op=operation(OP, "go")) == first
     assert len(await these(conversation, UserMessage)) == 1
 
 
 async def test_a_message_sent_twice_at_once_is_there_once(open):
     conversation = await open(acting(say("one"), say("two")))
-    first, second = await asyncio.gather(*(conversation.send_message("go", op_id=OP) for _ in range(2)))
+    op = operation(OP, "go")
+    first, second = await asyncio.gather(*(conversation.send_message("go", op=op) for _ in range(2)))
     assert first == second
     await conversation.run(timeout=PATIENCE)
     assert len(await these(conversation, UserMessage)) == 1
@@ -175,11 +177,11 @@ async def test_a_message_sent_twice_at_once_is_there_once(open):
 
 async def test_an_op_id_belongs_to_one_message(open):
     conversation = await open(acting(say("one")))
-    await conversation.send_message("go", op_id=OP)
+    await conversation.send_message("go", op=operation(OP, "go"))
     with pytest.raises(OpMismatch):
-        await conversation.send_message("stop", op_id=OP)
+        await conversation.send_message("stop", op=operation(OP, "stop"))
     with pytest.raises(OpMismatch):
-        await conversation.send_message("go", op_id=OP, mode="interrupt")
+        await conversation.send_message("go", op=operation(OP, "go", "interrupt"), mode="interrupt")
 
 
 # --- what a server builds on ---

@@ -17,7 +17,8 @@ from msgspec import Meta, Struct
 from agent_sdk.agent.clip import MODEL_CHARS, clip_chars
 from agent_sdk.agent.tools.keys import keystrokes
 from agent_sdk.agent.tools.screen import plain
-from agent_sdk.protocol.errors import AgentServerError, ToolError
+from agent_sdk.digest import sha256
+from agent_sdk.protocol.errors import GOES_ON, AgentServerError, OutcomeUnknown, ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import ToolContext, ToolResult, decode_arguments, parameters_of
 from agent_sdk.workspace import Shell, ShellResult
@@ -73,13 +74,28 @@ class TerminalTool:
         """The last call left a command running."""
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
-        """See Tool.run. Cancelling sends ^C to the command; one that does not care is ended with its shell."""
+        """See Tool.run. Cancelling sends ^C to the command; one that does not care is ended with its shell.
+
+        Cancelled with GOES_ON the command runs on.
+        """
+        return await self._carry_out(arguments, context, begun=False)
+
+    async def resume(self, arguments: str, context: ToolContext) -> ToolResult:
+        """See Resumable.resume. The shell's op_ids come from the call, so that the workspace knows what it has begun.
+
+        New secrets are left to the next call: the shell may be busy with this one.
+        """
+        if not context.same_place:
+            raise OutcomeUnknown("the shell in which the call ran is gone")
+        return await self._carry_out(arguments, context, begun=True)
+
+    async def _carry_out(self, arguments: str, context: ToolContext, *, begun: bool) -> ToolResult:
         wanted: TerminalArguments = decode_arguments(arguments, TerminalArguments)
         if wanted.reset and wanted.is_input:
             raise ToolError("reset and is_input exclude each other: a fresh shell has nothing to type into")
         shell = context.workspace.shell(self._shell_name)
         if wanted.reset:
-            await shell.reset()
+            await shell.reset(op_id=_op_id(context, "reset"))
             self._exported, self._running = {}, False
             if not wanted.command.strip():
                 return ToolResult(text="[A fresh shell is open.]", data={"status": "done"})
@@ -88,22 +104,27 @@ class TerminalTool:
             limits = {"timeout": LONGEST_SECONDS, "quiet": QUIET_SECONDS}
         if wanted.is_input or not wanted.command.strip():
             keys = keystrokes(wanted.command) if wanted.command else b""
-            result = await shell.send(keys, **limits)
-            if result.status == "done" and not self._running:
+            result = await shell.send(keys, **limits, op_id=_op_id(context, "send"))
+            if result.status == "done" and not self._running and not begun:
                 text = "No command is running, so nothing was typed." if keys else "No command is running."
                 return ToolResult(text=f"[{text}]", is_error=True, data={"status": "done", "cwd": result.cwd})
         else:
-            await self._export(shell, context.secrets)
-            result = await self._run(shell, wanted.command, limits)
+            if not begun:
+                await self._export(shell, context.secrets)
+            result = await self._run(shell, wanted.command, limits, _op_id(context, "run"))
         self._running = result.status in ("quiet", "timeout", "busy")
         if result.status == "ended":
             self._exported = {}
         return _told(result, wanted)
 
-    async def _run(self, shell: Shell, command: str, limits: dict[str, Any]) -> ShellResult:
+    async def _run(
+        self, shell: Shell, command: str, limits: dict[str, Any], op_id: str | None
+    ) -> ShellResult:
         try:
-            return await shell.run(command, **limits)
-        except asyncio.CancelledError:
+            return await shell.run(command, **limits, op_id=op_id)
+        except asyncio.CancelledError as exc:
+            if exc.args == (GOES_ON,):
+                raise
             with suppress(AgentServerError):  # the place may be gone, too
                 left = await shell.send(b"", timeout=MOMENT_SECONDS, quiet=None)
                 if left.status == "timeout":
@@ -121,6 +142,16 @@ class TerminalTool:
         result = await shell.run(f" export {words}", timeout=QUIET_SECONDS, quiet=None)
         if result.status == "done":
             self._exported = {**self._exported, **fresh}
+
+
+def _op_id(context: ToolContext, step: str) -> str | None:
+    """The same for the same step of the same call, in whatever process; a UUID of version 8."""
+    if not context.call_key:
+        return None
+    digest = sha256()
+    digest.update(f"{context.call_key} {step}".encode())
+    text = digest.hexdigest()
+    return f"{text[:8]}-{text[8:12]}-8{text[13:16]}-a{text[17:20]}-{text[20:32]}"
 
 
 def _told(result: ShellResult, wanted: TerminalArguments) -> ToolResult:
