@@ -1,0 +1,77 @@
+"""Mutants: the product, damaged before it starts. Each must make a fault test fail, or that test proves nothing.
+
+`python -m tests.chaos.broken serve …` with CHAOS_MUTANT=NAME. The damage is done here only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from agent_sdk.local import database, process_tree
+from agent_sdk.rpc import ledger
+from agent_server import cli, feed
+from workspaces import box_process
+
+
+def no_fsync() -> None:
+    """A commit returns without waiting for the disk."""
+    prepare = database.Database._prepare
+
+    def careless(self: Any, version: int) -> None:
+        prepare(self, version)
+        self._connection.execute("PRAGMA synchronous=OFF")
+
+    database.Database._prepare = careless
+
+
+def no_dedupe() -> None:
+    """No operation is ever remembered."""
+
+    async def run(self: Any, call: Any, action: Callable[[], Any]) -> Any:
+        return await action()
+
+    ledger.Ledger.run = run
+    database.Database.operation = lambda self, conversation, op_id: None
+    put = database.Database.put_operation
+
+    def forgetful(self: Any, conversation: str, op_id: str, digest: bytes, result: bytes) -> None:
+        put(self, conversation, os.urandom(16).hex(), digest, result)
+
+    database.Database.put_operation = forgetful
+
+
+def no_resume_mark() -> None:
+    """Replay ends, and live events begin, wherever it happens to be."""
+    position = feed.Feed._position
+
+    def forgetful(self: Any, epoch: str | None, after: int) -> None:
+        position(self, epoch, after)
+        self._last = max(0, self._last - 1)
+
+    feed.Feed._position = forgetful
+
+
+def children_kept() -> None:
+    """Ending a tree of processes ends nothing."""
+
+    async def nothing(tree: Any, **options: Any) -> None:
+        return
+
+    process_tree.end_tree = nothing
+    box_process.end_tree = nothing
+
+
+MUTANTS = {f.__name__: f for f in (no_fsync, no_dedupe, no_resume_mark, children_kept)}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Damage the product, then be it."""
+    MUTANTS[os.environ["CHAOS_MUTANT"]]()
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""The server is killed: at random moments, and right before it commits."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.chaos import seed
+from tests.chaos.checker import Violation
+from tests.chaos.conftest import Case
+from tests.chaos.history import Called
+from tests.chaos.storm import traffic
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+
+INJECT = ("strace", "-f", "-o", "/dev/null", "-e", "trace=fsync,fdatasync")
+
+
+async def storm(case: Case, kills: int, mutant: str = "") -> list[Violation]:
+    """Kill the server at random moments; what the checker says."""
+    async with case.server(mutant=mutant, box_linger_seconds=5) as server:
+        assert await server.start()
+        async with traffic(server, case.history) as clients:
+            for _ in range(kills):
+                await case.history.more(case.chance.randrange(1, 9))
+                await asyncio.sleep(case.chance.uniform(0, 0.05))  # the moment is the fault
+                await server.restart()
+            await clients.finish()
+        await server.stop()
+        return await case.violations(server)
+
+
+async def test_nothing_is_lost_or_doubled_when_the_server_is_killed_at_random_moments(case):
+    violations = await storm(case, seed.times(60, 1000, 10_000))
+    assert not violations
+    answered = [record for record in case.history.records if isinstance(record, Called)]
+    print(f"{len(answered)} calls, {sum(call.tries > 1 for call in answered)} repeated")
+    assert sum(call.outcome == "ok" for call in answered) > 200
+    assert any(call.tries > 1 for call in answered)
+
+
+@pytest.mark.parametrize("mutant", ["no_resume_mark"])
+async def test_the_storm_finds_this_mutant(case, mutant):
+    assert await storm(case, 12, mutant)
+
+
+async def test_nothing_is_lost_or_doubled_when_the_server_dies_right_before_a_commit(case, tool):
+    tool("strace")
+    async with case.server(box_linger_seconds=5) as server:
+        assert await server.start()
+        async with traffic(server, case.history) as clients:
+            for nth in range(1, seed.times(20, 300) + 1):
+                await server.kill()
+                if await server.start(*INJECT, "-e", f"inject=fsync,fdatasync:signal=SIGKILL:when={nth}"):
+                    await server.ended()
+                else:
+                    await server.ended()
+            await server.restart()
+            await clients.finish()
+        await server.stop()
+        await case.judge(server)
