@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+import apsw
 
 from agent_sdk.local.chain import ChainBroken, link, origin, sum_of
 from agent_sdk.local.formats import LAST_SEQ, bring_up_to_date, event_id, open_turn, version_of
@@ -65,6 +67,8 @@ class Database(Storage):
         self._tails: dict[str, Tail] = {}
         """What is known of the ends of conversations; of use while nobody else writes to the file."""
         self._data_version: int | None = None
+        self._spoiled: dict[str, str] = {}
+        """Conversations that are not used until they are opened anew, and why."""
         try:
             version_of(self)
             if not read_only:
@@ -107,6 +111,7 @@ class Database(Storage):
         Raises:
             ConversationDamaged: it exists, and cannot be used any more.
         """
+        self._spoiled.pop(conversation, None)
         if not self.rows("SELECT 1 FROM conversations WHERE id = ?", (conversation,)):
             made = (conversation, epoch, at, meta, origin(conversation, epoch), None, None, None)
             self.rows(
@@ -126,7 +131,7 @@ class Database(Storage):
         rows = self.rows(f"SELECT {_FIELDS}, sum FROM conversations WHERE id = ?", (conversation,))
         *fields, sum = rows[0]
         if sum_of(*fields) != sum:
-            raise _damaged(conversation, "what is noted about it is not what was written")
+            raise damaged(conversation, "what is noted about it is not what was written")
         return Conversation(*fields)
 
     def change(self, conversation: str, **fields: object) -> None:
@@ -138,13 +143,24 @@ class Database(Storage):
             f"UPDATE conversations SET {names}, sum = ? WHERE id = ?", (*row, sum_of(*row), conversation)
         )
 
+    def spoil(self, conversation: str, why: str) -> None:
+        """Refuse the use of a conversation until `create` is called for it."""
+        self._tails.pop(conversation, None)
+        self._spoiled[conversation] = why
+
+    def renew(self, reason: str) -> None:
+        """Give every conversation another epoch, and a reason to tell its readers: events may be gone."""
+        for id, epoch in self.rows("SELECT id, lower(hex(randomblob(16))) FROM conversations"):
+            with suppress(ConversationDamaged):
+                self.change(id, epoch=epoch, recovered=reason)
+
     def conversations(self) -> list[Listed]:
         """Return all conversations, newest first."""
         fields = ", ".join(f"c.{name}" for name in Conversation._fields)
         rows = self.rows(
             f"SELECT {fields}, c.sum, coalesce(e.id & {LAST_SEQ}, 0), coalesce(e.at, c.created) "
             "FROM conversations c LEFT JOIN events e ON e.id = (SELECT max(id) FROM events "
-            f"WHERE id BETWEEN c.key << 36 AND c.key << 36 | {LAST_SEQ}) ORDER BY c.key DESC"
+            f"WHERE id BETWEEN c.key << 36 AND (c.key << 36) | {LAST_SEQ}) ORDER BY c.key DESC"
         )
         return [Listed(Conversation(*row), sum_of(*row) == sum, head, at) for *row, sum, head, at in rows]
 
@@ -197,12 +213,18 @@ class Database(Storage):
         found: list[tuple[int, bytes]] = []
         size = 0
         with self.snapshot():
-            for seq, body in self.verified(self._key(conversation), after, limit):
+            for seq, body in self._verified(conversation, after, limit):
                 size += len(body)
                 if found and size > max_bytes:
                     break
                 found.append((seq, body))
         return found
+
+    def _verified(self, conversation: str, after: int, limit: int) -> Iterator[tuple[int, bytes]]:
+        try:
+            yield from self.verified(self._key(conversation), after, limit)
+        except apsw.CorruptError as exc:
+            raise damaged(conversation, str(exc)) from exc
 
     def verified(self, key: int, after: int, limit: int) -> Iterator[tuple[int, bytes]]:
         """Yield (seq, body) of the events after a seq, each proven to be what was written.
@@ -232,12 +254,14 @@ class Database(Storage):
         self.change(conversation, open_turn=open_turn(self, key))
 
     def whole_after(self, conversation: str, seq: int) -> bool:
-        """Return whether any event after this one is what was written."""
+        """Return whether any event after this one is what was written, or may be."""
         key = self._key(conversation)
         bounds = event_id(key, seq), event_id(key, LAST_SEQ)
         last: tuple[int, bytes] | None = None
         events = "SELECT id, body, chain FROM events WHERE id BETWEEN ? AND ? ORDER BY id"
         for id, body, chain in self.connection.execute(events, bounds):
+            if last is None and id != bounds[0]:
+                return True  # this one is missing, so nothing can be said of the next
             if last is not None and last[0] + 1 == id and link(last[1], id & LAST_SEQ, body) == chain:
                 return True
             last = id, chain
@@ -261,16 +285,17 @@ class Database(Storage):
             return None
         plain, sealed, sum = rows[0]
         if sum_of(key, plain, sealed) != sum:
-            raise _damaged(conversation, "its settings are not what was written")
+            raise damaged(conversation, "its settings are not what was written")
         return plain, sealed
 
     def _key(self, conversation: str, *, even_damaged: bool = False) -> int:
         rows = self.rows("SELECT key, damaged FROM conversations WHERE id = ?", (conversation,))
         if not rows:
             raise ConversationNotFound(f"no conversation {conversation}", conversation=conversation)
-        key, damaged = rows[0]
-        if damaged and not even_damaged:
-            raise _damaged(conversation, damaged)
+        key, why = rows[0]
+        why = why or self._spoiled.get(conversation)
+        if why and not even_damaged:
+            raise damaged(conversation, why)
         return int(key)
 
     def _origin(self, key: int) -> bytes:
@@ -281,7 +306,8 @@ def _all(key: int) -> tuple[int, int]:
     return event_id(key, 0), event_id(key, LAST_SEQ)
 
 
-def _damaged(conversation: str, why: str) -> ConversationDamaged:
+def damaged(conversation: str, why: str) -> ConversationDamaged:
+    """Return what is raised instead of serving a conversation that is not what was written."""
     return ConversationDamaged(
         f"conversation {conversation} is damaged: {why}; it can only be deleted", conversation=conversation
     )

@@ -42,10 +42,15 @@ class Journal:
         return self.fold.pause_requested
 
     async def replay(self) -> None:
-        """Take in what the log has already; nobody is told of it."""
-        while page := await self.log.read(self.conversation, self.head_seq):
+        """Take in what the log has already; nobody is told of it. A damaged end is cut off.
+
+        Raises:
+            ConversationDamaged: the damage is not at the end.
+        """
+        while page := await self.log.read(self.conversation, self.head_seq, mend=True):
             for _, body in page:
                 self._grow(decode(body))
+        self.epoch = await self.log.epoch(self.conversation)
 
     async def pages(self, after: int) -> AsyncIterator[tuple[int, bytes]]:
         """Yield (seq, JSON) of the events after a seq, up to the head.

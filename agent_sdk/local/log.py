@@ -11,6 +11,7 @@ import builtins
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -19,7 +20,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import LeaseLost
+from agent_sdk.local.chain import ChainBroken
+from agent_sdk.protocol.errors import ConversationDamaged, LeaseLost
 from agent_sdk.protocol.events import Event, LogRecovered, TurnEnded, TurnStarted, Unknown, encode
 
 if TYPE_CHECKING:
@@ -233,14 +235,41 @@ class EventLog:
         return await self._writer.submit(work, lane=conversation, writes=False)
 
     async def read(
-        self, conversation: str, after: int = 0, limit: int = PAGE_EVENTS, max_bytes: int = PAGE_BYTES
+        self,
+        conversation: str,
+        after: int = 0,
+        limit: int = PAGE_EVENTS,
+        max_bytes: int = PAGE_BYTES,
+        *,
+        mend: bool = False,
     ) -> builtins.list[tuple[int, bytes]]:
         """Return (seq, JSON) of the events after a seq, in order, each proven to be what was written.
 
         At most `limit`, and no more than `max_bytes` together unless the first alone is longer.
+
+        Args:
+            mend: nobody uses the conversation yet: cut a damaged end off, begin a new epoch, and say so
+                in a LogRecovered. Damage that whole events follow is never mended.
         """
+        while True:
+            try:
+                return await self._reader.submit(
+                    lambda database: database.page(conversation, after, limit, max_bytes), writes=False
+                )
+            except ChainBroken as broken:
+                seq = broken.seq
+            await self._write(conversation, partial(self._judge, conversation, seq, mend))
+            if not mend:
+                raise ConversationDamaged(
+                    f"conversation {conversation} is damaged from seq {seq} on",
+                    conversation=conversation,
+                    seq=seq,
+                ) from None
+
+    async def epoch(self, conversation: str) -> str:
+        """Return the present epoch."""
         return await self._reader.submit(
-            lambda database: database.page(conversation, after, limit, max_bytes), writes=False
+            lambda database: database.conversation(conversation).epoch, writes=False
         )
 
     async def head(self, conversation: str) -> int:
@@ -301,6 +330,19 @@ class EventLog:
             result = op.result if isinstance(op.result, bytes) else op.result([r.event for r in records])
             database.operations.put(tail.key, op.op_id, op.digest, "", result)
         return records
+
+    def _judge(self, conversation: str, seq: int, mend: bool, database: Database) -> None:
+        """An event was found that is not what was written."""
+        why = f"the event with seq {seq} is not what was written"
+        if database.whole_after(conversation, seq):
+            database.change(conversation, damaged=why)
+        elif mend:
+            database.cut(conversation, seq)
+            database.change(conversation, epoch=new_id())
+            self._heads.pop(conversation, None)
+            self._tell_of_recovery(database, conversation, "the end of the log was damaged")
+        else:
+            database.spoil(conversation, why)
 
     def _tell_of_recovery(self, database: Database, conversation: str, reason: str) -> None:
         head = database.tail(conversation).seq
