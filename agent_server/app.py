@@ -7,6 +7,7 @@ import errno
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import cast
 
 from aiohttp import web
 
@@ -55,6 +56,7 @@ async def listening(config: ServerConfig, lobby: Lobby, routes: Routes) -> Async
     app.add_routes(routes.table())
     runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=LAST_ANSWERS_SECONDS)
     await runner.setup()
+    left: list[Connection] = []
     try:
         crowd = Crowd(config.max_connections, config.max_strangers, lobby.metrics)
         server = runner.server
@@ -77,10 +79,13 @@ async def listening(config: ServerConfig, lobby: Lobby, routes: Routes) -> Async
             yield int(listener.sockets[0].getsockname()[1])
         finally:
             listener.close()
-            for connection in server.connections:
+            left = cast(list[Connection], server.connections)
+            for connection in left:
                 connection.force_close()
     finally:
         await runner.cleanup()
+        for connection in left:
+            connection.abort()  # of those who read nothing something is left to be sent
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -72,6 +72,7 @@ class Connection(web.RequestHandler):
         self.is_stranger = True
         """Whether it has not shown the key yet."""
         self._refused = False
+        self._tcp: asyncio.Transport | None = None
 
     def recognise(self) -> None:
         """It has shown the key."""
@@ -79,8 +80,14 @@ class Connection(web.RequestHandler):
             self.is_stranger = False
             self._crowd.recognise(self.address)
 
+    def abort(self) -> None:
+        """Give up what has not been sent yet, unlike `force_close`."""
+        if self._tcp is not None:
+            self._tcp.abort()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
+        self._tcp = cast(asyncio.Transport, transport)  # other event loops have classes of their own
         peer = transport.get_extra_info("peername")
         self.address = str(peer[0]) if isinstance(peer, tuple) else "local"
         refusal = self._crowd.arrive(self.address)
@@ -88,12 +95,12 @@ class Connection(web.RequestHandler):
             super().connection_made(transport)
             return
         self._refused = True
-        writing = cast(asyncio.Transport, transport)  # other event loops have classes of their own
-        writing.write(_raw_answer(refusal))
-        writing.close()
+        self._tcp.write(_raw_answer(refusal))
+        self._tcp.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """See asyncio.Protocol."""
+        self._tcp = None
         if not self._refused:
             self._crowd.leave(self.address, stranger=self.is_stranger)
             super().connection_lost(exc)

@@ -104,6 +104,10 @@ class Lines:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Write what waits, for at most a second or two, and end the thread."""
         try:
             self._queue.put(None, timeout=1.0)
         except queue.Full:
@@ -136,9 +140,14 @@ class Lines:
 class Logs:
     """A logger and what belongs to it."""
 
-    def __init__(self, log: Log, redactor: Redactor) -> None:
+    def __init__(self, log: Log, redactor: Redactor, lines: Lines) -> None:
         self.log = log
         self.redactor = redactor
+        self._lines = lines
+
+    def end(self) -> None:
+        """Write what waits (1 s at most), then nothing more: for a process that ends without leaving `opened`."""
+        self._lines.end()
 
     def bug(self, bug: BaseException, incident: str, **facts: str) -> None:
         """Log a bug under the incident id that the other side was told."""
@@ -179,7 +188,7 @@ def opened(
             context_class=dict,
         )
         with _foreign_records(log, clock):
-            yield Logs(log, redactor)
+            yield Logs(log, redactor, lines)
 
 
 def _stamp(logger: Any, method: str, event: Event) -> Event:

@@ -1,4 +1,4 @@
-"""Why a server does not start: one sentence for a person, an exit code for whoever started it."""
+"""Why a server does not start, or ends by itself: a sentence for a person, an exit code for whoever started it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ BAD_CONFIGURATION = 2
 """An option is wrong (as argparse exits)."""
 CANNOT_CREATE = 73
 """The data folder cannot be made or written (EX_CANTCREAT of sysexits.h)."""
+DISK_FAILED = 74
+"""A running server lost the disk below its log (EX_IOERR)."""
 TRY_LATER = 75
 """Somebody else has the port or the data folder (EX_TEMPFAIL)."""
 

@@ -37,6 +37,10 @@ from agent_server.upgrade import accept, check_upgrade
 
 PAGE = 1000
 LARGEST_SEQ = 2**53
+CLOSE_SECONDS = 1.5
+"""How long a client may take to agree to the end of its connection."""
+LINGER_SECONDS = 30.0
+"""How long a client that reads nothing can still find out why it was cut off."""
 
 
 class Routes:
@@ -120,7 +124,7 @@ class Routes:
         assert isinstance(request.protocol, Connection)
         session = Session(
             lobby,
-            WebSocketPipe(socket),
+            WebSocketPipe(socket, patience=CLOSE_SECONDS, linger=LINGER_SECONDS),
             request.protocol,
             wanted=wanted,
             key_shown=request[KEY_SHOWN],

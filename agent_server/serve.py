@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -24,10 +25,10 @@ from agent_server.hosts import is_loopback
 from agent_server.lobby import Lobby
 from agent_server.logs import Log, Logs
 from agent_server.metrics import Metrics
-from agent_server.refusal import CANNOT_CREATE, StartRefused
+from agent_server.refusal import CANNOT_CREATE, DISK_FAILED, StartRefused
 from agent_server.routes import Routes
 from agent_server.session import CLOSE_DRAINING
-from agent_server.work import Work
+from agent_server.work import RETRY_AFTER_MS, Work
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FOR_WORK = 0.95
@@ -47,13 +48,15 @@ class Ready(Struct, frozen=True, kw_only=True):
 
 
 OnReady = Callable[[Ready], None]
+OnFailure = Callable[[BaseException], object]
 
 
 async def serve(config: ServerConfig, *, on_ready: OnReady, log_to: TextIO | None = None) -> None:
     """Run a server until SIGTERM or SIGINT. It prints nothing; its log goes to standard error.
 
     The first signal drains: new work is refused, running calls get `drain_seconds`, then connections are
-    closed with 4503 and boxes ended. The second signal ends it at once.
+    closed with 4503 and boxes ended. The second signal ends it at once. When the disk below the log fails
+    the process exits with 74 in the same moment: nothing more is acknowledged, boxes are left alone.
 
     Args:
         on_ready: called once when connections are accepted.
@@ -63,7 +66,7 @@ async def serve(config: ServerConfig, *, on_ready: OnReady, log_to: TextIO | Non
         StartRefused: it cannot start; the text is one sentence for a person.
     """
     with _signals() as stop:
-        async with serving(config, on_ready=on_ready, stop=stop, log_to=log_to):
+        async with serving(config, on_ready=on_ready, stop=stop, log_to=log_to, on_failure=_exit):
             await stop.asked.wait()
 
 
@@ -81,9 +84,18 @@ class Stop:
 
 @asynccontextmanager
 async def serving(
-    config: ServerConfig, *, on_ready: OnReady, stop: Stop | None = None, log_to: TextIO | None = None
+    config: ServerConfig,
+    *,
+    on_ready: OnReady,
+    stop: Stop | None = None,
+    log_to: TextIO | None = None,
+    on_failure: OnFailure | None = None,
 ) -> AsyncIterator[None]:
-    """Run a server for the length of the block; leaving drains it. See `serve`."""
+    """Run a server for the length of the block; leaving drains it. See `serve`.
+
+    Args:
+        on_failure: called when the disk below the log has failed, and no write can be trusted any more.
+    """
     stop = stop or Stop()
     with (
         logs.opened(style=config.log_format, level=config.log_level, stream=log_to) as opened,
@@ -97,6 +109,8 @@ async def serving(
             _event_log(folder.log) as log,
             Conversations(config, folder, log, opened, metrics, work) as conversations,
         ):
+            if on_failure is not None:
+                log.failed.add_done_callback(partial(_failed, opened, on_failure))
             lobby = Lobby(config, conversations, Authority(key), opened, metrics, work)
             routes = Routes(lobby)
             async with listening(config, lobby, routes) as port:
@@ -132,7 +146,7 @@ async def _drain(
     await _either(waiting, asyncio.ensure_future(stop.now.wait()))
     finished = not waiting.cancelled() and waiting.result()
     dismissing = asyncio.ensure_future(
-        lobby.dismiss(CLOSE_DRAINING, "the server is stopping; come back in a moment")
+        lobby.dismiss(CLOSE_DRAINING, f"the server is stopping; retry_after_ms={RETRY_AFTER_MS}")
     )
     # Clients that listen hear why they are cut off before their commands are ended; frozen ones hold nothing up.
     await asyncio.wait([dismissing], timeout=FAREWELL_SECONDS)
@@ -149,6 +163,21 @@ async def _either(*tasks: asyncio.Future[bool]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _failed(logs: Logs, on_failure: OnFailure, failed: asyncio.Future[BaseException]) -> None:
+    if not failed.cancelled():
+        error = failed.result()
+        logs.log.critical(
+            "disk_failed", problem=str(error), advice="the server ends; boxes and commands go on"
+        )
+        logs.end()
+        on_failure(error)
+
+
+def _exit(error: BaseException) -> None:
+    """End without leaving anything: every clean-up would write, or acknowledge, or end what goes on."""
+    os._exit(DISK_FAILED)
 
 
 @asynccontextmanager

@@ -53,10 +53,17 @@ class WebSocket(Protocol):
 class WebSocketPipe:
     """See Pipe."""
 
-    def __init__(self, ws: WebSocket, *, patience: float = CLOSE_SECONDS) -> None:
-        """Take over an open WebSocket; `patience`: seconds for the other end to agree to a close."""
+    def __init__(self, ws: WebSocket, *, patience: float = CLOSE_SECONDS, linger: float = 0.0) -> None:
+        """Take over an open WebSocket.
+
+        Args:
+            patience: seconds for the other end to agree to a close.
+            linger: seconds for which what was on its way, the close frame too, stays there for an other end
+                that did not agree; nobody waits for that.
+        """
         self._ws = ws
         self._patience = patience
+        self._linger = linger
         self._lost: ConnectionLost | None = None
 
     async def send(self, frame: bytes | bytearray | memoryview, *, text: bool) -> None:
@@ -92,18 +99,25 @@ class WebSocketPipe:
         raise self._end(self._ws.close_code or 1006, "" if broken is None else str(broken))
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """See Pipe. A socket that does not agree in time is shut down."""
+        """See Pipe. A socket that does not agree in time is shut down, after it has lingered."""
         self._end(code, reason)
         transport = self._ws.get_extra_info("socket")
         try:
             async with asyncio.timeout(self._patience):
                 await self._ws.close(code=code, message=reason.encode()[:REASON_BYTES])
         except (TimeoutError, ClientError, ConnectionError):
-            _shut_down(transport)
+            self._let_linger(transport)
         except asyncio.CancelledError:
-            _shut_down(transport)
             if _is_cancelled():
+                _shut_down(transport)
                 raise
+            self._let_linger(transport)
+
+    def _let_linger(self, transport: Any) -> None:
+        if self._linger:
+            asyncio.get_running_loop().call_later(self._linger, _shut_down, transport)
+        else:
+            _shut_down(transport)
 
     async def _text(self, data: bytes | str) -> bytes:
         if isinstance(data, str):

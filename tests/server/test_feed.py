@@ -247,3 +247,17 @@ async def test_a_feed_of_a_connection_that_ends_while_it_replays_ends_too(connec
     async with feed(source, reader, peer):
         await peer.close()
     assert (reader.stuck, source.listeners) == ([], [])
+
+
+async def test_an_event_longer_than_the_budget_arrives_in_its_place(connected):
+    reader, peer = connected
+    source = Source(0)
+    source.log = [large(1), (2, b'{"seq":2,"x":"%b"}' % (b"x" * (3 << 20))), large(3)]
+    source.head_seq = 3
+    async with feed(source, reader, peer):
+        assert await reader.until(3) == [1, 2, 3]
+        await live(source)
+        for seq in (4, 5, 6):
+            source.log.append((seq, b'{"seq":%d,"x":"%b"}' % (seq, b"x" * (3 << 20))))
+            source.announce()
+        assert await reader.until(6) == [1, 2, 3, 4, 5, 6]
