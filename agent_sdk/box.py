@@ -1,8 +1,9 @@
-"""A box: one LocalWorkspace behind a Unix socket. `python -m agent_sdk.box --socket PATH --root DIR`.
+"""A box: one LocalWorkspace behind a Unix socket. `python -m agent_sdk.box --folder PATH --root DIR`.
 
-It owns the processes, terminals, output and files of its workspace and outlives every connection.
-It prints `ready` when it listens, ends on SIGTERM, and by itself when nobody has been connected for
-`--linger` seconds, so that a killed server leaves nothing behind. It needs no network and no aiohttp.
+It owns the processes, terminals, output and files of its workspace and outlives every connection and
+the server that started it. It listens at `box.sock` in a folder of its own, prints `ready` when it does,
+ends on SIGTERM, and by itself when nobody has been connected for `--linger` seconds: then it ends its
+commands and removes their output and its folder. It needs no network and no aiohttp.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import suppress
 
+from agent_sdk.ids import new_id
 from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.protocol.methods import ClientInfo, Initialize, Initialized, Ping, Pong
@@ -32,23 +34,29 @@ from agent_sdk.rpc.unix import serve_unix
 from agent_sdk.serve import weight, workspace_handlers
 from agent_sdk.version import __version__
 
+SOCKET, RECORD = "box.sock", "box.json"
+LOG_BYTES = 1 << 20
+FIRST_SECONDS = 30.0
+"""How long it waits for its first company at least, however short it lingers later."""
+
 logger = logging.getLogger("agent_sdk.box")
 
 
 class Box:
     """What serves the connections of one workspace; see the module's docstring."""
 
-    def __init__(self, workspace: LocalWorkspace, *, linger: float) -> None:
+    def __init__(self, workspace: LocalWorkspace, *, linger: float, instance: str) -> None:
         self._handlers: dict[type, Handler] = {
             **workspace_handlers(workspace, Ledger(weigh=weight)),
             Initialize: self._initialize,
             Ping: self._ping,
         }
         self._linger = linger
+        self._instance = instance
         self._connected = 0
         self._alone: asyncio.TimerHandle | None = None
         self.over = asyncio.Event()
-        self._wait_for_company()
+        self._wait_for_company(max(linger, FIRST_SECONDS))
 
     async def serve(self, pipe: Pipe) -> None:
         """Serve one connection until it ends."""
@@ -60,11 +68,11 @@ class Box:
                 await peer.wait_closed()
         finally:
             self._connected -= 1
-            self._wait_for_company()
+            if self._connected == 0:
+                self._wait_for_company(self._linger)
 
-    def _wait_for_company(self) -> None:
-        if self._connected == 0:
-            self._alone = asyncio.get_running_loop().call_later(self._linger, self.over.set)
+    def _wait_for_company(self, seconds: float) -> None:
+        self._alone = asyncio.get_running_loop().call_later(seconds, self.over.set)
 
     async def _initialize(self, params: Initialize, call: Inbound) -> Initialized:
         call.peer.other_limits = params.limits
@@ -72,7 +80,7 @@ class Box:
             protocol_version=PROTOCOL_VERSION,
             server=ClientInfo(name="agent-box", version=__version__),
             limits=Limits(),
-            connection_id="box",
+            connection_id=self._instance,
             heartbeat_s=20.0,
         )
 
@@ -80,49 +88,69 @@ class Box:
         return Pong()
 
 
-async def serve(
-    socket: str, root: str, *, working_dir: str | None, confined: bool, linger: float, spool: str | None
-) -> None:
+class BoundedLog(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to standard error. Where that is a file it begins anew after 1 MiB: nobody else looks after it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Part of logging.Handler."""
+        with suppress(OSError):
+            if os.fstat(2).st_size > LOG_BYTES:
+                os.ftruncate(2, 0)
+        super().emit(record)
+
+
+async def serve(given: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT comes or nobody is connected for `linger` seconds."""
     loop = asyncio.get_running_loop()
-    async with LocalWorkspace(root, working_dir=working_dir, confined=confined, spool_dir=spool) as workspace:
-        box = Box(workspace, linger=linger)
+    async with LocalWorkspace(
+        given.root, working_dir=given.working_dir, confined=not given.unconfined, spool_dir=given.spool
+    ) as workspace:
+        box = Box(workspace, linger=given.linger, instance=given.instance or new_id())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, box.over.set)
-        async with serve_unix(socket, box.serve):
-            sys.stdout.write("ready\n")
-            sys.stdout.flush()
+        async with serve_unix(os.path.join(given.folder, SOCKET), box.serve):
+            _say_ready()
             await box.over.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a box; returns the exit code."""
     parser = argparse.ArgumentParser(prog="agent_sdk.box", description="Serve a workspace on a Unix socket.")
-    parser.add_argument("--socket", required=True, help="path of the socket, at most 107 bytes")
+    parser.add_argument("--folder", required=True, help=f"its own folder, for {SOCKET}; removed at its end")
     parser.add_argument("--root", required=True, help="folder of the workspace")
     parser.add_argument("--working-dir", help="where commands start; default: the root")
-    parser.add_argument("--spool", help="folder for output of commands; default: a temporary one")
+    parser.add_argument("--spool", help="its own folder for output of commands; default: a temporary one")
     parser.add_argument("--unconfined", action="store_true", help="file calls may leave the root")
-    parser.add_argument("--linger", type=float, default=30.0, help="seconds to live without a connection")
+    parser.add_argument("--linger", type=float, default=3600.0, help="seconds to live without a connection")
+    parser.add_argument("--instance", help="what it calls itself; default: a random name")
     given = parser.parse_args(arguments)
+    logging.basicConfig(handlers=[BoundedLog()], level=logging.WARNING)
     try:
-        asyncio.run(
-            serve(
-                given.socket,
-                given.root,
-                working_dir=given.working_dir,
-                confined=not given.unconfined,
-                linger=given.linger,
-                spool=given.spool,
-            )
-        )
+        asyncio.run(serve(given))
     except (AgentServerError, OSError) as exc:
         sys.stderr.write(f"box: {exc}\n")
         return 1
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(given.socket)
+    _remove(given.folder, given.spool)
     return 0
+
+
+def _say_ready() -> None:
+    """Tell whoever started it, who may be gone by now; nothing it says later may depend on them."""
+    with suppress(BrokenPipeError):
+        os.write(1, b"ready\n")
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def _remove(folder: str, spool: str | None) -> None:
+    """Remove our folders; whoever finds the record knows that we are not done yet, so it goes last."""
+    with suppress(OSError):
+        if spool is not None:
+            os.rmdir(spool)
+        for name in sorted(os.listdir(folder), key=RECORD.__eq__):
+            os.unlink(os.path.join(folder, name))
+        os.rmdir(folder)
 
 
 def _log_bug(bug: BaseException, incident: str) -> None:

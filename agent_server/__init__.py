@@ -9,8 +9,9 @@ routes:         what is at which address           answers:       JSON over HTTP
 event_stream:   events as Server-Sent Events       lobby:         what all WebSockets share
 session:        one WebSocket                      introduction:  `initialize`
 feed:           replay, then live                  handlers:      method class to coroutine
+workspace:      a hosted conversation's workspace
 conversations:  all conversations                  hosted:        one of them, in memory
-client_tools:   tools in the client's process      workspace:     a box that starts when it is needed
+client_tools:   tools in the client's process      boxes:         their starts, ends and survival
 work:           what runs now; draining            metrics:       numbers for Prometheus
 config:         every option                       data_folder:   where things last, and its lock
 logs:           log lines without secrets          refusal:       why a server does not start

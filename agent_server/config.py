@@ -56,8 +56,11 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """How long running calls may go on after SIGTERM."""
     isolation: Literal["none"] = "none"
     """How boxes are kept apart from this machine; `none`: plain processes of the server's user."""
-    box_linger_seconds: Seconds = 30.0
-    """How long a box lives when its server is gone."""
+    boxes_on_stop: Literal["keep", "end"] = "keep"
+    """What becomes of boxes in which something runs when the server stops. `keep`: they go on, and the next server
+    finds them; whatever supervises the server must end its main process alone (systemd: `KillMode=process`)."""
+    box_linger_seconds: Seconds = 3600.0
+    """How long a box lives when its server is gone; then it ends what runs in it."""
     idle_seconds: Seconds = 1200.0
     """How long a conversation that nobody uses keeps its box and its place in memory."""
     handshake_seconds: Timeout = 10.0

@@ -6,9 +6,8 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import msgspec
 from msgspec import Struct
@@ -26,16 +25,14 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.protocol.specs import WorkspaceSpec
-from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Peer
+from agent_server.boxes import Boxes, BoxLink
 from agent_server.config import ServerConfig
 from agent_server.data_folder import DataFolder
 from agent_server.hosted import CLOSE_GONE, Hosted
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
 from agent_server.work import Work
-from agent_server.workspace import HostedWorkspace, Place
-from workspaces.box_process import BoxProcess
 
 SHOWN_ID = 64
 RESUMED_AT_ONCE = 8
@@ -73,7 +70,8 @@ class Conversations:
         self._work = work
         self._notes: dict[str, Note] = {}
         self._hosted: dict[str, Hosted] = {}
-        self._workspaces: dict[str, HostedWorkspace] = {}
+        self._boxes = Boxes(config, folder, logs, self._count_boxes)
+        self._stopping = False
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._letting_go: set[asyncio.Task[None]] = set()
@@ -86,6 +84,7 @@ class Conversations:
         rows = await self._log.list()
         for row in rows:
             self._notes[row.id] = _note(row)
+        await self._boxes.__aenter__()
         abandoned = [row.id for row in rows if row.open_turn is not None and not row.damaged]
         self._resuming = asyncio.create_task(self._resume(abandoned))
         return self
@@ -94,7 +93,8 @@ class Conversations:
         await self.close()
 
     async def close(self) -> None:
-        """Let go of everything, leave turns to the next server, and end all boxes; may be called again."""
+        """Let go of everything, leave turns and boxes to the next server; may be called again."""
+        self._stopping = True
         if self._resuming is not None:
             self._resuming.cancel()
             await asyncio.wait([self._resuming])
@@ -104,7 +104,7 @@ class Conversations:
             self._begin_close(id)
         if self._closing:
             await asyncio.wait(self._closing.values())
-        await asyncio.gather(*(workspace.close() for workspace in self._workspaces.values()))
+        await self._boxes.close()
 
     def __contains__(self, id: str) -> bool:
         return id in self._notes
@@ -198,9 +198,7 @@ class Conversations:
         hosted.dismiss(CLOSE_GONE, "the conversation was deleted", but=caller)
         self._logs.log.info("conversation_deleted", conversation=id)
         if note is not None and not any(other.owner == note.owner for other in self._notes.values()):
-            workspace = self._workspaces.pop(note.owner, None)
-            if workspace is not None:
-                await workspace.close()
+            await self._boxes.forget(note.owner)
             await asyncio.to_thread(shutil.rmtree, self._folder.workspace(note.owner), ignore_errors=True)
 
     def wind_down(self) -> None:
@@ -245,7 +243,7 @@ class Conversations:
             hosted = Hosted(
                 id,
                 self._log,
-                self._workspace(note),
+                self._link(note),
                 logs=self._logs,
                 metrics=self._metrics,
                 work=self._work,
@@ -273,8 +271,8 @@ class Conversations:
         try:
             await hosted.close()
             others = (other for other in self._hosted.values() if other is not hosted)
-            if not any(other.workspace is hosted.workspace for other in others):
-                await hosted.workspace.release()
+            if not self._stopping and not any(other.link is hosted.link for other in others):
+                await hosted.link.release()
         finally:
             del self._hosted[id]
             del self._closing[id]
@@ -297,38 +295,11 @@ class Conversations:
             return Note(owner=other.owner, working_dir=other.working_dir)
         return Note(owner=id, working_dir=_existing_folder(spec.working_dir))
 
-    def _workspace(self, note: Note) -> HostedWorkspace:
-        workspace = self._workspaces.get(note.owner)
-        if workspace is None:
-            workspace = HostedWorkspace(
-                partial(self._open_place, note), partial(self._box_changed, note.owner)
-            )
-            self._workspaces[note.owner] = workspace
-        return workspace
+    def _link(self, note: Note) -> BoxLink:
+        return self._boxes.link(note.owner, Path(note.working_dir) if note.working_dir else None)
 
-    @asynccontextmanager
-    async def _open_place(self, note: Note) -> AsyncIterator[Place]:
-        log = self._logs.log.bind(box=note.owner)
-        root = Path(note.working_dir) if note.working_dir else self._folder.workspace(note.owner)
-        async with (
-            BoxProcess(
-                root,
-                self._folder.sockets / f"{note.owner}.sock",
-                spool=self._folder.output,
-                linger=self._config.box_linger_seconds,
-                environment=self._config.box_environment,
-                on_line=lambda line: log.warning("box_spoke", line=line),
-            ) as box,
-            RemoteWorkspace(box.url) as workspace,
-        ):
-            yield Place(workspace, box.wait_ended)
-
-    def _box_changed(self, owner: str, state: Literal["ready", "stopped", "lost"]) -> None:
-        self._metrics.boxes.set(sum(workspace.is_running for workspace in self._workspaces.values()))
-        if state == "lost":
-            self._logs.log.warning("box_lost", box=owner)
-        else:
-            self._logs.log.info(f"box_{'started' if state == 'ready' else 'ended'}", box=owner)
+    def _count_boxes(self) -> None:
+        self._metrics.boxes.set(self._boxes.running)
 
 
 def _note(row: ConversationRow) -> Note:

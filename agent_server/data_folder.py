@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-import shutil
-import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from agent_server.refusal import CANNOT_CREATE, TRY_LATER, StartRefused
-from workspaces.box_process import SOCKET_BYTES
 
 LOCK_FILE = "lock"
-LONGEST_NAME = 48
-"""Of a socket in its folder: a slash, the id of a conversation, a suffix."""
 
 
 class DataFolder:
     """Where things are below the data folder."""
 
-    def __init__(self, root: Path, sockets: Path) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = root
-        self.sockets = sockets
-        """Where boxes listen; in the data folder, where that path is short enough for sockets."""
 
     @property
     def log(self) -> Path:
@@ -35,8 +26,13 @@ class DataFolder:
         return self.root / "log.db"
 
     @property
+    def boxes(self) -> Path:
+        """A folder per box, named after its owner: its socket, and what a later server finds it by."""
+        return self.root / "boxes"
+
+    @property
     def output(self) -> Path:
-        """What commands said, for as long as their box lives."""
+        """A folder per box: what commands said, for as long as their box lives."""
         return self.root / "output"
 
     def workspace(self, conversation: str) -> Path:
@@ -61,32 +57,9 @@ def locked(root: Path) -> Iterator[DataFolder]:
         ) from None
     try:
         _lock(descriptor, root)
-        with _sockets(root) as sockets:
-            yield DataFolder(root, sockets)
+        yield DataFolder(root)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _sockets(root: Path) -> Iterator[Path]:
-    """The folder of the boxes' sockets. A path that is too long is replaced by one that is the same at every start,
-    so that a server that was killed leaves one folder behind at most, and its successor finds it."""
-    folder = root / "boxes"
-    if len(os.fsencode(folder)) > SOCKET_BYTES - LONGEST_NAME:
-        digest = hashlib.sha256(os.fsencode(root)).hexdigest()
-        folder = Path(tempfile.gettempdir(), f"agent-boxes-{digest[:16]}")
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-    except OSError as exc:
-        raise StartRefused(f"{folder} cannot be made: {exc.strerror}", exit_code=CANNOT_CREATE) from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise StartRefused(f"{folder} belongs to somebody else; remove it", exit_code=CANNOT_CREATE)
-    folder.chmod(0o700)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock(descriptor: int, root: Path) -> None:

@@ -15,6 +15,7 @@ from agent_sdk.protocol.methods import Method
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.rpc.peer import Handler, Peer
 from agent_sdk.serve import weight
+from agent_server.boxes import BoxLink
 from agent_server.client_tools import ClientTools
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
@@ -44,14 +45,15 @@ class Hosted:
         self,
         id: str,
         log: EventLog,
-        workspace: HostedWorkspace,
+        link: BoxLink,
         *,
         logs: Logs,
         metrics: Metrics,
         work: Work,
     ) -> None:
         self.id = id
-        self.workspace = workspace
+        self.link = link
+        self.workspace = workspace = HostedWorkspace(link)
         self.tools = ClientTools()
         self.ledger = CountedLedger(work, weigh=weight)
         self.guests: set[Guest] = set()

@@ -6,13 +6,11 @@ that leads to the box; several conversations may share one.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from os import PathLike
-from typing import Literal, NamedTuple, Self
+from typing import Self
 
-from agent_sdk.protocol.errors import WorkspaceUnavailable
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.workspace import (
     ExecResult,
@@ -31,97 +29,32 @@ from agent_sdk.workspace import (
     Transferred,
     WorkspaceInfo,
 )
-
-
-class Place(NamedTuple):
-    """A box that runs, and the way to it."""
-
-    workspace: RemoteWorkspace
-    ended: Callable[[], Awaitable[object]]
-    """Returns when the box has ended by itself."""
-
-
-OpenPlace = Callable[[], AbstractAsyncContextManager[Place]]
-OnChange = Callable[[Literal["ready", "stopped", "lost"]], None]
+from agent_server.boxes import BoxLink
 
 
 class HostedWorkspace:
-    """See the module's docstring. Nothing starts before the first use; `close` is for good."""
+    """See the module's docstring. Nothing starts before the first use."""
 
-    def __init__(self, open_place: OpenPlace, on_change: OnChange) -> None:
-        """Take what starts a box and ends it again, and whom to tell about it."""
-        self._open_place = open_place
-        self._on_change = on_change
-        self._opening: asyncio.Future[RemoteWorkspace] | None = None
-        self._keeper: asyncio.Task[None] | None = None
-        self._let_go: asyncio.Event | None = None
-        self._closed = False
+    def __init__(self, link: BoxLink) -> None:
+        self.link = link
 
     def __repr__(self) -> str:
-        return f"<HostedWorkspace {'running' if self.is_running else 'at rest'}>"
+        return f"<HostedWorkspace {self.link!r}>"
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self.close()
+        return None
 
     @property
     def is_running(self) -> bool:
         """Whether there is a box, or one is starting."""
-        return self._opening is not None
+        return self.link.is_running
 
     async def opened(self) -> RemoteWorkspace:
-        """Return the way to the box, starting it when there is none. Cancelling does not stop its start.
-
-        Raises:
-            WorkspaceUnavailable: it did not start, or the workspace is closed.
-        """
-        while self._opening is None:
-            if self._closed:
-                raise WorkspaceUnavailable("the workspace is closed", phase="closed")
-            former = self._keeper
-            if former is not None:
-                await asyncio.wait([former])  # its box is still ending
-                if self._keeper is former:
-                    self._keeper = None
-                continue
-            self._let_go = asyncio.Event()
-            self._opening = asyncio.get_running_loop().create_future()
-            self._keeper = asyncio.create_task(self._keep(self._opening, self._let_go))
-        return await asyncio.shield(self._opening)
-
-    async def release(self) -> None:
-        """End the box with all that runs in it; the next use starts another, when this one has ended."""
-        self._opening = None
-        if self._let_go is not None:
-            self._let_go.set()
-        if self._keeper is not None:
-            await asyncio.wait([self._keeper])
-
-    async def close(self) -> None:
-        """End the box; the workspace cannot be used any more."""
-        self._closed = True
-        await self.release()
-
-    async def _keep(self, opening: asyncio.Future[RemoteWorkspace], let_go: asyncio.Event) -> None:
-        """Own one box from its start to its end."""
-        state: Literal["stopped", "lost"] = "stopped"
-        try:
-            async with self._open_place() as place:
-                opening.set_result(place.workspace)
-                self._on_change("ready")
-                state = await _stay(place, let_go)
-                self._opening = None
-        except Exception as exc:  # noqa: BLE001  whoever waits for the box gets it, whatever it is
-            if opening.done():
-                state = "lost"
-            else:
-                opening.set_exception(exc)
-                opening.exception()  # those who waited may be gone
-        finally:
-            self._opening = None
-            self._on_change(state)
+        """Return the way to the box, starting it when there is none."""
+        return RemoteWorkspace.over((await self.link.linked()).peer)
 
     # --- the contract ---
 
@@ -211,19 +144,6 @@ class HostedWorkspace:
     ) -> Transferred:
         """See Workspace.write_stream."""
         return await (await self.opened()).write_stream(path, chunks, size=size, mode=mode)
-
-
-async def _stay(place: Place, let_go: asyncio.Event) -> Literal["stopped", "lost"]:
-    """Wait until the box is not wanted any more or has ended by itself; returns which."""
-    wanted = asyncio.ensure_future(let_go.wait())
-    ended = asyncio.ensure_future(place.ended())
-    try:
-        await asyncio.wait([wanted, ended], return_when=asyncio.FIRST_COMPLETED)
-        return "stopped" if wanted.done() else "lost"
-    finally:
-        for task in (wanted, ended):
-            task.cancel()
-        await asyncio.gather(wanted, ended, return_exceptions=True)
 
 
 _Open = Callable[[], Awaitable[RemoteWorkspace]]

@@ -45,7 +45,8 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running
     """One server for the whole run; every workspace and conversation on it is fresh."""
     data = tmp_path_factory.mktemp("server")
     command = [sys.executable, "-m", "agent_server", "serve", "--port", "0", "--json", "--data", str(data)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    environment = {**os.environ, "AGENT_SERVER_BOXES_ON_STOP": "end"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         try:
             assert process.stdout is not None
             ready = json.loads(process.stdout.readline())

@@ -1,38 +1,60 @@
-"""A box as a child process of this machine: started, waited for, ended. What it does inside is its own business."""
+"""A box as a process of this machine: started or found, waited for, ended or let go on without us.
+
+It has a folder of its own: `box.sock` is where it listens, `box.json` says which process it is, `box.log`
+is its standard error. Its name (`instance`) stands in its environment, which its commands inherit, and
+in `box.json` before it starts. So whatever is killed at whichever moment, whoever comes next finds all of it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import shutil
 import signal
+import subprocess
 import sys
-import tempfile
-from collections import deque
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+import msgspec
+from msgspec import Struct
+
 import agent_sdk
-from agent_sdk.local.process_tree import Tree, end_tree
+from agent_sdk.box import RECORD, SOCKET
+from agent_sdk.disk import in_thread
+from agent_sdk.ids import new_id
+from agent_sdk.local.process_tree import Tree, end_tree, started_ticks
 from agent_sdk.protocol.errors import PathNotFound, WorkspaceUnavailable
 
-SOCKET_BYTES = 107
-"""Longest path of a Unix socket (sun_path of Linux, without its NUL)."""
 MARKER = "AGENT_BOX"
 """Names a box in its environment, which its commands inherit: so they are found when it could not end them."""
+LOG = "box.log"
 START_SECONDS = 30.0
 END_SECONDS = 8.0
 """Longer than the 5 s that a box gives its commands between TERM and KILL."""
 LAST_WORDS = 20
-LONGEST_LINE = 64 << 10
+LAST_BYTES = 64 << 10
 
-OnLine = Callable[[str], None]
+
+class Record(Struct, frozen=True):
+    """Which process a box is."""
+
+    instance: str
+    boot: str
+    """Of the machine: after another one nothing of it can be left."""
+    started: float
+    """Seconds since the Unix epoch."""
+    pid: int = 0
+    """0: it was about to start."""
+    ticks: int = 0
+    """When the process started, as the kernel counts: tells it from a later one of the same number."""
 
 
 class BoxProcess:
-    """One box. Entering starts it and waits until it listens; leaving ends it and everything that runs in it.
+    """One box. `async with` starts it, unless it was found, and ends it with everything that runs in it.
 
     Cancelling while it starts ends it, too.
     """
@@ -40,122 +62,177 @@ class BoxProcess:
     def __init__(
         self,
         root: Path,
-        socket: Path,
+        folder: Path,
         *,
         working_dir: Path | None = None,
         spool: Path | None = None,
         confined: bool = True,
-        linger: float = 30.0,
+        linger: float = 3600.0,
         environment: Mapping[str, str] | None = None,
-        on_line: OnLine | None = None,
+        instance: str | None = None,
     ) -> None:
         """Describe it.
 
         Args:
             root: the folder of the workspace; it must exist.
-            socket: where it should listen; when the path is too long for a socket, it is in a private
-                temporary folder instead, see `url`.
+            folder: its own, made at its start and removed at its end.
             working_dir: where commands start; None: the root.
-            spool: folder below which it keeps the output of commands; None: a temporary place.
+            spool: its own folder for the output of commands, removed at its end; None: a temporary place.
             confined: whether file calls are kept below the root.
             linger: seconds it goes on without any connection.
             environment: all it knows of the environment; None: a PATH and nothing else.
-            on_line: called with each line it says on standard error.
+            instance: its name; None: a new one.
         """
         self.root = root
-        self._socket = socket
+        self.folder = folder
+        self.instance = instance or new_id()
         self._working_dir = working_dir
         self._spool = spool
         self._confined = confined
         self._linger = linger
-        self._mark = f"{MARKER}={secrets.token_hex(8)}"
         self._environment = {"PATH": os.defpath} if environment is None else dict(environment)
-        self._environment[MARKER] = self._mark.removeprefix(f"{MARKER}=")
-        self._on_line = on_line
-        self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
-        self._process: asyncio.subprocess.Process | None = None
-        self._listening: asyncio.Task[None] | None = None
-        self._folder: Path | None = None
+        self._pid: int | None = None
+        self._pidfd = -1
+        self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def find(cls, folder: Path, spool: Path | None = None) -> Self | None:
+        """Return the box that lives in this folder. Of a dead one everything is ended and removed."""
+        try:
+            record = msgspec.json.decode((folder / RECORD).read_bytes(), type=Record)
+        except (OSError, msgspec.DecodeError):  # nothing was started before that file was whole
+            await in_thread(_remove, spool, folder)
+            return None
+        box = cls(folder, folder, spool=spool, instance=record.instance)
+        if record.boot == _boot():
+            with suppress(OSError):
+                box._watch(record.pid)
+                if record.ticks and started_ticks(record.pid) == record.ticks:
+                    return box
+                box.let_go()
+            await end_tree(box._tree, grace=0)
+        await in_thread(_remove, spool, folder)
+        return None
 
     def __repr__(self) -> str:
-        pid = self._process.pid if self._process else None
-        return f"<BoxProcess of {self.root} {f'pid {pid}' if pid else 'not started'}>"
+        return f"<BoxProcess {self.instance} {f'pid {self._pid}' if self._pid else 'not started'}>"
 
     @property
     def url(self) -> str:
         """Where it listens, as `RemoteWorkspace` takes it."""
-        return f"unix://{self._socket}"
+        return f"unix://{self.folder / SOCKET}"
 
     @property
     def pid(self) -> int | None:
         """Its process id; None before it started."""
-        return self._process.pid if self._process else None
+        return self._pid
+
+    @property
+    def ended(self) -> asyncio.Future[int | None]:
+        """Done when it has ended, with its exit code (negative for a signal), which only its starter learns."""
+        return self._ended
 
     async def __aenter__(self) -> Self:
-        if not self.root.is_dir():
-            raise PathNotFound(f"no such folder: {self.root}", path=str(self.root))
-        self._place_socket()
-        try:
-            await self._start()
-        except BaseException:
-            await asyncio.shield(self._end())
-            raise
+        if self._pid is None:
+            await self.start()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await asyncio.shield(self._end())
+        await self.end()
 
-    async def wait_ended(self) -> int:
-        """Wait until it has ended by itself or otherwise; returns its exit code, negative for a signal."""
-        if self._process is None:
-            raise WorkspaceUnavailable("the box was not started", phase="start")
-        return await self._process.wait()
+    async def start(self) -> None:
+        """Start it and wait until it listens.
 
-    def _place_socket(self) -> None:
-        if len(os.fsencode(self._socket)) > SOCKET_BYTES:
-            self._folder = Path(tempfile.mkdtemp(prefix="agent-box-"))
-            self._socket = self._folder / "box.sock"
-        else:
-            self._socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        Raises:
+            PathNotFound: the root is missing.
+            WorkspaceUnavailable: it did not start; the sentence has its last words.
+        """
+        if not self.root.is_dir():
+            raise PathNotFound(f"no such folder: {self.root}", path=str(self.root))
+        try:
+            await self._start()
+        except BaseException:
+            await self.end()
+            raise
+
+    async def end(self) -> None:
+        """End it with everything that runs in it, and remove its folders. Cancelling does not stop that."""
+        await asyncio.shield(asyncio.ensure_future(self._end()))
+
+    def kill(self) -> None:
+        """Kill the box alone; `end` cleans up after it."""
+        if self._pidfd >= 0:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def let_go(self) -> None:
+        """Leave it to itself: it goes on until its `linger` is over, and can be found again until then."""
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def last_words(self) -> str:
+        """Return the end of what it said on standard error, as one line. Blocks for some system calls."""
+        with suppress(OSError), (self.folder / LOG).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
+            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+            return " | ".join(line for line in lines[-LAST_WORDS:] if line)
+        return ""
+
+    # --- its start ---
 
     async def _start(self) -> None:
+        record = Record(instance=self.instance, boot=_boot(), started=time.time())
+        reading, writing = os.pipe()
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command(),
-                # Beside the package, so that `-m` finds it however it was installed.
-                cwd=Path(agent_sdk.__file__).parent.parent,
-                env=self._environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,
-                limit=LONGEST_LINE,
-            )
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _write(self.folder, record)
+            popen = self._spawn(writing)
         except OSError as exc:
+            os.close(reading)
             raise WorkspaceUnavailable(f"the box did not start: {exc.strerror}", phase="start") from None
-        self._listening = asyncio.create_task(self._listen(self._process))
+        finally:
+            os.close(writing)
+        try:
+            self._watch(popen.pid)
+            ticks = started_ticks(popen.pid) or 0
+            _write(self.folder, msgspec.structs.replace(record, pid=popen.pid, ticks=ticks))
+        except OSError as exc:
+            os.close(reading)
+            raise WorkspaceUnavailable(f"the box cannot be watched: {exc.strerror}", phase="start") from None
         try:
             async with asyncio.timeout(START_SECONDS):
-                said = await self._first_line(self._process)
+                said = await _first_line(reading)
         except TimeoutError:
             raise WorkspaceUnavailable(
                 f"the box was not ready after {START_SECONDS:.0f} s", phase="start"
             ) from None
         if said != b"ready":
-            await self._end()
-            words = " | ".join(self._last_words) or said.decode(errors="replace") or "it said nothing"
+            words = self.last_words() or said.decode(errors="replace") or "it said nothing"
             raise WorkspaceUnavailable(f"the box ended at its start: {words}", phase="start")
 
+    def _spawn(self, stdout: int) -> subprocess.Popen[bytes]:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        log = os.open(self.folder / LOG, flags, 0o600)
+        try:
+            popen = subprocess.Popen(
+                self._command(),
+                # Beside the package, so that `-m` finds it however it was installed.
+                cwd=Path(agent_sdk.__file__).parent.parent,
+                env={**self._environment, MARKER: self.instance},
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=log,
+                start_new_session=True,
+            )
+        finally:
+            os.close(log)
+        popen.returncode = 0  # its end is seen here, and it may outlive us: Popen has nothing to wait for
+        return popen
+
     def _command(self) -> list[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "agent_sdk.box",
-            "--socket",
-            str(self._socket),
-            "--root",
-            str(self.root),
-        ]
+        command = [sys.executable, "-m", "agent_sdk.box"]
+        command += ["--folder", str(self.folder), "--root", str(self.root), "--instance", self.instance]
         if self._working_dir is not None:
             command += ["--working-dir", str(self._working_dir)]
         if self._spool is not None:
@@ -164,66 +241,64 @@ class BoxProcess:
             command.append("--unconfined")
         return [*command, "--linger", str(self._linger)]
 
-    async def _first_line(self, process: asyncio.subprocess.Process) -> bytes:
-        assert process.stdout is not None
-        try:
-            return (await process.stdout.readline()).strip()
-        except ValueError:  # longer than the limit: no box of ours
-            return b""
+    # --- its end ---
 
-    async def _listen(self, process: asyncio.subprocess.Process) -> None:
-        """Read what it says on standard error until it closes that."""
-        assert process.stderr is not None
-        rest = b""
-        while data := await process.stderr.read(LONGEST_LINE):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                self._heard(line)
-            if len(rest) > LONGEST_LINE:
-                self._heard(rest)
-                rest = b""
-        if rest:
-            self._heard(rest)
+    def _watch(self, pid: int) -> None:
+        self._pid = pid
+        self._pidfd = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._gone, pid)
 
-    def _heard(self, line: bytes) -> None:
-        text = line.decode(errors="replace").rstrip()
-        if text:
-            self._last_words.append(text)
-            if self._on_line is not None:
-                self._on_line(text)
+    def _gone(self, pid: int) -> None:
+        self.let_go()
+        code = None
+        with suppress(ChildProcessError):  # another server started it
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG)[1])
+        self._ended.set_result(code)
+
+    @property
+    def _tree(self) -> Tree:
+        return Tree(f"{MARKER}={self.instance}\0".encode())
 
     async def _end(self) -> None:
-        if self._process is not None:
-            await self._end_process(self._process)
-        if (listening := self._listening) is not None:
-            self._listening = None
-            # Its own session is gone with it; whoever still holds the pipe has left that session.
-            await asyncio.wait([listening], timeout=1.0)
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        else:
-            self._socket.unlink(missing_ok=True)
-
-    async def _end_process(self, process: asyncio.subprocess.Process) -> None:
-        """End the box; a box that crashes or does not end by itself does not end what it runs, so we do."""
-        _signal(process, os.kill, signal.SIGTERM)
-        try:
-            async with asyncio.timeout(END_SECONDS):
-                await process.wait()
-        except TimeoutError:
-            _signal(process, os.killpg, signal.SIGKILL)
-            await process.wait()
-        if process.returncode != 0:
-            await end_tree(Tree(f"{self._mark}\0".encode()))
+        """A box that crashes or does not end by itself does not end what it runs, and removes nothing: so we do."""
+        if self._pidfd >= 0:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+            await asyncio.wait([self._ended], timeout=END_SECONDS)
+        if self._pid is not None and (self.folder / RECORD).exists():
+            await end_tree(self._tree, grace=0)
+            if self._pidfd >= 0:
+                await self._ended
+        await in_thread(_remove, self._spool, self.folder)
 
 
-def _signal(
-    process: asyncio.subprocess.Process, send: Callable[[int, int], None], number: signal.Signals
-) -> None:
-    if process.returncode is None:  # after that the number may be somebody else's
-        try:
-            send(process.pid, number)
-        except ProcessLookupError:
-            return
+def _write(folder: Path, record: Record) -> None:
+    fresh = folder / f"{RECORD}.new"
+    fresh.write_bytes(msgspec.json.encode(record))
+    fresh.replace(folder / RECORD)
+
+
+def _remove(*folders: Path | None) -> None:
+    for folder in folders:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+async def _first_line(fd: int) -> bytes:
+    """Read a line, or what came before the end. Closes the descriptor."""
+    reader = asyncio.StreamReader(limit=LAST_BYTES)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", 0)
+    )
+    try:
+        return (await reader.readline()).strip()
+    except ValueError:  # longer than the limit: no box of ours
+        return b""
+    finally:
+        transport.close()

@@ -57,6 +57,12 @@ def tick_now() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
+def started_ticks(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot; None: there is none of this number."""
+    seen = _look_at(pid)
+    return None if seen is None else seen.started
+
+
 def find(tree: Tree) -> set[_Seen]:
     """Return the living processes of a tree. Blocks for some milliseconds."""
     table = {seen.pid: seen for seen in _all_processes()}

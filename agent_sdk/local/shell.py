@@ -54,6 +54,11 @@ class LocalShell:
         state = "not started" if self._bash is None else "idle" if self._command is None else "busy"
         return f"<LocalShell {self._name} {state}>"
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its bash runs."""
+        return self._bash is not None and not self._bash.child.over.done()
+
     async def run(
         self,
         command: str,

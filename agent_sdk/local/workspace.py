@@ -57,6 +57,11 @@ class _Open:
     shell: str
     shells: dict[str, LocalShell] = field(default_factory=dict)
 
+    def running(self) -> int:
+        """How many processes run and shells are open."""
+        shells = sum(shell.is_open for shell in self.shells.values())
+        return shells + sum(info.running for info in self.processes.infos())
+
 
 class LocalWorkspace:
     """A folder of this machine. Enter it with `async with`; leaving ends all processes it started."""
@@ -179,6 +184,7 @@ class LocalWorkspace:
             confined=self._root.confined,
             user=os.geteuid(),
             pid=os.getpid(),
+            running=0 if self._open is None else self._open.running(),
         )
 
     async def execute(

@@ -89,6 +89,8 @@ class WorkspaceInfo(Struct, frozen=True, kw_only=True):
     isolation: str = "none"
     user: int = 0
     pid: int = 0
+    running: int = 0
+    """How many processes run and shells are open in it."""
 
 
 class Accepted(Struct, frozen=True):

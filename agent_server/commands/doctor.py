@@ -165,9 +165,7 @@ async def box() -> Check:
         try:
             async with (
                 asyncio.timeout(PROBE_SECONDS),
-                BoxProcess(
-                    Path(folder), Path(folder) / "box.sock", environment={"PATH": os.defpath}
-                ) as started,
+                BoxProcess(Path(folder), Path(folder) / "box", environment={"PATH": os.defpath}) as started,
                 RemoteWorkspace(started.url) as workspace,
             ):
                 result = await workspace.execute("echo it works")

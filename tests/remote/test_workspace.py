@@ -39,7 +39,7 @@ class TestOverAUnixSocketToABox(WorkspaceContract):
         root.mkdir()
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
         async with (
-            BoxProcess(root, tmp_path / "box.sock", environment=environment) as box,
+            BoxProcess(root, tmp_path / "box", environment=environment) as box,
             RemoteWorkspace(box.url) as workspace,
         ):
             yield workspace
@@ -78,6 +78,6 @@ async def test_a_workspace_that_is_not_entered_says_so():
 
 
 async def test_an_idle_box_is_small(tmp_path):
-    async with BoxProcess(tmp_path, tmp_path / "box.sock") as box, RemoteWorkspace(box.url) as workspace:
+    async with BoxProcess(tmp_path, tmp_path / "box") as box, RemoteWorkspace(box.url) as workspace:
         await workspace.describe()
         assert rss_mib(box.pid) <= 25

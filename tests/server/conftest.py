@@ -61,6 +61,7 @@ def start(tmp_path: Path) -> Start:
             "log_format": "json",
             "log_level": "debug",
             "drain_seconds": 5.0,
+            "boxes_on_stop": "end",
             "box_environment": {"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
             **options,
         }

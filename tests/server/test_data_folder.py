@@ -44,31 +44,3 @@ def test_a_folder_that_cannot_be_made_is_one_sentence():
 
     with pytest.raises(StartRefused, match="cannot be written"), locked(Path("/proc/agent-server")):
         pass
-
-
-def test_sockets_are_in_the_folder_when_their_paths_are_short_enough(tmp_path):
-    with locked(tmp_path / "d") as folder:
-        short = len(os.fsencode(tmp_path / "d" / "boxes")) <= 59
-        assert (folder.sockets == tmp_path / "d" / "boxes") is short
-
-
-def test_a_long_path_gets_the_same_short_folder_at_every_start(tmp_path):
-    deep = tmp_path / ("x" * 100)
-    with locked(deep) as folder:
-        first = folder.sockets
-        assert stat.S_IMODE(first.stat().st_mode) == 0o700
-    assert not first.exists()
-    with locked(deep) as folder:
-        assert folder.sockets == first
-
-
-def test_a_short_folder_of_somebody_else_is_refused(tmp_path):
-    deep = tmp_path / ("x" * 100)
-    with locked(deep) as folder:
-        place = folder.sockets
-    place.symlink_to(tmp_path)
-    try:
-        with pytest.raises(StartRefused, match="belongs to somebody else"), locked(deep):
-            pass
-    finally:
-        place.unlink()

@@ -1,0 +1,252 @@
+"""The boxes of a server: one when it is needed, another when that is lost, the same after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+from contextlib import asynccontextmanager
+
+import pytest
+
+from agent_sdk.protocol.errors import ConnectionLost, OutcomeUnknown, PathNotFound, WorkspaceUnavailable
+from agent_sdk.protocol.methods import Describe
+from agent_sdk.remote.link import persistent
+from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_server import logs
+from agent_server.boxes import Boxes
+from agent_server.config import ServerConfig
+from agent_server.data_folder import DataFolder
+from tests.server.test_box_process import ENVIRONMENT, gone
+from tests.server.wire import GUARD
+from workspaces.box_process import BoxProcess
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = DataFolder(tmp_path)
+    folder.workspace("c").mkdir(parents=True)
+    return folder
+
+
+@asynccontextmanager
+async def opened(folder, patience=5.0, **options):
+    """The boxes of one server."""
+    config = ServerConfig(**{"box_environment": ENVIRONMENT, "boxes_on_stop": "end", **options})
+    with logs.opened(style="json", level="debug", stream=io.StringIO()) as log:
+        async with Boxes(config, folder, log, lambda: None, patience=patience) as boxes:
+            yield boxes
+
+
+@pytest.fixture
+async def boxes(folder):
+    async with opened(folder) as boxes:
+        yield boxes
+
+
+@pytest.fixture
+async def link(boxes):
+    return boxes.link("c")
+
+
+async def workspace(link):
+    return RemoteWorkspace.over((await link.linked()).peer)
+
+
+async def describe(link):
+    return await persistent(link, lambda peer: peer.call(Describe()))
+
+
+async def lost(link):
+    """Wait until the box is known to be lost; returns its last words."""
+    told = asyncio.get_running_loop().create_future()
+    link.on_lost(told.set_result)
+    async with asyncio.timeout(GUARD):
+        return await told
+
+
+async def kill(link):
+    telling = asyncio.ensure_future(lost(link))
+    await asyncio.sleep(0)
+    os.kill((await describe(link)).pid, signal.SIGKILL)
+    await telling
+
+
+# --- while the server runs ---
+
+
+async def test_nothing_runs_before_the_first_use(link, boxes):
+    assert (link.is_running, boxes.running, await link.idle()) == (False, 0, True)
+
+
+async def test_many_first_uses_start_one_box(link, boxes):
+    told = await asyncio.gather(*(describe(link) for _ in range(5)))
+    assert (len({info.pid for info in told}), boxes.running) == (1, 1)
+
+
+async def test_a_lost_box_is_told_and_replaced(link, folder):
+    first = link.instance
+    await (await workspace(link)).files.write("kept", b"1")
+    await kill(link)
+    assert not link.is_running
+    assert not (folder.boxes / "c").exists()
+    assert await (await workspace(link)).files.read("kept") == b"1"
+    assert link.instance != first
+
+
+async def test_a_call_under_way_has_an_unknown_outcome_when_its_box_is_lost(link):
+    running = asyncio.create_task(
+        persistent(link, lambda peer: RemoteWorkspace.over(peer).execute("kill -9 $PPID; sleep 600"))
+    )
+    with pytest.raises(OutcomeUnknown):
+        await running
+
+
+async def test_a_broken_connection_to_a_box_that_lives_is_made_again(link):
+    first = await link.linked()
+    await first.peer.close()
+    with pytest.raises(ConnectionLost):
+        await first.peer.call(Describe())
+    second = await link.linked()
+    assert second.peer is not first.peer
+    assert second.instance == first.instance == link.instance
+
+
+async def test_a_box_that_is_let_go_of_comes_back(link, folder):
+    await (await workspace(link)).shell().run("cd /; x=1")
+    assert not await link.idle()
+    await link.release()
+    assert not link.is_running
+    answer = await (await workspace(link)).shell().run("echo $x$PWD")
+    assert answer.output.text.strip() == str(folder.workspace("c"))
+
+
+async def test_the_next_box_waits_until_the_former_has_ended(link):
+    first = await describe(link)
+    releasing = asyncio.create_task(link.release())
+    await asyncio.sleep(0)
+    then = await asyncio.gather(*(describe(link) for _ in range(3)), return_exceptions=True)
+    await releasing
+    assert gone(first.pid)
+    assert {type(info) for info in then} <= {type(first), OutcomeUnknown}
+    assert (await describe(link)).pid != first.pid
+
+
+async def test_a_closed_link_starts_nothing(link):
+    await link.close()
+    with pytest.raises(WorkspaceUnavailable):
+        await link.linked()
+
+
+async def test_why_a_box_does_not_start_is_told_to_all_who_wait(link, folder):
+    folder.workspace("c").rmdir()
+    results = await asyncio.gather(link.linked(), link.linked(), return_exceptions=True)
+    assert [type(result) for result in results] == [PathNotFound] * 2
+    folder.workspace("c").mkdir()
+    assert (await describe(link)).root == str(folder.workspace("c"))
+
+
+async def test_giving_up_waiting_does_not_stop_the_start_for_others(link):
+    first, second = (asyncio.create_task(link.linked()) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).instance == link.instance
+
+
+# --- after a restart ---
+
+
+async def abandoned(folder, **options):
+    """A box that a killed server left, in which a program waits for input."""
+    box = BoxProcess(
+        folder.workspace("c"),
+        folder.boxes / "c",
+        spool=folder.output / "c",
+        environment=ENVIRONMENT,
+        **options,
+    )
+    await box.start()
+    async with RemoteWorkspace(box.url) as there:
+        await there.start(["cat"], pty=True)
+    box.let_go()
+    return box
+
+
+async def test_a_box_of_the_server_before_is_found_with_what_runs_in_it(folder):
+    box = await abandoned(folder)
+    async with opened(folder) as boxes:
+        link = boxes.link("c")
+        assert (link.is_running, link.survived, link.instance) == (True, True, box.instance)
+        there = await workspace(link)
+        process = there.process((await there.processes())[0].id)
+        await process.write(b"hello\n")
+        assert b"hello" in await anext(process.output())
+    assert gone(box.pid)
+
+
+async def test_a_terminal_goes_on_through_several_servers(folder):
+    async with opened(folder, boxes_on_stop="keep") as boxes:
+        there = await workspace(boxes.link("c"))
+        process = await there.start(["bash", "--norc"], pty=True)
+        await process.write(b"x=kept\n")
+    async with opened(folder, boxes_on_stop="keep") as boxes:
+        assert boxes.link("c").survived
+    async with opened(folder) as boxes:
+        there = await workspace(boxes.link("c"))
+        process = there.process(process.id)
+        await process.resize(rows=7, cols=70)
+        await process.write(b"echo $x $(stty size); exit 5\n")
+        said = b"".join([data async for data in process.output()])
+        assert b"kept 7 70" in said
+        assert (await process.wait()).exit_code == 5
+
+
+async def test_boxes_that_run_nothing_are_ended_although_boxes_are_kept(folder):
+    async with opened(folder, boxes_on_stop="keep") as boxes:
+        info = await describe(boxes.link("c"))
+    assert gone(info.pid)
+    assert list(folder.boxes.iterdir()) == []
+
+
+async def test_a_box_that_owes_a_result_is_kept(folder):
+    async with opened(folder, boxes_on_stop="keep") as boxes:
+        info = await describe(boxes.link("c"))
+        boxes.link("c").owing = True
+    assert not gone(info.pid)
+    async with opened(folder) as boxes:
+        assert (await describe(boxes.link("c"))).pid == info.pid
+
+
+async def test_what_a_dead_box_left_is_removed_at_the_start(folder):
+    box = await abandoned(folder)
+    os.kill(box.pid, signal.SIGKILL)
+    (folder.output / "older").mkdir()
+    async with opened(folder) as boxes:
+        assert boxes.running == 0
+        assert not boxes.link("c").survived
+    assert list(folder.boxes.iterdir()) == []
+    assert list(folder.output.iterdir()) == []
+
+
+async def test_a_found_box_that_does_not_answer_is_ended(folder):
+    box = await abandoned(folder)
+    os.kill(box.pid, signal.SIGSTOP)
+    async with opened(folder, patience=0.5) as boxes:
+        assert not boxes.link("c").is_running
+    assert gone(box.pid)
+
+
+async def test_a_found_box_to_which_nobody_comes_back_is_ended(folder):
+    box = await abandoned(folder)
+    async with opened(folder, box_linger_seconds=0.0) as boxes:
+        pidfd = os.pidfd_open(box.pid)
+        over = asyncio.Event()
+        asyncio.get_running_loop().add_reader(pidfd, over.set)
+        try:
+            async with asyncio.timeout(GUARD):
+                await over.wait()
+        finally:
+            asyncio.get_running_loop().remove_reader(pidfd)
+            os.close(pidfd)
+        assert boxes.running == 0
