@@ -6,6 +6,7 @@ tools:        @tool and the contract of a tool
 workspace:    the contract of a Workspace
 conversation: the contract of a Conversation
 sync:         the same names, blocking
+portal:       from blocking code into the event loop, and back
 testing:      a model without a model
 protocol:     what is true without a network
 rpc:          the protocol, moving

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from agent_sdk.protocol.errors import InvalidParams
 
 if TYPE_CHECKING:
-    from agent_sdk.conversation import Callback, OnDelta
+    from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset
     from agent_sdk.conversation import Conversation as ConversationContract
     from agent_sdk.definition import Agent
     from agent_sdk.protocol.specs import ConfirmationPolicy
@@ -21,8 +21,10 @@ def Conversation(
     workspace: Workspace | str | PathLike[str] = ".",
     *,
     id: str | None = None,
+    since: Cursor | int | None = None,
     callbacks: Sequence[Callback] = (),
     on_delta: OnDelta | None = None,
+    on_reset: OnReset | None = None,
     persistence_dir: str | PathLike[str] | None = None,
     max_iterations: int = 500,
     confirmation: ConfirmationPolicy | None = None,
@@ -37,8 +39,12 @@ def Conversation(
         agent: None attaches to an existing remote conversation as it is.
         workspace: a folder of this machine, or any workspace; a remote one must be entered.
         id: an existing conversation's id attaches to it.
+        since: of an existing remote conversation: the callbacks get the events after it, each exactly once;
+            a Cursor that a callback stored with its effect goes on where an earlier process stopped. None: from now on.
         callbacks: called exactly once per event, in order.
         on_delta: gets streamed pieces of answers; they may be lost.
+        on_reset: called when a remote conversation's history is gone and another follows; without it, every wait
+            raises HistoryLost then.
         persistence_dir: folder of the log of a conversation that runs here; None: it lives in memory.
         max_iterations: model calls per turn.
         confirmation: which tool calls wait for approval; None: none.
@@ -65,7 +71,7 @@ def Conversation(
 
         if persistence_dir is not None:
             raise InvalidParams("persistence_dir: a remote conversation's log is kept by its server")
-        return RemoteConversation(agent, workspace, **options)
+        return RemoteConversation(agent, workspace, since=since, on_reset=on_reset, **options)
     from agent_sdk.local.conversation import LocalConversation  # noqa: PLC0415
 
     if agent is None:

@@ -20,6 +20,7 @@ __all__ = [
     "Conversation",
     "Cursor",
     "OnDelta",
+    "OnReset",
     "Outcome",
     "PendingRequest",
     "Snapshot",
@@ -41,6 +42,11 @@ class Cursor(Struct, frozen=True):
     """Of the log; another epoch is another history."""
     seq: int
     """Of the last event that was seen; 0: none."""
+
+
+OnReset = Callable[[Cursor], Awaitable[None] | None]
+"""Called, in order with the events, when the history is gone (say, a log was restored from a backup): what was made of
+the events so far is void. Those of another history follow, after the cursor that it is given."""
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
@@ -123,8 +129,12 @@ class Conversation(Protocol):
         """
         ...
 
-    def events(self, since: int = 0, follow: bool = False) -> AsyncIterator[Event]:
-        """Yield the events after `since` in order; with `follow` go on with new ones until the conversation closes."""
+    def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
+        """Yield the events after `since` in order; with `follow` go on with new ones until the conversation closes.
+
+        Raises:
+            HistoryLost: the log was made anew since the cursor, or meanwhile.
+        """
         ...
 
     async def state(self) -> Snapshot:

@@ -7,23 +7,23 @@ this module; so they may block, print, or touch a GUI without locks.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from os import PathLike
-from queue import Empty, SimpleQueue
-from typing import Any, Literal, Self, TypeVar
-
-from anyio.from_thread import BlockingPortal, BlockingPortalProvider
+from typing import Any, Literal, Self
 
 from agent_sdk import api
 from agent_sdk import workspace as contract
-from agent_sdk.conversation import Accepted, Callback, OnDelta, Outcome, Snapshot, Stats
+from agent_sdk.conversation import Accepted, Callback, Cursor, OnDelta, OnReset, Outcome, Snapshot, Stats
 from agent_sdk.definition import LLM, Agent
 from agent_sdk.local.workspace import LocalWorkspace as AsyncLocalWorkspace
+from agent_sdk.portal import Caller
+from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.protocol.events import Event
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model, Sandbox
+from agent_sdk.remote.connection import HEARTBEAT_SECONDS
+from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.remote.workspace import RemoteWorkspace as AsyncRemoteWorkspace
 from agent_sdk.tools import tool
 from agent_sdk.workspace import (
@@ -41,85 +41,11 @@ from agent_sdk.workspace import (
 
 __all__ = ["LLM", "Agent", "Conversation", "LocalWorkspace", "RemoteWorkspace", "Sandbox", "tool"]
 
-T = TypeVar("T")
-logger = logging.getLogger("agent_sdk")
-
-_portals = BlockingPortalProvider()
-_WAKE = object()
-_END = object()
-
-
-class _Caller:
-    """One object's way into the loop, and the callbacks that come back from it."""
-
-    def __init__(self) -> None:
-        self._portal: BlockingPortal | None = None
-        self._inbox: SimpleQueue[Any] = SimpleQueue()
-
-    def open(self) -> BlockingPortal:
-        if self._portal is None:
-            self._portal = _portals.__enter__()
-        return self._portal
-
-    def close(self) -> None:
-        if self._portal is not None:
-            self._portal = None
-            _portals.__exit__(None, None, None)
-
-    def post(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """From the loop: have the waiting caller run this."""
-        self._inbox.put((function, arguments))
-
-    def call(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine in the loop and wait, running callbacks meanwhile. Ctrl-C cancels it."""
-        future = self.open().start_task_soon(start)
-        future.add_done_callback(lambda _: self._inbox.put(_WAKE))
-        try:
-            while not future.done():
-                self._run(self._inbox.get())
-            self._run_waiting()
-        except BaseException:
-            future.cancel()
-            raise
-        result: T = future.result()
-        return result
-
-    def iterate(self, start: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
-        iterator = start()
-
-        async def following() -> Any:
-            return await anext(iterator, _END)
-
-        async def finish() -> None:
-            await iterator.aclose()  # type: ignore[attr-defined]
-
-        try:
-            while (item := self.call(following)) is not _END:
-                yield item
-        finally:
-            self.call(finish)
-
-    def _run_waiting(self) -> None:
-        try:
-            while True:
-                self._run(self._inbox.get_nowait())
-        except Empty:
-            return
-
-    def _run(self, item: Any) -> None:
-        if item is _WAKE:
-            return
-        function, arguments = item
-        try:
-            function(*arguments)
-        except Exception:  # a callback is the user's; its error must not stop the others
-            logger.exception("a callback failed")
-
 
 class Process:
     """Blocking twin of workspace.Process."""
 
-    def __init__(self, caller: _Caller, process: contract.Process) -> None:
+    def __init__(self, caller: Caller, process: contract.Process) -> None:
         self._caller = caller
         self._async = process
 
@@ -164,27 +90,41 @@ class Process:
 class Shell:
     """Blocking twin of workspace.Shell."""
 
-    def __init__(self, caller: _Caller, shell: contract.Shell) -> None:
+    def __init__(self, caller: Caller, shell: contract.Shell) -> None:
         self._caller = caller
         self._async = shell
 
-    def run(self, command: str, *, timeout: float | None = None, quiet: float | None = 30.0) -> ShellResult:
+    def run(
+        self,
+        command: str,
+        *,
+        timeout: float | None = None,
+        quiet: float | None = 30.0,
+        op_id: str | None = None,
+    ) -> ShellResult:
         """See workspace.Shell.run."""
-        return self._caller.call(lambda: self._async.run(command, timeout=timeout, quiet=quiet))
+        return self._caller.call(lambda: self._async.run(command, timeout=timeout, quiet=quiet, op_id=op_id))
 
-    def send(self, data: bytes, *, timeout: float | None = None, quiet: float | None = 30.0) -> ShellResult:
+    def send(
+        self,
+        data: bytes,
+        *,
+        timeout: float | None = None,
+        quiet: float | None = 30.0,
+        op_id: str | None = None,
+    ) -> ShellResult:
         """See workspace.Shell.send."""
-        return self._caller.call(lambda: self._async.send(data, timeout=timeout, quiet=quiet))
+        return self._caller.call(lambda: self._async.send(data, timeout=timeout, quiet=quiet, op_id=op_id))
 
-    def reset(self) -> None:
+    def reset(self, *, op_id: str | None = None) -> None:
         """See workspace.Shell.reset."""
-        self._caller.call(self._async.reset)
+        self._caller.call(lambda: self._async.reset(op_id=op_id))
 
 
 class Files:
     """Blocking twin of workspace.Files."""
 
-    def __init__(self, caller: _Caller, files: contract.Files) -> None:
+    def __init__(self, caller: Caller, files: contract.Files) -> None:
         self._caller = caller
         self._async = files
 
@@ -220,7 +160,7 @@ class Files:
 class Git:
     """Blocking twin of workspace.Git."""
 
-    def __init__(self, caller: _Caller, git: contract.Git) -> None:
+    def __init__(self, caller: Caller, git: contract.Git) -> None:
         self._caller = caller
         self._async = git
 
@@ -239,7 +179,7 @@ class Workspace:
     def __init__(self, workspace: contract.Workspace) -> None:
         self.asynchronous = workspace
         """The async workspace behind this one."""
-        self._caller = _Caller()
+        self._caller = Caller()
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -370,12 +310,27 @@ class RemoteWorkspace(Workspace):
         sandbox: Sandbox | None = None,
         working_dir: str | None = None,
         conversation: str | None = None,
+        connect_timeout: float | None = 5.0,
+        reconnect_timeout: float | None = None,
+        heartbeat: float = HEARTBEAT_SECONDS,
+        on_connection: OnConnection | None = None,
     ) -> None:
         super().__init__(
             AsyncRemoteWorkspace(
-                url, api_key, sandbox=sandbox, working_dir=working_dir, conversation=conversation
+                url,
+                api_key,
+                sandbox=sandbox,
+                working_dir=working_dir,
+                conversation=conversation,
+                connect_timeout=connect_timeout,
+                reconnect_timeout=reconnect_timeout,
+                heartbeat=heartbeat,
+                on_connection=on_connection and partial(self._pass_on, on_connection),
             )
         )
+
+    def _pass_on(self, told: OnConnection, reason: AgentServerError | None) -> None:
+        self._caller.post(told, reason)
 
 
 class Conversation:
@@ -387,8 +342,10 @@ class Conversation:
         workspace: Workspace | str | PathLike[str] = ".",
         *,
         id: str | None = None,
+        since: Cursor | int | None = None,
         callbacks: Sequence[Callback] = (),
         on_delta: OnDelta | None = None,
+        on_reset: OnReset | None = None,
         persistence_dir: str | PathLike[str] | None = None,
         max_iterations: int = 500,
         confirmation: ConfirmationPolicy | None = None,
@@ -398,15 +355,18 @@ class Conversation:
         agent_runs: Literal["here"] | None = None,
     ) -> None:
         """See agent_sdk.api.Conversation."""
-        self._caller = _Caller()
+        self._caller = Caller()
+        self._cursor: Cursor | None = None
         if isinstance(workspace, Workspace):
             workspace.on_close(self._caller.close)
         self._async = api.Conversation(
             agent,
             workspace.asynchronous if isinstance(workspace, Workspace) else workspace,
             id=id,
-            callbacks=[partial(self._caller.post, told) for told in callbacks],
+            since=since,
+            callbacks=[partial(self._pass_on, told) for told in callbacks],
             on_delta=on_delta and partial(self._caller.post, on_delta),
+            on_reset=on_reset and partial(self._pass_on, on_reset),
             persistence_dir=persistence_dir,
             max_iterations=max_iterations,
             confirmation=confirmation,
@@ -428,6 +388,19 @@ class Conversation:
         """See conversation.Conversation.id."""
         return self._async.id
 
+    @property
+    def cursor(self) -> Cursor:
+        """See conversation.Conversation.cursor."""
+        return self._cursor or self._async.cursor
+
+    def _pass_on(self, told: Callable[[Any], object], item: Event | Cursor) -> None:
+        # It runs later, in the caller's thread, when the loop may be further on.
+        self._caller.post(self._tell, told, item, self._async.cursor)
+
+    def _tell(self, told: Callable[[Any], object], item: Event | Cursor, cursor: Cursor) -> None:
+        self._cursor = cursor
+        told(item)
+
     def send_message(self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue") -> Accepted:
         """See conversation.Conversation.send_message."""
         return self._caller.call(lambda: self._async.send_message(text, mode=mode))
@@ -448,7 +421,7 @@ class Conversation:
         """See conversation.Conversation.respond."""
         self._caller.call(lambda: self._async.respond(request_id, answer, reason=reason))
 
-    def events(self, since: int = 0, follow: bool = False) -> Iterator[Event]:
+    def events(self, since: Cursor | int = 0, follow: bool = False) -> Iterator[Event]:
         """See conversation.Conversation.events."""
         return self._caller.iterate(lambda: self._async.events(since, follow))
 

@@ -25,7 +25,7 @@ from agent_sdk.local.follower import Follower
 from agent_sdk.local.log import EventLog, Operation
 from agent_sdk.local.opened import Opened, open_conversation
 from agent_sdk.local.receipts import answering, check_text, receipt, remembered
-from agent_sdk.protocol.errors import InvalidParams, RequestNotFound, StateConflict, TimedOut
+from agent_sdk.protocol.errors import HistoryLost, InvalidParams, RequestNotFound, StateConflict, TimedOut
 from agent_sdk.protocol.events import Event, PauseRequested, TitleChanged, UserMessage
 from agent_sdk.protocol.methods import Done, RunAnswer
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
@@ -264,9 +264,13 @@ class LocalConversation:
             raise RequestNotFound(f"no request {request_id[:64]!r} waits for an answer", request=request_id)
         await turn.respond(request_id, answer, reason, answering(op, Done()))
 
-    async def events(self, since: int = 0, follow: bool = False) -> AsyncIterator[Event]:
+    async def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
         """See Conversation.events."""
         opened = await self._open()
+        if isinstance(since, Cursor):
+            if since.epoch and since.epoch != self.epoch:
+                raise HistoryLost("the log was made anew", epoch=self.epoch, from_seq=1)
+            since = since.seq
         follower = Follower(opened.journal, since)
         opened.followers.add(follower)
         try:

@@ -2,10 +2,15 @@
 
 connection:   reach a server or a box and authenticate
 link:         a connection that may be lost and found again
+reconnecting: a client's link to its server
 workspace:    commands, and files up and down
+command:      one command with its input and output
 process:      processes and shells
+feed:         the input of a process
 files:        files and git
+transfers:    files on their way
 streams:      bytes that belong to a call
 conversation: the verbs as calls
 delivery:     events on their way to callbacks
+tool_calls:   tools that run here, called from there
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     import aiohttp
 
 OnNotice = Callable[[str, Raw], None]
+HEARTBEAT_SECONDS = 20.0
+ANSWER_SECONDS = 30.0
+"""For the upgrade, and again for the answer to `initialize`."""
 CLIENT = ClientInfo(name="agent-sdk", version=__version__)
 
 _REFUSALS: Mapping[int, Callable[[str], AgentServerError]] = {
@@ -37,9 +41,8 @@ _REFUSALS: Mapping[int, Callable[[str], AgentServerError]] = {
     403: lambda url: PolicyDenied(f"{url} refuses this origin"),
     404: lambda url: ConversationNotFound(f"{url}: no such conversation"),
     421: lambda url: PolicyDenied(f"{url} is not a name this server answers to"),
-    429: lambda url: Overloaded(f"{url} refuses further connections for now", retry_after_ms=1000),
-    503: lambda url: Overloaded(f"{url} is shutting down", retry_after_ms=1000),
 }
+_BUSY = {429: "refuses further connections for now", 503: "is shutting down"}
 
 
 class Connection:
@@ -64,20 +67,25 @@ async def connect(
     workspace: WorkspaceSpec | None = None,
     handlers: Mapping[type[Method[Any]], Handler] | None = None,
     on_notice: OnNotice | None = None,
+    new_id: str | None = None,
+    heartbeat: float = HEARTBEAT_SECONDS,
 ) -> AsyncIterator[Connection]:
     """Open a connection, and close it when the block ends.
 
     Args:
         url: `http://host:port` or `https://…` of a server, or `unix:///path` of a box.
         conversation: id of an existing one; `new` makes one with `workspace`.
+        new_id: the id that the new one gets; repeated, it leads to the one that was made.
+        heartbeat: seconds of silence after which a server is asked whether it is alive; one that does
+            not answer within half of that is lost.
 
     Raises:
-        ConnectionLost: nobody answers there.
+        ConnectionLost: nobody answers there, or not within 30 s.
         Unauthorized, ConversationNotFound, PolicyDenied, Overloaded: the server refuses.
         InvalidParams: the URL makes no sense.
     """
     async with AsyncExitStack() as stack:
-        pipe = await _reach(stack, url, api_key, conversation)
+        pipe = await _reach(stack, url, api_key, conversation, heartbeat)
         peer = Peer(pipe, handlers or {}, opener=True, on_notice=on_notice)
         await stack.enter_async_context(peer)
         answer = await peer.call(
@@ -86,14 +94,17 @@ async def connect(
                 client=CLIENT,
                 limits=Limits(),
                 workspace=workspace if conversation == "new" else None,
+                conversation=new_id if conversation == "new" else None,
             ),
-            timeout=30,
+            timeout=ANSWER_SECONDS,
         )
         peer.other_limits = answer.limits
         yield Connection(peer, answer)
 
 
-async def _reach(stack: AsyncExitStack, url: str, api_key: str | None, conversation: str) -> Pipe:
+async def _reach(
+    stack: AsyncExitStack, url: str, api_key: str | None, conversation: str, heartbeat: float
+) -> Pipe:
     parts = urlsplit(url)
     if parts.scheme == "unix":
         try:
@@ -102,26 +113,40 @@ async def _reach(stack: AsyncExitStack, url: str, api_key: str | None, conversat
             raise ConnectionLost(f"no box listens on {parts.path}: {exc.strerror or exc}") from None
     if parts.scheme not in ("http", "https", "ws", "wss") or not parts.hostname:
         raise InvalidParams(f"url must start with http://, https:// or unix:// and name a host (got {url!r})")
-    return await _reach_server(stack, url.rstrip("/"), api_key, conversation)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return await _reach_server(stack, url.rstrip("/"), headers, conversation, heartbeat)
 
 
-async def _reach_server(stack: AsyncExitStack, url: str, api_key: str | None, conversation: str) -> Pipe:
+async def _reach_server(
+    stack: AsyncExitStack, url: str, headers: dict[str, str], conversation: str, heartbeat: float
+) -> Pipe:
     import aiohttp  # noqa: PLC0415  costs 0.3 s; local work does without
 
     from agent_sdk.rpc.websocket import WebSocketPipe  # noqa: PLC0415
 
     session = await stack.enter_async_context(aiohttp.ClientSession())
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        socket = await _upgrade(session, f"{url}/v1/conversations/{conversation}", headers)
+        async with asyncio.timeout(ANSWER_SECONDS):
+            socket = await _upgrade(session, f"{url}/v1/conversations/{conversation}", headers, heartbeat)
     except aiohttp.WSServerHandshakeError as exc:
-        refusal = _REFUSALS.get(exc.status)
-        if refusal is not None:
-            raise refusal(url) from None
-        raise ConnectionLost(f"{url} is no agent server: it answered {exc.status} {exc.message}") from None
+        raise _refused(url, exc) from None
     except (aiohttp.ClientError, OSError, TimeoutError) as exc:
         raise unreachable(url, exc) from None
     return WebSocketPipe(socket)
+
+
+def _refused(url: str, exc: aiohttp.WSServerHandshakeError) -> AgentServerError:
+    refusal = _REFUSALS.get(exc.status)
+    if refusal is not None:
+        return refusal(url)
+    if exc.status in _BUSY:
+        seconds = exc.headers.get("Retry-After", "1") if exc.headers else "1"
+        after = min(int(seconds), 60) * 1000 if seconds.isdecimal() else 1000
+        return Overloaded(f"{url} {_BUSY[exc.status]}", retry_after_ms=after)
+    says = f"it answered {exc.status} {exc.message}"
+    if exc.status >= 500:
+        return ConnectionLost(f"{url} cannot be reached for now: {says}")
+    return ConnectionLost(f"{url} is no agent server: {says}", status=exc.status)
 
 
 def unreachable(url: str, exc: Exception) -> ConnectionLost:
@@ -132,7 +157,7 @@ def unreachable(url: str, exc: Exception) -> ConnectionLost:
 
 
 def _upgrade(
-    session: aiohttp.ClientSession, url: str, headers: dict[str, str]
+    session: aiohttp.ClientSession, url: str, headers: dict[str, str], heartbeat: float
 ) -> Awaitable[aiohttp.ClientWebSocketResponse[Literal[False]]]:
     # A redirect to another origin loses the Authorization header (aiohttp drops it), so the key stays here.
     return session.ws_connect(
@@ -140,7 +165,7 @@ def _upgrade(
         headers=headers,
         protocols=(SUBPROTOCOL,),
         max_msg_size=Limits().frame_bytes,
-        heartbeat=20.0,
+        heartbeat=heartbeat,
         compress=0,
         autoclose=True,
         decode_text=False,

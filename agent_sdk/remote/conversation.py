@@ -7,20 +7,37 @@ TurnEnded in the stream, after every callback has seen it.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
-from typing import Any, Literal, Self
+from contextlib import AsyncExitStack, suppress
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 from msgspec import Raw
+from msgspec.structs import replace
 
-from agent_sdk.conversation import Accepted, Callback, Cursor, OnDelta, Outcome, Snapshot, Stats, outcome_of
+from agent_sdk.conversation import (
+    Accepted,
+    Callback,
+    Cursor,
+    OnDelta,
+    OnReset,
+    Outcome,
+    Snapshot,
+    Stats,
+    outcome_of,
+)
 from agent_sdk.definition import Agent
 from agent_sdk.ids import new_id
 from agent_sdk.protocol import events as event_types
-from agent_sdk.protocol.errors import ConversationNotFound, InternalError, StateConflict, TimedOut
-from agent_sdk.protocol.events import Delta, Event, TurnEnded
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ConversationNotFound,
+    HistoryLost,
+    InternalError,
+    StateConflict,
+    TimedOut,
+)
+from agent_sdk.protocol.events import Delta, Event, RequestResolved, TurnEnded
 from agent_sdk.protocol.methods import (
     Configure,
     Delete,
@@ -29,8 +46,11 @@ from agent_sdk.protocol.methods import (
     EventsNotice,
     GetEvents,
     GetState,
+    Initialized,
     Interrupt,
+    Method,
     Pause,
+    RegisterTools,
     Respond,
     Run,
     SendMessage,
@@ -40,22 +60,26 @@ from agent_sdk.protocol.methods import (
     SwitchLlm,
     SyncReset,
     ToolCall,
-    ToolOutput,
     UpdateSecrets,
 )
 from agent_sdk.protocol.methods.method import Done
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model, WorkspaceSpec
-from agent_sdk.remote.connection import connect
+from agent_sdk.remote.connection import ANSWER_SECONDS, Connection
 from agent_sdk.remote.delivery import Delivery
+from agent_sdk.remote.link import Until, ask
+from agent_sdk.remote.reconnecting import ServerLink
+from agent_sdk.remote.tool_calls import ToolCalls
 from agent_sdk.remote.workspace import RemoteWorkspace
-from agent_sdk.rpc.peer import Inbound, Peer
-from agent_sdk.tools import FunctionTool
 
-logger = logging.getLogger("agent_sdk")
+T = TypeVar("T")
 
 
 class RemoteConversation:
-    """See conversation.Conversation. The turn runs on the server and goes on when this end is gone."""
+    """See conversation.Conversation. The turn runs on the server and goes on when this end is gone.
+
+    A connection that is lost is made again: calls under way are asked again and take effect once, events
+    go on where they stopped, `run` waits on. While there is no connection, cancelling and `close` return at once.
+    """
 
     def __init__(
         self,
@@ -63,8 +87,10 @@ class RemoteConversation:
         workspace: RemoteWorkspace,
         *,
         id: str | None = None,
+        since: Cursor | int | None = None,
         callbacks: Sequence[Callback] = (),
         on_delta: OnDelta | None = None,
+        on_reset: OnReset | None = None,
         max_iterations: int = 500,
         confirmation: ConfirmationPolicy | None = None,
         secrets: dict[str, str] | None = None,
@@ -76,12 +102,16 @@ class RemoteConversation:
         Args:
             agent: None attaches to an existing conversation as it is.
             workspace: entered already. Its first conversation shares its connection.
-            id: of an existing conversation; its callbacks get the events from now on.
+            id: of an existing conversation.
+            since: its callbacks get the events after this; None: those from now on.
+            on_reset: without it, every wait raises HistoryLost when the history is gone.
         """
         self._agent = agent
         self._workspace = workspace
         self._wanted = id
-        self._functions: dict[str, FunctionTool] = agent.functions() if agent else {}
+        self._since = since
+        self._can_restart = on_reset is not None
+        self._tools = ToolCalls(agent.functions() if agent else {})
         self._settings: dict[str, Any] = {
             "max_iterations": max_iterations,
             "confirmation": confirmation or ConfirmationPolicy(),
@@ -89,14 +119,16 @@ class RemoteConversation:
             "title": title,
             "tags": dict(tags or {}),
         }
-        self._delivery = Delivery(tuple(callbacks), on_delta)
+        self._delivery = Delivery(tuple(callbacks), on_delta, on_reset)
         self._stack = AsyncExitStack()
         self._opening = asyncio.Lock()
-        self._peer: Peer | None = None
+        self._link: ServerLink | None = None
+        self._is_new = False
+        self._is_configured = agent is None
         self._id = id or ""
 
     def __repr__(self) -> str:
-        return f"<RemoteConversation {self._id or 'new'} at seq {self._delivery.seq}>"
+        return f"<RemoteConversation {self._id or 'new'} at seq {self._delivery.given.seq}>"
 
     async def __aenter__(self) -> Self:
         await self._open()
@@ -113,28 +145,32 @@ class RemoteConversation:
     @property
     def cursor(self) -> Cursor:
         """See Conversation.cursor."""
-        return self._delivery.cursor
+        return self._delivery.given
 
     async def send_message(self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue") -> Accepted:
         """See Conversation.send_message."""
-        peer = await self._open()
-        return await peer.call(SendMessage(op_id=new_id(), text=text, mode=mode))
+        return await self._ask(SendMessage(op_id=new_id(), text=text, mode=mode))
 
     async def run(self, timeout: float | None = None) -> Outcome:
         """See Conversation.run."""
-        peer = await self._open()
-        answer = await peer.call(Run(op_id=new_id()))
-        if answer.ended_seq and answer.ended_seq <= self._delivery.since:
-            return await self._past_outcome(peer, answer.ended_seq)
+        link = Until(await self._open(), timeout)
         try:
-            async with asyncio.timeout(timeout):
-                return await self._delivery.outcome(answer.run_id)
+            while True:
+                answer = await ask(link, Run(op_id=new_id()))
+                if answer.ended_seq and answer.ended_seq <= self._delivery.since:
+                    return await self._past_outcome(answer.ended_seq)
+                try:
+                    async with asyncio.timeout(link.left):
+                        return await self._delivery.outcome(answer.run_id)
+                except HistoryLost:
+                    if not self._can_restart:
+                        raise
         except TimeoutError:
             raise TimedOut(f"the turn still runs after {timeout} seconds", seconds=timeout) from None
 
-    async def _past_outcome(self, peer: Peer, seq: int) -> Outcome:
+    async def _past_outcome(self, seq: int) -> Outcome:
         """The end of a turn that was over before this end began to listen."""
-        page = await peer.call(GetEvents(after=seq - 1, limit=1))
+        page = await self._ask(GetEvents(after=seq - 1, limit=1))
         ended = event_types.decode(page.events[0]) if page.events else None
         if not isinstance(ended, TurnEnded):
             raise InternalError(f"the server says that event {seq} ended the turn, and it did not")
@@ -154,12 +190,13 @@ class RemoteConversation:
         """See Conversation.respond."""
         await self._do(Respond(op_id=new_id(), request_id=request_id, answer=answer, reason=reason))
 
-    async def events(self, since: int = 0, follow: bool = False) -> AsyncIterator[Event]:
+    async def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
         """See Conversation.events. Pages of the log are fetched as they are consumed."""
-        peer = await self._open()
-        seq = since
+        epoch, seq = (since.epoch, since.seq) if isinstance(since, Cursor) else ("", since)
         while True:
-            page = await peer.call(GetEvents(after=seq))
+            page = await self._ask(GetEvents(after=seq))
+            if page.epoch != (epoch := epoch or page.epoch):
+                raise HistoryLost("the log was made anew", epoch=page.epoch, from_seq=1)
             for raw in page.events:
                 event = event_types.decode(raw)
                 seq = event.seq
@@ -171,7 +208,7 @@ class RemoteConversation:
 
     async def state(self) -> Snapshot:
         """See Conversation.state."""
-        return await (await self._open()).call(GetState())
+        return await self._ask(GetState())
 
     async def stats(self) -> Stats:
         """See Conversation.stats."""
@@ -195,77 +232,103 @@ class RemoteConversation:
 
     async def close(self) -> None:
         """See Conversation.close."""
-        if self._peer is not None and self._workspace.on_notice == self._noticed:
-            self._workspace.on_notice = None
-        self._peer = None
+        if self._link is not None:
+            self._link.leave(self)
+            self._link = None
         await self._delivery.close()
+        await self._tools.close()
         await self._stack.aclose()
 
     async def delete(self) -> None:
         """See Conversation.delete."""
-        await self._do(Delete(op_id=new_id()))
+        await self._open()
+        with suppress(ConversationNotFound):  # it was there: the connection was lost before its end was told
+            await self._do(Delete(op_id=new_id()))
         await self.close()
 
     async def _do(self, call: Effect[Done]) -> None:
-        await (await self._open()).call(call)
+        await self._ask(call)
+
+    async def _ask(self, call: Method[T]) -> T:
+        return await ask(await self._open(), call)
 
     # --- opening ---
 
-    async def _open(self) -> Peer:
+    async def _open(self) -> ServerLink:
         async with self._opening:
-            if self._peer is None:
-                if self._delivery.closed:
-                    raise StateConflict("the conversation is closed", state="closed")
-                self._peer = await self._connect()
+            if self._delivery.closed:
+                raise StateConflict("the conversation is closed", state="closed")
+            if self._link is None:
+                self._link = await self._join()
                 self._workspace.on_close(self.close)
-            return self._peer
+            if not self._is_configured:
+                await ask(self._link, self._configuration())
+                self._is_configured = True
+            return self._link
 
-    async def _connect(self) -> Peer:
-        shared = self._workspace.connection
-        if shared is None:
+    async def _join(self) -> ServerLink:
+        """Take over the workspace's link where it leads to this conversation, else make one."""
+        shared = self._workspace.link
+        if not isinstance(shared, ServerLink) or self._workspace.conversation is None:
             raise ConversationNotFound("the workspace is not on an agent server; use agent_runs='here'")
-        if not self._workspace.claimed and self._wanted in (None, shared.conversation):
-            self._workspace.claimed = True
-            self._workspace.on_notice = self._noticed
-            connection = shared
+        if not shared.claimed and self._wanted in (None, shared.conversation):
+            self._is_new = self._wanted is None and not self._workspace.attached
+            await shared.settle(self)
+            link = shared
         else:
-            connection = await self._stack.enter_async_context(
-                connect(
-                    self._workspace.url,
-                    self._workspace.api_key,
-                    conversation=self._wanted or "new",
-                    workspace=WorkspaceSpec(share=shared.conversation),
-                    on_notice=self._noticed,
-                )
-            )
-        self._id = connection.conversation or ""
-        existing = self._wanted is not None or (connection is shared and self._workspace.attached)
-        self._delivery.start(since=connection.answer.head_seq if existing else 0)
-        await self._introduce(connection.peer)
-        return connection.peer
+            self._is_new = self._wanted is None
+            spec = WorkspaceSpec(share=shared.conversation) if self._is_new else None
+            target = replace(self._workspace.target, conversation=self._wanted or new_id(), workspace=spec)
+            link = await self._stack.enter_async_context(ServerLink(target, self))
+        self._id = link.conversation
+        return link
 
-    async def _introduce(self, peer: Peer) -> None:
-        peer.handlers = {**peer.handlers, ToolCall: self._call_tool}
-        self._delivery.follow(peer)
-        await peer.call(Subscribe(after_seq=self._delivery.since))
-        if self._agent is not None:
-            await peer.call(Configure(op_id=new_id(), agent=self._agent.spec(), **self._settings))
+    def _configuration(self) -> Configure:
+        assert self._agent is not None
+        return Configure(op_id=new_id(), agent=self._agent.spec(), **self._settings)
 
-    # --- what the server sends ---
+    # --- what a link tells ---
 
-    def _noticed(self, method: str, params: Raw) -> None:
+    async def greet(self, connection: Connection) -> None:
+        """See Resident."""
+        delivery, peer = self._delivery, connection.peer
+        if not delivery.started:
+            delivery.start(self._beginning(connection.answer))
+        peer.handlers = {**peer.handlers, ToolCall: self._tools.answer}
+        known = delivery.taken
+        answer = await peer.call(
+            Subscribe(epoch=known.epoch or None, after_seq=known.seq), timeout=ANSWER_SECONDS
+        )
+        delivery.begin_epoch(answer.epoch)
+        if self._tools.names:
+            await peer.call(RegisterTools(tools=self._tools.names), timeout=ANSWER_SECONDS)
+        if answer.state is not None and answer.state.waiting_for and self._agent and self._is_configured:
+            await peer.call(self._configuration(), timeout=ANSWER_SECONDS)  # its server does not keep the key
+
+    def _beginning(self, answer: Initialized) -> Cursor:
+        match self._since:
+            case Cursor():
+                return self._since
+            case None:
+                return Cursor("", 0 if self._is_new else answer.head_seq)
+            case seq:
+                return Cursor("", seq)
+
+    def noticed(self, method: str, params: Raw) -> None:
+        """See Resident."""
         if method == EventsNotice.method:
-            self._delivery.take(msgspec.json.decode(params, type=EventsNotice).events)
+            notice = msgspec.json.decode(params, type=EventsNotice)
+            for event in self._delivery.take(notice.epoch, notice.events):
+                if isinstance(event, RequestResolved):
+                    self._tools.settled(event.request_id)
         elif method == DeltaNotice.method:
             self._delivery.take_delta(
                 msgspec.json.decode(msgspec.json.decode(params, type=DeltaNotice).delta, type=Delta)
             )
         elif method == SyncReset.method:
-            self._delivery.reset(msgspec.json.decode(params, type=SyncReset).reason)
+            reset = msgspec.json.decode(params, type=SyncReset)
+            self._delivery.reset(reset.reason, Cursor(reset.epoch, reset.from_seq - 1))
 
-    async def _call_tool(self, params: ToolCall, call: Inbound) -> ToolOutput:
-        function = self._functions.get(params.tool)
-        if function is None:
-            return ToolOutput(text=f"this client has no tool {params.tool!r}", is_error=True)
-        result = await function.run(params.arguments)
-        return ToolOutput(text=result.text, is_error=result.is_error, data=result.data)
+    def ended(self, error: AgentServerError) -> None:
+        """See Resident."""
+        self._delivery.end(error)

@@ -6,87 +6,130 @@ import asyncio
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
-from msgspec import Raw
+from msgspec import Raw, Struct
 
-from agent_sdk.conversation import Callback, Cursor, OnDelta, Outcome, outcome_of
+from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, Outcome, outcome_of
 from agent_sdk.protocol import events as event_types
-from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, TransferBroken
+from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, HistoryLost, TransferBroken
 from agent_sdk.protocol.events import Delta, Event, TurnEnded
-from agent_sdk.rpc.peer import Peer
 
 logger = logging.getLogger("agent_sdk")
 
 OUTCOMES_KEPT = 256
 
 
-class Delivery:
-    """The client's end of one conversation's stream of events.
+class _Reset(Struct, frozen=True):
+    """From here on it is another history."""
 
-    One task hands events over; a slow callback delays later ones and nothing else. The first error
-    that ends the stream (connection lost, history gone, a gap) is raised to everybody who waits.
+    start: Cursor
+    error: HistoryLost
+
+
+class Delivery:
+    """The client's end of one conversation's stream of events, over one connection after the other.
+
+    One task hands events over; a slow callback delays later ones and nothing else. What ends the stream
+    (no further connection, history gone, a gap) is raised to everybody who waits, after the events before it.
     """
 
-    def __init__(self, callbacks: Sequence[Callback], on_delta: OnDelta | None) -> None:
+    def __init__(
+        self, callbacks: Sequence[Callback], on_delta: OnDelta | None, on_reset: OnReset | None = None
+    ) -> None:
         self._callbacks = callbacks
         self._on_delta = on_delta
-        self._queue: asyncio.Queue[Event | Delta] = asyncio.Queue()
+        self._on_reset = on_reset
+        self._queue: asyncio.Queue[Event | Delta | _Reset | AgentServerError] = asyncio.Queue()
         self._moved = asyncio.Event()
         self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._task: asyncio.Task[None] | None = None
         self._error: AgentServerError | None = None
-        self._taken = 0
+        self._resets = 0
+        self.taken = Cursor("", 0)
+        """Of the last event that came; where the next connection goes on."""
+        self.given = Cursor("", 0)
+        """Of the last event that the callbacks were given."""
+        self.seen = 0
+        """Seq of the last event that all callbacks are done with."""
         self.since = 0
-        self.seq = 0
+        """Events up to this seq are not delivered."""
         self.closed = False
-        self.epoch = ""
-        self._given = 0
 
     @property
-    def cursor(self) -> Cursor:
-        """Of the event that the callbacks were given last."""
-        return Cursor(self.epoch, self._given)
+    def started(self) -> bool:
+        """Whether a connection brings events."""
+        return self._task is not None
 
-    def start(self, *, since: int) -> None:
-        """Begin after this seq."""
-        self.since = self.seq = self._taken = self._given = since
-        self._tasks.append(asyncio.create_task(self._deliver()))
+    def start(self, cursor: Cursor) -> None:
+        """Begin after this cursor; an empty epoch stands for that of the log."""
+        self.since = self.seen = cursor.seq
+        self.taken = self.given = cursor
+        self._task = asyncio.create_task(self._deliver())
 
-    def follow(self, peer: Peer) -> None:
-        """Learn when this connection ends."""
-        self._tasks.append(asyncio.create_task(self._watch(peer)))
+    def begin_epoch(self, epoch: str) -> None:
+        """Learn the epoch of the log, where it was not known."""
+        if not self.taken.epoch:
+            self.taken = Cursor(epoch, self.taken.seq)
+            self.given = Cursor(epoch, self.given.seq)
 
-    def take(self, raws: Sequence[Raw]) -> None:
-        """Accept events as they arrive; known ones are dropped, a gap ends the stream."""
+    def take(self, epoch: str, raws: Sequence[Raw]) -> list[Event]:
+        """Accept events as they arrive; known ones are dropped, a gap ends the stream. Returns the new ones."""
+        if self._error is not None or self.closed:
+            return []
+        self.begin_epoch(epoch)
+        if epoch != self.taken.epoch:
+            self.reset("the log was made anew", Cursor(epoch, 0))
+        new: list[Event] = []
         for raw in raws:
             event = event_types.decode(raw)
-            if event.seq <= self._taken:
+            if event.seq <= self.taken.seq:
                 continue
-            if event.seq != self._taken + 1:
-                self._fail(TransferBroken(f"event {event.seq} came after event {self._taken}"))
-                return
-            self._taken = event.seq
+            if event.seq != self.taken.seq + 1:
+                self.end(TransferBroken(f"event {event.seq} came after event {self.taken.seq}"))
+                break
+            self.taken = Cursor(epoch, event.seq)
             self._queue.put_nowait(event)
+            new.append(event)
+        return new
 
     def take_delta(self, delta: Delta) -> None:
         """Accept a transient piece."""
         if self._on_delta is not None:
             self._queue.put_nowait(delta)
 
-    def reset(self, reason: str) -> None:
-        """The history is gone: the stream cannot go on as if nothing had happened."""
-        self._fail(TransferBroken(f"the server's history was reset: {reason}; open the conversation again"))
+    def reset(self, reason: str, start: Cursor) -> None:
+        """The history up to here is void; what follows is another one, after `start`."""
+        error = HistoryLost(
+            f"the history of the conversation is gone: {reason}", epoch=start.epoch, from_seq=start.seq + 1
+        )
+        self.taken = start
+        self._queue.put_nowait(_Reset(start, error))
+
+    def end(self, error: AgentServerError) -> None:
+        """Nothing more comes: whoever waits hears why, when the callbacks have seen what came before."""
+        if self._task is None:
+            self._fail(error)
+        else:
+            self._queue.put_nowait(error)
 
     async def outcome(self, run_id: str) -> Outcome:
-        """Wait until the callbacks have seen the end of this turn."""
+        """Wait until the callbacks have seen the end of this turn.
+
+        Raises:
+            HistoryLost: the history it belonged to is gone.
+        """
+        resets = self._resets
         while run_id not in self._outcomes:
             await self._wait()
+            if self._resets != resets:
+                raise HistoryLost("the history of the turn is gone", epoch=self.given.epoch, from_seq=1)
         return self._outcomes[run_id]
 
     async def wait_beyond(self, seq: int) -> bool:
         """Wait for an event after `seq`; False when there will be none because the conversation was closed."""
-        while self.seq <= seq:
+        resets = self._resets
+        while self.seen <= seq and resets == self._resets:
             if self.closed:
                 return False
             await self._wait()
@@ -95,12 +138,10 @@ class Delivery:
     async def close(self) -> None:
         """Stop the delivery; what was not handed over yet is dropped here and stays in the log."""
         self.closed = True
-        me = asyncio.current_task()
-        tasks = [task for task in self._tasks if task is not me]
-        for task in tasks:
+        task, self._task = self._task, None
+        if task is not None and task is not asyncio.current_task():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._tasks.clear()
+            await asyncio.gather(task, return_exceptions=True)
         self._wake()
 
     async def _wait(self) -> None:
@@ -120,26 +161,35 @@ class Delivery:
             self._error = error
         self._wake()
 
-    async def _watch(self, peer: Peer) -> None:
-        lost = await peer.wait_closed()
-        await self._queue.join()
-        self._fail(lost)
-
     async def _deliver(self) -> None:
-        while True:
-            item = await self._queue.get()
-            if isinstance(item, Delta):
-                if self._on_delta is not None:
-                    await _tell(self._on_delta, item)
-            else:
-                self._given = item.seq
-                for callback in self._callbacks:
-                    await _tell(callback, item)
-                self._delivered(item)
-            self._queue.task_done()
+        while self._error is None and not self.closed:
+            match await self._queue.get():
+                case Delta() as delta:
+                    if self._on_delta is not None:
+                        await _tell(self._on_delta, delta)
+                case _Reset() as reset:
+                    await self._restart(reset)
+                case AgentServerError() as error:
+                    self._fail(error)
+                case event:
+                    self.given = Cursor(self.given.epoch, event.seq)
+                    for callback in self._callbacks:
+                        await _tell(callback, event)
+                    self._delivered(event)
+
+    async def _restart(self, reset: _Reset) -> None:
+        if self._on_reset is None:
+            self._fail(reset.error)
+            return
+        self.given = reset.start
+        self.since = self.seen = reset.start.seq
+        self._outcomes.clear()
+        self._resets += 1
+        await _tell(self._on_reset, reset.start)
+        self._wake()
 
     def _delivered(self, event: Event) -> None:
-        self.seq = event.seq
+        self.seen = event.seq
         if isinstance(event, TurnEnded):
             self._outcomes[event.run_id] = outcome_of(event)
             if len(self._outcomes) > OUTCOMES_KEPT:
@@ -147,9 +197,9 @@ class Delivery:
         self._wake()
 
 
-async def _tell(callback: Callback | OnDelta, item: Event | Delta) -> None:
+async def _tell(callback: Callable[..., Awaitable[None] | None], item: object) -> None:
     try:
-        waiting = callback(item)  # type: ignore[arg-type]
+        waiting = callback(item)
         if inspect.isawaitable(waiting):
             await waiting
     except Exception:  # a callback is the user's; its error must not stop the events

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from collections.abc import AsyncIterator
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import LimitExceeded
 from agent_sdk.protocol.methods import (
+    Download,
     FilesList,
     FilesMkdir,
     FilesMove,
@@ -16,41 +15,35 @@ from agent_sdk.protocol.methods import (
     FilesStat,
     GitChanges,
     GitDiff,
+    Upload,
 )
+from agent_sdk.remote.link import Link, ask, persistent
+from agent_sdk.remote.transfers import NO_CHANNEL, incoming, outgoing
 from agent_sdk.rpc.peer import Peer
-from agent_sdk.workspace import FileInfo, FileStream, GitChange, Transferred
+from agent_sdk.workspace import FileInfo, GitChange, Transferred
 
 READ_BYTES = 64 << 20
-
-
-class _Place(Protocol):
-    """What of a RemoteWorkspace is needed here."""
-
-    @property
-    def peer(self) -> Peer: ...
-
-    def read_stream(
-        self, path: str, *, offset: int = 0, length: int | None = None
-    ) -> AbstractAsyncContextManager[FileStream]: ...
-
-    async def write_stream(
-        self, path: str, chunks: AsyncIterable[bytes], *, size: int | None = None, mode: int | None = None
-    ) -> Transferred: ...
 
 
 class RemoteFiles:
     """See workspace.Files."""
 
-    def __init__(self, place: _Place) -> None:
-        self._place = place
+    def __init__(self, link: Link) -> None:
+        self._link = link
 
     async def read(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
         """See Files.read."""
         wanted = READ_BYTES + 1 if limit is None else min(limit, READ_BYTES)
-        data = bytearray()
-        async with self._place.read_stream(path, offset=offset, length=wanted) as stream:
-            async for piece in stream:
-                data += piece
+        call = Download(path=path, channel=NO_CHANNEL, offset=offset, length=wanted)
+
+        async def read(peer: Peer) -> bytearray:
+            data = bytearray()
+            async with incoming(peer, call) as stream:
+                async for piece in stream:
+                    data += piece
+            return data
+
+        data = await persistent(self._link, read, changes_something=False)
         if limit is None and len(data) > READ_BYTES:
             raise LimitExceeded(
                 f"{path} is longer than {READ_BYTES} bytes; give a limit, or download it",
@@ -61,43 +54,44 @@ class RemoteFiles:
 
     async def write(self, path: str, data: bytes, *, mode: int | None = None) -> Transferred:
         """See Files.write."""
-        return await self._place.write_stream(path, _once(data), size=len(data), mode=mode)
+        call = Upload(op_id=new_id(), path=path, channel=NO_CHANNEL, size=len(data), mode=mode)
+        return await outgoing(self._link, call, lambda: _whole(data))
 
     async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
         """See Files.list."""
-        return await self._place.peer.call(FilesList(path=path, depth=depth, hidden=hidden))
+        return await ask(self._link, FilesList(path=path, depth=depth, hidden=hidden))
 
     async def stat(self, path: str) -> FileInfo:
         """See Files.stat."""
-        return await self._place.peer.call(FilesStat(path=path))
+        return await ask(self._link, FilesStat(path=path))
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """See Files.remove."""
-        await self._place.peer.call(FilesRemove(op_id=new_id(), path=path, recursive=recursive))
+        await ask(self._link, FilesRemove(op_id=new_id(), path=path, recursive=recursive))
 
     async def move(self, source: str, target: str) -> None:
         """See Files.move."""
-        await self._place.peer.call(FilesMove(op_id=new_id(), source=source, target=target))
+        await ask(self._link, FilesMove(op_id=new_id(), source=source, target=target))
 
     async def mkdir(self, path: str) -> None:
         """See Files.mkdir."""
-        await self._place.peer.call(FilesMkdir(op_id=new_id(), path=path))
+        await ask(self._link, FilesMkdir(op_id=new_id(), path=path))
 
 
 class RemoteGit:
     """See workspace.Git."""
 
-    def __init__(self, place: _Place) -> None:
-        self._place = place
+    def __init__(self, link: Link) -> None:
+        self._link = link
 
     async def changes(self, path: str = ".", *, base: str | None = None) -> list[GitChange]:
         """See Git.changes."""
-        return await self._place.peer.call(GitChanges(path=path, base=base))
+        return await ask(self._link, GitChanges(path=path, base=base))
 
     async def diff(self, path: str = ".", *, base: str | None = None) -> str:
         """See Git.diff."""
-        return (await self._place.peer.call(GitDiff(path=path, base=base))).text
+        return (await ask(self._link, GitDiff(path=path, base=base))).text
 
 
-async def _once(data: bytes) -> AsyncIterator[bytes]:
+async def _whole(data: bytes) -> AsyncIterator[bytes]:
     yield data

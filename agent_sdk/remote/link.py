@@ -8,13 +8,18 @@ meanwhile. That is safe, because every call that changes something carries an op
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple, Protocol, TypeVar
 
-from agent_sdk.protocol.errors import ConnectionLost, OutcomeUnknown
+from agent_sdk.protocol.errors import ConnectionLost, OutcomeUnknown, Overloaded, TimedOut
+from agent_sdk.protocol.methods import Effect, Method
 from agent_sdk.rpc.peer import Peer
 
 T = TypeVar("T")
+
+DRAINING = "draining"
+"""The reason of a server that is about to stop."""
 
 
 class Linked(NamedTuple):
@@ -50,8 +55,46 @@ class Fixed:
         return self._linked
 
 
-async def persistent(link: Link, work: Callable[[Peer], Awaitable[T]]) -> T:
+class Until:
+    """A link whose connection is waited for until a point in time; one that is up may be used after it."""
+
+    def __init__(self, link: Link, seconds: float | None) -> None:
+        """Take the link, and how long from now; None: for ever."""
+        self._link = link
+        self._deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left, at least a millisecond; None: there is no end."""
+        if self._deadline is None:
+            return None
+        return max(self._deadline - asyncio.get_running_loop().time(), 0.001)
+
+    async def linked(self) -> Linked:
+        """See Link.
+
+        Raises:
+            TimedOut: there was none in time.
+        """
+        try:
+            async with asyncio.timeout_at(self._deadline) as limit:
+                return await self._link.linked()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimedOut("there was no connection in time") from None
+
+
+async def persistent(
+    link: Link, work: Callable[[Peer], Awaitable[T]], *, changes_something: bool = True
+) -> T:
     """Run `work` with the link's Peer, and again with the next one as often as the connection is lost under it.
+
+    Cancelling while there is no connection ends the waiting at once; what was asked for goes on at the
+    other end, because nobody can tell it.
+
+    Args:
+        changes_something: without that, another instance of the other end may do it as well.
 
     Raises:
         OutcomeUnknown: the other end was lost, not the connection alone: whether the work was done is not known.
@@ -64,6 +107,15 @@ async def persistent(link: Link, work: Callable[[Peer], Awaitable[T]]) -> T:
         except ConnectionLost:
             if linked.peer.lost is None:
                 raise  # the other end says it, of a connection of its own
+        except Overloaded as exc:
+            if exc.details.get("reason") != DRAINING:
+                raise
+            await linked.peer.wait_closed()  # it was refused; the next server will not
         linked = await link.linked()
-        if linked.instance != first.instance:
+        if changes_something and linked.instance != first.instance:
             raise OutcomeUnknown("the place where it ran was lost; whether it was done is not known")
+
+
+async def ask(link: Link, call: Method[T]) -> T:
+    """Call a method of the other end, over as many connections as it takes."""
+    return await persistent(link, lambda peer: peer.call(call), changes_something=isinstance(call, Effect))

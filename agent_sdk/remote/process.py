@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
+
+from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import (
-    AgentServerError,
-    InvalidParams,
-    ProcessNotFound,
-    TimedOut,
-    TransferBroken,
-)
+from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, TransferBroken
 from agent_sdk.protocol.methods import (
-    Count,
-    ProcessInput,
     ProcessOutput,
     ProcessResize,
     ProcessSignal,
@@ -25,33 +20,32 @@ from agent_sdk.protocol.methods import (
     ShellRun,
     ShellSend,
 )
+from agent_sdk.remote.feed import Feed
+from agent_sdk.remote.link import Link, Until, ask, persistent
 from agent_sdk.remote.streams import milliseconds, pass_failure, with_output
+from agent_sdk.remote.transfers import NO_CHANNEL
 from agent_sdk.rpc.peer import Peer
-from agent_sdk.rpc.stream import ByteReader, ByteWriter
+from agent_sdk.rpc.stream import ByteReader, Chunk
 from agent_sdk.workspace import Exit, OutputName, ShellResult
 
 
 class RemoteProcess:
-    """See workspace.Process. Its input is one byte stream, opened by the first write."""
+    """See workspace.Process. All of it goes on over the next connection when one is lost."""
 
-    def __init__(self, peer: Peer, process_id: str) -> None:
-        self._peer = peer
+    def __init__(self, link: Link, process_id: str) -> None:
+        self._link = link
         self.id = process_id
-        self._input: _Input | None = None
+        self._input = Feed(link, process_id)
 
     def __repr__(self) -> str:
         return f"<RemoteProcess {self.id}>"
 
     async def write(self, data: bytes) -> None:
         """See Process.write. Cancelling may leave a part of `data` written."""
-        if self._input is None:
-            self._input = _Input(self._peer, self.id)
         await self._input.write(data)
 
     async def close_stdin(self) -> None:
         """See Process.close_stdin."""
-        if self._input is None:
-            self._input = _Input(self._peer, self.id)
         await self._input.finish()
 
     async def output(
@@ -65,94 +59,63 @@ class RemoteProcess:
         self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncIterator[tuple[int, bytes]]:
         """See Process.chunks."""
-        async with self._peer.open_reader() as reader:
+        position = since
+        while True:
+            peer = (await self._link.linked()).peer
             call = ProcessOutput(
-                process_id=self.id, channel=reader.channel, stream=stream, since=since, follow=follow
+                process_id=self.id, channel=NO_CHANNEL, stream=stream, since=position, follow=follow
             )
-            calling = asyncio.ensure_future(self._peer.call(call))
-            calling.add_done_callback(lambda done: pass_failure(done, reader))
             try:
-                async for chunk in reader:
-                    yield chunk.offset, chunk.data
-                await calling
-            except TransferBroken:
-                await calling
-                raise
-            finally:
-                calling.cancel()
-                await asyncio.gather(calling, return_exceptions=True)
+                async with aclosing(_chunks(peer, call)) as chunks:
+                    async for chunk in chunks:
+                        position = chunk.offset + len(chunk.data)
+                        yield chunk
+                return
+            except ConnectionLost:
+                if peer.lost is None:
+                    raise
 
     async def signal(self, name: str) -> None:
         """See Process.signal."""
-        await self._peer.call(ProcessSignal(op_id=new_id(), process_id=self.id, name=name))
+        await ask(self._link, ProcessSignal(op_id=new_id(), process_id=self.id, name=name))
 
     async def resize(self, *, rows: int, cols: int) -> None:
         """See Process.resize."""
-        await self._peer.call(ProcessResize(process_id=self.id, rows=rows, cols=cols))
+        await ask(self._link, ProcessResize(process_id=self.id, rows=rows, cols=cols))
 
     async def wait(self, timeout: float | None = None) -> Exit:
         """See Process.wait."""
-        return await self._peer.call(
-            ProcessWait(process_id=self.id, timeout_ms=milliseconds("timeout", timeout))
-        )
+        milliseconds("timeout", timeout)
+        link = Until(self._link, timeout)
+
+        async def waited(peer: Peer) -> Exit:
+            left = milliseconds("timeout", link.left)
+            return await peer.call(ProcessWait(process_id=self.id, timeout_ms=left))
+
+        return await persistent(link, waited, changes_something=False)
 
 
-class _Input:
-    """The stream that feeds a process; the call lives as long as the stream."""
-
-    def __init__(self, peer: Peer, process_id: str) -> None:
-        self._opened: asyncio.Future[ByteWriter] = asyncio.get_running_loop().create_future()
-        self._closed = asyncio.Event()
-        self._calling = asyncio.ensure_future(self._run(peer, process_id))
-        # Nobody may write again to hear of the end; then it does not matter how it came.
-        self._calling.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-    async def _run(self, peer: Peer, process_id: str) -> Count:
+async def _chunks(peer: Peer, call: ProcessOutput) -> AsyncGenerator[Chunk, None]:
+    async with peer.open_reader() as reader:
+        calling = asyncio.ensure_future(peer.call(replace(call, channel=reader.channel)))
+        calling.add_done_callback(lambda done: pass_failure(done, reader))
         try:
-            # What is written to a process that has ended would be lost before the call is refused.
-            await peer.call(ProcessWait(process_id=process_id, timeout_ms=1))
-            raise ProcessNotFound("the process has ended", process=process_id)
-        except TimedOut:
-            pass
-        except AgentServerError as exc:
-            self._opened.set_exception(exc)
+            async for chunk in reader:
+                yield chunk
+            await calling
+        except TransferBroken:
+            await calling
             raise
-        async with peer.open_writer() as writer:
-            call = asyncio.ensure_future(
-                peer.call(ProcessInput(process_id=process_id, channel=writer.channel))
-            )
-            self._opened.set_result(writer)
-            return await call
-
-    async def write(self, data: bytes) -> None:
-        writer = await self._opened
-        writing = asyncio.ensure_future(writer.write(data))
-        try:
-            # A process that is gone answers the call; nobody would ever grant credit again.
-            await asyncio.wait({writing, self._calling}, return_when=asyncio.FIRST_COMPLETED)
-            if self._calling.done():
-                await self._calling
-                raise ProcessNotFound("the input of the process is closed")
-            await writing
         finally:
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
-
-    async def finish(self) -> None:
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        writer = await self._opened
-        if not self._calling.done():
-            await writer.finish()
-        await self._calling
+            calling.cancel()
+            await asyncio.gather(calling, return_exceptions=True)
 
 
 class RemoteShell:
     """See workspace.Shell."""
 
-    def __init__(self, peer: Peer, name: str) -> None:
-        self._peer = peer
+    def __init__(self, link: Link, name: str) -> None:
+        self._link = link
         self._name = name
 
     async def run(
@@ -166,16 +129,15 @@ class RemoteShell:
         """See Shell.run."""
         if not command:
             raise InvalidParams("command must not be empty")
-        async with self._peer.open_reader() as reader:
-            call = ShellRun(
+        return await self._ask(
+            ShellRun(
                 op_id=op_id or new_id(),
                 name=self._name,
                 command=command,
                 timeout_ms=milliseconds("timeout", timeout),
                 quiet_ms=milliseconds("quiet", quiet),
-                channel=reader.channel,
             )
-            return await _shell_result(self._peer.call(call), reader)
+        )
 
     async def send(
         self,
@@ -186,20 +148,26 @@ class RemoteShell:
         op_id: str | None = None,
     ) -> ShellResult:
         """See Shell.send."""
-        async with self._peer.open_reader() as reader:
-            call = ShellSend(
+        return await self._ask(
+            ShellSend(
                 op_id=op_id or new_id(),
                 name=self._name,
                 keys=data.decode("latin-1"),
                 timeout_ms=milliseconds("timeout", timeout),
                 quiet_ms=milliseconds("quiet", quiet),
-                channel=reader.channel,
             )
-            return await _shell_result(self._peer.call(call), reader)
+        )
 
     async def reset(self, *, op_id: str | None = None) -> None:
         """See Shell.reset."""
-        await self._peer.call(ShellReset(op_id=op_id or new_id(), name=self._name))
+        await ask(self._link, ShellReset(op_id=op_id or new_id(), name=self._name))
+
+    async def _ask(self, call: ShellRun | ShellSend) -> ShellResult:
+        async def answered(peer: Peer) -> ShellResult:
+            async with peer.open_reader() as reader:
+                return await _shell_result(peer.call(replace(call, channel=reader.channel)), reader)
+
+        return await persistent(self._link, answered)
 
 
 async def _shell_result(call: Awaitable[ShellAnswer], reader: ByteReader) -> ShellResult:

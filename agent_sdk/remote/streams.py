@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from agent_sdk.digest import sha256
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, TransferBroken
-from agent_sdk.protocol.results import Transferred
-from agent_sdk.rpc.peer import Peer
-from agent_sdk.rpc.stream import ByteReader, ByteWriter
-from agent_sdk.workspace import HEAD_BYTES, TAIL_BYTES, OnOutput, Output, OutputName
+from agent_sdk.rpc.stream import ByteReader, Chunk
+from agent_sdk.workspace import HEAD_BYTES, TAIL_BYTES, Output
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -41,14 +36,18 @@ async def together(call: Awaitable[A], bytes_: Coroutine[Any, Any, B]) -> tuple[
 
 
 class Collector:
-    """The head and tail of a stream whose middle may be missing."""
+    """The head and tail of a stream whose middle may be missing, over however many connections it came."""
 
     def __init__(self) -> None:
         self._head = bytearray()
         self._tail = bytearray()
+        self.position = 0
+        """Behind the last byte that came."""
 
-    def add(self, data: bytes) -> None:
-        """Take the next piece."""
+    def add(self, chunk: Chunk) -> bytes:
+        """Take a piece; returns what of it had not come before."""
+        new = data = chunk.data[max(0, self.position - chunk.offset) :]
+        self.position = max(self.position, chunk.offset + len(chunk.data))
         room = HEAD_BYTES - len(self._head)
         if room > 0:
             self._head += data[:room]
@@ -56,6 +55,7 @@ class Collector:
         self._tail += data
         if len(self._tail) > 2 * TAIL_BYTES:
             del self._tail[:-TAIL_BYTES]
+        return new
 
     def output(self, size: int) -> Output:
         """Return what was collected of a stream of `size` bytes in all."""
@@ -90,88 +90,8 @@ async def with_output(
 async def _collect(reader: ByteReader) -> Collector:
     collector = Collector()
     async for chunk in reader:
-        collector.add(chunk.data)
+        collector.add(chunk)
     return collector
-
-
-async def pump(out: ByteReader, err: ByteReader, on_output: OnOutput) -> tuple[Collector, Collector]:
-    """Hand output to the callback as it comes, one piece at a time; return what both streams said."""
-    turn = asyncio.Lock()
-
-    async def follow(name: OutputName, reader: ByteReader) -> Collector:
-        collector = Collector()
-        async for chunk in reader:
-            collector.add(chunk.data)
-            async with turn:
-                waiting = on_output(name, chunk.data)
-                if inspect.isawaitable(waiting):
-                    await waiting
-        return collector
-
-    return await together(follow("stdout", out), follow("stderr", err))
-
-
-@asynccontextmanager
-async def feed(peer: Peer, data: bytes | None) -> AsyncIterator[int]:
-    """Yield the channel that carries `data` to the other end; 0 where there is nothing to carry."""
-    if not data:
-        yield 0
-        return
-    async with peer.open_writer() as writer:
-        feeding = asyncio.ensure_future(_write(writer, data))
-        try:
-            yield writer.channel
-        finally:
-            feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
-
-
-async def _write(writer: ByteWriter, data: bytes) -> None:
-    await writer.write(data)
-    await writer.finish()
-
-
-async def send(writer: ByteWriter, chunks: AsyncIterable[bytes]) -> str:
-    """Send a file's bytes and their SHA-256; returns it as hexadecimal text."""
-    digest = sha256()
-    async for data in chunks:
-        digest.update(data)
-        await writer.write(data)
-    await writer.finish(digest.digest())
-    return digest.hexdigest()
-
-
-class Incoming:
-    """A file on its way here: its bytes, verified at the end. One iteration only."""
-
-    def __init__(self, reader: ByteReader, call: Awaitable[Transferred]) -> None:
-        self._reader = reader
-        self._call = asyncio.ensure_future(call)
-        self._call.add_done_callback(lambda done: pass_failure(done, reader))
-        self.size = 0
-        self.mode = 0o644
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._read()
-
-    async def _read(self) -> AsyncIterator[bytes]:
-        digest = sha256()
-        try:
-            async for chunk in self._reader:
-                digest.update(chunk.data)
-                yield chunk.data
-        except TransferBroken:
-            await self._call
-            raise
-        answer = await self._call
-        if self._reader.trailer != digest.digest():
-            raise TransferBroken("the SHA-256 of the bytes that came differs from the sender's")
-        self.size, self.mode = answer.size, answer.mode
-
-    async def close(self) -> None:
-        """Give up what has not come yet."""
-        self._call.cancel()
-        await asyncio.gather(self._call, return_exceptions=True)
 
 
 def pass_failure(call: asyncio.Future[Any], reader: ByteReader) -> None:

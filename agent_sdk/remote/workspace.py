@@ -1,41 +1,33 @@
-"""A Workspace there: the contract as calls and byte streams over a Peer."""
+"""A Workspace there: the contract as calls and byte streams over a link."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from os import PathLike
 from typing import Any, Self
 
-from msgspec import Raw
-
 from agent_sdk.disk import atomic_file, open_source
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, TransferBroken
-from agent_sdk.protocol.methods import (
-    Describe,
-    Download,
-    Execute,
-    Executed,
-    Method,
-    ProcessList,
-    ProcessStart,
-    Upload,
-)
+from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, OutcomeUnknown
+from agent_sdk.protocol.methods import Describe, Download, Execute, ProcessList, ProcessStart, Upload
 from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
-from agent_sdk.remote.connection import Connection, connect
+from agent_sdk.remote.command import Heard, executed, followed
+from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.files import RemoteFiles, RemoteGit
+from agent_sdk.remote.link import Link, ask, persistent
 from agent_sdk.remote.process import RemoteProcess, RemoteShell
-from agent_sdk.remote.streams import Incoming, feed, milliseconds, pump, send, together, with_output
-from agent_sdk.rpc.peer import Handler, Peer
+from agent_sdk.remote.reconnecting import OnConnection, ServerLink, Target
+from agent_sdk.remote.streams import milliseconds
+from agent_sdk.remote.transfers import NO_CHANNEL, incoming, once, outgoing
+from agent_sdk.rpc.peer import Peer
 from agent_sdk.workspace import (
     ExecResult,
     FileStream,
     OnOutput,
-    Output,
     Process,
     ProcessInfo,
-    Shell,
     Transferred,
     WorkspaceInfo,
 )
@@ -44,10 +36,11 @@ Closing = Callable[[], Awaitable[None]]
 
 
 class RemoteWorkspace:
-    """A workspace on an agent server, or behind any Peer that serves one.
+    """A workspace on an agent server, or behind any link to something that serves one.
 
     Entering connects: the server makes a workspace and a conversation for it. One connection serves
-    both; the first Conversation on the workspace shares it. Leaving closes the connection.
+    both; the first Conversation on the workspace shares it. A connection that is lost is made again,
+    and calls under way go on over the next one: nothing runs twice, output comes once. Leaving closes it.
     """
 
     def __init__(
@@ -58,6 +51,10 @@ class RemoteWorkspace:
         sandbox: Sandbox | None = None,
         working_dir: str | None = None,
         conversation: str | None = None,
+        connect_timeout: float | None = 5.0,
+        reconnect_timeout: float | None = None,
+        heartbeat: float = HEARTBEAT_SECONDS,
+        on_connection: OnConnection | None = None,
     ) -> None:
         """Describe it; nothing is reached before `async with`.
 
@@ -67,6 +64,12 @@ class RemoteWorkspace:
             sandbox: run the commands in a container the server manages.
             working_dir: an existing folder of the server's machine; None: a fresh one.
             conversation: id of an existing conversation, whose workspace this is then; None: a new one.
+            connect_timeout: seconds for which entering tries again where nobody answers or the server is
+                busy; None: for ever. A try under way may take 30 s more. A wrong key is no matter of time.
+            reconnect_timeout: the same after a connection was lost; everything that waits fails then.
+            heartbeat: seconds of silence after which the server is asked whether it is alive.
+            on_connection: called with the reason when the connection is lost or not made at once, and with
+                None when there is one again.
 
         Raises:
             InvalidParams: an existing conversation has its workspace already.
@@ -75,41 +78,35 @@ class RemoteWorkspace:
             raise InvalidParams(
                 "conversation: it has its workspace already; leave out sandbox and working_dir"
             )
-        self.url = url
-        self.api_key = api_key
-        self._conversation = conversation or "new"
-        self._spec = WorkspaceSpec(sandbox=sandbox, working_dir=working_dir)
+        spec = WorkspaceSpec(sandbox=sandbox, working_dir=working_dir)
+        self._target = Target(
+            url=url,
+            api_key=api_key,
+            conversation=conversation or new_id(),
+            workspace=spec if conversation is None else None,
+            connect_timeout=connect_timeout,
+            reconnect_timeout=reconnect_timeout,
+            heartbeat=heartbeat,
+            on_connection=on_connection,
+        )
         self._stack = AsyncExitStack()
-        self._peer: Peer | None = None
+        self._link: Link | None = None
         self._closing: list[Closing] = []
-        self.connection: Connection | None = None
-        self.handlers: dict[type[Method[Any]], Handler] = {}
-        self.on_notice: Callable[[str, Raw], None] | None = None
-        self.claimed = False
 
     @classmethod
-    def over(cls, peer: Peer) -> Self:
-        """Return the workspace that this Peer's other end serves; the Peer stays the caller's."""
+    def over(cls, link: Link) -> Self:
+        """Return the workspace that is served at the other end of this link, which stays the caller's."""
         workspace = cls("")
-        workspace._peer = peer
+        workspace._link = link
         return workspace
 
     def __repr__(self) -> str:
-        return f"<RemoteWorkspace {self.url or 'over a peer'} {'open' if self._peer else 'not open'}>"
+        where = self._target.url or "over a link"
+        return f"<RemoteWorkspace {where} {'open' if self._link else 'not open'}>"
 
     async def __aenter__(self) -> Self:
-        if self._peer is None:
-            self.connection = await self._stack.enter_async_context(
-                connect(
-                    self.url,
-                    self.api_key,
-                    conversation=self._conversation,
-                    workspace=self._spec,
-                    handlers=self.handlers,
-                    on_notice=self._noticed,
-                )
-            )
-            self._peer = self.connection.peer
+        if self._link is None:
+            self._link = await self._stack.enter_async_context(ServerLink(self._target))
             self._stack.callback(self._forget)
         return self
 
@@ -124,41 +121,47 @@ class RemoteWorkspace:
         self._closing.append(close)
 
     def _forget(self) -> None:
-        self._peer = None
+        self._link = None
 
-    def _noticed(self, method: str, params: Raw) -> None:
-        if self.on_notice is not None:
-            self.on_notice(method, params)
+    @property
+    def target(self) -> Target:
+        """Where it is; for conversations that need a connection of their own."""
+        return self._target
+
+    @property
+    def conversation(self) -> str | None:
+        """Id of the conversation that was made with it, or whose workspace it is; None where there is none."""
+        return self._target.conversation if isinstance(self._link, ServerLink) else None
 
     @property
     def attached(self) -> bool:
         """Whether it is the workspace of a conversation that existed before."""
-        return self._conversation != "new"
+        return self._target.workspace is None
 
     @property
-    def peer(self) -> Peer:
-        """The open connection's Peer.
+    def link(self) -> Link:
+        """The way to the other end.
 
         Raises:
             ConnectionLost: the workspace is not entered.
         """
-        if self._peer is None:
+        if self._link is None:
             raise ConnectionLost("the workspace is not open; enter it with `async with`")
-        return self._peer
+        return self._link
 
     @property
     def files(self) -> RemoteFiles:
         """Files and folders."""
-        return RemoteFiles(self)
+        return RemoteFiles(self.link)
 
     @property
     def git(self) -> RemoteGit:
         """The git repository."""
-        return RemoteGit(self)
+        return RemoteGit(self.link)
 
     async def describe(self) -> WorkspaceInfo:
         """See Workspace.describe."""
-        return await self.peer.call(Describe())
+        return await ask(self.link, Describe())
 
     async def execute(
         self,
@@ -171,34 +174,29 @@ class RemoteWorkspace:
         yield_after: float | None = None,
         on_output: OnOutput | None = None,
     ) -> ExecResult:
-        """See Workspace.execute. Cancelling waits until the other end has ended the process tree."""
-        peer = self.peer
-        async with AsyncExitStack() as stack:
-            out = await stack.enter_async_context(peer.open_reader())
-            err = await stack.enter_async_context(peer.open_reader())
-            given = stdin.encode() if isinstance(stdin, str) else stdin
-            source = await stack.enter_async_context(feed(peer, given))
-            call = Execute(
-                op_id=new_id(),
-                **_command(command),
-                cwd=cwd,
-                env=dict(env or {}),
-                timeout_ms=milliseconds("timeout", timeout),
-                yield_after_ms=milliseconds("yield_after", yield_after),
-                stdin=source,
-                stdout=out.channel,
-                stderr=err.channel,
-                follow=on_output is not None,
-            )
-            if on_output is None:
-                answer, (stdout, stderr) = await with_output(
-                    peer.call(call), (out, err), lambda ended: (ended.stdout_bytes, ended.stderr_bytes)
-                )
-            else:
-                answer, said = await together(peer.call(call), pump(out, err, on_output))
-                stdout = said[0].output(answer.stdout_bytes)
-                stderr = said[1].output(answer.stderr_bytes)
-            return _result(answer, stdout, stderr)
+        """See Workspace.execute.
+
+        Cancelling waits until the other end has ended the process tree; while there is no connection it
+        returns at once, and the command goes on. Where the place was lost the status is `unknown`.
+        """
+        call = Execute(
+            op_id=new_id(),
+            **_command(command),
+            cwd=cwd,
+            env=dict(env or {}),
+            timeout_ms=milliseconds("timeout", timeout),
+            yield_after_ms=milliseconds("yield_after", yield_after),
+            follow=on_output is not None,
+        )
+        given = stdin.encode() if isinstance(stdin, str) else stdin
+        if on_output is None:
+            work = partial(executed, call=call, stdin=given)
+        else:
+            work = partial(followed, call=call, stdin=given, heard=Heard(on_output))
+        try:
+            return await persistent(self.link, work)
+        except OutcomeUnknown as exc:
+            return ExecResult(status="unknown", reason=str(exc))
 
     async def start(
         self,
@@ -212,7 +210,8 @@ class RemoteWorkspace:
         timeout: float | None = None,
     ) -> Process:
         """See Workspace.start."""
-        started = await self.peer.call(
+        started = await ask(
+            self.link,
             ProcessStart(
                 op_id=new_id(),
                 **_command(command),
@@ -222,71 +221,73 @@ class RemoteWorkspace:
                 rows=rows,
                 cols=cols,
                 timeout_ms=milliseconds("timeout", timeout),
-            )
+            ),
         )
-        return RemoteProcess(self.peer, started.process_id)
+        return RemoteProcess(self.link, started.process_id)
 
     async def processes(self) -> list[ProcessInfo]:
         """See Workspace.processes."""
-        return await self.peer.call(ProcessList())
+        return await ask(self.link, ProcessList())
 
     def process(self, process_id: str) -> Process:
         """See Workspace.process."""
-        return RemoteProcess(self.peer, process_id)
+        return RemoteProcess(self.link, process_id)
 
-    def shell(self, name: str = "default") -> Shell:
+    def shell(self, name: str = "default") -> RemoteShell:
         """See Workspace.shell."""
-        return RemoteShell(self.peer, name)
+        return RemoteShell(self.link, name)
 
     async def upload(self, source: str | PathLike[str], target: str) -> Transferred:
         """See Workspace.upload."""
         async with open_source(source) as opened:
-            return await self.write_stream(target, opened, size=opened.size, mode=opened.mode)
+            size, mode = opened.size, opened.mode
+
+        async def content() -> AsyncIterator[bytes]:
+            async with open_source(source) as opened:
+                async for data in opened:
+                    yield data
+
+        return await outgoing(self.link, _upload(target, size, mode), content)
 
     async def download(self, source: str, target: str | PathLike[str]) -> Transferred:
-        """See Workspace.download."""
-        async with atomic_file(target) as file, self.read_stream(source) as stream:
-            async for data in stream:
-                await file.write(data)
-            return await file.commit(mode=stream.mode)
+        """See Workspace.download. Over another connection it begins anew."""
+
+        async def fetch(peer: Peer) -> Transferred:
+            call = Download(path=source, channel=NO_CHANNEL)
+            async with atomic_file(target) as file, incoming(peer, call) as stream:
+                async for data in stream:
+                    await file.write(data)
+                return await file.commit(mode=stream.mode)
+
+        return await persistent(self.link, fetch, changes_something=False)
 
     @asynccontextmanager
     async def read_stream(
         self, path: str, *, offset: int = 0, length: int | None = None
     ) -> AsyncIterator[FileStream]:
-        """See Workspace.read_stream; the SHA-256 of the other end is checked at the end."""
-        async with self.peer.open_reader() as reader:
-            call = Download(path=path, channel=reader.channel, offset=offset, length=length)
-            stream = Incoming(reader, self.peer.call(call))
-            try:
-                yield stream
-            finally:
-                await stream.close()
+        """See Workspace.read_stream; the SHA-256 of the other end is checked at the end.
+
+        The bytes come over one connection: when it is lost the iteration raises ConnectionLost.
+        """
+        peer = (await self.link.linked()).peer
+        call = Download(path=path, channel=NO_CHANNEL, offset=offset, length=length)
+        async with incoming(peer, call) as stream:
+            yield stream
 
     async def write_stream(
         self, path: str, chunks: AsyncIterable[bytes], *, size: int | None = None, mode: int | None = None
     ) -> Transferred:
-        """See Workspace.write_stream; the other end checks the SHA-256."""
-        async with self.peer.open_writer() as writer:
-            call = Upload(op_id=new_id(), path=path, channel=writer.channel, size=size, mode=mode)
-            answer, digest = await together(self.peer.call(call), send(writer, chunks))
-        if answer.sha256 != digest:
-            raise TransferBroken("the SHA-256 of what was written differs from what was sent")
-        return answer
+        """See Workspace.write_stream; the other end checks the SHA-256.
+
+        `chunks` is read once: when the connection is lost meanwhile this raises ConnectionLost, and
+        nothing was written.
+        """
+        return await outgoing(self.link, _upload(path, size, mode), once(chunks))
+
+
+def _upload(path: str, size: int | None, mode: int | None) -> Upload:
+    return Upload(op_id=new_id(), path=path, channel=NO_CHANNEL, size=size, mode=mode)
 
 
 def _command(command: str | list[str]) -> dict[str, Any]:
     return {"shell": command} if isinstance(command, str) else {"argv": list(command)}
-
-
-def _result(answer: Executed, stdout: Output, stderr: Output) -> ExecResult:
-    return ExecResult(
-        status=answer.status,
-        exit_code=answer.exit_code,
-        signal=answer.signal,
-        duration=answer.duration,
-        process_id=answer.process_id,
-        reason=answer.reason,
-        out=stdout,
-        err=stderr,
-    )

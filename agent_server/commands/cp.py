@@ -30,8 +30,8 @@ async def main(given: argparse.Namespace) -> int:
                 f"{exc}; cp copies single files: pack a folder with tar first", **exc.details
             ) from None
         where = ""
-        if isinstance(workspace, RemoteWorkspace) and workspace.connection and given.conversation is None:
-            where = f", in the workspace of conversation {workspace.connection.conversation}"
+        if isinstance(workspace, RemoteWorkspace) and given.conversation is None:
+            where = f", in the workspace of conversation {workspace.conversation}"
     summary = f"{given.source} -> {target}: {done.size} bytes, sha256 {done.sha256}{where}"
     await open_terminal().line(one_line(summary))
     return 0

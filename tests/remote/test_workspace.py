@@ -9,6 +9,7 @@ from agent_sdk import LocalWorkspace, RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, Unauthorized
 from agent_sdk.protocol.methods import Delete
+from agent_sdk.remote.link import Fixed, ask
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
@@ -29,7 +30,7 @@ class TestOverMemory(WorkspaceContract):
             handlers = workspace_handlers(local, Ledger())
             await stack.enter_async_context(Peer(there, handlers, opener=False, strict=True))
             peer = await stack.enter_async_context(Peer(here, opener=True))
-            yield RemoteWorkspace.over(peer)
+            yield RemoteWorkspace.over(Fixed(peer))
 
 
 class TestOverAUnixSocketToABox(WorkspaceContract):
@@ -50,7 +51,7 @@ class TestOverAWebSocketThroughAServer(WorkspaceContract):
     async def workspace(self, running_server):
         async with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
             yield workspace
-            await workspace.peer.call(Delete(op_id=new_id()))  # its box would live as long as the server
+            await ask(workspace.link, Delete(op_id=new_id()))  # its box would live as long as the server
 
 
 async def test_a_wrong_key_is_refused_with_a_permission_error(running_server):
@@ -62,7 +63,7 @@ async def test_a_wrong_key_is_refused_with_a_permission_error(running_server):
 
 async def test_a_server_that_is_not_there_is_a_connection_error(unused_tcp_port):
     with pytest.raises(ConnectionLost, match="Connection refused; is the server running there"):
-        async with RemoteWorkspace(f"http://127.0.0.1:{unused_tcp_port}", "key"):
+        async with RemoteWorkspace(f"http://127.0.0.1:{unused_tcp_port}", "key", connect_timeout=0.2):
             pass
 
 

@@ -1,0 +1,317 @@
+"""A client's way to its server: a connection that is made again, by itself, whenever it is lost.
+
+One task keeps it. Between two tries it waits, longer each time up to 10 s, by chance, so that many
+clients that lost the same server do not come back together; a server that says when it wants to be
+asked again is obeyed. Only what cannot become better by trying again ends it: see `final_error`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING, Protocol, Self
+
+import msgspec
+from msgspec import Raw, Struct
+
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ConnectionLost,
+    ConversationNotFound,
+    InternalError,
+    LimitExceeded,
+    PolicyDenied,
+    Unauthorized,
+)
+from agent_sdk.protocol.methods import Draining
+from agent_sdk.protocol.specs import WorkspaceSpec
+from agent_sdk.remote.connection import HEARTBEAT_SECONDS, Connection, connect
+from agent_sdk.remote.link import Linked
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+logger = logging.getLogger("agent_sdk")
+
+FIRST_SECONDS = 0.1
+LONGEST_SECONDS = 10.0
+UNASKED_SECONDS = 1.0
+"""Before a server that closed the connection on purpose is asked again, when it named no time."""
+
+OnConnection = Callable[[AgentServerError | None], None]
+"""Called with the reason when a connection is lost or cannot be made, and with None when there is one again."""
+
+_FINAL: Mapping[int, Callable[[str], AgentServerError]] = {
+    4401: lambda why: Unauthorized(f"the server does not accept the API key any more: {why}"),
+    4403: lambda why: PolicyDenied(f"the server does not allow it any more: {why}"),
+    4404: lambda why: ConversationNotFound(f"the conversation is gone: {why}"),
+    4413: lambda why: LimitExceeded(f"a message was too long for the connection: {why}"),
+    1009: lambda why: LimitExceeded(f"a message was too long for the connection: {why}"),
+}
+_BROKEN_RULES = frozenset({4400, 1002, 1003, 1007, 1008})
+_UNINTENDED = frozenset({1000, 1001, 1005, 1006})
+"""The connection ended; nobody meant it."""
+
+
+class Target(Struct, frozen=True, kw_only=True):
+    """What a client wants to be connected to, and how long it tries."""
+
+    url: str
+    api_key: str | None = None
+    conversation: str
+    workspace: WorkspaceSpec | None = None
+    """For a conversation that has to be made, under the id given; None: there is one."""
+    connect_timeout: float | None = 5.0
+    """Seconds in which the first connection is tried again; None: for ever."""
+    reconnect_timeout: float | None = None
+    """The same for every later one."""
+    heartbeat: float = HEARTBEAT_SECONDS
+    on_connection: OnConnection | None = None
+
+
+class Resident(Protocol):
+    """Who lives on a link: the conversation."""
+
+    async def greet(self, connection: Connection) -> None:
+        """Take up a new connection, before anybody else uses it."""
+        ...
+
+    def noticed(self, method: str, params: Raw) -> None:
+        """Take a notice of the server."""
+        ...
+
+    def ended(self, error: AgentServerError) -> None:
+        """There will be no further connection."""
+        ...
+
+
+class ServerLink:
+    """See link.Link and the module's docstring. Entering makes the first connection, leaving closes the last."""
+
+    def __init__(self, target: Target, resident: Resident | None = None) -> None:
+        self._target = target
+        self._is_made = target.workspace is None
+        self._resident = resident
+        self._greeting = asyncio.Lock()
+        self._greeted: Connection | None = None
+        self._connection: Connection | None = None
+        self._error: AgentServerError | None = None
+        self._changed = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self._pause = 0.0
+        self._complained = False
+        self.claimed = resident is not None
+        """Whether somebody lives on it, or did."""
+
+    def __repr__(self) -> str:
+        state = "lost" if self._error else "connected" if self._connection else "connecting"
+        return f"<ServerLink to {self._target.url}, {state}>"
+
+    async def __aenter__(self) -> Self:
+        self._keeper = asyncio.create_task(self._keep())
+        try:
+            await self.linked()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._resident = None
+        self._end(ConnectionLost("the connection was closed here"))
+        await self._stop()
+
+    @property
+    def conversation(self) -> str:
+        """Id of the conversation it is bound to."""
+        return self._target.conversation
+
+    async def linked(self) -> Linked:
+        """See Link.
+
+        Raises:
+            Unauthorized, ConversationNotFound, PolicyDenied, InvalidParams, …: trying again is no use.
+            ConnectionLost, Overloaded, …: it was tried for as long as the target allows.
+        """
+        connection = await self._connected()
+        is_box = connection.conversation is None
+        return Linked(connection.peer, connection.answer.connection_id if is_box else "")
+
+    async def settle(self, resident: Resident) -> None:
+        """Have somebody live here, who has been greeted with the present connection when this returns.
+
+        Raises:
+            AgentServerError: what `linked` or the greeting raises; then nobody lives here.
+        """
+        self._resident, self.claimed = resident, True
+        try:
+            while True:
+                connection = await self._connected()
+                try:
+                    return await self._greet(connection)
+                except ConnectionLost:
+                    if connection.peer.lost is None:
+                        raise
+        except BaseException:
+            self._resident = None
+            raise
+
+    def leave(self, resident: Resident) -> None:
+        """Let go of who lives here, if it is this one."""
+        if self._resident is resident:
+            self._resident = None
+
+    async def _connected(self) -> Connection:
+        while self._connection is None or self._connection.peer.lost is not None:
+            if self._error is not None:
+                raise self._error
+            await self._changed.wait()
+        return self._connection
+
+    # --- the keeper ---
+
+    async def _keep(self) -> None:
+        try:
+            seconds = self._target.connect_timeout
+            while True:
+                async with AsyncExitStack() as stack:
+                    self._found(await self._reach(stack, seconds))
+                    lost = await self._until_lost()
+                await asyncio.sleep(self._pause_after(lost))
+                seconds = self._target.reconnect_timeout
+        except AgentServerError as exc:
+            self._end(exc)
+        except Exception as exc:
+            logger.exception("the connection to %s cannot be kept", self._target.url)
+            self._end(InternalError(f"the connection cannot be kept: {exc!r}"))
+
+    async def _reach(self, stack: AsyncExitStack, seconds: float | None) -> Connection:
+        from tenacity import (  # noqa: PLC0415  costs 70 ms
+            AsyncRetrying,
+            retry_if_exception,
+            stop_before_delay,
+            stop_never,
+            wait_random_exponential,
+        )
+
+        longest = LONGEST_SECONDS if seconds is None else min(LONGEST_SECONDS, seconds / 4)
+        chance = wait_random_exponential(multiplier=FIRST_SECONDS, max=longest)
+        retrying = AsyncRetrying(
+            wait=lambda state: (_failure(state).retry_after_ms or 0) / 1000 + chance(state),
+            stop=stop_never if seconds is None else stop_before_delay(seconds),
+            retry=retry_if_exception(self._may_pass),
+            before_sleep=lambda state: self._complain(_failure(state)),
+            reraise=True,
+        )
+        return await retrying(self._try, stack)
+
+    async def _try(self, stack: AsyncExitStack) -> Connection:
+        target = self._target
+        async with AsyncExitStack() as attempt:
+            connection = await attempt.enter_async_context(
+                connect(
+                    target.url,
+                    target.api_key,
+                    conversation=target.conversation if self._is_made else "new",
+                    workspace=target.workspace,
+                    new_id=target.conversation,
+                    on_notice=self._noticed,
+                    heartbeat=target.heartbeat,
+                )
+            )
+            self._is_made = True
+            await self._greet(connection)
+            stack.push_async_exit(attempt.pop_all())
+        return connection
+
+    async def _greet(self, connection: Connection) -> None:
+        async with self._greeting:
+            if self._resident is not None and self._greeted is not connection:
+                await self._resident.greet(connection)
+                self._greeted = connection
+
+    async def _until_lost(self) -> ConnectionLost:
+        assert self._connection is not None
+        lost = await self._connection.peer.wait_closed()
+        self._connection = self._greeted = None
+        final = final_error(lost)
+        if final is not None:
+            raise final
+        self._complain(lost)
+        return lost
+
+    def _may_pass(self, error: BaseException) -> bool:
+        """Whether a failed try is worth another one."""
+        if self._target.url.startswith("unix:"):
+            return False  # nobody starts that box again
+        return isinstance(error, AgentServerError) and final_error(error) is None
+
+    def _pause_after(self, lost: ConnectionLost) -> float:
+        pause, self._pause = self._pause, 0.0
+        unintended = lost.details.get("close_code") in _UNINTENDED
+        return max(pause, 0.0 if unintended else UNASKED_SECONDS)
+
+    def _noticed(self, method: str, params: Raw) -> None:
+        if method == Draining.method:
+            with suppress(msgspec.DecodeError):
+                after = msgspec.json.decode(params, type=Draining).retry_after_ms
+                self._pause = min(max(after, 0), 60_000) / 1000
+        elif self._resident is not None:
+            self._resident.noticed(method, params)
+
+    # --- who wants to know ---
+
+    def _found(self, connection: Connection) -> None:
+        self._connection = connection
+        self._wake()
+        if self._complained:
+            self._tell(None)
+
+    def _complain(self, error: AgentServerError) -> None:
+        if not self._complained:
+            self._tell(error)
+
+    def _tell(self, error: AgentServerError | None) -> None:
+        self._complained = error is not None
+        if self._target.on_connection is not None:
+            try:
+                self._target.on_connection(error)
+            except Exception:  # it is the user's; its error must not end the connection
+                logger.exception("on_connection failed")
+
+    def _end(self, error: AgentServerError) -> None:
+        if self._error is None:
+            self._error = error
+            if self._resident is not None:
+                self._resident.ended(error)
+        self._wake()
+
+    def _wake(self) -> None:
+        # Whoever waits has the old event object; the next wait gets a fresh one.
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _stop(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+
+
+def final_error(error: AgentServerError) -> AgentServerError | None:
+    """Return what to tell the user when trying again is no use after this; None: it is."""
+    if not error.retryable:
+        return error
+    if not isinstance(error, ConnectionLost):
+        return None
+    code = int(error.details.get("close_code", 0))
+    if code in _FINAL:
+        return _FINAL[code](str(error.details.get("reason") or error))
+    return error if code in _BROKEN_RULES or "status" in error.details else None
+
+
+def _failure(state: RetryCallState) -> AgentServerError:
+    failure = state.outcome.exception() if state.outcome else None
+    assert isinstance(failure, AgentServerError)
+    return failure
