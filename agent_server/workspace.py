@@ -54,7 +54,7 @@ class HostedWorkspace:
 
     async def opened(self) -> RemoteWorkspace:
         """Return the way to the box, starting it when there is none."""
-        return RemoteWorkspace.over((await self.link.linked()).peer)
+        return RemoteWorkspace.over(self.link)
 
     # --- the contract ---
 
