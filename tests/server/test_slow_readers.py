@@ -121,9 +121,12 @@ async def test_a_client_that_never_answers_a_ping_is_cut_off(start):
 
 async def test_a_connection_that_holds_everything_back_is_found_by_the_server(start):
     silent = asyncio.Event()
-    async with start(heartbeat_seconds=0.2) as server, silent_after(server, silent) as port:
-        async with await Wire.open(port) as wire:
-            await wire.upgrade(server.key)
-            await wire.initialize()
-            silent.set()
-            assert (await until_logged(server, "session_ended"))["code"] == 1006
+    async with (
+        start(heartbeat_seconds=0.2) as server,
+        silent_after(server, silent) as port,
+        await Wire.open(port) as wire,
+    ):
+        await wire.upgrade(server.key)
+        await wire.initialize()
+        silent.set()
+        assert (await until_logged(server, "session_ended"))["code"] == 1006
