@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from agent_sdk.local import database, process_tree
+from agent_sdk.ids import new_id
+from agent_sdk.local import database, operations, process_tree
 from agent_sdk.rpc import ledger
 from agent_server import cli, feed
 from workspaces import box_process
@@ -20,9 +21,9 @@ def no_fsync() -> None:
     """A commit returns without waiting for the disk."""
     prepare = database.Database._prepare
 
-    def careless(self: Any, version: int) -> None:
-        prepare(self, version)
-        self._connection.execute("PRAGMA synchronous=OFF")
+    def careless(self: Any) -> None:
+        prepare(self)
+        self.rows("PRAGMA synchronous=OFF")
 
     database.Database._prepare = careless
 
@@ -30,17 +31,17 @@ def no_fsync() -> None:
 def no_dedupe() -> None:
     """No operation is ever remembered."""
 
-    async def run(self: Any, call: Any, action: Callable[[], Any]) -> Any:
+    async def run(self: Any, call: Any, action: Callable[[], Any], *rest: Any) -> Any:
         return await action()
 
     ledger.Ledger.run = run
-    database.Database.operation = lambda self, conversation, op_id: None
-    put = database.Database.put_operation
+    operations.Operations.find = lambda self, key, op_id, digest: None
+    insert = operations.Operations._insert
 
-    def forgetful(self: Any, conversation: str, op_id: str, digest: bytes, result: bytes) -> None:
-        put(self, conversation, os.urandom(16).hex(), digest, result)
+    def forgetful(self: Any, key: int, op_id: str, *rest: Any) -> None:
+        insert(self, key, new_id(), *rest)
 
-    database.Database.put_operation = forgetful
+    operations.Operations._insert = forgetful
 
 
 def no_resume_mark() -> None:

@@ -115,6 +115,7 @@ def _operations(calls: list[Called], events: Events) -> Iterator[Violation]:
 def _ranges(records: list[Record], logs: Logs, events: Events) -> Iterator[Violation]:
     """Rule 3."""
     last: dict[tuple[str, str], tuple[str | None, int]] = {}
+    highest: Counter[tuple[str, str]] = Counter()
     bodies = {id: {event.seq: digest(event.fields) for event in found} for id, found in events.items()}
     for record in records:
         if isinstance(record, Begins):
@@ -130,13 +131,15 @@ def _ranges(records: list[Record], logs: Logs, events: Events) -> Iterator[Viola
                 what = "gap" if record.seq > before else "repeated"
                 yield Violation(3, f"{what}: {record.client} saw {record.seq} after {before}")
             last[key] = record.epoch, record.seq
+            highest[key] = max(highest[key], record.seq)
             if record.conversation in logs and logs[record.conversation].epoch == record.epoch:
                 there = bodies[record.conversation].get(record.seq)
                 if there != record.digest:
                     what = "is not in the log" if there is None else "is another in the log"
                     yield Violation(3, f"{record.client}: event {record.seq} {what}")
-        elif isinstance(record, Reached):
-            _, seen = last.get((record.client, record.conversation), (None, 0))
+    for record in records:
+        if isinstance(record, Reached):
+            seen = highest[record.client, record.conversation]
             if seen < record.seq:
                 yield Violation(3, f"lost: {record.client} saw {seen} events of {record.seq}")
 

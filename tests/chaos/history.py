@@ -97,18 +97,19 @@ Logs = dict[str, Final]
 
 
 class History:
-    """The records of a run, in memory and in a file."""
+    """The records of a run, in memory and, with a folder, in a file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self.records: list[Record] = []
         self.answers = 0
         """How many calls are over."""
         self._awaited: list[tuple[int, asyncio.Future[None]]] = []
-        self._file = (folder / FILE).open("ab", buffering=1 << 16)
+        self._file = (folder / FILE).open("ab", buffering=1 << 16) if folder else None
 
     def add(self, record: Record) -> None:
         self.records.append(record)
-        self._file.write(msgspec.json.encode(record) + b"\n")
+        if self._file is not None:
+            self._file.write(msgspec.json.encode(record) + b"\n")
         if isinstance(record, Called):
             self.answers += 1
             for wanted, waiter in self._awaited:
@@ -124,7 +125,8 @@ class History:
         self._awaited = [pair for pair in self._awaited if not pair[1].done()]
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def load(folder: Path) -> Iterator[Record]:

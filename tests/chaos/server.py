@@ -24,6 +24,7 @@ KEY = "chaos-key-0123456789abcdef"
 BOXES = {"boxes_on_stop": "end"} if "boxes_on_stop" in ServerConfig.__struct_fields__ else {}
 START_SECONDS = 40
 END_SECONDS = 40
+LONGEST_LINE = 1 << 20
 PORTS = range(20_000, 32_000)
 """Below the ports that the kernel gives to those who connect: while the server is down nobody connects to himself."""
 
@@ -54,6 +55,8 @@ class Server:
         self._process: asyncio.subprocess.Process | None = None
         self._ending: asyncio.Task[int] | None = None
         self._temporary = folder / "tmp"
+        self._log: list[bytes] = []
+        self._told = asyncio.Condition()
 
     async def __aenter__(self) -> Self:
         self._temporary.mkdir(parents=True, exist_ok=True)
@@ -69,15 +72,15 @@ class Server:
         """Begin a life, under the command `prefix`; returns whether it came to accept connections."""
         assert self._process is None, "it lives"
         self.lives += 1
-        with (self.folder / "server.log").open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *prefix,
-                *self._command(),
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, **self._environment(), **environment},
-                start_new_session=True,
-            )
+        process = await asyncio.create_subprocess_exec(
+            *prefix,
+            *self._command(),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=LONGEST_LINE,
+            env={**os.environ, **self._environment(), **environment},
+            start_new_session=True,
+        )
         self._process = process
         self._ending = asyncio.create_task(self._watch(process))
         async with asyncio.timeout(START_SECONDS):
@@ -117,6 +120,11 @@ class Server:
         await self.kill()
         assert await self.start(), "the server did not start; see server.log"
 
+    async def said(self, event: str, **fields: object) -> None:
+        """Wait until its log tells of this."""
+        async with asyncio.timeout(END_SECONDS), self._told:
+            await self._told.wait_for(lambda: any(_fits(line, event, fields) for line in self._log))
+
     def remains(self) -> list[psutil.Process]:
         """Every living process that descends from any of its lives, the present server included."""
         mark = f"TMPDIR={self._temporary}\0".encode()
@@ -127,6 +135,12 @@ class Server:
         return [process for process in self.remains() if "agent_sdk.box" in cmdline(process)]
 
     async def _watch(self, process: asyncio.subprocess.Process) -> int:
+        with (self.folder / "server.log").open("ab") as file:
+            async for line in process.stderr:
+                file.write(line)
+                self._log.append(line)
+                async with self._told:
+                    self._told.notify_all()
         code = await process.wait()
         self.up.clear()
         return code
@@ -145,6 +159,13 @@ class Server:
             "PYTHONPATH": str(Path(__file__).parent.parent.parent),
             "CHAOS_MUTANT": self._mutant,
         }
+
+
+def _fits(line: bytes, event: str, fields: dict[str, object]) -> bool:
+    if f'"event": "{event}"'.encode() not in line:
+        return False
+    said = json.loads(line)
+    return all(said.get(name) == value for name, value in fields.items())
 
 
 def free_port(choice: random.Random | None = None) -> int:
