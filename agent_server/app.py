@@ -35,7 +35,7 @@ CANNOT_LISTEN = {
 
 
 @asynccontextmanager
-async def listening(config: ServerConfig, lobby: Lobby, routes: Routes) -> AsyncIterator[int]:
+async def listening(config: ServerConfig, lobby: Lobby, routes: Routes, crowd: Crowd) -> AsyncIterator[int]:
     """Serve HTTP for the length of the block; yields the port.
 
     Leaving closes the listening socket and the connections at once: whoever leaves has let the work
@@ -58,7 +58,6 @@ async def listening(config: ServerConfig, lobby: Lobby, routes: Routes) -> Async
     await runner.setup()
     left: list[Connection] = []
     try:
-        crowd = Crowd(config.max_connections, config.max_strangers, lobby.metrics)
         server = runner.server
         assert server is not None
 

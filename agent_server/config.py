@@ -72,6 +72,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     slow_reader_seconds: Timeout = 10.0
     """How long a connection may be over its budget of events before it is closed with 4408."""
     max_connections: Count = 16_000
+    max_turns: Count = 1000
+    """Agent turns at a time; further messages are refused before they are written."""
+    max_pending_writes: Count = 10_000
+    """Writes that may wait for the log before further ones are refused."""
     max_strangers: Count = 64
     """Connections of one address that have not shown a key yet."""
     limits: Limits = Limits()

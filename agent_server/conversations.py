@@ -85,6 +85,11 @@ class Conversations:
         for row in rows:
             self._notes[row.id] = _note(row)
         await self._boxes.__aenter__()
+        for row in rows:
+            if row.damaged:
+                self._logs.log.warning(
+                    "conversation_damaged", conversation=row.id, advice="it can only be deleted"
+                )
         abandoned = [row.id for row in rows if row.open_turn is not None and not row.damaged]
         self._resuming = asyncio.create_task(self._resume(abandoned))
         return self

@@ -135,12 +135,19 @@ class _Answers:
 
     async def send_message(self, params: SendMessage, call: Inbound) -> Accepted:
         op = _operation(params)
-        return await self._hosted.ledger.run(
-            params, lambda: self._local.send_message(params.text, mode=params.mode, op=op)
-        )
+
+        async def act() -> Accepted:
+            with self._hosted.turn_admitted():
+                return await self._local.send_message(params.text, mode=params.mode, op=op)
+
+        return await self._hosted.ledger.run(params, act)
 
     async def run(self, params: Run, call: Inbound) -> RunAnswer:
-        return await self._once(params, lambda op: self._local.begin(op=op))
+        async def act(op: Operation) -> RunAnswer:
+            with self._hosted.turn_admitted():
+                return await self._local.begin(op=op)
+
+        return await self._once(params, act)
 
     async def pause(self, params: Pause, call: Inbound) -> Done:
         return await self._done(params, lambda op: self._local.pause(op=op))

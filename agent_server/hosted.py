@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import msgspec
@@ -146,11 +146,30 @@ class Hosted:
 
     def _follow_turns(self, seq: int, event: bytes) -> None:
         if self._turn is None and (_is(event, TurnStarted) or _is(event, TurnResumed)):
-            self._turn = ExitStack()
-            self._turn.enter_context(self._work.under_way())
-            self._turn.enter_context(self._metrics.turns.track_inprogress())
+            self._begin_turn()
         elif _is(event, TurnEnded):
             self._end_turn()
+
+    @contextmanager
+    def turn_admitted(self) -> Iterator[None]:
+        """Have a place among the server's turns for one that begins in the block, if none runs yet.
+
+        Raises:
+            Overloaded: there is no place; nothing has been written.
+        """
+        if self._turn is None:
+            self._work.admit_turn()
+            self._begin_turn()
+        try:
+            yield
+        finally:
+            if not self.local.working:
+                self._end_turn()
+
+    def _begin_turn(self) -> None:
+        self._turn = ExitStack()
+        self._turn.enter_context(self._work.turn())
+        self._turn.enter_context(self._metrics.turns.track_inprogress())
 
     def _end_turn(self) -> None:
         if self._turn is not None:

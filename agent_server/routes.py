@@ -70,7 +70,9 @@ class Routes:
         self._ending.set()
 
     async def health(self, request: web.Request) -> web.Response:
-        """Say that the process lives."""
+        """Say that the process lives, and what it cannot do at present: `disk`, it is full; reading goes on."""
+        if self._lobby.work.disk_full():
+            return as_json({"status": "degraded", "degraded": ["disk"]})
         return as_json({"status": "ok"})
 
     async def ready(self, request: web.Request) -> web.Response:

@@ -20,6 +20,7 @@ from agent_server import data_folder, logs
 from agent_server.app import listening
 from agent_server.auth import Authority, obtain_key
 from agent_server.config import ServerConfig
+from agent_server.connection import Crowd
 from agent_server.conversations import Conversations
 from agent_server.hosts import is_loopback
 from agent_server.lobby import Lobby
@@ -34,6 +35,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FOR_WORK = 0.95
 """The part of `drain_seconds` that running calls get; the rest is for ending what they left."""
 FAREWELL_SECONDS = 1.0
+KEPT_DESCRIPTORS = 64
 OPEN_FILES = 65_536
 """Commands inherit the limit, and some programs walk through all of it: not more than needed."""
 
@@ -103,17 +105,20 @@ async def serving(
     ):
         key, text = obtain_key(config)
         opened.redactor.add([text])
-        _set_limits()
-        metrics, work = Metrics(), Work()
+        descriptors = _set_limits()
+        metrics = Metrics()
+        work = Work(max_turns=config.max_turns, max_pending_writes=config.max_pending_writes)
         async with (
             _event_log(folder.log) as log,
             Conversations(config, folder, log, opened, metrics, work) as conversations,
         ):
+            work.pending_writes, work.disk_full = log.pending_writes, lambda: log.full
             if on_failure is not None:
                 log.failed.add_done_callback(partial(_failed, opened, on_failure))
             lobby = Lobby(config, conversations, Authority(key), opened, metrics, work)
             routes = Routes(lobby)
-            async with listening(config, lobby, routes) as port:
+            crowd = Crowd(_room(config, descriptors), config.max_strangers, metrics)
+            async with listening(config, lobby, routes, crowd) as port:
                 ready = Ready(
                     url=_url(config.host, port),
                     api_key_file=str(key.file) if key.file else None,
@@ -219,10 +224,19 @@ def _url(host: str, port: int) -> str:
     return f"http://{anywhere.get(host) or (f'[{host}]' if ':' in host else host)}:{port}"
 
 
-def _set_limits() -> None:
-    """Allow many open files, for connections and boxes; leave no core dumps, because keys are in them."""
+def _room(config: ServerConfig, descriptors: int) -> int:
+    """How many connections there may be: some descriptors are kept for boxes and files, so that none is missing."""
+    return min(config.max_connections, max(descriptors - max(descriptors // 8, KEPT_DESCRIPTORS), 1))
+
+
+def _set_limits() -> int:
+    """Allow many open files, for connections and boxes; leave no core dumps, because keys are in them.
+
+    Returns how many files may be open.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

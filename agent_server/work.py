@@ -22,9 +22,22 @@ RETRY_AFTER_MS = 1000
 class Work:
     """Calls that change something, downloads, and agent turns, while they run."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_turns: int = 1000, max_pending_writes: int = 10_000) -> None:
+        """Nothing is under way.
+
+        Args:
+            max_turns: agent turns at a time; those that were begun by a former server count, and go on.
+            max_pending_writes: writes that may wait for the log.
+        """
         self.draining = False
         """Whether the server is about to stop."""
+        self.pending_writes: Callable[[], int] = int
+        """Tells how many writes wait for the log."""
+        self.disk_full: Callable[[], bool] = bool
+        """Tells whether the log finds no room."""
+        self._max_turns = max_turns
+        self._max_pending_writes = max_pending_writes
+        self._turns = 0
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -41,7 +54,7 @@ class Work:
         """Let new work begin.
 
         Raises:
-            Overloaded: the server drains; details: reason `draining`, retry_after_ms.
+            Overloaded: the server drains, or the log has too much to write; details: reason, retry_after_ms.
         """
         if self.draining:
             raise Overloaded(
@@ -49,6 +62,27 @@ class Work:
                 reason="draining",
                 retry_after_ms=RETRY_AFTER_MS,
             )
+        if (waiting := self.pending_writes()) >= self._max_pending_writes:
+            raise _too_much("writes wait for the log", self._max_pending_writes, waiting)
+
+    def admit_turn(self) -> None:
+        """Let a new turn begin, or a message that one will answer be written.
+
+        Raises:
+            Overloaded: as many turns run as may; details: reason, limit, retry_after_ms.
+        """
+        if self._turns >= self._max_turns:
+            raise _too_much("turns run", self._max_turns, self._turns)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Count an agent turn."""
+        self._turns += 1
+        try:
+            with self.under_way():
+                yield
+        finally:
+            self._turns -= 1
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -70,6 +104,16 @@ class Work:
         except TimeoutError:
             return False
         return True
+
+
+def _too_much(what: str, limit: int, got: int) -> Overloaded:
+    return Overloaded(
+        f"limit {limit} {what}; call again in a moment",
+        reason=what,
+        limit=limit,
+        got=got,
+        retry_after_ms=RETRY_AFTER_MS,
+    )
 
 
 class CountedLedger(Ledger):

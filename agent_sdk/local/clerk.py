@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from agent_sdk.local.database import Database
-from agent_sdk.protocol.errors import StateConflict, WorkspaceUnavailable
+from agent_sdk.protocol.errors import StateConflict, StorageFull, WorkspaceUnavailable
 
 logger = logging.getLogger("agent_sdk")
 
@@ -63,6 +63,10 @@ class Clerk:
         self._loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[BaseException] = self._loop.create_future()
         """Done when the device below the database has failed: no write is accepted any more."""
+        self.full = False
+        """Whether the last write found no room."""
+        self.pending = 0
+        """How many jobs are queued or being done."""
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._accepts = True
@@ -85,6 +89,7 @@ class Clerk:
         if not self._accepts:
             raise StateConflict("the log is closed", state="closed")
         future: asyncio.Future[T] = self._loop.create_future()
+        self.pending += 1
         self._jobs.put(_Job(work, lane=lane, writes=writes, future=future))
         return future
 
@@ -107,7 +112,7 @@ class Clerk:
         try:
             while batch := self._next():
                 self._do(database, batch)
-                self._tell(_answer_all, batch)
+                self._tell(self._answer_all, batch)
                 if database.broken is not None:
                     self._tell(self._fail, database.broken)
             database.close()
@@ -156,9 +161,11 @@ class Clerk:
             with database.transaction():
                 for job in jobs:
                     job.do(database)
+            self.full = False
         except BaseException as exc:  # noqa: BLE001  the job's owner gets it
             if len(jobs) > 1:
                 return False
+            self.full = isinstance(exc, StorageFull)
             jobs[0].error = exc
         return True
 
@@ -171,7 +178,7 @@ class Clerk:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *values)
 
-
-def _answer_all(batch: list[_Job[Any]]) -> None:
-    for job in batch:
-        job.answer()
+    def _answer_all(self, batch: list[_Job[Any]]) -> None:
+        self.pending -= len(batch)
+        for job in batch:
+            job.answer()

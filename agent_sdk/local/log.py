@@ -142,6 +142,15 @@ class EventLog:
         """
         return self._writer.failed
 
+    def pending_writes(self) -> int:
+        """Return how many jobs wait to be written."""
+        return self._writer.pending
+
+    @property
+    def full(self) -> bool:
+        """Whether the last write found no room on the disk."""
+        return self._writer.full
+
     async def create(self, conversation: str, meta: dict[str, Any] | None = None) -> str:
         """Make a conversation, or attach to the existing one, whose `meta` stays; return its epoch."""
         epoch, at, encoded = new_id(), time.time(), msgspec.json.encode(meta or {})

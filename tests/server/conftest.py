@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -14,15 +15,39 @@ import pytest
 
 from agent_server.config import ServerConfig
 from agent_server.serve import Ready, Stop, serving
-from tests.server.wire import Wire
+from tests.server.wire import GUARD, Wire
 
 KEY = "test-key-0123456789abcdef"
+
+
+class ServerLog(io.StringIO):
+    """What a server logs, from a thread of its own; and whoever waits for a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+        self._more = asyncio.Event()
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        self._loop.call_soon_threadsafe(self._more.set)
+        return written
+
+    async def until(self, event: str) -> dict[str, Any]:
+        """Wait for a line that tells of this."""
+        async with asyncio.timeout(GUARD):
+            while True:
+                self._more.clear()
+                for line in self.getvalue().splitlines():
+                    if json.loads(line)["event"] == event:
+                        return json.loads(line)
+                await self._more.wait()
 
 
 class Running:
     """A server that runs in this process, on a free port of the loopback."""
 
-    def __init__(self, ready: Ready, log: io.StringIO, stop: Stop) -> None:
+    def __init__(self, ready: Ready, log: ServerLog, stop: Stop) -> None:
         self.url = ready.url
         self.port = urlsplit(ready.url).port
         self.key = KEY
@@ -65,7 +90,7 @@ def start(tmp_path: Path) -> Start:
             "box_environment": {"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
             **options,
         }
-        log, ready, stop = io.StringIO(), asyncio.get_running_loop().create_future(), Stop()
+        log, ready, stop = ServerLog(), asyncio.get_running_loop().create_future(), Stop()
         async with serving(ServerConfig(**given), on_ready=ready.set_result, stop=stop, log_to=log):
             yield Running(ready.result(), log, stop)
         written = log.getvalue()

@@ -9,7 +9,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -53,8 +53,12 @@ def command(*options: str) -> list[str]:
 
 
 @asynccontextmanager
-async def started(data: Path, **environment: str) -> AsyncIterator[ServerProcess]:
+async def started(
+    data: Path, *, through: Sequence[str] = (), **environment: str
+) -> AsyncIterator[ServerProcess]:
+    """Start one, `through` a command that runs another, e.g. with less of something."""
     process = await asyncio.create_subprocess_exec(
+        *through,
         *command("--port", "0", "--data", str(data)),
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, **environment},

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.specs import Limits
-from tests.server.wire import CLOSE, GUARD, TEXT, Wire, ended
+from tests.server.wire import CLOSE, TEXT, Wire, ended
 
 BUDGET = {"limits": Limits(queue_bytes=1 << 20), "slow_reader_seconds": 0.5}
 LARGE = 100_000
@@ -22,16 +22,6 @@ async def write_events(wire: Wire, count: int, size: int = LARGE) -> int:
     for number in range(count):
         await wire.call("set_title", number, op_id=new_id(), tags={"x": f"{number:06}" + "x" * size})
     return (await wire.call("conversation.state", "state"))["result"]["head_seq"]
-
-
-async def until_logged(server, event: str) -> dict:
-    """Wait for a line of the server's log."""
-    async with asyncio.timeout(GUARD):
-        while True:
-            for line in server.log.getvalue().splitlines():
-                if json.loads(line)["event"] == event:
-                    return json.loads(line)
-            await asyncio.sleep(0.01)
 
 
 async def until_closed(wire: Wire) -> tuple[list[int], int]:
@@ -79,7 +69,7 @@ async def test_a_frozen_client_is_closed_with_4408_and_resumes_without_loss(star
         path = f"/v1/conversations/{writer.answered['conversation']}"
         async with server.session(path, resume={"after_seq": 0}) as frozen:
             head = await write_events(writer, MANY)
-            assert (await until_logged(server, "session_ended"))["code"] == 4408
+            assert (await server.log.until("session_ended"))["code"] == 4408
             # When it wakes up, it finds out why.
             seqs, code = await until_closed(frozen)
             assert code == 4408
@@ -116,7 +106,7 @@ async def test_a_frozen_client_keeps_no_one_waiting(start):
 
 async def test_a_client_that_never_answers_a_ping_is_cut_off(start):
     async with start(heartbeat_seconds=0.2) as server, server.session():
-        assert (await until_logged(server, "session_ended"))["code"] == 1006
+        assert (await server.log.until("session_ended"))["code"] == 1006
 
 
 async def test_a_connection_that_holds_everything_back_is_found_by_the_server(start):
@@ -129,4 +119,4 @@ async def test_a_connection_that_holds_everything_back_is_found_by_the_server(st
         await wire.upgrade(server.key)
         await wire.initialize()
         silent.set()
-        assert (await until_logged(server, "session_ended"))["code"] == 1006
+        assert (await server.log.until("session_ended"))["code"] == 1006
