@@ -6,8 +6,6 @@ had read, so a message that came while it wrote stands after its answer, here an
 
 from __future__ import annotations
 
-from collections import deque
-
 from agent_sdk.agent.clip import MODEL_CHARS, clip_chars
 from agent_sdk.agent.llm.contract import AssistantTurn, ToolTurn, ToolUse, Turn, UserTurn
 from agent_sdk.protocol.events import AgentMessage, Event, ToolCalled, ToolReturned, UserMessage
@@ -21,7 +19,7 @@ class History:
         self.open_calls: dict[str, ToolCalled] = {}
         """Calls without a result yet, in the order they were made."""
         self.head_seq = 0
-        self._unread: deque[UserMessage] = deque()
+        self._unread: list[UserMessage] = []
         self._answer: AgentMessage | None = None
         self._uses: list[ToolUse] = []
         self._call_ids: set[str] = set()
@@ -72,7 +70,7 @@ class History:
     def read(self, seq: int | None = None) -> int:
         """Show the model the messages up to `seq` (None: all), from the next request on; return the head's seq."""
         while self._unread and (seq is None or self._unread[0].seq <= seq):
-            self.turns.append(UserTurn(self._unread.popleft().text))
+            self.turns.append(UserTurn(self._unread.pop(0).text))
         return self.head_seq
 
     def fresh_call_id(self, wanted: str) -> str:

@@ -442,7 +442,7 @@ class LocalConversation:
             # Shared by all who come first; one of them being cancelled does not stop it.
             return await asyncio.shield(opening)
         finally:
-            if opening.done() and self._opened is None and self._opening is opening:
+            if opening.done() and self._opening is opening:
                 self._opening = None
 
     async def _really_open(self) -> Opened:

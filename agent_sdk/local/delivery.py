@@ -34,7 +34,8 @@ class Delivery:
         self._on_delta = on_delta
         self._listeners: dict[object, Listener] = {}
         self._delta_listeners: dict[object, DeltaListener] = {}
-        self._waiting: deque[Event | Delta] = deque()
+        self._waiting: deque[Event | Delta] | None = None
+        """Made for the first callback: most conversations of a server have none."""
         self._past: AsyncIterator[Event] | None = None
         self._task: asyncio.Task[None] | None = None
         self.seq = 0
@@ -86,6 +87,8 @@ class Delivery:
             await asyncio.wait({self._task})
 
     def _enqueue(self, item: Event | Delta) -> None:
+        if self._waiting is None:
+            self._waiting = deque()
         self._waiting.append(item)
         self._wake()
 

@@ -31,7 +31,8 @@ class Turns:
         self.obstacle: AgentServerError | None = None
         """Why there cannot be one; a turn then fails with it."""
         self._actor: Actor | None = None
-        self._arrived = asyncio.Event()
+        self._arrived: asyncio.Event | None = None
+        """For the turn that waits for an actor, if one does."""
         self._journal = journal
         self._survive = survive
         self._next_run_id = new_id()
@@ -48,7 +49,8 @@ class Turns:
         self._actor = actor
         if actor is not None:
             self.waiting_for, self.obstacle = "", None
-            self._arrived.set()
+            if self._arrived is not None:
+                self._arrived.set()
 
     @property
     def ready(self) -> bool:
@@ -147,6 +149,7 @@ class Turns:
         while self._actor is None:
             if self.obstacle is not None:
                 raise self.obstacle
+            self._arrived = asyncio.Event()
             await self._arrived.wait()
         return self._actor
 
