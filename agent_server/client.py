@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from agent_sdk.protocol.errors import InvalidParams, PathDenied, PathNotFound
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams, PathDenied, PathNotFound
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server.config import ClientEnvironment, client_environment
 from agent_server.hosts import is_loopback
+from agent_server.terminal import STDERR, one_line, open_terminal
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_FILE = "api_key"
@@ -30,7 +32,20 @@ class Server(Struct, frozen=True, kw_only=True):
         self, *, conversation: str | None = None, working_dir: str | None = None
     ) -> RemoteWorkspace:
         """Return the workspace of an existing conversation, or a fresh one."""
-        return RemoteWorkspace(self.url, self.api_key, conversation=conversation, working_dir=working_dir)
+        return RemoteWorkspace(
+            self.url,
+            self.api_key,
+            conversation=conversation,
+            working_dir=working_dir,
+            on_connection=_tell,
+        )
+
+
+async def _tell(reason: AgentServerError | None) -> None:
+    """Say why nothing happens, and when it goes on."""
+    text = "connected again" if reason is None else f"{one_line(str(reason))} (trying again)"
+    with suppress(OSError):
+        await open_terminal(STDERR).line(f"agent-server: {text}", "dim")
 
 
 def find_server(given: argparse.Namespace, url: str | None = None) -> Server:

@@ -8,8 +8,9 @@ asked again is obeyed. Only what cannot become better by trying again ends it: s
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -40,7 +41,7 @@ LONGEST_SECONDS = 10.0
 UNASKED_SECONDS = 1.0
 """Before a server that closed the connection on purpose is asked again, when it named no time."""
 
-OnConnection = Callable[[AgentServerError | None], None]
+OnConnection = Callable[[AgentServerError | None], Awaitable[None] | None]
 """Called with the reason when a connection is lost or cannot be made, and with None when there is one again."""
 
 _FINAL: Mapping[int, Callable[[str], AgentServerError]] = {
@@ -177,7 +178,7 @@ class ServerLink:
             seconds = self._target.connect_timeout
             while True:
                 async with AsyncExitStack() as stack:
-                    self._found(await self._reach(stack, seconds))
+                    await self._found(await self._reach(stack, seconds))
                     lost = await self._until_lost()
                 await asyncio.sleep(self._pause_after(lost))
                 seconds = self._target.reconnect_timeout
@@ -196,13 +197,16 @@ class ServerLink:
             wait_random_exponential,
         )
 
+        async def complain(state: RetryCallState) -> None:
+            await self._complain(_failure(state))
+
         longest = LONGEST_SECONDS if seconds is None else min(LONGEST_SECONDS, seconds / 4)
         chance = wait_random_exponential(multiplier=FIRST_SECONDS, max=longest)
         retrying = AsyncRetrying(
             wait=lambda state: (_failure(state).retry_after_ms or 0) / 1000 + chance(state),
             stop=stop_never if seconds is None else stop_before_delay(seconds),
             retry=retry_if_exception(self._may_pass),
-            before_sleep=lambda state: self._complain(_failure(state)),
+            before_sleep=complain,
             reraise=True,
         )
         return await retrying(self._try, stack)
@@ -239,7 +243,7 @@ class ServerLink:
         final = final_error(lost)
         if final is not None:
             raise final
-        self._complain(lost)
+        await self._complain(lost)
         return lost
 
     def _may_pass(self, error: BaseException) -> bool:
@@ -263,21 +267,23 @@ class ServerLink:
 
     # --- who wants to know ---
 
-    def _found(self, connection: Connection) -> None:
+    async def _found(self, connection: Connection) -> None:
         self._connection = connection
         self._wake()
         if self._complained:
-            self._tell(None)
+            await self._tell(None)
 
-    def _complain(self, error: AgentServerError) -> None:
+    async def _complain(self, error: AgentServerError) -> None:
         if not self._complained:
-            self._tell(error)
+            await self._tell(error)
 
-    def _tell(self, error: AgentServerError | None) -> None:
+    async def _tell(self, error: AgentServerError | None) -> None:
         self._complained = error is not None
         if self._target.on_connection is not None:
             try:
-                self._target.on_connection(error)
+                waiting = self._target.on_connection(error)
+                if inspect.isawaitable(waiting):
+                    await waiting
             except Exception:  # it is the user's; its error must not end the connection
                 logger.exception("on_connection failed")
 

@@ -14,7 +14,7 @@ UNKNOWN = "0199d2c8-8a3c-7b60-9d2b-7f4a5e1c0d11"
 
 
 def test_the_program_itself_says_one_sentence_and_exits_so(shell):
-    done = shell.run("events", UNKNOWN, AGENT_SERVER_URL=NOWHERE)
+    done = shell.run("ls", AGENT_SERVER_URL=NOWHERE)
     assert sentence(done).endswith("; is the server running there?")
     assert (done.returncode, done.stdout) == (69, b"")
 
@@ -174,9 +174,10 @@ CLIENTS = {
 @pytest.mark.parametrize("words", CLIENTS.values(), ids=CLIENTS)
 def test_a_server_that_is_not_there_is_exit_code_69(perform, words):
     done = perform(*words, AGENT_SERVER_URL=NOWHERE)
-    assert sentence(done).startswith(f"cannot reach {NOWHERE}: ")
-    assert sentence(done).endswith("; is the server running there?")
-    assert done.returncode == 69
+    *waiting, last = done.stderr.decode().splitlines()
+    problem = f"agent-server: cannot reach {NOWHERE}: Connection refused; is the server running there?"
+    assert (last, done.returncode) == (problem, 69)
+    assert waiting in ([], [f"{problem} (trying again)"])
 
 
 @pytest.fixture(scope="module")

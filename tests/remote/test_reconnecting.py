@@ -1,0 +1,385 @@
+"""A lost connection is made again, and nobody who waits for something notices more than a delay."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import asynccontextmanager
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from agent_sdk import Agent, Conversation, RemoteWorkspace, tool
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ConnectionLost,
+    ConversationNotFound,
+    LimitExceeded,
+    Overloaded,
+    PolicyDenied,
+    TimedOut,
+    Unauthorized,
+)
+from agent_sdk.protocol.methods import Delete
+from agent_sdk.remote.link import ask
+from agent_sdk.remote.reconnecting import final_error
+from agent_sdk.rpc.pipe import lost
+from agent_sdk.testing import ScriptedLLM, call, say
+
+AGENT = Agent(llm=ScriptedLLM([say("done")]))
+
+
+@asynccontextmanager
+async def connected(server, proxy, **options):
+    """A workspace whose connection goes through the proxy; its box does not outlive the test."""
+    url = f"http://127.0.0.1:{proxy.port}"
+    async with RemoteWorkspace(url, server.api_key, **options) as workspace:
+        try:
+            yield workspace
+        finally:
+            await remove(server, workspace.conversation)
+
+
+async def remove(server, id: str) -> None:
+    async with RemoteWorkspace(server.url, server.api_key, conversation=id) as direct:
+        await ask(direct.link, Delete(op_id=new_id()))
+
+
+class Said:
+    """What a link tells of its connection."""
+
+    def __init__(self) -> None:
+        self.reasons: list[AgentServerError | None] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, reason: AgentServerError | None) -> None:
+        self.reasons.append(reason)
+        self._news.set()
+
+    async def first(self) -> AgentServerError | None:
+        await self._news.wait()
+        return self.reasons[0]
+
+
+# --- calls ---
+
+
+async def test_a_command_without_a_listener_returns_all_its_output_over_the_next_connection(
+    running_server, proxy, tmp_path
+):
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    async with connected(running_server, proxy) as workspace:
+        running = asyncio.create_task(workspace.execute(f"echo begun > begun; cat {go}; seq 5; exit 3"))
+        while not [entry for entry in await workspace.files.list() if entry.path == "begun"]:
+            pass
+        proxy.cut()
+        await workspace.describe()
+        await asyncio.to_thread(go.write_bytes, b"on\n")
+        result = await running
+        assert (result.exit_code, result.stdout) == (3, "on\n1\n2\n3\n4\n5\n")
+
+
+async def test_cancelling_returns_at_once_while_there_is_no_connection(running_server, proxy):
+    said = Said()
+    async with connected(running_server, proxy, on_connection=said) as workspace:
+        proxy.refuse = True
+        proxy.cut()
+        assert isinstance(await said.first(), ConnectionLost)
+        waiting = asyncio.create_task(workspace.execute("true"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        proxy.refuse = False
+        assert (await workspace.execute("echo back")).stdout == "back\n"
+        assert said.reasons[-1] is None
+
+
+async def test_waiting_for_a_process_ends_in_time_although_there_is_no_connection(running_server, proxy):
+    async with connected(running_server, proxy) as workspace:
+        process = await workspace.start("sleep 600")
+        proxy.refuse = True
+        proxy.cut()
+        with pytest.raises(TimedOut):
+            await process.wait(0.05)
+        proxy.refuse = False
+        await process.signal("KILL")
+        assert (await process.wait()).signal == 9
+
+
+async def test_files_arrive_whole_although_connections_break_in_their_middle(running_server, proxy, tmp_path):
+    content = os.urandom(3 << 20)
+    (tmp_path / "here").write_bytes(content)
+    async with connected(running_server, proxy) as workspace:
+        proxy.cuts += [("up", 700_000), ("up", 1_500_000)]
+        proxy.cut()
+        sent = await workspace.upload(tmp_path / "here", "there")
+        proxy.cuts += [("down", 700_000), ("down", 1_500_000)]
+        proxy.cut()
+        got = await workspace.download("there", tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == content
+        assert (sent.size, got.sha256) == (len(content), sent.sha256)
+
+
+async def test_bytes_that_can_be_read_once_break_with_their_connection(running_server, proxy):
+    async def once():
+        yield b"x" * 100_000
+        proxy.cut()
+        while True:
+            yield b"y" * 100_000
+
+    async with connected(running_server, proxy) as workspace:
+        with pytest.raises(ConnectionLost, match="used up"):
+            await workspace.write_stream("it", once())
+        assert await workspace.files.list() == []
+
+
+async def test_a_connection_that_fell_silent_is_given_up(running_server, proxy):
+    said = Said()
+    async with connected(running_server, proxy, heartbeat=0.1, on_connection=said) as workspace:
+        proxy.hold()
+        waiting = asyncio.create_task(workspace.execute("echo here"))
+        assert isinstance(await said.first(), ConnectionLost)
+        proxy.flow()
+        assert (await waiting).stdout == "here\n"
+
+
+# --- conversations ---
+
+
+async def test_run_waits_on_and_callbacks_see_each_event_once(running_server, proxy):
+    seen: list[int] = []
+
+    def see(event) -> None:
+        seen.append(event.seq)
+        if event.seq % 2 == 0:
+            proxy.cut()
+
+    async with connected(running_server, proxy) as workspace:
+        steps = [call("terminal", command=f"echo {number}") for number in range(5)]
+        agent = Agent(llm=ScriptedLLM([*steps, say("done")]))
+        conversation = Conversation(agent, workspace, callbacks=[see])
+        await conversation.send_message("go")
+        assert (await conversation.run()).final_text == "done"
+        assert seen == list(range(1, (await conversation.state()).head_seq + 1))
+    assert proxy.connections > 5
+
+
+async def test_a_callback_that_runs_while_the_connection_is_lost_is_not_called_again(running_server, proxy):
+    seen: list[int] = []
+    reconnected = asyncio.Event()
+
+    async def see(event) -> None:
+        seen.append(event.seq)
+        if event.seq == 3:
+            proxy.cut()
+            await reconnected.wait()
+
+    def tell(reason: AgentServerError | None) -> None:
+        if reason is None:
+            reconnected.set()
+
+    async with connected(running_server, proxy, on_connection=tell) as workspace:
+        conversation = Conversation(AGENT, workspace, callbacks=[see])
+        await conversation.send_message("go")
+        await conversation.run()
+        assert seen == list(range(1, len(seen) + 1))
+
+
+async def test_a_tool_of_the_client_runs_once_although_it_is_asked_for_again(running_server, proxy):
+    runs: list[str] = []
+    asked_again = asyncio.Event()
+
+    @tool
+    async def ask_me(question: str) -> str:
+        """Ask the user."""
+        runs.append(question)
+        proxy.cut()
+        await asked_again.wait()
+        return "forty-two"
+
+    def tell(reason: AgentServerError | None) -> None:
+        if reason is None:
+            asked_again.set()
+
+    async with connected(running_server, proxy, on_connection=tell) as workspace:
+        agent = Agent(llm=ScriptedLLM([call("ask_me", question="what?"), say("done")]), tools=[ask_me])
+        conversation = Conversation(agent, workspace)
+        await conversation.send_message("go")
+        await conversation.run()
+        results = [event.text async for event in conversation.events() if hasattr(event, "bytes_cut")]
+    assert (runs, results) == (["what?"], ["forty-two"])
+
+
+async def test_closing_returns_at_once_while_there_is_no_connection(running_server, proxy):
+    url = f"http://127.0.0.1:{proxy.port}"
+    async with RemoteWorkspace(url, running_server.api_key) as workspace:
+        conversation = Conversation(AGENT, workspace)
+        await conversation.send_message("go")
+        await conversation.run()
+        proxy.refuse = True
+        proxy.cut()
+        waiting = asyncio.create_task(conversation.run())
+        await conversation.close()
+        with pytest.raises(AgentServerError):
+            await asyncio.gather(waiting)
+    proxy.refuse = False
+    await remove(running_server, conversation.id)
+
+
+async def test_a_conversation_that_another_client_deleted_ends_every_wait(running_server, proxy):
+    url = f"http://127.0.0.1:{proxy.port}"
+    async with RemoteWorkspace(url, running_server.api_key) as workspace:
+        agent = Agent(llm=ScriptedLLM([call("terminal", command="sleep 600")]))
+        conversation = Conversation(agent, workspace)
+        await conversation.send_message("go")
+        events = conversation.events(follow=True)
+        while (await anext(events)).__struct_config__.tag != "tool_called":
+            pass
+        waits = [asyncio.create_task(work) for work in (all_of(events), conversation.run())]
+        await conversation.state()
+        await remove(running_server, conversation.id)
+        rest, outcome = await asyncio.gather(*waits, return_exceptions=True)
+        assert isinstance(rest, ConversationNotFound)
+        # Deleting interrupts the turn; its end may be told before the conversation is gone.
+        assert isinstance(outcome, ConversationNotFound) or outcome.status == "interrupted"
+        with pytest.raises(ConversationNotFound):
+            await workspace.describe()
+
+
+async def all_of(events) -> list:
+    return [event async for event in events]
+
+
+async def test_deleting_twice_is_deleting_once(running_server, proxy):
+    url = f"http://127.0.0.1:{proxy.port}"
+    async with RemoteWorkspace(url, running_server.api_key) as workspace:
+        conversation = Conversation(AGENT, workspace)
+        await conversation.state()
+        await remove(running_server, conversation.id)
+        await conversation.delete()
+
+
+# --- the first connection ---
+
+
+async def test_the_first_connection_is_tried_again_until_there_is_a_server(running_server, proxy):
+    proxy.refuse = True
+
+    def tell(reason: AgentServerError | None) -> None:
+        proxy.refuse = False
+
+    async with connected(running_server, proxy, on_connection=tell) as workspace:
+        assert (await workspace.execute("echo hi")).stdout == "hi\n"
+
+
+async def test_a_conversation_is_made_once_although_the_answer_to_the_first_request_is_lost(
+    running_server, proxy
+):
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {running_server.api_key}"}) as http:
+
+        async def ids() -> set[str]:
+            async with http.get(f"{running_server.url}/v1/conversations") as answer:
+                return {each["id"] for each in await answer.json()}
+
+        before = await ids()
+        proxy.cuts += [("down", size) for size in (200, 300, 400)]
+        async with connected(running_server, proxy) as workspace:
+            assert await ids() - before == {workspace.conversation}
+    assert proxy.connections == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (401, Unauthorized),
+        (403, PolicyDenied),
+        (404, ConversationNotFound),
+        (421, PolicyDenied),
+        (400, ConnectionLost),
+        (302, ConnectionLost),
+    ],
+)
+async def test_an_answer_that_stays_the_same_is_asked_for_once(status, error):
+    async with answering([status]) as (url, asked):
+        with pytest.raises(error):
+            async with RemoteWorkspace(url, "key", connect_timeout=None):
+                pass
+        assert asked == [status]
+
+
+@pytest.mark.parametrize(("status", "error"), [(429, Overloaded), (503, Overloaded), (502, ConnectionLost)])
+async def test_a_server_that_is_busy_is_asked_again(status, error):
+    async with answering([status, status, 401]) as (url, asked):
+        with pytest.raises(Unauthorized):
+            async with RemoteWorkspace(url, "key", connect_timeout=None):
+                pass
+        assert asked == [status, status, 401]
+    async with answering([status] * 1000) as (url, asked):
+        with pytest.raises(error):
+            async with RemoteWorkspace(url, "key", connect_timeout=0.05):
+                pass
+
+
+@asynccontextmanager
+async def answering(statuses: list[int]):
+    """A server that answers so, one request after the other, and wants to be asked again at once."""
+    asked: list[int] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(statuses[len(asked)])
+        return web.Response(status=asked[-1], headers={"Retry-After": "0"})
+
+    runner = web.AppRunner(web.Application())
+    runner.app.router.add_route("GET", "/{any:.*}", answer)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", asked
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (4401, Unauthorized),
+        (4403, PolicyDenied),
+        (4404, ConversationNotFound),
+        (4413, LimitExceeded),
+        (4400, ConnectionLost),
+        *((code, None) for code in (1000, 1001, 1006, 1011, 1012, 1013, 4408, 4410, 4429, 4503)),
+    ],
+)
+def test_only_what_cannot_become_better_is_final(code, error):
+    final = final_error(lost(code, "why"))
+    assert (final and type(final)) == error
+    assert final is None or "why" in str(final)
+
+
+# --- what stays ---
+
+
+async def test_two_hundred_connections_leave_nothing_behind(running_server, proxy):
+    async with connected(running_server, proxy) as workspace:
+        seen: list[int] = []
+        conversation = Conversation(AGENT, workspace, callbacks=[lambda event: seen.append(event.seq)])
+        await conversation.state()
+        before = here()
+        for number in range(200):
+            proxy.cut(reset=number % 2 == 0)
+            await conversation.state()
+        assert here() <= before
+        await conversation.send_message("go")
+        await conversation.run()
+        assert seen == list(range(1, len(seen) + 1))
+    assert proxy.connections >= 200
+
+
+def here() -> tuple[int, int]:
+    """How many tasks and descriptors this process has."""
+    return len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
