@@ -31,7 +31,7 @@ from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound, Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_sdk.rpc.unix import serve_unix
-from agent_sdk.serve import weight, workspace_handlers
+from agent_sdk.serve import weight, without_output, workspace_handlers
 from agent_sdk.version import __version__
 
 SOCKET, RECORD = "box.sock", "box.json"
@@ -47,7 +47,7 @@ class Box:
 
     def __init__(self, workspace: LocalWorkspace, *, linger: float, instance: str) -> None:
         self._handlers: dict[type, Handler] = {
-            **workspace_handlers(workspace, Ledger(weigh=weight)),
+            **workspace_handlers(workspace, Ledger(weigh=weight, strip=without_output)),
             Initialize: self._initialize,
             Ping: self._ping,
         }

@@ -1,17 +1,21 @@
-"""A Workspace behind a Peer: every workspace method of the protocol mapped onto the contract.
+"""A LocalWorkspace behind a Peer: every workspace method of the protocol mapped onto the contract.
 
-A box serves a LocalWorkspace with it, a server the RemoteWorkspace that leads to its box. It knows
-no transport and no policy; each handler is the contract's call plus the bytes that belong to it.
+It knows no transport and no policy; each handler is the contract's call plus the bytes that belong to it.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+from msgspec.structs import replace
+
 from agent_sdk.digest import sha256
-from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, TransferBroken
+from agent_sdk.local.process import LocalProcess
+from agent_sdk.local.workspace import LocalWorkspace
+from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, ProcessNotFound, TransferBroken
 from agent_sdk.protocol.methods import (
     Count,
     Describe,
@@ -53,13 +57,15 @@ from agent_sdk.protocol.results import (
 )
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound
+from agent_sdk.rpc.pipe import DISCONNECTED
 from agent_sdk.rpc.stream import ByteReader, ByteWriter
-from agent_sdk.workspace import ExecResult, Output, OutputName, ShellResult, Workspace
+from agent_sdk.workspace import ExecResult, Output, OutputName, ShellResult
 
 STDIN_BYTES = 64 << 20
+NOT_KEPT = "its output is not kept any more"
 
 
-def workspace_handlers(workspace: Workspace, ledger: Ledger) -> dict[type[Method[Any]], Handler]:
+def workspace_handlers(workspace: LocalWorkspace, ledger: Ledger) -> dict[type[Method[Any]], Handler]:
     """Return the handlers of all workspace methods.
 
     Calls that change something go through the ledger: a repeated op_id attaches to the running call,
@@ -92,9 +98,11 @@ def workspace_handlers(workspace: Workspace, ledger: Ledger) -> dict[type[Method
 
 
 class _Served:
-    def __init__(self, workspace: Workspace, ledger: Ledger) -> None:
+    def __init__(self, workspace: LocalWorkspace, ledger: Ledger) -> None:
         self._workspace = workspace
         self._ledger = ledger
+        self._begun: dict[str, asyncio.Future[LocalProcess]] = {}
+        """The processes of `execute` calls that are under way, by op_id."""
 
     async def describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
         return await self._workspace.describe()
@@ -102,40 +110,83 @@ class _Served:
     # --- commands ---
 
     async def execute(self, params: Execute, call: Inbound) -> Executed:
-        stdin = None
-        if params.stdin:
-            async with call.reading(params.stdin) as reader:
-                stdin = await reader.read_all(STDIN_BYTES)
+        stdin = await self._stdin(params, call)
         if params.follow and params.stdout and params.stderr:
-            return await self._execute_followed(params, call, stdin)
-        result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin, None))
+            return await self._follow(params, call, stdin)
+        result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin))
         await _send_output(call, params.stdout, result.out)
         await _send_output(call, params.stderr, result.err)
         return _executed(result, with_text=not params.stdout)
 
-    async def _execute_followed(self, params: Execute, call: Inbound, stdin: bytes | None) -> Executed:
+    async def _stdin(self, params: Execute, call: Inbound) -> bytes | None:
+        """Read what the command is to read; who repeats the call need not send it again."""
+        if not params.stdin:
+            return None
+        async with call.reading(params.stdin) as reader:
+            return None if params.op_id in self._ledger else await reader.read_all(STDIN_BYTES)
+
+    async def _follow(self, params: Execute, call: Inbound, stdin: bytes | None) -> Executed:
+        """Send output while the command runs, from where the caller says; it is read from where it is kept."""
         async with call.writing(params.stdout) as out, call.writing(params.stderr) as err:
+            begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
+            running = asyncio.ensure_future(self._ledger.run(params, lambda: self._run(params, stdin)))
+            try:
+                await asyncio.wait((running, begun), return_when=asyncio.FIRST_COMPLETED)
+                process = begun.result() if begun.done() else None
+                sending = (
+                    self._send_from(process, running, out, "stdout", params.stdout_since),
+                    self._send_from(process, running, err, "stderr", params.stderr_since),
+                )
+                await asyncio.gather(*sending)
+                result: ExecResult = await running
+            except asyncio.CancelledError:
+                running.cancel(DISCONNECTED if call.peer.lost is not None else None)
+                await asyncio.wait((running,))
+                raise
+            finally:
+                if not self._ledger.is_running(params.op_id):
+                    self._begun.pop(params.op_id, None)
+            still = result.status == "running"
+            return _executed(result, sizes=(out.offset, err.offset) if still else None)
 
-            async def send(stream: OutputName, data: bytes) -> None:
-                # The command outlives the connection that started it; who repeats the call gets the rest.
-                with suppress(ConnectionLost):
-                    await (out if stream == "stdout" else err).write(data)
+    async def _send_from(
+        self,
+        process: LocalProcess | None,
+        running: asyncio.Future[ExecResult],
+        writer: ByteWriter,
+        stream: OutputName,
+        since: int,
+    ) -> None:
+        """Send what a stream of a command says from byte `since` until the call is over; without the process
+        what its result holds. Whoever does not want to read it does not disturb the command."""
+        try:
+            if process is None and (held := (await running).process_id):
+                process = self._workspace.process(held)
+            if process is not None:
+                with suppress(ProcessNotFound):
+                    async for offset, data in process.chunks(since, stream=stream, until=running):
+                        await writer.skip_to(offset)
+                        await writer.write(data)
+                    since = max(since, writer.offset)
+            result = await running
+            await _finish(writer, result.out if stream == "stdout" else result.err, since)
+        except (ConnectionLost, TransferBroken):
+            return
 
-            result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin, send))
-            await _finish(out, result.out)
-            await _finish(err, result.err)
-        return _executed(result, with_text=False)
-
-    async def _run(self, params: Execute, stdin: bytes | None, on_output: Any) -> ExecResult:
-        return await self._workspace.execute(
-            _command(params.argv, params.shell),
-            cwd=params.cwd,
-            env=params.env,
-            stdin=stdin,
-            timeout=_seconds(params.timeout_ms),
-            yield_after=_seconds(params.yield_after_ms),
-            on_output=on_output,
-        )
+    async def _run(self, params: Execute, stdin: bytes | None) -> ExecResult:
+        begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
+        try:
+            return await self._workspace.execute(
+                _command(params.argv, params.shell),
+                cwd=params.cwd,
+                env=params.env,
+                stdin=stdin,
+                timeout=_seconds(params.timeout_ms),
+                yield_after=_seconds(params.yield_after_ms),
+                on_start=begun.set_result,
+            )
+        finally:
+            self._begun.pop(params.op_id, None)
 
     async def start(self, params: ProcessStart, call: Inbound) -> Started:
         async def start() -> Started:
@@ -162,7 +213,7 @@ class _Served:
         process = self._workspace.process(params.process_id)
         async with call.reading(params.channel) as reader:
             async for chunk in reader:
-                await process.write(chunk.data)
+                await process.write_at(params.since + chunk.offset, chunk.data)
             await process.close_stdin()
             return Count(reader.size)
 
@@ -278,6 +329,18 @@ def weight(result: object) -> int:
             return 0
 
 
+def without_output(result: Any) -> Any:
+    """Return a result without the bytes of its output; its sizes stay true."""
+    match result:
+        case ExecResult(out=out, err=err):
+            sizes = {"out": Output(size=out.size), "err": Output(size=err.size)}
+            return replace(result, **sizes, reason=result.reason or NOT_KEPT)
+        case ShellResult(output=output):
+            return replace(result, output=Output(size=output.size))
+        case _:
+            return result
+
+
 def _command(argv: list[str] | None, shell: str | None) -> str | list[str]:
     if (argv is None) == (shell is None):
         raise InvalidParams("exactly one of $.params.argv and $.params.shell is needed")
@@ -295,7 +358,9 @@ def _seconds(milliseconds: int | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-def _executed(result: ExecResult, *, with_text: bool) -> Executed:
+def _executed(
+    result: ExecResult, *, with_text: bool = False, sizes: tuple[int, int] | None = None
+) -> Executed:
     return Executed(
         status=result.status,
         exit_code=result.exit_code,
@@ -303,8 +368,8 @@ def _executed(result: ExecResult, *, with_text: bool) -> Executed:
         duration=result.duration,
         process_id=result.process_id,
         reason=result.reason,
-        stdout_bytes=result.out.size,
-        stderr_bytes=result.err.size,
+        stdout_bytes=sizes[0] if sizes else result.out.size,
+        stderr_bytes=sizes[1] if sizes else result.err.size,
         stdout_text=result.stdout if with_text else None,
         stderr_text=result.stderr if with_text else None,
     )
@@ -318,13 +383,13 @@ async def _send_output(call: Inbound, channel: int, output: Output) -> None:
         await _finish(writer, output)
 
 
-async def _finish(writer: ByteWriter, output: Output) -> None:
-    """End a stream of output; when nothing was sent yet (a repeated call), with what the result holds."""
-    if writer.offset == 0 and output.size:
-        await writer.write(output.head)
-        if output.tail:
-            await writer.skip_to(output.size - len(output.tail))
-            await writer.write(output.tail)
+async def _finish(writer: ByteWriter, output: Output, since: int = 0) -> None:
+    """End a stream of output, with what a result holds of it from byte `since` on."""
+    for place, data in ((0, output.head), (output.size - len(output.tail), output.tail)):
+        if rest := data[max(0, since - place) :]:
+            await writer.skip_to(place + len(data) - len(rest))
+            await writer.write(rest)
+    await writer.skip_to(max(writer.offset, output.size))
     await writer.finish()
 
 

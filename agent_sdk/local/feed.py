@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from agent_sdk.protocol.errors import ProcessNotFound
+from agent_sdk.protocol.errors import InvalidParams, ProcessNotFound
 
 
 class Feed:
@@ -32,12 +32,28 @@ class Feed:
             ProcessNotFound: nobody can read it any more.
         """
         async with self._turn:
-            view = memoryview(data)
-            while True:
-                view = view[self.write_now(view) :]
-                if not view:
-                    return
-                await self._wait_for_room()
+            await self._write(memoryview(data))
+
+    async def write_at(self, offset: int, data: bytes) -> None:
+        """Like `write`, for bytes that belong at `offset` of all the input: what went in already is left out.
+
+        Raises:
+            ProcessNotFound: nobody can read it any more.
+            InvalidParams: bytes before `offset` are missing.
+        """
+        async with self._turn:
+            if offset > self.taken:
+                raise InvalidParams(
+                    f"$.params.since: the process got {self.taken} bytes so far, and these begin at {offset}"
+                )
+            await self._write(memoryview(data)[self.taken - offset :])
+
+    async def _write(self, view: memoryview) -> None:
+        while True:
+            view = view[self.write_now(view) :]
+            if not view:
+                return
+            await self._wait_for_room()
 
     def write_now(self, data: bytes | memoryview) -> int:
         """Write what fits at this moment; returns how much that was.

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Any
 
 from agent_sdk.local.arguments import check_seconds, check_signal, check_size
 from agent_sdk.local.feed import Feed
@@ -48,6 +49,10 @@ class LocalProcess:
         """See Process.write."""
         await self._feed().write(data)
 
+    async def write_at(self, offset: int, data: bytes) -> None:
+        """See Feed.write_at."""
+        await self._feed().write_at(offset, data)
+
     async def close_stdin(self) -> None:
         """See Process.close_stdin."""
         running = self._find()
@@ -66,15 +71,20 @@ class LocalProcess:
             yield data
 
     async def chunks(
-        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
+        self,
+        since: int = 0,
+        *,
+        stream: OutputName = "stdout",
+        follow: bool = True,
+        until: asyncio.Future[Any] | None = None,
     ) -> AsyncIterator[tuple[int, bytes]]:
-        """See Process.chunks."""
+        """See Process.chunks; `until`: end with what there is when this is done, instead of with the process."""
         running = self._find()
         if stream not in ("stdout", "stderr"):
             raise InvalidParams(f"stream: stdout or stderr (got {stream!r:.40})")
         if isinstance(since, bool) or not isinstance(since, int) or since < 0:
             raise InvalidParams(f"since: a number of bytes, not negative (got {since!r:.40})")
-        spool, over = running.spools.get(stream), running.child.over
+        spool, over = running.spools.get(stream), until or running.child.over
         if spool is None:
             return
         with running.reading():

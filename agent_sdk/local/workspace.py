@@ -197,8 +197,9 @@ class LocalWorkspace:
         timeout: float | None = None,
         yield_after: float | None = None,
         on_output: OnOutput | None = None,
+        on_start: Callable[[LocalProcess], None] | None = None,
     ) -> ExecResult:
-        """See Workspace.execute."""
+        """See Workspace.execute; `on_start` gets the process as soon as it runs."""
         timeout, yield_after = _clocks(timeout, yield_after)
         data = _input(stdin)
         try:
@@ -206,6 +207,8 @@ class LocalWorkspace:
         except SpawnFailed as failed:
             return ExecResult(status="spawn_failed", exit_code=failed.exit_code, reason=failed.reason)
         running.limit(timeout)
+        if on_start is not None:
+            on_start(LocalProcess(self._opened().processes, running.child.id))
         if data:
             self._feed(running, data)
         with running.reading():

@@ -21,6 +21,7 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.methods import CancelCall, Method, Ping, R, result_type
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.lanes import Lanes, Line
+from agent_sdk.rpc.pipe import DISCONNECTED
 from agent_sdk.rpc.shield import shielded
 
 UNQUEUED = (CancelCall.method, Ping.method)
@@ -105,9 +106,12 @@ class Calls:
         long = self._lanes.put_message(message)
         try:
             return await future
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as exc:
             if future.cancelled() and self._lost is None:
-                await self._cancel(id, long)
+                if exc.args == (DISCONNECTED,):
+                    self._endpoint.forget(id)
+                else:
+                    await self._cancel(id, long)
             raise
         finally:
             del self._pending[id]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
 
-from agent_sdk.protocol.errors import AgentServerError, Cancelled, OpMismatch
+from agent_sdk.protocol.errors import AgentServerError, Cancelled, OpExpired, OpMismatch
 from agent_sdk.protocol.methods import Effect
 from agent_sdk.rpc.pipe import DISCONNECTED
 
 FINISHED = 10_000
+FINISHED_SECONDS = 24 * 3600.0
+FINISHED_AT_MOST = 100_000
 FINISHED_BYTES = 64 << 20
-# Names of streams differ whenever a call is repeated; they do not belong to what it asks for.
-CHANNELS = frozenset({"channel", "stdin", "stdout", "stderr", "follow"})
+EXPIRED = 100_000
+# Names of streams and places in them differ whenever a call is repeated; they do not belong to what it asks for.
+CHANNELS = frozenset({"channel", "stdin", "stdout", "stderr", "follow", "stdout_since", "stderr_since"})
 
 T = TypeVar("T")
 
@@ -24,32 +28,59 @@ T = TypeVar("T")
 class Entry:
     """One operation: what it was asked to do, and how far it is."""
 
+    __slots__ = ("digest", "ended", "error", "result", "task", "waiting", "weight")
+
     def __init__(self, digest: int, task: asyncio.Task[Any]) -> None:
         """Make an entry for a task that has just begun."""
         self.digest = digest
-        self.task = task
+        self.task: asyncio.Task[Any] | None = task
+        """While it runs."""
         self.waiting = 0
+        self.result: Any = None
+        self.error: BaseException | None = None
         self.weight = 0
+        self.ended = 0.0
 
 
 class Ledger:
     """In memory, for as long as the process lives.
 
-    The 10 000 operations that ended last are kept, fewer when their results hold more than 64 MiB.
+    Ended operations are kept for 24 h, and the last 10 000 for longer; at most 100 000. When their
+    results hold more than 64 MiB of output, the oldest lose that. What is forgotten is never run again.
     """
 
-    def __init__(self, finished: int = FINISHED, *, weigh: Callable[[Any], int] = lambda _: 0) -> None:
+    def __init__(
+        self,
+        *,
+        weigh: Callable[[Any], int] = lambda _: 0,
+        strip: Callable[[Any], Any] = lambda result: result,
+        finished: int = FINISHED,
+        seconds: float = FINISHED_SECONDS,
+    ) -> None:
         """Make an empty ledger.
 
         Args:
-            finished: how many ended operations are kept, oldest out.
-            weigh: the bytes a result holds on to.
+            weigh: the bytes of output a result holds on to.
+            strip: makes a result without them.
+            finished: how many ended operations are kept in any case.
+            seconds: how long more of them are kept.
         """
-        self._limit = finished
         self._weigh = weigh
+        self._strip = strip
+        self._limit = finished
+        self._seconds = seconds
         self._bytes = 0
         self._running: dict[str, Entry] = {}
         self._finished: OrderedDict[str, Entry] = OrderedDict()
+        self._heavy: OrderedDict[str, Entry] = OrderedDict()
+        self._expired: OrderedDict[str, None] = OrderedDict()
+
+    def __contains__(self, op_id: str) -> bool:
+        return op_id in self._running or op_id in self._finished or op_id in self._expired
+
+    def is_running(self, op_id: str) -> bool:
+        """Whether this operation is under way."""
+        return op_id in self._running
 
     async def run(self, call: Effect[Any], action: Callable[[], Awaitable[T]]) -> T:
         """Run `action` for this call, or attach to its run, or return what it returned, or raise what it raised.
@@ -60,55 +91,89 @@ class Ledger:
 
         Raises:
             OpMismatch: the op_id came before with other params.
+            OpExpired: the op_id came before, too long ago.
             Cancelled: another caller of the same operation cancelled it.
         """
+        if call.op_id in self._expired:
+            raise OpExpired(
+                f"what op_id {call.op_id} answered is not kept any more, and it is not run again",
+                op_id=call.op_id,
+            )
         digest = _digest(call)
         entry = self._running.get(call.op_id) or self._finished.get(call.op_id)
         if entry is None:
-            entry = Entry(digest, asyncio.create_task(_run(action)))
-            self._running[call.op_id] = entry
-            entry.task.add_done_callback(lambda _: self._done(call.op_id))
+            task = asyncio.create_task(_run(action))
+            entry = self._running[call.op_id] = Entry(digest, task)
+            task.add_done_callback(lambda task: self._done(call.op_id, task))
         elif entry.digest != digest:
             raise OpMismatch(f"op_id {call.op_id} came before with other params", op_id=call.op_id)
-        await self._wait(entry)
-        if entry.task.cancelled():
-            raise Cancelled("the operation was cancelled by another caller")
-        result: T = entry.task.result()
-        return result
+        if (running := entry.task) is not None:
+            await self._wait(entry, running)
+            if running.cancelled():
+                raise Cancelled("the operation was cancelled by another caller")
+            result: T = running.result()
+            return result
+        if entry.error is not None:
+            raise entry.error
+        return entry.result  # type: ignore[no-any-return]
 
     async def close(self) -> None:
         """Cancel what runs and wait for it."""
-        tasks = {entry.task for entry in self._running.values()}
+        tasks = {entry.task for entry in self._running.values() if entry.task is not None}
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _wait(self, entry: Entry) -> None:
+    async def _wait(self, entry: Entry, task: asyncio.Task[Any]) -> None:
         entry.waiting += 1
         try:
-            await asyncio.wait({entry.task})
+            await asyncio.wait({task})
         except asyncio.CancelledError as exc:
             if entry.waiting == 1 and exc.args != (DISCONNECTED,):
-                entry.task.cancel()
-                await asyncio.wait({entry.task})
+                task.cancel()
+                await asyncio.wait({task})
             raise
         finally:
             entry.waiting -= 1
 
-    def _done(self, op_id: str) -> None:
+    def _done(self, op_id: str, task: asyncio.Task[Any]) -> None:
         entry = self._running.pop(op_id)
-        if entry.task.cancelled():
+        if task.cancelled():
             return
-        error = entry.task.exception()
-        if isinstance(error, AgentServerError) and error.retryable:
+        entry.error = task.exception()
+        if isinstance(entry.error, AgentServerError) and entry.error.retryable:
             return
-        entry.weight = self._weigh(entry.task.result()) if error is None else 0
-        self._bytes += entry.weight
+        entry.task, entry.ended = None, time.monotonic()
+        if entry.error is None:
+            entry.result = task.result()
+            entry.weight = self._weigh(entry.result)
         self._finished[op_id] = entry
-        while len(self._finished) > self._limit or (self._bytes > FINISHED_BYTES and len(self._finished) > 1):
-            _, oldest = self._finished.popitem(last=False)
-            self._bytes -= oldest.weight
+        if entry.weight:
+            self._bytes += entry.weight
+            self._heavy[op_id] = entry
+        while self._bytes > FINISHED_BYTES and len(self._heavy) > 1:
+            self._lighten(self._heavy.popitem(last=False)[1])
+        self._expire()
+
+    def _lighten(self, entry: Entry) -> None:
+        entry.result = self._strip(entry.result)
+        self._bytes -= entry.weight
+        entry.weight = 0
+
+    def _expire(self) -> None:
+        """Forget what ended long ago, but for its op_ids."""
+        while len(self._finished) > self._limit:
+            op_id, oldest = next(iter(self._finished.items()))
+            young = oldest.ended + self._seconds > time.monotonic()
+            if young and len(self._finished) <= FINISHED_AT_MOST:
+                return
+            del self._finished[op_id]
+            if self._heavy.pop(op_id, None) is not None:
+                self._bytes -= oldest.weight
+            self._expired[op_id] = None
+            if len(self._expired) > EXPIRED:
+                self._expired.popitem(last=False)
 
 
 async def _run(action: Callable[[], Awaitable[T]]) -> T:

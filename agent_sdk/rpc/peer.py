@@ -194,7 +194,8 @@ class Peer:
 
         Waits in a queue while as many calls are in flight as the other end accepts (not `ping` and
         `call.cancel`). Cancelling asks the other end to cancel the call, waits for the call's answer
-        (10 s at most), then raises CancelledError.
+        (10 s at most), then raises CancelledError. Cancelling with the message DISCONNECTED, as it happens
+        to handlers whose caller is gone, only forgets the call: it goes on there.
 
         Args:
             params: the method's params; their class says which method.

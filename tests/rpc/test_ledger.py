@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from agent_sdk.protocol.errors import Cancelled, OpMismatch, PathNotFound, TransferBroken
+from agent_sdk.protocol.errors import Cancelled, OpExpired, OpMismatch, PathNotFound, TransferBroken
 from agent_sdk.protocol.methods import Done, Execute, FilesMkdir
 from agent_sdk.rpc.ledger import FINISHED_BYTES, Ledger
 from agent_sdk.rpc.pipe import DISCONNECTED
@@ -145,18 +145,42 @@ async def late_caller(ledger, action, first):
     return await ledger.run(mkdir(), action)
 
 
-async def test_the_oldest_results_are_forgotten_and_their_operations_run_again():
-    ledger, action = Ledger(finished=2), Action()
-    for number in (1, 2, 3, 2, 3, 1):
+async def test_the_oldest_results_are_forgotten_and_their_operations_never_run_again():
+    ledger, action = Ledger(finished=2, seconds=0), Action()
+    for number in (1, 2, 3):
         await ledger.run(mkdir(number), action)
-    assert action.runs == 4
+    assert [await ledger.run(mkdir(number), action) for number in (2, 3)] == [Done(), Done()]
+    with pytest.raises(OpExpired, match="not run again") as refused:
+        await ledger.run(mkdir(1), action)
+    assert refused.value.details == {"op_id": mkdir(1).op_id}
+    assert action.runs == 3
 
 
-async def test_heavy_results_are_forgotten_earlier():
-    ledger, action = Ledger(weigh=lambda _: FINISHED_BYTES // 2 + 1), Action()
-    for number in (1, 2, 2, 1):
+async def test_results_of_a_day_are_kept_although_there_are_many():
+    ledger, action = Ledger(finished=2, seconds=3600), Action()
+    for number in (1, 2, 3, 1):
         await ledger.run(mkdir(number), action)
     assert action.runs == 3
+
+
+async def test_heavy_results_lose_their_output_and_nothing_else():
+    ledger = Ledger(weigh=lambda _: FINISHED_BYTES // 2 + 1, strip=lambda result: f"{result} without output")
+    for number in (1, 2):
+        await ledger.run(mkdir(number), Action(str(number)))
+    again = [await ledger.run(mkdir(number), Action("another")) for number in (1, 2)]
+    assert again == ["1 without output", "2"]
+
+
+async def test_a_ledger_knows_what_runs_what_ended_and_what_is_forgotten():
+    ledger, action = Ledger(finished=1, seconds=0), Action(waits=True)
+    running = asyncio.create_task(ledger.run(mkdir(1), action))
+    await action.entered.wait()
+    assert (mkdir(1).op_id in ledger, ledger.is_running(mkdir(1).op_id)) == (True, True)
+    action.go.set()
+    await running
+    await ledger.run(mkdir(2), Action())
+    assert (mkdir(1).op_id in ledger, ledger.is_running(mkdir(1).op_id)) == (True, False)
+    assert mkdir(3).op_id not in ledger
 
 
 async def test_closing_ends_what_still_runs():
