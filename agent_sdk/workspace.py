@@ -117,10 +117,10 @@ class ExecResult(Struct, frozen=True, kw_only=True):
 class ShellResult(Struct, frozen=True, kw_only=True):
     """What a persistent shell answered."""
 
-    status: Literal["done", "quiet", "timeout", "busy", "ended"]
+    status: Literal["done", "quiet", "timeout", "busy", "ended", "unknown"]
     """`done`: the command ended; `quiet`: it runs but has said nothing for a while; `timeout`: it runs and
     its time is over; `busy`: an earlier command still runs, this one was not started; `ended`: the shell itself
-    ended, a fresh one with the same folder and environment is ready."""
+    ended, a fresh one with the same folder and environment is ready; `unknown`: its place was lost meanwhile."""
     output: Output = Output()
     """What was printed since the last answer."""
     exit_code: int | None = None

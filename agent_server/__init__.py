@@ -9,10 +9,11 @@ routes:         what is at which address           answers:       JSON over HTTP
 event_stream:   events as Server-Sent Events       lobby:         what all WebSockets share
 session:        one WebSocket                      introduction:  `initialize`
 feed:           replay, then live                  handlers:      method class to coroutine
-workspace:      a hosted conversation's workspace
+relay:          calls to a box, once each          passage:       one of them, with its bytes
+receipt:        what they answered, kept           boxes:         their starts, ends and survival
 conversations:  all conversations                  hosted:        one of them, in memory
-client_tools:   tools in the client's process      boxes:         their starts, ends and survival
-work:           what runs now; draining            metrics:       numbers for Prometheus
+client_tools:   tools in the client's process      metrics:       numbers for Prometheus
+work:           what runs now; draining
 config:         every option                       data_folder:   where things last, and its lock
 logs:           log lines without secrets          refusal:       why a server does not start
 

@@ -191,6 +191,16 @@ class BoxLink:
                 self._begin(None)
             await asyncio.shield(self._news)
 
+    async def again(self, instance: str) -> Linked | None:
+        """Like `linked`, but to this box or to none: None when it is gone."""
+        while self.instance == instance:
+            if self._linked is not None and self._linked.peer.lost is None:
+                return self._linked
+            if self._keeper is None:
+                self._begin(None)
+            await asyncio.shield(self._news)
+        return None
+
     async def adopt(self, box: BoxProcess, linger: float) -> None:
         """Take over a box that was found; one that does not answer is ended.
 

@@ -47,7 +47,6 @@ from agent_sdk.protocol.methods import (
 from agent_sdk.protocol.results import Accepted, Snapshot
 from agent_sdk.protocol.specs import LLM, Model
 from agent_sdk.rpc.peer import Handler, Inbound
-from agent_sdk.serve import workspace_handlers
 from agent_server.conversations import Conversations
 from agent_server.hosted import Hosted
 from agent_server.metrics import Metrics
@@ -81,7 +80,7 @@ def conversation_handlers(hosted: Hosted, conversations: Conversations) -> Handl
     """Return who answers what for a conversation; `initialize` and `events.subscribe` belong to the connection."""
     answers = _Answers(hosted, conversations)
     return {
-        **workspace_handlers(hosted.workspace, hosted.ledger),
+        **hosted.relay.handlers(),
         Configure: answers.configure,
         RegisterTools: answers.register_tools,
         SendMessage: answers.send_message,

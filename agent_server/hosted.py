@@ -7,20 +7,21 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from agent_sdk.local.conversation import LocalConversation
 from agent_sdk.local.log import PAGE_EVENTS, EventLog
 from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted
 from agent_sdk.protocol.methods import Method
 from agent_sdk.protocol.results import Snapshot
+from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Handler, Peer
-from agent_sdk.serve import weight
 from agent_server.boxes import BoxLink
 from agent_server.client_tools import ClientTools
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
+from agent_server.relay import Relay
 from agent_server.work import CountedLedger, Work
-from agent_server.workspace import HostedWorkspace
 
 CLOSE_GONE = 4404
 
@@ -53,16 +54,21 @@ class Hosted:
     ) -> None:
         self.id = id
         self.link = link
-        self.workspace = workspace = HostedWorkspace(link)
+        self.relay = Relay(id, link, log, work)
         self.tools = ClientTools()
-        self.ledger = CountedLedger(work, weigh=weight)
+        self.ledger = CountedLedger(work)
         self.guests: set[Guest] = set()
         self.handlers: dict[type[Method[Any]], Handler] = {}
         """Who answers its calls; put here by whoever answers the first."""
         self.users = 0
         """Connections and requests that hold it in memory."""
         self.local = LocalConversation(
-            None, workspace, id=id, log=log, run_client_tool=self.tools.run, resume_turns=True
+            None,
+            RemoteWorkspace.over(link),
+            id=id,
+            log=log,
+            run_client_tool=self.tools.run,
+            resume_turns=True,
         )
         self._log = log
         self._logs = logs
@@ -74,7 +80,7 @@ class Hosted:
         self._delta_listeners: dict[object, Callable[[bytes], None]] = {}
 
     def __repr__(self) -> str:
-        return f"<Hosted {self.id}, {self.users} users, {self.workspace!r}>"
+        return f"<Hosted {self.id}, {self.users} users, {self.link!r}>"
 
     async def open(self) -> None:
         """Read the log; may be called again."""
@@ -85,6 +91,7 @@ class Hosted:
 
     async def close(self) -> None:
         """Let go of everything but the workspace, which may be shared. A turn that runs stays open in the log."""
+        await self.relay.close()
         await self.ledger.close()
         await self.local.suspend()
         self._end_turn()
@@ -95,7 +102,7 @@ class Hosted:
     @property
     def busy(self) -> bool:
         """Whether something goes on in it that nobody needs to be connected for."""
-        return self.local.working or self.ledger.running > 0
+        return self.local.working or self.ledger.running > 0 or bool(self.relay.running())
 
     @property
     def epoch(self) -> str:
@@ -113,7 +120,7 @@ class Hosted:
 
     async def state(self) -> Snapshot:
         """Return its present state."""
-        return await self.local.state()
+        return replace(await self.local.state(), operations=self.relay.running())
 
     def subscribe(self, listener: Callable[[int, bytes], None]) -> Callable[[], None]:
         """See feed.Source."""

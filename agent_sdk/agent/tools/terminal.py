@@ -180,6 +180,8 @@ def _notes(result: ShellResult, wanted: TerminalArguments) -> list[str]:
                 f"[Your command was NOT run: the one before it still runs. To go on with that one: {_HOW_TO_GO_ON}; "
                 "reset=true ends it with the whole shell.]"
             ]
+        case "unknown":
+            return ["[The place where it ran was lost; whether the command was done is unknown: look first.]"]
         case "ended":
             code = "" if result.exit_code is None else f" with exit code {result.exit_code}"
             return [

@@ -152,7 +152,7 @@ class ProcessResize(Method[Done], frozen=True, kw_only=True):
 class ShellAnswer(Struct, frozen=True, kw_only=True):
     """See workspace.ShellResult; the output went over the channel."""
 
-    status: Literal["done", "quiet", "timeout", "busy", "ended"]
+    status: Literal["done", "quiet", "timeout", "busy", "ended", "unknown"]
     exit_code: int | None = None
     cwd: str = ""
     full_output: str | None = None

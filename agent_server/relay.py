@@ -1,0 +1,224 @@
+"""The workspace methods of a conversation, passed on to its box under the same op_id, with their bytes both ways.
+
+What changes something is written down before it is sent and when it was answered. So a call that is
+repeated, to whichever server, attaches to the one that runs in the box, or gets its answer again; and
+when the box is gone, what had begun in it is unknown and never run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from agent_sdk.digest import sha256
+from agent_sdk.local.log import EventLog
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    Cancelled,
+    ConnectionLost,
+    OutcomeUnknown,
+    StorageFull,
+    WorkspaceLost,
+    WorkspaceUnavailable,
+)
+from agent_sdk.protocol.methods import (
+    WORKSPACE,
+    Effect,
+    Execute,
+    Executed,
+    Method,
+    ProcessList,
+    ProcessWait,
+    ShellAnswer,
+    ShellRun,
+    ShellSend,
+    Upload,
+)
+from agent_sdk.protocol.results import Exit, RunningOperation
+from agent_sdk.remote.link import Linked
+from agent_sdk.rpc.ledger import CHANNELS
+from agent_sdk.rpc.peer import Handler, Inbound
+from agent_server.boxes import BoxLink
+from agent_server.passage import Passage
+from agent_server.receipt import Receipt
+from agent_server.work import Work
+
+LOST = "the box was lost; whether it was done is not known"
+
+
+class Relay:
+    """See the module's docstring; one for all connections of a conversation."""
+
+    def __init__(self, conversation: str, link: BoxLink, log: EventLog, work: Work) -> None:
+        self._conversation = conversation
+        self._link = link
+        self._log = log
+        self._work = work
+        self._running: dict[str, list[_Run]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Relay to {self._link!r}: {len(self._running)} operations>"
+
+    def handlers(self) -> dict[type[Method[Any]], Handler]:
+        """Return who answers the workspace methods."""
+        return {method: self._effect if issubclass(method, Effect) else self._look for method in WORKSPACE}
+
+    def running(self) -> tuple[RunningOperation, ...]:
+        """Return the operations under way, oldest first."""
+        return tuple(
+            RunningOperation(op_id=op_id, method=runs[0].params.method)
+            for op_id, runs in self._running.items()
+        )
+
+    async def close(self) -> None:
+        """Let go of what runs; it goes on in the box, and whoever repeats it attaches to it."""
+        for run in self._runs():
+            self._link.owing = True
+            run.passage.let_go = True
+            run.task.cancel()
+        if tasks := [run.task for run in self._runs()]:
+            await asyncio.wait(tasks)
+
+    def _runs(self) -> list[_Run]:
+        return [run for runs in self._running.values() for run in runs]
+
+    # --- what changes nothing ---
+
+    async def _look(self, params: Method[Any], call: Inbound) -> Any:
+        if isinstance(params, ProcessList) and not self._link.is_running:
+            return []
+        passage = Passage(params, call)
+        linked = await self._link.linked()
+        try:
+            return await self._through(passage, linked)
+        except OutcomeUnknown:
+            if isinstance(params, ProcessWait):
+                return Exit(status="unknown", reason=LOST)
+            raise WorkspaceLost("the box was lost") from None
+
+    async def _through(self, passage: Passage, linked: Linked) -> Any:
+        """Pass a call on, and again when the connection to the box broke.
+
+        Raises:
+            OutcomeUnknown: the box is gone.
+        """
+        instance = linked.instance
+        async with passage:
+            while True:
+                try:
+                    return await passage.through(linked.peer)
+                except ConnectionLost:
+                    if linked.peer.lost is None:
+                        raise
+                again = await self._link.again(instance)
+                if again is None:
+                    raise OutcomeUnknown(LOST)
+                if passage.once:
+                    raise WorkspaceUnavailable("the connection to the box broke; call again")
+                linked = again
+
+    # --- what changes something ---
+
+    async def _effect(self, params: Effect[Any], call: Inbound) -> Any:
+        self._work.admit()
+        op_id, digest = params.op_id, _digest(params)
+        instance = self._link.instance
+        known = await self._log.begin_operation(
+            self._conversation, op_id, digest, method=params.method, instance=instance
+        )
+        if known is not None and known.result is not None:
+            return await Receipt.read(known.result).give(params, call)
+        if isinstance(params, Upload):
+            await self._stop(op_id, lambda run: True)  # its bytes come anew
+        if known is not None:
+            runs = self._running.get(op_id)
+            instance = runs[0].instance if runs else known.instance
+        run = _Run(params, call, instance)
+        run.task = asyncio.create_task(self._operate(run, fresh=known is None))
+        self._running.setdefault(op_id, []).append(run)
+        run.task.add_done_callback(lambda _: self._ended(run))
+        try:
+            await asyncio.wait({run.task})
+        except asyncio.CancelledError:
+            if call.peer.lost is None:
+                await self._cancel(run)
+            raise
+        if run.task.cancelled():
+            raise Cancelled("the operation was cancelled by another caller")
+        return run.task.result()
+
+    async def _operate(self, run: _Run, *, fresh: bool) -> Any:
+        with self._work.under_way():
+            try:
+                linked = await (self._link.linked() if fresh else self._link.again(run.instance))
+                if linked is None:
+                    raise OutcomeUnknown(LOST, op_id=run.params.op_id)
+                run.instance = linked.instance
+                answer = await self._through(run.passage, linked)
+            except OutcomeUnknown as exc:
+                answer = _unknown(run.params, exc)
+            except AgentServerError as exc:
+                if not exc.retryable:
+                    await self._finish(run, Receipt.of_error(exc))
+                raise
+            await self._finish(run, Receipt.of(answer, run.passage.kept))
+            return answer
+
+    async def _finish(self, run: _Run, receipt: Receipt) -> None:
+        try:
+            await self._log.finish_operation(self._conversation, run.params.op_id, receipt.written())
+        except StorageFull:  # it was done, and the box still knows
+            self._link.owing = True
+
+    def _ended(self, run: _Run) -> None:
+        runs = self._running[run.params.op_id]
+        runs.remove(run)
+        if not runs:
+            del self._running[run.params.op_id]
+        if not run.task.cancelled():
+            run.task.exception()  # who waited for it may be gone
+
+    async def _cancel(self, run: _Run) -> None:
+        """Its caller does not want it any more; those whose callers lost their connection want nothing either."""
+        await self._stop(run.params.op_id, lambda other: other is run or other.call.peer.lost is not None)
+        if run.params.op_id not in self._running and run.task.cancelled():
+            await self._finish(run, Receipt.of_error(Cancelled("the call was cancelled")))
+
+    async def _stop(self, op_id: str, which: Callable[[_Run], bool]) -> None:
+        tasks = [run.task for run in self._running.get(op_id, ()) if which(run)]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+class _Run:
+    """One way of an operation through the relay; a repeated call is another one."""
+
+    def __init__(self, params: Effect[Any], call: Inbound, instance: str) -> None:
+        self.params = params
+        self.call = call
+        self.instance = instance
+        """Of the box it is in."""
+        self.passage = Passage(params, call)
+        self.task: asyncio.Task[Any]
+
+
+def _digest(params: Effect[Any]) -> bytes:
+    """What the call asks for, but for the numbers of its byte streams, which differ whenever it is repeated."""
+    fields = {name: getattr(params, name) for name in params.__struct_fields__ if name not in CHANNELS}
+    digest = sha256()
+    digest.update(msgspec.json.encode((params.method, fields), order="sorted"))
+    return digest.digest()
+
+
+def _unknown(params: Effect[Any], exc: OutcomeUnknown) -> Any:
+    match params:
+        case Execute():
+            return Executed(status="unknown", reason=LOST)
+        case ShellRun() | ShellSend():
+            return ShellAnswer(status="unknown")
+    raise OutcomeUnknown(LOST, op_id=params.op_id) from None
