@@ -7,4 +7,8 @@ commands:  execute, shell, beside a bare subprocess
 transfer:  files up and down, beside a plain copy
 events:    events from server to client, durable appends, replay
 steps:     overhead of an agent's step
+readers:   many subscribers, a long replay, slow ones beside healthy ones
+many:      thousands of idle conversations, a restart with a thousand
+crowd:     many clients in one process
+audience:  a crowd as a child process, and somebody who makes events for it
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from bench import commands, events, startup, steps, transfer
+from bench import commands, events, many, readers, startup, steps, transfer
 from bench.measure import Row
 
 SUITES = {
@@ -20,6 +20,8 @@ SUITES = {
     "transfer": transfer.measure,
     "events": events.measure,
     "steps": steps.measure,
+    "readers": readers.measure,
+    "many": many.measure,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tempfile
 import time
@@ -37,13 +38,24 @@ class _Ready(Struct):
 
 
 @asynccontextmanager
-async def running_server() -> AsyncIterator[Server]:
-    """Start `agent-server serve` on a free port with a fresh data folder; end it with SIGTERM."""
-    with tempfile.TemporaryDirectory() as data:
+async def running_server(
+    data: Path | None = None, *, kill: bool = False, **options: str
+) -> AsyncIterator[Server]:
+    """Start `agent-server serve` on a free port; end it with SIGTERM, or SIGKILL.
+
+    Args:
+        data: its data folder; None: a fresh one.
+        kill: end it without a word.
+        options: as in the environment, without the prefix.
+    """
+    with tempfile.TemporaryDirectory() as fresh:
         began = time.perf_counter()
-        arguments = ("-m", "agent_server", "serve", "--port", "0", "--json", "--data", data)
+        arguments = ("-m", "agent_server", "serve", "--port", "0", "--json", "--data", str(data or fresh))
         process = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+            *(sys.executable, *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **{f"AGENT_SERVER_{name.upper()}": value for name, value in options.items()}},
         )
         assert process.stdout is not None
         try:
@@ -54,5 +66,5 @@ async def running_server() -> AsyncIterator[Server]:
             yield Server(ready.url, Path(ready.api_key_file).read_text().strip(), ready.pid, took)
         finally:
             if process.returncode is None:
-                process.terminate()
+                (process.kill if kill else process.terminate)()
             await process.wait()
