@@ -58,7 +58,7 @@ class Client(asyncio.Protocol):
         parts = urlsplit(url)
         path = f"/v1/conversations/{conversation}"
         _, client = await asyncio.get_running_loop().create_connection(
-            lambda: cls(key, path, report), parts.hostname, parts.port
+            lambda: cls(key, path, report), str(parts.hostname), parts.port or 80
         )
         await client.until(1)
         return client
