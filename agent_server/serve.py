@@ -112,6 +112,8 @@ async def serving(
             _event_log(folder.log) as log,
             Conversations(config, folder, log, opened, metrics, work) as conversations,
         ):
+            for sentence in log.recovered:
+                opened.log.warning("log_recovered", problem=sentence)
             work.pending_writes, work.disk_full = log.pending_writes, lambda: log.full
             if on_failure is not None:
                 log.failed.add_done_callback(partial(_failed, opened, on_failure))
@@ -189,7 +191,7 @@ def _exit(error: BaseException) -> None:
 async def _event_log(path: Path) -> AsyncIterator[EventLog]:
     async with AsyncExitStack() as stack:
         try:
-            log = await stack.enter_async_context(EventLog.open(path))
+            log = await stack.enter_async_context(EventLog.open(path, sole=True))
         except AgentServerError as exc:
             raise StartRefused(
                 f"the event log {path} cannot be opened: {exc}", exit_code=CANNOT_CREATE

@@ -17,6 +17,10 @@ operations:   the rows of operations, and for how long they are kept
 chain:        what proves that rows are what was written
 formats:      the tables, and the way from older formats
 storage:      one connection to an SQLite file
+recovery:     opening a log that may be damaged
+salvage:      what is whole in a damaged file
+wal:          what the WAL tells before it is opened
+reserve:      room for the moment when there is none
 sealed:       secrets at rest
 
 workspace:    a workspace on this machine

@@ -28,14 +28,21 @@ JOBS_PER_COMMIT = 512
 
 
 class _Job(Generic[T]):
-    __slots__ = ("error", "future", "lane", "result", "work", "writes")
+    __slots__ = ("error", "frees", "future", "lane", "result", "work", "writes")
 
     def __init__(
-        self, work: Callable[[Database], T], *, lane: str, writes: bool, future: asyncio.Future[T]
+        self,
+        work: Callable[[Database], T],
+        *,
+        lane: str,
+        writes: bool,
+        frees: bool,
+        future: asyncio.Future[T],
     ) -> None:
         self.work = work
         self.lane = lane
         self.writes = writes
+        self.frees = frees
         self.future = future
         self.result: T | None = None
         self.error: BaseException | None = None
@@ -78,10 +85,15 @@ class Clerk:
         """Return when the database is open; raises what opening it raised."""
         await asyncio.shield(self._ready)
 
-    def submit(self, work: Callable[[Database], T], *, lane: str = "", writes: bool) -> asyncio.Future[T]:
+    def submit(
+        self, work: Callable[[Database], T], *, lane: str = "", writes: bool, frees: bool = False
+    ) -> asyncio.Future[T]:
         """Queue a job; those of a lane run in the order of their submission, a write is answered after its commit.
 
         `work` runs in the thread. It may run twice: alone, after the commit it shared with others failed.
+
+        Args:
+            frees: it makes room, and may use the reserve for that.
 
         Raises:
             StateConflict: `stop` was called.
@@ -90,7 +102,7 @@ class Clerk:
             raise StateConflict("the log is closed", state="closed")
         future: asyncio.Future[T] = self._loop.create_future()
         self.pending += 1
-        self._jobs.put(_Job(work, lane=lane, writes=writes, future=future))
+        self._jobs.put(_Job(work, lane=lane, writes=writes, frees=frees, future=future))
         return future
 
     async def stop(self) -> None:
@@ -140,9 +152,14 @@ class Clerk:
 
     def _do(self, database: Database, batch: list[_Job[Any]]) -> None:
         writes = [job for job in batch if job.writes]
-        if writes and not self._together(database, writes):
+        if len(writes) < 2 or not self._together(database, writes):
             for job in writes:
                 self._together(database, [job])
+                if job.frees and isinstance(job.error, StorageFull) and database.reserve.spend():
+                    job.error = None
+                    self._together(database, [job])
+        if self.full and any(job.frees and job.error is None for job in writes):
+            database.reserve.give_back()
         for job in batch:
             if not job.writes:
                 try:
@@ -152,21 +169,27 @@ class Clerk:
 
     def _together(self, database: Database, jobs: list[_Job[Any]]) -> bool:
         """Do the jobs in one commit; a single one keeps its error, several are left to be done alone."""
+        ordinary = not all(job.frees for job in jobs)
         try:
             if database.broken is not None:
                 # After a failed fsync the kernel may have dropped the pages: a retry that succeeds proves nothing.
                 raise WorkspaceUnavailable(
                     "the disk below the log has failed; restart the program", phase="storage"
                 )
+            if ordinary:
+                database.reserve.admit()
             with database.transaction():
                 for job in jobs:
                     job.do(database)
-            self.full = False
+            if database.broken is not None:  # while the WAL was moved into the file
+                raise database.broken
         except BaseException as exc:  # noqa: BLE001  the job's owner gets it
             if len(jobs) > 1:
                 return False
-            self.full = isinstance(exc, StorageFull)
             jobs[0].error = exc
+            self.full = self.full or isinstance(exc, StorageFull)
+        else:
+            self.full = self.full and not ordinary
         return True
 
     def _fail(self, error: BaseException) -> None:

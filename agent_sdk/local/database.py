@@ -12,6 +12,7 @@ import apsw
 from agent_sdk.local.chain import ChainBroken, link, origin, sum_of
 from agent_sdk.local.formats import LAST_SEQ, bring_up_to_date, event_id, open_turn, version_of
 from agent_sdk.local.operations import Operations
+from agent_sdk.local.reserve import Reserve
 from agent_sdk.local.storage import Storage
 from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
 
@@ -61,7 +62,12 @@ class Database(Storage):
         Conflict: it was written by a newer version, or is no log.
     """
 
-    def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path | None, *, read_only: bool = False, sole: bool = False) -> None:
+        """Open the file.
+
+        Args:
+            sole: no other process uses it, and this one keeps a reserve of room.
+        """
         super().__init__(path, read_only=read_only)
         self.operations = Operations(self)
         self._tails: dict[str, Tail] = {}
@@ -72,6 +78,7 @@ class Database(Storage):
         try:
             version_of(self)
             if not read_only:
+                self.reserve = Reserve(self, reserve_of(path) if path and sole else None)
                 self._prepare()
         except BaseException:
             self.close()
@@ -102,6 +109,7 @@ class Database(Storage):
         except BaseException:
             self._tails.clear()
             raise
+        self.reserve.after_commit()
 
     # --- conversations ---
 
@@ -127,7 +135,7 @@ class Database(Storage):
             ConversationNotFound: there is no such conversation.
             ConversationDamaged: nothing of it may be used.
         """
-        self._key(conversation)
+        self.key(conversation)
         rows = self.rows(f"SELECT {_FIELDS}, sum FROM conversations WHERE id = ?", (conversation,))
         *fields, sum = rows[0]
         if sum_of(*fields) != sum:
@@ -167,7 +175,7 @@ class Database(Storage):
     def delete(self, conversation: str) -> None:
         """Remove a conversation with everything that belongs to it, damaged or not."""
         self._tails.pop(conversation, None)
-        key = self._key(conversation, even_damaged=True)
+        key = self.key(conversation, even_damaged=True)
         self.rows("DELETE FROM events WHERE id BETWEEN ? AND ?", _all(key))
         for table in ("operations", "settings"):
             self.rows(f"DELETE FROM {table} WHERE conversation = ?", (key,))
@@ -177,16 +185,14 @@ class Database(Storage):
 
     def head(self, conversation: str) -> int:
         """Return the last seq, 0 when there are no events."""
-        last = self.value(
-            "SELECT max(id) FROM events WHERE id BETWEEN ? AND ?", _all(self._key(conversation))
-        )
+        last = self.value("SELECT max(id) FROM events WHERE id BETWEEN ? AND ?", _all(self.key(conversation)))
         return (last or 0) & LAST_SEQ
 
     def tail(self, conversation: str) -> Tail:
         """Return where the next event goes."""
         if self.connection.in_transaction and (known := self._tails.get(conversation)):
             return known
-        key = self._key(conversation)
+        key = self.key(conversation)
         rows = self.rows(
             "SELECT id, chain FROM events WHERE id BETWEEN ? AND ? ORDER BY id DESC LIMIT 1", _all(key)
         )
@@ -213,21 +219,23 @@ class Database(Storage):
         found: list[tuple[int, bytes]] = []
         size = 0
         with self.snapshot():
-            for seq, body in self._verified(conversation, after, limit):
+            for seq, _, body, _ in self._verified(conversation, after, limit):
                 size += len(body)
                 if found and size > max_bytes:
                     break
                 found.append((seq, body))
         return found
 
-    def _verified(self, conversation: str, after: int, limit: int) -> Iterator[tuple[int, bytes]]:
+    def _verified(
+        self, conversation: str, after: int, limit: int
+    ) -> Iterator[tuple[int, float, bytes, bytes]]:
         try:
-            yield from self.verified(self._key(conversation), after, limit)
+            yield from self.verified(self.key(conversation), after, limit)
         except apsw.CorruptError as exc:
             raise damaged(conversation, str(exc)) from exc
 
-    def verified(self, key: int, after: int, limit: int) -> Iterator[tuple[int, bytes]]:
-        """Yield (seq, body) of the events after a seq, each proven to be what was written.
+    def verified(self, key: int, after: int, limit: int) -> Iterator[tuple[int, float, bytes, bytes]]:
+        """Yield (seq, at, body, chain) of the events after a seq, each proven to be what was written.
 
         Raises:
             ChainBroken: the next one is not, or is missing.
@@ -237,25 +245,24 @@ class Database(Storage):
         if after:
             previous = self.value("SELECT chain FROM events WHERE id = ?", (event_id(key, after),))
         expected = after + 1
-        events = "SELECT id, body, chain FROM events WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
+        events = "SELECT id, at, body, chain FROM events WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
         bounds = event_id(key, after), event_id(key, LAST_SEQ)
-        for id, body, chain in self.connection.execute(events, (*bounds, limit)):
+        for id, at, body, chain in self.connection.execute(events, (*bounds, limit)):
             seq = id & LAST_SEQ
             if seq != expected or previous is None or link(previous, seq, body) != chain:
                 raise ChainBroken(expected)
-            yield seq, body
+            yield seq, at, body, chain
             previous, expected = chain, seq + 1
 
     def cut(self, conversation: str, from_seq: int) -> None:
         """Remove the events from a seq on."""
-        key = self._key(conversation)
+        key = self.key(conversation)
         bounds = event_id(key, from_seq), event_id(key, LAST_SEQ)
         self.rows("DELETE FROM events WHERE id BETWEEN ? AND ?", bounds)
         self.change(conversation, open_turn=open_turn(self, key))
 
-    def whole_after(self, conversation: str, seq: int) -> bool:
+    def whole_after(self, key: int, seq: int) -> bool:
         """Return whether any event after this one is what was written, or may be."""
-        key = self._key(conversation)
         bounds = event_id(key, seq), event_id(key, LAST_SEQ)
         last: tuple[int, bytes] | None = None
         events = "SELECT id, body, chain FROM events WHERE id BETWEEN ? AND ? ORDER BY id"
@@ -271,7 +278,7 @@ class Database(Storage):
 
     def store_settings(self, conversation: str, plain: bytes, sealed: bytes | None) -> None:
         """Replace what is kept beside the events."""
-        key = self._key(conversation)
+        key = self.key(conversation)
         self.rows(
             "INSERT OR REPLACE INTO settings VALUES (?, ?, ?, ?)",
             (key, plain, sealed, sum_of(key, plain, sealed)),
@@ -279,7 +286,7 @@ class Database(Storage):
 
     def settings(self, conversation: str) -> tuple[bytes, bytes | None] | None:
         """Return what is kept beside the events, None when nothing is."""
-        key = self._key(conversation)
+        key = self.key(conversation)
         rows = self.rows("SELECT plain, sealed, sum FROM settings WHERE conversation = ?", (key,))
         if not rows:
             return None
@@ -288,7 +295,8 @@ class Database(Storage):
             raise damaged(conversation, "its settings are not what was written")
         return plain, sealed
 
-    def _key(self, conversation: str, *, even_damaged: bool = False) -> int:
+    def key(self, conversation: str, *, even_damaged: bool = False) -> int:
+        """Return the key of a conversation's row."""
         rows = self.rows("SELECT key, damaged FROM conversations WHERE id = ?", (conversation,))
         if not rows:
             raise ConversationNotFound(f"no conversation {conversation}", conversation=conversation)
@@ -304,6 +312,11 @@ class Database(Storage):
 
 def _all(key: int) -> tuple[int, int]:
     return event_id(key, 0), event_id(key, LAST_SEQ)
+
+
+def reserve_of(path: Path) -> Path:
+    """Return where the reserve of a log is."""
+    return path.with_name(f"{path.name}.reserve")
 
 
 def damaged(conversation: str, why: str) -> ConversationDamaged:

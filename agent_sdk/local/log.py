@@ -98,16 +98,23 @@ class EventLog:
         StateConflict: the log is closed.
     """
 
-    def __init__(self, writer: Clerk, reader: Clerk) -> None:
+    def __init__(self, writer: Clerk, reader: Clerk, recovered: tuple[str, ...]) -> None:
         self._writer = writer
         self._reader = reader
+        self.recovered = recovered
+        """What had to be done about damage when the log was opened, a sentence each."""
         self._heads: dict[str, int] = {}
         """Used by the writer's thread alone."""
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, path: Path | None) -> AsyncIterator[EventLog]:
+    async def open(cls, path: Path | None, *, sole: bool = False) -> AsyncIterator[EventLog]:
         """Open the log in this file, making it and its folder; None: in memory. Leaving writes what is queued.
+
+        Args:
+            sole: the caller sees to it that no other process uses the file: it is examined and, where it
+                is damaged, saved; and a reserve of room is kept beside it, so that a full disk can be
+                made room on.
 
         Raises:
             PathDenied, PathError, StorageFull: the place cannot be used.
@@ -115,12 +122,14 @@ class EventLog:
         """
         from agent_sdk.local.clerk import Clerk  # noqa: PLC0415  SQLite is loaded by those who need it
         from agent_sdk.local.database import Database  # noqa: PLC0415
-        from agent_sdk.local.storage import make_folder  # noqa: PLC0415
+        from agent_sdk.local.recovery import open_log  # noqa: PLC0415
+
+        recovered: builtins.list[str] = []
 
         def open_writer() -> Database:
-            if path is not None:
-                make_folder(path.parent)
-            return Database(path)
+            database, sentences = open_log(path, sole=sole)
+            recovered.extend(sentences)
+            return database
 
         clerks: list[Clerk] = []
         try:
@@ -129,7 +138,7 @@ class EventLog:
             if path is not None:
                 clerks.append(Clerk(lambda: Database(path, read_only=True), name="event-log-reader"))
                 await clerks[1].ready()
-            yield cls(clerks[0], clerks[-1])
+            yield cls(clerks[0], clerks[-1], tuple(recovered))
         finally:
             for clerk in reversed(clerks):
                 await clerk.stop()
@@ -148,7 +157,7 @@ class EventLog:
 
     @property
     def full(self) -> bool:
-        """Whether the last write found no room on the disk."""
+        """Whether the last write found no room; reading and deleting go on, and the next write tries again."""
         return self._writer.full
 
     async def create(self, conversation: str, meta: dict[str, Any] | None = None) -> str:
@@ -197,7 +206,7 @@ class EventLog:
         """
 
         def work(database: Database) -> Operation | None:
-            row = database.operations.find(database.tail(conversation).key, op_id, None)
+            row = database.operations.find(database.key(conversation), op_id, None)
             return Operation(op_id, row.digest, row.result) if row else None
 
         return await self._writer.submit(work, lane=conversation, writes=False)
@@ -219,7 +228,7 @@ class EventLog:
         """
 
         def work(database: Database) -> KnownOperation | None:
-            key = database.tail(conversation).key
+            key = database.key(conversation)
             if known := database.operations.find(key, op_id, digest):
                 return _known(known)
             database.operations.begin(key, op_id, digest, method, instance)
@@ -231,7 +240,7 @@ class EventLog:
         """Write down what a begun operation answered; what it answered first stays."""
 
         def work(database: Database) -> None:
-            database.operations.finish(database.tail(conversation).key, op_id, result)
+            database.operations.finish(database.key(conversation), op_id, result)
 
         await self._write(conversation, work)
 
@@ -239,7 +248,7 @@ class EventLog:
         """Return what has begun and not finished, oldest first."""
 
         def work(database: Database) -> builtins.list[KnownOperation]:
-            return [_known(row) for row in database.operations.begun(database.tail(conversation).key)]
+            return [_known(row) for row in database.operations.begun(database.key(conversation))]
 
         return await self._writer.submit(work, lane=conversation, writes=False)
 
@@ -312,7 +321,7 @@ class EventLog:
             self._heads.pop(conversation, None)
             database.delete(conversation)
 
-        await self._write(conversation, work)
+        await self._writer.submit(work, lane=conversation, writes=True, frees=True)
 
     def _write(self, conversation: str, work: Callable[[Database], T]) -> asyncio.Future[T]:
         return self._writer.submit(work, lane=conversation, writes=True)
@@ -343,7 +352,7 @@ class EventLog:
     def _judge(self, conversation: str, seq: int, mend: bool, database: Database) -> None:
         """An event was found that is not what was written."""
         why = f"the event with seq {seq} is not what was written"
-        if database.whole_after(conversation, seq):
+        if database.whole_after(database.key(conversation), seq):
             database.change(conversation, damaged=why)
         elif mend:
             database.cut(conversation, seq)
