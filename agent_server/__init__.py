@@ -13,7 +13,7 @@ relay:          calls to a box, once each          passage:       one of them, w
 receipt:        what they answered, kept           boxes:         their starts, ends and survival
 conversations:  all conversations                  hosted:        one of them, in memory
 client_tools:   tools in the client's process      metrics:       numbers for Prometheus
-work:           what runs now; draining
+work:           what runs now; draining            sealing:       the keys that seal secrets
 config:         every option                       data_folder:   where things last, and its lock
 logs:           log lines without secrets          refusal:       why a server does not start
 

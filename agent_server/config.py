@@ -24,7 +24,7 @@ from agent_server.refusal import StartRefused
 
 PREFIX = "AGENT_SERVER_"
 MINIMUM_KEY = 16
-SECRETS = frozenset({"api_key"})
+SECRETS = frozenset({"api_key", "secrets_key"})
 
 Port = Annotated[int, Meta(ge=0, le=65535, description="1..65535, or 0 for a free one")]
 Seconds = Annotated[float, Meta(ge=0, le=86_400, description="0..86400 seconds")]
@@ -45,6 +45,11 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """The key that clients need. Without one, and without `api_key_file`, the server makes one in the data folder."""
     api_key_file: str | None = None
     """A file that holds the key."""
+    secrets_key: Names = ()
+    """Seals models' keys and secrets in the data folder, so that conversations that need them go on after a restart.
+    The first of several seals, all unseal; 16 characters each, or more. Without one nothing secret is kept."""
+    secrets_key_file: str | None = None
+    """A file that holds such keys, one per line."""
     allow_hosts: Names = ()
     """Names, besides those of the loopback, that the Host header may have; `*` allows all."""
     allow_origins: Names = ()
@@ -154,6 +159,8 @@ def load(
     options["data"] = str(_data_folder(options.get("data", ""), environ))
     if options.get("api_key") and options.get("api_key_file"):
         raise StartRefused("api_key and api_key_file are both set; set one of them")
+    if options.get("secrets_key") and options.get("secrets_key_file"):
+        raise StartRefused("secrets_key and secrets_key_file are both set; set one of them")
     _check_key(options.get("api_key"))
     return ServerConfig(**options, limits=Limits(**limits), box_environment=box_environment(environ))
 
@@ -198,8 +205,9 @@ def _read_file(file: Path, options: dict[str, Any], limits: dict[str, int]) -> N
         for name, value in values.items():
             where = f"{file.name}{lines.get((table, name), '')}: {table}.{name}"
             target[name] = _checked(known, name, value, where)
-    if options.get("api_key") and mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise StartRefused(f"{file}: holds the api_key and everybody can read it; run: chmod 600 {file}")
+    secret = next((name for name in sorted(SECRETS) if options.get(name)), None)
+    if secret is not None and mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise StartRefused(f"{file}: holds the {secret} and everybody can read it; run: chmod 600 {file}")
 
 
 def _read_environment(environ: Mapping[str, str], options: dict[str, Any], limits: dict[str, int]) -> None:

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
 from agent_sdk.local.log import ConversationRow, EventLog
+from agent_sdk.local.settings import Settings
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConversationNotFound,
@@ -61,6 +62,7 @@ class Conversations:
         logs: Logs,
         metrics: Metrics,
         work: Work,
+        settings: Settings,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -68,6 +70,7 @@ class Conversations:
         self._logs = logs
         self._metrics = metrics
         self._work = work
+        self._settings = settings
         self._notes: dict[str, Note] = {}
         self._hosted: dict[str, Hosted] = {}
         self._boxes = Boxes(config, folder, logs, self._count_boxes)
@@ -252,6 +255,7 @@ class Conversations:
                 logs=self._logs,
                 metrics=self._metrics,
                 work=self._work,
+                settings=self._settings,
             )
             self._hosted[id] = hosted
             self._metrics.conversations.set(len(self._hosted))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -11,7 +12,9 @@ from msgspec.structs import replace
 
 from agent_sdk.local.conversation import LocalConversation
 from agent_sdk.local.log import PAGE_EVENTS, EventLog
-from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted
+from agent_sdk.local.settings import Settings
+from agent_sdk.protocol.errors import AgentServerError
+from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted, WorkspaceChanged
 from agent_sdk.protocol.methods import Method
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.remote.workspace import RemoteWorkspace
@@ -48,6 +51,7 @@ class Hosted:
         log: EventLog,
         link: BoxLink,
         *,
+        settings: Settings,
         logs: Logs,
         metrics: Metrics,
         work: Work,
@@ -68,12 +72,15 @@ class Hosted:
             id=id,
             log=log,
             run_client_tool=self.tools.run,
-            resume_turns=True,
+            settings=settings,
         )
+        self.local.same_place = lambda: link.survived
         self._log = log
         self._logs = logs
         self._metrics = metrics
         self._work = work
+        self._opened = False
+        self._noting: asyncio.Task[None] | None = None
         self._turn: ExitStack | None = None
         """What is counted while a turn runs."""
         self._forget: list[Callable[[], None]] = []
@@ -87,7 +94,11 @@ class Hosted:
         if not self._forget:  # before the log is read: a turn that is open in it goes on at once
             self._forget.append(self.local.subscribe(self._follow_turns))
             self._forget.append(self.local.subscribe_deltas(self._pass_delta))
+            self._forget.append(self.link.on_lost(self._lost))
         await self.local.__aenter__()
+        if not self._opened:
+            self._opened = True
+            self.mask(self.local.hidden)
 
     async def close(self) -> None:
         """Let go of everything but the workspace, which may be shared. A turn that runs stays open in the log."""
@@ -177,6 +188,13 @@ class Hosted:
         self._turn = ExitStack()
         self._turn.enter_context(self._work.turn())
         self._turn.enter_context(self._metrics.turns.track_inprogress())
+
+    def _lost(self, reason: str) -> None:
+        self._noting = asyncio.create_task(self._note_loss(reason))
+
+    async def _note_loss(self, reason: str) -> None:
+        with suppress(AgentServerError):  # the conversation is being closed, or its log cannot be written
+            await self.local.record(WorkspaceChanged(state="lost", reason=reason))
 
     def _end_turn(self) -> None:
         if self._turn is not None:

@@ -15,6 +15,7 @@ from typing import TextIO
 from msgspec import Struct
 
 from agent_sdk.local.log import EventLog
+from agent_sdk.local.settings import Settings
 from agent_sdk.protocol.errors import AgentServerError
 from agent_server import data_folder, logs
 from agent_server.app import listening
@@ -28,6 +29,7 @@ from agent_server.logs import Log, Logs
 from agent_server.metrics import Metrics
 from agent_server.refusal import CANNOT_CREATE, DISK_FAILED, StartRefused
 from agent_server.routes import Routes
+from agent_server.sealing import obtain_sealer
 from agent_server.session import CLOSE_DRAINING
 from agent_server.work import RETRY_AFTER_MS, Work
 
@@ -104,13 +106,14 @@ async def serving(
         data_folder.locked(Path(config.data)) as folder,
     ):
         key, text = obtain_key(config)
-        opened.redactor.add([text])
+        sealer, secrets_keys = obtain_sealer(config)
+        opened.redactor.add([text, *secrets_keys])
         descriptors = _set_limits()
         metrics = Metrics()
         work = Work(max_turns=config.max_turns, max_pending_writes=config.max_pending_writes)
         async with (
             _event_log(folder.log) as log,
-            Conversations(config, folder, log, opened, metrics, work) as conversations,
+            Conversations(config, folder, log, opened, metrics, work, Settings(sealer)) as conversations,
         ):
             for sentence in log.recovered:
                 opened.log.warning("log_recovered", problem=sentence)

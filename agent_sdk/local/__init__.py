@@ -3,6 +3,7 @@
 conversation:  a conversation whose agent runs in this process
 opened:        what exists of it between its first use and its end
 configuration: which agent it has, and its secrets
+settings:      its agent beside the log, secrets sealed
 receipts:      what the sender of a message gets, once and again
 turns:         which turn runs, and which answers a message
 journal:       its part of the log, and who follows it

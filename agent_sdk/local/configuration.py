@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import msgspec
 from msgspec.structs import replace
 
 from agent_sdk.agent.actor import Actor, RunClientTool
 from agent_sdk.definition import Agent
 from agent_sdk.local.fold import Fold
-from agent_sdk.protocol.errors import StateConflict
+from agent_sdk.local.settings import Settings
+from agent_sdk.protocol.errors import AgentServerError, InternalError, InvalidParams, StateConflict
 from agent_sdk.protocol.events import (
     AgentConfigured,
     ConversationCreated,
@@ -17,7 +19,7 @@ from agent_sdk.protocol.events import (
     SecretsChanged,
     TitleChanged,
 )
-from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
+from agent_sdk.protocol.specs import LLM, AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.tools import FunctionTool
 from agent_sdk.workspace import Workspace
 
@@ -38,6 +40,10 @@ class Configuration:
         tags: Mapping[str, str],
     ) -> None:
         self.actor: Actor | None = None
+        self.missing = ""
+        """What of the stored agent this process does not know, a sentence."""
+        self.obstacle: AgentServerError | None = None
+        """Why the stored agent cannot work any more."""
         self._agent = agent
         self.conversation = conversation
         """Its id."""
@@ -72,6 +78,39 @@ class Configuration:
         self._workspace = workspace
         if self._agent is not None:
             self.actor = self._made(self._agent, self._max_iterations, self._confirmation)
+
+    def restore(self, settings: Settings, stored: tuple[bytes, bytes | None]) -> None:
+        """Make the Actor of the stored agent; if that is not possible, `missing` or `obstacle` says why."""
+        try:
+            restored = settings.unpack(self.conversation, *stored)
+            self.missing = restored.missing
+            if not self.missing:
+                self._secrets.update(restored.secrets)
+                self.actor = self._made(restored.agent, restored.max_iterations, restored.confirmation)
+        except msgspec.ValidationError as exc:
+            self.obstacle = InternalError(f"the agent that was stored cannot be read by this version: {exc}")
+        except InvalidParams as exc:
+            self.obstacle = exc
+
+    def packed(self, settings: Settings) -> tuple[bytes, bytes | None] | None:
+        """Return what is to be stored of the agent as it is now; None: there is none."""
+        actor = self.actor
+        if actor is None:
+            return None
+        return settings.pack(
+            self.conversation,
+            replace(actor.spec, llm=actor.llm),
+            max_iterations=actor.max_iterations,
+            confirmation=actor.confirmation,
+            secrets=self._secrets,
+        )
+
+    @property
+    def hidden(self) -> list[str]:
+        """What nobody may read in a log: keys, headers and secrets."""
+        llm = self.actor.llm if self.actor else None
+        keys = [llm.api_key or "", *llm.headers.values()] if isinstance(llm, LLM) else []
+        return [*keys, *self._secrets.values()]
 
     def replace(
         self, agent: Agent | AgentSpec, *, max_iterations: int, confirmation: ConfirmationPolicy

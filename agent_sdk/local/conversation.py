@@ -25,6 +25,7 @@ from agent_sdk.local.follower import Follower
 from agent_sdk.local.log import EventLog, Operation
 from agent_sdk.local.opened import Opened, open_conversation
 from agent_sdk.local.receipts import answering, check_text, receipt, remembered
+from agent_sdk.local.settings import Settings
 from agent_sdk.protocol.errors import HistoryLost, InvalidParams, RequestNotFound, StateConflict, TimedOut
 from agent_sdk.protocol.events import Event, PauseRequested, TitleChanged, UserMessage
 from agent_sdk.protocol.methods import Done, RunAnswer
@@ -58,7 +59,7 @@ class LocalConversation:
         log: EventLog | None = None,
         run_client_tool: RunClientTool | None = None,
         since: Cursor | None = None,
-        resume_turns: bool = False,
+        settings: Settings | None = None,
     ) -> None:
         """Describe it; it is opened at its first use.
 
@@ -72,8 +73,9 @@ class LocalConversation:
             log: an open log, instead of `persistence_dir`; the caller closes it.
             run_client_tool: runs tools of `AgentSpec.client_tools` that are no functions of this process.
             since: what the callbacks have seen: they get the events after it first. None: new events only.
-            resume_turns: a turn that is open in the log goes on as soon as the conversation is opened;
-                otherwise it is closed as interrupted, and `run` goes on.
+            settings: how the agent is stored beside the log. It is then there when the log is opened again, and a
+                turn that was open goes on by itself. None: nothing is stored, such a turn is closed as
+                interrupted, and `run` goes on.
 
         Raises:
             InvalidParams: the id is not acceptable.
@@ -96,7 +98,7 @@ class LocalConversation:
         )
         self._delivery = Delivery(callbacks, on_delta)
         self._since = since
-        self._survive = resume_turns
+        self._settings = settings
         self._opening: asyncio.Task[Opened] | None = None
         self._opened: Opened | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -143,6 +145,11 @@ class LocalConversation:
     @same_place.setter
     def same_place(self, same: Callable[[], bool]) -> None:
         self._configuration.same_place = same
+
+    @property
+    def hidden(self) -> list[str]:
+        """What of the agent nobody may read in a log line: keys, headers, secrets."""
+        return self._configuration.hidden
 
     @property
     def working(self) -> bool:
@@ -303,16 +310,14 @@ class LocalConversation:
             InvalidParams: a name cannot be an environment variable.
         """
         opened = await self._open()
-        changed = self._configuration.add_secrets(secrets)
-        await opened.journal.append(changed, op=answering(op, Done()))
+        await self._write(opened, [self._configuration.add_secrets(secrets)], op)
 
     async def set_confirmation_policy(
         self, policy: ConfirmationPolicy, *, op: Operation | None = None
     ) -> None:
         """See Conversation.set_confirmation_policy."""
         opened = await self._open()
-        changed = self._configuration.set_confirmation(policy)
-        await opened.journal.append(changed, op=answering(op, Done()))
+        await self._write(opened, [self._configuration.set_confirmation(policy)], op)
 
     async def switch_llm(self, llm: Model, *, op: Operation | None = None) -> None:
         """See Conversation.switch_llm.
@@ -321,8 +326,7 @@ class LocalConversation:
             InvalidParams: there is no way to reach this model.
         """
         opened = await self._open()
-        changed = self._configuration.switch_llm(llm)
-        await opened.journal.append(changed, op=answering(op, Done()))
+        await self._write(opened, [self._configuration.switch_llm(llm)], op)
 
     async def set_title(
         self,
@@ -333,7 +337,10 @@ class LocalConversation:
     ) -> None:
         """See Conversation.set_title. What does not change is not written."""
         opened = await self._open()
-        await self._write(opened, _retitled(opened.journal.fold, title, tags), op)
+        if events := _retitled(opened.journal.fold, title, tags):
+            await opened.journal.append(*events, op=answering(op, Done()))
+        else:
+            await self._note(answering(op, Done()))
 
     async def configure(
         self,
@@ -419,11 +426,11 @@ class LocalConversation:
             await self._opened.close(delete=delete, suspend=suspend)
 
     async def _write(self, opened: Opened, events: Sequence[Event], op: Operation | None) -> None:
-        """Append what there is to append, and remember that the call is done."""
-        if events:
-            await opened.journal.append(*events, op=answering(op, Done()))
-        else:
-            await self._note(answering(op, Done()))
+        """Append what there is to append, store the agent as it is now, and remember that the call is done."""
+        packed = self._configuration.packed(self._settings) if self._settings else None
+        if events or op or packed:
+            written = opened.journal.submit(*events, op=answering(op, Done()), settings=packed)
+            await asyncio.shield(written)
 
     async def _note(self, op: Operation | None) -> None:
         """Remember a call that wrote no event of its own."""
@@ -452,7 +459,7 @@ class LocalConversation:
             self._log,
             self._delivery,
             self.close,
-            survive=self._survive,
+            settings=self._settings,
             since=self._since,
         )
         return self._opened

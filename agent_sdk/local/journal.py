@@ -68,9 +68,14 @@ class Journal:
                 after = seq
                 yield seq, body
 
-    def submit(self, *events: Event, op: Operation | None = None) -> asyncio.Future[list[Record]]:
+    def submit(
+        self,
+        *events: Event,
+        op: Operation | None = None,
+        settings: tuple[bytes, bytes | None] | None = None,
+    ) -> asyncio.Future[list[Record]]:
         """Queue events; the future comes with the commit, after all who follow were told. Do not cancel it."""
-        future = self.log.submit(self.conversation, events, op=op)
+        future = self.log.submit(self.conversation, events, op=op, settings=settings)
         self._under_way.add(future)
         future.add_done_callback(self._committed)
         return future

@@ -189,11 +189,21 @@ class EventLog:
         return [record.event for record in await self.submit(conversation, events, op=op)]
 
     def submit(
-        self, conversation: str, events: Sequence[Event], *, op: Operation | None = None
+        self,
+        conversation: str,
+        events: Sequence[Event],
+        *,
+        op: Operation | None = None,
+        settings: tuple[bytes, bytes | None] | None = None,
     ) -> asyncio.Future[list[Record]]:
-        """Like `append`, but queue it now; submissions of a conversation are committed in their order."""
+        """Like `append`, but queue it now; submissions of a conversation are committed in their order.
+
+        With `settings` they are replaced in the same commit, see `store_settings`.
+        """
 
         def work(database: Database) -> list[Record]:
+            if settings is not None:
+                database.store_settings(conversation, *settings)
             return self._append(database, conversation, events, op)
 
         return self._write(conversation, work)

@@ -15,6 +15,7 @@ from agent_sdk.local.delivery import Delivery
 from agent_sdk.local.follower import Follower
 from agent_sdk.local.journal import Journal
 from agent_sdk.local.log import EventLog
+from agent_sdk.local.settings import Settings
 from agent_sdk.local.turns import Turns
 from agent_sdk.protocol.errors import HistoryLost
 from agent_sdk.protocol.events import Event, decode
@@ -61,7 +62,7 @@ async def open_conversation(
     delivery: Delivery,
     on_close: Callable[[], Awaitable[None]],
     *,
-    survive: bool,
+    settings: Settings | None,
     since: Cursor | None,
 ) -> Opened:
     """Enter the place if it is a folder, open the log if it is a path or None, and go on where the log ends.
@@ -70,7 +71,7 @@ async def open_conversation(
 
     Args:
         on_close: given to a workspace that wants to close its conversations before itself.
-        survive: a turn that another process has begun goes on; otherwise it is closed.
+        settings: the stored agent is restored, and a turn that another process has begun goes on; None: it is closed.
         since: callbacks get the events after it first.
 
     Raises:
@@ -86,14 +87,17 @@ async def open_conversation(
         await journal.replay()
         if since is not None:
             delivery.begin_with(_past(journal, since))
-        if not survive:
+        if settings is None:
             await journal.mend()
+        elif stored := await log.settings(configuration.conversation):
+            configuration.restore(settings, stored)
         configuration.recall(journal.fold)
         if events := configuration.introduction(journal.fold):
             await journal.append(*events)
-        turns = Turns(journal, survive=survive)
+        turns = Turns(journal, survive=settings is not None)
+        turns.waiting_for, turns.obstacle = configuration.missing, configuration.obstacle
         turns.actor = configuration.actor
-        if survive:
+        if settings is not None:
             turns.take_up(await _promised(journal))
         return Opened(journal, turns, stack.pop_all())
 
