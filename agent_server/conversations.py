@@ -321,7 +321,7 @@ def _note(row: ConversationRow) -> Note:
 def _snapshot(row: ConversationRow, note: Note) -> Snapshot:
     return Snapshot(
         id=row.id,
-        state="idle",
+        state="damaged" if row.damaged else "running" if row.open_turn else "idle",
         epoch=row.epoch,
         head_seq=row.head_seq,
         title=note.title,

@@ -161,7 +161,7 @@ class _Answers:
         )
 
     async def state(self, params: GetState, call: Inbound) -> Snapshot:
-        return await self._local.state()
+        return await self._hosted.state()
 
     async def events(self, params: GetEvents, call: Inbound) -> EventPage:
         page = await self._hosted.page(params.after, params.limit)
