@@ -273,15 +273,14 @@ class RemoteConversation:
             raise ConversationNotFound("the workspace is not on an agent server; use agent_runs='here'")
         if not shared.claimed and self._wanted in (None, shared.conversation):
             self._is_new = self._wanted is None and not self._workspace.attached
+            self._id = shared.conversation
             await shared.settle(self)
-            link = shared
-        else:
-            self._is_new = self._wanted is None
-            spec = WorkspaceSpec(share=shared.conversation) if self._is_new else None
-            target = replace(self._workspace.target, conversation=self._wanted or new_id(), workspace=spec)
-            link = await self._stack.enter_async_context(ServerLink(target, self))
-        self._id = link.conversation
-        return link
+            return shared
+        self._is_new = self._wanted is None
+        self._id = self._wanted or new_id()
+        spec = WorkspaceSpec(share=shared.conversation) if self._is_new else None
+        target = replace(self._workspace.target, conversation=self._id, workspace=spec)
+        return await self._stack.enter_async_context(ServerLink(target, self))
 
     def _configuration(self) -> Configure:
         assert self._agent is not None

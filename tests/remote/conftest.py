@@ -18,8 +18,12 @@ class Place:
     up: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+def place_of(server) -> Place:
+    return Place(urlsplit(server.url).port)
+
+
 @pytest.fixture
 async def proxy(running_server) -> AsyncIterator[Proxy]:
     """A way to the server that can be cut."""
-    async with Proxy(Place(urlsplit(running_server.url).port)) as proxy:
+    async with Proxy(place_of(running_server)) as proxy:
         yield proxy
