@@ -57,6 +57,7 @@ from agent_sdk.protocol.methods import (
     SetConfirmationPolicy,
     SetTitle,
     Subscribe,
+    Subscribed,
     SwitchLlm,
     SyncReset,
     ToolCall,
@@ -157,6 +158,7 @@ class RemoteConversation:
         try:
             while True:
                 answer = await ask(link, Run(op_id=new_id()))
+                self._delivery.check()
                 if answer.ended_seq and answer.ended_seq <= self._delivery.since:
                     return await self._past_outcome(answer.ended_seq)
                 try:
@@ -299,6 +301,10 @@ class RemoteConversation:
             Subscribe(epoch=known.epoch or None, after_seq=known.seq), timeout=ANSWER_SECONDS
         )
         delivery.begin_epoch(answer.epoch)
+        reason = _why_void(known, answer)
+        if reason and delivery.taken in (known, Cursor(answer.epoch, known.seq)):
+            # A notice says it, too, but later: nobody must learn anything from the wrong history meanwhile.
+            delivery.reset(reason, Cursor(answer.epoch, 0))
         if self._tools.names:
             await peer.call(RegisterTools(tools=self._tools.names), timeout=ANSWER_SECONDS)
         if answer.state is not None and answer.state.waiting_for and self._agent and self._is_configured:
@@ -331,3 +337,10 @@ class RemoteConversation:
     def ended(self, error: AgentServerError) -> None:
         """See Resident."""
         self._delivery.end(error)
+
+
+def _why_void(known: Cursor, log: Subscribed) -> str:
+    """Why a cursor is no place in this log; empty: it is one."""
+    if known.epoch not in ("", log.epoch):
+        return "the log was made anew"
+    return f"the log ends at {log.head_seq}, before {known.seq}" if known.seq > log.head_seq else ""

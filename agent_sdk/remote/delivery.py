@@ -99,7 +99,9 @@ class Delivery:
             self._queue.put_nowait(delta)
 
     def reset(self, reason: str, start: Cursor) -> None:
-        """The history up to here is void; what follows is another one, after `start`."""
+        """The history up to here is void; what follows is another one, after `start`. Repeating it does nothing."""
+        if self.taken == start:
+            return
         error = HistoryLost(
             f"the history of the conversation is gone: {reason}", epoch=start.epoch, from_seq=start.seq + 1
         )
@@ -128,6 +130,7 @@ class Delivery:
 
     async def wait_beyond(self, seq: int) -> bool:
         """Wait for an event after `seq`; False when there will be none because the conversation was closed."""
+        self.check()
         resets = self._resets
         while self.seen <= seq and resets == self._resets:
             if self.closed:
@@ -144,9 +147,13 @@ class Delivery:
             await asyncio.gather(task, return_exceptions=True)
         self._wake()
 
-    async def _wait(self) -> None:
+    def check(self) -> None:
+        """Raise what ended the stream, if anything did."""
         if self._error is not None:
             raise self._error
+
+    async def _wait(self) -> None:
+        self.check()
         if self.closed:
             raise ConnectionLost("the conversation was closed meanwhile")
         await self._moved.wait()
