@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 
-from agent_sdk.protocol.errors import ConnectionLost, ProcessNotFound
+from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, ProcessNotFound
 from agent_sdk.protocol.methods import Count, ProcessInput, ProcessList
 from agent_sdk.remote.link import Link, ask
 from agent_sdk.rpc.peer import Peer
@@ -29,6 +31,7 @@ class Feed:
         self._sent = 0
         self._begun = False
         self._finished = False
+        self._resending: asyncio.Task[None] | None = None
 
     async def write(self, data: bytes) -> None:
         """See Process.write. Cancelling may leave a part of `data` written."""
@@ -80,7 +83,7 @@ class Feed:
         while True:
             if self._stream is None or self._stream.peer.lost is not None:
                 peer = (await self._link.linked()).peer
-                self._stream = _Stream(peer, self._id, self._first)
+                self._stream = _Stream(peer, self._id, self._first, self._broken)
             stream = self._stream
             try:
                 await stream.opened
@@ -92,6 +95,16 @@ class Feed:
                     raise
             finally:
                 self._sent = max(self._sent, stream.position)
+
+    def _broken(self) -> None:
+        """A stream was lost, and what it carried may be: send it again although nobody writes."""
+        if not self._finished:
+            self._resending = asyncio.create_task(self._resend())
+
+    async def _resend(self) -> None:
+        with suppress(AgentServerError):  # whoever writes next hears of it
+            async with self._turn:
+                await self._flush()
 
     def _kept_from(self, position: int) -> memoryview:
         start = self._first
@@ -114,13 +127,13 @@ class Feed:
 class _Stream:
     """One call that feeds the process; it lives as long as its byte stream."""
 
-    def __init__(self, peer: Peer, process_id: str, since: int) -> None:
+    def __init__(self, peer: Peer, process_id: str, since: int, broken: Callable[[], None]) -> None:
         self.peer = peer
         self.opened: asyncio.Future[ByteWriter] = asyncio.get_running_loop().create_future()
         self._since = since
         self._calling = asyncio.ensure_future(self._run(process_id))
-        # Nobody may write again to hear of the end; then it does not matter how it came.
-        self._calling.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._broken = broken
+        self._calling.add_done_callback(self._ended)
 
     @property
     def answered(self) -> bool:
@@ -137,6 +150,12 @@ class _Stream:
             self.opened.set_result(writer)
             call = ProcessInput(process_id=process_id, channel=writer.channel, since=self._since)
             return await self.peer.call(call)
+
+    def _ended(self, call: asyncio.Future[Count]) -> None:
+        # Nobody may write again to hear of the end; then it does not matter how it came.
+        error = None if call.cancelled() else call.exception()
+        if isinstance(error, ConnectionLost) and self.peer.lost is not None:
+            self._broken()
 
     async def write(self, data: memoryview) -> None:
         writing = asyncio.ensure_future((await self.opened).write(data))

@@ -66,6 +66,42 @@ class Said:
 # --- calls ---
 
 
+async def test_a_command_goes_on_and_its_output_comes_once_while_the_connection_is_lost_again_and_again(
+    running_server, proxy
+):
+    heard: list[bytes] = []
+
+    async def hear(_: str, data: bytes) -> None:
+        heard.append(data)
+        if len(heard) % 3 == 0:
+            proxy.cut(reset=len(heard) % 2 == 0)
+
+    async with connected(running_server, proxy) as workspace:
+        script = "echo once >> runs; for i in $(seq 20); do echo $i; sleep 0.02; done"
+        result = await workspace.execute(script, on_output=hear)
+        expected = "".join(f"{number}\n" for number in range(1, 21))
+        assert (result.exit_code, result.stdout, b"".join(heard).decode()) == (0, expected, expected)
+        assert await workspace.files.read("runs") == b"once\n"
+    assert proxy.connections > 3
+
+
+async def test_a_process_is_fed_and_followed_over_many_connections(running_server, proxy):
+    async with connected(running_server, proxy) as workspace:
+        process = await workspace.start(["cat"])
+        output = process.output()
+        said = b""
+        for number in range(30):
+            await process.write(f"line {number}\n".encode())
+            if number % 3 == 0:
+                proxy.cut()
+            while said.count(b"\n") <= number:
+                said += await anext(output)
+        await process.close_stdin()
+        assert (await process.wait()).exit_code == 0
+        assert said == b"".join(b"line %d\n" % number for number in range(30))
+        await output.aclose()
+
+
 async def test_a_command_without_a_listener_returns_all_its_output_over_the_next_connection(
     running_server, proxy, tmp_path
 ):
