@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
+from agent_sdk.protocol.errors import AgentServerError, Overloaded, WorkspaceUnavailable
 from agent_sdk.protocol.methods import Describe
 from agent_sdk.remote.connection import connect
 from agent_sdk.remote.link import Linked
@@ -23,6 +23,7 @@ from agent_sdk.rpc.peer import Peer
 from agent_server.config import ServerConfig
 from agent_server.data_folder import DataFolder
 from agent_server.logs import Logs
+from agent_server.work import RETRY_AFTER_MS
 from workspaces.box_process import BoxProcess
 
 FOUND_AT_ONCE = 32
@@ -89,6 +90,7 @@ class Boxes:
             link = self._links[owner] = BoxLink(
                 partial(self._box, owner, root or self._folder.workspace(owner)),
                 partial(self._tell, owner),
+                admit=self._admit,
                 patience=self._patience,
             )
         return link
@@ -108,6 +110,16 @@ class Boxes:
     async def _stop(self, link: BoxLink) -> None:
         keep = self._config.boxes_on_stop == "keep" and not await link.idle()
         await link.close(keep=keep)
+
+    def _admit(self) -> None:
+        if (running := self.running) >= (limit := self._config.max_boxes):
+            raise Overloaded(
+                f"limit {limit} boxes run; call again when one has ended",
+                reason="boxes run",
+                limit=limit,
+                got=running,
+                retry_after_ms=RETRY_AFTER_MS,
+            )
 
     def _box(self, owner: str, root: Path, instance: str) -> BoxProcess:
         return BoxProcess(
@@ -135,6 +147,7 @@ class BoxLink:
         make: Callable[[str], BoxProcess],
         tell: Callable[[Change, str], None],
         *,
+        admit: Callable[[], None] = lambda: None,
         patience: float = ANSWER_SECONDS,
     ) -> None:
         """Describe the way; nothing starts before it is used.
@@ -142,6 +155,7 @@ class BoxLink:
         Args:
             make: makes a box of this name (`instance`), not started yet.
             tell: called when a box is ready, was ended or was lost; with its last words.
+            admit: raises when there are boxes enough.
             patience: seconds after which a box that does not answer counts as hanging.
         """
         self.instance = new_id()
@@ -152,6 +166,7 @@ class BoxLink:
         """Whether a result may be in the box and nowhere else."""
         self._make = make
         self._tell = tell
+        self._admit = admit
         self._patience = patience
         self._listeners: dict[object, Callable[[str], None]] = {}
         self._linked: Linked | None = None
@@ -181,6 +196,7 @@ class BoxLink:
 
         Raises:
             WorkspaceUnavailable, PathNotFound: it did not start, or the workspace is closed.
+            Overloaded: it would have to be started, and there are boxes enough.
         """
         if self._unused is not None:
             self._unused.cancel()
@@ -240,6 +256,8 @@ class BoxLink:
     def _begin(self, box: BoxProcess | None) -> None:
         if self._closed:
             raise WorkspaceUnavailable("the workspace is closed", phase="closed")
+        if box is None:
+            self._admit()
         self._let_go = asyncio.get_running_loop().create_future()
         self._keeper = asyncio.create_task(self._keep(box))
 

@@ -79,6 +79,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     max_connections: Count = 16_000
     max_turns: Count = 1000
     """Agent turns at a time; further messages are refused before they are written."""
+    max_boxes: Count = 500
+    """Boxes at a time; a conversation that needs another one is refused what needs it."""
     max_pending_writes: Count = 10_000
     """Writes that may wait for the log before further ones are refused."""
     max_strangers: Count = 64

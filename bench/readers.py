@@ -128,7 +128,8 @@ Neighbour = Callable[[Server, str], AbstractAsyncContextManager[None]]
 async def _healthy(*neighbours: Neighbour) -> tuple[float, float, float]:
     """The p99 of the healthy in seconds, how many readers were closed, and the server's peak memory in MiB."""
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(running_server())
+        # On a machine with little time to spare the slow ones would be found out by their missing pongs first.
+        server = await stack.enter_async_context(running_server(heartbeat_seconds="600"))
         writer = await stack.enter_async_context(connect(server.url, server.api_key))
         assert writer.conversation is not None
         readers = await stack.enter_async_context(audience(server, HEALTHY, writer.conversation))

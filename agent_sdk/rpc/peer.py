@@ -313,6 +313,8 @@ class Peer:
         if self._writer is not None:
             self._writer.cancel()
         await self._pipe.close(code, reason[:100])
+        if self._reader is not None:
+            self._reader.cancel()  # a socket that lingers may have nothing to say for long
 
     def _lose(self, reason: ConnectionLost) -> None:
         if self._lost is not None:

@@ -109,3 +109,18 @@ async def test_connections_that_come_all_at_once_are_answered_or_refused_and_lea
             statuses = await asyncio.gather(*(knock() for _ in range(250)))
             assert set(statuses) <= {200, 429}
             assert statuses.count(200) > 0
+
+
+async def test_a_box_beyond_those_that_may_run_is_refused_until_another_has_ended(start):
+    async with start(max_boxes=1, idle_seconds=0.0) as server, server.session() as other:
+        async with server.session() as first:
+            assert "result" in await first.call("execute", 1, op_id=new_id(), shell="true")
+            assert "result" in await first.call("execute", 2, op_id=new_id(), shell="true")
+            error = (await other.call("execute", 1, op_id=new_id(), shell="true"))["error"]
+            assert (error["code"], error["data"]["reason"], error["data"]["limit"]) == (
+                -32001,
+                "boxes run",
+                1,
+            )
+        await server.log.until("box_ended")
+        assert "result" in await other.call("execute", 2, op_id=new_id(), shell="true")
