@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ def open_log(path: Path | None, *, sole: bool) -> Opening:
         if path.stat().st_size <= EXAMINED_BYTES and not _sound(database):
             recovered.append(_replaced(database, path))
             database = _opened(path)
+        _let_it_shrink(database, path)
     except BaseException:
         database.close()
         raise
@@ -94,6 +96,18 @@ def _opened(path: Path) -> Database:
             raise
         os.truncate(reserve, reserve.stat().st_size // 2)
         return Database(path, sole=True)
+
+
+def _let_it_shrink(database: Database, path: Path) -> None:
+    """A file that began in format 1 cannot give room back to the disk until it was written anew once."""
+    disk = os.statvfs(path.parent)
+    if (
+        database.value("PRAGMA auto_vacuum") == 0
+        and 3 * path.stat().st_size < disk.f_bavail * disk.f_frsize
+        and path.stat().st_size <= EXAMINED_BYTES
+    ):
+        with suppress(StorageFull):
+            database.rows("PRAGMA auto_vacuum=INCREMENTAL; VACUUM")
 
 
 def _sound(database: Database) -> bool:
