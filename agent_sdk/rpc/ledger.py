@@ -85,7 +85,8 @@ class Ledger:
     async def run(self, call: Effect[Any], action: Callable[[], Awaitable[T]]) -> T:
         """Run `action` for this call, or attach to its run, or return what it returned, or raise what it raised.
 
-        Failures that are retryable are not kept: the same call then runs again. Cancelling the last
+        Failures that are retryable are not kept: the same call then runs again; nor is an OpMismatch of the
+        action, which knows an earlier owner of the op_id. Cancelling the last
         one who waits cancels the action, waits for its end and forgets it; but an action whose
         callers only lost their connection goes on, so that they can come back to it.
 
@@ -144,6 +145,8 @@ class Ledger:
         entry.error = task.exception()
         if isinstance(entry.error, AgentServerError) and entry.error.retryable:
             return
+        if isinstance(entry.error, OpMismatch):
+            return  # the action knew better whose op_id it is: the right call may still come
         entry.task, entry.ended = None, time.monotonic()
         if entry.error is None:
             entry.result = task.result()
