@@ -59,12 +59,16 @@ class ClientTools:
         """
         pending = _Pending(request, self)
         self._pending[request.request_id] = pending
+        why: tuple[str, ...] = ()
         try:
             pending.ask(self.newest(request.tool, set()))
             return await pending.result
+        except asyncio.CancelledError as exc:
+            why = exc.args  # it says whether the client's code shall end, too
+            raise
         finally:
             del self._pending[request.request_id]
-            pending.withdraw()
+            pending.withdraw(*why)
 
     def newest(self, tool: str, others: set[Asked]) -> Asked | None:
         """Return the connection that registered the tool last, other than these; None: there is none."""
@@ -84,9 +88,9 @@ class _Pending:
         if peer is not None and peer not in self._asking and not self.result.done():
             self._asking[peer] = asyncio.create_task(self._ask(peer))
 
-    def withdraw(self) -> None:
+    def withdraw(self, *why: str) -> None:
         for task in self._asking.values():
-            task.cancel()
+            task.cancel(*why)
 
     async def _ask(self, peer: Asked) -> None:
         request = self.request
