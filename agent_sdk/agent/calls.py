@@ -54,6 +54,8 @@ class Calls:
         """Those of them that nobody has answered, by request id."""
         self._client_requests: dict[str, RequestOpened] = {}
         """By call id."""
+        self._unanswered: frozenset[str] = frozenset()
+        """Calls whose approval nobody had answered when they were taken up."""
         self._begun: frozenset[str] = frozenset()
         """Calls that another process may have begun."""
         self._before = 0
@@ -75,6 +77,10 @@ class Calls:
                 self._expect(request, answer)
             elif answer is None:
                 self._client_requests[request.call_id] = request
+        # Noted now: an answer may come before the calls are run.
+        self._unanswered = frozenset(
+            call_id for call_id, decision in self._deciding.items() if not decision.done()
+        )
 
     async def resume(self, progress: Progress) -> str | None:
         """Like `run`, for calls that another process may have begun; `take_up` came before.
@@ -84,7 +90,7 @@ class Calls:
         calls = list(self._journal.history.open_calls.values())
         self._before = progress.calls - len(calls)
         first = next(self._groups(calls), [])
-        self._begun = frozenset(call.call_id for call in first if not self._waiting(call))
+        self._begun = frozenset(call.call_id for call in first) - self._unanswered
         return await self.run() or progress.concluded
 
     async def run(self) -> str | None:
@@ -222,11 +228,6 @@ class Calls:
     def _waits(self, call: ToolCalled) -> bool:
         actor = self._present()
         return actor.toolbox.refusal(call.tool, call.arguments) is None and actor.needs_approval(call.tool)
-
-    def _waiting(self, call: ToolCalled) -> bool:
-        """Whether the call waits for an approval that nobody has given or refused."""
-        deciding = self._deciding.get(call.call_id)
-        return deciding is not None and not deciding.done()
 
     def _expect(self, request: RequestOpened, answer: RequestResolved | None = None) -> None:
         decision: asyncio.Future[_Decision] = asyncio.get_running_loop().create_future()

@@ -147,6 +147,21 @@ async def test_a_turn_that_waits_for_somebody_is_never_given_up(opening):
         assert len(await these(last, RequestOpened)) == 1
 
 
+async def test_a_call_that_is_approved_only_afterwards_had_not_begun_and_is_run(opening):
+    counted = Counted(idempotent=False)
+    counted.runs = 1
+    agent = acting(call("count"), say("done"), tools=[counted.tool])
+    policy = ConfirmationPolicy(mode="always")
+    first = opening(agent, confirmation=policy)
+    await first.send_message("go")
+    asked = await until(first, RequestOpened)
+    await first.suspend()
+    async with opening(agent, confirmation=policy) as second:
+        await second.respond(asked.request_id, "approve")
+        await until(second, TurnEnded)
+        assert [event.text for event in await these(second, ToolReturned)] == ["run 2"]
+
+
 async def test_an_approval_given_before_is_obeyed_whatever_the_policy_is_now(opening):
     counted = Counted(idempotent=True)
     agent = acting(call("count"), say("done"), tools=[counted.tool])

@@ -253,6 +253,21 @@ async def test_a_command_survives_two_servers(server, pipe):
     assert "patience" in returned["text"]
 
 
+async def test_a_box_that_dies_is_said_once_and_its_command_is_unknown(server, pipe):
+    begun = pipe("begun")
+    running = await server()
+    id = await running.conversation(
+        call("terminal", command=f"echo $PPID > {begun}; sleep 600"), say("sorry")
+    )
+    await running.say(id)
+    os.kill(int(await begun.line()), 9)
+    events = await running.until(id, is_a("turn_ended"))
+    [returned] = these(events, "tool_returned")
+    assert (returned["is_error"], returned["data"]) == (True, {"outcome": "unknown"})
+    assert [event["state"] for event in these(events, "workspace_changed")] == ["lost"]
+    assert events[-1]["final_text"] == "sorry"
+
+
 # --- somebody has to answer ---
 
 
