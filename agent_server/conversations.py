@@ -200,10 +200,18 @@ class Conversations:
 
         Its connections are closed with 4404, but for the caller's, which still has to be answered.
         """
-        id = hosted.id
-        note = self._notes.pop(id, None)
+        note = self._notes.pop(hosted.id, None)
         await hosted.local.delete()
         hosted.dismiss(CLOSE_GONE, "the conversation was deleted", but=caller)
+        await self._remove_place(hosted.id, note)
+
+    async def delete_damaged(self, id: str) -> None:
+        """Remove a conversation that cannot be opened any more."""
+        note = self._notes.pop(id, None)
+        await self._log.delete(id)
+        await self._remove_place(id, note)
+
+    async def _remove_place(self, id: str, note: Note | None) -> None:
         self._logs.log.info("conversation_deleted", conversation=id)
         if note is not None and not any(other.owner == note.owner for other in self._notes.values()):
             await self._boxes.forget(note.owner)

@@ -14,6 +14,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.endpoint import Endpoint, Request, decode_params, unknown_method
 from agent_sdk.protocol.errors import (
     AgentServerError,
+    ConversationDamaged,
     ConversationNotFound,
     InternalError,
     InvalidParams,
@@ -21,7 +22,7 @@ from agent_sdk.protocol.errors import (
     LimitExceeded,
     to_wire,
 )
-from agent_sdk.protocol.methods import EventPage, Initialize, Method
+from agent_sdk.protocol.methods import Delete, Done, EventPage, Initialize, Method
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from agent_sdk.rpc.websocket import WebSocketPipe
@@ -181,8 +182,15 @@ class Routes:
                 )
             return await _run(self._server_handlers, call)
         conversations = self._lobby.conversations
-        async with conversations.using(id) as hosted:
-            return await _run(self._lobby.table(hosted), call)
+        try:
+            async with conversations.using(id) as hosted:
+                return await _run(self._lobby.table(hosted), call)
+        except ConversationDamaged:
+            if call.method != Delete.method:
+                raise
+            decode_params(Delete, call.params)
+            await conversations.delete_damaged(id)
+            return Done()
 
     async def _initialize(self, call: Request, wanted: str) -> Any:
         params = decode_params(Initialize, call.params)
