@@ -6,6 +6,7 @@ startup:   import, server start
 commands:  execute, shell, beside a bare subprocess
 transfer:  files up and down, beside a plain copy
 events:    events from server to client, durable appends, replay
+log:       the event log when it is long
 steps:     overhead of an agent's step
 readers:   many subscribers, a long replay, slow ones beside healthy ones
 many:      thousands of idle conversations, a restart with a thousand

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from bench import commands, events, many, readers, startup, steps, transfer
+from bench import commands, events, log, many, readers, startup, steps, transfer
 from bench.measure import Row
 
 SUITES = {
@@ -19,6 +19,7 @@ SUITES = {
     "commands": commands.measure,
     "transfer": transfer.measure,
     "events": events.measure,
+    "log": log.measure,
     "steps": steps.measure,
     "readers": readers.measure,
     "many": many.measure,

@@ -7,13 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import apsw
-
 from agent_sdk.local.chain import ChainBroken, link, origin, sum_of
 from agent_sdk.local.formats import LAST_SEQ, bring_up_to_date, event_id, open_turn, version_of
 from agent_sdk.local.operations import Operations
 from agent_sdk.local.reserve import Reserve
-from agent_sdk.local.storage import Storage
+from agent_sdk.local.storage import DAMAGE, Storage
 from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
 
 WAL_BYTES_KEPT = 64 << 20
@@ -231,7 +229,7 @@ class Database(Storage):
     ) -> Iterator[tuple[int, float, bytes, bytes]]:
         try:
             yield from self.verified(self.key(conversation), after, limit)
-        except apsw.CorruptError as exc:
+        except DAMAGE as exc:
             raise damaged(conversation, str(exc)) from exc
 
     def verified(self, key: int, after: int, limit: int) -> Iterator[tuple[int, float, bytes, bytes]]:

@@ -81,7 +81,18 @@ def version_of(storage: Storage) -> int:
         )
     if version == 0 and storage.value("SELECT count(*) FROM sqlite_schema"):
         raise Conflict(f"{storage.path} is an SQLite file, but no event log; use another folder")
+    if version == VERSION:
+        _check_tables(storage)
     return version
+
+
+def _check_tables(storage: Storage) -> None:
+    """A changed letter in the definition of a table would hide its rows without a word."""
+    made = {sql for (sql,) in storage.rows("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")}
+    if made != {sql.strip() for sql in SCHEMA.split(";") if sql.strip().startswith("CREATE")}:
+        raise Conflict(
+            f"the tables of {storage.path} are not those of an event log, or damaged; use another folder"
+        )
 
 
 def bring_up_to_date(storage: Storage) -> None:

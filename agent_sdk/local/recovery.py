@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import time
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from agent_sdk.local.database import Database, reserve_of
 from agent_sdk.local.salvage import salvage
-from agent_sdk.local.storage import make_folder
+from agent_sdk.local.storage import make_folder, path_error
 from agent_sdk.local.wal import commits_lost
 from agent_sdk.protocol.errors import AgentServerError, Conflict, StorageFull
 
@@ -42,6 +43,15 @@ def open_log(path: Path | None, *, sole: bool) -> Opening:
         make_folder(path.parent)
     if path is None or not sole:
         return Opening(Database(path), ())
+    try:
+        return _examined(path)
+    except AgentServerError:
+        raise
+    except OSError as exc:
+        raise path_error(exc.errno, path) from exc
+
+
+def _examined(path: Path) -> Opening:
     _refuse_what_is_no_file(path)
     recovered = []
     lost = commits_lost(_wal(path))
@@ -130,7 +140,10 @@ def _replaced(database: Database, path: Path) -> str:
         raise
     database.close()
     kept.unlink(missing_ok=True)
-    os.link(path, kept)
+    try:
+        os.link(path, kept)
+    except OSError:  # this kind of file system has no second names
+        shutil.copyfile(path, kept)
     if _wal(path).exists():
         os.replace(_wal(path), _wal(kept))
     os.replace(fresh, path)

@@ -79,7 +79,7 @@ class Reserve:
 
     def _recovered(self) -> bool:
         wal = Path(f"{self._storage.path}-wal")
-        needed = self._size + (wal.stat().st_size if wal.exists() else 0)
+        needed = self._size * self._spent + (wal.stat().st_size if wal.exists() else 0)
         disk = os.statvfs(wal.parent)
         if disk.f_bavail * disk.f_frsize < needed:
             return False

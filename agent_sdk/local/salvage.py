@@ -7,15 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import apsw
-
 from agent_sdk.ids import new_id
 from agent_sdk.local.chain import ChainBroken, sum_of
 from agent_sdk.local.database import Conversation, Database
 from agent_sdk.local.formats import LAST_SEQ, event_id, open_turn
+from agent_sdk.local.storage import DAMAGE
 from agent_sdk.protocol.errors import Conflict
 
 END_LOST = "the end of the log was damaged"
+END_UNSURE = "the log's file was damaged; what can be read is whole, but events at its end may be missing"
 
 _FIELDS = ", ".join(Conversation._fields)
 
@@ -25,6 +25,7 @@ def salvage(source: Database, path: Path) -> str:
 
     A conversation whose end cannot be read keeps what is before it; one that is damaged elsewhere, or
     whose row was changed, is listed as damaged. One whose row cannot be read is not in the new log.
+    All get a new epoch: where pages are missing, nothing proves that what is read goes to the end.
     """
     fresh = Database(path)
     counts = {"whole": 0, "cut": 0, "damaged": 0}
@@ -45,7 +46,7 @@ def salvage(source: Database, path: Path) -> str:
 def _keys(source: Database) -> Iterator[int]:
     """Yield the keys that can be reached from either end of the table."""
     for order in ("ASC", "DESC"):
-        with suppress(apsw.CorruptError):
+        with suppress(*DAMAGE):
             for (key,) in source.connection.execute(f"SELECT key FROM conversations ORDER BY key {order}"):
                 yield int(key)
 
@@ -64,9 +65,10 @@ def _copy(source: Database, fresh: Database, key: int) -> str:
         state = "cut" if _is_end(source, key, lost) else "damaged"
     if not _copy_others(source, fresh, key) and state == "whole":
         state = "cut"
-    if state == "cut":
-        row = row._replace(epoch=new_id(), recovered=END_LOST, open_turn=open_turn(fresh, key))
-    elif state == "damaged" and not row.damaged:
+    if state != "damaged":
+        told = END_LOST if state == "cut" else END_UNSURE
+        row = row._replace(epoch=new_id(), recovered=told, open_turn=open_turn(fresh, key))
+    elif not row.damaged:
         row = row._replace(damaged=f"the event with seq {lost} is not what was written")
     fresh.rows("INSERT INTO conversations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row, sum_of(*row)))
     return state
@@ -80,7 +82,7 @@ def _copy_events(source: Database, fresh: Database, key: int) -> int | None:
             fresh.rows("INSERT INTO events VALUES (?, ?, ?, ?)", (event_id(key, seq), at, body, chain))
     except ChainBroken as broken:
         return broken.seq
-    except (apsw.CorruptError, Conflict):
+    except (*DAMAGE, Conflict):
         return seq + 1
     return None
 
@@ -110,10 +112,10 @@ def _copy_others(source: Database, fresh: Database, key: int) -> bool:
         try:
             for row in source.connection.execute(f"SELECT * FROM {table} WHERE conversation = ?", (key,)):
                 if proven(row):
-                    fresh.rows(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+                    fresh.rows(f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(row))})", row)
                 else:
                     whole = False
-        except apsw.CorruptError:
+        except DAMAGE:
             whole = False
     return whole
 

@@ -26,6 +26,8 @@ from agent_sdk.protocol.errors import (
 )
 
 BUSY_SECONDS = 10.0
+DAMAGE = (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError)
+"""What says, raised by apsw, that something in the file cannot be right."""
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ONLY_READING = {
@@ -44,7 +46,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:
-        raise _path_error(exc.errno, path) from exc
+        raise path_error(exc.errno, path) from exc
 
 
 class Storage:
@@ -74,7 +76,7 @@ class Storage:
         """Run a statement and return its rows as tuples."""
         try:
             return self.connection.execute(query, values).fetchall()
-        except apsw.Error as exc:
+        except (apsw.Error, UnicodeDecodeError) as exc:
             raise self._translate(exc) from exc
 
     def value(self, query: str, values: Sequence[Any] = ()) -> Any:
@@ -99,7 +101,7 @@ class Storage:
         """Turn what apsw raises into the errors of this project."""
         try:
             yield
-        except apsw.Error as exc:
+        except (apsw.Error, UnicodeDecodeError) as exc:
             raise self._translate(exc) from exc
 
     @contextmanager
@@ -115,15 +117,15 @@ class Storage:
                     self.connection.execute("ROLLBACK")
                 raise
 
-    def _translate(self, exc: apsw.Error) -> AgentServerError:
+    def _translate(self, exc: apsw.Error | UnicodeDecodeError) -> AgentServerError:
         connection = getattr(self, "connection", None)
         number = connection.system_errno if connection is not None else 0
         where = str(self.path or "memory")
         if isinstance(exc, apsw.FullError) or (isinstance(exc, apsw.IOError) and number in _NO_SPACE):
             return StorageFull(f"no space is left for the log {where}; make room and try again", path=where)
         if isinstance(exc, apsw.CantOpenError | apsw.ReadOnlyError | apsw.PermissionsError):
-            return _path_error(number, self.path or Path())
-        if isinstance(exc, apsw.NotADBError | apsw.CorruptError):
+            return path_error(number, self.path or Path())
+        if isinstance(exc, DAMAGE):
             return Conflict(f"{where} is no event log, or it is damaged: {exc}; use another folder")
         error = WorkspaceUnavailable(f"the log {where} cannot be used: {exc}", phase="storage")
         if isinstance(exc, apsw.IOError) and getattr(exc, "extendedresult", 0) not in _ONLY_READING:
@@ -131,7 +133,7 @@ class Storage:
         return error
 
 
-def _path_error(number: int | None, path: Path) -> AgentServerError:
+def path_error(number: int | None, path: Path) -> AgentServerError:
     """One sentence about a place that cannot be used, with what to do."""
     folder = path if path.is_dir() or not path.suffix else path.parent
     if number in _NO_SPACE:
