@@ -78,7 +78,7 @@ image: ## build the container image (a later version)
 	@echo "There is no container image yet; it comes with a later version." >&2; exit 2
 
 chaos: $(READY) ## break things at random and check the guarantees (SEED=1 ONLY=name TIER=pr|night|release)
-	CHAOS_SEED=$(SEED) CHAOS_TIER=$(TIER) $(BIN)/python -m pytest tests/chaos -m "$(CHAOS)" -k "$(ONLY)" $(ARGS)
+	CHAOS_SEED=$(SEED) CHAOS_TIER=$(TIER) $(BIN)/python -m pytest -n 2 tests/chaos -m "$(CHAOS)" -k "$(ONLY)" $(ARGS)
 
 lock: ## resolve requirements/dev.txt anew (ARGS="--upgrade")
 	$(PYTHON) -m venv .cache/lock

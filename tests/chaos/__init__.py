@@ -5,7 +5,9 @@
 * checker: the eight rules, over histories and the final log.
 * client: writers and subscribers on the bare wire, which come back after every loss.
 * server: the server as its users start it, and the signals that hit it.
+* storm: eight writers and eight subscribers on four conversations.
 * proxy: a TCP proxy that cuts, slices, delays, holds and refuses.
+* syscalls: system calls that fail or kill.
 * disk: file systems of their own: small ones, and ones whose power fails.
 * broken: the mutants, damaged builds that the checker must catch.
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent_sdk.ids import new_id
-from agent_sdk.local import database, operations, process_tree
-from agent_sdk.rpc import ledger
+from agent_sdk.local import chain, database, operations, process_tree
+from agent_sdk.rpc import lanes, ledger
 from agent_server import cli, feed
 from workspaces import box_process
 
@@ -44,6 +44,11 @@ def no_dedupe() -> None:
     operations.Operations._insert = forgetful
 
 
+def no_proof() -> None:
+    """What is read is taken for what was written: every event proves every other."""
+    database.link = lambda previous, seq, body: bytes(chain.CHAIN_BYTES)
+
+
 def no_resume_mark() -> None:
     """Replay ends, and live events begin, wherever it happens to be."""
     position = feed.Feed._position
@@ -53,6 +58,16 @@ def no_resume_mark() -> None:
         self._last = max(0, self._last - 1)
 
     feed.Feed._position = forgetful
+
+
+def unbounded_queue() -> None:
+    """Whatever a reader does not read waits for it, without end."""
+    make = lanes.Lanes.__init__
+
+    def endless(self: Any, budget: int, on_work: Callable[[], object]) -> None:
+        make(self, 1 << 40, on_work)
+
+    lanes.Lanes.__init__ = endless
 
 
 def children_kept() -> None:
@@ -65,7 +80,9 @@ def children_kept() -> None:
     box_process.end_tree = nothing
 
 
-MUTANTS = {f.__name__: f for f in (no_fsync, no_dedupe, no_resume_mark, children_kept)}
+MUTANTS = {
+    f.__name__: f for f in (no_fsync, no_dedupe, no_proof, no_resume_mark, unbounded_queue, children_kept)
+}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -95,9 +95,12 @@ def _places(events: Events) -> dict[str, list[tuple[str, int]]]:
 def _operations(calls: list[Called], events: Events) -> Iterator[Violation]:
     """Rules 1 and 2, of messages: they carry their op_id into the log."""
     places = _places(events)
+    deleted = {
+        call.conversation for call in calls if call.kind == "conversation.delete" and call.outcome == "ok"
+    }
     known = set()
     for call in calls:
-        if call.kind != "send_message":
+        if call.kind != "send_message" or call.conversation in deleted:
             continue
         known.add(call.op_id)
         found = places.get(call.op_id, [])

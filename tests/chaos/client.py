@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -49,13 +49,42 @@ class Refused(Exception):
         self.retryable: bool = error["data"]["retryable"]
 
 
+class Output:
+    """What came of a command's output, over as many connections as it took."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.jumps: list[tuple[int, int]] = []
+        """Where it did not go on where it had stopped."""
+        self._awaited: list[tuple[int, asyncio.Future[None]]] = []
+
+    def take(self, offset: int, data: bytes) -> None:
+        """More came."""
+        if offset != len(self.data):
+            self.jumps.append((len(self.data), offset))
+        self.data.extend(data)
+        for lines, waiter in self._awaited:
+            if self.data.count(b"\n") >= lines and not waiter.done():
+                waiter.set_result(None)
+
+    async def has(self, lines: int) -> None:
+        """Wait until it has so many lines."""
+        if self.data.count(b"\n") >= lines:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._awaited.append((lines, waiter))
+        async with asyncio.timeout(PATIENCE):
+            await waiter
+
+
 class Session:
     """One WebSocket. Calls may run at the same time; notices go to `on_notice`, bytes of streams to `streams`."""
 
     def __init__(self, wire: Wire, on_notice: OnNotice | None) -> None:
         self.wire = wire
-        self.streams: dict[int, bytearray] = {}
+        self.streams: dict[int, Output] = {}
         self.introduction: dict[str, Any] = {}
+        self._next_channel = 1
         self._on_notice = on_notice
         self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._pieces: dict[int, bytearray] = {}
@@ -109,6 +138,13 @@ class Session:
             raise Refused(message["error"])
         return message["result"]
 
+    def follow(self, output: Output) -> dict[str, Any]:
+        """The params of a command whose output goes on where it stopped."""
+        out, err = self._next_channel, self._next_channel + 2
+        self._next_channel += 4
+        self.streams[out] = output
+        return {"stdout": out, "stderr": err, "follow": True, "stdout_since": len(output.data)}
+
     async def _upgraded(self, conversation: str) -> dict[str, Any] | None:
         try:
             answer = await self.wire.ask(upgrade(KEY, path=f"/v1/conversations/{conversation}"))
@@ -157,11 +193,8 @@ class Session:
             self._pieces.setdefault(stream, bytearray()).extend(payload[16:])
             if flags & LAST:
                 self._take(bytes(self._pieces.pop(stream)))
-        elif kind == 0:
-            data = self.streams.setdefault(stream, bytearray())
-            offset = int.from_bytes(payload[8:16], "big")
-            assert offset == len(data), f"stream {stream} jumps from {len(data)} to {offset}"
-            data.extend(payload[16:])
+        elif kind == 0 and (output := self.streams.get(stream)) is not None:
+            output.take(int.from_bytes(payload[8:16], "big"), payload[16:])
 
     def _take(self, data: bytes) -> None:
         message = msgspec.json.decode(data)
@@ -194,9 +227,12 @@ class Caller:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def effect(
-        self, method: str, kind: str = "", op_id: str = "", **params: Any
+        self, method: str, *, op_id: str = "", output: Output | None = None, **params: Any
     ) -> dict[str, Any] | None:
-        """Call until there is an answer, always with the same op_id; recorded. None: refused, or given up."""
+        """Call until there is an answer, always with the same op_id; recorded. None: refused, or given up.
+
+        With `output` the call is a command whose standard output is followed.
+        """
         op_id = op_id or new_id()
         loop = asyncio.get_running_loop()
         begun, tries, result, error, outcome = loop.time(), 0, None, "", "none"
@@ -206,7 +242,9 @@ class Caller:
                     await self._ready.wait()
                     session, tries = self._session, tries + 1
                     try:
-                        result, outcome = await session.call(method, op_id=op_id, **params), "ok"
+                        followed = {} if output is None else session.follow(output)
+                        result = await session.call(method, op_id=op_id, **params, **followed)
+                        outcome = "ok"
                     except Lost:
                         self._gone(session)
                     except Refused as exc:
@@ -222,7 +260,7 @@ class Caller:
                     client=self.name,
                     conversation=self.conversation,
                     op_id=op_id,
-                    kind=kind or method,
+                    kind=method,
                     digest=digest(params),
                     begun=begun,
                     ended=loop.time(),
@@ -315,9 +353,15 @@ class Subscriber(Caller):
     async def reach(self, seq: int) -> None:
         """Wait until it has seen this event; recorded as what it must see."""
         self._history.add(Reached(client=self.name, conversation=self.conversation, seq=seq))
-        while self.seq < seq:
-            self._news.clear()
-            async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(PATIENCE):
+            while self.seq < seq:
+                await self.news(PATIENCE)
+
+    async def news(self, seconds: float) -> None:
+        """Wait for events, but not for long."""
+        self._news.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
                 await self._news.wait()
 
     async def head(self) -> int:

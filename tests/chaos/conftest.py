@@ -13,10 +13,11 @@ import pytest
 
 from tests.chaos import seed
 from tests.chaos.checker import Broken, Violation, check
-from tests.chaos.history import History, Left
+from tests.chaos.history import History, Left, Ran, digest
 from tests.chaos.server import Server, final_logs
 
 PLACE = Path(__file__).parent.parent.parent / ".cache" / "chaos"
+EFFECTS = "effects"
 
 
 def pytest_report_header() -> str:
@@ -36,6 +37,18 @@ class Case:
         async with Server(self.folder, **options) as server:
             yield server
 
+    def effect(self, op_id: str, between: str = "") -> str:
+        """A command that leaves a trace of its start and its end, so that it shows how often it ran."""
+        file = self.folder / EFFECTS
+        return f"echo {op_id} start >> {file}; {between}{'; ' if between else ''}echo {op_id} end >> {file}"
+
+    def note_effects(self) -> None:
+        """Take the traces of commands into the history."""
+        file = self.folder / EFFECTS
+        for line in file.read_text().splitlines() if file.exists() else ():
+            op_id, what = line.split()
+            self.history.add(Ran(op_id=op_id, what=what))
+
     async def violations(self, server: Server) -> list[Violation]:
         """What the checker says, after the server has ended."""
         for process in server.remains():
@@ -50,8 +63,8 @@ class Case:
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", request.node.name)
-    folder = PLACE / f"{name[:60]}-{seed.SEED}"
+    name = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_"))
+    folder = PLACE / f"{name[:40]}-{digest(request.node.name)[:6]}-{seed.SEED}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     failed = request.session.testsfailed

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 FILE = "history.jsonl"
-PATIENCE = 60
+PATIENCE = 30
 """Seconds without any news after which a run gives up, so that it ends."""
 
 
@@ -115,6 +115,11 @@ class History:
             for wanted, waiter in self._awaited:
                 if wanted <= self.answers and not waiter.done():
                     waiter.set_result(None)
+
+    @property
+    def last_call(self) -> Called:
+        """The call that was over last."""
+        return next(record for record in reversed(self.records) if isinstance(record, Called))
 
     async def more(self, answers: int) -> None:
         """Wait until so many further calls are over."""

@@ -7,6 +7,7 @@ import random
 import secrets
 
 SEED = int(os.environ.get("CHAOS_SEED") or secrets.randbelow(10**9))
+os.environ["CHAOS_SEED"] = str(SEED)  # the workers of this run have the same
 TIER = os.environ.get("CHAOS_TIER") or "pr"
 REQUIRED = os.environ.get("CHAOS_REQUIRED") == "1"
 """Whether a tool that is missing is a failure instead of a skip."""

@@ -63,3 +63,24 @@ async def traffic(server: Server, history: History) -> AsyncIterator[Traffic]:
         clients = Traffic(server, history)
         await clients.begin(stack)
         yield clients
+
+
+async def talked(server: Server, history: History, messages: int, text: str = "x") -> tuple[str, int]:
+    """A conversation with some messages and their turns, and its last seq when all is said."""
+    async with Session.open(server.port) as session:
+        id = session.introduction["conversation"]
+    async with (
+        Writer("first", server, id, history) as writer,
+        Subscriber("watch", server, id, History()) as watch,
+    ):
+        for _ in range(messages):
+            await writer.effect("send_message", text=text)
+        return id, await settled(watch)
+
+
+async def settled(watch: Subscriber) -> int:
+    """The last seq of a conversation once no turn runs any more."""
+    while (state := await watch.ask("conversation.state"))["state"] in ("running", "awaiting"):
+        await watch.news(1)
+    await watch.reach(state["head_seq"])
+    return state["head_seq"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import signal
 
 import pytest
 
@@ -11,10 +13,11 @@ from tests.chaos.checker import Violation
 from tests.chaos.conftest import Case
 from tests.chaos.history import Called
 from tests.chaos.storm import traffic
+from tests.chaos.syscalls import attached, inject
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
-INJECT = ("strace", "-f", "-o", "/dev/null", "-e", "trace=fsync,fdatasync")
+COMMIT = "fsync,fdatasync"
 
 
 async def storm(case: Case, kills: int, mutant: str = "") -> list[Violation]:
@@ -51,12 +54,20 @@ async def test_nothing_is_lost_or_doubled_when_the_server_dies_right_before_a_co
         assert await server.start()
         async with traffic(server, case.history) as clients:
             for nth in range(1, seed.times(20, 300) + 1):
-                await server.kill()
-                if await server.start(*INJECT, "-e", f"inject=fsync,fdatasync:signal=SIGKILL:when={nth}"):
-                    await server.ended()
-                else:
-                    await server.ended()
-            await server.restart()
+                async with attached(server, COMMIT, f"signal=SIGKILL:when={nth}"):
+                    assert await server.ended() == -signal.SIGKILL
+                assert await server.start()
             await clients.finish()
         await server.stop()
         await case.judge(server)
+
+
+async def test_a_server_that_dies_at_the_first_commits_of_its_life_starts_the_next_time(case, tool):
+    tool("strace")
+    async with case.server() as server:
+        for nth in range(1, 7):
+            await server.start(*inject(COMMIT, f"signal=SIGKILL:when={nth}"))
+            await server.kill()
+            assert await server.start()
+            assert await server.stop() == 0
+            shutil.rmtree(server.data)

@@ -10,38 +10,14 @@ import pytest
 
 from tests.chaos import seed
 from tests.chaos.client import Session, Subscriber, Writer
-from tests.chaos.conftest import Case
 from tests.chaos.history import History, Saw
 from tests.chaos.proxy import Proxy
-from tests.chaos.server import Server
+from tests.chaos.storm import settled, talked
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 STEP = seed.times(97, 1)
 """Bytes between two cuts."""
-
-
-async def talked(case: Case, server: Server, messages: int, text: str = "x") -> tuple[str, int]:
-    """A conversation with some messages and their turns, and its last seq when all is said."""
-    async with Session.open(server.port) as session:
-        id = session.introduction["conversation"]
-    async with (
-        Writer("first", server, id, case.history) as writer,
-        Subscriber("watch", server, id, History()) as watch,
-    ):
-        for _ in range(messages):
-            await writer.effect("send_message", text=text)
-        return id, await settled(watch)
-
-
-async def settled(watch: Subscriber) -> int:
-    """The last seq of a conversation once no turn runs any more."""
-    state = await watch.ask("conversation.state")
-    while state["state"] == "running":
-        await watch.reach(state["head_seq"] + 1)
-        state = await watch.ask("conversation.state")
-    await watch.reach(state["head_seq"])
-    return state["head_seq"]
 
 
 def transcript(history: History) -> list[tuple[int, str]]:
@@ -59,7 +35,7 @@ async def watched(proxy: Proxy, id: str, head: int) -> list[tuple[int, str]]:
 async def test_a_session_cut_at_any_byte_is_seen_alike(case):
     async with case.server() as server:
         assert await server.start()
-        id, head = await talked(case, server, 40, "x" * 700)
+        id, head = await talked(server, case.history, 40, "x" * 700)
         async with Proxy(server) as proxy:
             whole = await watched(proxy, id, head)
             length = proxy.passed["down"]
@@ -90,7 +66,7 @@ async def test_a_call_cut_at_any_byte_is_made_once(case):
 async def test_a_network_that_delivers_single_bytes_delivers_everything(case):
     async with case.server() as server:
         assert await server.start()
-        id, head = await talked(case, server, 5)
+        id, head = await talked(server, case.history, 5)
         async with Proxy(server) as proxy:
             whole = await watched(proxy, id, head)
             proxy.piece = 1
@@ -102,7 +78,7 @@ async def test_reconnects_lose_nothing_and_cost_the_server_nothing(case):
     rounds = seed.times(1000, 10_000)
     async with case.server() as server:
         assert await server.start()
-        id, _ = await talked(case, server, 5)
+        id, _ = await talked(server, case.history, 5)
         async with Proxy(server) as proxy, Subscriber("subscriber", proxy, id, case.history) as subscriber:
             process, after = psutil.Process(server.pid), {}
             async with Writer("writer", server, id, case.history) as writer:
@@ -130,7 +106,7 @@ def size(process: psutil.Process) -> tuple[int, int]:
 async def test_a_frozen_server_is_waited_for(case):
     async with case.server() as server:
         assert await server.start()
-        id, _ = await talked(case, server, 1)
+        id, _ = await talked(server, case.history, 1)
         async with (
             Subscriber("subscriber", server, id, case.history) as subscriber,
             Writer("writer", server, id, case.history) as writer,
@@ -149,7 +125,7 @@ async def test_a_frozen_server_is_waited_for(case):
 async def test_a_connection_that_went_silent_is_given_up_and_resumed(case):
     async with case.server(heartbeat_seconds=1) as server:
         assert await server.start()
-        id, _ = await talked(case, server, 1)
+        id, _ = await talked(server, case.history, 1)
         async with Proxy(server) as proxy, Subscriber("subscriber", proxy, id, case.history) as subscriber:
             session = await subscriber.connected()
             proxy.hold()
