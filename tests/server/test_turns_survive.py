@@ -433,6 +433,27 @@ async def test_without_the_key_the_conversation_waits_says_so_and_goes_on_when_i
         assert (await second.call("conversation.state", id)).get("waiting_for", "") == ""
 
 
+async def test_what_was_changed_after_the_agent_was_configured_is_kept_too(server, tmp_path):
+    """The model, a secret and the policy."""
+    environment = {"AGENT_SERVER_SECRETS_KEY": SECRETS_KEY}
+    first = await server(**environment)
+    id = await first.conversation(say("never said"))
+    script = scripted(call("terminal", command="echo ${#PASSWORD}"), say("ok"))["llm"]
+    await first.call("switch_llm", id, op_id=new_id(), llm={**script, "model": "another"})
+    await first.call("update_secrets", id, op_id=new_id(), secrets={"PASSWORD": SECRET})
+    await first.call("set_confirmation_policy", id, op_id=new_id(), policy={"tools": ["terminal"]})
+    await first.kill()
+    second = await server(**environment)
+    await second.say(id)
+    [*_, asked] = await second.until(id, is_a("request_opened"))
+    await second.call("respond", id, op_id=new_id(), request_id=asked["request_id"], answer="approve")
+    events = await second.until(id, is_a("turn_ended"))
+    [returned] = these(events, "tool_returned")
+    assert returned["text"].startswith(f"{len(SECRET)}\n")
+    assert {event["model"] for event in these(events, "model_used")} == {"another"}
+    assert found_in(tmp_path / "data", SECRET) == []
+
+
 def found_in(folder: Path, *secrets: str) -> list[Path]:
     """The files that hold one of these texts."""
     files = [file for file in folder.rglob("*") if file.is_file()]
