@@ -39,8 +39,8 @@ def Conversation(
         agent: None attaches to an existing remote conversation as it is.
         workspace: a folder of this machine, or any workspace; a remote one must be entered.
         id: an existing conversation's id attaches to it.
-        since: of an existing remote conversation: the callbacks get the events after it, each exactly once;
-            a Cursor that a callback stored with its effect goes on where an earlier process stopped. None: from now on.
+        since: of an existing conversation: the callbacks get the events after it, each exactly once; a Cursor
+            that a callback stored with its effect goes on where an earlier process stopped. None: from now on.
         callbacks: called exactly once per event, in order.
         on_delta: gets streamed pieces of answers; they may be lost.
         on_reset: called when a remote conversation's history is gone and another follows; without it, every wait
@@ -72,8 +72,10 @@ def Conversation(
         if persistence_dir is not None:
             raise InvalidParams("persistence_dir: a remote conversation's log is kept by its server")
         return RemoteConversation(agent, workspace, since=since, on_reset=on_reset, **options)
+    from agent_sdk.conversation import Cursor  # noqa: PLC0415
     from agent_sdk.local.conversation import LocalConversation  # noqa: PLC0415
 
     if agent is None:
         raise InvalidParams("agent: a conversation that runs here needs one")
-    return LocalConversation(agent, workspace, persistence_dir=persistence_dir, **options)
+    place = Cursor("", since) if isinstance(since, int) else since
+    return LocalConversation(agent, workspace, persistence_dir=persistence_dir, since=place, **options)

@@ -105,8 +105,7 @@ async def open_conversation(
 def _past(journal: Journal, since: Cursor) -> AsyncIterator[Event]:
     """The events after a cursor, up to the present head."""
     head = journal.head_seq
-    nothing = since.seq == 0 and not since.epoch
-    if not nothing and (since.epoch != journal.epoch or not 0 <= since.seq <= head):
+    if since.epoch not in ("", journal.epoch) or not 0 <= since.seq <= head:
         raise HistoryLost(
             f"the log has no seq {since.seq} of epoch {since.epoch[:64]!r}; it is epoch {journal.epoch!r} up to {head}",
             epoch=journal.epoch,

@@ -86,6 +86,21 @@ async def test_events_after_a_seq_are_given_to_callbacks_although_nothing_new_ha
         assert diary.seqs == first.seqs[2:]
 
 
+@pytest.mark.parametrize("epoch", ["its own", "not named"])
+async def test_a_conversation_that_runs_here_goes_on_at_a_cursor_too(tmp_path, epoch):
+    diary = Diary()
+    async with diary.attach(TWO, tmp_path, id="here", persistence_dir=tmp_path / "log") as conversation:
+        await conversation.send_message("go")
+        await conversation.run()
+    since = diary.cursor if epoch == "its own" else diary.cursor.seq
+    async with diary.attach(
+        TWO, tmp_path, id="here", persistence_dir=tmp_path / "log", since=since
+    ) as conversation:
+        await conversation.send_message("more")
+        assert (await conversation.run()).final_text == "two"
+        assert diary.seqs == list(range(1, (await conversation.state()).head_seq + 1))
+
+
 @pytest.mark.parametrize("wrong", ["another epoch", "a seq that is not there yet"])
 async def test_a_cursor_of_another_history_is_told_at_every_wait(running_server, workspace, wrong):
     first = await talk(workspace)
