@@ -151,3 +151,30 @@ async def main():
 asyncio.run(main())
 """
     assert on_a_small_disk("16m", tmp_path, script) == ["full: True", "after: True False"]
+
+
+def test_while_the_reserve_is_used_up_nothing_but_deletions_is_written(tmp_path):
+    script = """
+from agent_sdk.local.database import Database
+
+database = Database(FOLDER / "log.db", sole=True)
+with database.transaction():
+    database.create("a", "epoch", 0.0, b"{}")
+print("spent:", database.reserve.spend())
+size = free() - (1 << 20)
+with (FOLDER / "ballast").open("wb") as file:
+    file.write(b"x" * size)
+try:
+    database.reserve.admit()
+except StorageFull:
+    print("refused")
+with database.transaction():
+    database.delete("a")
+(FOLDER / "ballast").unlink()
+database.reserve.admit()
+print("reserve:", (FOLDER / "log.db.reserve").stat().st_size)
+database.close()
+"""
+    lines = on_a_small_disk("16m", tmp_path, script)
+    assert lines[:2] == ["spent: True", "refused"]
+    assert lines[2] == f"reserve: {2 << 20}"
