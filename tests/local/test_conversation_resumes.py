@@ -8,8 +8,10 @@ import pytest
 
 from agent_sdk.agent.loop import GENERATIONS_IN_VAIN
 from agent_sdk.conversation import Cursor
+from agent_sdk.ids import new_id
 from agent_sdk.local.conversation import FILE_NAME, LocalConversation
 from agent_sdk.local.log import EventLog
+from agent_sdk.local.receipts import operation, receipt
 from agent_sdk.local.settings import Settings
 from agent_sdk.protocol.errors import HistoryLost
 from agent_sdk.protocol.events import (
@@ -20,6 +22,7 @@ from agent_sdk.protocol.events import (
     TurnEnded,
     TurnResumed,
     TurnStarted,
+    UserMessage,
     kind_of,
 )
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, ScriptedLLM
@@ -244,6 +247,18 @@ async def test_a_stored_agent_that_this_version_cannot_make_fails_its_turn_with_
         end = await until(second, TurnEnded)
         assert (end.status, end.error) == ("failed", "invalid_params")
         assert "there is no built-in tool 'telepathy'" in end.reason
+
+
+async def test_a_message_whose_turn_had_not_started_gets_the_turn_it_was_promised(opening, tmp_path):
+    async with opening(None) as first:
+        await first.configure(acting(say("hello")))
+    message = operation(new_id(), "go")
+    async with EventLog.open(tmp_path / FILE_NAME) as log:
+        await log.append(
+            "mine", [UserMessage(text="go", op_id=message.op_id)], op=receipt(message, "promised")
+        )
+    async with opening(None) as second:
+        assert (await until(second, TurnEnded)).run_id == "promised"
 
 
 async def test_nothing_is_stored_of_a_conversation_without_settings(opening, tmp_path):
