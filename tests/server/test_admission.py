@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+import shutil
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
 from agent_sdk.ids import new_id
 from tests.server.test_serve import started
@@ -124,3 +126,21 @@ async def test_a_box_beyond_those_that_may_run_is_refused_until_another_has_ende
             )
         await server.log.until("box_ended")
         assert "result" in await other.call("execute", 2, op_id=new_id(), shell="true")
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace makes the disk fail")
+async def test_a_disk_that_fails_ends_the_server_with_74_at_once(tmp_path):
+    """It does not even drain: nothing more may be acknowledged."""
+    inject = "inject=fdatasync,fsync:error=EIO:when=60+"
+    strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync,fsync", "-e", inject]
+    async with started(tmp_path / "data", through=strace) as server, server.session() as wire:
+        acknowledged = 0
+        with suppress(AssertionError, asyncio.IncompleteReadError, ConnectionError):
+            for number in range(1000):
+                answer = await wire.call("set_title", number, op_id=new_id(), title=str(number))
+                if "error" in answer:
+                    assert answer["error"]["data"]["kind"] == "workspace_unavailable"
+                    break
+                acknowledged += 1
+        assert 0 < acknowledged < 1000
+        assert await server.ended() == 74
