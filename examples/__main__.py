@@ -13,7 +13,8 @@ HERE = Path(__file__).parent
 def main() -> int:
     with tempfile.TemporaryDirectory() as data:
         command = [sys.executable, "-m", "agent_server", "serve", "--port", "0", "--json", "--data", data]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        ending = {**os.environ, "AGENT_SERVER_BOXES_ON_STOP": "end"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=ending) as server:
             try:
                 assert server.stdout is not None
                 ready = json.loads(server.stdout.readline())

@@ -126,8 +126,9 @@ async def title(screen: Terminal, text: str) -> None:
 
 @asynccontextmanager
 async def server(folder: Path) -> AsyncIterator[tuple[str, str]]:
-    """A server with its defaults, as a process of its own; its URL and key."""
+    """A server with its defaults, but that it ends all it started, as a process of its own; its URL and key."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("AGENT_SERVER_")}
+    environ["AGENT_SERVER_BOXES_ON_STOP"] = "end"
     command = [
         sys.executable,
         "-m",

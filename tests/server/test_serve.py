@@ -61,7 +61,7 @@ async def started(
         *through,
         *command("--port", "0", "--data", str(data)),
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, **environment},
+        env={**os.environ, "AGENT_SERVER_BOXES_ON_STOP": "end", **environment},
     )
     try:
         async with asyncio.timeout(GUARD):
@@ -212,9 +212,7 @@ async def test_a_call_that_runs_is_finished_and_new_ones_are_refused(server):
 
 async def test_a_call_that_does_not_finish_is_ended_with_its_processes(tmp_path):
     async with (
-        started(
-            tmp_path / "data", AGENT_SERVER_DRAIN_SECONDS="0.5", AGENT_SERVER_BOXES_ON_STOP="end"
-        ) as server,
+        started(tmp_path / "data", AGENT_SERVER_DRAIN_SECONDS="0.5") as server,
         server.session() as wire,
     ):
         await wire.send(frame(TEXT, call("execute", 1, op_id=new_id(), **LONG)))
