@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from agent_sdk.box import RECORD
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, Overloaded, WorkspaceUnavailable
 from agent_sdk.protocol.methods import Describe
@@ -83,6 +84,10 @@ class Boxes:
         """How many boxes there are."""
         return sum(link.is_running for link in self._links.values())
 
+    def link_of(self, owner: str) -> BoxLink | None:
+        """Return the way to the box of this owner, where somebody has asked for it before."""
+        return self._links.get(owner)
+
     def link(self, owner: str, root: Path | None = None) -> BoxLink:
         """Return the way to the box of this owner; `root`: the folder of its workspace."""
         link = self._links.get(owner)
@@ -103,9 +108,12 @@ class Boxes:
 
     async def _find(self, place: Path, turn: asyncio.Semaphore) -> None:
         async with turn:
+            died = (place / RECORD).exists()
             box = await BoxProcess.find(place, self._folder.output / place.name)
             if box is not None:
                 await self.link(place.name).adopt(box, self._config.box_linger_seconds)
+            elif died:
+                self.link(place.name).died = True
 
     async def _stop(self, link: BoxLink) -> None:
         keep = self._config.boxes_on_stop == "keep" and not await link.idle()
@@ -162,6 +170,8 @@ class BoxLink:
         """Of the box that lives, or of the next one."""
         self.survived = False
         """Whether the box was there before this server."""
+        self.died = False
+        """Whether it was lost while there was no server; for whoever tells it, once."""
         self.owing = False
         """Whether a result may be in the box and nowhere else."""
         self._make = make

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -112,7 +112,17 @@ class Conversations:
             self._begin_close(id)
         if self._closing:
             await asyncio.wait(self._closing.values())
+        await self._note_debts()
         await self._boxes.close()
+
+    async def _note_debts(self) -> None:
+        """Find the boxes that know what became of a call, while the log does not: they must not be ended."""
+        for id, note in self._notes.items():
+            link = self._boxes.link_of(note.owner)
+            if link is not None and link.is_running:
+                with suppress(AgentServerError):
+                    begun = await self._log.open_operations(id)
+                    link.owing = link.owing or any(op.instance == link.instance for op in begun)
 
     def __contains__(self, id: str) -> bool:
         return id in self._notes

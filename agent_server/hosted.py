@@ -96,6 +96,9 @@ class Hosted:
             self._forget.append(self.local.subscribe_deltas(self._pass_delta))
             self._forget.append(self.link.on_lost(self._lost))
         await self.local.__aenter__()
+        if self.link.died:
+            self.link.died = False
+            await self._note_loss("it ended while there was no server")
         if not self._opened:
             self._opened = True
             self.mask(self.local.hidden)

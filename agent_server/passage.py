@@ -66,6 +66,12 @@ class Passage:
         for way in self._ways.values():
             await way.close()
 
+    async def end_streams(self) -> None:
+        """End the streams to a caller who follows them, where they are: nothing more comes."""
+        if isinstance(self._params, Execute) and self._params.follow:
+            for way in self._ways.values():
+                await way.finish(0, b"")
+
     async def through(self, peer: Peer) -> Any:
         """Make the call over this connection and return its answer, when all its bytes have passed.
 

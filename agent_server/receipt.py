@@ -74,7 +74,7 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
             if isinstance(answer, Executed) and data is None and size:
                 answer = replace(answer, reason=answer.reason or NOT_KEPT)
             if not (channel := getattr(params, field)):
-                text = None if data is None else data.decode(errors="replace")
+                text = None if data is None or answer.status == "unknown" else data.decode(errors="replace")
                 answer = replace(answer, **{_TEXTS[field]: text})
             elif field in opened:
                 since = getattr(params, f"{field}_since", 0) if _follows(params) else 0

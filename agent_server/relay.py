@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -90,10 +91,9 @@ class Relay:
     async def _look(self, params: Method[Any], call: Inbound) -> Any:
         if isinstance(params, ProcessList) and not self._link.is_running:
             return []
-        passage = Passage(params, call)
-        linked = await self._link.linked()
         try:
-            return await self._through(passage, linked)
+            async with Passage(params, call) as passage:
+                return await self._through(passage, await self._link.linked())
         except OutcomeUnknown:
             if isinstance(params, ProcessWait):
                 return Exit(status="unknown", reason=LOST)
@@ -106,19 +106,18 @@ class Relay:
             OutcomeUnknown: the box is gone.
         """
         instance = linked.instance
-        async with passage:
-            while True:
-                try:
-                    return await passage.through(linked.peer)
-                except ConnectionLost:
-                    if linked.peer.lost is None:
-                        raise
-                again = await self._link.again(instance)
-                if again is None:
-                    raise OutcomeUnknown(LOST)
-                if passage.once:
-                    raise WorkspaceUnavailable("the connection to the box broke; call again")
-                linked = again
+        while True:
+            try:
+                return await passage.through(linked.peer)
+            except ConnectionLost:
+                if linked.peer.lost is None:
+                    raise
+            again = await self._link.again(instance)
+            if again is None:
+                raise OutcomeUnknown(LOST)
+            if passage.once:
+                raise WorkspaceUnavailable("the connection to the box broke; call again")
+            linked = again
 
     # --- what changes something ---
 
@@ -138,6 +137,7 @@ class Relay:
             instance = runs[0].instance if runs else known.instance
         run = _Run(params, call, instance)
         run.task = asyncio.create_task(self._operate(run, fresh=known is None))
+        run.work.enter_context(self._work.under_way())
         self._running.setdefault(op_id, []).append(run)
         run.task.add_done_callback(lambda _: self._ended(run))
         try:
@@ -151,7 +151,7 @@ class Relay:
         return run.task.result()
 
     async def _operate(self, run: _Run, *, fresh: bool) -> Any:
-        with self._work.under_way():
+        async with run.passage:
             try:
                 linked = await (self._link.linked() if fresh else self._link.again(run.instance))
                 if linked is None:
@@ -160,6 +160,7 @@ class Relay:
                 answer = await self._through(run.passage, linked)
             except OutcomeUnknown as exc:
                 answer = _unknown(run.params, exc)
+                await run.passage.end_streams()
             except AgentServerError as exc:
                 if not exc.retryable:
                     await self._finish(run, Receipt.of_error(exc))
@@ -174,6 +175,7 @@ class Relay:
             self._link.owing = True
 
     def _ended(self, run: _Run) -> None:
+        run.work.close()
         runs = self._running[run.params.op_id]
         runs.remove(run)
         if not runs:
@@ -205,6 +207,7 @@ class _Run:
         """Of the box it is in."""
         self.passage = Passage(params, call)
         self.task: asyncio.Task[Any]
+        self.work = ExitStack()
 
 
 def _digest(params: Effect[Any]) -> bytes:

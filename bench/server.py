@@ -53,7 +53,7 @@ async def running_server(
         began = time.perf_counter()
         arguments = ("-m", "agent_server", "serve", "--port", "0", "--json", "--data", str(data or fresh))
         process = await asyncio.create_subprocess_exec(
-*(sys.executable, *arguments),
+            *(sys.executable, *arguments),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             env={**os.environ, **{f"AGENT_SERVER_{name.upper()}": value for name, value in chosen.items()}},

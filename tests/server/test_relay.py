@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import Cancelled, OpMismatch, PathNotFound
 from agent_sdk.protocol.methods import (
     Describe,
+    Done,
     Execute,
     Executed,
+    FilesMkdir,
+    FilesRemove,
+    FilesStat,
+    GetEvents,
+    GetState,
+    ShellReset,
+    ShellRun,
+    Upload,
 )
+from agent_sdk.protocol.results import RunningOperation, Transferred
 from agent_sdk.remote.connection import connect
 from agent_sdk.rpc.peer import Peer
+from tests.server.test_box_process import gone
 from tests.server.wire import GUARD
 
 
@@ -40,11 +55,14 @@ class Server:
         ready = json.loads(await self._process.stdout.readline())
         self._url, self._key = ready["url"], Path(ready["api_key_file"]).read_text().strip()
 
-    async def stop(self, number: signal.Signals) -> None:
+    def send(self, number: int) -> None:
         self._process.send_signal(number)
+
+    async def stop(self, number: int) -> None:
+        self.send(number)
         await self._process.wait()
 
-    async def restart(self, number: signal.Signals = signal.SIGKILL) -> None:
+    async def restart(self, number: int = signal.SIGKILL) -> None:
         await self.stop(number)
         await self.start()
 
@@ -77,10 +95,9 @@ async def execute(peer: Peer, call: Execute) -> tuple[Executed, bytes, bytes]:
     async with AsyncExitStack() as stack:
         out, err = [await stack.enter_async_context(peer.open_reader()) for _ in range(2)]
         fields = {name: getattr(call, name) for name in call.__struct_fields__}
-        answer = await peer.call(
-            Execute(**{**fields, "stdout": out.channel, "stderr": err.channel, "follow": True})
-        )
-        return answer, await received(out), await received(err)
+        follow = Execute(**{**fields, "stdout": out.channel, "stderr": err.channel, "follow": True})
+        answer, said, complaint = await asyncio.gather(peer.call(follow), received(out), received(err))
+        return answer, said, complaint
 
 
 async def received(reader) -> bytes:
@@ -106,3 +123,201 @@ async def test_a_command_goes_on_while_its_server_is_dead_and_its_end_is_told_by
         assert (answer.status, answer.exit_code, said) == ("exited", 3, LINES)
         assert await execute(peer, call) == (answer, said, b"")
     assert (root / "runs").read_text() == "run\n"
+
+
+async def test_a_command_whose_output_nobody_followed_is_attached_to_as_well(server):
+    root = await server.root()
+    call = Execute(op_id=new_id(), shell="echo run >>runs; echo begun >pipe; read x <pipe; echo $x")
+    os.mkfifo(root / "pipe")
+    async with server.connected() as peer:
+        calling = asyncio.ensure_future(peer.call(call))
+        assert await asyncio.to_thread((root / "pipe").read_text) == "begun\n"
+        await server.restart()
+        with pytest.raises(ConnectionError):
+            await calling
+    async with server.connected() as peer:
+        again = asyncio.ensure_future(peer.call(call))
+        await asyncio.to_thread((root / "pipe").write_text, "over\n")
+        answer = await again
+        assert (answer.status, answer.exit_code, answer.stdout_text) == ("exited", 0, "over\n")
+    assert (root / "runs").read_text() == "run\n"
+
+
+async def test_what_a_command_says_while_its_server_is_dead_is_all_there(server):
+    root = await server.root()
+    os.mkfifo(root / "go")
+    os.mkfifo(root / "begun")
+    call = Execute(
+        op_id=new_id(), shell="echo >begun; read x <go; head -c 5242880 /dev/zero | tr '\\0' x; echo end >&2"
+    )
+    async with server.connected() as peer:
+        calling = asyncio.ensure_future(peer.call(call))
+        await asyncio.to_thread((root / "begun").read_text)
+        await server.stop(signal.SIGKILL)
+        with pytest.raises(ConnectionError):
+            await calling
+    await asyncio.to_thread((root / "go").write_text, "go\n")
+    await server.start()
+    async with server.connected() as peer:
+        answer, said, complaint = await execute(peer, call)
+        assert (answer.exit_code, answer.stdout_bytes, len(said)) == (0, 5 << 20, 5 << 20)
+        assert (said, complaint) == (b"x" * (5 << 20), b"end\n")
+        rest = await execute(peer, msgspec.structs.replace(call, stdout_since=(5 << 20) - 3))
+        assert (rest[0].stdout_bytes, rest[1]) == (5 << 20, b"xxx")
+
+
+async def test_what_had_begun_in_a_box_that_was_killed_is_unknown_and_the_next_call_works(server):
+    root = await server.root()
+    call = Execute(op_id=new_id(), shell="echo run >>runs; kill -9 $PPID; sleep 600")
+    async with server.connected() as peer:
+        first = await peer.call(call)
+        assert (first.status, first.exit_code) == ("unknown", None)
+        assert "lost" in first.reason
+        assert await peer.call(call) == first
+        assert await execute(peer, call) == (first, b"", b"")
+        assert (await peer.call(Execute(op_id=new_id(), shell="cat runs"))).stdout_text == "run\n"
+    await server.restart()
+    async with server.connected() as peer:
+        assert await peer.call(call) == first
+    assert (root / "runs").read_text() == "run\n"
+
+
+async def test_a_call_that_begun_before_both_server_and_box_died_is_not_run_again(server):
+    root = await server.root()
+    os.mkfifo(root / "begun")
+    shell = ShellRun(op_id=new_id(), command="echo run >>runs; echo $PPID >begun; sleep 600")
+    made = FilesMkdir(op_id=new_id(), path="made")
+    async with server.connected() as peer:
+        calling = asyncio.ensure_future(peer.call(shell))
+        box = int(await asyncio.to_thread((root / "begun").read_text))
+        await peer.call(made)
+        await server.stop(signal.SIGKILL)
+        os.kill(box, signal.SIGKILL)
+        with pytest.raises(ConnectionError):
+            await calling
+    await server.start()
+    (root / "made").rmdir()
+    async with server.connected() as peer:
+        assert (await peer.call(shell)).status == "unknown"
+        assert await peer.call(made) == Done()
+        with pytest.raises(PathNotFound):
+            await peer.call(FilesStat(path="made"))
+        events = (await peer.call(GetEvents())).events
+        assert b'"workspace_changed"' in b"".join(bytes(event) for event in events)
+    assert (root / "runs").read_text() == "run\n"
+
+
+async def test_an_answer_is_given_again_although_the_box_is_gone_with_up_to_64_kib_of_its_output(server):
+    small = Execute(op_id=new_id(), shell="printf out; printf err >&2; exit 4")
+    large = Execute(op_id=new_id(), shell="head -c 70000 /dev/zero")
+    shell = ShellRun(op_id=new_id(), command="echo shell")
+    failed = FilesRemove(op_id=new_id(), path="nothing")
+    async with server.connected() as peer:
+        answer = await execute(peer, small)
+        await execute(peer, large)
+        said = await peer.call(shell)
+        with pytest.raises(PathNotFound):
+            await peer.call(failed)
+        await peer.call(ShellReset(op_id=new_id()))
+        box = (await peer.call(Describe())).pid
+        os.kill(box, signal.SIGKILL)
+    await server.restart()
+    async with server.connected() as peer:
+        assert await execute(peer, small) == answer
+        assert (await peer.call(small)).stdout_text == "out"
+        assert (await execute(peer, msgspec.structs.replace(small, stdout_since=1)))[1] == b"ut"
+        sizes, nothing, _ = await execute(peer, large)
+        assert (sizes.stdout_bytes, nothing) == (70_000, b"")
+        assert "not kept" in sizes.reason
+        assert (await peer.call(shell)).text == said.text == "shell\n"
+        with pytest.raises(PathNotFound):
+            await peer.call(failed)
+
+
+async def test_the_same_op_id_with_other_params_is_refused_also_after_a_restart(server):
+    call = FilesMkdir(op_id=new_id(), path="one")
+    other = FilesMkdir(op_id=call.op_id, path="two")
+    async with server.connected() as peer:
+        await peer.call(call)
+        with pytest.raises(OpMismatch):
+            await peer.call(other)
+    await server.restart()
+    async with server.connected() as peer:
+        with pytest.raises(OpMismatch):
+            await peer.call(other)
+
+
+async def test_a_cancelled_call_is_ended_in_the_box_and_not_run_again(server):
+    root = await server.root()
+    os.mkfifo(root / "begun")
+    call = Execute(op_id=new_id(), shell="echo run >>runs; echo $$ >begun; sleep 600")
+    async with server.connected() as peer:
+        calling = asyncio.ensure_future(peer.call(call))
+        pid = int(await asyncio.to_thread((root / "begun").read_text))
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        assert gone(pid)
+        with pytest.raises(Cancelled):
+            await peer.call(call)
+    assert (root / "runs").read_text() == "run\n"
+
+
+async def test_a_call_whose_caller_is_gone_goes_on_and_is_told_among_what_runs(server):
+    root = await server.root()
+    os.mkfifo(root / "pipe")
+    call = Execute(op_id=new_id(), shell="echo begun >pipe; read x <pipe; echo $x")
+    async with server.connected() as peer:
+        calling = asyncio.ensure_future(peer.call(call))
+        await asyncio.to_thread((root / "pipe").read_text)
+    with pytest.raises(ConnectionError):
+        await calling
+    async with server.connected() as peer:
+        state = await peer.call(GetState())
+        assert state.operations == (RunningOperation(op_id=call.op_id, method="execute"),)
+        again = asyncio.ensure_future(peer.call(call))
+        await asyncio.to_thread((root / "pipe").write_text, "over\n")
+        assert (await again).stdout_text == "over\n"
+        assert (await peer.call(GetState())).operations == ()
+
+
+async def test_a_command_goes_on_when_its_server_is_stopped_properly(server):
+    root = await server.root()
+    os.mkfifo(root / "pipe")
+    call = Execute(op_id=new_id(), shell="echo run >>runs; echo begun >pipe; read x <pipe; echo $x")
+    async with server.connected() as peer:
+        calling = asyncio.ensure_future(peer.call(call))
+        await asyncio.to_thread((root / "pipe").read_text)
+        server.send(signal.SIGTERM)
+        await server.stop(signal.SIGTERM)
+        with pytest.raises(ConnectionError):
+            await calling
+    await asyncio.to_thread((root / "pipe").write_text, "over\n")
+    await server.start()
+    async with server.connected() as peer:
+        assert (await peer.call(call)).stdout_text == "over\n"
+    assert (root / "runs").read_text() == "run\n"
+
+
+async def test_a_repeated_upload_takes_the_place_of_the_one_that_broke_off(server):
+    data = os.urandom(3 << 20)
+    op_id = new_id()
+
+    async def upload(peer: Peer) -> Transferred:
+        async with peer.open_writer() as writer:
+            call = Upload(op_id=op_id, path="file", channel=writer.channel, size=len(data))
+            calling = asyncio.ensure_future(peer.call(call))
+            await writer.write(data)
+            await writer.finish(hashlib.sha256(data).digest())
+            return await calling
+
+    async with server.connected() as stuck, server.connected() as peer, stuck.open_writer() as writer:
+        call = Upload(op_id=op_id, path="file", channel=writer.channel, size=len(data))
+        calling = asyncio.ensure_future(stuck.call(call))
+        await writer.write(data[: 2 << 20])
+        done = await upload(peer)
+        with pytest.raises(Cancelled):
+            await calling
+        assert done.sha256 == hashlib.sha256(data).hexdigest()
+        assert await upload(peer) == done
+    assert (await server.root() / "file").read_bytes() == data
