@@ -49,6 +49,11 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The opposite of `written`."""
         return msgspec.msgpack.decode(written, type=cls)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all is here that a repeated call gets."""
+        return self.answer is None or self.output is not None
+
     def written(self) -> bytes:
         """Return it as bytes."""
         return msgspec.msgpack.encode(self)

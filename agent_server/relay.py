@@ -129,7 +129,9 @@ class Relay:
             self._conversation, op_id, digest, method=params.method, instance=instance
         )
         if known is not None and known.result is not None:
-            return await Receipt.read(known.result).give(params, call)
+            receipt = Receipt.read(known.result)
+            if receipt.whole or known.instance != instance:  # else the box still has the bytes
+                return await receipt.give(params, call)
         if isinstance(params, Upload):
             await self._stop(op_id, lambda run: True)  # its bytes come anew
         if known is not None:
