@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent_sdk.ids import new_id
-from agent_sdk.local import chain, database, operations, process_tree
+from agent_sdk.local import chain, clerk, database, operations, process_tree
 from agent_sdk.rpc import lanes, ledger
 from agent_server import cli, feed
 from workspaces import box_process
@@ -26,6 +27,19 @@ def no_fsync() -> None:
         self.rows("PRAGMA synchronous=OFF")
 
     database.Database._prepare = careless
+
+
+def early_ack() -> None:
+    """Whoever waits for a commit is answered while it is still under way."""
+    do = clerk._Job.do
+
+    def eager(self: Any, database: Any) -> None:
+        do(self, database)
+        if self.writes:
+            self.future.get_loop().call_soon_threadsafe(self.answer)
+            time.sleep(0.02)
+
+    clerk._Job.do = eager
 
 
 def no_dedupe() -> None:
@@ -80,9 +94,8 @@ def children_kept() -> None:
     box_process.end_tree = nothing
 
 
-MUTANTS = {
-    f.__name__: f for f in (no_fsync, no_dedupe, no_proof, no_resume_mark, unbounded_queue, children_kept)
-}
+ALL = (no_fsync, early_ack, no_dedupe, no_proof, no_resume_mark, unbounded_queue, children_kept)
+MUTANTS = {function.__name__: function for function in ALL}
 
 
 def main(arguments: Sequence[str]) -> int:

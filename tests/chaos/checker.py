@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tests.chaos.history import Begins, Called, Final, Left, Logs, Ran, Reached, Record, Saw, digest
+from tests.chaos.history import Begins, Called, Left, Logs, Ran, Reached, Record, Saw, digest
 
 SHOWN = 20
 
@@ -58,6 +58,11 @@ def check(records: Iterable[Record], logs: Logs) -> list[Violation]:
             *(Violation(8, record.what) for record in records if isinstance(record, Left)),
         ]
     )
+
+
+def broken_rules(violations: Iterable[Violation]) -> set[int]:
+    """Which rules were broken."""
+    return {violation.rule for violation in violations}
 
 
 def judge(records: Iterable[Record], logs: Logs) -> None:
@@ -222,12 +227,3 @@ def _whole(logs: Logs) -> Iterator[Violation]:
                 break
             if msgspec.json.decode(entry.body).get("seq") != entry.seq:
                 yield Violation(7, f"event {entry.seq} of {conversation} says another seq")
-
-
-def lacking(records: Iterable[Record], final: Final) -> int:
-    """How many acknowledged messages are not in this log."""
-    there = {msgspec.json.decode(entry.body).get("op_id") for entry in final.events}
-    return sum(
-        isinstance(record, Called) and record.outcome == "ok" and record.op_id not in there
-        for record in records
-    )

@@ -28,6 +28,7 @@ OnNotice = Callable[[str, dict[str, Any]], None]
 class Place(Protocol):
     """Where a server is, and whether it accepts connections just now."""
 
+    host: str
     port: int
     up: asyncio.Event
 
@@ -94,7 +95,13 @@ class Session:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, port: int, conversation: str = "new", *, on_notice: OnNotice | None = None, **initialize: Any
+        cls,
+        port: int,
+        conversation: str = "new",
+        *,
+        host: str = "127.0.0.1",
+        on_notice: OnNotice | None = None,
+        **initialize: Any,
     ) -> AsyncIterator[Session]:
         """Connect and initialise.
 
@@ -103,7 +110,7 @@ class Session:
             Refused: it does not want us.
         """
         try:
-            wire = await Wire.open(port)
+            wire = Wire(*await asyncio.open_connection(host, port))
         except OSError:
             raise Lost from None
         async with wire:
@@ -304,7 +311,11 @@ class Caller:
             await self._place.up.wait()
             try:
                 async with Session.open(
-                    self._place.port, self.conversation, on_notice=self._notice, **self._initialize()
+                    self._place.port,
+                    self.conversation,
+                    host=self._place.host,
+                    on_notice=self._notice,
+                    **self._initialize(),
                 ) as session:
                     self._session = session
                     await self._connected(session)

@@ -53,7 +53,10 @@ class Case:
         """What the checker says, after the server has ended."""
         for process in server.remains():
             self.history.add(Left(what=f"process {process.pid} {' '.join(process.cmdline())}"))
-        return check(self.history.records, await final_logs(server.data / "log.db"))
+        violations = check(self.history.records, await final_logs(server.data / "log.db"))
+        if violations and server.data != self.folder / "data":
+            shutil.copytree(server.data, self.folder / "data")  # where it is goes away with the test
+        return violations
 
     async def judge(self, server: Server) -> None:
         """Fail when a rule was broken."""

@@ -22,6 +22,7 @@ class Proxy:
     """
 
     def __init__(self, server: Place) -> None:
+        self.host = "127.0.0.1"
         self.port = free_port()
         self.up = server.up
         self.passed = {"up": 0, "down": 0}

@@ -37,7 +37,7 @@ async def test_a_clock_that_jumps_changes_nothing_but_the_times_that_are_shown(c
                 )
                 for jump in JUMPS:
                     clock.write_text(f"{jump}\n")
-                    await case.history.more(8)
+                    await case.history.more(4)
                 result = await command
                 assert (result["status"], result["exit_code"]) == ("exited", 0)
                 await client.ask("execute", op_id=op_id, shell=shell, timeout_ms=60_000)

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from tests.chaos import seed
-from tests.chaos.checker import Violation
+from tests.chaos.checker import Violation, broken_rules
 from tests.chaos.conftest import Case
 from tests.chaos.history import Called
 from tests.chaos.storm import traffic
@@ -17,7 +17,7 @@ from tests.chaos.syscalls import attached, inject
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
-COMMIT = "fsync,fdatasync"
+COMMIT, WRITE = "fsync,fdatasync", "pwrite64"
 
 
 async def storm(case: Case, kills: int, mutant: str = "") -> list[Violation]:
@@ -43,29 +43,41 @@ async def test_nothing_is_lost_or_doubled_when_the_server_is_killed_at_random_mo
     assert any(call.tries > 1 for call in answered)
 
 
-@pytest.mark.parametrize("mutant", ["no_resume_mark"])
-async def test_the_storm_finds_this_mutant(case, mutant):
-    assert await storm(case, 12, mutant)
+async def test_the_storm_finds_a_build_that_replays_from_the_wrong_place(case):
+    assert 3 in broken_rules(await storm(case, 4, "no_resume_mark"))
 
 
-async def test_nothing_is_lost_or_doubled_when_the_server_dies_right_before_a_commit(case, tool):
-    tool("strace")
-    async with case.server(box_linger_seconds=5) as server:
+async def boundaries(case: Case, calls: str, kills: int, mutant: str = "") -> list[Violation]:
+    """Kill the server at its first, second, … system call of a kind; what the checker says."""
+    async with case.server(mutant=mutant, box_linger_seconds=5) as server:
         assert await server.start()
         async with traffic(server, case.history) as clients:
-            for nth in range(1, seed.times(20, 300) + 1):
-                async with attached(server, COMMIT, f"signal=SIGKILL:when={nth}"):
+            for nth in range(1, kills + 1):
+                async with attached(server, calls, f"signal=SIGKILL:when={nth}"):
                     assert await server.ended() == -signal.SIGKILL
                 assert await server.start()
             await clients.finish()
         await server.stop()
-        await case.judge(server)
+        return await case.violations(server)
+
+
+@pytest.mark.parametrize(("calls", "kills"), [(COMMIT, (20, 300)), (WRITE, (10, 300))])
+async def test_nothing_is_lost_or_doubled_when_the_server_dies_right_before_a_commit(
+    case, tool, calls, kills
+):
+    tool("strace")
+    assert not await boundaries(case, calls, seed.times(*kills))
+
+
+async def test_deaths_before_a_commit_find_a_build_that_answers_too_early(case, tool):
+    tool("strace")
+    assert broken_rules(await boundaries(case, WRITE, 6, "early_ack")) & {1, 3}
 
 
 async def test_a_server_that_dies_at_the_first_commits_of_its_life_starts_the_next_time(case, tool):
     tool("strace")
     async with case.server() as server:
-        for nth in range(1, 7):
+        for nth in range(1, 5):
             await server.start(*inject(COMMIT, f"signal=SIGKILL:when={nth}"))
             await server.kill()
             assert await server.start()
