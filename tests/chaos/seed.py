@@ -21,3 +21,7 @@ def chance(name: str) -> random.Random:
 def times(pr: int, night: int, release: int | None = None) -> int:
     """How often, by tier."""
     return {"pr": pr, "night": night, "release": night if release is None else release}[TIER]
+
+
+LIMIT = times(600, 2 * 3600, 8 * 3600)
+"""Seconds after which a test that hangs fails."""

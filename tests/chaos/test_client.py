@@ -13,7 +13,7 @@ from tests.chaos.proxy import Proxy
 from tests.chaos.server import KEY
 from tests.chaos.storm import talked
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(seed.LIMIT)]
 
 STEP = seed.times(97, 1)
 """Bytes between two cuts."""

@@ -7,10 +7,11 @@ import asyncio
 import pytest
 
 from agent_sdk.ids import new_id
+from tests.chaos import seed
 from tests.chaos.client import Caller
 from tests.chaos.storm import traffic
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(seed.LIMIT)]
 
 JUMPS = ["-1h", "+1h", "+400d", "-20000d", "+9000d", "+0"]
 

@@ -9,13 +9,14 @@ import psutil
 import pytest
 
 from agent_sdk.ids import new_id
+from tests.chaos import seed
 from tests.chaos.checker import Violation, broken_rules
 from tests.chaos.client import Caller, Output, Session, Subscriber
 from tests.chaos.conftest import Case
 from tests.chaos.server import Server
 from tests.chaos.storm import settled
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(seed.LIMIT)]
 
 LINES = 20
 COUNT = f"for i in $(seq {LINES}); do echo $i; sleep 0.1; done"

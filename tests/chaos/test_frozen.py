@@ -8,6 +8,7 @@ import aiohttp
 import psutil
 import pytest
 
+from tests.chaos import seed
 from tests.chaos.checker import Violation, broken_rules
 from tests.chaos.client import Session, Subscriber, Writer
 from tests.chaos.conftest import Case
@@ -16,7 +17,7 @@ from tests.chaos.proxy import Proxy
 from tests.chaos.server import KEY, Server
 from tests.chaos.storm import settled
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(seed.LIMIT)]
 
 TEXT = "x" * 200_000
 MESSAGES = 300

@@ -14,7 +14,7 @@ from tests.chaos.history import History, Saw
 from tests.chaos.proxy import Proxy
 from tests.chaos.storm import settled, talked
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(seed.LIMIT)]
 
 STEP = seed.times(97, 1)
 """Bytes between two cuts."""

@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.chaos import seed
 from tests.chaos.client import Session, Subscriber, Writer
 from tests.chaos.disk import run
 from tests.chaos.storm import settled
 
 pytestmark = [
     pytest.mark.chaos,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(seed.LIMIT),
     pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces needs root"),
 ]
 

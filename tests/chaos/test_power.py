@@ -19,7 +19,7 @@ from tests.chaos.storm import traffic
 
 pytestmark = [
     pytest.mark.chaos,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(seed.LIMIT),
     pytest.mark.skipif(os.geteuid() != 0, reason="mounting file systems needs root"),
 ]
 

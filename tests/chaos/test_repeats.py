@@ -15,7 +15,7 @@ from tests.chaos.conftest import Case
 from tests.chaos.history import Left
 from tests.chaos.server import Server
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(seed.LIMIT)]
 
 
 async def repeat(case: Case, kinds: Sequence[str], mutant: str = "") -> list[Violation]:

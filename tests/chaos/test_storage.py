@@ -21,7 +21,7 @@ from tests.chaos.server import KEY, Server, final_logs
 from tests.chaos.storm import settled, talked, traffic
 from tests.chaos.syscalls import attached
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(seed.LIMIT)]
 
 IO_ERROR = 74
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="mounting file systems needs root")
