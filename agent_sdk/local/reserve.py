@@ -67,6 +67,8 @@ class Reserve:
     def give_back(self) -> None:
         """Return to the disk what a deletion freed in the file, and take the reserve from it again."""
         pages = 0
+        if not self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE):
+            self.spend()  # the deletion found room in the WAL, and the file has none for what is in there
         while self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE):
             before, pages = pages, self._storage.value("PRAGMA page_count")
             if pages == before or not self._storage.value("PRAGMA freelist_count"):
