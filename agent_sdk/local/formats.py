@@ -150,10 +150,19 @@ def _copy_operations(storage: Storage, key: int, at: float) -> None:
 
 
 def open_turn(storage: Storage, key: int) -> str | None:
-    """Return the run_id of the turn that began last, unless it ended."""
+    """Return the run_id of the turn that began last, unless it ended; empty when a message came after its end."""
     rows = storage.rows(
         "SELECT CAST(body AS TEXT) ->> 'type', CAST(body AS TEXT) ->> 'run_id' FROM events "
-        "WHERE id BETWEEN ? AND ? AND substr(body, 1, 15) IN (?, ?) ORDER BY id DESC LIMIT 1",
-        (event_id(key, 0), event_id(key, LAST_SEQ), b'{"type":"turn_s', b'{"type":"turn_e'),
+        "WHERE id BETWEEN ? AND ? AND substr(body, 1, 15) IN (?, ?, ?) ORDER BY id DESC",
+        (
+            event_id(key, 0),
+            event_id(key, LAST_SEQ),
+            *(b'{"type":"turn_s', b'{"type":"turn_e', b'{"type":"user_m'),
+        ),
     )
-    return rows[0][1] if rows and rows[0][0] == "turn_started" else None
+    waits = None
+    for kind, run_id in rows:
+        if kind != "user_message":
+            return run_id if kind == "turn_started" else waits
+        waits = ""
+    return waits

@@ -21,7 +21,7 @@ from agent_sdk.protocol.errors import (
     StateConflict,
     WorkspaceUnavailable,
 )
-from agent_sdk.protocol.events import Event, UserMessage, decode
+from agent_sdk.protocol.events import Event, TurnEnded, TurnStarted, UserMessage, decode
 
 ROOT = Path(__file__).parents[2]
 
@@ -461,3 +461,19 @@ async def test_a_log_on_a_disk_that_works_has_not_failed(path):
         with pytest.raises(ConversationNotFound):
             await log.append("x", said("a"))
         assert not log.failed.done()
+
+
+async def test_a_log_knows_which_conversations_have_something_to_do(path):
+    async with EventLog.open(path) as log:
+        await log.create("c")
+        seen = []
+        for events in (
+            said("go"),
+            [TurnStarted(run_id="r")],
+            said("and this"),
+            [TurnEnded(run_id="r", status="finished")],
+            said("more"),
+        ):
+            await log.append("c", events)
+            seen += [row.open_turn for row in await log.list()]
+        assert seen == ["", "r", "r", None, ""]

@@ -16,6 +16,9 @@ import pytest
 from aiohttp import web
 
 from agent_sdk.ids import new_id
+from agent_sdk.local.log import EventLog
+from agent_sdk.local.receipts import operation, receipt
+from agent_sdk.protocol.events import UserMessage
 from tests.agent.llm.provider import events as spoken
 from tests.server.wire import GUARD
 
@@ -172,6 +175,24 @@ async def server(tmp_path) -> AsyncIterator[Callable[..., Any]]:
         if each.process.returncode is None:
             await each.terminate()
         await each.http.close()
+
+
+# --- a message is in the log when the server dies, and its turn has not begun ---
+
+
+async def test_a_message_whose_turn_had_not_begun_is_answered_by_the_next_server(server, pipe, tmp_path):
+    begun = pipe("begun")
+    first = await server()
+    id = await first.conversation(call("terminal", command=f"echo > {begun}"), say("heard"))
+    await first.kill()
+    op_id = new_id()
+    async with EventLog.open(tmp_path / "data" / "log.db") as log:
+        row = receipt(operation(op_id, "hello?"), "promised")
+        await log.append(id, [UserMessage(text="hello?", op_id=op_id)], op=row)
+    second = await server()
+    await begun.line()  # nobody has asked this server for the conversation yet
+    events = await second.until(id, is_a("turn_ended"))
+    assert (events[-1]["run_id"], events[-1]["final_text"]) == ("promised", "heard")
 
 
 # --- a command of the agent runs when the server dies ---
