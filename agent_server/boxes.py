@@ -16,10 +16,11 @@ from typing import Any, Literal, Self
 
 from agent_sdk.box import RECORD
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import AgentServerError, Overloaded, WorkspaceUnavailable
+from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, Overloaded, WorkspaceUnavailable
 from agent_sdk.protocol.methods import Describe
 from agent_sdk.remote.connection import connect
 from agent_sdk.remote.link import Linked
+from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Peer
 from agent_server.config import ServerConfig
 from agent_server.data_folder import DataFolder
@@ -326,6 +327,37 @@ class BoxLink:
         else:
             news.set_exception(error)
             news.exception()  # those who waited may be gone
+
+
+class BoxPlace:
+    """A box as an agent's place: see place.Place."""
+
+    def __init__(self, link: BoxLink) -> None:
+        self._link = link
+
+    @property
+    def instance(self) -> str:
+        """Of the box that lives, or of the next one."""
+        return self._link.instance
+
+    def again(self, instance: str) -> RemoteWorkspace | None:
+        """See Place.again."""
+        return RemoteWorkspace.over(_Same(self._link, instance)) if instance == self._link.instance else None
+
+
+class _Same:
+    """A link.Link to one box and no other."""
+
+    def __init__(self, link: BoxLink, instance: str) -> None:
+        self._link = link
+        self._instance = instance
+
+    async def linked(self) -> Linked:
+        """See Link."""
+        linked = await self._link.again(self._instance)
+        if linked is None:
+            raise OutcomeUnknown("the box in which it ran was lost; whether it was done is not known")
+        return linked
 
 
 async def _connect(stack: AsyncExitStack, box: BoxProcess, patience: float) -> Peer:

@@ -19,7 +19,7 @@ from agent_sdk.protocol.methods import Method
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Handler, Peer
-from agent_server.boxes import BoxLink
+from agent_server.boxes import BoxLink, BoxPlace
 from agent_server.client_tools import ClientTools
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
@@ -74,7 +74,7 @@ class Hosted:
             run_client_tool=self.tools.run,
             settings=settings,
         )
-        self.local.same_place = lambda: link.survived
+        self.local.place = BoxPlace(link)
         self._log = log
         self._logs = logs
         self._metrics = metrics

@@ -3,6 +3,7 @@
 loop:     one turn, from start to end
 calls:    the tool calls of a turn: order, approvals, results
 actor:    an agent at work: model client, tools, secrets
+place:    where its tools act, and whether that is the same place as before
 journal:  what a turn needs of its log
 progress: how far a turn has come, for whoever goes on with it
 history:  what the model is shown of the log

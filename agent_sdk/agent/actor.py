@@ -9,6 +9,7 @@ from agent_sdk.agent.approval import needs_approval
 from agent_sdk.agent.llm.contract import ModelClient
 from agent_sdk.agent.llm.open import open_model
 from agent_sdk.agent.mask import Mask
+from agent_sdk.agent.place import Passing, Place
 from agent_sdk.agent.prompt import system_prompt
 from agent_sdk.agent.toolbox import Toolbox, local_and_remote
 from agent_sdk.agent.tools.registry import make_tool
@@ -47,8 +48,7 @@ class Actor:
         self.max_iterations = max_iterations
         self.confirmation = confirmation
         self.run_client_tool: RunClientTool | None = None
-        self.same_place: Callable[[], bool] = lambda: True
-        """Whether the workspace is the one that the conversation had when it was opened."""
+        self.place: Place = Passing()
         built_in = [make_tool(name, conversation) for name in spec.tools]
         self.toolbox: Toolbox = local_and_remote(built_in, functions, spec.client_tools)
         self.llm: Model = spec.llm
@@ -103,13 +103,14 @@ class Actor:
         spec = self.toolbox.spec(tool)
         return spec is not None and spec.read_only
 
-    def context(self, call_key: str) -> ToolContext:
-        """Return what tools may use in a call."""
+    def context(self, call_key: str, begun_in: str | None = None) -> ToolContext:
+        """Return what tools may use in a call; `begun_in`: the place in which another process may have begun it."""
+        place = self.workspace if begun_in is None else self.place.again(begun_in)
         return ToolContext(
-            workspace=self.workspace,
+            workspace=place or self.workspace,
             secrets=self._secrets,
             call_key=call_key,
-            same_place=self.same_place(),
+            same_place=place is not None,
         )
 
     def configured(self) -> AgentConfigured:

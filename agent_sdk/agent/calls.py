@@ -193,7 +193,7 @@ class Calls:
             result = await self._run_in_client(call)
         if result is None:
             begun = call.call_id in self._begun
-            context = self._present().context(_key(call))
+            context = self._present().context(_key(call), call.place if begun else None)
             result = await toolbox.run(call.tool, call.arguments, context, begun=begun)
         self._results[call.call_id] = result
 

@@ -265,12 +265,14 @@ class Turn:
         return self._actor
 
     def _called(self, completion: Completion) -> list[ToolCalled]:
+        place = self._mine.place.instance
         return [
             ToolCalled(
                 run_id=self.run_id,
                 call_id=self._journal.history.fresh_call_id(_utf8(use.call_id)),
                 tool=_utf8(use.tool),
                 arguments=_utf8(use.arguments),
+                place=place,
             )
             for use in completion.tool_calls
         ]

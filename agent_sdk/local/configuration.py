@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import msgspec
 from msgspec.structs import replace
 
 from agent_sdk.agent.actor import Actor, RunClientTool
+from agent_sdk.agent.place import Passing, Place
 from agent_sdk.definition import Agent
 from agent_sdk.local.fold import Fold
 from agent_sdk.local.settings import Settings
@@ -54,7 +55,7 @@ class Configuration:
         self._tags = dict(tags)
         self._run_client_tool = run_client_tool
         self._workspace: Workspace | None = None
-        self.same_place: Callable[[], bool] = lambda: True
+        self.place: Place = Passing()
         self._functions: Mapping[str, FunctionTool] = {}
         self._former: list[Actor] = []
 
@@ -200,7 +201,7 @@ class Configuration:
         )
         actor.add_secrets(self._secrets)
         actor.run_client_tool = self._run_client_tool
-        actor.same_place = self.same_place
+        actor.place = self.place
         return actor
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 from agent_sdk.agent.actor import RunClientTool
+from agent_sdk.agent.place import Place
 from agent_sdk.conversation import Accepted, Callback, Cursor, OnDelta, Outcome, Snapshot, Stats
 from agent_sdk.definition import Agent
 from agent_sdk.ids import new_id
@@ -138,13 +139,13 @@ class LocalConversation:
         self._configuration.run_client_tool = runner
 
     @property
-    def same_place(self) -> Callable[[], bool]:
-        """Whether the workspace has still what ran in it before the conversation was opened. May be set before that."""
-        return self._configuration.same_place
+    def place(self) -> Place:
+        """Where calls can be taken up that were begun before the conversation was opened. May be set before that."""
+        return self._configuration.place
 
-    @same_place.setter
-    def same_place(self, same: Callable[[], bool]) -> None:
-        self._configuration.same_place = same
+    @place.setter
+    def place(self, place: Place) -> None:
+        self._configuration.place = place
 
     @property
     def hidden(self) -> list[str]:

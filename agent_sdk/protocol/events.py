@@ -94,6 +94,8 @@ class ToolCalled(Base, frozen=True, tag="tool_called"):
     tool: str
     arguments: str
     """The arguments exactly as the model wrote them: JSON text, possibly malformed."""
+    place: str = ""
+    """The box that lived when this was written: what began in it is not begun again in another one."""
 
 
 class ToolReturned(Base, frozen=True, tag="tool_returned"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 
@@ -88,6 +89,24 @@ async def test_a_call_of_another_tool_is_unknown_and_not_run_again(opening):
         [returned] = await these(second, ToolReturned)
         assert (returned.is_error, returned.data) == (True, {"outcome": "unknown"})
         assert counted.runs == 1
+
+
+async def test_a_command_of_a_workspace_that_ended_with_its_process_is_unknown_and_not_run_again(
+    opening, tmp_path
+):
+    os.mkfifo(tmp_path / "begun")
+    command = "echo run >>runs; echo >begun; sleep 600"
+    agent = acting(call("terminal", command=command), say("done"), tools=["terminal"])
+    first = opening(agent)
+    await first.send_message("go")
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.to_thread((tmp_path / "begun").read_text)
+    await first.suspend()
+    async with opening(agent) as second:
+        assert (await until(second, TurnEnded)).status == "finished"
+        [returned] = await these(second, ToolReturned)
+        assert (returned.is_error, returned.data) == (True, {"outcome": "unknown"})
+    assert (tmp_path / "runs").read_text() == "run\n"
 
 
 async def test_calls_behind_the_one_that_ran_had_not_begun_and_are_run(opening):

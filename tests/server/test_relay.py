@@ -35,7 +35,6 @@ from agent_sdk.protocol.results import RunningOperation, Transferred
 from agent_sdk.remote.connection import connect
 from agent_sdk.rpc.peer import Peer
 from tests.server.test_box_process import gone
-from tests.server.wire import GUARD
 
 
 class Server:
@@ -43,6 +42,7 @@ class Server:
 
     def __init__(self, data: Path) -> None:
         self.data = data
+        self.environment = {"AGENT_SERVER_DRAIN_SECONDS": "1", "AGENT_SERVER_BOX_LINGER_SECONDS": "60"}
         self.conversation = new_id()
         self._process: asyncio.subprocess.Process | None = None
         self._url = self._key = ""
@@ -50,16 +50,17 @@ class Server:
     async def start(self) -> None:
         command = ("-m", "agent_server", "serve", "--json", "--port", "0", "--data", str(self.data))
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+            *(sys.executable, *command),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **self.environment},
         )
         ready = json.loads(await self._process.stdout.readline())
         self._url, self._key = ready["url"], Path(ready["api_key_file"]).read_text().strip()
 
-    def send(self, number: int) -> None:
-        self._process.send_signal(number)
-
     async def stop(self, number: int) -> None:
-        self.send(number)
+        if self._process.returncode is None:
+            self._process.send_signal(number)
         await self._process.wait()
 
     async def restart(self, number: int = signal.SIGKILL) -> None:
@@ -78,15 +79,14 @@ class Server:
 
 
 @pytest.fixture
-async def server(tmp_path, monkeypatch):
+async def server(tmp_path):
     running = Server(tmp_path / "data")
     await running.start()
     async with connect(running._url, running._key) as connection:
         running.conversation = connection.answer.conversation
-    async with asyncio.timeout(3 * GUARD):
-        yield running
-    monkeypatch.setenv("AGENT_SERVER_BOXES_ON_STOP", "end")
-    await running.restart(signal.SIGTERM)
+    yield running
+    running.environment["AGENT_SERVER_BOXES_ON_STOP"] = "end"
+    await running.restart()
     await running.stop(signal.SIGTERM)
 
 
@@ -288,7 +288,6 @@ async def test_a_command_goes_on_when_its_server_is_stopped_properly(server):
     async with server.connected() as peer:
         calling = asyncio.ensure_future(peer.call(call))
         await asyncio.to_thread((root / "pipe").read_text)
-        server.send(signal.SIGTERM)
         await server.stop(signal.SIGTERM)
         with pytest.raises(ConnectionError):
             await calling

@@ -21,6 +21,7 @@ from agent_sdk.local.receipts import operation, receipt
 from agent_sdk.protocol.events import UserMessage
 from tests.agent.llm.provider import events as spoken
 from tests.server.wire import GUARD
+from workspaces.box_process import BoxProcess
 
 MODEL_KEY = "sk-a-key-that-nobody-may-find-0123456789"
 SECRETS_KEY = "sealing-key-0123456789abcdef"
@@ -252,6 +253,30 @@ async def test_a_command_whose_box_died_too_is_unknown_and_does_not_run_again(se
     assert (returned["is_error"], returned["data"]) == (True, {"outcome": "unknown"})
     assert ran.read_text() == "once\n"
     assert events[-1]["final_text"] == "sorry"
+
+
+async def test_a_command_is_not_begun_again_in_a_box_that_took_the_place_of_its_own(server, pipe, tmp_path):
+    begun, ran = pipe("begun"), tmp_path / "ran"
+    first = await server()
+    command = f"echo once >> {ran}; echo $PPID > {begun}; sleep 600"
+    id = await first.conversation(call("terminal", command=command), say("sorry"))
+    await first.say(id)
+    box = int(await begun.line())
+    await first.kill()
+    os.kill(box, 9)
+    # As a server leaves it that is killed when the next box has begun, and the loss of this one is not told.
+    data = tmp_path / "data"
+    if (dying := await BoxProcess.find(data / "boxes" / id, data / "output" / id)) is not None:
+        await dying.end()
+    root, folder, spool = data / "workspaces" / id, data / "boxes" / id, data / "output" / id
+    next_one = BoxProcess(root, folder, spool=spool)
+    await next_one.start()
+    next_one.let_go()
+    second = await server()
+    events = await second.until(id, is_a("turn_ended"))
+    [returned] = these(events, "tool_returned")
+    assert (returned["is_error"], returned["data"]) == (True, {"outcome": "unknown"})
+    assert ran.read_text() == "once\n"
 
 
 async def test_a_command_survives_two_servers(server, pipe):
