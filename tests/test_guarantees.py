@@ -18,7 +18,7 @@ WANTED = [f"G{number}" for number in range(1, 18) if number != 14]
 
 
 @cache
-def tests_in(path):
+def functions_in(path):
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
@@ -37,4 +37,4 @@ def test_a_promise_names_tests_and_they_exist(promise):
     listed = [line for line in PROMISES[promise].splitlines() if line.startswith("- ")]
     found = named(PROMISES[promise])
     assert found and len(found) == len(listed)
-    assert [f"{path}::{test}" for path, test in found if test not in tests_in(path)] == []
+    assert [f"{path}::{test}" for path, test in found if test not in functions_in(path)] == []

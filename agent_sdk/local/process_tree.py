@@ -25,6 +25,7 @@ HAS_PIDFD = hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")
 # After KILL only a process inside an uninterruptible system call stays; nobody can wait for that.
 _DEATH_SECONDS = 2.0
 _ROUNDS = 50
+_LOOKS = 50
 
 
 class _Seen(NamedTuple):
@@ -33,6 +34,8 @@ class _Seen(NamedTuple):
     session: int
     started: int
     """Clock ticks since boot."""
+    memory: int
+    """Bytes; a thread of the kernel has none."""
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -85,10 +88,21 @@ def _belongs(seen: _Seen, tree: Tree) -> bool:
         if ended is None or seen.started <= ended:
             return True
     try:
-        with open(f"/proc/{seen.pid}/environ", "rb") as file:
-            return b"\0" + tree.marker in b"\0" + file.read() + b"\0"
+        return b"\0" + tree.marker in b"\0" + _environment(seen) + b"\0"
     except OSError:  # gone, or somebody else's
         return False
+
+
+def _environment(seen: _Seen) -> bytes:
+    """The environment a process was started with. While it changes into another program it seems to have none."""
+    environment = b""
+    for _ in range(_LOOKS if seen.memory else 0):
+        with open(f"/proc/{seen.pid}/environ", "rb") as file:
+            environment = file.read()
+        if environment:
+            break
+        os.sched_yield()
+    return environment
 
 
 def _all_processes() -> Iterable[_Seen]:
@@ -109,7 +123,7 @@ def _look_at(pid: int) -> _Seen | None:
     words = text[text.rindex(b")") + 2 :].split()
     if words[0] in (b"Z", b"X"):
         return None
-    return _Seen(pid, int(words[1]), int(words[3]), int(words[19]))
+    return _Seen(pid, int(words[1]), int(words[3]), int(words[19]), int(words[20]))
 
 
 class _Held:

@@ -54,20 +54,25 @@ async def tried(work) -> object:
         return type(exc)
 
 
+async def tries(work, wanted=lambda result: True) -> list[object]:
+    """What many calls give, until one of them gave what is wanted: on a busy machine the swaps stand still for long."""
+    results = []
+    while len(results) < ROUNDS or not any(map(wanted, results)):
+        results.append(await tried(work(len(results))))
+    return results
+
+
 async def test_a_folder_that_becomes_a_symlink_at_any_moment_lets_nothing_out(flipping):
     root, outside = flipping
     async with LocalWorkspace(root) as workspace:
         files = workspace.files
-        written = [await tried(files.write(f"d/f{number}", b"x")) for number in range(ROUNDS)]
-        made = [await tried(files.mkdir(f"d/m{number}/n")) for number in range(ROUNDS)]
-        read = [await tried(files.read("d/secret")) for _ in range(ROUNDS)]
-        removed = [await tried(files.remove("d/secret")) for _ in range(ROUNDS)]
-        listed = [await tried(files.list("d")) for _ in range(ROUNDS)]
+        await tries(lambda nth: files.write(f"d/f{nth}", b"x"), lambda each: isinstance(each, Transferred))
+        await tries(lambda nth: files.mkdir(f"d/m{nth}/n"), lambda each: each is None)
+        read = await tries(lambda _: files.read("d/secret"), lambda each: each is OutsideWorkspace)
+        removed = await tries(lambda _: files.remove("d/secret"))
+        listed = await tries(lambda _: files.list("d"))
     assert os.listdir(outside) == ["secret"]
     assert b"secret" not in read
-    assert OutsideWorkspace in read
-    assert any(isinstance(each, Transferred) for each in written)
-    assert None in made
     assert None not in removed
     assert not [
         info for each in listed if isinstance(each, list) for info in each if info.path.endswith("secret")
