@@ -105,7 +105,7 @@ class _Served:
         """The processes of `execute` calls that are under way, by op_id."""
 
     async def describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
-        return await self._workspace.describe()
+        return replace(await self._workspace.describe(), operations=self._ledger.under_way)
 
     # --- commands ---
 

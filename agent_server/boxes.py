@@ -30,6 +30,8 @@ from workspaces.box_process import BoxProcess
 
 FOUND_AT_ONCE = 32
 ANSWER_SECONDS = 5.0
+LOOK_SECONDS = 1.0
+"""At least between two looks at a box that is to end as soon as no call runs in it."""
 
 Change = Literal["ready", "stopped", "lost"]
 OnChange = Callable[[], None]
@@ -172,7 +174,7 @@ class BoxLink:
         self.survived = False
         """Whether the box was there before this server."""
         self.died = False
-        """Whether it was lost while there was no server; for whoever tells it, once."""
+        """Whether it was lost while nobody listened; for whoever tells it, once."""
         self.owing = False
         """Whether a result may be in the box and nowhere else."""
         self._make = make
@@ -186,6 +188,8 @@ class BoxLink:
         self._keeper: asyncio.Task[None] | None = None
         self._let_go: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._unused: asyncio.TimerHandle | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._uses = 0
         self._closed = False
 
     def __repr__(self) -> str:
@@ -209,8 +213,7 @@ class BoxLink:
             WorkspaceUnavailable, PathNotFound: it did not start, or the workspace is closed.
             Overloaded: it would have to be started, and there are boxes enough.
         """
-        if self._unused is not None:
-            self._unused.cancel()
+        self._use()
         while True:
             if self._linked is not None and self._linked.peer.lost is None:
                 return self._linked
@@ -220,6 +223,7 @@ class BoxLink:
 
     async def again(self, instance: str) -> Linked | None:
         """Like `linked`, but to this box or to none: None when it is gone."""
+        self._use()
         while self.instance == instance:
             if self._linked is not None and self._linked.peer.lost is None:
                 return self._linked
@@ -232,13 +236,30 @@ class BoxLink:
         """Take over a box that was found; one that does not answer is ended.
 
         Args:
-            linger: seconds after which it is ended when nobody has come back to it, as it does without a server.
+            linger: seconds after which it is ended when nobody has come back to it and no call runs in it.
         """
         self.instance = box.instance
         self._begin(box)
-        self._unused = asyncio.get_running_loop().call_later(linger, self._let_go.set_result, False)
+        self._rest(linger)
         await asyncio.wait([self._news])
         self.survived = self._linked is not None
+
+    async def operations(self) -> frozenset[str]:
+        """Return the op_ids of the calls that run in the box. To ask is not to use it.
+
+        Raises:
+            ConnectionLost, TimedOut: it does not answer.
+        """
+        if self._linked is None:
+            return frozenset()
+        return frozenset((await self._linked.peer.call(Describe(), timeout=self._patience)).operations)
+
+    async def retire(self, seconds: float) -> None:
+        """End the box that nobody uses; while a call runs in it, look again every so many seconds."""
+        if self.is_running:
+            await self._look(seconds)
+        if self._let_go.done():
+            await self.release()
 
     async def idle(self) -> bool:
         """Whether nothing runs in the box, no shell is open in it, and it owes no result."""
@@ -260,7 +281,35 @@ class BoxLink:
     async def close(self, *, keep: bool = False) -> None:
         """Like `release`; the way cannot be used any more."""
         self._closed = True
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
         await self.release(keep=keep)
+
+    def _use(self) -> None:
+        self._uses += 1
+        if self._unused is not None:
+            self._unused.cancel()
+
+    def _rest(self, seconds: float) -> None:
+        def look() -> None:
+            self._looking = asyncio.create_task(self._look(seconds))
+
+        self._unused = asyncio.get_running_loop().call_later(seconds, look)
+
+    async def _look(self, seconds: float) -> None:
+        """End the box if no call runs in it, and nobody comes back meanwhile."""
+        uses = self._uses
+        try:
+            busy = bool(await self.operations())
+        except AgentServerError:  # whoever uses it next finds out what it has
+            busy = True
+        if uses != self._uses or not self.is_running:
+            return
+        if busy:
+            self._rest(max(seconds, LOOK_SECONDS))
+        else:
+            self._let_go.set_result(False)
 
     # --- one box, from its start to its end ---
 
@@ -290,6 +339,7 @@ class BoxLink:
         else:
             await box.end()
         self._linked, self._keeper = None, None
+        self.died = change == "lost" and not self._listeners
         self.instance, self.survived, self.owing = new_id(), False, False
         self._turn(error)
         self._tell(change, words)

@@ -299,7 +299,7 @@ class Conversations:
             await hosted.close()
             others = (other for other in self._hosted.values() if other is not hosted)
             if not self._stopping and not any(other.link is hosted.link for other in others):
-                await hosted.link.release()
+                await hosted.link.retire(self._config.idle_seconds)
         finally:
             del self._hosted[id]
             del self._closing[id]

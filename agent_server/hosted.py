@@ -98,9 +98,10 @@ class Hosted:
         await self.local.__aenter__()
         if self.link.died:
             self.link.died = False
-            await self._note_loss("it ended while there was no server")
+            await self._note_loss("it ended while nobody used it")
         if not self._opened:
             self._opened = True
+            await self.relay.open()
             self.mask(self.local.hidden)
 
     async def close(self) -> None:
@@ -116,7 +117,7 @@ class Hosted:
     @property
     def busy(self) -> bool:
         """Whether something goes on in it that nobody needs to be connected for."""
-        return self.local.working or self.ledger.running > 0 or bool(self.relay.running())
+        return self.local.working or self.ledger.running > 0 or self.relay.busy
 
     @property
     def epoch(self) -> str:
@@ -134,7 +135,7 @@ class Hosted:
 
     async def state(self) -> Snapshot:
         """Return its present state."""
-        return replace(await self.local.state(), operations=self.relay.running())
+        return replace(await self.local.state(), operations=await self.relay.operations())
 
     def subscribe(self, listener: Callable[[int, bytes], None]) -> Callable[[], None]:
         """See feed.Source."""

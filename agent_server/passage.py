@@ -49,6 +49,8 @@ class Passage:
         """Whether being cancelled leaves the call to the box, instead of cancelling it there."""
         self.once = any(getattr(params, field) for field in INWARD.get(type(params), ()))
         """Whether bytes of the caller belong to it, which cannot be sent again."""
+        self.broken = False
+        """Whether it was sent over a connection that broke, so that nobody knows how far it came."""
         self.kept: dict[str, bytearray] | None = {}
         """The output that passed, by field; None: more than is kept."""
         self._params = params

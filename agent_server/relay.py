@@ -8,8 +8,9 @@ when the box is gone, what had begun in it is unknown and never run again.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import msgspec
@@ -59,6 +60,10 @@ class Relay:
         self._log = log
         self._work = work
         self._running: dict[str, list[_Run]] = {}
+        self._beginning: Counter[str] = Counter()
+        """Calls whose intent is being written down, by op_id."""
+        self._left: dict[str, RunningOperation] = {}
+        """What a former server has begun in the box that survived it."""
 
     def __repr__(self) -> str:
         return f"<Relay to {self._link!r}: {len(self._running)} operations>"
@@ -67,12 +72,28 @@ class Relay:
         """Return who answers the workspace methods."""
         return {method: self._effect if issubclass(method, Effect) else self._look for method in WORKSPACE}
 
-    def running(self) -> tuple[RunningOperation, ...]:
-        """Return the operations under way, oldest first."""
-        return tuple(
-            RunningOperation(op_id=op_id, method=runs[0].params.method)
+    async def open(self) -> None:
+        """Find out what a former server has begun."""
+        for known in await self._log.open_operations(self._conversation):
+            if self._link.survived and known.instance == self._link.instance:
+                self._left[known.op_id] = RunningOperation(op_id=known.op_id, method=known.method)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something passes through."""
+        return bool(self._running)
+
+    async def operations(self) -> tuple[RunningOperation, ...]:
+        """Return the operations under way, oldest first; also those to which nobody has come back yet."""
+        if self._left:
+            with suppress(AgentServerError):  # the box does not answer just now
+                known = await self._link.operations()
+                self._left = {op_id: left for op_id, left in self._left.items() if op_id in known}
+        passing = {
+            op_id: RunningOperation(op_id=op_id, method=runs[0].params.method)
             for op_id, runs in self._running.items()
-        )
+        }
+        return tuple({**self._left, **passing}.values())
 
     async def close(self) -> None:
         """Let go of what runs; it goes on in the box, and whoever repeats it attaches to it."""
@@ -112,6 +133,7 @@ class Relay:
             except ConnectionLost:
                 if linked.peer.lost is None:
                     raise
+            passage.broken = True
             again = await self._link.again(instance)
             if again is None:
                 raise OutcomeUnknown(LOST)
@@ -125,9 +147,13 @@ class Relay:
         self._work.admit()
         op_id, digest = params.op_id, _digest(params)
         instance = self._link.instance
-        known = await self._log.begin_operation(
-            self._conversation, op_id, digest, method=params.method, instance=instance
-        )
+        self._beginning[op_id] += 1
+        try:
+            known = await self._log.begin_operation(
+                self._conversation, op_id, digest, method=params.method, instance=instance
+            )
+        finally:
+            self._beginning -= Counter((op_id,))
         if known is not None and known.result is not None:
             receipt = Receipt.read(known.result)
             if receipt.whole or known.instance != instance:  # else the box still has the bytes
@@ -164,7 +190,9 @@ class Relay:
                 answer = _unknown(run.params, exc)
                 await run.passage.end_streams()
             except AgentServerError as exc:
-                if not exc.retryable:
+                if exc.retryable:
+                    await self._withdraw(run)
+                else:
                     await self._finish(run, Receipt.of_error(exc))
                 raise
             await self._finish(run, Receipt.of(answer, run.passage.kept))
@@ -175,6 +203,15 @@ class Relay:
             await self._log.finish_operation(self._conversation, run.params.op_id, receipt.written())
         except StorageFull:  # it was done, and the box still knows
             self._link.owing = True
+
+    async def _withdraw(self, run: _Run) -> None:
+        """It did nothing, and may come again: nothing is left of it, so nothing must remember it."""
+        run.in_vain = not run.passage.broken
+        op_id = run.params.op_id
+        if self._beginning[op_id] or not all(other.in_vain for other in self._running[op_id]):
+            return
+        with suppress(StorageFull):
+            await self._log.withdraw_operation(self._conversation, op_id)
 
     def _ended(self, run: _Run) -> None:
         run.work.close()
@@ -210,6 +247,8 @@ class _Run:
         self.passage = Passage(params, call)
         self.task: asyncio.Task[Any]
         self.work = ExitStack()
+        self.in_vain = False
+        """Whether it failed so that the box has forgotten it."""
 
 
 def _digest(params: Effect[Any]) -> bytes:

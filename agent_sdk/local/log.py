@@ -262,6 +262,14 @@ class EventLog:
 
         await self._write(conversation, work)
 
+    async def withdraw_operation(self, conversation: str, op_id: str) -> None:
+        """Forget a begun operation that did nothing, so that it may come again; one that finished stays."""
+
+        def work(database: Database) -> None:
+            database.operations.withdraw(database.key(conversation), op_id)
+
+        await self._write(conversation, work)
+
     async def open_operations(self, conversation: str) -> builtins.list[KnownOperation]:
         """Return what has begun and not finished, oldest first."""
 

@@ -83,6 +83,12 @@ class Operations:
         if row is not None and row.state == BEGUN:
             self._update(key, row._replace(state=FINISHED, result=result))
 
+    def withdraw(self, key: int, op_id: str) -> None:
+        """Forget an operation that was begun in vain."""
+        self._storage.rows(
+            "DELETE FROM operations WHERE conversation = ? AND op_id = ? AND state = ?", (key, op_id, BEGUN)
+        )
+
     def begun(self, key: int) -> list[OperationRow]:
         """Return the operations that have begun and not finished, oldest first."""
         rows = self._storage.rows(

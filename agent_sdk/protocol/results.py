@@ -91,6 +91,8 @@ class WorkspaceInfo(Struct, frozen=True, kw_only=True):
     pid: int = 0
     running: int = 0
     """How many processes run and shells are open in it."""
+    operations: tuple[str, ...] = ()
+    """The op_ids of the calls that are carried out in it."""
 
 
 class Accepted(Struct, frozen=True):

@@ -78,6 +78,11 @@ class Ledger:
     def __contains__(self, op_id: str) -> bool:
         return op_id in self._running or op_id in self._finished or op_id in self._expired
 
+    @property
+    def under_way(self) -> tuple[str, ...]:
+        """The op_ids of what runs, oldest first."""
+        return tuple(self._running)
+
     def is_running(self, op_id: str) -> bool:
         """Whether this operation is under way."""
         return op_id in self._running

@@ -40,6 +40,16 @@ async def test_what_has_begun_is_known_without_a_result_until_it_is_finished(log
     assert await log.open_operations("c") == []
 
 
+async def test_what_was_begun_in_vain_is_forgotten_but_not_what_has_finished(log):
+    await begin(log, "op")
+    await log.withdraw_operation("c", "op")
+    assert await log.open_operations("c") == []
+    assert await begin(log, "op", b"other digest") is None
+    await log.finish_operation("c", "op", b"answer")
+    await log.withdraw_operation("c", "op")
+    assert (await begin(log, "op", b"other digest")).result == b"answer"
+
+
 async def test_an_empty_answer_is_an_answer(log):
     await begin(log, "op")
     await log.finish_operation("c", "op", b"")

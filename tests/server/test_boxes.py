@@ -45,6 +45,18 @@ async def boxes(folder):
         yield boxes
 
 
+async def ended(pid):
+    """Wait until this process has ended."""
+    pidfd, over, loop = os.pidfd_open(pid), asyncio.Event(), asyncio.get_running_loop()
+    loop.add_reader(pidfd, over.set)
+    try:
+        async with asyncio.timeout(GUARD):
+            await over.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
 @pytest.fixture
 async def link(boxes):
     return boxes.link("c")
@@ -147,6 +159,35 @@ async def test_giving_up_waiting_does_not_stop_the_start_for_others(link):
     assert (await second).instance == link.instance
 
 
+async def test_a_box_that_nobody_uses_is_ended_when_no_call_runs_in_it_any_more(link, folder):
+    begun, go = (folder.workspace("c") / name for name in ("begun", "go"))
+    os.mkfifo(begun)
+    os.mkfifo(go)
+    there = RemoteWorkspace.over(link)
+    running = asyncio.ensure_future(there.execute("echo >begun; read x <go; echo $x"))
+    await asyncio.to_thread(begun.read_text)
+    info = await describe(link)
+    await link.retire(0)
+    assert link.is_running
+    assert list(await link.operations()) == list(info.operations) != []
+    await asyncio.to_thread(go.write_text, "over\n")
+    assert (await running).stdout == "over\n"
+    await ended(info.pid)
+    assert not link.is_running
+    await describe(link)
+    await link.retire(0)
+    assert not link.is_running
+
+
+async def test_a_box_that_is_used_meanwhile_is_not_retired(link):
+    info = await describe(link)
+    retiring = asyncio.create_task(link.retire(0))
+    await asyncio.sleep(0)
+    assert await describe(link) == info
+    await retiring
+    assert (await describe(link)).pid == info.pid
+
+
 # --- after a restart ---
 
 
@@ -233,13 +274,5 @@ async def test_a_found_box_that_does_not_answer_is_ended(folder):
 async def test_a_found_box_to_which_nobody_comes_back_is_ended(folder):
     box = await abandoned(folder)
     async with opened(folder, box_linger_seconds=0.0) as boxes:
-        pidfd = os.pidfd_open(box.pid)
-        over = asyncio.Event()
-        asyncio.get_running_loop().add_reader(pidfd, over.set)
-        try:
-            async with asyncio.timeout(GUARD):
-                await over.wait()
-        finally:
-            asyncio.get_running_loop().remove_reader(pidfd)
-            os.close(pidfd)
+        await ended(box.pid)
         assert boxes.running == 0

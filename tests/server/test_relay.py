@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import msgspec
 import pytest
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import Cancelled, OpMismatch, PathNotFound
+from agent_sdk.protocol.errors import Cancelled, OpMismatch, PathNotFound, TransferBroken
 from agent_sdk.protocol.methods import (
     Describe,
     Done,
@@ -73,6 +74,13 @@ class Server:
         async with connect(self._url, self._key, conversation=self.conversation) as connection:
             yield connection.peer
 
+    async def metric(self, name: str, value: int) -> bool:
+        """Wait until this number of the server has this value."""
+        async with aiohttp.ClientSession(self._url, headers={"Authorization": f"Bearer {self._key}"}) as http:
+            while f"\nagent_server_{name} {value}.0\n" not in await (await http.get("/metrics")).text():
+                pass
+        return True
+
     async def root(self) -> Path:
         async with self.connected() as peer:
             return Path((await peer.call(Describe())).root)
@@ -98,6 +106,15 @@ async def execute(peer: Peer, call: Execute) -> tuple[Executed, bytes, bytes]:
         follow = Execute(**{**fields, "stdout": out.channel, "stderr": err.channel, "follow": True})
         answer, said, complaint = await asyncio.gather(peer.call(follow), received(out), received(err))
         return answer, said, complaint
+
+
+async def upload(peer: Peer, fields: dict, data: bytes, trailer: bytes | None = None) -> Transferred:
+    """Send a file, with the digest of its bytes or with this `trailer`."""
+    async with peer.open_writer() as writer:
+        calling = asyncio.ensure_future(peer.call(Upload(**fields, channel=writer.channel)))
+        await writer.write(data)
+        await writer.finish(hashlib.sha256(data).digest() if trailer is None else trailer)
+        return await calling
 
 
 async def received(reader) -> bytes:
@@ -281,6 +298,62 @@ async def test_a_call_whose_caller_is_gone_goes_on_and_is_told_among_what_runs(s
         assert (await peer.call(GetState())).operations == ()
 
 
+async def test_what_a_former_server_began_is_told_and_kept_although_nobody_repeats_it(server):
+    root = await server.root()
+    os.mkfifo(root / "pipe")
+    call = Execute(op_id=new_id(), shell="echo run >>runs; echo begun >pipe; read x <pipe; echo $x")
+    async with server.connected() as peer:
+        calling = asyncio.ensure_future(peer.call(call))
+        await asyncio.to_thread((root / "pipe").read_text)
+        server.environment["AGENT_SERVER_IDLE_SECONDS"] = "0"
+        await server.restart()
+        with pytest.raises(ConnectionError):
+            await calling
+    told = (RunningOperation(op_id=call.op_id, method="execute"),)
+    async with server.connected() as peer:
+        assert (await peer.call(GetState())).operations == told
+    await server.metric("conversations", 0)
+    assert await server.metric("boxes", 1)
+    async with server.connected() as peer:
+        assert (await peer.call(GetState())).operations == told
+        again = asyncio.ensure_future(peer.call(call))
+        await asyncio.to_thread((root / "pipe").write_text, "over\n")
+        assert (await again).stdout_text == "over\n"
+        assert (await peer.call(GetState())).operations == ()
+    await server.metric("boxes", 0)
+    assert (root / "runs").read_text() == "run\n"
+
+
+async def test_what_ended_while_its_server_was_dead_is_not_told_among_what_runs_and_still_answered(server):
+    root = await server.root()
+    os.mkfifo(root / "pipe")
+    call = Execute(op_id=new_id(), shell="echo begun >pipe; read x <pipe; echo $x")
+    async with server.connected() as peer:
+        calling = asyncio.ensure_future(peer.call(call))
+        await asyncio.to_thread((root / "pipe").read_text)
+        await server.restart()
+        with pytest.raises(ConnectionError):
+            await calling
+    await asyncio.to_thread((root / "pipe").write_text, "over\n")
+    async with server.connected() as peer:
+        while (await peer.call(GetState())).operations:
+            pass
+        assert (await peer.call(call)).stdout_text == "over\n"
+
+
+async def test_what_failed_but_may_come_again_is_owed_to_nobody(server):
+    call = {"op_id": new_id(), "path": "file", "size": 4}
+    async with server.connected() as peer:
+        with pytest.raises(TransferBroken):
+            await upload(peer, call, b"data", b"another digest")
+        assert (await upload(peer, call, b"data")).size == 4
+        with pytest.raises(TransferBroken):
+            await upload(peer, {**call, "op_id": new_id()}, b"data", b"another digest")
+    await server.stop(signal.SIGTERM)
+    assert list((server.data / "boxes").iterdir()) == []
+    await server.start()
+
+
 async def test_a_command_goes_on_when_its_server_is_stopped_properly(server):
     root = await server.root()
     os.mkfifo(root / "pipe")
@@ -300,23 +373,13 @@ async def test_a_command_goes_on_when_its_server_is_stopped_properly(server):
 
 async def test_a_repeated_upload_takes_the_place_of_the_one_that_broke_off(server):
     data = os.urandom(3 << 20)
-    op_id = new_id()
-
-    async def upload(peer: Peer) -> Transferred:
-        async with peer.open_writer() as writer:
-            call = Upload(op_id=op_id, path="file", channel=writer.channel, size=len(data))
-            calling = asyncio.ensure_future(peer.call(call))
-            await writer.write(data)
-            await writer.finish(hashlib.sha256(data).digest())
-            return await calling
-
+    fields = {"op_id": new_id(), "path": "file", "size": len(data)}
     async with server.connected() as stuck, server.connected() as peer, stuck.open_writer() as writer:
-        call = Upload(op_id=op_id, path="file", channel=writer.channel, size=len(data))
-        calling = asyncio.ensure_future(stuck.call(call))
+        calling = asyncio.ensure_future(stuck.call(Upload(**fields, channel=writer.channel)))
         await writer.write(data[: 2 << 20])
-        done = await upload(peer)
+        done = await upload(peer, fields, data)
         with pytest.raises(Cancelled):
             await calling
         assert done.sha256 == hashlib.sha256(data).hexdigest()
-        assert await upload(peer) == done
+        assert await upload(peer, fields, data) == done
     assert (await server.root() / "file").read_bytes() == data
