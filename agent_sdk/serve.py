@@ -6,8 +6,8 @@ It knows no transport and no policy; each handler is the contract's call plus th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from msgspec.structs import replace
@@ -111,7 +111,7 @@ class _Served:
 
     async def execute(self, params: Execute, call: Inbound) -> Executed:
         stdin = await self._stdin(params, call)
-        if params.follow and params.stdout and params.stderr:
+        if params.follow and (params.stdout or params.stderr):
             return await self._follow(params, call, stdin)
         result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin))
         await _send_output(call, params.stdout, result.out)
@@ -127,17 +127,28 @@ class _Served:
 
     async def _follow(self, params: Execute, call: Inbound, stdin: bytes | None) -> Executed:
         """Send output while the command runs, from where the caller says; it is read from where it is kept."""
-        async with call.writing(params.stdout) as out, call.writing(params.stderr) as err:
+        wanted: tuple[tuple[OutputName, int, int], ...] = (
+            ("stdout", params.stdout, params.stdout_since),
+            ("stderr", params.stderr, params.stderr_since),
+        )
+        async with AsyncExitStack() as stack:
+            writers = {
+                name: await stack.enter_async_context(call.writing(channel))
+                for name, channel, _ in wanted
+                if channel
+            }
             begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
             running = asyncio.ensure_future(self._ledger.run(params, lambda: self._run(params, stdin)))
             try:
                 await asyncio.wait((running, begun), return_when=asyncio.FIRST_COMPLETED)
                 process = begun.result() if begun.done() else None
-                sending = (
-                    self._send_from(process, running, out, "stdout", params.stdout_since),
-                    self._send_from(process, running, err, "stderr", params.stderr_since),
+                await asyncio.gather(
+                    *(
+                        self._send_from(process, running, writers[name], name, since)
+                        for name, _, since in wanted
+                        if name in writers
+                    )
                 )
-                await asyncio.gather(*sending)
                 result: ExecResult = await running
             except asyncio.CancelledError:
                 running.cancel(DISCONNECTED if call.peer.lost is not None else None)
@@ -146,8 +157,8 @@ class _Served:
             finally:
                 if not self._ledger.is_running(params.op_id):
                     self._begun.pop(params.op_id, None)
-            still = result.status == "running"
-            return _executed(result, sizes=(out.offset, err.offset) if still else None)
+            sent = {name: writer.offset for name, writer in writers.items()}
+            return _executed(result, sent=sent if result.status == "running" else {})
 
     async def _send_from(
         self,
@@ -359,8 +370,9 @@ def _seconds(milliseconds: int | None) -> float | None:
 
 
 def _executed(
-    result: ExecResult, *, with_text: bool = False, sizes: tuple[int, int] | None = None
+    result: ExecResult, *, with_text: bool = False, sent: Mapping[OutputName, int] = {}
 ) -> Executed:
+    """The answer; `sent`: how much of each stream was sent, of a command that still writes."""
     return Executed(
         status=result.status,
         exit_code=result.exit_code,
@@ -368,8 +380,8 @@ def _executed(
         duration=result.duration,
         process_id=result.process_id,
         reason=result.reason,
-        stdout_bytes=sizes[0] if sizes else result.out.size,
-        stderr_bytes=sizes[1] if sizes else result.err.size,
+        stdout_bytes=sent.get("stdout", result.out.size),
+        stderr_bytes=sent.get("stderr", result.err.size),
         stdout_text=result.stdout if with_text else None,
         stderr_text=result.stderr if with_text else None,
     )

@@ -383,3 +383,19 @@ async def test_a_repeated_upload_takes_the_place_of_the_one_that_broke_off(serve
         assert done.sha256 == hashlib.sha256(data).hexdigest()
         assert await upload(peer, fields, data) == done
     assert (await server.root() / "file").read_bytes() == data
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+async def test_one_stream_can_be_followed_without_the_other(server, stream, tmp_path):
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    redirected = {"stdout": "", "stderr": " >&2"}[stream]
+    command = f"echo first{redirected}; read line <{go}; echo last{redirected}"
+    async with server.connected() as peer, peer.open_reader() as reader:
+        call = Execute(op_id=new_id(), shell=command, follow=True, **{stream: reader.channel})
+        calling = asyncio.ensure_future(peer.call(call))
+        assert (await anext(reader)).data == b"first\n"
+        await asyncio.to_thread(go.write_text, "on\n")
+        assert await received(reader) == b"last\n"
+        answer = await calling
+    assert (answer.exit_code, getattr(answer, f"{stream}_bytes")) == (0, 11)
