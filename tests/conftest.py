@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ import pytest
 # Commands inherit the environment, so those of this run can be told from those of another.
 os.environ["TESTS_RUN"] = secrets.token_hex(8)
 RUN = f"TESTS_RUN={os.environ['TESTS_RUN']}".encode()
+
+SHORT_LIVED = {"AGENT_SERVER_BOXES_ON_STOP": "end", "AGENT_SERVER_BOX_LINGER_SECONDS": "120"}
+"""For servers of tests: nothing stays for long, also when the run is killed."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,8 +49,7 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running
     """One server for the whole run; every workspace and conversation on it is fresh."""
     data = tmp_path_factory.mktemp("server")
     command = [sys.executable, "-m", "agent_server", "serve", "--port", "0", "--json", "--data", str(data)]
-    environment = {**os.environ, "AGENT_SERVER_BOXES_ON_STOP": "end"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **SHORT_LIVED}) as process:
         try:
             assert process.stdout is not None
             ready = json.loads(process.stdout.readline())
@@ -68,13 +71,25 @@ def names(cmdline: Path, folder: Path) -> bool:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No process, socket or temporary folder of ours outlives the test that made it."""
+    """No process, box, socket or temporary folder of ours outlives the test that made it."""
     if "running_server" in request.fixturenames:
         request.getfixturevalue("running_server")  # it stays for the whole run
+    folder = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    stays = folder / "server0"  # of running_server
     before = remains()
     yield
     left = remains() - before
+    for process in Path("/proc").glob("[0-9]*"):
+        if is_box(process, folder) and not names(process / "cmdline", stays):
+            left.add(f"box {process.name}")
+            with suppress(ProcessLookupError):
+                os.kill(int(process.name), signal.SIGTERM)  # it ends what it runs
     assert not left, f"left behind: {sorted(left)}"
+
+
+def is_box(process: Path, folder: Path) -> bool:
+    """Whether it is a box below this folder, also one that its server has left to itself."""
+    return names(process / "cmdline", folder) and names(process / "cmdline", Path("agent_sdk.box"))
 
 
 def remains() -> set[str]:

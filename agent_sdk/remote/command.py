@@ -40,7 +40,8 @@ async def followed(peer: Peer, call: Execute, stdin: bytes | None, heard: Heard)
             stderr_since=heard.err.position,
         )
         answer = await heard.listen(peer.call(asked), out, err)
-    return _result(answer, heard.out.output(answer.stdout_bytes), heard.err.output(answer.stderr_bytes))
+    sizes = max(answer.stdout_bytes, heard.out.position), max(answer.stderr_bytes, heard.err.position)
+    return _result(answer, heard.out.output(sizes[0]), heard.err.output(sizes[1]))
 
 
 class Heard:

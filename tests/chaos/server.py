@@ -17,11 +17,10 @@ from typing import Self
 import psutil
 
 from agent_sdk.local.log import EventLog
-from agent_server.config import ServerConfig
 from tests.chaos.history import Entry, Final, Logs
 
 KEY = "chaos-key-0123456789abcdef"
-BOXES = {"boxes_on_stop": "end"} if "boxes_on_stop" in ServerConfig.__struct_fields__ else {}
+BOXES = {"boxes_on_stop": "end", "box_linger_seconds": 300}
 START_SECONDS = 40
 END_SECONDS = 40
 LONGEST_LINE = 1 << 20

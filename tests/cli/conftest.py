@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent_server.cli import main
-from tests.conftest import RunningServer
+from tests.conftest import SHORT_LIVED, RunningServer
 
 PROGRAM = [sys.executable, "-m", "agent_server"]
 FOREIGN = ("AGENT_SERVER_", "LLM_", "DOCKER_", "XDG_")
@@ -25,7 +25,7 @@ class Shell:
 
     def __post_init__(self) -> None:
         own = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-        self.environ = {**own, "HOME": str(self.folder), "NO_COLOR": "1", **self.environ}
+        self.environ = {**own, **SHORT_LIVED, "HOME": str(self.folder), "NO_COLOR": "1", **self.environ}
 
     def run(self, *words: str, stdin: bytes = b"", **environ: str) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(

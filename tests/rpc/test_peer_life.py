@@ -57,6 +57,27 @@ async def test_calls_under_way_hear_why_the_connection_ended(peers):
             await client.call(Ping())
 
 
+async def test_a_call_that_is_let_go_of_because_its_own_caller_is_gone_goes_on(peers):
+    entered, go, ended = (asyncio.Event() for _ in range(3))
+
+    async def work(params, call):
+        entered.set()
+        await go.wait()
+        ended.set()
+        return DiffText("done")
+
+    async with peers({GitDiff: work}) as (client, _):
+        calling = asyncio.create_task(client.call(GitDiff()))
+        await entered.wait()
+        calling.cancel(DISCONNECTED)
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        assert await client.call(Ping()) == Pong()  # a cancellation would have come before it
+        go.set()
+        await ended.wait()
+        assert await client.call(Ping()) == Pong()  # its answer came before, and nobody missed it
+
+
 async def test_handlers_are_cancelled_and_waited_for(peers):
     handler = Handler()
     async with peers({GitDiff: handler}) as (client, server):

@@ -87,6 +87,7 @@ def start(tmp_path: Path) -> Start:
             "log_level": "debug",
             "drain_seconds": 5.0,
             "boxes_on_stop": "end",
+            "box_linger_seconds": 120.0,
             "box_environment": {"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
             **options,
         }

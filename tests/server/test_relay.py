@@ -43,7 +43,7 @@ class Server:
 
     def __init__(self, data: Path) -> None:
         self.data = data
-        self.environment = {"AGENT_SERVER_DRAIN_SECONDS": "1", "AGENT_SERVER_BOX_LINGER_SECONDS": "60"}
+        self.environment = {"AGENT_SERVER_DRAIN_SECONDS": "1", "AGENT_SERVER_BOX_LINGER_SECONDS": "120"}
         self.conversation = new_id()
         self._process: asyncio.subprocess.Process | None = None
         self._url = self._key = ""

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from agent_sdk.ids import new_id
+from tests.conftest import SHORT_LIVED
 from tests.server.wire import GUARD, TEXT, Wire, call, frame, request, upgrade
 
 LONG = {"argv": ["sleep", "600"], "timeout_ms": 600_000}
@@ -61,7 +62,7 @@ async def started(
         *through,
         *command("--port", "0", "--data", str(data)),
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "AGENT_SERVER_BOXES_ON_STOP": "end", **environment},
+        env={**os.environ, **SHORT_LIVED, **environment},
     )
     try:
         async with asyncio.timeout(GUARD):

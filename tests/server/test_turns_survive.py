@@ -20,6 +20,7 @@ from agent_sdk.local.log import EventLog
 from agent_sdk.local.receipts import operation, receipt
 from agent_sdk.protocol.events import UserMessage
 from tests.agent.llm.provider import events as spoken
+from tests.conftest import SHORT_LIVED
 from tests.server.wire import GUARD
 from workspaces.box_process import BoxProcess
 
@@ -40,7 +41,7 @@ class Server:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "agent_server", "serve", "--json", "--port", "0", "--data", str(data)),
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "AGENT_SERVER_BOXES_ON_STOP": "end", **environment},
+            env={**os.environ, **SHORT_LIVED, **environment},
         )
         async with asyncio.timeout(GUARD):
             ready = json.loads(await process.stdout.readline())
