@@ -262,14 +262,15 @@ class BoxLink:
             await self.release()
 
     async def idle(self) -> bool:
-        """Whether nothing runs in the box, no shell is open in it, and it owes no result."""
+        """Whether nothing runs in the box, no call and no shell is open in it, and it owes no result."""
         if not self.is_running:
             return True
         try:
             linked = await self.linked()
-            return not self.owing and not (await linked.peer.call(Describe(), timeout=self._patience)).running
+            info = await linked.peer.call(Describe(), timeout=self._patience)
         except AgentServerError:
             return False
+        return not (self.owing or info.running or info.operations)
 
     async def release(self, *, keep: bool = False) -> None:
         """End the box with all that runs in it, or leave it to itself; the next use starts another one then."""

@@ -67,7 +67,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     box_linger_seconds: Seconds = 3600.0
     """How long a box lives when its server is gone; then it ends what runs in it."""
     idle_seconds: Seconds = 1200.0
-    """How long a conversation that nobody uses keeps its box and its place in memory."""
+    """How long a conversation that nobody uses keeps its box and its place in memory; its box at least while a
+    call runs in it."""
     handshake_seconds: Timeout = 10.0
     """How long a connection may take to send its request, and then its `initialize`."""
     body_seconds: Timeout = 30.0

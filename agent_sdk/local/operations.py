@@ -9,6 +9,7 @@ it early. Rows shrink two at a time when new ones are written; there is no timer
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent_sdk.local.chain import sum_of
@@ -90,12 +91,16 @@ class Operations:
         )
 
     def begun(self, key: int) -> list[OperationRow]:
-        """Return the operations that have begun and not finished, oldest first."""
+        """Return the operations that have begun and not finished, oldest first; but none whose row is damaged."""
         rows = self._storage.rows(
             f"SELECT {_FIELDS}, sum FROM operations WHERE conversation = ? AND state = ? ORDER BY nth",
             (key, BEGUN),
         )
-        return [_whole(*row) for row in rows]
+        found = []
+        for row in rows:
+            with suppress(OutcomeUnknown):
+                found.append(_whole(*row))
+        return found
 
     def _insert(
         self, key: int, op_id: str, state: int, digest: bytes, method: str, instance: str, result: bytes

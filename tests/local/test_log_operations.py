@@ -143,6 +143,18 @@ async def test_what_is_young_stays_however_many_come_after_it(file):
         assert (await log.operation("c", "op-0")).result == b"answer"
 
 
+async def test_what_has_begun_is_listed_but_not_a_row_that_is_damaged(file):
+    async with EventLog.open(file) as log:
+        await log.create("c")
+        await begin(log, "one")
+        await begin(log, "two")
+    change(file, "UPDATE operations SET method = 'upload' WHERE op_id = 'one'")
+    async with EventLog.open(file) as log:
+        assert [known.op_id for known in await log.open_operations("c")] == ["two"]
+        with pytest.raises(OutcomeUnknown):
+            await begin(log, "one")
+
+
 async def test_an_operation_whose_row_is_damaged_has_an_unknown_outcome(file):
     async with EventLog.open(file) as log:
         await log.create("c")
