@@ -183,7 +183,7 @@ class ServerLink:
                 await asyncio.sleep(self._pause_after(lost))
                 seconds = self._target.reconnect_timeout
         except AgentServerError as exc:
-            self._end(exc)
+            self._end(final_error(exc) or exc)
         except Exception as exc:
             logger.exception("the connection to %s cannot be kept", self._target.url)
             self._end(InternalError(f"the connection cannot be kept: {exc!r}"))
