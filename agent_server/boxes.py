@@ -33,7 +33,8 @@ ANSWER_SECONDS = 5.0
 LOOK_SECONDS = 1.0
 """At least between two looks at a box that is to end as soon as no call runs in it."""
 
-Change = Literal["ready", "stopped", "lost"]
+Change = Literal["started", "found", "ended", "left", "lost"]
+"""`found`: it was there before this server; `left`: it goes on without it."""
 OnChange = Callable[[], None]
 
 
@@ -147,7 +148,7 @@ class Boxes:
         if change == "lost":
             self._logs.log.warning("box_lost", box=owner, last_words=words)
         else:
-            self._logs.log.info(f"box_{'started' if change == 'ready' else 'ended'}", box=owner)
+            self._logs.log.info(f"box_{change}", box=owner)
 
 
 class BoxLink:
@@ -165,7 +166,7 @@ class BoxLink:
 
         Args:
             make: makes a box of this name (`instance`), not started yet.
-            tell: called when a box is ready, was ended or was lost; with its last words.
+            tell: called when a box is there or is not any more; with its last words.
             admit: raises when there are boxes enough.
             patience: seconds after which a box that does not answer counts as hanging.
         """
@@ -323,20 +324,21 @@ class BoxLink:
         self._keeper = asyncio.create_task(self._keep(box))
 
     async def _keep(self, box: BoxProcess | None) -> None:
-        change: Change = "stopped"
+        change: Change = "ended"
         error: Exception | None = None
         found, box = box is not None, box or self._make(self.instance)
         try:
             if not found:
                 await box.start()
-            change = await self._stay(box)
+            change = await self._stay(box, "found" if found else "started")
         except Exception as exc:  # noqa: BLE001  whoever waits for the box gets it, whatever it is
-            change, error = ("lost", None) if self._linked or found else ("stopped", exc)
+            change, error = ("lost", None) if self._linked or found else ("ended", exc)
         words = box.last_words() if change == "lost" else ""
         if self._unused is not None:
             self._unused.cancel()
         if self._let_go.done() and self._let_go.result():
             box.let_go()
+            change = "left"
         else:
             await box.end()
         self._linked, self._keeper = None, None
@@ -348,7 +350,7 @@ class BoxLink:
             for listener in list(self._listeners.values()):
                 listener(words)
 
-    async def _stay(self, box: BoxProcess) -> Change:
+    async def _stay(self, box: BoxProcess, begins: Change) -> Change:
         """Stay connected until the box is not wanted any more or has ended by itself; returns which."""
         while True:
             async with AsyncExitStack() as stack:
@@ -357,7 +359,7 @@ class BoxLink:
                 self._linked = Linked(peer, box.instance)
                 self._turn()
                 if first:
-                    self._tell("ready", "")
+                    self._tell(begins, "")
                 closed = asyncio.ensure_future(peer.wait_closed())
                 reasons: list[asyncio.Future[Any]] = [closed, box.ended, self._let_go]
                 try:
@@ -366,7 +368,7 @@ class BoxLink:
                     closed.cancel()
                     await asyncio.gather(closed, return_exceptions=True)
             if self._let_go.done():
-                return "stopped"
+                return "ended"
             if box.ended.done():
                 return "lost"
 
