@@ -26,6 +26,7 @@ class Metrics:
         )
         self.refused = Counter("refused", "Refused requests and connections.", ["kind"], **make)
         self.slow_readers = Counter("slow_readers", "Connections closed because they did not read.", **make)
+        self.tasks = Gauge("tasks", "Tasks of the event loop.", **make)
         self.bugs = Counter("bugs", "Unexpected exceptions.", **make)
 
     def page(self) -> bytes:

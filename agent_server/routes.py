@@ -84,6 +84,7 @@ class Routes:
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Give the numbers to Prometheus."""
+        self._lobby.metrics.tasks.set(len(asyncio.all_tasks()))
         page = await asyncio.to_thread(self._lobby.metrics.page)
         return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 

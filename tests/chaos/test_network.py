@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 
+import aiohttp
 import psutil
 import pytest
 
@@ -12,6 +13,7 @@ from tests.chaos import seed
 from tests.chaos.client import Session, Subscriber, Writer
 from tests.chaos.history import History, Saw
 from tests.chaos.proxy import Proxy
+from tests.chaos.server import KEY, Server
 from tests.chaos.storm import settled, talked
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(seed.LIMIT)]
@@ -87,20 +89,26 @@ async def test_reconnects_lose_nothing_and_cost_the_server_nothing(case):
                         await writer.effect("send_message", text=f"message {nth}")
                     await subscriber.connected()
                     if nth in (rounds // 2, rounds - 1):
-                        after[nth] = size(process)
+                        after[nth] = await size(process, server)
                     proxy.cut(reset=case.chance.random() < 0.5)
                     await subscriber.disconnected()
                 await settled(subscriber)
         await server.stop()
         await case.judge(server)
-    (files, memory), (files_later, memory_later) = after.values()
+    (files, memory, tasks), (files_later, memory_later, tasks_later) = after.values()
     assert files_later <= files + 3
+    assert tasks_later <= tasks + 8  # those of a connection that is just being cut
     assert memory_later <= memory * 1.02 + (1 << 20)
 
 
-def size(process: psutil.Process) -> tuple[int, int]:
-    """Open descriptors and resident bytes of a process."""
-    return process.num_fds(), process.memory_info().rss
+async def size(process: psutil.Process, server: Server) -> tuple[int, int, int]:
+    """Open descriptors, resident bytes and tasks of a server."""
+    url = f"http://{server.host}:{server.port}"
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with aiohttp.ClientSession(url, headers=headers) as http, http.get("/metrics") as answer:
+        page = await answer.text()
+    tasks = next(line.split()[1] for line in page.splitlines() if line.startswith("agent_server_tasks "))
+    return process.num_fds(), process.memory_info().rss, round(float(tasks))
 
 
 async def test_a_frozen_server_is_waited_for(case):
