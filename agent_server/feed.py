@@ -15,9 +15,11 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Protocol
 
-from agent_sdk.protocol.errors import LimitExceeded
+from agent_sdk.protocol.errors import AgentServerError, ConversationNotFound, LimitExceeded
 from agent_sdk.protocol.methods import SyncReset
 from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
+
+GONE, UNREADABLE = 4404, 1011
 
 Stop = Callable[[], None]
 OnStuck = Callable[[int, str], None]
@@ -116,8 +118,15 @@ class Feed:
 
     def _replayed(self, replay: asyncio.Task[None]) -> None:
         self._replay = None
-        if not replay.cancelled() and (bug := replay.exception()) is not None:
-            self._on_bug(bug)
+        match None if replay.cancelled() else replay.exception():
+            case None:
+                pass
+            case ConversationNotFound():
+                self._on_stuck(GONE, "the conversation was deleted")
+            case AgentServerError() as error:
+                self._on_stuck(UNREADABLE, str(error))
+            case bug:
+                self._on_bug(bug)
 
     async def _from(self, epoch: str | None, after: int) -> None:
         self._position(epoch, after)

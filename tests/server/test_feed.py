@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
+from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
 from agent_sdk.protocol.methods import EventsNotice, SyncReset
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
@@ -261,3 +262,20 @@ async def test_an_event_longer_than_the_budget_arrives_in_its_place(connected):
             source.log.append((seq, b'{"seq":%d,"x":"%b"}' % (seq, b"x" * (3 << 20))))
             source.announce()
         assert await reader.until(6) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConversationNotFound("no conversation"), 4404), (ConversationDamaged("damaged"), 1011)],
+)
+async def test_a_log_that_cannot_be_read_any_more_ends_the_connection_and_is_no_bug(connected, error, code):
+    reader, peer = connected
+
+    def fail() -> None:
+        raise error
+
+    source = Source(3)
+    source.after_page = fail
+    async with feed(source, reader, peer), asyncio.timeout(GUARD):
+        await reader.given_up.wait()
+    assert reader.stuck == [code]
