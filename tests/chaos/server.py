@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import select
 import signal
 import socket
 import sys
@@ -63,9 +64,8 @@ class Server:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.kill()
-        for process in self.remains():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        while left := self.remains():
+            await asyncio.gather(*(killed(process.pid) for process in left))
 
     async def start(self, *prefix: str, **environment: str) -> bool:
         """Begin a life, under the command `prefix`; returns whether it came to accept connections."""
@@ -216,3 +216,14 @@ def cmdline(process: psutil.Process) -> Sequence[str]:
         return process.cmdline()
     except psutil.Error:
         return ()
+
+
+async def killed(pid: int) -> None:
+    """Kill a process and wait until it is gone: for a while it is there and can be seen."""
+    with suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            await asyncio.to_thread(select.select, [descriptor], [], [], END_SECONDS)
+        finally:
+            os.close(descriptor)
