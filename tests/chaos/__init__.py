@@ -9,6 +9,7 @@
 * proxy: a TCP proxy that cuts, slices, delays, holds and refuses.
 * syscalls: system calls that fail or kill.
 * disk: file systems of their own: small ones, and ones whose power fails.
+* witness: a client in a process of its own, that can be frozen.
 * broken: the mutants, damaged builds that the checker must catch.
 
 `make chaos` runs the tests; `python -m tests.chaos FOLDER` judges a kept run again.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import signal
+import sys
 
 import aiohttp
 import psutil
@@ -75,3 +78,35 @@ async def test_a_frozen_client_costs_little_and_loses_nothing(case):
 
 async def test_a_frozen_client_finds_a_build_with_endless_queues(case):
     assert 8 in broken_rules(await freeze(case, "unbounded_queue"))
+
+
+async def test_a_client_that_was_stopped_is_let_go_of_and_sees_everything_when_it_goes_on(case):
+    async with case.server(**BUDGET) as server:
+        assert await server.start()
+        async with Session.open(server.port) as session:
+            id = session.introduction["conversation"]
+        witness = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.chaos.witness", str(server.port), id),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with (
+                Subscriber("healthy", server, id, case.history) as healthy,
+                Writer("writer", server, id, case.history) as writer,
+            ):
+                await writer.effect("send_message", text="to begin with")
+                assert await witness.stdout.readline() == b"1\n"
+                witness.send_signal(signal.SIGSTOP)
+                for _ in range(MESSAGES // 10):
+                    await writer.effect("send_message", text=TEXT)
+                head = await settled(healthy)
+                await server.said("session_ended", code=4408)
+                witness.send_signal(signal.SIGCONT)
+                seen = [int(await witness.stdout.readline()) for _ in range(head - 1)]
+            assert seen == list(range(2, head + 1))
+        finally:
+            witness.kill()
+            await witness.wait()
+        await server.stop()
+        await case.judge(server)
