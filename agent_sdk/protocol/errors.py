@@ -23,6 +23,7 @@ AgentServerError
     WorkspaceUnavailable -32008
         WorkspaceLost (ConnectionError)
             OutcomeUnknown
+        EngineUnavailable, ImageUnavailable, IsolationUnavailable, ProfileMismatch, RemoteApiError
     LeaseLost           -32010
     PolicyDenied        -32011 (PermissionError)
         OutsideWorkspace, OriginNotAllowed, HostNotAllowed
@@ -244,7 +245,8 @@ class CommandTimeout(TimedOut):
 
 
 class WorkspaceUnavailable(AgentServerError, code=-32008, retryable=True):
-    """The place where commands run cannot be reached or did not start. Details: phase."""
+    """The place where commands run cannot be reached or did not start. Details: phase (`engine`, `image`, `pull`,
+    `create`, `start`, `ready`, `profile`, …)."""
 
 
 class WorkspaceLost(WorkspaceUnavailable, ConnectionError):
@@ -253,6 +255,26 @@ class WorkspaceLost(WorkspaceUnavailable, ConnectionError):
 
 class OutcomeUnknown(WorkspaceLost, retryable=False):
     """It had begun, or may have, when the place where it ran was lost; it is not run again. Details: op_id."""
+
+
+class EngineUnavailable(WorkspaceUnavailable):
+    """The container engine is absent, does not answer, or failed. Details: phase, status (HTTP)."""
+
+
+class ImageUnavailable(WorkspaceUnavailable, retryable=False):
+    """The image is not there, cannot be pulled, is not allowed, or cannot run here. Details: image, phase."""
+
+
+class IsolationUnavailable(WorkspaceUnavailable, retryable=False):
+    """This machine cannot give the isolation that was asked for. Details: wanted."""
+
+
+class ProfileMismatch(WorkspaceUnavailable, retryable=False):
+    """What is in force in a sandbox differs from what was asked for; it was ended. Details: differences."""
+
+
+class RemoteApiError(WorkspaceUnavailable):
+    """A Runtime API refused or failed. Details: status (HTTP), phase."""
 
 
 class LeaseLost(AgentServerError, code=-32010):

@@ -202,10 +202,14 @@ class SecretsChanged(Base, frozen=True, tag="secrets_changed"):
 
 
 class WorkspaceChanged(Base, frozen=True, tag="workspace_changed"):
-    """The place where commands run started, stopped or was lost."""
+    """The place where commands run started, stopped, was lost, or something in it ran into a limit."""
 
-    state: Literal["ready", "stopped", "lost"]
+    state: Literal["ready", "paused", "stopped", "lost", "limited"]
     reason: str = ""
+    """One sentence."""
+    cause: str = ""
+    """In one word. Of `limited`: `memory`, `pids`, `disk`; of `lost`: `oom`, `killed`, `exit`, `engine`, …;
+    of `stopped`: `idle`."""
 
 
 class LogRecovered(Base, frozen=True, tag="log_recovered"):

@@ -15,10 +15,12 @@ import msgspec
 from agent_sdk.protocol import events
 from agent_sdk.protocol.errors import AgentServerError, table
 from agent_sdk.protocol.methods import (
+    BOX,
     CLIENT,
     CONNECTION,
     CONVERSATION,
     NOTICES,
+    SANDBOX,
     WORKSPACE,
     Method,
     result_type,
@@ -30,12 +32,16 @@ Json = dict[str, Any]
 GROUPS: dict[str, tuple[type[Method[Any]], ...]] = {
     "connection": CONNECTION,
     "workspace": WORKSPACE,
+    "sandbox": SANDBOX,
+    "box": BOX,
     "conversation": CONVERSATION,
     "client": CLIENT,
 }
 SUMMARIES = {
     "connection": "Answered by both ends, `initialize` by the accepting one.",
     "workspace": "Answered by a box, and by a server on behalf of its box.",
+    "sandbox": "Answered by a server about the container of a workspace.",
+    "box": "Answered by a box about itself.",
     "conversation": "Answered by a server.",
     "client": "Answered by a client: the server calls them over the same connection.",
 }

@@ -75,6 +75,59 @@ class GitChange(Struct, frozen=True, kw_only=True):
     old_path: str | None = None
 
 
+class Mount(Struct, frozen=True, kw_only=True):
+    """A line of /proc/self/mountinfo."""
+
+    target: str
+    kind: str
+    """Of the file system."""
+    options: tuple[str, ...] = ()
+    """Of the mount itself: ro, nosuid, nodev, noexec."""
+
+
+class Profile(Struct, frozen=True, kw_only=True):
+    """What is in force for the commands of a box, as it finds it itself; None: it cannot tell."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+    capabilities: str = ""
+    """Effective, as a hexadecimal number (CapEff)."""
+    capabilities_bound: str = ""
+    """The most that a program could get (CapBnd)."""
+    no_new_privileges: bool = False
+    seccomp: int = 0
+    """0 none, 2 filtered."""
+    seccomp_filters: int = 0
+    read_only_root: bool = False
+    pids_max: int | None = None
+    memory_max: int | None = None
+    """Bytes."""
+    cpus: float | None = None
+    open_files: int | None = None
+    file_bytes: int | None = None
+    """The longest file a process may write."""
+    interfaces: tuple[str, ...] = ()
+    """Of the network."""
+    mounts: tuple[Mount, ...] = ()
+    kernel: str = ""
+    """What /proc/version begins with."""
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    """What a sandbox uses at the moment, as its engine counts; None: not known."""
+
+    cpu_seconds: float | None = None
+    memory: int | None = None
+    """Bytes, without the page cache that can be given back."""
+    memory_max: int | None = None
+    pids: int | None = None
+    pids_max: int | None = None
+    disk: int | None = None
+    """Bytes that the workspace occupies."""
+    disk_max: int | None = None
+
+
 class WorkspaceInfo(Struct, frozen=True, kw_only=True):
     """What and where a workspace is, and what holds there."""
 
@@ -87,6 +140,13 @@ class WorkspaceInfo(Struct, frozen=True, kw_only=True):
     confined: bool
     """Whether file calls are kept below the root."""
     isolation: str = "none"
+    """`none`, `user` (a user of its own), `bwrap`, or the runtime of its container (`runc`, `runsc`)."""
+    image: str | None = None
+    """Of the container."""
+    disk_quota: str = "none"
+    """What enforces the limit of the disk: `none`, or the mechanism."""
+    profile: Profile | None = None
+    usage: Usage | None = None
     user: int = 0
     pid: int = 0
     running: int = 0

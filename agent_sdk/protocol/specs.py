@@ -120,19 +120,38 @@ class AgentSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Sandbox(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A container that the server manages for one conversation."""
+    """A container that the server manages for one conversation.
 
-    image: str
-    cpus: Annotated[float, Meta(gt=0)] = 1.0
+    Its root file system is read-only, but for the workspace `/workspace` and small `/tmp` and `/run`; it runs as
+    user 10001 without capabilities. Sizes are a number with a unit of `b`, `k`, `m`, `g` (powers of 1024).
+    """
+
+    image: Annotated[str, Meta(min_length=1, max_length=512)]
+    """Any Linux image; nothing has to be installed in it."""
+    cpus: Annotated[float, Meta(gt=0, le=1024)] = 1.0
     memory: str = "512m"
-    pids: Annotated[int, Meta(ge=16)] = 256
+    """At least 32m; there is no swap. What is written to `/tmp` and `/run` counts."""
+    pids: Annotated[int, Meta(ge=16, le=65536)] = 256
     disk: str | None = None
+    """Of the workspace; None: the server's default, where its machine can limit it. A size that cannot be
+    enforced is refused."""
     network: Literal["none", "egress", "bridge"] = "none"
     env: dict[str, str] = {}
+    """For its commands; they are not in the container's configuration."""
     mounts: tuple[str, ...] = ()
+    """`/host/path:/path/in/it[:ro]`, below the folders the server allows."""
     gpus: str | None = None
-    idle_ttl: float | None = None
-    """Seconds without use until the container is stopped."""
+    """`all`, a number, or ids separated by commas."""
+    runtime: Literal["runc", "runsc"] | None = None
+    """None: what the server prefers. Another one is never taken in its place."""
+    platform: str | None = None
+    """E.g. `linux/amd64`; None: the engine's own."""
+    pull: Literal["missing", "always", "never"] = "missing"
+    snapshot: str | None = None
+    """Id of a snapshot whose content the workspace begins with."""
+    idle_ttl: Annotated[float, Meta(ge=1)] | None = None
+    """Seconds without use until the container is stopped; its workspace stays, the next use starts it again.
+    None: the server's `idle_seconds`."""
 
 
 class WorkspaceSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

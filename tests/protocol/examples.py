@@ -32,7 +32,7 @@ def example(info: inspect.Type | type) -> Any:
         case inspect.StrType():
             return next(text for text in STRINGS if info.pattern is None or re.search(info.pattern, text))
         case inspect.IntType():
-            return max(7, info.ge or 0) if info.le is None else min(7, info.le)
+            return min(max(7, info.ge or 0), info.le or 2**53)
         case inspect.FloatType():
             return 1.5
         case inspect.BoolType():
@@ -70,11 +70,9 @@ def values(info: inspect.Type | type) -> st.SearchStrategy[Any]:
                 -(2**53) if info.ge is None else info.ge, 2**53 if info.le is None else info.le
             )
         case inspect.FloatType():
-            return (
-                st.floats(0.1, 1e9)
-                if info.gt is not None
-                else st.floats(allow_nan=False, allow_infinity=False)
-            )
+            if info.gt is None and info.ge is None:
+                return st.floats(allow_nan=False, allow_infinity=False)
+            return st.floats(0.1 if info.ge is None else info.ge, 1e9 if info.le is None else info.le)
         case inspect.BoolType():
             return st.booleans()
         case inspect.NoneType():

@@ -65,6 +65,7 @@ from agent_sdk.protocol.methods.method import (
     R,
 )
 from agent_sdk.protocol.methods.workspace import (
+    Claim,
     Count,
     Describe,
     DiffText,
@@ -78,6 +79,8 @@ from agent_sdk.protocol.methods.workspace import (
     FilesStat,
     GitChanges,
     GitDiff,
+    LimitReached,
+    PauseWorkspace,
     ProcessInput,
     ProcessList,
     ProcessOutput,
@@ -85,21 +88,26 @@ from agent_sdk.protocol.methods.workspace import (
     ProcessSignal,
     ProcessStart,
     ProcessWait,
+    ResumeWorkspace,
     ShellAnswer,
     ShellReset,
     ShellRun,
     ShellSend,
+    SnapshotTaken,
+    SnapshotWorkspace,
     Started,
     Upload,
 )
 
 __all__ = [
+    "BOX",
     "CLIENT",
     "CONNECTION",
     "CONVERSATION",
     "CancelCall",
     "CancelNotice",
     "CancelOutcome",
+    "Claim",
     "ClientInfo",
     "Configure",
     "Count",
@@ -127,11 +135,13 @@ __all__ = [
     "Initialize",
     "Initialized",
     "Interrupt",
+    "LimitReached",
     "ListConversations",
     "Method",
     "NOTICES",
     "Notice",
     "Pause",
+    "PauseWorkspace",
     "Ping",
     "Pong",
     "ProcessInput",
@@ -145,15 +155,19 @@ __all__ = [
     "RegisterTools",
     "Respond",
     "Resume",
+    "ResumeWorkspace",
     "Run",
     "RunAnswer",
     "SendMessage",
     "SetConfirmationPolicy",
+    "SANDBOX",
     "SetTitle",
     "ShellAnswer",
     "ShellReset",
     "ShellRun",
     "ShellSend",
+    "SnapshotTaken",
+    "SnapshotWorkspace",
     "Started",
     "Subscribe",
     "Subscribed",
@@ -192,6 +206,10 @@ WORKSPACE: tuple[type[Method[Any]], ...] = (
     GitChanges,
     GitDiff,
 )
+# Answered by a server about the container of a workspace.
+SANDBOX: tuple[type[Method[Any]], ...] = (PauseWorkspace, ResumeWorkspace, SnapshotWorkspace)
+# Answered by a box about itself.
+BOX: tuple[type[Method[Any]], ...] = (Claim,)
 CONVERSATION: tuple[type[Method[Any]], ...] = (
     Configure,
     RegisterTools,
@@ -212,12 +230,19 @@ CONVERSATION: tuple[type[Method[Any]], ...] = (
 )
 CONNECTION: tuple[type[Method[Any]], ...] = (Initialize, Ping, CancelCall)
 CLIENT: tuple[type[Method[Any]], ...] = (ToolCall,)
-NOTICES: tuple[type[Notice], ...] = (EventsNotice, DeltaNotice, SyncReset, Draining, CancelNotice)
+NOTICES: tuple[type[Notice], ...] = (
+    EventsNotice,
+    DeltaNotice,
+    SyncReset,
+    Draining,
+    CancelNotice,
+    LimitReached,
+)
 
 
 def all_methods() -> dict[str, type[Method[Any]]]:
     """Method name to class."""
-    return {cls.method: cls for cls in CONNECTION + WORKSPACE + CONVERSATION + CLIENT}
+    return {cls.method: cls for cls in CONNECTION + WORKSPACE + SANDBOX + BOX + CONVERSATION + CLIENT}
 
 
 def result_type(method: type[Method[R]]) -> type[R]:

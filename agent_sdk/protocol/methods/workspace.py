@@ -14,7 +14,9 @@ from agent_sdk.protocol.methods.method import (
     Method,
     Ms,
     Name,
+    Notice,
     Offset,
+    OpId,
     Path,
 )
 from agent_sdk.protocol.results import (
@@ -269,3 +271,47 @@ class GitDiff(Method[DiffText], frozen=True, kw_only=True):
     method = "git.diff"
     path: Path = "."
     base: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+
+
+class PauseWorkspace(Effect[Done], frozen=True, kw_only=True):
+    """Freeze the container of the workspace with all that runs in it; its next use wakes it."""
+
+    method = "workspace.pause"
+
+
+class ResumeWorkspace(Effect[Done], frozen=True, kw_only=True):
+    """Let a frozen container go on."""
+
+    method = "workspace.resume"
+
+
+class SnapshotTaken(Struct, frozen=True, kw_only=True):
+    """A copy of the files of a workspace."""
+
+    id: str
+    size: int
+    """Bytes."""
+
+
+class SnapshotWorkspace(Effect[SnapshotTaken], frozen=True, kw_only=True):
+    """Copy the files of the workspace as they are now; a new workspace may begin with them (Sandbox.snapshot)."""
+
+    method = "workspace.snapshot"
+
+
+class Claim(Effect[WorkspaceInfo], frozen=True, kw_only=True):
+    """Give a box that was started in advance its identity, before anything runs in it; answered by a box only."""
+
+    method = "box.claim"
+    instance: OpId
+    """What it calls itself from now on."""
+    env: dict[str, str] = {}
+    """Added to the environment of its commands."""
+
+
+class LimitReached(Notice, frozen=True, kw_only=True):
+    """Something in the box ran into a limit; sent by a box to whoever is connected to it."""
+
+    method = "box.limit"
+    limit: Literal["memory", "pids", "disk"]
+    detail: str = ""
