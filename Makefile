@@ -2,11 +2,15 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 TIER ?= pr
+BASE_IMAGE ?= python:3.12-slim-bookworm
+IMAGE ?= agent-server:latest
+WHEELHOUSE ?=
 UV_VERSION := 0.13.9
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := agent_sdk workspaces agent_server
+MANYLINUX := manylinux_2_36 manylinux_2_34 manylinux_2_28 manylinux_2_17 manylinux2014 manylinux2010 manylinux1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo examples run-server test test-docker cover lint fmt types contracts bench docs docs-check image chaos lock clean
@@ -73,17 +77,33 @@ docs-check: $(READY) ## fail when the generated documents are stale
 	  diff -u "docs/$$name" "$$fresh/$$name" || { echo "docs/$$name is stale: run make docs" >&2; exit 1; }; \
 	done
 
-image: ## build the container image (a later version)
-	@echo "There is no container image yet; it comes with a later version." >&2; exit 2
+# The wheels are for the Python of the base; given a wheelhouse, nothing is fetched.
+image: $(READY) ## build the container image (BASE_IMAGE= IMAGE= WHEELHOUSE=folder)
+	rm -rf build/image build/lib && mkdir -p build/image/wheels
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --wheel-dir build/image/wheels .
+	if [ -n "$(WHEELHOUSE)" ]; then cp $(WHEELHOUSE)/*.whl build/image/wheels/; else \
+	  set -- $$(docker run --rm --network none --entrypoint python3 $(BASE_IMAGE) -c \
+	    'import os, sys; print("%d.%d" % sys.version_info[:2], os.uname().machine)') && \
+	  $(BIN)/python -m pip download --quiet --disable-pip-version-check --require-hashes --only-binary :all: \
+	    --python-version "$$1" $(MANYLINUX:%=--platform %_"$$2") \
+	    --dest build/image/wheels -r requirements/server.txt; \
+	fi
+	docker build --quiet --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
+	  --build-arg VERSION=$$($(BIN)/python -c 'from agent_sdk.version import __version__; print(__version__)') \
+	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) .
 
 chaos: $(READY) ## break things at random and check the guarantees (SEED=1 ONLY=name TIER=pr|night|release)
 	CHAOS_SEED=$(SEED) CHAOS_TIER=$(TIER) $(BIN)/python -m pytest -n 2 tests/chaos -m chaos -k "$(ONLY)" $(ARGS)
 
-lock: ## resolve requirements/dev.txt anew (ARGS="--upgrade")
+lock: ## resolve requirements anew (ARGS="--upgrade")
 	$(PYTHON) -m venv .cache/lock
 	.cache/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	.cache/lock/bin/uv pip compile setup.cfg --extra dev --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header --quiet --output-file requirements/dev.txt $(ARGS)
+	.cache/lock/bin/uv pip compile setup.cfg --extra cli --extra secrets --universal --python-version 3.11 \
+	  --generate-hashes --constraint requirements/dev.txt \
+	  --no-emit-index-url --no-header --quiet --output-file requirements/server.txt
 
 clean: ## remove everything that can be made again
 	rm -rf .venv .venv-* .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache \
