@@ -1,9 +1,9 @@
 """A box: one LocalWorkspace behind a Unix socket. `python -m agent_sdk.box --folder PATH --root DIR`.
 
 It owns the processes, terminals, output and files of its workspace and outlives every connection and
-the server that started it. It listens at `box.sock` in a folder of its own, prints `ready` when it does,
-ends on SIGTERM, and by itself when nobody has been connected for `--linger` seconds: then it ends its
-commands and removes their output and its folder. It needs no network and no aiohttp.
+the server that started it. It listens at `box.sock` in a folder of its own, or on a socket it was given,
+prints `ready` when it does, ends on SIGTERM, and by itself when nobody has been connected for `--linger`
+seconds: then it ends its commands and removes their output and its folder. It needs no network and no aiohttp.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 
 from agent_sdk.ids import new_id
 from agent_sdk.local.workspace import LocalWorkspace
@@ -30,7 +31,7 @@ from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound, Peer
 from agent_sdk.rpc.pipe import Pipe
-from agent_sdk.rpc.unix import serve_unix
+from agent_sdk.rpc.unix import serve_socket, serve_unix
 from agent_sdk.serve import weight, without_output, workspace_handlers
 from agent_sdk.version import __version__
 
@@ -108,15 +109,26 @@ async def serve(given: argparse.Namespace) -> None:
         box = Box(workspace, linger=given.linger, instance=given.instance or new_id())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, box.over.set)
-        async with serve_unix(os.path.join(given.folder, SOCKET), box.serve):
+        async with _listening(given, box):
             _say_ready()
             await box.over.wait()
+
+
+def _listening(given: argparse.Namespace, box: Box) -> AbstractAsyncContextManager[None]:
+    if given.listen is None:
+        return serve_unix(os.path.join(given.folder, SOCKET), box.serve)
+    listening = socket.socket(fileno=given.listen)
+    listening.setblocking(False)
+    listening.set_inheritable(False)
+    return serve_socket(listening, box.serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a box; returns the exit code."""
     parser = argparse.ArgumentParser(prog="agent_sdk.box", description="Serve a workspace on a Unix socket.")
-    parser.add_argument("--folder", required=True, help=f"its own folder, for {SOCKET}; removed at its end")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--folder", help=f"its own folder, for {SOCKET}; removed at its end")
+    place.add_argument("--listen", type=int, metavar="FD", help="a socket that listens already, instead")
     parser.add_argument("--root", required=True, help="folder of the workspace")
     parser.add_argument("--working-dir", help="where commands start; default: the root")
     parser.add_argument("--spool", help="its own folder for output of commands; default: a temporary one")
@@ -143,11 +155,13 @@ def _say_ready() -> None:
     os.close(null)
 
 
-def _remove(folder: str, spool: str | None) -> None:
+def _remove(folder: str | None, spool: str | None) -> None:
     """Remove our folders; whoever finds the record knows that we are not done yet, so it goes last."""
     with suppress(OSError):
         if spool is not None:
             os.rmdir(spool)
+        if folder is None:
+            return
         for name in sorted(os.listdir(folder), key=RECORD.__eq__):
             os.unlink(os.path.join(folder, name))
         os.rmdir(folder)

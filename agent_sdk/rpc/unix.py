@@ -200,12 +200,21 @@ async def serve_unix(
         PathExists: somebody listens there, or it is not a socket.
         WorkspaceUnavailable: the socket cannot be made.
     """
-    async with _Listener(_listening_socket(path), on_pipe, frame_bytes):
+    async with serve_socket(listen_unix(path), on_pipe, frame_bytes):
         try:
             yield
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+@asynccontextmanager
+async def serve_socket(
+    listening: socket.socket, on_pipe: Callable[[Pipe], Awaitable[None]], frame_bytes: int = FRAME_BYTES
+) -> AsyncIterator[None]:
+    """Like `serve_unix`, on a socket that somebody else has made. Leaving closes it."""
+    async with _Listener(listening, on_pipe, frame_bytes):
+        yield
 
 
 class _Listener:
@@ -271,7 +280,8 @@ class _Listener:
         self._loop.call_exception_handler({"message": message, "exception": exc})
 
 
-def _listening_socket(path: str) -> socket.socket:
+def listen_unix(path: str) -> socket.socket:
+    """Return a socket that listens at `path` (mode 0600), for `serve_socket`. Raises what `serve_unix` does."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _short(path) as address:
