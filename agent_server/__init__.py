@@ -11,11 +11,12 @@ session:        one WebSocket                      introduction:  `initialize`
 feed:           replay, then live                  handlers:      method class to coroutine
 relay:          calls to a box, once each          passage:       one of them, with its bytes
 receipt:        what they answered, kept           boxes:         their starts, ends and survival
-conversations:  all conversations                  hosted:        one of them, in memory
-client_tools:   tools in the client's process      metrics:       numbers for Prometheus
-work:           what runs now; draining            sealing:       the keys that seal secrets
-config:         every option                       data_folder:   where things last, and its lock
-logs:           log lines without secrets          refusal:       why a server does not start
+box_link:       the way to one of them             conversations: all conversations
+hosted:         one of them, in memory             client_tools:  tools in the client's process
+metrics:        numbers for Prometheus             work:          what runs now; draining
+sealing:        the keys that seal secrets         config:        every option
+data_folder:    where things last, and its lock    refusal:       why a server does not start
+logs:           log lines without secrets
 
 The command line:
 __main__, cli, arguments: what was typed           commands:      one file per command

@@ -27,7 +27,8 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.protocol.specs import WorkspaceSpec
 from agent_sdk.rpc.peer import Peer
-from agent_server.boxes import Boxes, BoxLink
+from agent_server.box_link import BoxLink
+from agent_server.boxes import Boxes
 from agent_server.config import ServerConfig
 from agent_server.data_folder import DataFolder
 from agent_server.hosted import CLOSE_GONE, Hosted

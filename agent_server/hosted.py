@@ -19,7 +19,7 @@ from agent_sdk.protocol.methods import Method
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Handler, Peer
-from agent_server.boxes import BoxLink, BoxPlace
+from agent_server.box_link import BoxLink, BoxPlace
 from agent_server.client_tools import ClientTools
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
@@ -80,7 +80,7 @@ class Hosted:
         self._metrics = metrics
         self._work = work
         self._opened = False
-        self._noting: asyncio.Task[None] | None = None
+        self._noting: set[asyncio.Task[None]] = set()
         self._turn: ExitStack | None = None
         """What is counted while a turn runs."""
         self._forget: list[Callable[[], None]] = []
@@ -94,11 +94,11 @@ class Hosted:
         if not self._forget:  # before the log is read: a turn that is open in it goes on at once
             self._forget.append(self.local.subscribe(self._follow_turns))
             self._forget.append(self.local.subscribe_deltas(self._pass_delta))
-            self._forget.append(self.link.on_lost(self._lost))
+            self._forget.append(self.link.on_change(self._changed))
         await self.local.__aenter__()
-        if self.link.died:
-            self.link.died = False
-            await self._note_loss("it ended while nobody used it")
+        if self.link.untold is not None:
+            untold, self.link.untold = self.link.untold, None
+            await self._note(untold)
         if not self._opened:
             self._opened = True
             await self.relay.open()
@@ -193,12 +193,14 @@ class Hosted:
         self._turn.enter_context(self._work.turn())
         self._turn.enter_context(self._metrics.turns.track_inprogress())
 
-    def _lost(self, reason: str) -> None:
-        self._noting = asyncio.create_task(self._note_loss(reason))
+    def _changed(self, event: WorkspaceChanged) -> None:
+        noting = asyncio.create_task(self._note(event))
+        self._noting.add(noting)
+        noting.add_done_callback(self._noting.discard)
 
-    async def _note_loss(self, reason: str) -> None:
+    async def _note(self, event: WorkspaceChanged) -> None:
         with suppress(AgentServerError):  # the conversation is being closed, or its log cannot be written
-            await self.local.record(WorkspaceChanged(state="lost", reason=reason))
+            await self.local.record(event)
 
     def _end_turn(self) -> None:
         if self._turn is not None:

@@ -43,7 +43,7 @@ from agent_sdk.protocol.results import Exit, RunningOperation
 from agent_sdk.remote.link import Linked
 from agent_sdk.rpc.ledger import CHANNELS
 from agent_sdk.rpc.peer import Handler, Inbound
-from agent_server.boxes import BoxLink
+from agent_server.box_link import BoxLink
 from agent_server.passage import Passage
 from agent_server.receipt import Receipt
 from agent_server.work import Work
@@ -219,6 +219,7 @@ class Relay:
         runs.remove(run)
         if not runs:
             del self._running[run.params.op_id]
+        self._link.use()
         if not run.task.cancelled():
             run.task.exception()  # who waited for it may be gone
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
+
+from agent_sdk.protocol.results import WorkspaceInfo
 
 
 class Box(Protocol):
@@ -26,6 +29,11 @@ class Box(Protocol):
     @property
     def ended(self) -> asyncio.Future[int | None]:
         """Done when it has ended by itself or was ended, with its exit code where that is known."""
+        ...
+
+    @property
+    def cause(self) -> str:
+        """Why it ended, in one word, as WorkspaceChanged has it; empty when nothing is known."""
         ...
 
     async def start(self) -> None:
@@ -65,4 +73,12 @@ class Box(Protocol):
 
     async def thaw(self) -> None:
         """Let it go on; nothing happens to one that is not frozen."""
+        ...
+
+    def follow(self, listener: Callable[[bool], None]) -> None:
+        """Call this with whether it is frozen, whenever somebody has frozen it or let it go on."""
+        ...
+
+    async def completed(self, info: WorkspaceInfo) -> WorkspaceInfo:
+        """Return what it says of itself with what only its keeper knows: image, runtime, usage."""
         ...

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -27,7 +27,8 @@ from agent_sdk.box import RECORD, SOCKET
 from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
 from agent_sdk.local.process_tree import Tree, end_tree, started_ticks
-from agent_sdk.protocol.errors import PathNotFound, WorkspaceUnavailable
+from agent_sdk.protocol.errors import IsolationUnavailable, PathNotFound, WorkspaceUnavailable
+from agent_sdk.protocol.results import WorkspaceInfo
 
 MARKER = "AGENT_BOX"
 """Names a box in its environment, which its commands inherit: so they are found when it could not end them."""
@@ -178,6 +179,32 @@ class BoxProcess:
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
             return " | ".join(line for line in lines[-LAST_WORDS:] if line)
         return ""
+
+    @property
+    def cause(self) -> str:
+        """`killed` by a signal, or `exit`; empty when only its starter could know."""
+        code = self._ended.result() if self._ended.done() else None
+        return "" if code is None else "killed" if code < 0 else "exit"
+
+    async def freeze(self) -> None:
+        """See Box.
+
+        Raises:
+            IsolationUnavailable: always; a process with all its children cannot be frozen safely.
+        """
+        raise IsolationUnavailable(
+            "this workspace is a plain process and cannot be paused; ask for a sandbox", wanted="pause"
+        )
+
+    async def thaw(self) -> None:
+        """See Box; it never is frozen."""
+
+    def follow(self, listener: Callable[[bool], None]) -> None:
+        """See Box; nothing ever happens."""
+
+    async def completed(self, info: WorkspaceInfo) -> WorkspaceInfo:
+        """See Box; it has said everything."""
+        return info
 
     # --- its start ---
 

@@ -28,7 +28,7 @@ from agent_sdk.protocol.methods import (
 from agent_sdk.remote.connection import connect
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_server.boxes import BoxLink
+from agent_server.box_link import BoxLink
 from agent_server.relay import Relay
 from agent_server.work import Work
 from tests.server.test_box_process import ENVIRONMENT

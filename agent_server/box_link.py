@@ -1,0 +1,414 @@
+"""The way to the box of one workspace: to the one that lives, and when that was lost or let go of, to the next one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Raw
+
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, StateConflict, WorkspaceUnavailable
+from agent_sdk.protocol.events import WorkspaceChanged
+from agent_sdk.protocol.methods import Describe, LimitReached
+from agent_sdk.protocol.results import WorkspaceInfo
+from agent_sdk.remote.connection import connect
+from agent_sdk.remote.link import Linked
+from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_sdk.rpc.peer import Peer
+from workspaces.box import Box
+
+ANSWER_SECONDS = 5.0
+LOOK_SECONDS = 1.0
+"""At least between two looks at a box that is to end as soon as no call runs in it."""
+SHOWN_DETAIL = 500
+LIMITED_SECONDS = 10.0
+"""At least between two events that tell of the same limit: a box could say so without end."""
+
+Change = Literal["started", "found", "ended", "left", "lost", "paused", "resumed"]
+"""`found`: it was there before this server; `left`: it goes on without it."""
+Listener = Callable[[WorkspaceChanged], None]
+
+
+class BoxLink:
+    """A link.Link to the box of one workspace. Several conversations may share one."""
+
+    def __init__(
+        self,
+        make: Callable[[str], Box],
+        tell: Callable[[Change, str], None],
+        *,
+        admit: Callable[[], None] = lambda: None,
+        patience: float = ANSWER_SECONDS,
+        idle: float | None = None,
+    ) -> None:
+        """Describe the way; nothing starts before it is used.
+
+        Args:
+            make: makes a box of this name (`instance`), not started yet.
+            tell: called when a box is there or is not any more; with its last words.
+            admit: raises when there are boxes enough.
+            patience: seconds after which a box that does not answer counts as hanging.
+            idle: of a sandbox: seconds without use until it is stopped. None: it is a plain process; of
+                that, listeners hear of its loss alone.
+        """
+        self.instance = new_id()
+        """Of the box that lives, or of the next one."""
+        self.survived = False
+        """Whether the box was there before this server."""
+        self.untold: WorkspaceChanged | None = None
+        """How the last box ended, when nobody listened; for whoever tells it, once."""
+        self.owing = False
+        """Whether a result may be in the box and nowhere else."""
+        self._make = make
+        self._tell = tell
+        self._admit = admit
+        self._patience = patience
+        self._idle = idle
+        self._listeners: dict[object, Listener] = {}
+        self._box: Box | None = None
+        self._linked: Linked | None = None
+        self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the state has changed, with the reason when a box did not start."""
+        self._keeper: asyncio.Task[None] | None = None
+        self._let_go: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._unused: asyncio.TimerHandle | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._frozen = False
+        self._thawing: asyncio.Task[None] | None = None
+        self._limited: dict[str, float] = {}
+        """When each limit was told of last."""
+        self._uses = 0
+        self._used_at = 0.0
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<BoxLink {self.instance} {'running' if self.is_running else 'at rest'}>"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a box, or one is starting."""
+        return self._keeper is not None and not self._let_go.done()
+
+    @property
+    def is_sandbox(self) -> bool:
+        """Whether its boxes are containers."""
+        return self._idle is not None
+
+    def on_change(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` with whatever happens to the box; returns how to stop that."""
+        key = object()
+        self._listeners[key] = listener
+        return lambda: self._listeners.pop(key, None) and None
+
+    async def linked(self) -> Linked:
+        """See Link; starts the box when there is none, and wakes one that is frozen. Cancelling stops neither.
+
+        Raises:
+            WorkspaceUnavailable, PathNotFound: it did not start, or the workspace is closed.
+            Overloaded: it would have to be started, and there are boxes enough.
+        """
+        linked = await self._lead(None)
+        assert linked is not None
+        return linked
+
+    async def again(self, instance: str) -> Linked | None:
+        """Like `linked`, but to this box or to none: None when it is gone."""
+        return await self._lead(instance)
+
+    async def _lead(self, instance: str | None) -> Linked | None:
+        self.use()
+        while instance in (None, self.instance):
+            if self._linked is not None and self._linked.peer.lost is None:
+                if not self._frozen:
+                    return self._linked
+                await self.resume()
+                continue
+            if self._keeper is None:
+                self._begin(None)
+            await asyncio.shield(self._news)
+        return None
+
+    async def adopt(self, box: Box, linger: float) -> None:
+        """Take over a box that was found; one that does not answer is ended.
+
+        Args:
+            linger: seconds after which it is ended when nobody has come back to it and no call runs in it.
+        """
+        self.instance = box.instance
+        self._begin(box)
+        self._rest(linger)
+        await asyncio.wait([self._news])
+        self.survived = self._linked is not None
+
+    def expect(self, instance: str) -> None:
+        """The box of this name may live, but cannot be looked for now: it is at the next use."""
+        self.instance, self.survived = instance, True
+
+    async def operations(self) -> frozenset[str]:
+        """Return the op_ids of the calls that run in the box. To ask is not to use it.
+
+        Raises:
+            ConnectionLost, TimedOut, StateConflict: it does not answer, or is frozen.
+        """
+        if self._linked is None:
+            return frozenset()
+        if self._frozen:
+            raise StateConflict("the workspace is paused", state="paused")
+        return frozenset((await self._linked.peer.call(Describe(), timeout=self._patience)).operations)
+
+    async def describe(self, info: WorkspaceInfo) -> WorkspaceInfo:
+        """Return what the box said of itself together with what is known of it from outside."""
+        return info if self._box is None else await self._box.completed(info)
+
+    async def retire(self, seconds: float) -> None:
+        """End the box that nobody uses; while a call runs in it, look again every so many seconds.
+
+        A sandbox ends when its own time is over.
+        """
+        if self.is_sandbox:
+            return
+        if self.is_running:
+            await self._look(seconds)
+        if self._let_go.done():
+            await self.release()
+
+    async def idle(self) -> bool:
+        """Whether nothing runs in the box, no call and no shell is open in it, and it owes no result."""
+        if not self.is_running:
+            return True
+        try:
+            linked = await self.linked()
+            info = await linked.peer.call(Describe(), timeout=self._patience)
+        except AgentServerError:
+            return False
+        return not (self.owing or info.running or info.operations)
+
+    async def pause(self) -> None:
+        """Freeze the box, if one runs, until it is used again.
+
+        Raises:
+            IsolationUnavailable: it is of a kind that cannot.
+        """
+        if self.is_running and not self._frozen:
+            await self.linked()
+            if self._box is not None:
+                await self._box.freeze()
+                self._set_frozen(True)
+
+    async def resume(self) -> None:
+        """Let a frozen box go on. Cancelling does not stop that."""
+        if self._frozen and self._box is not None:
+            if self._thawing is None:
+                self._thawing = asyncio.create_task(self._thaw(self._box))
+                self._thawing.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.shield(self._thawing)
+
+    async def release(self, *, keep: bool = False) -> None:
+        """End the box with all that runs in it, or leave it to itself; the next use starts another one then."""
+        if self._keeper is not None:
+            if not self._let_go.done():
+                self._let_go.set_result(keep)
+            await asyncio.wait([self._keeper])
+
+    async def close(self, *, keep: bool = False) -> None:
+        """Like `release`; the way cannot be used any more."""
+        self._closed = True
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
+        await self.release(keep=keep)
+
+    # --- its time ---
+
+    def use(self) -> None:
+        """It is being used, or was until now."""
+        self._uses += 1
+        self._used_at = asyncio.get_running_loop().time()
+        if self._unused is not None and self._idle is None:
+            self._unused.cancel()
+
+    def _rest(self, seconds: float) -> None:
+        def look() -> None:
+            left = self._used_at + (self._idle or 0.0) - asyncio.get_running_loop().time()
+            if self._idle is not None and left > 0:
+                self._rest(left)
+            else:
+                self._looking = asyncio.create_task(self._look(seconds))
+
+        if self._unused is not None:
+            self._unused.cancel()
+        self._unused = asyncio.get_running_loop().call_later(seconds, look)
+
+    async def _look(self, seconds: float) -> None:
+        """End the box if no call runs in it, and nobody comes back meanwhile."""
+        uses = self._uses
+        try:
+            busy = bool(await self.operations())
+        except AgentServerError:  # whoever uses it next finds out what it has
+            busy = True
+        if not self.is_running:
+            return
+        if busy or (uses != self._uses and self.is_sandbox):
+            self._rest(max(self._idle or seconds, LOOK_SECONDS))
+        elif uses == self._uses:
+            self._let_go.set_result(False)
+
+    # --- one box, from its start to its end ---
+
+    def _begin(self, box: Box | None) -> None:
+        if self._closed:
+            raise WorkspaceUnavailable("the workspace is closed", phase="closed")
+        if box is None:
+            self._admit()
+        self._let_go = asyncio.get_running_loop().create_future()
+        self._keeper = asyncio.create_task(self._keep(box))
+
+    async def _keep(self, box: Box | None) -> None:
+        change: Change = "ended"
+        error: Exception | None = None
+        found, box = box is not None, box or self._make(self.instance)
+        self._box = box
+        box.follow(self._set_frozen)
+        try:
+            if not found:
+                await box.start()
+            change = await self._stay(box, "found" if found else "started")
+        except Exception as exc:  # noqa: BLE001  whoever waits for the box gets it, whatever it is
+            change, error = ("lost", None) if self._linked or found else ("ended", exc)
+        words = box.last_words() if change == "lost" else ""
+        began = self._linked is not None or found
+        if self._unused is not None:
+            self._unused.cancel()
+        if self._let_go.done() and self._let_go.result():
+            box.let_go()
+            change = "left"
+        else:
+            await box.end()
+        self._linked, self._keeper, self._box, self._frozen = None, None, None, False
+        self.instance, self.survived, self.owing = new_id(), False, False
+        self._turn(error)
+        self._tell(change, words)
+        if change == "lost":
+            self._publish(WorkspaceChanged(state="lost", reason=words, cause=box.cause))
+        elif began and change == "ended":
+            self._publish(
+                WorkspaceChanged(state="stopped", reason="nobody used it; its files stay", cause="idle")
+            )
+
+    async def _stay(self, box: Box, begins: Change) -> Change:
+        """Stay connected until the box is not wanted any more or has ended by itself; returns which."""
+        while True:
+            async with AsyncExitStack() as stack:
+                peer = await self._connect(stack, box)
+                first = self._linked is None
+                self._linked = Linked(peer, box.instance)
+                if first and self._idle is not None:
+                    self._rest(self._idle)
+                self._turn()
+                if first:
+                    self._tell(begins, "")
+                    if begins == "started":
+                        self._publish(WorkspaceChanged(state="ready"))
+                closed = asyncio.ensure_future(peer.wait_closed())
+                reasons: list[asyncio.Future[Any]] = [closed, box.ended, self._let_go]
+                try:
+                    await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    closed.cancel()
+                    await asyncio.gather(closed, return_exceptions=True)
+            if self._let_go.done():
+                return "ended"
+            if box.ended.done():
+                return "lost"
+
+    async def _connect(self, stack: AsyncExitStack, box: Box) -> Peer:
+        """Connect; a box that does not answer is killed, because nothing can be had from it any more."""
+        hanging = asyncio.get_running_loop().call_later(self._patience, box.kill)
+        try:
+            reached = connect(box.url, on_notice=self._heed)
+            return (await stack.enter_async_context(reached)).peer
+        finally:
+            hanging.cancel()
+
+    def _turn(self, error: Exception | None = None) -> None:
+        """Let all who wait look again."""
+        news, self._news = self._news, asyncio.get_running_loop().create_future()
+        if error is None:
+            news.set_result(None)
+        else:
+            news.set_exception(error)
+            news.exception()  # those who waited may be gone
+
+    # --- what is told of it ---
+
+    def _publish(self, event: WorkspaceChanged) -> None:
+        """Tell the listeners; how a box has ended is kept for the first who comes when there are none."""
+        if event.state != "lost" and not self.is_sandbox:
+            return
+        if not self._listeners and event.state in ("lost", "stopped"):
+            self.untold = event
+        for listener in list(self._listeners.values()):
+            listener(event)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        """It was frozen or woken up: by us, or by somebody who uses the engine, too."""
+        if frozen == self._frozen:
+            return
+        self._frozen = frozen
+        self._tell("paused" if frozen else "resumed", "")
+        state: Literal["paused", "ready"] = "paused" if frozen else "ready"
+        self._publish(WorkspaceChanged(state=state, cause="" if frozen else "resumed"))
+
+    async def _thaw(self, box: Box) -> None:
+        try:
+            await box.thaw()
+            self._set_frozen(False)
+        finally:
+            self._thawing = None
+
+    def _heed(self, method: str, params: Raw) -> None:
+        """Take a notice of the box."""
+        if method != LimitReached.method:
+            return
+        with suppress(msgspec.DecodeError):
+            limit = msgspec.json.decode(params, type=LimitReached)
+            now = asyncio.get_running_loop().time()
+            if now >= self._limited.get(limit.limit, 0.0):
+                self._limited[limit.limit] = now + LIMITED_SECONDS
+                reason = limit.detail[:SHOWN_DETAIL]
+                self._publish(WorkspaceChanged(state="limited", cause=limit.limit, reason=reason))
+
+
+class BoxPlace:
+    """A box as an agent's place: see place.Place."""
+
+    def __init__(self, link: BoxLink) -> None:
+        self._link = link
+
+    @property
+    def instance(self) -> str:
+        """Of the box that lives, or of the next one."""
+        return self._link.instance
+
+    def again(self, instance: str) -> RemoteWorkspace | None:
+        """See Place.again."""
+        return RemoteWorkspace.over(_Same(self._link, instance)) if instance == self._link.instance else None
+
+
+class _Same:
+    """A link.Link to one box and no other."""
+
+    def __init__(self, link: BoxLink, instance: str) -> None:
+        self._link = link
+        self._instance = instance
+
+    async def linked(self) -> Linked:
+        """See Link."""
+        linked = await self._link.again(self._instance)
+        if linked is None:
+            raise OutcomeUnknown("the box in which it ran was lost; whether it was done is not known")
+        return linked
