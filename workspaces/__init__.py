@@ -2,7 +2,10 @@
 
 box_process: a box as a child process of a server
 disks:       the workspaces of sandboxes, with a limit where this machine can make one
-engine:      the container engine of this machine
+engine:      the container engine: containers made, run, watched and removed; what it is made of:
+             engine_api, its calls; engine_events, what happens to containers; engine_failure, what went
+             wrong and the mend; engine_info and engine_logs, what it says of itself and of them
+labels:      how containers, networks and volumes of ours are known
 programs:    programs of this machine that a server runs for itself
 snapshots:   copies of the workspaces of sandboxes
 sync:        the same workspaces, blocking

@@ -1,0 +1,65 @@
+"""An engine for the tests that need one, and the check that they leave nothing on it."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import EngineUnavailable
+from tests.docker import images
+from workspaces import labels
+from workspaces.engine import Engine, engine_version
+
+
+@pytest.fixture(scope="session")
+def engine_is_there() -> None:
+    """Skips what needs an engine where there is none; with CONTAINERS_REQUIRED=1 that is a failure."""
+    try:
+        asyncio.run(engine_version())
+        missing = [name for name in (images.FULL, images.BARE, images.BUSYBOX) if not images.is_there(name)]
+        why = f"make them with `python -m tests.docker.images`: {', '.join(missing)}" if missing else ""
+    except EngineUnavailable as exc:
+        why = str(exc)
+    if why and os.environ.get("CONTAINERS_REQUIRED"):
+        pytest.fail(f"tests of containers are required here: {why}", pytrace=False)
+    if why:
+        pytest.skip(f"needs a container engine: {why}")
+
+
+@pytest.fixture(autouse=True)
+def needs_the_engine(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("docker"):
+        request.getfixturevalue("engine_is_there")
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    async with Engine() as engine:
+        yield engine
+
+
+@pytest.fixture
+async def instance(engine: Engine) -> AsyncIterator[str]:
+    """An owner of containers, networks and volumes of which nothing may be left at the end of the test."""
+    instance = new_id()
+    yield instance
+    left = await remove_all(engine, instance)
+    assert not left, f"left behind on the engine: {left}"
+
+
+async def remove_all(engine: Engine, instance: str) -> list[str]:
+    """Remove what belongs to this owner, and name it."""
+    mine = {labels.INSTANCE: instance}
+    removed = []
+    for container in await engine.containers(mine):
+        removed.append(f"container {container['Names'][0]} ({container['State']})")
+        await engine.remove(container["Id"])
+    for network in await engine.networks(mine):
+        removed.append(f"network {network['Name']}")
+        await engine.remove_network(network["Id"])
+    for volume in await engine.volumes(mine):
+        removed.append(f"volume {volume['Name']}")
+        await engine.remove_volume(volume["Name"])
+    return removed

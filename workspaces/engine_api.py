@@ -1,0 +1,156 @@
+"""Calls to a container engine: each with its time, repeated where that is safe, and failing in our words."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Self
+
+import aiodocker
+import aiohttp
+import msgspec
+import tenacity
+
+from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound
+from workspaces.engine_failure import FAILURES, failure, is_lost, not_dialled
+
+OLDEST_API = (1, 40)
+"""Of Docker 19.03."""
+ANSWER_SECONDS = 10.0
+AGAIN_SECONDS = 5.0
+"""For so long a call that changes nothing is repeated when the connection is lost: longer than most engines restart."""
+
+_REPEATED: Mapping[str, Any] = {
+    "retry": tenacity.retry_if_exception(is_lost),
+    "stop": tenacity.stop_after_delay(AGAIN_SECONDS),
+    "wait": tenacity.wait_random_exponential(multiplier=0.1, max=1.0),
+    "reraise": True,
+}
+
+
+class EngineApi:
+    """See the module's docstring. Entering finds the engine and sees that it is one that can be used."""
+
+    def __init__(self, url: str | None = None) -> None:
+        """Take its address, e.g. unix:///run/docker.sock; None: DOCKER_HOST, the Docker context, the usual sockets."""
+        self._url = url
+        self._docker: aiodocker.Docker
+
+    async def __aenter__(self) -> Self:
+        self._docker = dial(self._url)
+        self.where: str = self._docker._connection_info
+        """The engine's address, for people."""
+        try:
+            await self._negotiate()
+        except BaseException:
+            await self._docker.close()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._docker.close()
+
+    async def _negotiate(self) -> None:
+        version = await self.ask("GET", "version", what="tell its version", versioned=False)
+        try:
+            api = str(version["ApiVersion"])
+            number = tuple(int(part) for part in api.split("."))
+        except FAILURES as exc:
+            raise self._failure(exc, "engine", "tell its version", ANSWER_SECONDS) from None
+        if number < OLDEST_API:
+            raise EngineUnavailable(
+                f"the engine at {self.where} is too old (API {api}): use Docker 19.03 (API 1.40) or newer",
+                phase="engine",
+            )
+        self.version: dict[str, Any] = version
+        self._docker.api_version = f"v{api}"
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        what: str,
+        phase: str = "engine",
+        seconds: float = ANSWER_SECONDS,
+        params: Mapping[str, Any] | None = None,
+        body: Any = None,
+        again: bool = False,
+        versioned: bool = True,
+    ) -> Any:
+        """Send one call and return its decoded answer; None for an empty one.
+
+        Args:
+            method: of HTTP.
+            path: without the version.
+            what: the call, as in "the engine could not {what}".
+            phase: goes into the error's details.
+            seconds: after which the engine counts as hanging; a repetition counts, too.
+            params: of the query.
+            body: sent as JSON.
+            again: whether it may be repeated when the connection is lost.
+            versioned: whether the API's version goes into the path.
+
+        Raises:
+            NotFound, EngineUnavailable, WorkspaceUnavailable, ImageUnavailable, IsolationUnavailable.
+        """
+
+        async def once() -> Any:
+            query = self._docker._query(
+                path, method, params=params and dict(params), data=data, versioned_api=versioned
+            )
+            async with query as response, response:
+                text = await response.read()
+            return msgspec.json.decode(text) if text.strip() else None
+
+        data = None if body is None else msgspec.json.encode(body)
+        try:
+            async with asyncio.timeout(seconds):
+                return await (tenacity.AsyncRetrying(**_REPEATED)(once) if again else once())
+        except FAILURES as exc:
+            raise self._failure(exc, phase, what, seconds) from None
+
+    @asynccontextmanager
+    async def stream(
+        self, method: str, path: str, *, what: str, phase: str = "engine", **params: Any
+    ) -> AsyncIterator[aiohttp.StreamReader]:
+        """Send one call whose answer comes bit by bit, over a connection of its own, without an end in time.
+
+        Raises:
+            As `ask`, also what the reader raises inside of the block.
+        """
+        docker = dial(self._url, self._docker.api_version)
+        try:
+            async with docker:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    response = await docker._do_query(path, method, params=params)
+                async with response:
+                    yield response.content
+        except AgentServerError:
+            raise
+        except FAILURES as exc:
+            raise self._failure(exc, phase, what, ANSWER_SECONDS) from None
+
+    async def find(self, path: str, *, what: str) -> Any:
+        """Ask for something that may not be there; None then."""
+        try:
+            return await self.ask("GET", path, what=what, again=True)
+        except NotFound:
+            return None
+
+    def _failure(self, exc: BaseException, phase: str, what: str, seconds: float) -> AgentServerError:
+        return failure(exc, phase=phase, what=what, where=self.where, seconds=seconds)
+
+
+def dial(url: str | None, version: str = "auto") -> aiodocker.Docker:
+    """Prepare connections to an engine; none is made yet.
+
+    Raises:
+        EngineUnavailable: there is no address, or a wrong one.
+    """
+    try:
+        return aiodocker.Docker(url, api_version=version)
+    except (AssertionError, ValueError, OSError, RuntimeError, ssl.SSLError, aiodocker.DockerError) as exc:
+        raise not_dialled(exc) from None

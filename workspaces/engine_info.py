@@ -1,0 +1,124 @@
+"""What an engine says of itself and of what a container uses, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Self
+
+import msgspec
+from msgspec import Struct
+
+from agent_sdk.protocol.errors import EngineUnavailable
+from agent_sdk.protocol.results import Usage
+
+UNLIMITED = 1 << 62
+"""What counts as no limit: engines answer with the largest number, or nearly so."""
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True):
+    """An engine and the machine it runs on."""
+
+    version: str
+    api: str
+    os: str
+    arch: str
+    """As images name it: amd64, arm64, …"""
+    name: str
+    """Of its machine."""
+    clock: int = 0
+    """When it said so: nanoseconds since the Unix epoch, by its clock."""
+    kernel: str = ""
+    cpus: int = 0
+    memory: int = 0
+    """Bytes."""
+    cgroup_version: str = "1"
+    runtimes: tuple[str, ...] = ()
+    default_runtime: str = ""
+    runc: str = ""
+    """Its version."""
+    security_options: tuple[str, ...] = ()
+    """E.g. `name=seccomp,profile=default`, `name=rootless`."""
+    live_restore: bool = False
+    """Whether containers survive the engine's end."""
+    root_dir: str = ""
+    driver: str = ""
+    """Of images and layers."""
+    logging_driver: str = ""
+
+    @classmethod
+    def from_answers(cls, version: Mapping[str, Any], about: Any) -> Self:
+        """Take what /version and /info answered.
+
+        Raises:
+            EngineUnavailable: that makes no sense.
+        """
+        try:
+            said = msgspec.convert(about, _Info)
+            components = {str(part.get("Name")): str(part.get("Version")) for part in version["Components"]}
+            return cls(
+                version=str(version["Version"]),
+                api=str(version["ApiVersion"]),
+                os=str(version["Os"]),
+                arch=str(version["Arch"]),
+                kernel=str(version.get("KernelVersion", "")),
+                name=said.name,
+                clock=int(said.time.timestamp() * 1e9) if said.time else 0,
+                cpus=said.cpus,
+                memory=said.memory,
+                cgroup_version=said.cgroup_version or "1",
+                runtimes=tuple(sorted(said.runtimes)),
+                default_runtime=said.default_runtime,
+                runc=components.get("runc", ""),
+                security_options=tuple(said.security_options or ()),
+                live_restore=said.live_restore,
+                root_dir=said.root_dir,
+                driver=said.driver,
+                logging_driver=said.logging_driver,
+            )
+        except (msgspec.ValidationError, LookupError, TypeError, AttributeError) as exc:
+            raise EngineUnavailable(
+                f"what answers is no container engine: its description makes no sense ({exc}): look at DOCKER_HOST",
+                phase="engine",
+            ) from None
+
+
+class _Info(Struct):
+    name: str = msgspec.field(name="Name")
+    time: datetime | None = msgspec.field(name="SystemTime", default=None)
+    cpus: int = msgspec.field(name="NCPU", default=0)
+    memory: int = msgspec.field(name="MemTotal", default=0)
+    cgroup_version: str = msgspec.field(name="CgroupVersion", default="1")
+    runtimes: dict[str, Any] = msgspec.field(name="Runtimes", default_factory=dict)
+    default_runtime: str = msgspec.field(name="DefaultRuntime", default="")
+    security_options: list[str] | None = msgspec.field(name="SecurityOptions", default=None)
+    live_restore: bool = msgspec.field(name="LiveRestoreEnabled", default=False)
+    root_dir: str = msgspec.field(name="DockerRootDir", default="")
+    driver: str = msgspec.field(name="Driver", default="")
+    logging_driver: str = msgspec.field(name="LoggingDriver", default="")
+
+
+def usage_of(stats: Any) -> Usage:
+    """Take what /stats answered; None where it does not say."""
+    memory, pids = _part(stats, "memory_stats"), _part(stats, "pids_stats")
+    counters = _part(memory, "stats")
+    cpu = _number(_part(_part(stats, "cpu_stats"), "cpu_usage").get("total_usage"))
+    used = _number(memory.get("usage"))
+    # The names of cgroup v1 and v2; without them it all counts.
+    cache = _number(counters.get("total_inactive_file")) or _number(counters.get("inactive_file")) or 0
+    return Usage(
+        cpu_seconds=cpu / 1e9 if used is not None and cpu is not None else None,
+        memory=None if used is None else max(0, used - cache),
+        memory_max=_number(memory.get("limit")),
+        pids=_number(pids.get("current")),
+        pids_max=_number(pids.get("limit")),
+    )
+
+
+def _part(whole: Any, name: str) -> Mapping[str, Any]:
+    part = whole.get(name) if isinstance(whole, Mapping) else None
+    return part if isinstance(part, Mapping) else {}
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) and value < UNLIMITED else None
