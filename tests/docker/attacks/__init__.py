@@ -1,0 +1,1 @@
+"""A program that attacks the machine below it; see `__main__`."""

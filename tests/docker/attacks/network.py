@@ -1,0 +1,150 @@
+"""Whom one can talk to."""
+
+import os
+import socket
+import struct
+
+from .attempt import GIVEN, attack, call, each, enough, lines
+
+WAIT = 0.3
+"""Seconds for an answer."""
+TOPS = ("/run", "/var", "/tmp", "/workspace")
+ENGINES = ("docker.sock", "containerd.sock", "podman.sock", "crio.sock")
+SEQPACKET, RAW, STREAM, DATAGRAM, NETLINK = 5, 3, 1, 2, 16
+FAMILIES = {
+    "netrom": (6, DATAGRAM),
+    "key": (15, RAW),
+    "packet": (17, RAW),
+    "rds": (21, SEQPACKET),
+    "can": (29, RAW),
+    "tipc": (30, SEQPACKET),
+    "bluetooth": (31, RAW),
+    "alg": (38, SEQPACKET),
+    "vsock": (40, STREAM),
+    "kcm": (41, DATAGRAM),
+    "xdp": (44, RAW),
+    "icmp": (2, RAW, 1),
+    "netlink_netfilter": (NETLINK, RAW, 12),
+    "netlink_audit": (NETLINK, RAW, 9),
+    "netlink_xfrm": (NETLINK, RAW, 6),
+    "netlink_generic": (NETLINK, RAW, 16),
+    "netlink_uevent": (NETLINK, RAW, 15),
+    "netlink_connector": (NETLINK, RAW, 11),
+}
+
+
+def make_a_socket(family, kind, protocol=0):
+    return call(41, family, kind, protocol)
+
+
+each("socket", make_a_socket, FAMILIES)
+
+
+def reach(*addresses):
+    """Those of the addresses that take a connection."""
+    return enough([f"{host}:{port}" for host, port in addresses if connects(host, port)])
+
+
+def hosts():
+    """Addresses at which the host may be found from inside."""
+    found = ["127.0.0.1", "172.17.0.1", "192.168.65.7", "10.0.2.2"]
+    for line in lines("/proc/net/route")[1:]:
+        gateway = int(line.split()[2], 16)
+        found.append(socket.inet_ntoa(struct.pack("<I", gateway)))
+    return found
+
+
+@attack
+def reach_the_engine_by_network():
+    return reach(*((host, port) for host in hosts() for port in (2375, 2376)))
+
+
+@attack
+def reach_a_service_of_the_host():
+    return reach(*((host, GIVEN.get("host_port", 1)) for host in hosts()))
+
+
+@attack
+def reach_metadata():
+    return reach(("169.254.169.254", 80), ("fd00:ec2::254", 80), ("100.100.100.200", 80))
+
+
+@attack
+def reach_the_internet():
+    return reach(("1.1.1.1", 443), ("8.8.8.8", 53), ("2606:4700:4700::1111", 443))
+
+
+@attack
+def have_a_route():
+    return enough(lines("/proc/net/route")[1:])
+
+
+@attack
+def have_an_interface():
+    return enough([name for _, name in socket.if_nameindex() if name != "lo" and is_up(name)])
+
+
+def is_up(name):
+    return int(lines(f"/sys/class/net/{name}/flags")[0], 16) & 1
+
+
+@attack
+def ask_for_a_name():
+    servers = [line.split()[1] for line in lines("/etc/resolv.conf") if line.startswith("nameserver ")]
+    query = b"\0\1\1\0\0\1\0\0\0\0\0\0\7example\3com\0\0\1\0\1"
+    return enough([host for host in (*servers, "127.0.0.11", "8.8.8.8") if datagram(host, 53, query, True)])
+
+
+@attack
+def greet_neighbours():
+    links = [f"ff02::1%{name}" for _, name in socket.if_nameindex() if name != "lo"]
+    all_of_them = (*links, "255.255.255.255", "224.0.0.1", "172.17.0.2")
+    return enough([host for host in all_of_them if datagram(host, 9, b"x")])
+
+
+@attack
+def connect_to_abstract_sockets():
+    names = [line.split()[-1] for line in lines("/proc/net/unix")[1:] if line.split()[-1].startswith("@")]
+    return enough([name for name in names if speaks("\0" + name[1:])])
+
+
+@attack
+def reach_the_engine_by_socket():
+    walked = [(folder, name) for top in TOPS for folder, _, names in os.walk(top) for name in names]
+    return enough(
+        [f"{folder}/{name}" for folder, name in walked if name in ENGINES and speaks(f"{folder}/{name}")]
+    )
+
+
+def connects(host, port):
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        one.settimeout(WAIT)
+        try:
+            one.connect((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def datagram(host, port, data, answered=False):
+    """Whether it leaves, or is answered."""
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(kind, socket.SOCK_DGRAM) as one:
+            if kind == socket.AF_INET:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            one.settimeout(WAIT)
+            one.sendto(data, socket.getaddrinfo(host, port, kind, socket.SOCK_DGRAM)[0][4])
+            return bool(one.recv(512)) if answered else True
+    except OSError:
+        return False
+
+
+def speaks(path):
+    try:
+        with socket.socket(socket.AF_UNIX) as one:
+            one.settimeout(WAIT)
+            one.connect(path)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,137 @@
+"""Who one is, what one may, and what others of the machine leave open."""
+
+import os
+import signal
+import stat
+import struct
+
+from .attempt import GIVEN, RefusedError, attack, content, enough, lines, opens, pids, readable
+
+ELSEWHERE = ("/proc", "/sys", "/dev", "/usr", "/lib", "/opt")
+SETUID = [
+    f"{folder}/{name}"
+    for folder in ("/bin", "/usr/bin")
+    for name in ("su", "mount", "umount", "passwd", "chfn")
+]
+
+
+def status(*names):
+    fields = dict(line.split(":", 1) for line in lines("/proc/self/status"))
+    return [fields.get(name, "").strip() for name in names]
+
+
+@attack
+def hold_a_capability():
+    held = status("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+    return enough([one for one in held if int(one, 16)])
+
+
+@attack
+def be_root():
+    return enough([one for one in (*os.getresuid(), *os.getresgid(), *os.getgroups()) if one == 0])
+
+
+@attack
+def gain_privileges():
+    return enough([] if status("NoNewPrivs") == ["1"] else ["NoNewPrivs is not set"])
+
+
+@attack
+def run_without_filter():
+    return enough([] if status("Seccomp") == ["2"] else status("Seccomp", "Seccomp_filters"))
+
+
+@attack
+def run_a_setuid_program():
+    found = [path for path in SETUID if os.path.exists(path) and os.stat(path).st_mode & stat.S_ISUID]
+    return enough([path for path in found if os.stat(path).st_uid == effective_user_of(path) != os.getuid()])
+
+
+def effective_user_of(path):
+    """Whom a program runs as; it is ended before it does anything."""
+    reading, writing = os.pipe()
+    pid = os.posix_spawn(path, [path], {}, file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0)])
+    try:
+        return next(int(line.split()[2]) for line in lines(f"/proc/{pid}/status") if line.startswith("Uid:"))
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reading)
+        os.close(writing)
+
+
+def own_file():
+    path = os.path.join(os.getcwd(), "own-file")
+    open(path, "w").close()
+    return path
+
+
+@attack
+def give_a_file_to_root():
+    os.chown(own_file(), 0, 0)
+    return "root owns it"
+
+
+@attack
+def give_a_file_capabilities():
+    os.setxattr(own_file(), "security.capability", struct.pack("<IIIII", 0x02000001, 0xFFFFFFFF, 0, 0, 0))
+    return "it has them"
+
+
+@attack
+def set_a_trusted_attribute():
+    os.setxattr(own_file(), "trusted.mark", b"x")
+    return "it is set"
+
+
+def strangers():
+    """Processes of other users."""
+    mine = os.getuid()
+    return [pid for pid in pids() if os.stat(f"/proc/{pid}").st_uid != mine]
+
+
+@attack
+def see_strangers():
+    return enough(strangers())
+
+
+@attack
+def read_environment_of_strangers():
+    return enough([pid for pid in strangers() if readable(f"/proc/{pid}/environ")])
+
+
+@attack
+def open_memory_of_strangers():
+    return enough([pid for pid in strangers() if opens(f"/proc/{pid}/mem")])
+
+
+@attack
+def walk_into_strangers():
+    return enough([pid for pid in strangers() if os.path.isdir(f"/proc/{pid}/root/etc")])
+
+
+@attack
+def list_descriptors_of_strangers():
+    return enough([pid for pid in strangers() if os.listdir(f"/proc/{pid}/fd")])
+
+
+@attack
+def signal_strangers():
+    for pid in strangers():
+        os.kill(pid, 0)
+    return enough(strangers())
+
+
+@attack
+def find_the_secret():
+    secret = GIVEN.get("canary", "")[::-1].encode()
+    if not secret:
+        raise RefusedError("nothing to look for")
+    return enough([path for path in all_files() if secret in content(path)])
+
+
+def all_files():
+    yield from (f"/proc/{pid}/{name}" for pid in pids() for name in ("environ", "cmdline"))
+    for folder, folders, names in os.walk("/"):
+        folders[:] = [name for name in folders if os.path.join(folder, name) not in ELSEWHERE]
+        yield from (os.path.join(folder, name) for name in names)
