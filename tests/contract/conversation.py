@@ -1,13 +1,11 @@
 """What every conversation promises, wherever its agent runs.
 
 A subclass provides the fixture `open`: a coroutine function `open(agent, **options)` that returns a new
-Conversation in a folder of this machine, with the options of api.Conversation; the fixture closes
-what was opened.
+Conversation in a folder, with the options of api.Conversation, and notes in `places` the entered workspace where
+its commands run; the fixture closes what was opened.
 """
 
 import asyncio
-import os
-from typing import Any
 
 import pytest
 
@@ -32,6 +30,7 @@ from tests.contract.vocabulary import (
     PATIENCE,
     Gate,
     Open,
+    Places,
     acting,
     ended,
     no_longer_runs,
@@ -43,6 +42,11 @@ from tests.contract.vocabulary import (
 
 class ConversationContract(ToolCallsContract):
     """See the module's docstring."""
+
+    @pytest.fixture
+    def places(self) -> Places:
+        """The workspace of each conversation that was opened."""
+        return {}
 
     # --- messages and turns ---
 
@@ -243,17 +247,16 @@ class ConversationContract(ToolCallsContract):
 
     @pytest.mark.parametrize("first", ["true", "trap '' INT"], ids=["obedient", "stubborn"])
     async def test_an_interrupt_ends_the_command_under_way_with_its_process(
-        self, open: Open, tmp_path: Any, first: str
+        self, open: Open, places: Places, first: str
     ) -> None:
-        fifo = tmp_path / "pid"
-        os.mkfifo(fifo)
-        command = f'bash -c "{first}; echo \\$\\$ > {fifo}; exec sleep 3600"'
+        command = f'bash -c "{first}; echo \\$\\$ > pid; exec sleep 3600"'
         conversation = await open(acting(call("terminal", command=command), say("after")))
+        workspace = places[conversation]
         await conversation.send_message("go")
         async with asyncio.timeout(PATIENCE):
-            pid = int(await asyncio.to_thread(fifo.read_text))
+            await workspace.execute("until [ -s pid ]; do sleep 0.01; done")
             await conversation.interrupt()
-        await no_longer_runs(pid)
+            await no_longer_runs(workspace)
         assert (await ended(conversation)).status == "interrupted"
 
     async def test_a_call_that_is_interrupted_gets_an_error_as_its_result(self, open: Open) -> None:

@@ -1,7 +1,6 @@
 """The words in which promises of conversations are written."""
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,8 +13,10 @@ from agent_sdk.protocol.events import (
 )
 from agent_sdk.protocol.specs import ScriptedLLM, Step
 from agent_sdk.tools import FunctionTool, tool
+from agent_sdk.workspace import Workspace
 
 Open = Callable[..., Awaitable[Conversation]]
+Places = dict[Conversation, Workspace]
 
 PATIENCE = 30
 """Seconds until a test that hangs fails."""
@@ -74,17 +75,8 @@ async def last_result(conversation: Conversation) -> ToolReturned:
     return (await these(conversation, ToolReturned))[-1]
 
 
-async def no_longer_runs(pid: int) -> None:
-    """Returns when the process has ended."""
-    loop, over = asyncio.get_running_loop(), asyncio.Event()
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        loop.add_reader(handle, over.set)
-        async with asyncio.timeout(PATIENCE):
-            await over.wait()
-    finally:
-        loop.remove_reader(handle)
-        os.close(handle)
+async def no_longer_runs(workspace: Workspace, pid_file: str = "pid") -> None:
+    """Returns when the process has ended whose number is in this file."""
+    await workspace.execute(
+        f"while grep -q '^State:.[^ZX]' /proc/$(cat {pid_file})/status; do sleep 0.01; done"
+    )

@@ -36,12 +36,18 @@ OP = "01890000-0000-7000-8000-000000000001"
 
 
 @pytest.fixture
-async def open(tmp_path):
-    """Conversations in one folder that share an entered workspace."""
+async def workspace(tmp_path):
+    """An entered one."""
     folder = tmp_path / "work"
     folder.mkdir()
+    async with LocalWorkspace(folder) as workspace:
+        yield workspace
+
+
+@pytest.fixture
+async def open(workspace):
+    """Conversations in one folder that share a workspace."""
     async with AsyncExitStack() as stack:
-        workspace = await stack.enter_async_context(LocalWorkspace(folder))
 
         async def opened(agent, **options):
             return await stack.enter_async_context(LocalConversation(agent, workspace, **options))
@@ -50,7 +56,14 @@ async def open(tmp_path):
 
 
 class TestLocal(ConversationContract):
-    pass
+    @pytest.fixture
+    def open(self, open, workspace, places):
+        async def opened(agent, **options):
+            conversation = await open(agent, **options)
+            places[conversation] = workspace
+            return conversation
+
+        return opened
 
 
 # --- opening and closing ---

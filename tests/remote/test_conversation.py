@@ -12,28 +12,32 @@ from tests.contract.conversation import ConversationContract
 
 class TestOnAServer(ConversationContract):
     @pytest.fixture
-    async def open(self, running_server):
+    async def open(self, running_server, places):
         async with AsyncExitStack() as stack:
 
             async def open(agent, **options):
                 workspace = await stack.enter_async_context(
                     RemoteWorkspace(running_server.url, running_server.api_key)
                 )
-                return Conversation(agent, workspace, **options)
+                conversation = Conversation(agent, workspace, **options)
+                places[conversation] = workspace
+                return conversation
 
             yield open
 
 
 class TestHereWithAWorkspaceThere(ConversationContract):
     @pytest.fixture
-    async def open(self, running_server):
+    async def open(self, running_server, places):
         async with AsyncExitStack() as stack:
 
             async def open(agent, **options):
                 workspace = await stack.enter_async_context(
                     RemoteWorkspace(running_server.url, running_server.api_key)
                 )
-                return Conversation(agent, workspace, agent_runs="here", **options)
+                conversation = Conversation(agent, workspace, agent_runs="here", **options)
+                places[conversation] = workspace
+                return conversation
 
             yield open
 
