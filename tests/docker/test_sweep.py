@@ -1,0 +1,185 @@
+"""What is swept: all of ours that nobody has on record, of others what is over, of strangers nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from agent_sdk.ids import new_id
+from tests.docker.conftest import remove_all
+from tests.docker.images import BUSYBOX
+from workspaces import labels
+from workspaces.engine import Engine
+from workspaces.sweep import Sweep
+
+pytestmark = pytest.mark.docker
+
+LONG_AGO = int(time.time()) - 86_400
+
+
+def name() -> str:
+    return f"agent-test-{new_id()}"
+
+
+def body(marks: dict[str, str], mounts: list[str] | None = None) -> dict[str, object]:
+    host = {"NetworkMode": "none", "Binds": mounts or []}
+    return {"Image": BUSYBOX, "Cmd": ["sleep", "100"], "Labels": marks, "HostConfig": host}
+
+
+async def states(engine: Engine, instance: str) -> dict[str, str]:
+    found = await engine.containers({labels.INSTANCE: instance})
+    return {container["Names"][0].lstrip("/"): container["State"] for container in found}
+
+
+@pytest.fixture
+async def other(engine):
+    """Somebody else, who is told what is left of theirs when the test is over."""
+    other = new_id()
+    yield other
+    await remove_all(engine, other)
+
+
+class Told:
+    """What a sweep tells of."""
+
+    def __init__(self):
+        self.removed = []
+        self.problems = []
+        self.more = asyncio.Event()
+
+    def sweep(self, engine, instance, owned=(), **options):
+        return Sweep(
+            engine,
+            instance,
+            lambda: owned,
+            on_removed=self.remove,
+            on_problem=self.problems.append,
+            **options,
+        )
+
+    def remove(self, kind, name):
+        self.removed.append((kind, name))
+        self.more.set()
+
+
+async def test_what_nobody_has_on_record_is_removed_in_whatever_state_it_is(engine, instance):
+    mine = {labels.INSTANCE: instance}
+    running, paused, created, owned = (name() for _ in range(4))
+    for each in (running, paused, owned):
+        await engine.start(await engine.create(each, body(mine)))
+    await engine.pause(paused)
+    await engine.create(created, body(mine))
+    told = Told()
+    await told.sweep(engine, instance, {owned}).once()
+    assert await states(engine, instance) == {owned: "running"}
+    assert sorted(told.removed) == sorted(("container", each) for each in (running, paused, created))
+    await told.sweep(engine, instance).once()
+    assert await states(engine, instance) == {}
+
+
+async def test_volumes_and_networks_go_after_the_containers_that_use_them(engine, instance):
+    mine = {labels.INSTANCE: instance}
+    volume, network, container = name(), name(), name()
+    await engine.create_volume(volume, {"Labels": mine})
+    await engine.create_network(network, {"Labels": mine, "Internal": True})
+    await engine.start(await engine.create(container, body(mine, [f"{volume}:/data"])))
+    told = Told()
+    await told.sweep(engine, instance, {container, network}).once()
+    assert told.removed == []  # the volume is in use
+    await told.sweep(engine, instance).once()
+    assert {kind for kind, _ in told.removed} == {"container", "volume", "network"}
+    assert await engine.volumes(mine) == await engine.networks(mine) == []
+
+
+async def test_of_others_only_what_is_over_and_does_not_run_is_removed(engine, instance, other):
+    def marks(expires: object) -> dict[str, str]:
+        return {labels.INSTANCE: other, labels.EXPIRES: str(expires)}
+
+    over, runs, comes_back, never, odd = (name() for _ in range(5))
+    await engine.create(over, body(marks(LONG_AGO)))
+    await engine.start(await engine.create(runs, body(marks(LONG_AGO))))
+    await engine.create(comes_back, body(marks(int(time.time()) + 3600)))
+    await engine.create(never, body({labels.INSTANCE: other}))
+    await engine.create(odd, body(marks("-1 or so")))
+    told = Told()
+    await told.sweep(engine, instance).once()
+    assert await states(engine, other) == {
+        runs: "running",
+        **dict.fromkeys((comes_back, never, odd), "created"),
+    }
+    assert ("container", over) in told.removed
+
+
+async def test_strangers_are_never_touched(engine, instance):
+    """Not those with names like ours, and not those with one label of ours that proves nothing."""
+    strangers = {
+        f"agent-box-{new_id()}": {},
+        name(): {labels.EXPIRES: str(LONG_AGO)},
+        name(): {"io.agentserver.instances": instance, labels.EXPIRES: str(LONG_AGO)},
+        name(): {labels.CONVERSATION: new_id(), labels.ROLE: labels.BOX},
+    }
+    ids = [await engine.create(each, body(marks)) for each, marks in strangers.items()]
+    try:
+        told = Told()
+        await told.sweep(engine, instance).once()
+        assert [(await engine.inspect(id))["State"]["Status"] for id in ids] == ["created"] * len(ids)
+    finally:
+        for id in ids:
+            await engine.remove(id)
+
+
+async def test_it_sweeps_when_it_begins_and_again_and_again(engine, instance):
+    mine = {labels.INSTANCE: instance}
+    told = Told()
+    await engine.create(name(), body(mine))
+    async with told.sweep(engine, instance, every=0.05):
+        assert len(told.removed) == 1
+        for _ in range(2):
+            told.more.clear()
+            await engine.create(name(), body(mine))
+            async with asyncio.timeout(30):
+                await told.more.wait()
+    assert await states(engine, instance) == {}
+
+
+@asynccontextmanager
+async def on_the_way(engine: Engine, place: Path) -> AsyncIterator[str]:
+    """Another socket of the engine, which goes away at the end of the block with all connections."""
+
+    async def pass_on(reader, writer):
+        try:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        finally:
+            writer.close()
+
+    async def meet(reader, writer):
+        there, back = await asyncio.open_unix_connection(engine.where.removeprefix("unix://"))
+        ways.append(asyncio.gather(pass_on(reader, back), pass_on(there, writer)))
+
+    ways = []
+    async with await asyncio.start_unix_server(meet, place):
+        yield f"unix://{place}"
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+    place.unlink()
+
+
+async def test_an_engine_that_goes_away_is_told_of_and_swept_when_it_is_back(engine, instance, tmp_path):
+    told = Told()
+    async with AsyncExitStack() as stack:
+        async with on_the_way(engine, tmp_path / "engine.sock") as url:
+            gone = await stack.enter_async_context(Engine(url))
+        sweep = told.sweep(gone, instance)
+        await stack.enter_async_context(sweep)
+        assert len(told.problems) == 1
+        await engine.create(name(), body({labels.INSTANCE: instance}))
+        async with on_the_way(engine, tmp_path / "engine.sock"):
+            await sweep.once()
+        assert len(told.removed) == 1
