@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from queue import Empty, SimpleQueue
+from threading import Event
 from typing import Any, TypeVar
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
@@ -41,8 +42,19 @@ class Caller:
         self._inbox.put((function, arguments))
 
     def call(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine in the loop and wait, running callbacks meanwhile. Ctrl-C cancels it."""
-        future = self.open().start_task_soon(start)
+        """Run a coroutine in the loop and wait, running callbacks meanwhile.
+
+        Ctrl-C cancels it and waits until it has cleaned up; a second one does not wait.
+        """
+        over = Event()
+
+        async def work() -> T:
+            try:
+                return await start()
+            finally:
+                over.set()
+
+        future = self.open().start_task_soon(work)
         future.add_done_callback(lambda _: self._inbox.put(_WAKE))
         try:
             while not future.done():
@@ -50,6 +62,7 @@ class Caller:
             self._run_waiting()
         except BaseException:
             future.cancel()
+            over.wait()
             raise
         result: T = future.result()
         return result

@@ -185,7 +185,11 @@ class Workspace:
     def __enter__(self) -> Self:
         self._caller.open()
         self._stack.callback(self._caller.close)
-        self._caller.call(self.asynchronous.__aenter__)
+        try:
+            self._caller.call(self.asynchronous.__aenter__)
+        except BaseException:
+            self._stack.close()
+            raise
         self._stack.callback(lambda: self._caller.call(lambda: self.asynchronous.__aexit__(None, None, None)))
         return self
 

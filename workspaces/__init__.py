@@ -2,17 +2,46 @@
 
 box_process: a box as a child process of a server
 disks:       the workspaces of sandboxes, with a limit where this machine can make one
+docker:      DockerWorkspace, a server in a container that is started for one client; with
+             reaper, the process that removes the container of a client that was killed, owner, whether a
+             client still lives, and server_log, the server's lines in the client's log
 engine:      the container engine: containers made, run, watched and removed; what it is made of:
              engine_api, its calls; engine_events, what happens to containers; engine_failure, what went
              wrong and the mend; engine_info and engine_logs, what it says of itself and of them
 host_paths:  what the engine calls the folders of a server that is in a container itself
 labels:      how containers, networks and volumes of ours are known
+own_container: the container that this process runs in
 programs:    programs of this machine that a server runs for itself
+reach:       over which address what listens in a container is reached
+server_container: a container with a server in it, for whoever starts one; server_spec, what it is to be
+sizes:       sizes as people write them
 snapshots:   copies of the workspaces of sandboxes
 sweep:       removes what nobody owns any more
 sync:        the same workspaces, blocking
+
+Names are imported at their first use, so that `import workspaces` costs nothing that is not needed.
 """
 
-from agent_sdk import LocalWorkspace, RemoteWorkspace, Sandbox
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LocalWorkspace", "RemoteWorkspace", "Sandbox"]
+if TYPE_CHECKING:
+    from agent_sdk import LocalWorkspace, RemoteWorkspace, Sandbox
+    from workspaces.docker import DockerWorkspace
+
+__all__ = ["DockerWorkspace", "LocalWorkspace", "RemoteWorkspace", "Sandbox"]
+
+_HOME = {
+    "DockerWorkspace": "workspaces.docker",
+    "LocalWorkspace": "agent_sdk",
+    "RemoteWorkspace": "agent_sdk",
+    "Sandbox": "agent_sdk",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

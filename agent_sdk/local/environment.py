@@ -7,7 +7,7 @@ meant for the server itself never reaches a command.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 MARKER = "AGENT_SERVER_OP"
 """Names the operation a process belongs to, so that all of its processes can be found again."""
@@ -46,6 +46,11 @@ _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 def temporary_folder() -> str:
     """Return the folder for what need not last."""
     return os.path.abspath(os.environ.get("TMPDIR") or "/tmp")
+
+
+def from_caller(names: Iterable[str]) -> dict[str, str]:
+    """Return those of the caller's variables that have these names; what is not set is left out."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def workspace_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

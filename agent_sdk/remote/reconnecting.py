@@ -70,6 +70,8 @@ class Target(Struct, frozen=True, kw_only=True):
     """The same for every later one."""
     heartbeat: float = HEARTBEAT_SECONDS
     on_connection: OnConnection | None = None
+    gone: asyncio.Future[AgentServerError] | None = None
+    """Done when somebody knows that the server will not come back, with the reason."""
 
 
 class Resident(Protocol):
@@ -112,6 +114,8 @@ class ServerLink:
 
     async def __aenter__(self) -> Self:
         self._keeper = asyncio.create_task(self._keep())
+        if self._target.gone is not None:
+            self._target.gone.add_done_callback(self._given_up)
         try:
             await self.linked()
         except BaseException:
@@ -294,12 +298,19 @@ class ServerLink:
                 self._resident.ended(error)
         self._wake()
 
+    def _given_up(self, gone: asyncio.Future[AgentServerError]) -> None:
+        if not gone.cancelled() and self._keeper is not None:
+            self._end(gone.result())
+            self._keeper.cancel()
+
     def _wake(self) -> None:
         # Whoever waits has the old event object; the next wait gets a fresh one.
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
     async def _stop(self) -> None:
+        if self._target.gone is not None:
+            self._target.gone.remove_done_callback(self._given_up)
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)

@@ -63,3 +63,14 @@ async def remove_all(engine: Engine, instance: str) -> list[str]:
         removed.append(f"volume {volume['Name']}")
         await engine.remove_volume(volume["Name"])
     return removed
+
+
+@pytest.fixture
+async def free_name(engine: Engine) -> AsyncIterator[str]:
+    """A name for a container; of none that has it anything may be left at the end of the test."""
+    name = f"test-{new_id()}"
+    yield name
+    left = [container["Id"] for container in await engine.containers({}, name=name)]
+    for id in left:
+        await engine.remove(id)
+    assert not left, f"left behind on the engine: the container {name}"

@@ -1,0 +1,115 @@
+"""A workspace in a container of its own: started, used, paused, and gone without a trace."""
+
+import asyncio
+import json
+
+import pytest
+
+from agent_sdk import Agent, Conversation
+from agent_sdk.protocol.errors import WorkspaceLost
+from agent_sdk.testing import ScriptedLLM, say
+from tests.docker.servers import SERVER, state, there, volumes_of
+from workspaces import DockerWorkspace
+
+pytestmark = pytest.mark.docker
+
+
+async def test_nothing_is_left_of_it_after_the_block(engine):
+    async with DockerWorkspace(SERVER) as workspace:
+        name = workspace.container
+        volumes = await volumes_of(engine, name)
+        assert await state(engine, name) == "running"
+        assert volumes
+    assert await state(engine, name) is None
+    assert not await there(engine, volumes)
+
+
+async def test_nothing_is_left_of_it_after_an_exception_in_the_block(engine):
+    with pytest.raises(ZeroDivisionError):
+        async with DockerWorkspace(SERVER) as workspace:
+            name = workspace.container
+            raise ZeroDivisionError
+    assert await state(engine, name) is None
+
+
+@pytest.mark.parametrize("phase", ["create", "start", "ready"])
+async def test_a_cancel_at_any_point_of_its_start_leaves_nothing(engine, phase, free_name):
+    def on_progress(now, done, total):
+        if now == phase and done == 0:
+            entering.cancel()
+
+    async def enter():
+        async with DockerWorkspace(SERVER, name=free_name, on_progress=on_progress):
+            pytest.fail("it was entered")
+
+    entering = asyncio.create_task(enter())
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    assert await state(engine, free_name) is None
+
+
+async def test_its_start_is_told_phase_by_phase():
+    told = []
+    async with DockerWorkspace(SERVER, on_progress=lambda *now: told.append(now)):
+        pass
+    phases = list(dict.fromkeys(phase for phase, _, _ in told))
+    assert phases == ["engine", "create", "start", "ready"]
+    assert told[-1:] == [("ready", 1, 1)]
+
+
+async def test_it_is_published_on_this_machine_only_with_a_key_of_its_own(engine):
+    async with DockerWorkspace(SERVER) as one, DockerWorkspace(SERVER) as other:
+        found = await engine.inspect(one.container)
+        (published,) = found["NetworkSettings"]["Ports"]["8000/tcp"]
+        assert published["HostIp"] == "127.0.0.1"
+        assert one.target.api_key != other.target.api_key
+        assert one.target.api_key not in str(found["Config"]["Cmd"]) + str(found["Config"]["Labels"])
+        assert one.target.api_key not in repr(one)
+
+
+async def test_it_has_no_capability_and_no_limit_more_than_its_image_needs(engine):
+    async with DockerWorkspace(SERVER, memory="256m", cpus=0.5, pids=200) as workspace:
+        host = (await engine.inspect(workspace.container))["HostConfig"]
+    assert host["CapDrop"] == ["ALL"]
+    assert set(host["CapAdd"]) == {"CHOWN", "KILL", "SETGID", "SETPCAP", "SETUID"}
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert (host["Memory"], host["MemorySwap"], host["NanoCpus"], host["PidsLimit"]) == (
+        256 << 20,
+        256 << 20,
+        500_000_000,
+        200,
+    )
+    assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "3"}
+    assert not host["Privileged"]
+
+
+async def test_calls_wait_while_it_is_paused_and_go_on_afterwards(engine):
+    async with DockerWorkspace(SERVER) as workspace:
+        await workspace.pause()
+        assert await state(engine, workspace.container) == "paused"
+        running = asyncio.create_task(workspace.execute("echo went on"))
+        await workspace.resume()
+        assert (await running).stdout == "went on\n"
+
+
+async def test_the_lines_of_the_server_reach_the_program_that_started_it():
+    lines = []
+    async with DockerWorkspace(SERVER, on_log=lines.append) as workspace:
+        await workspace.execute("true")
+    told = [json.loads(line)["event"] for line in lines]
+    assert "server_started" in told
+    assert "box_started" in told
+
+
+async def test_when_its_container_dies_every_call_says_why(engine):
+    async with DockerWorkspace(SERVER) as workspace:
+        conversation = Conversation(Agent(llm=ScriptedLLM([say("hm")])), workspace)
+        await conversation.state()
+        running = asyncio.create_task(workspace.execute("cat", stdin=None, timeout=60))
+        await engine.kill(workspace.container)
+        with pytest.raises(WorkspaceLost, match="exit code 137"):
+            await running
+        with pytest.raises(WorkspaceLost, match="exit code 137"):
+            await workspace.execute("true")
+        with pytest.raises(WorkspaceLost, match="exit code 137"):
+            await conversation.state()

@@ -1,0 +1,334 @@
+"""A container with an agent server in it: started until it accepts connections, paused, found again, removed."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Self
+
+import msgspec
+from msgspec import Struct
+
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams, NotFound, WorkspaceUnavailable
+from agent_sdk.rpc.shield import shielded
+from workspaces.engine import Death, Engine, Watch
+from workspaces.labels import ROLE, SERVER
+from workspaces.reach import Reach, find_reach
+from workspaces.server_spec import SERVER_PORT, ServerSpec
+
+logger = logging.getLogger("workspaces")
+
+OnProgress = Callable[[str, int, int | None], object]
+"""Called with the phase (`engine`, `pull`, `create`, `start`, `ready`), how much of it is done, and of how much."""
+OnLog = Callable[[str], Awaitable[None] | None]
+"""Called with each line that the server writes."""
+LAST_LINES = 20
+_KEY = "AGENT_SERVER_API_KEY="
+
+
+class _Ready(Struct):
+    """The line of `serve --json`."""
+
+    url: str
+    api_key_file: str | None
+    pid: int
+
+
+class ServerContainer:
+    """One container: described, or found. `start` makes it, `stop` removes it, `let_go` leaves it to itself."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: ServerSpec,
+        *,
+        on_progress: OnProgress | None = None,
+        on_log: OnLog | None = None,
+    ) -> None:
+        """Describe it; nothing is made before `start`.
+
+        Raises:
+            InvalidParams: the description makes no sense.
+        """
+        spec.check()
+        self.spec = spec
+        self.name = spec.name
+        self.id = ""
+        """Empty before it is made."""
+        self.url = ""
+        """Where the server is reached; empty before `start` has returned."""
+        self.api_key = secrets.token_urlsafe(32)
+        self.phase = "engine"
+        """How far its start is."""
+        self._engine = engine
+        self._on_progress = on_progress
+        self._on_log = on_log
+        self._reach: Reach | None = None
+        self._watch: Watch | None = None
+        self._following: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def find(cls, engine: Engine, name: str, *, on_log: OnLog | None = None) -> Self | None:
+        """Return the container of this name, whoever started it and whether it runs or not; None: there is none.
+
+        Its key is in its environment, which whoever may use the engine can read anyway.
+
+        Raises:
+            InvalidParams: there is one, and no agent server of ours in it.
+            EngineUnavailable: the engine does not answer.
+        """
+        try:
+            found = await engine.inspect(name)
+        except NotFound:
+            return None
+        config = found["Config"]
+        keys = [text.removeprefix(_KEY) for text in config["Env"] or () if text.startswith(_KEY)]
+        if (config["Labels"] or {}).get(ROLE) != SERVER or not keys:
+            raise InvalidParams(
+                f"name: the container {name} is no agent server that was started from here; choose another name"
+            )
+        network = found["HostConfig"]["NetworkMode"]
+        spec = ServerSpec(
+            image=config["Image"],
+            name=found["Name"].strip("/"),
+            labels=config["Labels"],
+            network=None if network in ("default", "bridge") else network,
+        )
+        container = cls(engine, spec, on_log=on_log)
+        container.id, container.api_key = found["Id"], keys[0]
+        return container
+
+    def __repr__(self) -> str:
+        return f"<ServerContainer {self.name} {self.url or self.phase}>"
+
+    @property
+    def died(self) -> asyncio.Future[Death]:
+        """Done when it has ended, by whatever. Valid once `start` or `attach` has returned."""
+        assert self._watch is not None
+        return self._watch.died
+
+    # --- its start ---
+
+    async def start(self, timeout: float = 120.0) -> None:
+        """Make it and wait until the server in it accepts connections. Whatever raises, or a cancel, leaves nothing.
+
+        Args:
+            timeout: seconds for all of it, the pull of the image included.
+
+        Raises:
+            ImageUnavailable: the image is not there and cannot be pulled.
+            InvalidParams: a network or a volume that cannot be used.
+            WorkspaceUnavailable: it did not start, or was not ready in time; with phase and its last words.
+            EngineUnavailable, IsolationUnavailable: the engine fails, or cannot do what is asked for.
+        """
+        await self._or_nothing(self._start(), timeout)
+
+    async def attach(self, timeout: float = 30.0) -> None:
+        """Use a container that was found: one that is paused or stopped goes on. What raises leaves it as it is.
+
+        Raises:
+            As `start`.
+        """
+        self._reach = await find_reach(self._engine, self.spec.network)
+        self._watch = self._engine.watch(self.id)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._go_on()
+        except TimeoutError:
+            raise WorkspaceUnavailable(
+                f"the container {self.name} did not go on within {timeout:g} s", phase=self.phase
+            ) from None
+
+    async def _start(self) -> None:
+        self._reach = await find_reach(self._engine, self.spec.network)
+        await self._check_volumes()
+        self._tell("engine", 1, 1)
+        self.phase = "pull"
+        # IMAGE
+        self._tell("create", 0, 1)
+        body = msgspec.structs.replace(self.spec, network=self._reach.network).body(
+            self.api_key, self._reach.bind
+        )
+        self.id = await self._engine.create(self.name, body, platform=self.spec.platform)
+        self._tell("create", 1, 1)
+        await self._run()
+
+    async def _run(self) -> None:
+        """Start what was made, until it is ready or has ended."""
+        self._tell("start", 0, 1)
+        self._watch = self._engine.watch(self.id)
+        await self._engine.start(self.id)
+        self._tell("start", 1, 1)
+        self._tell("ready", 0, 1)
+        ready = asyncio.get_running_loop().create_future()
+        self._following = asyncio.create_task(self._follow(ready))
+        await asyncio.wait({ready, self.died}, return_when=asyncio.FIRST_COMPLETED)
+        if not ready.done():
+            raise WorkspaceUnavailable(await self._ended(self.died.result()), phase="ready")
+        await self._reached()
+        self._tell("ready", 1, 1)
+
+    async def _go_on(self) -> None:
+        state = (await self._engine.inspect(self.id))["State"]
+        if state["Paused"]:
+            await self._engine.unpause(self.id)
+        if not state["Running"]:
+            self._tell("start", 0, 1)
+            await self._engine.start(self.id)
+            self._tell("start", 1, 1)
+        self._following = asyncio.create_task(self._follow())
+        await self._reached()
+
+    async def _reached(self) -> None:
+        assert self._reach is not None
+        self.url = self._reach.url(await self._engine.inspect(self.id), SERVER_PORT)
+
+    async def _or_nothing(self, work: Coroutine[Any, Any, None], seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                await work
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            words = await self.last_words() if self.id else ""
+            sentence = (
+                f"the server of {self.spec.image} was not ready after {seconds:g} s (phase {self.phase})"
+            )
+            await self._stop_quietly()
+            raise WorkspaceUnavailable(f"{sentence}{_said(words)}", phase=self.phase) from exc
+        except BaseException:
+            await self._stop_quietly()
+            raise
+
+    async def _check_volumes(self) -> None:
+        """A named volume that does not exist would be made by the engine, and stay."""
+        wanted = {volume.source for volume in self.spec.volumes if not volume.is_folder}
+        missing = wanted - {volume["Name"] for volume in await self._engine.volumes({})} if wanted else None
+        if missing:
+            name = min(missing)
+            raise InvalidParams(f"volumes: there is no volume {name}; make it: docker volume create {name}")
+
+    async def _follow(self, ready: asyncio.Future[None] | None = None) -> None:
+        """Pass the server's lines on; the one that says that it is ready is not for people."""
+        with suppress(AgentServerError):  # its end is noticed elsewhere
+            async for line in self._engine.follow_logs(self.id):
+                if _is_ready(line):
+                    if ready is not None and not ready.done():
+                        ready.set_result(None)
+                        ready = None
+                    if self._on_log is None:
+                        return
+                elif self._on_log is not None:
+                    await self._pass_on(self._on_log, line)
+
+    async def _pass_on(self, told: OnLog, line: str) -> None:
+        try:
+            waiting = told(line)
+            if inspect.isawaitable(waiting):
+                await waiting
+        except Exception:  # it is the user's; its error must not end the server
+            logger.exception("on_log failed")
+
+    def _pulled(self, done: int, total: int | None) -> None:
+        self._tell("pull", done, total)
+
+    def _tell(self, phase: str, done: int, total: int | None) -> None:
+        self.phase = phase
+        if self._on_progress is not None:
+            try:
+                self._on_progress(phase, done, total)
+            except Exception:  # as above
+                logger.exception("on_progress failed")
+
+    # --- its life ---
+
+    async def port_url(self, port: int) -> str:
+        """Return where one of its further ports is reached, as a URL.
+
+        Raises:
+            WorkspaceUnavailable: it was not asked for, or the container does not run.
+        """
+        assert self._reach is not None
+        return self._reach.url(await self._engine.inspect(self.id), port)
+
+    async def pause(self) -> None:
+        """Let nothing in it run until `resume`; connections stay, and calls wait.
+
+        Raises:
+            NotFound, WorkspaceUnavailable: it is gone, or does not run.
+        """
+        await self._engine.pause(self.id)
+
+    async def resume(self) -> None:
+        """Let it go on.
+
+        Raises:
+            NotFound, WorkspaceUnavailable: it is gone, or does not run.
+        """
+        await self._engine.unpause(self.id)
+
+    async def last_words(self) -> str:
+        """Return the end of what it wrote, as one line; empty when nothing is known."""
+        lines = (await self._engine.logs(self.id, LAST_LINES)).splitlines()
+        return " | ".join(line.strip() for line in lines if line.strip())
+
+    # --- its end ---
+
+    async def stop(self) -> None:
+        """Remove it with everything in it. A cancel waits for that.
+
+        Raises:
+            EngineUnavailable: the engine does not answer, and it may still be there.
+        """
+        await _to_its_end(self._stop())
+
+    async def let_go(self) -> None:
+        """Leave it as it is: it can be found again."""
+        if self._watch is not None:
+            self._watch.close()
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+
+    async def _stop(self) -> None:
+        await self.let_go()
+        if self.id:
+            await self._engine.remove(self.id)
+
+    async def _stop_quietly(self) -> None:
+        with suppress(AgentServerError):  # there is an error already that says more
+            await self.stop()
+
+    async def _ended(self, death: Death) -> str:
+        return f"the server in {self.spec.image} ended: {death.reason}{_said(await self.last_words())}"
+
+    async def epitaph(self) -> str:
+        """Return why it ended, and its last words, as one sentence. Only when `died` is done."""
+        return await self._ended(self.died.result())
+
+
+def _is_ready(line: str) -> bool:
+    try:
+        msgspec.json.decode(line, type=_Ready)
+    except msgspec.DecodeError:
+        return False
+    return True
+
+
+def _said(words: str) -> str:
+    return f"; it said: {words}" if words else "; it said nothing"
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Wait for work that a first cancel must not stop; a second one does not wait any longer."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with shielded():
+            await asyncio.wait([task])
+        raise
