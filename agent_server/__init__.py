@@ -18,6 +18,13 @@ sealing:        the keys that seal secrets         config:        every option
 data_folder:    where things last, and its lock    refusal:       why a server does not start
 logs:           log lines without secrets
 
+Servers for others, started on request:
+runtime_api:    the Runtime API, as a whole        runtime_config: what it is told
+runtime_routes: what is at which address           runtime_proxy: the way to a runtime
+runtimes:       all of them                        runtime:       one of them
+pods:           what they run in                   pods_process:  processes, without an engine
+tenants:        who may have what                  tunnel:        two connections joined
+
 The command line:
 __main__, cli, arguments: what was typed           commands:      one file per command
 client, places: servers and workspaces to use      terminal, viewer, transcript, inlet, outlet: what a person sees

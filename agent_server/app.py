@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import cast
 
@@ -35,11 +35,21 @@ CANNOT_LISTEN = {
 
 
 @asynccontextmanager
-async def listening(config: ServerConfig, lobby: Lobby, routes: Routes, crowd: Crowd) -> AsyncIterator[int]:
+async def listening(
+    config: ServerConfig,
+    lobby: Lobby,
+    routes: Routes,
+    crowd: Crowd,
+    own_keys: Sequence[web.RouteDef] = (),
+) -> AsyncIterator[int]:
     """Serve HTTP for the length of the block; yields the port.
 
     Leaving closes the listening socket and the connections at once: whoever leaves has let the work
     finish and told the sessions.
+
+    Args:
+        config, lobby, routes, crowd: what is served, and to whom.
+        own_keys: further routes, which check keys of their own.
 
     Raises:
         StartRefused: the address or the port cannot be had.
@@ -50,10 +60,11 @@ async def listening(config: ServerConfig, lobby: Lobby, routes: Routes, crowd: C
         lobby.authority,
         lobby.logs,
         lobby.metrics,
+        [route.handler for route in own_keys],
     )
     app = web.Application(middlewares=gate.middlewares(), client_max_size=config.limits.message_bytes)
     app.on_response_prepare.append(gate.label)
-    app.add_routes(routes.table())
+    app.add_routes([*routes.table(), *own_keys])
     runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=LAST_ANSWERS_SECONDS)
     await runner.setup()
     left: list[Connection] = []
@@ -67,6 +78,7 @@ async def listening(config: ServerConfig, lobby: Lobby, routes: Routes, crowd: C
                 crowd,
                 longest_message=config.limits.frame_bytes,
                 access_log=None,
+                auto_decompress=False,  # what is passed on goes as it came
                 keepalive_timeout=config.handshake_seconds,
                 lingering_time=LINGER_SECONDS,
             )

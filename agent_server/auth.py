@@ -56,14 +56,19 @@ def obtain_key(config: ServerConfig) -> tuple[ApiKey, str]:
         return ApiKey(config.api_key), config.api_key
     if config.api_key_file:
         file = Path(config.api_key_file).expanduser()
-        text = _read_key(file)
+        text = read_key(file)
     else:
         file = Path(config.data) / KEY_FILE
         text = _read_own_key(file) if file.exists() else _make_key(file)
     return ApiKey(text, file), text
 
 
-def _read_key(file: Path) -> str:
+def read_key(file: Path) -> str:
+    """Return the key in a file.
+
+    Raises:
+        StartRefused: it cannot be read, or holds none.
+    """
     try:
         text = file.read_text(encoding="ascii").strip()
     except UnicodeDecodeError:
@@ -84,7 +89,7 @@ def _read_own_key(file: Path) -> str:
         raise StartRefused(f"{file}: the API key cannot be read: {exc.strerror}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise StartRefused(f"{file}: others can read the API key; run: chmod 600 {file}")
-    return _read_key(file)
+    return read_key(file)
 
 
 def _make_key(file: Path) -> str:

@@ -1,8 +1,9 @@
 """Every option of the server: one frozen struct, filled from a TOML file, the environment and the command line.
 
 Later sources win: defaults, file, `AGENT_SERVER_*`, command line. This is the only file of the server
-that reads the environment. A file has the options in the table `server` and the limits of a connection
-in the table `limits`; the environment has `AGENT_SERVER_PORT`, `AGENT_SERVER_LIMITS_CALLS`, …
+that reads the environment. A file has the options in the table `server`, the limits of a connection in
+`limits`, and the Runtime API in `runtime_api` with a table `runtime_api.tenants.NAME` for each tenant; the
+environment has `AGENT_SERVER_PORT`, `AGENT_SERVER_LIMITS_CALLS`, `AGENT_SERVER_RUNTIME_API_IMAGES`, …
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from msgspec import Meta, Struct
 
 from agent_sdk.protocol.specs import Limits
 from agent_server.refusal import StartRefused
+from agent_server.runtime_config import RuntimeConfig, TenantConfig
 
 PREFIX = "AGENT_SERVER_"
 MINIMUM_KEY = 16
@@ -86,7 +88,11 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """Writes that may wait for the log before further ones are refused."""
     max_strangers: Count = 64
     """Connections of one address that have not shown a key yet."""
+    runtime_api: Literal["off", "process", "docker"] = "off"
+    """Whether it starts further servers for tenants, see docs/runtime_api.md: in processes of its own user, or in
+    containers."""
     limits: Limits = Limits()
+    runtimes: RuntimeConfig = RuntimeConfig()
     box_environment: dict[str, str] = {}
     """Not an option: what boxes inherit of the server's environment, see `box_environment`."""
 
@@ -112,8 +118,16 @@ class ClientEnvironment(Struct, frozen=True, kw_only=True):
 _OPTIONS = {
     name: hint
     for name, hint in get_type_hints(ServerConfig, include_extras=True).items()
-    if name not in ("limits", "box_environment")
+    if name not in ("limits", "runtimes", "box_environment")
 }
+_RUNTIMES = {
+    name: hint
+    for name, hint in get_type_hints(RuntimeConfig, include_extras=True).items()
+    if name != "tenants"
+}
+_TENANT = get_type_hints(TenantConfig, include_extras=True)
+_Given = dict[str, dict[str, Any]]
+"""Table to option to value."""
 
 
 def _between(low: int, high: int) -> Any:
@@ -130,6 +144,7 @@ _LIMITS: dict[str, Any] = {
     "queue_bytes": _between(1 << 20, 1 << 30),
     "json_depth": _between(8, 256),
 }
+_TABLES: dict[str, dict[str, Any]] = {"server": _OPTIONS, "limits": _LIMITS, "runtime_api": _RUNTIMES}
 
 
 def load(
@@ -151,11 +166,11 @@ def load(
     environ = os.environ if environ is None else environ
     if file is None and environ.get(f"{PREFIX}CONFIG"):
         file = Path(environ[f"{PREFIX}CONFIG"])
-    options: dict[str, Any] = {}
-    limits: dict[str, int] = {}
+    given: _Given = {table: {} for table in _TABLES}
     if file is not None:
-        _read_file(file, options, limits)
-    _read_environment(environ, options, limits)
+        _read_file(file, given)
+    _read_environment(environ, given)
+    options = given["server"]
     for name, value in (overrides or {}).items():
         if value is not None:
             options[name] = _checked(_OPTIONS, name, value, f"--{name.replace('_', '-')}")
@@ -165,7 +180,12 @@ def load(
     if options.get("secrets_key") and options.get("secrets_key_file"):
         raise StartRefused("secrets_key and secrets_key_file are both set; set one of them")
     _check_key(options.get("api_key"))
-    return ServerConfig(**options, limits=Limits(**limits), box_environment=box_environment(environ))
+    return ServerConfig(
+        **options,
+        limits=Limits(**given["limits"]),
+        runtimes=RuntimeConfig(**given["runtime_api"]),
+        box_environment=box_environment(environ),
+    )
 
 
 def client_environment(environ: Mapping[str, str] | None = None) -> ClientEnvironment:
@@ -186,7 +206,7 @@ def box_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name in wanted or name.startswith("LC_")}
 
 
-def _read_file(file: Path, options: dict[str, Any], limits: dict[str, int]) -> None:
+def _read_file(file: Path, given: _Given) -> None:
     try:
         raw = file.read_bytes()
         mode = file.stat().st_mode
@@ -201,29 +221,50 @@ def _read_file(file: Path, options: dict[str, Any], limits: dict[str, int]) -> N
         raise StartRefused(_syntax_error(file, str(exc))) from None
     lines = _line_numbers(text)
     for table, values in content.items():
-        known = {"server": _OPTIONS, "limits": _LIMITS}.get(table)
-        if known is None or not isinstance(values, dict):
+        if table not in _TABLES or not isinstance(values, dict):
             raise StartRefused(_unknown_table(file, table, lines))
-        target = options if table == "server" else limits
+        if table == "runtime_api":
+            given[table]["tenants"] = _tenants(file, values.pop("tenants", {}), lines)
         for name, value in values.items():
             where = f"{file.name}{lines.get((table, name), '')}: {table}.{name}"
-            target[name] = _checked(known, name, value, where)
-    secret = next((name for name in sorted(SECRETS) if options.get(name)), None)
+            given[table][name] = _checked(_TABLES[table], name, value, where)
+    secret = next((name for name in sorted(SECRETS) if given["server"].get(name)), None)
+    if any(tenant.key for tenant in given["runtime_api"].get("tenants", {}).values()):
+        secret = "key of a tenant"
     if secret is not None and mode & (stat.S_IROTH | stat.S_IWOTH):
         raise StartRefused(f"{file}: holds the {secret} and everybody can read it; run: chmod 600 {file}")
 
 
-def _read_environment(environ: Mapping[str, str], options: dict[str, Any], limits: dict[str, int]) -> None:
+def _tenants(file: Path, tables: Any, lines: Mapping[tuple[str, str], str]) -> dict[str, TenantConfig]:
+    """The tables below `runtime_api.tenants`.
+
+    Raises:
+        StartRefused: an option of a tenant is wrong, or it has no key.
+    """
+    found: dict[str, TenantConfig] = {}
+    for tenant, values in tables.items() if isinstance(tables, dict) else [("", None)]:
+        table = f"runtime_api.tenants.{tenant}"
+        if not isinstance(values, dict):
+            raise StartRefused(f"{file.name}: a tenant is a table: [runtime_api.tenants.NAME]")
+        options = {
+            name: _checked(_TENANT, name, value, f"{file.name}{lines.get((table, name), '')}: {table}.{name}")
+            for name, value in values.items()
+        }
+        if bool(options.get("key")) == bool(options.get("key_file")):
+            raise StartRefused(f"{file.name}{lines.get((table, ''), '')}: {table} needs a key or a key_file")
+        _check_key(options.get("key"), f"{table}.key")
+        found[tenant] = TenantConfig(**options)
+    return found
+
+
+def _read_environment(environ: Mapping[str, str], given: _Given) -> None:
     for variable, value in sorted(environ.items()):
         if not variable.startswith(PREFIX) or not value or _is_not_ours(variable, value):
             continue
         name = variable.removeprefix(PREFIX).lower()
-        if name.startswith("limits_"):
-            limits[name.removeprefix("limits_")] = _checked(
-                _LIMITS, name.removeprefix("limits_"), value, variable, text=True
-            )
-        else:
-            options[name] = _checked(_OPTIONS, name, value, variable, text=True)
+        table = next((table for table in ("limits", "runtime_api") if name.startswith(f"{table}_")), "server")
+        name = name if table == "server" else name.removeprefix(f"{table}_")
+        given[table][name] = _checked(_TABLES[table], name, value, variable, text=True)
 
 
 def _is_not_ours(variable: str, value: str) -> bool:
@@ -257,6 +298,8 @@ def _checked(known: Mapping[str, Any], name: str, value: Any, where: str, *, tex
 
 
 def _wanted(kind: Any) -> str:
+    if type(None) in get_args(kind):
+        kind = get_args(kind)[0]
     if get_origin(kind) is Annotated:
         return str(get_args(kind)[1].description)
     if get_origin(kind) is Literal:
@@ -280,7 +323,7 @@ def _unknown_table(file: Path, name: str, lines: Mapping[tuple[str, str], str]) 
         return f"{where} belongs below a line with [server]"
     if name in _LIMITS:
         return f"{where} belongs below a line with [limits]"
-    return f"{where} is no table; there are server and limits{_suggestion(name, ('server', 'limits'))}"
+    return f"{where} is no table; there are server, limits and runtime_api{_suggestion(name, _TABLES)}"
 
 
 def _syntax_error(file: Path, message: str) -> str:
@@ -295,7 +338,7 @@ def _line_numbers(text: str) -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     table = ""
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([A-Za-z0-9_-]+)\s*\]", line):
+        if header := re.match(r"\s*\[\s*([A-Za-z0-9_.-]+)\s*\]", line):
             table = header[1]
             found.setdefault((table, ""), f":{number}")
         elif key := re.match(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""", line):
@@ -310,11 +353,11 @@ def _data_folder(given: str, environ: Mapping[str, str]) -> Path:
     return (Path(home).expanduser() / "agent-server").absolute()
 
 
-def _check_key(key: str | None) -> None:
+def _check_key(key: str | None, name: str = "") -> None:
     if key is not None and (
         len(key) < MINIMUM_KEY or not key.isascii() or not key.isprintable() or " " in key
     ):
         raise StartRefused(
-            f"api_key must be at least {MINIMUM_KEY} printable ASCII characters without spaces; "
-            "leave it out and the server makes a good one"
+            f"{name or 'api_key'} must be at least {MINIMUM_KEY} printable ASCII characters without spaces"
+            f"{'' if name else '; leave it out and the server makes a good one'}"
         )

@@ -35,6 +35,11 @@ class DataFolder:
         """A folder per box: what commands said, for as long as their box lives."""
         return self.root / "output"
 
+    @property
+    def runtimes(self) -> Path:
+        """A folder per runtime of the Runtime API."""
+        return self.root / "runtimes"
+
     def workspace(self, conversation: str) -> Path:
         """The folder in which the commands of a conversation run."""
         return self.root / "workspaces" / conversation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
@@ -51,13 +53,21 @@ class Gate:
     """See the module's docstring."""
 
     def __init__(
-        self, hosts: HostRules, origins: OriginRules, authority: Authority, logs: Logs, metrics: Metrics
+        self,
+        hosts: HostRules,
+        origins: OriginRules,
+        authority: Authority,
+        logs: Logs,
+        metrics: Metrics,
+        own_keys: Collection[Handler] = (),
     ) -> None:
+        """Take the rules, and the handlers that check keys of their own."""
         self._hosts = hosts
         self._origins = origins
         self._authority = authority
         self._logs = logs
         self._metrics = metrics
+        self._own_keys = own_keys
 
     def middlewares(self) -> list[Middleware]:
         """Return the middlewares, outermost first."""
@@ -111,7 +121,7 @@ class Gate:
             request[ORIGIN] = origin
             if request.method == hdrs.METH_OPTIONS:
                 return web.Response(status=204, headers=_PREFLIGHT)
-        if request.path not in OPEN_PATHS:
+        if request.path not in OPEN_PATHS and request.match_info.handler not in self._own_keys:
             request[KEY_SHOWN] = self._check_key(request)
         return await route(request)
 

@@ -29,6 +29,7 @@ from agent_server.logs import Log, Logs
 from agent_server.metrics import Metrics
 from agent_server.refusal import CANNOT_CREATE, DISK_FAILED, StartRefused
 from agent_server.routes import Routes
+from agent_server.runtime_api import runtime_api
 from agent_server.sealing import obtain_sealer
 from agent_server.session import CLOSE_DRAINING
 from agent_server.work import RETRY_AFTER_MS, Work
@@ -114,6 +115,7 @@ async def serving(
         async with (
             _event_log(folder.log) as log,
             Conversations(config, folder, log, opened, metrics, work, Settings(sealer)) as conversations,
+            runtime_api(config, folder.runtimes, opened, work, text) as runtime_routes,
         ):
             for sentence in log.recovered:
                 opened.log.warning("log_recovered", problem=sentence)
@@ -123,7 +125,7 @@ async def serving(
             lobby = Lobby(config, conversations, Authority(key), opened, metrics, work)
             routes = Routes(lobby)
             crowd = Crowd(_room(config, descriptors), config.max_strangers, metrics)
-            async with listening(config, lobby, routes, crowd) as port:
+            async with listening(config, lobby, routes, crowd, runtime_routes) as port:
                 ready = Ready(
                     url=_url(config.host, port),
                     api_key_file=str(key.file) if key.file else None,

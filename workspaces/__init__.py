@@ -1,6 +1,7 @@
 """Places to work, and starting them.
 
 box_process: a box as a child process of a server
+child:       a process that may outlive whoever started it
 disks:       the workspaces of sandboxes, with a limit where this machine can make one
 docker:      DockerWorkspace, a server in a container that is started for one client; with
              reaper, the process that removes the container of a client that was killed, owner, whether a
@@ -16,6 +17,7 @@ reach:       over which address what listens in a container is reached
 server_container: a container with a server in it, for whoever starts one; server_spec, what it is to be
 sizes:       sizes as people write them
 snapshots:   copies of the workspaces of sandboxes
+server_process: an agent server as a child process
 sweep:       removes what nobody owns any more
 sync:        the same workspaces, blocking
 

@@ -113,7 +113,7 @@ WRONG = {
     "no table": ("port = 80\n", "config.toml:1: port belongs below a line with [server]"),
     "unknown table": (
         "[sever]\nport = 80\n",
-        "config.toml:1: sever is no table; there are server and limits; did you mean server?",
+        "config.toml:1: sever is no table; there are server, limits and runtime_api; did you mean server?",
     ),
     "duplicate key": ("[server]\nport = 1\nport = 2\n", "config.toml:3: Cannot overwrite a value"),
     "no TOML": ("[server\n", "config.toml:1: Expected ']' at the end of a table declaration"),

@@ -1,0 +1,81 @@
+"""Where the runtimes of the Runtime API run: what a pod promises, whatever it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from msgspec import Struct
+
+
+class PodSpec(Struct, frozen=True, kw_only=True):
+    """What a pod is asked for."""
+
+    runtime_id: str
+    api_key: str
+    """What its clients need."""
+    image: str
+    environment: Mapping[str, str]
+    """For the commands in it."""
+    cpus: float
+    memory: int
+    """Bytes."""
+    runtime_class: str | None
+    image_pull_policy: str
+    folder: Path
+    """On this machine, its own."""
+
+    def __repr__(self) -> str:
+        return f"PodSpec({self.runtime_id})"
+
+
+class Pod(Protocol):
+    """An agent server in a place of its own. It goes on without us; whoever comes next finds it by its spec."""
+
+    @property
+    def url(self) -> str:
+        """Where the server listens; valid once it was started."""
+        ...
+
+    async def start(self) -> None:
+        """Make it run and wait until it is ready, whatever it was: new, paused, ended, or running already.
+
+        Whatever raises, or a cancel, leaves nothing that runs; its data stays.
+
+        Raises:
+            WorkspaceUnavailable: it does not run; with phase, cause and what to do.
+        """
+        ...
+
+    async def died(self) -> str:
+        """Wait until it has ended by itself; returns why, in a few words. Cancelling ends the waiting only."""
+        ...
+
+    async def pause(self) -> None:
+        """Let nothing in it run until `start`; its data stays."""
+        ...
+
+    async def end(self) -> None:
+        """End it and remove all of it, but for its folder. May be called again, also of one that never started."""
+        ...
+
+    def let_go(self) -> None:
+        """Leave it to itself."""
+        ...
+
+    async def last_words(self) -> str:
+        """Return the last lines of its log."""
+        ...
+
+
+class Pods(Protocol):
+    """Makes pods of one kind."""
+
+    def pod(self, spec: PodSpec) -> Pod:
+        """Describe one; nothing happens before it is started, or ended."""
+        ...
+
+    async def sweep(self, known: set[str]) -> None:
+        """End and remove everything of ours that belongs to none of these runtimes."""
+        ...

@@ -1,0 +1,53 @@
+"""The Runtime API: starts agent servers for tenants, and leads to them through this server's own port.
+
+See docs/runtime_api.md. Its parts: `tenants` says who may have what, `runtimes` keeps what there is, each
+`runtime` runs in a `pod`, `runtime_routes` answers requests, `runtime_proxy` passes on those to runtimes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from aiohttp import web
+
+from agent_server.config import ServerConfig
+from agent_server.logs import Logs
+from agent_server.pods import Pods
+from agent_server.pods_process import ProcessPods
+from agent_server.runtime_proxy import RuntimeProxy
+from agent_server.runtime_routes import RuntimeRoutes
+from agent_server.runtimes import Runtimes
+from agent_server.tenants import Tenants
+from agent_server.work import Work
+
+
+@asynccontextmanager
+async def runtime_api(
+    config: ServerConfig, folder: Path, logs: Logs, work: Work, own_key: str
+) -> AsyncIterator[list[web.RouteDef]]:
+    """Run it for the length of the block; yields its routes, none when it is off.
+
+    Raises:
+        StartRefused: its configuration is wrong, or there is no engine.
+    """
+    if config.runtime_api == "off":
+        yield []
+        return
+    tenants = Tenants(config.runtimes, own_key)
+    logs.redactor.add(tenants.secrets)
+    pods: Pods = ProcessPods(config.box_environment)
+    end = config.boxes_on_stop == "end"
+    async with (
+        Runtimes(config.runtimes, folder, pods, logs, end=end) as runtimes,
+        RuntimeProxy(runtimes.find) as proxy,
+    ):
+        yield RuntimeRoutes(
+            runtimes,
+            tenants,
+            proxy,
+            work,
+            url=config.runtimes.url,
+            body_seconds=config.body_seconds,
+        ).table()

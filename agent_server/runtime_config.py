@@ -1,0 +1,51 @@
+"""What the Runtime API is told: how large its runtimes are, and what its tenants may have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+GIB = 1 << 30
+
+Cpus = Annotated[float, Meta(gt=0, le=100_000, description="a number of processors, above 0")]
+Bytes = Annotated[int, Meta(ge=64 << 20, le=1 << 50, description="a number of bytes, at least 67108864")]
+Runtimes = Annotated[int, Meta(ge=1, le=100_000, description="1..100000")]
+StartSeconds = Annotated[float, Meta(ge=1, le=3600, description="1..3600 seconds")]
+
+
+class TenantConfig(Struct, frozen=True, kw_only=True):
+    """One tenant, a table `[runtime_api.tenants.NAME]`. A quota that it leaves out is the one of all tenants."""
+
+    key: str | None = None
+    """What it sends as X-API-Key."""
+    key_file: str | None = None
+    """A file that holds the key."""
+    sandboxes: Runtimes | None = None
+    cpus: Cpus | None = None
+    memory: Bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"TenantConfig(sandboxes={self.sandboxes}, cpus={self.cpus}, memory={self.memory})"
+
+
+class RuntimeConfig(Struct, frozen=True, kw_only=True):
+    """The table `[runtime_api]`."""
+
+    images: tuple[str, ...] = ()
+    """Images that may be started, with `*` and `?`; none: all."""
+    url: str = ""
+    """What clients reach this server by, e.g. `https://agents.example`; empty: the Host that they asked for."""
+    unit_cpus: Cpus = 1.0
+    """Of a runtime whose resource_factor is 1."""
+    unit_memory: Bytes = 2 * GIB
+    start_seconds: StartSeconds = 120.0
+    """How long a runtime may take until it is ready."""
+    sandboxes: Runtimes | None = None
+    """Runtimes that one tenant may have, paused and failed ones included; None: any number."""
+    cpus: Cpus | None = None
+    """Processors that the running ones may have together."""
+    memory: Bytes | None = None
+    """Bytes of memory that the running ones may have together."""
+    tenants: dict[str, TenantConfig] = {}
+    """By name; none: there is one, `default`, whose key is the server's own."""
