@@ -6,19 +6,13 @@ only those that are mounted into it.
 
 from __future__ import annotations
 
-import re
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from agent_sdk.disk import in_thread
-from agent_sdk.protocol.errors import NotFound, WorkspaceUnavailable
+from agent_sdk.protocol.errors import WorkspaceUnavailable
 from workspaces.engine import Engine
-
-# Engines mount these files into each container, from a folder that has the name of the container.
-OWN_FILES = ("/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
-ID = r"[0-9a-f]{64}"
+from workspaces.own_container import SELF, own_container
 
 
 class HostPaths:
@@ -29,20 +23,19 @@ class HostPaths:
         self._mounts = mounts
 
     @classmethod
-    async def find(cls, engine: Engine, *, process: Path = Path("/proc/self")) -> Self:
+    async def find(cls, engine: Engine, *, process: Path = SELF) -> Self:
         """Find out whether this process runs in a container that this engine knows.
 
         Raises:
             EngineUnavailable: the engine does not answer.
         """
-        for name in await in_thread(_candidates, process):
-            try:
-                container = await engine.inspect(name)
-            except NotFound:  # of another engine, or no id at all
-                continue
-            mounts = container.get("Mounts") or ()
-            return cls({Path(m["Destination"]): Path(m["Source"]) for m in mounts if m.get("Source")})
-        return cls()
+        container = await own_container(engine, process)
+        if container is None:
+            return cls()
+        mounts = container.get("Mounts") or ()
+        return cls(
+            {Path(mount["Destination"]): Path(mount["Source"]) for mount in mounts if mount.get("Source")}
+        )
 
     def __repr__(self) -> str:
         return f"<HostPaths {'the same' if self._mounts is None else dict(self._mounts)}>"
@@ -68,24 +61,3 @@ class HostPaths:
             "mount a volume or a folder there (docker run --volume agent-data:/data)",
             phase="create",
         )
-
-
-def _candidates(process: Path) -> list[str]:
-    """What the container of a process may be called, surest first. Blocks."""
-    found = []
-    for line in _lines(process / "mountinfo"):
-        fields = line.split(" ")
-        if len(fields) > 4 and fields[4] in OWN_FILES:
-            found += re.findall(rf"containers/({ID})/", fields[3])
-    for line in _lines(process / "cgroup"):
-        found += re.findall(rf"[/-]({ID})(?:\.scope)?$", line)
-    if re.fullmatch(r"[0-9a-f]{12}", host := socket.gethostname()):
-        found.append(host)
-    return list(dict.fromkeys(found))
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(errors="replace").splitlines()
-    except OSError:  # there is no /proc here
-        return []
