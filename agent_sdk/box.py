@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 
 from agent_sdk.ids import new_id
+from agent_sdk.local.environment import unpacked
 from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.protocol.methods import ClientInfo, Initialize, Initialized, Ping, Pong
@@ -104,7 +105,11 @@ async def serve(given: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT comes or nobody is connected for `linger` seconds."""
     loop = asyncio.get_running_loop()
     async with LocalWorkspace(
-        given.root, working_dir=given.working_dir, confined=not given.unconfined, spool_dir=given.spool
+        given.root,
+        working_dir=given.working_dir,
+        confined=not given.unconfined,
+        env=unpacked(),
+        spool_dir=given.spool,
     ) as workspace:
         box = Box(workspace, linger=given.linger, instance=given.instance or new_id())
         for number in (signal.SIGTERM, signal.SIGINT):

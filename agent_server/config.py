@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
+from agent_sdk.local.environment import packed
 from agent_sdk.protocol.specs import Limits
 from agent_server.refusal import StartRefused
 from agent_server.runtime_config import RuntimeConfig, TenantConfig
@@ -33,6 +34,7 @@ Seconds = Annotated[float, Meta(ge=0, le=86_400, description="0..86400 seconds")
 Timeout = Annotated[float, Meta(ge=0.1, le=3600, description="0.1..3600 seconds")]
 Count = Annotated[int, Meta(ge=1, le=1_000_000, description="1..1000000")]
 Names = tuple[str, ...]
+Variables = dict[str, str]
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -91,6 +93,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     runtime_api: Literal["off", "process", "docker"] = "off"
     """Whether it starts further servers for tenants, see docs/runtime_api.md: in processes of its own user, or in
     containers."""
+    command_env: Variables = {}
+    """Variables of all commands; in the environment as a JSON object. The server itself does not see them."""
     limits: Limits = Limits()
     runtimes: RuntimeConfig = RuntimeConfig()
     box_environment: dict[str, str] = {}
@@ -184,7 +188,7 @@ def load(
         **options,
         limits=Limits(**given["limits"]),
         runtimes=RuntimeConfig(**given["runtime_api"]),
-        box_environment=box_environment(environ),
+        box_environment=box_environment(environ, options.get("command_env")),
     )
 
 
@@ -200,10 +204,14 @@ def client_environment(environ: Mapping[str, str] | None = None) -> ClientEnviro
     )
 
 
-def box_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what a box may know of the server's environment: where programs and the home are, and the language."""
+def box_environment(environ: Mapping[str, str], for_commands: Variables | None = None) -> dict[str, str]:
+    """Return what a box may know of the server's environment: where programs and the home are, and the language.
+
+    What is for its commands is packed into one variable: it must not change how the box itself starts.
+    """
     wanted = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR")
-    return {name: value for name, value in environ.items() if name in wanted or name.startswith("LC_")}
+    inherited = {name: value for name, value in environ.items() if name in wanted or name.startswith("LC_")}
+    return {**inherited, **packed(for_commands)} if for_commands else inherited
 
 
 def _read_file(file: Path, given: _Given) -> None:
@@ -291,9 +299,11 @@ def _checked(known: Mapping[str, Any], name: str, value: Any, where: str, *, tex
     if text and kind == Names:
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:
+        if text and kind == Variables:
+            return msgspec.json.decode(value, type=Variables)
         return msgspec.convert(value, kind, strict=not text)
-    except msgspec.ValidationError:
-        got = "" if name in SECRETS else f" (got {_short(value)})"
+    except msgspec.DecodeError:  # ValidationError is one
+        got = "" if name in SECRETS or kind == Variables else f" (got {_short(value)})"
         raise StartRefused(f"{where} must be {_wanted(kind)}{got}") from None
 
 
@@ -304,7 +314,7 @@ def _wanted(kind: Any) -> str:
         return str(get_args(kind)[1].description)
     if get_origin(kind) is Literal:
         return " or ".join(get_args(kind))
-    return "a list of texts" if kind == Names else "a text"
+    return {Names: "a list of texts", Variables: "a table of names and texts"}.get(kind, "a text")
 
 
 def _short(value: Any) -> str:

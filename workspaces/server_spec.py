@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import msgspec
 from msgspec import Struct
 
+from agent_sdk.local.arguments import check_environment
+from agent_sdk.local.environment import packed
 from agent_sdk.protocol.errors import InvalidParams
 from workspaces.labels import ROLE, SERVER
 from workspaces.sizes import parse_size
@@ -21,8 +22,6 @@ NEEDED_CAPABILITIES = ("CHOWN", "KILL", "SETGID", "SETPCAP", "SETUID")
 """What the image's start needs to run commands as another user than the server. Commands have none."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{1,127}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_RESERVED = "AGENT_SERVER_"
 
 
 class Volume(Struct, frozen=True):
@@ -91,7 +90,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
         """See that it makes sense, without asking anybody.
 
         Raises:
-            InvalidParams: it does not; the sentence names the field.
+            InvalidParams, PolicyDenied: it does not; the sentence names the field.
         """
         if not _NAME.fullmatch(self.name):
             raise InvalidParams(
@@ -110,7 +109,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
             raise InvalidParams(f"pids: {self.pids} must be between 32 and {1 << 22}")
         if self.gpus is not None and not self.gpus.strip():
             raise InvalidParams("gpus: write all, a number, or ids separated by commas")
-        _check_variables(self.command_env)
+        check_environment(self.command_env)
 
     def body(self, api_key: str, bind: str | None) -> dict[str, Any]:
         """Return what the engine is asked to create.
@@ -121,7 +120,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
         """
         options = {**self.env, "AGENT_SERVER_API_KEY": api_key}
         if self.command_env:
-            options["AGENT_SERVER_BOX_VARIABLES"] = msgspec.json.encode(dict(self.command_env)).decode()
+            options.update(packed(self.command_env))
         if self.box_user is not None:
             options["AGENT_SERVER_BOX_USER"] = str(self.box_user)
         body: dict[str, Any] = {
@@ -156,16 +155,6 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
         own = "" if self.host_port is None else str(self.host_port)
         further = {f"{port}/tcp": [{"HostIp": bind, "HostPort": ""}] for port in self.ports}
         return {**further, f"{SERVER_PORT}/tcp": [{"HostIp": bind, "HostPort": own}]}
-
-
-def _check_variables(env: Mapping[str, str]) -> None:
-    for name, value in env.items():
-        if not _VARIABLE.fullmatch(name):
-            raise InvalidParams(f"env: {name[:64]!r} is no name of a variable")
-        if name.startswith(_RESERVED):
-            raise InvalidParams(f"env: {name} is an option of the server, and not for commands; leave it out")
-        if "\0" in value:
-            raise InvalidParams(f"env: the value of {name} has a NUL in it")
 
 
 def _gpus(wanted: str) -> dict[str, Any]:

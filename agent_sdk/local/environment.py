@@ -9,8 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
+import msgspec
+
 MARKER = "AGENT_SERVER_OP"
 """Names the operation a process belongs to, so that all of its processes can be found again."""
+
+COMMAND_ENV = "AGENT_SERVER_COMMAND_ENV"
+"""Holds variables for commands, as a JSON object; commands see those, and not this one."""
 
 _SECRET = ("LLM_API_KEY",)
 _RESERVED_PREFIX = "AGENT_SERVER_"
@@ -51,6 +56,16 @@ def temporary_folder() -> str:
 def from_caller(names: Iterable[str]) -> dict[str, str]:
     """Return those of the caller's variables that have these names; what is not set is left out."""
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def packed(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment by which a box learns of variables that are for its commands alone."""
+    return {COMMAND_ENV: msgspec.json.encode(dict(variables)).decode()}
+
+
+def unpacked() -> dict[str, str]:
+    """Return what `packed` left in the environment of this process; nothing where nobody did."""
+    return msgspec.json.decode(os.environ.get(COMMAND_ENV, "{}"), type=dict[str, str])
 
 
 def workspace_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -16,7 +16,7 @@ from agent_sdk.remote.link import persistent
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server import logs
 from agent_server.boxes import Boxes
-from agent_server.config import ServerConfig
+from agent_server.config import ServerConfig, load
 from agent_server.data_folder import DataFolder
 from tests.server.test_box_process import ENVIRONMENT, gone
 from tests.server.wire import GUARD
@@ -101,6 +101,15 @@ async def test_a_lost_box_is_told_and_replaced(link, folder):
     assert not (folder.boxes / "c").exists()
     assert await RemoteWorkspace.over(link).files.read("kept") == b"1"
     assert link.instance != first
+
+
+async def test_variables_for_commands_reach_commands_and_do_not_change_how_a_box_starts(folder):
+    given = '{"GREETING": "hello", "PYTHONHOME": "/nowhere"}'
+    inherited = load(environ={**ENVIRONMENT, "AGENT_SERVER_COMMAND_ENV": given}).box_environment
+    async with opened(folder, box_environment=inherited) as boxes:
+        result = await RemoteWorkspace.over(boxes.link("c")).execute("env")
+    assert {"GREETING=hello", "PYTHONHOME=/nowhere"} < set(result.stdout.splitlines())
+    assert "COMMAND_ENV" not in result.stdout
 
 
 async def test_a_call_under_way_has_an_unknown_outcome_when_its_box_is_lost(link):

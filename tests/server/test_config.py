@@ -79,6 +79,13 @@ def test_boxes_inherit_no_secret_of_the_server():
     assert load(environ=environ).box_environment == {"PATH": "/bin", "LC_ALL": "C"}
 
 
+def test_variables_for_commands_come_from_a_table_or_as_json(tmp_path):
+    file = loaded(tmp_path, '[server.command_env]\nGREETING = "hello"\n')
+    environment = load(environ={"AGENT_SERVER_COMMAND_ENV": '{"GREETING": "hello"}'})
+    assert file.command_env == environment.command_env == {"GREETING": "hello"}
+    assert file.box_environment["AGENT_SERVER_COMMAND_ENV"] == '{"GREETING":"hello"}'
+
+
 def test_the_key_is_in_no_representation():
     assert KEY not in repr(load(environ={"AGENT_SERVER_API_KEY": KEY}))
 
@@ -163,6 +170,7 @@ def test_a_readable_file_without_a_key_is_fine(tmp_path):
         ("AGENT_SERVER_PORT=x", "AGENT_SERVER_PORT must be 1..65535, or 0 for a free one (got x)"),
         ("AGENT_SERVER_HOTS=x", "AGENT_SERVER_HOTS is no option; did you mean host?"),
         ("AGENT_SERVER_LIMITS_CALLS=0", "AGENT_SERVER_LIMITS_CALLS must be 1..10000 (got 0)"),
+        ("AGENT_SERVER_COMMAND_ENV={A", "AGENT_SERVER_COMMAND_ENV must be a table of names and texts"),
     ],
 )
 def test_a_wrong_variable_is_refused_by_name(variable, sentence):
