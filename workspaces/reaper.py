@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 FAREWELL = b"farewell\n"
 PATIENCE_SECONDS = 600.0
 """For so long an engine that does not answer is tried again."""
-LATE_SECONDS = 45.0
-"""Longer than the creation of a container may take that the client asked for just before it died."""
+LATE_SECONDS = 25.0
+"""For so long a container is waited for that the client asked for just before it died. One that comes still later
+whoever starts the next container on this machine removes."""
 
 
 class Reaper:
