@@ -13,7 +13,7 @@ PACKAGES := agent_sdk workspaces agent_server
 MANYLINUX := manylinux_2_36 manylinux_2_34 manylinux_2_28 manylinux_2_17 manylinux2014 manylinux2010 manylinux1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo examples run-server test test-docker cover lint fmt types contracts bench docs docs-check image chaos lock clean
+.PHONY: help venv demo examples run-server test test-docker cover lint fmt types contracts bench docs docs-check image box-runtime chaos lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,9 @@ image: $(READY) ## build the container image (BASE_IMAGE= IMAGE= WHEELHOUSE=fold
 	docker build --quiet --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
 	  --build-arg VERSION=$$($(BIN)/python -c 'from agent_sdk.version import __version__; print(__version__)') \
 	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) .
+
+box-runtime: $(READY) ## make what a box needs to run in any image
+	$(BIN)/python -m workspaces.box_runtime build/box-runtime
 
 chaos: $(READY) ## break things at random and check the guarantees (SEED=1 ONLY=name TIER=pr|night|release)
 	CHAOS_SEED=$(SEED) CHAOS_TIER=$(TIER) $(BIN)/python -m pytest -n 2 tests/chaos -m chaos -k "$(ONLY)" $(ARGS)

@@ -4,6 +4,8 @@ It owns the processes, terminals, output and files of its workspace and outlives
 the server that started it. It listens at `box.sock` in a folder of its own, or on a socket it was given,
 prints `ready` when it does, ends on SIGTERM, and by itself when nobody has been connected for `--linger`
 seconds: then it ends its commands and removes their output and its folder. It needs no network and no aiohttp.
+
+One that is alone in a container is started `--unclaimed`: until somebody has claimed it nothing runs in it.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ import argparse
 import asyncio
 import logging
 import os
+import shlex
 import signal
 import socket
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, suppress
+from typing import Any
 
 from agent_sdk.ids import new_id
 from agent_sdk.local.environment import unpacked
 from agent_sdk.local.workspace import LocalWorkspace
-from agent_sdk.protocol.errors import AgentServerError
-from agent_sdk.protocol.methods import ClientInfo, Initialize, Initialized, Ping, Pong
+from agent_sdk.protocol.errors import AgentServerError, StateConflict
+from agent_sdk.protocol.methods import Claim, ClientInfo, Describe, Done, Initialize, Initialized, Ping, Pong
+from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound, Peer
@@ -47,9 +52,20 @@ logger = logging.getLogger("agent_sdk.box")
 class Box:
     """What serves the connections of one workspace; see the module's docstring."""
 
-    def __init__(self, workspace: LocalWorkspace, *, linger: float, instance: str) -> None:
+    def __init__(
+        self, workspace: LocalWorkspace, *, linger: float, instance: str, unclaimed: bool = False
+    ) -> None:
+        self._workspace = workspace
+        self._ledger = Ledger(weigh=weight, strip=without_output)
+        self._claimed: Claim | None = None
+        served = workspace_handlers(workspace, self._ledger)
+        self._describe = served[Describe]
+        if unclaimed:
+            served = {method: self._once_claimed(handler) for method, handler in served.items()}
+            served[Claim] = self._claim
         self._handlers: dict[type, Handler] = {
-            **workspace_handlers(workspace, Ledger(weigh=weight, strip=without_output)),
+            **served,
+            Describe: self._describe,
             Initialize: self._initialize,
             Ping: self._ping,
         }
@@ -86,6 +102,27 @@ class Box:
             heartbeat_s=20.0,
         )
 
+    def _once_claimed(self, handler: Handler) -> Handler:
+        async def handle(params: Any, call: Inbound) -> Any:
+            if self._claimed is None:
+                raise StateConflict("the box is not claimed yet: nothing runs in it before box.claim")
+            return await handler(params, call)
+
+        return handle
+
+    async def _claim(self, params: Claim, call: Inbound) -> WorkspaceInfo:
+        async def claim() -> Done:
+            if self._claimed is None:
+                self._workspace.add_environment(params.env)
+                self._claimed, self._instance = params, params.instance
+            elif (self._claimed.instance, self._claimed.env) != (params.instance, params.env):
+                raise StateConflict(f"the box is claimed already, by {self._instance}; start another one")
+            return Done()
+
+        await self._ledger.run(params, claim)
+        info: WorkspaceInfo = await self._describe(Describe(), call)
+        return info
+
     async def _ping(self, params: Ping, call: Inbound) -> Pong:
         return Pong()
 
@@ -110,12 +147,14 @@ async def serve(given: argparse.Namespace) -> None:
         confined=not given.unconfined,
         env=unpacked(),
         spool_dir=given.spool,
+        spare_bash=shlex.split(given.spare_bash),
     ) as workspace:
-        box = Box(workspace, linger=given.linger, instance=given.instance or new_id())
+        instance = given.instance or new_id()
+        box = Box(workspace, linger=given.linger, instance=instance, unclaimed=given.unclaimed)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, box.over.set)
         async with _listening(given, box):
-            _say_ready()
+            _say_ready(given.ready)
             await box.over.wait()
 
 
@@ -140,6 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--unconfined", action="store_true", help="file calls may leave the root")
     parser.add_argument("--linger", type=float, default=3600.0, help="seconds to live without a connection")
     parser.add_argument("--instance", help="what it calls itself; default: a random name")
+    parser.add_argument(
+        "--unclaimed", action="store_true", help="it gets its name and environment by a claim"
+    )
+    parser.add_argument("--ready", help="a FIFO somebody reads, to write `ready` to")
+    parser.add_argument("--spare-bash", default="", help="how bash is started where there is none")
     given = parser.parse_args(arguments)
     logging.basicConfig(handlers=[BoundedLog()], level=logging.WARNING)
     try:
@@ -151,8 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _say_ready() -> None:
+def _say_ready(fifo: str | None) -> None:
     """Tell whoever started it, who may be gone by now; nothing it says later may depend on them."""
+    if fifo is not None:
+        with suppress(OSError):
+            descriptor = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            os.write(descriptor, b"ready\n")
+            os.close(descriptor)
     with suppress(BrokenPipeError):
         os.write(1, b"ready\n")
     null = os.open(os.devnull, os.O_WRONLY)

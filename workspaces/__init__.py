@@ -1,6 +1,7 @@
 """Places to work, and starting them.
 
 box_process: a box as a child process of a server
+box_runtime: what a box needs to run in any image, made once
 child:       a process that may outlive whoever started it
 disks:       the workspaces of sandboxes, with a limit where this machine can make one
 docker:      DockerWorkspace, a server in a container that is started for one client; with

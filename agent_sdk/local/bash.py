@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from agent_sdk.local.children import Child, Children
 from agent_sdk.local.feed import Feed
 from agent_sdk.local.intake import Intake
-from agent_sdk.local.launch import Folder, Launch
+from agent_sdk.local.launch import Folder, Interpreter
 from agent_sdk.local.terminal import make_plain, open_terminal
 from agent_sdk.protocol.errors import ProcessNotFound
 
@@ -97,7 +97,7 @@ class Bash:
         children: Children,
         folder: Folder,
         environment: Mapping[str, str],
-        executable: str,
+        interpreter: Interpreter,
         take: Callable[[bytes], bool],
         on_report: Callable[[Report], None],
     ) -> None:
@@ -107,7 +107,7 @@ class Bash:
             children: where it belongs.
             folder: where it starts; the descriptor stays the caller's.
             environment: what it starts with.
-            executable: path of bash.
+            interpreter: bash.
             take: gets what the terminal shows, see Intake.
             on_report: called after a command's end, when its whole output was taken.
         """
@@ -127,14 +127,14 @@ class Bash:
         self._terminal = open_terminal(ROWS, COLS)
         make_plain(self._terminal.slave)
         environment = {"TERM": "dumb", **environment, "COLUMNS": str(COLS), "LINES": str(ROWS)}
-        status = self._spawn(children, folder, environment, executable)
+        status = self._spawn(children, folder, environment, interpreter)
         self.child.on_death = self._died
         self._feed = Feed(os.dup(self._terminal.master))
         self.intake = Intake(self._terminal.master, _Filter(self._nonce, self._shown, self._mark).take)
         self._status_intake = Intake(status, self._take_status)
 
     def _spawn(
-        self, children: Children, folder: Folder, environment: Mapping[str, str], executable: str
+        self, children: Children, folder: Folder, environment: Mapping[str, str], interpreter: Interpreter
     ) -> int:
         """Start bash with its three pipes; returns the reading end of the status pipe."""
         fds = [_high(fd) for _ in range(3) for fd in os.pipe()]
@@ -143,8 +143,8 @@ class Bash:
         driver = _DRIVER.replace("NONCE", self._nonce).replace("COMMANDS", str(command_in))
         driver = driver.replace("STATUS", str(status_out)).replace("RC<", f"{rc_in}<")
         os.write(rc_out, driver.encode())
-        argv = (b"bash", b"--noprofile", b"--rcfile", f"/dev/fd/{rc_in}".encode(), b"--noediting", b"-i")
-        launch = Launch(argv, environment, executable, self._terminal.name, theirs)
+        arguments = (b"--noprofile", b"--rcfile", f"/dev/fd/{rc_in}".encode(), b"--noediting", b"-i")
+        launch = interpreter.launch(arguments, environment, self._terminal.name, theirs)
         none = subprocess.DEVNULL
         try:
             self.child: Child = children.spawn(launch, folder, stdin=none, stdout=none, stderr=none)
@@ -361,8 +361,3 @@ def restoring(report: Report) -> bytes:
         b"builtin cd -- '" + folder + b"'",
     )
     return b"{\n" + b"\n".join(lines) + b"\n} 2>/dev/null"
-
-
-def is_bash(executable: str) -> bool:
-    """Whether a shell is bash, by its name."""
-    return os.path.basename(executable) == "bash"

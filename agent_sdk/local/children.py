@@ -12,12 +12,13 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from agent_sdk.local.environment import MARKER
-from agent_sdk.local.launch import Folder, Launch, spawn
+from agent_sdk.local.launch import Folder, Interpreter, Launch, spawn
 from agent_sdk.local.process_tree import HAS_PIDFD, Tree, end_tree, tick_now
 from agent_sdk.protocol.errors import ProcessNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import Exit, Status
 
 SESSIONS = 4096
+SH = Interpreter("/bin/sh")
 
 
 class Child:
@@ -166,8 +167,9 @@ class Child:
 class Children:
     """All of a workspace. `close` ends every process that came of it."""
 
-    def __init__(self, *, by_thread: bool = not HAS_PIDFD) -> None:
-        """Begin with none; `by_thread` as in Child."""
+    def __init__(self, sh: Interpreter = SH, *, by_thread: bool = not HAS_PIDFD) -> None:
+        """Begin with none; `sh` gives programs their terminal, `by_thread` as in Child."""
+        self._sh = sh
         self._by_thread = by_thread
         self._nonce = os.urandom(6).hex()
         self._count = 0
@@ -188,7 +190,7 @@ class Children:
         self._count += 1
         name = f"{self._nonce}-{self._count}"
         started = time.monotonic()
-        popen = spawn(launch, folder, name, stdin=stdin, stdout=stdout, stderr=stderr)
+        popen = spawn(launch, folder, name, self._sh, stdin=stdin, stdout=stdout, stderr=stderr)
         self._leaders[popen.pid] = None
         tree = Tree(f"{MARKER}={name}\0".encode(), {popen.pid: None})
         child = Child(name, popen, tree, started, by_thread=self._by_thread)

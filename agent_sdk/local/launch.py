@@ -90,14 +90,43 @@ def open_folder(root: Root, cwd: str, start: str) -> Folder:
         raise SpawnFailed(exc, str(exc.details.get("errno", "EIO"))) from None
 
 
-def shell_launch(text: bytes, environment: Mapping[str, str], shell: str) -> Launch:
-    """Return how text is run by a shell, given as its absolute path."""
-    return Launch((os.fsencode(os.path.basename(shell)), b"-c", text), environment, executable=shell)
+@dataclass(frozen=True)
+class Interpreter:
+    """A shell as a program: what runs text."""
+
+    path: str
+    """Absolute."""
+    options: tuple[bytes, ...] = ()
+    """Before all arguments: of a loader that starts it."""
+    is_bash: bool = False
+
+    def launch(
+        self,
+        arguments: Sequence[bytes],
+        environment: Mapping[str, str],
+        terminal: str | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> Launch:
+        """Return how it is started with these arguments; see Launch."""
+        argv = (os.fsencode(os.path.basename(self.path)), *self.options, *arguments)
+        return Launch(argv, environment, self.path, terminal, pass_fds)
 
 
-def find_shell(environment: Mapping[str, str]) -> str:
-    """Return the path of bash, or of sh where there is no bash."""
-    return _find(b"bash", environment) or _find(b"sh", environment) or "/bin/sh"
+def find_bash(environment: Mapping[str, str], spare: Sequence[str] = ()) -> Interpreter:
+    """Return bash, or the spare one (the words that start it), or sh where there is none."""
+    if found := _find(b"bash", environment):
+        return Interpreter(found, is_bash=True)
+    return _spare(spare) or find_sh(environment)
+
+
+def find_sh(environment: Mapping[str, str], spare: Sequence[str] = ()) -> Interpreter:
+    """Return any shell, the smallest first."""
+    found = _find(b"sh", environment) or _find(b"bash", environment)
+    return Interpreter(found) if found else _spare(spare) or Interpreter("/bin/sh")
+
+
+def _spare(words: Sequence[str]) -> Interpreter | None:
+    return Interpreter(words[0], tuple(map(os.fsencode, words[1:])), is_bash=True) if words else None
 
 
 def _find(name: bytes, environment: Mapping[str, str]) -> str | None:
@@ -115,9 +144,9 @@ def _is_program(place: bytes) -> bool:
 
 
 def spawn(
-    launch: Launch, folder: Folder, operation: str, *, stdin: int, stdout: int, stderr: int
+    launch: Launch, folder: Folder, operation: str, sh: Interpreter, *, stdin: int, stdout: int, stderr: int
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own; returns when it runs.
+    """Start a program in a session of its own, with a terminal by way of `sh`; returns when it runs.
 
     Raises:
         SpawnFailed: it does not.
@@ -128,8 +157,8 @@ def spawn(
     argv, executable = list(launch.argv), launch.executable
     if launch.terminal is not None:
         program = executable or _find_program(argv[0], launch.environment, folder)
-        argv = [b"sh", b"-c", _ON_TERMINAL, os.fsencode(launch.terminal), os.fsencode(program), *argv[1:]]
-        executable = _find(b"sh", launch.environment) or "/bin/sh"
+        opens = (b"-c", _ON_TERMINAL, os.fsencode(launch.terminal), os.fsencode(program))
+        argv, executable = [b"sh", *sh.options, *opens, *argv[1:]], sh.path
     # Through the descriptor the child enters the very folder that was checked.
     cwd = f"/proc/self/fd/{folder.fd}" if os.path.exists("/proc/self/fd") else folder.path
     try:

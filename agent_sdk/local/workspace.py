@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterable, Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from os import PathLike
@@ -19,13 +19,13 @@ from typing import Self
 
 from agent_sdk.disk import atomic_file, in_thread, open_source, path_error
 from agent_sdk.local.arguments import check_argv, check_command, check_environment, check_seconds, check_size
-from agent_sdk.local.bash import Bash, Report, is_bash
+from agent_sdk.local.bash import Bash, Report
 from agent_sdk.local.children import Children
 from agent_sdk.local.environment import temporary_folder, workspace_environment
 from agent_sdk.local.files import LocalFiles
 from agent_sdk.local.git import LocalGit
 from agent_sdk.local.herald import Herald
-from agent_sdk.local.launch import Folder, Launch, SpawnFailed, find_shell, open_folder, shell_launch
+from agent_sdk.local.launch import Folder, Interpreter, Launch, SpawnFailed, find_bash, find_sh, open_folder
 from agent_sdk.local.paths import Root
 from agent_sdk.local.process import LocalProcess
 from agent_sdk.local.processes import Processes
@@ -54,7 +54,7 @@ class _Open:
     processes: Processes
     spool_folder: str
     environment: dict[str, str]
-    shell: str
+    shell: Interpreter
     shells: dict[str, LocalShell] = field(default_factory=dict)
 
     def running(self) -> int:
@@ -74,6 +74,7 @@ class LocalWorkspace:
         confined: bool = True,
         spool_dir: str | PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
+        spare_bash: Sequence[str] = (),
     ) -> None:
         """Describe it; nothing happens before it is entered.
 
@@ -83,6 +84,7 @@ class LocalWorkspace:
             confined: False: paths may lead out of the root. Commands themselves are never confined here.
             spool_dir: where a folder for the output of commands is made, and removed; None: a temporary place.
             env: added to the environment of every command.
+            spare_bash: words that start a bash, for a machine that has none.
         """
         self._root = Root(os.fspath(dir), confined=confined)
         self.root = self._root.path
@@ -92,6 +94,7 @@ class LocalWorkspace:
             self.working_dir = os.path.realpath(os.path.join(self.root, os.fspath(working_dir)))
         self._spool_dir = None if spool_dir is None else os.path.abspath(os.fspath(spool_dir))
         self._env = check_environment(env)
+        self._spare_bash = spare_bash
         self._open: _Open | None = None
         self._files = LocalFiles(self._root)
         self._git = LocalGit(self._root, self._run_git)
@@ -129,11 +132,10 @@ class LocalWorkspace:
             os.mkdir(spool_folder, mode=0o700)
         except OSError as exc:
             raise path_error(exc, spool_dir) from exc
-        children = Children()
         environment = workspace_environment(self._env)
-        return _Open(
-            children, Processes(children, spool_folder), spool_folder, environment, find_shell(environment)
-        )
+        children = Children(find_sh(environment, self._spare_bash))
+        shell = find_bash(environment, self._spare_bash)
+        return _Open(children, Processes(children, spool_folder), spool_folder, environment, shell)
 
     async def __aexit__(self, *exc: object) -> None:
         """End every process tree (TERM, after 5 s KILL) and remove the spool folder."""
@@ -162,6 +164,10 @@ class LocalWorkspace:
         if self._open is None:
             raise WorkspaceUnavailable("the workspace is not open; enter it with `async with`")
         return self._open
+
+    def add_environment(self, env: Mapping[str, str]) -> None:
+        """Add to the environment of every command that starts from now on."""
+        self._opened().environment.update(check_environment(env))
 
     @property
     def files(self) -> LocalFiles:
@@ -234,7 +240,7 @@ class LocalWorkspace:
         checked = check_command(command)
         environment = {**opened.environment, **check_environment(env)}
         if isinstance(checked, bytes):
-            launch = shell_launch(checked, environment, opened.shell)
+            launch = opened.shell.launch((b"-c", checked), environment)
         else:
             launch = Launch(checked, environment)
         folder = self._folder(cwd)
@@ -338,7 +344,7 @@ class LocalWorkspace:
 
     def _start_bash(self, take: Callable[[bytes], bool], on_report: Callable[[Report], None]) -> Bash:
         opened = self._opened()
-        if not is_bash(opened.shell):
+        if not opened.shell.is_bash:
             raise WorkspaceUnavailable("bash is needed for a shell, and is not installed")
         try:
             folder = self._folder(None)
