@@ -25,6 +25,7 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_sdk.rpc.shield import to_its_end
 from workspaces.labels import INSTANCE, OWNER, ROLE, SERVER
 from workspaces.owner import is_dead, this_process
 from workspaces.reaper import Reaper
@@ -153,7 +154,7 @@ class DockerWorkspace(RemoteWorkspace):
                     await self._start(limit.when() or 0.0)
                     await super().__aenter__()
             except TimeoutError as exc:
-                await self._stack.aclose()
+                await to_its_end(self._stack.aclose())
                 if not limit.expired() or isinstance(exc, AgentServerError):
                     raise
                 phase = self._container.phase if self._container is not None else "engine"
@@ -163,9 +164,12 @@ class DockerWorkspace(RemoteWorkspace):
                     phase=phase,
                 ) from None
             except BaseException:
-                await self._stack.aclose()
+                await to_its_end(self._stack.aclose())
                 raise
         return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await to_its_end(super().__aexit__(*exc))
 
     @property
     def container(self) -> str | None:

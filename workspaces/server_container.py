@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, NotFound, WorkspaceUnavailable
-from agent_sdk.rpc.shield import shielded
+from agent_sdk.rpc.shield import to_its_end
 from workspaces.engine import Death, Engine, Watch
 from workspaces.labels import ROLE, SERVER
 from workspaces.reach import Reach, find_reach
@@ -284,7 +284,7 @@ class ServerContainer:
         Raises:
             EngineUnavailable: the engine does not answer, and it may still be there.
         """
-        await _to_its_end(self._stop())
+        await to_its_end(self._stop())
 
     async def let_go(self) -> None:
         """Leave it as it is: it can be found again."""
@@ -321,14 +321,3 @@ def _is_ready(line: str) -> bool:
 
 def _said(words: str) -> str:
     return f"; it said: {words}" if words else "; it said nothing"
-
-
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Wait for work that a first cancel must not stop; a second one does not wait any longer."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        with shielded():
-            await asyncio.wait([task])
-        raise
