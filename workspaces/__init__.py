@@ -18,6 +18,7 @@ reach:       over which address what listens in a container is reached
 server_container: a container with a server in it, for whoever starts one; server_spec, what it is to be
 sizes:       sizes as people write them
 snapshots:   copies of the workspaces of sandboxes
+runtime_api: APIRemoteWorkspace, a server that a Runtime API starts; runtime_client, the calls of one
 server_process: an agent server as a child process
 sweep:       removes what nobody owns any more
 sync:        the same workspaces, blocking
@@ -31,10 +32,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agent_sdk import LocalWorkspace, RemoteWorkspace, Sandbox
     from workspaces.docker import DockerWorkspace
+    from workspaces.runtime_api import APIRemoteWorkspace
 
-__all__ = ["DockerWorkspace", "LocalWorkspace", "RemoteWorkspace", "Sandbox"]
+__all__ = ["APIRemoteWorkspace", "DockerWorkspace", "LocalWorkspace", "RemoteWorkspace", "Sandbox"]
 
 _HOME = {
+    "APIRemoteWorkspace": "workspaces.runtime_api",
     "DockerWorkspace": "workspaces.docker",
     "LocalWorkspace": "agent_sdk",
     "RemoteWorkspace": "agent_sdk",

@@ -8,11 +8,87 @@ from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.sync import LocalWorkspace, RemoteWorkspace, Workspace
 from workspaces.docker import DockerWorkspace as AsyncDockerWorkspace
+from workspaces.runtime_api import APIRemoteWorkspace as AsyncAPIRemoteWorkspace
 
 if TYPE_CHECKING:
     from workspaces.server_container import OnLog, OnProgress
 
-__all__ = ["DockerWorkspace", "LocalWorkspace", "RemoteWorkspace"]
+__all__ = ["APIRemoteWorkspace", "DockerWorkspace", "LocalWorkspace", "RemoteWorkspace"]
+
+
+class APIRemoteWorkspace(Workspace):
+    """Blocking twin of APIRemoteWorkspace."""
+
+    asynchronous: AsyncAPIRemoteWorkspace
+
+    def __init__(
+        self,
+        runtime_api_url: str,
+        runtime_api_key: str,
+        server_image: str,
+        *,
+        session_id: str | None = None,
+        resource_factor: int = 1,
+        runtime_class: str | None = None,
+        image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent",
+        env: Mapping[str, str] | None = None,
+        forward_env: Iterable[str] = (),
+        keep_alive: bool = False,
+        pause_on_close: bool = False,
+        startup_timeout: float = 300.0,
+        connect_timeout: float = 30.0,
+        api_timeout: float = 60.0,
+        working_dir: str | None = None,
+        conversation: str | None = None,
+        heartbeat: float = HEARTBEAT_SECONDS,
+        on_connection: OnConnection | None = None,
+        on_progress: "OnProgress | None" = None,
+    ) -> None:
+        """See workspaces.runtime_api.APIRemoteWorkspace."""
+        super().__init__(
+            AsyncAPIRemoteWorkspace(
+                runtime_api_url,
+                runtime_api_key,
+                server_image,
+                session_id=session_id,
+                resource_factor=resource_factor,
+                runtime_class=runtime_class,
+                image_pull_policy=image_pull_policy,
+                env=env,
+                forward_env=forward_env,
+                keep_alive=keep_alive,
+                pause_on_close=pause_on_close,
+                startup_timeout=startup_timeout,
+                connect_timeout=connect_timeout,
+                api_timeout=api_timeout,
+                working_dir=working_dir,
+                conversation=conversation,
+                heartbeat=heartbeat,
+                on_connection=on_connection and partial(self._pass_on, on_connection),
+                on_progress=on_progress and partial(self._pass_on, on_progress),
+            )
+        )
+
+    @property
+    def session_id(self) -> str:
+        """See workspaces.runtime_api.APIRemoteWorkspace.session_id."""
+        return self.asynchronous.session_id
+
+    @property
+    def runtime_id(self) -> str | None:
+        """See workspaces.runtime_api.APIRemoteWorkspace.runtime_id."""
+        return self.asynchronous.runtime_id
+
+    def pause(self) -> None:
+        """See workspaces.runtime_api.APIRemoteWorkspace.pause."""
+        self._caller.call(self.asynchronous.pause)
+
+    def resume(self) -> None:
+        """See workspaces.runtime_api.APIRemoteWorkspace.resume."""
+        self._caller.call(self.asynchronous.resume)
+
+    def _pass_on(self, told: Any, *arguments: Any) -> None:
+        self._caller.post(told, *arguments)
 
 
 class DockerWorkspace(Workspace):
