@@ -13,14 +13,14 @@ HERE = Path(__file__).parent
 def main() -> int:
     with tempfile.TemporaryDirectory() as data:
         command = [sys.executable, "-m", "agent_server", "serve", "--port", "0", "--json", "--data", data]
-        ending = {**os.environ, "AGENT_SERVER_BOXES_ON_STOP": "end"}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=ending) as server:
+        options = {"AGENT_SERVER_BOXES_ON_STOP": "end", "AGENT_SERVER_RUNTIME_API": "process"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **options}) as server:
             try:
                 assert server.stdout is not None
                 ready = json.loads(server.stdout.readline())
                 key = Path(ready["api_key_file"]).read_text().strip()
-                environ = {**os.environ, "AGENT_SERVER_URL": ready["url"], "AGENT_SERVER_API_KEY": key}
-                return run(environ)
+                there = {"AGENT_SERVER_URL": ready["url"], "AGENT_SERVER_API_KEY": key}
+                return run({**os.environ, **there, "API_URL": ready["url"], "API_KEY": key})
             finally:
                 server.terminate()
 

@@ -1,9 +1,13 @@
 """The examples run, and say what the documents say of them."""
 
+import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -20,12 +24,26 @@ def run(name, **environ):
     return done.stdout
 
 
+@contextmanager
+def runtime_api(data):
+    """A Runtime API with processes behind it, and what the example wants to know of it."""
+    command = [sys.executable, "-m", "agent_server", "serve", "--port", "0", "--json", "--data", str(data)]
+    options = {"AGENT_SERVER_BOXES_ON_STOP": "end", "AGENT_SERVER_RUNTIME_API": "process"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **options}) as server:
+        try:
+            ready = json.loads(server.stdout.readline())
+            yield {"API_URL": ready["url"], "API_KEY": Path(ready["api_key_file"]).read_text().strip()}
+        finally:
+            server.terminate()
+
+
 def there(server):
     return {"AGENT_SERVER_URL": server.url, "AGENT_SERVER_API_KEY": server.api_key}
 
 
-def test_here_and_there_differ_in_the_workspace_line_only():
-    here, there = ((EXAMPLES / name).read_text().splitlines() for name in ("01_here.py", "02_there.py"))
+@pytest.mark.parametrize("name", ["02_there.py", "05_runtime_api.py"])
+def test_here_and_there_differ_in_the_workspace_line_only(name):
+    here, there = ((EXAMPLES / name).read_text().splitlines() for name in ("01_here.py", name))
     differing = [(a, b) for a, b in zip(here, there, strict=True) if a != b]
     assert len(differing) == 1
     assert all("async with workspaces." in line for line in differing[0])
@@ -39,6 +57,12 @@ def test_here_and_there_give_the_same_events_and_the_same_files(running_server, 
     assert sorted(path.name for path in said.parent.iterdir()) == sorted(p.name for p in tmp_path.iterdir())
     assert said.read_bytes() == (tmp_path / "said.txt").read_bytes() == b"Hello from 42\n"
     assert (said.parent / "hello.py").read_bytes() == (tmp_path / "hello.py").read_bytes()
+
+
+def test_a_server_that_a_runtime_api_starts_gives_the_same_events(tmp_path):
+    with runtime_api(tmp_path / "data") as environ:
+        there = run("05_runtime_api.py", **environ)
+    assert there == run("01_here.py", EXAMPLE_DIR=str(tmp_path))
 
 
 def test_the_blocking_snippet_runs(running_server):

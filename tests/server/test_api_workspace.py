@@ -80,14 +80,19 @@ async def test_an_exception_in_the_block_ends_the_runtime_too(server):
 
 
 async def test_a_start_that_is_cancelled_leaves_no_runtime(server):
-    entering = asyncio.create_task(there(server).__aenter__())
-    async with client(server) as api:
-        while not (await api.ask("GET", "/list"))["runtimes"]:
-            pass
-        entering.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await entering
-        assert (await api.ask("GET", "/list"))["runtimes"] == []
+    waiting = asyncio.Event()
+
+    def on_progress(phase, done, total):
+        if phase == "ready":
+            waiting.set()
+
+    entering = asyncio.create_task(there(server, on_progress=on_progress).__aenter__())
+    await waiting.wait()
+    assert len(await sessions(server)) == 1
+    entering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    assert await sessions(server) == []
 
 
 async def test_the_session_of_another_tenant_is_a_session_of_ones_own(server):
