@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +47,16 @@ class RunningServer:
 @pytest.fixture(scope="session")
 def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server for the whole run; every workspace and conversation on it is fresh."""
-    data = tmp_path_factory.mktemp("server")
+    with serving(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@contextmanager
+def serving(data: Path, **environment: str) -> Iterator[RunningServer]:
+    """Run a server for the length of the block."""
     command = [sys.executable, "-m", "agent_server", "serve", "--port", "0", "--json", "--data", str(data)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **SHORT_LIVED}) as process:
+    environment = {**os.environ, **SHORT_LIVED, **environment}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         try:
             assert process.stdout is not None
             ready = json.loads(process.stdout.readline())

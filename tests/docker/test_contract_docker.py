@@ -1,17 +1,14 @@
 """What workspaces and conversations promise holds on a server in a container of its own."""
 
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
 
 import pytest
 
-from agent_sdk import Conversation, RemoteWorkspace
-from agent_sdk.ids import new_id
-from agent_sdk.protocol.methods import Delete
-from agent_sdk.remote.link import ask
+from agent_sdk import RemoteWorkspace
 from agent_sdk.remote.reconnecting import Target
 from tests.contract.conversation import ConversationContract
 from tests.contract.workspace import WorkspaceContract
+from tests.docker.fresh import conversations, fresh
 from tests.docker.servers import SERVER
 from workspaces.sync import DockerWorkspace
 
@@ -28,20 +25,12 @@ def server(engine_is_there) -> Iterator[Target]:
 class TestInADockerWorkspace(WorkspaceContract):
     @pytest.fixture
     async def workspace(self, server):
-        async with RemoteWorkspace(server.url, server.api_key) as workspace:
+        async with fresh(RemoteWorkspace(server.url, server.api_key)) as workspace:
             yield workspace
-            await ask(workspace.link, Delete(op_id=new_id()))
 
 
 class TestOnADockerWorkspace(ConversationContract):
     @pytest.fixture
     async def open(self, server, places):
-        async with AsyncExitStack() as stack:
-
-            async def open(agent, **options):
-                workspace = await stack.enter_async_context(RemoteWorkspace(server.url, server.api_key))
-                conversation = Conversation(agent, workspace, **options)
-                places[conversation] = workspace
-                return conversation
-
+        async with conversations(places, lambda: RemoteWorkspace(server.url, server.api_key)) as open:
             yield open
