@@ -6,7 +6,6 @@ Each has a folder named after its owner, the conversation whose workspace it is.
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -63,7 +62,7 @@ class Boxes:
         await asyncio.to_thread(self._folder.boxes.mkdir, mode=0o700, exist_ok=True)
         turn = asyncio.Semaphore(FOUND_AT_ONCE)
         await asyncio.gather(*(self._find(place, turn) for place in self._folder.boxes.iterdir()))
-        await asyncio.to_thread(_remove_all, self._folder.output, set(self._links))
+        await asyncio.to_thread(self._remove_output, set(self._links))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -103,7 +102,7 @@ class Boxes:
     async def _find(self, place: Path, turn: asyncio.Semaphore) -> None:
         async with turn:
             died = (place / RECORD).exists()
-            box = await BoxProcess.find(place, self._folder.output / place.name)
+            box = await BoxProcess.find(place, self._folder.output / place.name, self._folder.confinement)
             if box is not None:
                 await self.link(place.name).adopt(box, self._config.box_linger_seconds)
             elif died:
@@ -131,7 +130,15 @@ class Boxes:
             linger=self._config.box_linger_seconds,
             environment=self._config.box_environment,
             instance=instance,
+            confinement=self._folder.confinement,
         )
+
+    def _remove_output(self, but: set[str]) -> None:
+        """Remove what boxes left that are gone."""
+        if self._folder.output.is_dir():
+            for place in self._folder.output.iterdir():
+                if place.name not in but:
+                    self._folder.confinement.remove(place)
 
     def _tell(self, owner: str, change: Change, words: str) -> None:
         self._on_change()
@@ -139,11 +146,3 @@ class Boxes:
             self._logs.log.warning("box_lost", box=owner, last_words=words)
         else:
             self._logs.log.info(f"box_{change}", box=owner)
-
-
-def _remove_all(folder: Path, but: set[str]) -> None:
-    """Remove what is in a folder, but for these names."""
-    if folder.is_dir():
-        for place in folder.iterdir():
-            if place.name not in but:
-                shutil.rmtree(place, ignore_errors=True)

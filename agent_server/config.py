@@ -63,8 +63,13 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_seconds: Annotated[float, Meta(ge=0, le=600, description="0..600 seconds")] = 20.0
     """How long running calls may go on after SIGTERM."""
-    isolation: Literal["none"] = "none"
-    """How boxes are kept apart from this machine; `none`: plain processes of the server's user."""
+    isolation: Literal["none", "user", "bwrap"] = "none"
+    """How boxes are kept apart from this machine. `none`: plain processes of the server's user; `user`: of another
+    user, which takes root or its capabilities; `bwrap`: in namespaces of their own, without a network."""
+    box_user: Annotated[
+        int, Meta(ge=1, le=2_147_483_647, description="1..2147483647, the number of a user")
+    ] = 10_001
+    """The user of boxes that are not the server's; its group has the same number."""
     boxes_on_stop: Literal["keep", "end"] = "keep"
     """What becomes of boxes in which something runs when the server stops. `keep`: they go on, and the next server
     finds them; whatever supervises the server must end its main process alone (systemd: `KillMode=process`)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -144,7 +143,7 @@ class Conversations:
         note = self._note(id, spec or WorkspaceSpec())
         if id not in self._notes:
             if note.owner == id and note.working_dir is None:
-                await asyncio.to_thread(_make_folder, self._folder.workspace(id))
+                await asyncio.to_thread(self._folder.confinement.give, self._folder.workspace(id))
             await self._log.create(id, msgspec.to_builtins(note))
             self._logs.log.info("conversation_made", conversation=id)
         made = self._notes.setdefault(id, note)
@@ -226,7 +225,7 @@ class Conversations:
         self._logs.log.info("conversation_deleted", conversation=id)
         if note is not None and not any(other.owner == note.owner for other in self._notes.values()):
             await self._boxes.forget(note.owner)
-            await asyncio.to_thread(shutil.rmtree, self._folder.workspace(note.owner), ignore_errors=True)
+            await asyncio.to_thread(self._folder.confinement.remove, self._folder.workspace(note.owner))
 
     def wind_down(self) -> None:
         """Let go of every turn as soon as the next server can go on with it; it counts as work until then."""
@@ -349,10 +348,6 @@ def _snapshot(row: ConversationRow, note: Note) -> Snapshot:
         updated_at=row.updated_at,
         model=note.model,
     )
-
-
-def _make_folder(path: Path) -> None:
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def _existing_folder(given: str | None) -> str | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from agent_sdk.protocol.errors import IsolationUnavailable
 from agent_server.refusal import CANNOT_CREATE, TRY_LATER, StartRefused
+from workspaces.confinement import NOT_CONFINED, Isolation, confinement
 
 LOCK_FILE = "lock"
 
@@ -19,6 +23,8 @@ class DataFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.confinement = NOT_CONFINED
+        """How boxes that are processes are kept apart from the server."""
 
     @property
     def log(self) -> Path:
@@ -39,6 +45,32 @@ class DataFolder:
     def runtimes(self) -> Path:
         """A folder per runtime of the Runtime API."""
         return self.root / "runtimes"
+
+    async def confine(self, isolation: Isolation, user: int) -> None:
+        """Keep boxes apart like this from now on, and this folder from them: they pass through it, and see nothing.
+
+        Raises:
+            StartRefused: this machine has not what it takes; nothing less is done.
+        """
+        try:
+            self.confinement = await confinement(isolation, user, self.root)
+            if self.confinement.user is not None:
+                await asyncio.to_thread(self._open_to, self.confinement.user)
+            await self.confinement.check(self.root)
+        except IsolationUnavailable as exc:
+            raise StartRefused(str(exc)) from None
+        except OSError as exc:
+            raise StartRefused(f"{exc.filename} cannot be kept from boxes: {exc.strerror}") from None
+
+    def _open_to(self, group: int) -> None:
+        passages = [self.root / name for name in ("workspaces", "output", "runtime")]
+        for entry in self.root.iterdir():
+            if entry not in passages:
+                entry.chmod(entry.stat().st_mode & stat.S_IRWXU)
+        for folder in (*passages, self.root):
+            folder.mkdir(exist_ok=True, mode=0o700)
+            os.chown(folder, -1, group)
+            folder.chmod(0o710)
 
     def workspace(self, conversation: str) -> Path:
         """The folder in which the commands of a conversation run."""

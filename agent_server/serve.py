@@ -39,6 +39,8 @@ FOR_WORK = 0.95
 """The part of `drain_seconds` that running calls get; the rest is for ending what they left."""
 FAREWELL_SECONDS = 1.0
 KEPT_DESCRIPTORS = 64
+KEPT_TO_ITSELF = 0o077
+"""The umask of a server whose boxes are other users."""
 OPEN_FILES = 65_536
 """Commands inherit the limit, and some programs walk through all of it: not more than needed."""
 
@@ -106,6 +108,9 @@ async def serving(
         logs.opened(style=config.log_format, level=config.log_level, stream=log_to) as opened,
         data_folder.locked(Path(config.data)) as folder,
     ):
+        if config.isolation != "none":
+            os.umask(KEPT_TO_ITSELF)
+        await folder.confine(config.isolation, config.box_user)
         key, text = obtain_key(config)
         sealer, secrets_keys = obtain_sealer(config)
         opened.redactor.add([text, *secrets_keys])

@@ -3,6 +3,7 @@
 box_process: a box as a child process of a server
 box_runtime: what a box needs to run in any image, made once
 child:       a process that may outlive whoever started it
+confinement: how a box on this machine is kept apart
 disks:       the workspaces of sandboxes, with a limit where this machine can make one
 docker:      DockerWorkspace, a server in a container that is started for one client; with
              reaper, the process that removes the container of a client that was killed, owner, whether a

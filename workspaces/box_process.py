@@ -3,19 +3,20 @@
 It has a folder of its own: `box.sock` is where it listens, `box.json` says which process it is, `box.log`
 is its standard error. Its name (`instance`) stands in its environment, which its commands inherit, and
 in `box.json` before it starts. So whatever is killed at whichever moment, whoever comes next finds all of it.
+
+One that is confined is not let into that folder: it inherits the socket, and nothing that it says or does
+is believed when it is ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
 
@@ -26,9 +27,11 @@ import agent_sdk
 from agent_sdk.box import RECORD, SOCKET
 from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
-from agent_sdk.local.process_tree import Tree, end_tree, started_ticks
+from agent_sdk.local.process_tree import Tree, children, end_tree, started_ticks
 from agent_sdk.protocol.errors import IsolationUnavailable, PathNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import WorkspaceInfo
+from agent_sdk.rpc.unix import listen_unix
+from workspaces.confinement import NOT_CONFINED, UMASK, Confinement, Isolation
 
 MARKER = "AGENT_BOX"
 """Names a box in its environment, which its commands inherit: so they are found when it could not end them."""
@@ -38,6 +41,8 @@ END_SECONDS = 8.0
 """Longer than the 5 s that a box gives its commands between TERM and KILL."""
 LAST_WORDS = 20
 LAST_BYTES = 64 << 10
+_DIED_BY = 128
+"""What bwrap adds to the number of the signal that ended its process."""
 
 
 class Record(Struct, frozen=True):
@@ -52,6 +57,8 @@ class Record(Struct, frozen=True):
     """0: it was about to start."""
     ticks: int = 0
     """When the process started, as the kernel counts: tells it from a later one of the same number."""
+    isolation: Isolation = "none"
+    user: int | None = None
 
 
 class BoxProcess:
@@ -71,6 +78,7 @@ class BoxProcess:
         linger: float = 3600.0,
         environment: Mapping[str, str] | None = None,
         instance: str | None = None,
+        confinement: Confinement = NOT_CONFINED,
     ) -> None:
         """Describe it.
 
@@ -83,6 +91,7 @@ class BoxProcess:
             linger: seconds it goes on without any connection.
             environment: all it knows of the environment; None: a PATH and nothing else.
             instance: its name; None: a new one.
+            confinement: how it is kept apart from us.
         """
         self.root = root
         self.folder = folder
@@ -92,27 +101,39 @@ class BoxProcess:
         self._confined = confined
         self._linger = linger
         self._environment = {"PATH": os.defpath} if environment is None else dict(environment)
+        self._confinement = confinement
         self._pid: int | None = None
         self._pidfd = -1
         self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    async def find(cls, folder: Path, spool: Path | None = None) -> Self | None:
-        """Return the box that lives in this folder. Of a dead one everything is ended and removed."""
+    async def find(
+        cls, folder: Path, spool: Path | None = None, confinement: Confinement = NOT_CONFINED
+    ) -> Self | None:
+        """Return the box that lives in this folder. Of a dead one everything is ended and removed.
+
+        Args:
+            folder: its own.
+            spool: what it was given at its start.
+            confinement: what boxes have now. A box that was started with another one is ended, too.
+        """
         try:
             record = msgspec.json.decode((folder / RECORD).read_bytes(), type=Record)
         except (OSError, msgspec.DecodeError):  # nothing was started before that file was whole
-            await in_thread(_remove, spool, folder)
+            await in_thread(_remove, spool, folder, confinement)
             return None
-        box = cls(folder, folder, spool=spool, instance=record.instance)
+        started = Confinement(isolation=record.isolation, user=record.user)
+        box = cls(folder, folder, spool=spool, instance=record.instance, confinement=started)
         if record.boot == _boot():
             with suppress(OSError):
                 box._watch(record.pid)
                 if record.ticks and started_ticks(record.pid) == record.ticks:
-                    return box
+                    if (started.isolation, started.user) == (confinement.isolation, confinement.user):
+                        return box
+                    await box.end()
                 box.let_go()
             await end_tree(box._tree, grace=0)
-        await in_thread(_remove, spool, folder)
+        await in_thread(_remove, spool, folder, started)
         return None
 
     def __repr__(self) -> str:
@@ -203,21 +224,28 @@ class BoxProcess:
         """See Box; nothing ever happens."""
 
     async def completed(self, info: WorkspaceInfo) -> WorkspaceInfo:
-        """See Box; it has said everything."""
-        return info
+        """See Box; it does not know how it is confined."""
+        return msgspec.structs.replace(info, isolation=self._confinement.isolation)
 
     # --- its start ---
 
     async def _start(self) -> None:
-        record = Record(instance=self.instance, boot=_boot(), started=time.time())
+        record = Record(
+            instance=self.instance,
+            boot=_boot(),
+            started=time.time(),
+            isolation=self._confinement.isolation,
+            user=self._confinement.user,
+        )
         reading, writing = os.pipe()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _write(self.folder, record)
             popen = self._spawn(writing)
-        except OSError as exc:
+        except (OSError, WorkspaceUnavailable) as exc:
             os.close(reading)
-            raise WorkspaceUnavailable(f"the box did not start: {exc.strerror}", phase="start") from None
+            reason = getattr(exc, "strerror", None) or exc
+            raise WorkspaceUnavailable(f"the box did not start: {reason}", phase="start") from None
         finally:
             os.close(writing)
         try:
@@ -240,33 +268,41 @@ class BoxProcess:
 
     def _spawn(self, stdout: int) -> subprocess.Popen[bytes]:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
-        log = os.open(self.folder / LOG, flags, 0o600)
-        try:
+        confined = self._confinement.isolation != "none"
+        with ExitStack() as stack:
+            log = os.open(self.folder / LOG, flags, 0o600)
+            stack.callback(os.close, log)
+            given = []
+            if confined:
+                given.append(stack.enter_context(listen_unix(str(self.folder / SOCKET))).fileno())
+                if self._spool is not None:
+                    self._confinement.give(self._spool)
             popen = subprocess.Popen(
-                self._command(),
+                self._command(*given),
                 # Beside the package, so that `-m` finds it however it was installed.
                 cwd=Path(agent_sdk.__file__).parent.parent,
-                env={**self._environment, MARKER: self.instance},
+                env={**self._confinement.environment(self._environment, self.root), MARKER: self.instance},
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=log,
                 start_new_session=True,
+                pass_fds=given,
+                umask=UMASK if confined else -1,
             )
-        finally:
-            os.close(log)
         popen.returncode = 0  # its end is seen here, and it may outlive us: Popen has nothing to wait for
         return popen
 
-    def _command(self) -> list[str]:
-        command = [sys.executable, "-m", "agent_sdk.box"]
-        command += ["--folder", str(self.folder), "--root", str(self.root), "--instance", self.instance]
+    def _command(self, listening: int | None = None) -> list[str]:
+        place = ["--folder", str(self.folder)] if listening is None else ["--listen", str(listening)]
+        options = [*place, "--root", str(self.root), "--instance", self.instance]
         if self._working_dir is not None:
-            command += ["--working-dir", str(self._working_dir)]
+            options += ["--working-dir", str(self._working_dir)]
         if self._spool is not None:
-            command += ["--spool", str(self._spool)]
+            options += ["--spool", str(self._spool)]
         if not self._confined:
-            command.append("--unconfined")
-        return [*command, "--linger", str(self._linger)]
+            options.append("--unconfined")
+        options += ["--linger", str(self._linger)]
+        return self._confinement.command(options, [place for place in (self.root, self._spool) if place])
 
     # --- its end ---
 
@@ -280,22 +316,34 @@ class BoxProcess:
         code = None
         with suppress(ChildProcessError):  # another server started it
             code = os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG)[1])
+            if self._confinement.isolation == "bwrap" and code > _DIED_BY:
+                code = _DIED_BY - code
         self._ended.set_result(code)
 
     @property
     def _tree(self) -> Tree:
-        return Tree(f"{MARKER}={self.instance}\0".encode())
+        return Tree(f"{MARKER}={self.instance}\0".encode(), user=self._confinement.user)
 
     async def _end(self) -> None:
         """A box that crashes or does not end by itself does not end what it runs, and removes nothing: so we do."""
         if self._pidfd >= 0:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+            await self._ask_to_end()
             await asyncio.wait([self._ended], timeout=END_SECONDS)
         if self._pid is not None and (self.folder / RECORD).exists():
             await end_tree(self._tree, grace=0)
             if self._pidfd >= 0:
                 await self._ended
-        await in_thread(_remove, self._spool, self.folder)
+        await in_thread(_remove, self._spool, self.folder, self._confinement)
+
+    async def _ask_to_end(self) -> None:
+        if self._confinement.isolation == "bwrap" and self._pid is not None:
+            # bwrap passes no signal on: to the first process of its namespaces, and from there to the box.
+            for first in await in_thread(children, self._pid):
+                for box in (await in_thread(children, first))[:1]:
+                    with suppress(OSError):
+                        os.kill(box, signal.SIGTERM)
+        elif self._pidfd >= 0:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
 
 def _write(folder: Path, record: Record) -> None:
@@ -304,10 +352,10 @@ def _write(folder: Path, record: Record) -> None:
     fresh.replace(folder / RECORD)
 
 
-def _remove(*folders: Path | None) -> None:
-    for folder in folders:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+def _remove(spool: Path | None, folder: Path, confinement: Confinement) -> None:
+    if spool is not None:
+        confinement.remove(spool)
+    NOT_CONFINED.remove(folder)
 
 
 def _boot() -> str:

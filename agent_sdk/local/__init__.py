@@ -30,6 +30,7 @@ arguments:    limits on what callers ask for
 launch:       starting a program
 children:     started programs, and their ends
 process_tree: all processes of an operation, found and ended
+rights:       the rights of another user, for a block
 processes:    the processes of a workspace
 running:      a process with its streams
 process:      a process as its users see it

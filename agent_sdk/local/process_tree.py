@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from agent_sdk.disk import in_thread
+from agent_sdk.local.rights import rights_of
 from agent_sdk.workspace import KILL_GRACE_SECONDS
 
 HAS_PIDFD = hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")
@@ -51,6 +52,8 @@ class Tree:
     """`NAME=value`, or its beginning, as it stands in an environment."""
     leaders: dict[int, int | None] = field(default_factory=dict)
     """Pid of each session leader; with the tick of its end once its number may be given to others."""
+    user: int | None = None
+    """Whose processes they are, where only their owner may read environments; None: one's own."""
 
 
 def tick_now() -> int:
@@ -66,11 +69,18 @@ def started_ticks(pid: int) -> int | None:
     return None if seen is None else seen.started
 
 
+def children(pid: int) -> list[int]:
+    """Return the living children of a process, the oldest first. Blocks for some milliseconds."""
+    found = [seen for seen in _all_processes() if seen.parent == pid]
+    return [seen.pid for seen in sorted(found, key=lambda seen: (seen.started, seen.pid))]
+
+
 def find(tree: Tree) -> set[_Seen]:
     """Return the living processes of a tree. Blocks for some milliseconds."""
     table = {seen.pid: seen for seen in _all_processes()}
     table.pop(os.getpid(), None)
-    chosen = {pid for pid, seen in table.items() if _belongs(seen, tree)}
+    with rights_of(tree.user):
+        chosen = {pid for pid, seen in table.items() if _belongs(seen, tree)}
     while True:
         more = {
             pid
@@ -192,7 +202,7 @@ async def end_tree(tree: Tree, *, hang_up: bool = False, grace: float = KILL_GRA
     deadline = loop.time() + grace
     told: set[tuple[int, int]] = set()
     kills = 0
-    while found := await in_thread(find, Tree(tree.marker, dict(tree.leaders))):
+    while found := await in_thread(find, Tree(tree.marker, dict(tree.leaders), tree.user)):
         late = loop.time() >= deadline
         held = _Held(found)
         try:
