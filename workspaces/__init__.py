@@ -10,8 +10,9 @@ docker:      DockerWorkspace, a server in a container that is started for one cl
              client still lives, and server_log, the server's lines in the client's log
 engine:      the container engine: containers made, run, watched and removed; what it is made of:
              engine_api, its calls; engine_events, what happens to containers; engine_failure, what went
-             wrong and the mend; engine_info and engine_logs, what it says of itself and of them
+             wrong and the mend; engine_info, engine_logs and engine_lines, what it says of itself and of them
 host_paths:  what the engine calls the folders of a server that is in a container itself
+images:      images, looked at and pulled
 labels:      how containers, networks and volumes of ours are known
 own_container: the container that this process runs in
 programs:    programs of this machine that a server runs for itself

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from typing import Any, Literal, Self
-from urllib.parse import quote
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, NotFound, WorkspaceUnavailable
@@ -21,13 +21,16 @@ from workspaces.engine_api import ANSWER_SECONDS, EngineApi
 from workspaces.engine_events import Death, EngineEvents, Watch
 from workspaces.engine_info import EngineInfo, usage_of
 from workspaces.engine_logs import follow, last_lines
+from workspaces.images import Image, OnProgress, Pull, ensure_image
 
-__all__ = ["Death", "Engine", "EngineInfo", "Watch", "engine_version"]
+__all__ = ["Death", "Engine", "EngineInfo", "Image", "OnProgress", "Watch", "engine_version"]
 
 CREATE_SECONDS = 30.0
 START_SECONDS = 20.0
 REMOVE_SECONDS = 30.0
 FEWEST_AT_ONCE = 2
+
+_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 Kind = Literal["volumes", "networks"]
 
@@ -35,14 +38,15 @@ Kind = Literal["volumes", "networks"]
 class Engine:
     """An engine that answers. Leaving it waits for what was being undone, and ends all watches and logs."""
 
-    def __init__(self, url: str | None = None, *, at_once: int | None = None) -> None:
+    def __init__(self, url: str | None = None, *, at_once: int | None = None, patience: float = 1.0) -> None:
         """Say which one.
 
         Args:
             url: unix:///path or tcp://host:port; None: DOCKER_HOST, the Docker context, the usual sockets.
             at_once: how many heavy calls (create, start, remove) may run at a time; None: one per core.
+            patience: all limits of time are multiplied by it, for an engine that is known to be slow.
         """
-        self._api = EngineApi(url)
+        self._api = EngineApi(url, patience=patience)
         self._gate = asyncio.Semaphore(at_once or max(FEWEST_AT_ONCE, os.cpu_count() or 1))
         self._events = EngineEvents(self._api, self.inspect)
         self._undoing: set[asyncio.Task[None]] = set()
@@ -119,7 +123,7 @@ class Engine:
         Raises:
             As `create`; NotFound: there is none.
         """
-        what, path = f"start the container {id[:12]}", f"containers/{quote(id)}/start"
+        what, path = f"start the container {id[:12]}", _path(id, "start")
         async with self._gate:
             try:
                 await self._api.ask("POST", path, what=what, phase="start", seconds=START_SECONDS)
@@ -154,9 +158,10 @@ class Engine:
 
     async def remove(self, id: str) -> None:
         """Kill and remove it with its anonymous volumes. Returns when it is gone; at most 30 s."""
-        what, path = f"remove the container {id[:12]}", f"containers/{quote(id)}"
+        what = f"remove the container {id[:12]}"
         async with self._gate:
             with suppress(NotFound):
+                path = _path(id)
                 try:
                     await self._api.ask(
                         "DELETE",
@@ -186,7 +191,7 @@ class Engine:
             NotFound: there is none.
         """
         what = f"describe the container {id[:64]}"
-        return dict(await self._api.ask("GET", f"containers/{quote(id)}/json", what=what, again=True))
+        return dict(await self._api.ask("GET", _path(id, "json"), what=what, again=True))
 
     async def containers(
         self, by_label: Mapping[str, str | None], *, name: str | None = None
@@ -209,9 +214,7 @@ class Engine:
         """
         params = {"stream": "false", "one-shot": "true"}
         what = f"tell what the container {id[:12]} uses"
-        return usage_of(
-            await self._api.ask("GET", f"containers/{quote(id)}/stats", what=what, params=params, again=True)
-        )
+        return usage_of(await self._api.ask("GET", _path(id, "stats"), what=what, params=params, again=True))
 
     async def logs(self, id: str, lines: int = 20) -> str:
         """Return the last lines of its output, at most 64 KiB; empty when there is none, or nothing of it."""
@@ -224,6 +227,30 @@ class Engine:
             NotFound, EngineUnavailable: when the first line is asked for.
         """
         return follow(self._api, id)
+
+    async def image(
+        self,
+        name: str,
+        *,
+        pull: Pull = "missing",
+        platform: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Image:
+        """Return an image, pulled when it is missing or another one is wanted. Cancelling ends the pull.
+
+        Args:
+            name: as `docker pull` takes it.
+            pull: `always` asks the registry although it is there, `never` asks it in no case.
+            platform: e.g. `linux/arm64`; None: it has to be for the engine's own.
+            on_progress: called with `pull` and the bytes of its layers.
+
+        Raises:
+            ImageUnavailable: it is not there, cannot be pulled, stands still for 60 s, or is for another platform.
+            EngineUnavailable: the engine does not answer.
+        """
+        return await ensure_image(
+            self._api, self.info, name, pull=pull, platform=platform, on_progress=on_progress
+        )
 
     def watch(self, id: str) -> Watch:
         """Watch the container with this full id, that exists already, for its end and other changes."""
@@ -271,9 +298,10 @@ class Engine:
 
     async def _signal(self, id: str, verb: str, seconds: float, **params: Any) -> None:
         what = f"{verb} the container {id[:12]}"
-        path = f"containers/{quote(id)}/{verb}"
         try:
-            await self._api.ask("POST", path, what=what, seconds=seconds, params=params, again=True)
+            await self._api.ask(
+                "POST", _path(id, verb), what=what, seconds=seconds, params=params, again=True
+            )
         except NotFound:
             pass
         except WorkspaceUnavailable as exc:
@@ -281,7 +309,7 @@ class Engine:
                 raise
 
     async def _freeze(self, id: str, verb: str, done: str) -> None:
-        path = f"containers/{quote(id)}/{verb}"
+        path = _path(id, verb)
         try:
             await self._api.ask("POST", path, what=f"{verb} the container {id[:12]}", again=True)
         except WorkspaceUnavailable as exc:
@@ -300,7 +328,7 @@ class Engine:
     async def _drop(self, kind: Kind, name: str) -> None:
         with suppress(NotFound):
             await self._api.ask(
-                "DELETE", f"{kind}/{quote(name)}", what=f"remove the {kind[:-1]} {name}", again=True
+                "DELETE", f"{kind}/{_plain(name)}", what=f"remove the {kind[:-1]} {name}", again=True
             )
 
     def _undo(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -321,7 +349,7 @@ class Engine:
     async def _remove_quietly(self, id: str) -> None:
         with suppress(AgentServerError):
             params = {"force": "1", "v": "1"}
-            await self._api.ask("DELETE", f"containers/{quote(id)}", what="remove it", params=params)
+            await self._api.ask("DELETE", _path(id), what="remove it", params=params)
 
 
 async def engine_version(url: str | None = None) -> str:
@@ -332,6 +360,17 @@ async def engine_version(url: str | None = None) -> str:
     """
     async with EngineApi(url) as api:
         return str(api.version.get("Version"))
+
+
+def _path(id: str, verb: str = "") -> str:
+    return f"containers/{_plain(id)}" + (f"/{verb}" if verb else "")
+
+
+def _plain(name: str) -> str:
+    """The name, unless it would lead elsewhere in the engine's API."""
+    if not _NAME.fullmatch(name):
+        raise NotFound(f"nothing on an engine can have the name {name[:64]!r}")
+    return name
 
 
 def _by_label(by_label: Mapping[str, str | None]) -> dict[str, list[str]]:

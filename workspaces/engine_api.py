@@ -33,9 +33,15 @@ _REPEATED: Mapping[str, Any] = {
 class EngineApi:
     """See the module's docstring. Entering finds the engine and sees that it is one that can be used."""
 
-    def __init__(self, url: str | None = None) -> None:
-        """Take its address, e.g. unix:///run/docker.sock; None: DOCKER_HOST, the Docker context, the usual sockets."""
+    def __init__(self, url: str | None = None, *, patience: float = 1.0) -> None:
+        """Say which one.
+
+        Args:
+            url: e.g. unix:///run/docker.sock; None: DOCKER_HOST, the Docker context, the usual sockets.
+            patience: all limits of time are multiplied by it.
+        """
         self._url = url
+        self.patience = patience
         self._docker: aiodocker.Docker
 
     async def __aenter__(self) -> Self:
@@ -105,6 +111,7 @@ class EngineApi:
                 text = await response.read()
             return msgspec.json.decode(text) if text.strip() else None
 
+        seconds *= self.patience
         data = None if body is None else msgspec.json.encode(body)
         try:
             async with asyncio.timeout(seconds):
@@ -114,24 +121,33 @@ class EngineApi:
 
     @asynccontextmanager
     async def stream(
-        self, method: str, path: str, *, what: str, phase: str = "engine", **params: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        what: str,
+        phase: str = "engine",
+        seconds: float = ANSWER_SECONDS,
+        headers: Mapping[str, str] | None = None,
+        params: Mapping[str, str],
     ) -> AsyncIterator[aiohttp.StreamReader]:
-        """Send one call whose answer comes bit by bit, over a connection of its own, without an end in time.
+        """Send one call whose answer comes bit by bit, over a connection of its own; only its begin has a limit.
 
         Raises:
             As `ask`, also what the reader raises inside of the block.
         """
         docker = dial(self._url, self._docker.api_version)
+        seconds *= self.patience
         try:
             async with docker:
-                async with asyncio.timeout(ANSWER_SECONDS):
-                    response = await docker._do_query(path, method, params=params)
+                async with asyncio.timeout(seconds):
+                    response = await docker._do_query(path, method, params=dict(params), headers=headers)
                 async with response:
                     yield response.content
         except AgentServerError:
             raise
         except FAILURES as exc:
-            raise self._failure(exc, phase, what, ANSWER_SECONDS) from None
+            raise self._failure(exc, phase, what, seconds) from None
 
     async def find(self, path: str, *, what: str) -> Any:
         """Ask for something that may not be there; None then."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -20,9 +20,8 @@ from msgspec import Struct
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound, WorkspaceUnavailable
 from workspaces import labels
 from workspaces.engine_api import EngineApi
+from workspaces.engine_lines import lines_of
 
-LONGEST_EVENT = 1 << 20
-"""Bytes. It has all labels of its container, and an image may bring any number of them."""
 STEADY_SECONDS = 5.0
 """A stream that lived for so long is asked for again at once."""
 _CHANGES = ("oom", "pause", "unpause")
@@ -123,11 +122,11 @@ class EngineEvents:
         """Read the stream until it ends. Raises when it did not begin, or not for long."""
         clock = asyncio.get_running_loop().time
         params = {"since": f"{self.since // 10**9}.{self.since % 10**9:09}", "filters": json.dumps(_FILTERS)}
-        async with self._api.stream("GET", "events", what="tell its events", **params) as stream:
+        async with self._api.stream("GET", "events", what="tell its events", params=params) as stream:
             began = clock()
             self._look_at_all()
             with suppress(aiohttp.ClientError, OSError):  # that is how engines end
-                async for line in _lines(stream):
+                async for line in lines_of(stream):
                     self._happened(line)
         if clock() - began < STEADY_SECONDS:
             raise EngineUnavailable("the engine ended its stream of events", phase="engine")
@@ -187,15 +186,3 @@ def _reason(exit_code: int | None, oom: bool, error: str) -> str:
     if exit_code is None:
         return "it was removed"
     return f"it ended with exit code {exit_code}" + (f": {error}" if error else "")
-
-
-async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """The lines of a stream; one that is too long comes cut to nothing."""
-    rest, too_long = b"", False
-    async for piece in stream.iter_any():
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            yield b"" if too_long or len(line) > LONGEST_EVENT else line
-            too_long = False
-        if len(rest) > LONGEST_EVENT:
-            rest, too_long = b"", True

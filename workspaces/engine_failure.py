@@ -146,6 +146,8 @@ def failure(exc: BaseException, *, phase: str, what: str, where: str, seconds: f
     for pattern, kind, mend in _KNOWN:
         if re.search(pattern, text, re.IGNORECASE):
             return kind(f"{sentence}; {mend}", **details)
+    if phase == "pull":
+        return ImageUnavailable(sentence, **details)
     if exc.status == 404:
         return NotFound(sentence, **details)
     if exc.status >= 500:

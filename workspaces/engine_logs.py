@@ -38,9 +38,10 @@ def follow(api: EngineApi, id: str) -> AsyncIterator[str]:
 
 
 async def _read(api: EngineApi, id: str, **params: str) -> AsyncIterator[str]:
-    path = f"containers/{quote(id)}/logs"
+    path = f"containers/{quote(id, safe='')}/logs"
     what = f"show the output of the container {id[:12]}"
-    async with api.stream("GET", path, what=what, stdout="1", stderr="1", **params) as stream:
+    params = {"stdout": "1", "stderr": "1", **params}
+    async with api.stream("GET", path, what=what, params=params) as stream:
         rest = b""
         async for piece in _pieces(stream):
             *lines, rest = (rest + piece).split(b"\n")
