@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -117,10 +117,9 @@ class DockerWorkspace(RemoteWorkspace):
         )
         if keep and name is None:
             raise InvalidParams("keep: a container that is kept needs a name, by which it is found again")
-        self._instance = new_id()
         self._spec = ServerSpec(
             image=server_image,
-            name=name or f"agent-server-{self._instance}",
+            name=name or f"agent-server-{new_id()}",
             command_env={**from_caller(forward_env), **(env or {})},
             volumes=tuple(Volume.parse(text) for text in volumes),
             network=network,
@@ -140,6 +139,7 @@ class DockerWorkspace(RemoteWorkspace):
         self._on_progress = on_progress
         self._on_log = on_log
         self._container: ServerContainer | None = None
+        self._reaper: Reaper | None = None
 
     async def __aenter__(self) -> Self:
         """Start it, and connect.
@@ -149,20 +149,11 @@ class DockerWorkspace(RemoteWorkspace):
             InvalidParams, PathNotFound, PathDenied: a name, network, volume or path that cannot be used.
         """
         if self._link is None:
+            until = asyncio.get_running_loop().time() + self._startup_timeout
             try:
-                async with asyncio.timeout(self._startup_timeout) as limit:
-                    await self._start(limit.when() or 0.0)
+                await self._start(until)
+                async with self._in_time(until):
                     await super().__aenter__()
-            except TimeoutError as exc:
-                await to_its_end(self._stack.aclose())
-                if not limit.expired() or isinstance(exc, AgentServerError):
-                    raise
-                phase = self._container.phase if self._container is not None else "engine"
-                raise WorkspaceUnavailable(
-                    f"the server of {self._spec.image} was not ready after {self._startup_timeout:g} s "
-                    f"(phase {phase})",
-                    phase=phase,
-                ) from None
             except BaseException:
                 await to_its_end(self._stack.aclose())
                 raise
@@ -205,14 +196,20 @@ class DockerWorkspace(RemoteWorkspace):
 
         if self._on_progress is not None:
             self._on_progress("engine", 0, 1)
-        engine = await self._stack.enter_async_context(Engine(self._docker_url))
-        await _remove_leftovers(engine)
-        container = await self._kept(engine)
-        if container is None:
-            container = await self._fresh(engine, until)
-        else:
-            await self._again(container, until)
+        async with self._in_time(until):
+            engine = await self._stack.enter_async_context(Engine(self._docker_url))
+            await _remove_leftovers(engine)
+            container = await self._kept(engine) or await self._fresh(engine)
         self._container = container
+        left = max(until - asyncio.get_running_loop().time(), 0.0)
+        if container.id:
+            await container.attach(left)
+            await self._own(container)
+        else:
+            await self._own(container)
+            await container.start(left)
+        if self._keep and self._reaper is not None:
+            await self._reaper.dismiss()
         gone: asyncio.Future[AgentServerError] = asyncio.get_running_loop().create_future()
         telling = asyncio.create_task(_tell_end(container, gone))
         self._stack.push_async_callback(_cancelled, telling)
@@ -237,46 +234,37 @@ class DockerWorkspace(RemoteWorkspace):
             )
         return found
 
-    async def _again(self, container: ServerContainer, until: float) -> None:
-        await self._own(container, container.spec.labels[INSTANCE])
-        await container.attach(until - asyncio.get_running_loop().time())
-
-    async def _fresh(self, engine: Engine, until: float) -> ServerContainer:
+    async def _fresh(self, engine: Engine) -> ServerContainer:
         from workspaces.server_container import ServerContainer  # noqa: PLC0415
 
         owner = {} if self._keep else {OWNER: this_process()}
         spec = msgspec.structs.replace(
             self._spec,
-            labels={INSTANCE: self._instance, **owner},
+            labels={INSTANCE: new_id(), **owner},
             box_user=await self._commands_user(engine),
         )
-        container = ServerContainer(engine, spec, on_progress=self._on_progress, on_log=self._log())
-        left = until - asyncio.get_running_loop().time()
-        if self._keep:  # until it can be used nobody wants it
-            async with Reaper(self._instance, self._docker_url) as reaper:
-                await container.start(left)
-                await reaper.dismiss()
-            self._stack.push_async_callback(container.let_go)
-        else:
-            await self._own(container, self._instance)
-            await container.start(left)
-        return container
+        return ServerContainer(engine, spec, on_progress=self._on_progress, on_log=self._log())
 
-    async def _own(self, container: ServerContainer, instance: str) -> None:
-        """Have it removed at the end, by us or by the reaper; or left alone."""
-        if self._keep:
-            self._stack.push_async_callback(container.let_go)
-            return
-        reaper = await self._stack.enter_async_context(Reaper(instance, self._docker_url))
+    async def _own(self, container: ServerContainer) -> None:
+        """Have it removed at the end, by us or by the reaper; one that is to be kept only until it is ready."""
+        reaper = None
+        if not (self._keep and container.url):
+            instance = container.spec.labels[INSTANCE]
+            reaper = await self._stack.enter_async_context(Reaper(instance, self._docker_url))
 
-        async def remove() -> None:
+        async def end() -> None:
             try:
-                await container.stop()
-                await reaper.dismiss()
+                if self._keep and container.url:
+                    await container.let_go()
+                else:
+                    await container.stop()
+                if reaper is not None:
+                    await reaper.dismiss()
             except AgentServerError as exc:
                 logger.warning("the container %s is left to the reaper: %s", container.name, exc)
 
-        self._stack.push_async_callback(remove)
+        self._stack.push_async_callback(end)
+        self._reaper = reaper
 
     async def _commands_user(self, engine: Engine) -> int | None:
         """The owner of the first folder they may write; see that all folders are there, where we see them."""
@@ -288,6 +276,21 @@ class DockerWorkspace(RemoteWorkspace):
         owners = [_owner(volume) for volume in folders]
         writable = [owner for owner, volume in zip(owners, folders, strict=True) if not volume.read_only]
         return next((owner for owner in writable if owner not in (0, SERVER_USER)), None)
+
+    @asynccontextmanager
+    async def _in_time(self, until: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout_at(until) as limit:
+                yield
+        except TimeoutError as exc:
+            if isinstance(exc, AgentServerError) or not limit.expired():
+                raise
+            phase = self._container.phase if self._container is not None else "engine"
+            raise WorkspaceUnavailable(
+                f"the server of {self._spec.image} was not ready after {self._startup_timeout:g} s "
+                f"(phase {phase})",
+                phase=phase,
+            ) from None
 
     def _log(self) -> OnLog:
         from workspaces.server_log import ServerLog  # noqa: PLC0415  structlog costs 60 ms

@@ -139,9 +139,13 @@ class ServerContainer:
             async with asyncio.timeout(timeout):
                 await self._go_on()
         except TimeoutError:
+            await self.let_go()
             raise WorkspaceUnavailable(
-                f"the container {self.name} did not go on within {timeout:g} s", phase=self.phase
+                f"the container {self.name} did not go on within {round(timeout, 1):g} s", phase=self.phase
             ) from None
+        except BaseException:
+            await self.let_go()
+            raise
 
     async def _start(self) -> None:
         self._reach = await find_reach(self._engine, self.spec.network)
@@ -195,9 +199,7 @@ class ServerContainer:
             if not limit.expired():
                 raise
             words = await self.last_words() if self.id else ""
-            sentence = (
-                f"the server of {self.spec.image} was not ready after {seconds:g} s (phase {self.phase})"
-            )
+            sentence = f"the server of {self.spec.image} was not ready after {round(seconds, 1):g} s (phase {self.phase})"
             await self._stop_quietly()
             raise WorkspaceUnavailable(f"{sentence}{_said(words)}", phase=self.phase) from exc
         except BaseException:
