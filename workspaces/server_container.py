@@ -134,7 +134,6 @@ class ServerContainer:
             As `start`.
         """
         self._reach = await find_reach(self._engine, self.spec.network)
-        self._watch = self._engine.watch(self.id)
         try:
             async with asyncio.timeout(timeout):
                 await self._go_on()
@@ -184,6 +183,7 @@ class ServerContainer:
             self._tell("start", 0, 1)
             await self._engine.start(self.id)
             self._tell("start", 1, 1)
+        self._watch = self._engine.watch(self.id)  # not before: one that has ended is dead
         self._following = asyncio.create_task(self._follow())
         await self._reached()
 
@@ -199,9 +199,12 @@ class ServerContainer:
             if not limit.expired():
                 raise
             words = await self.last_words() if self.id else ""
-            sentence = f"the server of {self.spec.image} was not ready after {round(seconds, 1):g} s (phase {self.phase})"
             await self._stop_quietly()
-            raise WorkspaceUnavailable(f"{sentence}{_said(words)}", phase=self.phase) from exc
+            raise WorkspaceUnavailable(
+                f"the server of {self.spec.image} was not ready after {round(seconds, 1):g} s "
+                f"(phase {self.phase}){_said(words)}",
+                phase=self.phase,
+            ) from exc
         except BaseException:
             await self._stop_quietly()
             raise
