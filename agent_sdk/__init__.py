@@ -17,6 +17,10 @@ disk:         files of this machine as streams
 digest:       the SHA-256 of files that move
 serve:        a workspace behind a Peer
 box:          a workspace behind a Unix socket
+seccomp:      a filter of system calls for a box
+profile:      what is in force for a box
+limits:       what in a box ran into a limit
+cgroup:       the limits of a control group, and how often they were run into
 ids:          identities
 version:      the version
 

@@ -23,26 +23,44 @@ import os
 import shlex
 import signal
 import socket
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any
 
+from msgspec.structs import replace
+
 from agent_sdk.ids import new_id
+from agent_sdk.limits import LimitWatch
 from agent_sdk.local.environment import unpacked
 from agent_sdk.local.workspace import LocalWorkspace
-from agent_sdk.protocol.errors import AgentServerError, StateConflict
-from agent_sdk.protocol.methods import Claim, ClientInfo, Describe, Done, Initialize, Initialized, Ping, Pong
+from agent_sdk.profile import present_profile
+from agent_sdk.protocol.errors import AgentServerError, StateConflict, StorageFull
+from agent_sdk.protocol.methods import (
+    Claim,
+    ClientInfo,
+    Describe,
+    Done,
+    Initialize,
+    Initialized,
+    Notice,
+    Ping,
+    Pong,
+)
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound, Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_sdk.rpc.unix import serve_socket, serve_unix
+from agent_sdk.seccomp import install_filter
 from agent_sdk.serve import weight, without_output, workspace_handlers
 from agent_sdk.version import __version__
 
 SOCKET, RECORD = "box.sock", "box.json"
 LOG_BYTES = 1 << 20
+THREADS = 4
 FIRST_SECONDS = 30.0
 """How long it waits for its first company at least, however short it lingers later."""
 
@@ -53,15 +71,34 @@ class Box:
     """What serves the connections of one workspace; see the module's docstring."""
 
     def __init__(
-        self, workspace: LocalWorkspace, *, linger: float, instance: str, unclaimed: bool = False
+        self,
+        workspace: LocalWorkspace,
+        *,
+        linger: float,
+        instance: str,
+        limits: LimitWatch | None = None,
+        isolated: bool = False,
     ) -> None:
+        """Begin to wait for company.
+
+        Args:
+            workspace: what it serves.
+            linger: seconds it stays without a connection.
+            instance: its name; of one that is claimed until then.
+            limits: of the container it is alone in; it has to be claimed then.
+            isolated: whether it tells what is in force.
+        """
+        self._isolated = isolated
+        self._limits = limits
+        self._peers: set[Peer] = set()
         self._workspace = workspace
         self._ledger = Ledger(weigh=weight, strip=without_output)
         self._claimed: Claim | None = None
         served = workspace_handlers(workspace, self._ledger)
-        self._describe = served[Describe]
-        if unclaimed:
-            served = {method: self._once_claimed(handler) for method, handler in served.items()}
+        self._described = served[Describe]
+        if limits is not None:
+            limits.on_reached = self._tell
+            served = {method: self._in_container(handler, limits) for method, handler in served.items()}
             served[Claim] = self._claim
         self._handlers: dict[type, Handler] = {
             **served,
@@ -71,22 +108,22 @@ class Box:
         }
         self._linger = linger
         self._instance = instance
-        self._connected = 0
         self._alone: asyncio.TimerHandle | None = None
         self.over = asyncio.Event()
         self._wait_for_company(max(linger, FIRST_SECONDS))
 
     async def serve(self, pipe: Pipe) -> None:
         """Serve one connection until it ends."""
-        self._connected += 1
         if self._alone is not None:
             self._alone.cancel()
+        peer = Peer(pipe, self._handlers, opener=False, strict=True, on_bug=_log_bug)
+        self._peers.add(peer)
         try:
-            async with Peer(pipe, self._handlers, opener=False, strict=True, on_bug=_log_bug) as peer:
+            async with peer:
                 await peer.wait_closed()
         finally:
-            self._connected -= 1
-            if self._connected == 0:
+            self._peers.discard(peer)
+            if not self._peers:
                 self._wait_for_company(self._linger)
 
     def _wait_for_company(self, seconds: float) -> None:
@@ -102,13 +139,27 @@ class Box:
             heartbeat_s=20.0,
         )
 
-    def _once_claimed(self, handler: Handler) -> Handler:
+    async def _describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
+        info: WorkspaceInfo = await self._described(params, call)
+        return replace(info, profile=present_profile()) if self._isolated else info
+
+    def _in_container(self, handler: Handler, limits: LimitWatch) -> Handler:
         async def handle(params: Any, call: Inbound) -> Any:
             if self._claimed is None:
                 raise StateConflict("the box is not claimed yet: nothing runs in it before box.claim")
-            return await handler(params, call)
+            try:
+                return await handler(params, call)
+            except StorageFull:
+                limits.found_full()
+                raise
+            finally:
+                limits.look()
 
         return handle
+
+    def _tell(self, notice: Notice) -> None:
+        for peer in self._peers:
+            peer.notify(notice)
 
     async def _claim(self, params: Claim, call: Inbound) -> WorkspaceInfo:
         async def claim() -> Done:
@@ -141,6 +192,9 @@ class BoundedLog(logging.StreamHandler):  # type: ignore[type-arg]
 async def serve(given: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT comes or nobody is connected for `linger` seconds."""
     loop = asyncio.get_running_loop()
+    limits = LimitWatch(given.working_dir or given.root) if given.unclaimed else None
+    if limits is not None:
+        loop.set_default_executor(_threads())
     async with LocalWorkspace(
         given.root,
         working_dir=given.working_dir,
@@ -148,14 +202,29 @@ async def serve(given: argparse.Namespace) -> None:
         env=unpacked(),
         spool_dir=given.spool,
         spare_bash=shlex.split(given.spare_bash),
+        limits=limits,
     ) as workspace:
-        instance = given.instance or new_id()
-        box = Box(workspace, linger=given.linger, instance=instance, unclaimed=given.unclaimed)
+        box = Box(
+            workspace,
+            linger=given.linger,
+            instance=given.instance or new_id(),
+            limits=limits,
+            isolated=given.seccomp or given.unclaimed,
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, box.over.set)
         async with _listening(given, box):
             _say_ready(given.ready)
             await box.over.wait()
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Threads that are there when they are needed: commands may leave no room for another one."""
+    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="box")
+    all_there = threading.Barrier(THREADS)
+    for _ in range(THREADS):
+        threads.submit(all_there.wait)
+    return threads
 
 
 def _listening(given: argparse.Namespace, box: Box) -> AbstractAsyncContextManager[None]:
@@ -180,13 +249,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--linger", type=float, default=3600.0, help="seconds to live without a connection")
     parser.add_argument("--instance", help="what it calls itself; default: a random name")
     parser.add_argument(
-        "--unclaimed", action="store_true", help="it gets its name and environment by a claim"
+        "--unclaimed",
+        action="store_true",
+        help="it is alone in a container, and gets its name and environment by a claim",
+    )
+    parser.add_argument(
+        "--seccomp", action="store_true", help="filter the system calls of all that runs in it"
     )
     parser.add_argument("--ready", help="a FIFO somebody reads, to write `ready` to")
     parser.add_argument("--spare-bash", default="", help="how bash is started where there is none")
     given = parser.parse_args(arguments)
     logging.basicConfig(handlers=[BoundedLog()], level=logging.WARNING)
     try:
+        if given.seccomp:
+            install_filter()
         asyncio.run(serve(given))
     except (AgentServerError, OSError) as exc:
         sys.stderr.write(f"box: {exc}\n")

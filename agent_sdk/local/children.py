@@ -10,7 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
+from msgspec.structs import replace
+
+from agent_sdk.limits import LimitWatch
 from agent_sdk.local.environment import MARKER
 from agent_sdk.local.launch import Folder, Interpreter, Launch, spawn
 from agent_sdk.local.process_tree import HAS_PIDFD, Tree, end_tree, tick_now
@@ -32,6 +36,7 @@ class Child:
         started: float,
         *,
         by_thread: bool = not HAS_PIDFD,
+        why: Callable[[Exit], str] | None = None,
     ) -> None:
         """Begin to wait for the end of `popen`.
 
@@ -41,6 +46,7 @@ class Child:
             tree: how to find what will come of it.
             started: when, on the monotonic clock.
             by_thread: wait in a thread, as one has to without pidfds.
+            why: called at its end, for the reason of its Exit.
         """
         self.id = process_id
         self.pid = popen.pid
@@ -59,6 +65,7 @@ class Child:
         self._found: Exit | None = None
         self._loop = asyncio.get_running_loop()
         self._pidfd = -1
+        self._why = why
         self._watch(by_thread)
 
     @property
@@ -151,6 +158,8 @@ class Child:
             self._found = Exit(status="killed", signal=os.WTERMSIG(status), duration=seconds)
         else:
             self._found = Exit(status="exited", exit_code=os.WEXITSTATUS(status), duration=seconds)
+        if self._why is not None and (reason := self._why(self._found)):
+            self._found = replace(self._found, reason=reason)
         self.on_death()
         self._settle()
 
@@ -167,9 +176,18 @@ class Child:
 class Children:
     """All of a workspace. `close` ends every process that came of it."""
 
-    def __init__(self, sh: Interpreter = SH, *, by_thread: bool = not HAS_PIDFD) -> None:
-        """Begin with none; `sh` gives programs their terminal, `by_thread` as in Child."""
+    def __init__(
+        self, sh: Interpreter = SH, limits: LimitWatch | None = None, *, by_thread: bool = not HAS_PIDFD
+    ) -> None:
+        """Begin with none.
+
+        Args:
+            sh: gives programs their terminal.
+            limits: looked at when one has ended.
+            by_thread: as in Child.
+        """
         self._sh = sh
+        self._limits = limits
         self._by_thread = by_thread
         self._nonce = os.urandom(6).hex()
         self._count = 0
@@ -190,10 +208,15 @@ class Children:
         self._count += 1
         name = f"{self._nonce}-{self._count}"
         started = time.monotonic()
+        why = None
+        if self._limits is not None:
+            why = partial(self._limits.why, self._limits.look())
         popen = spawn(launch, folder, name, self._sh, stdin=stdin, stdout=stdout, stderr=stderr)
+        if self._limits is not None:
+            self._limits.expose(popen.pid)
         self._leaders[popen.pid] = None
         tree = Tree(f"{MARKER}={name}\0".encode(), {popen.pid: None})
-        child = Child(name, popen, tree, started, by_thread=self._by_thread)
+        child = Child(name, popen, tree, started, by_thread=self._by_thread, why=why)
         self._living.add(child)
         child.over.add_done_callback(lambda _: self._ended(child))
         return child

@@ -200,6 +200,9 @@ def _program_failed(exc: OSError, name: str) -> SpawnFailed:
         case errno.E2BIG:
             message = "the arguments and the environment are too long together"
             return SpawnFailed(LimitExceeded(message, field="argv"), code, NOT_EXECUTABLE)
+        case errno.EAGAIN | errno.ENOMEM:
+            message = f"no more processes can be started here: {words}; end some first"
+            return SpawnFailed(LimitExceeded(message, field="argv"), code, NOT_EXECUTABLE)
     error = PathError(f"{words}: {name}", path=name, errno=code)
     return SpawnFailed(error, code, NOT_EXECUTABLE)
 

@@ -18,6 +18,7 @@ from os import PathLike
 from typing import Self
 
 from agent_sdk.disk import atomic_file, in_thread, open_source, path_error
+from agent_sdk.limits import LimitWatch
 from agent_sdk.local.arguments import check_argv, check_command, check_environment, check_seconds, check_size
 from agent_sdk.local.bash import Bash, Report
 from agent_sdk.local.children import Children
@@ -75,6 +76,7 @@ class LocalWorkspace:
         spool_dir: str | PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         spare_bash: Sequence[str] = (),
+        limits: LimitWatch | None = None,
     ) -> None:
         """Describe it; nothing happens before it is entered.
 
@@ -85,6 +87,7 @@ class LocalWorkspace:
             spool_dir: where a folder for the output of commands is made, and removed; None: a temporary place.
             env: added to the environment of every command.
             spare_bash: words that start a bash, for a machine that has none.
+            limits: looked at whenever a command has ended.
         """
         self._root = Root(os.fspath(dir), confined=confined)
         self.root = self._root.path
@@ -95,6 +98,7 @@ class LocalWorkspace:
         self._spool_dir = None if spool_dir is None else os.path.abspath(os.fspath(spool_dir))
         self._env = check_environment(env)
         self._spare_bash = spare_bash
+        self._limits = limits
         self._open: _Open | None = None
         self._files = LocalFiles(self._root)
         self._git = LocalGit(self._root, self._run_git)
@@ -133,7 +137,7 @@ class LocalWorkspace:
         except OSError as exc:
             raise path_error(exc, spool_dir) from exc
         environment = workspace_environment(self._env)
-        children = Children(find_sh(environment, self._spare_bash))
+        children = Children(find_sh(environment, self._spare_bash), self._limits)
         shell = find_bash(environment, self._spare_bash)
         return _Open(children, Processes(children, spool_folder), spool_folder, environment, shell)
 
