@@ -223,6 +223,8 @@ class Engine:
     def follow_logs(self, id: str) -> AsyncIterator[str]:
         """Return the lines of its output from the start until it ends; close the iterator to end it before.
 
+        When it has ended, an engine may leave out a last line that has no newline.
+
         Raises:
             NotFound, EngineUnavailable: when the first line is asked for.
         """

@@ -156,7 +156,7 @@ async def test_a_closed_watch_learns_nothing(engine, instance):
 
 async def test_its_output_is_followed_line_by_line_to_the_end(engine, instance):
     async with container(
-        engine, instance, "sh", "-c", "for i in 1 2 3; do echo line $i; done; printf end"
+        engine, instance, "sh", "-c", "for i in 1 2 3; do echo line $i; done; echo end"
     ) as id:
         await engine.start(id)
         lines = [line async for line in engine.follow_logs(id)]
@@ -166,7 +166,9 @@ async def test_its_output_is_followed_line_by_line_to_the_end(engine, instance):
 
 
 async def test_bytes_that_are_no_text_are_shown_as_such(engine, instance):
-    async with container(engine, instance, "sh", "-c", r"printf 'a\377b\n'; head -c 200000 /dev/zero") as id:
+    async with container(
+        engine, instance, "sh", "-c", r"printf 'a\377b\n'; head -c 200000 /dev/zero; echo"
+    ) as id:
         await engine.start(id)
         lines = [line async for line in engine.follow_logs(id)]
     assert lines[0] == "a\N{REPLACEMENT CHARACTER}b"
