@@ -13,7 +13,13 @@ from typing import Any, Self
 import msgspec
 from msgspec import Struct
 
-from agent_sdk.protocol.errors import AgentServerError, InvalidParams, NotFound, WorkspaceUnavailable
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ImageUnavailable,
+    InvalidParams,
+    NotFound,
+    WorkspaceUnavailable,
+)
 from agent_sdk.rpc.shield import to_its_end
 from workspaces.engine import Death, Engine, Watch
 from workspaces.labels import ROLE, SERVER
@@ -27,6 +33,7 @@ OnProgress = Callable[[str, int, int | None], object]
 OnLog = Callable[[str], Awaitable[None] | None]
 """Called with each line that the server writes."""
 LAST_LINES = 20
+OWN_IMAGE = "agent-server"
 _KEY = "AGENT_SERVER_API_KEY="
 
 
@@ -151,7 +158,7 @@ class ServerContainer:
         await self._check_volumes()
         self._tell("engine", 1, 1)
         self.phase = "pull"
-        # IMAGE
+        await self._have_image()
         self._tell("create", 0, 1)
         body = msgspec.structs.replace(self.spec, network=self._reach.network).body(
             self.api_key, self._reach.bind
@@ -159,6 +166,18 @@ class ServerContainer:
         self.id = await self._engine.create(self.name, body, platform=self.spec.platform)
         self._tell("create", 1, 1)
         await self._run()
+
+    async def _have_image(self) -> None:
+        """Pull the image where it is missing. Nobody publishes ours under its own name: that one is made."""
+        spec = self.spec
+        own = spec.image.partition(":")[0] == OWN_IMAGE
+        pull = "never" if own else spec.pull
+        try:
+            await self._engine.image(spec.image, pull=pull, platform=spec.platform, on_progress=self._tell)
+        except ImageUnavailable as exc:
+            if not own:
+                raise
+            raise ImageUnavailable(f"{exc}; make it: make image", **exc.details) from None
 
     async def _run(self) -> None:
         """Start what was made, until it is ready or has ended."""
@@ -237,9 +256,6 @@ class ServerContainer:
                 await waiting
         except Exception:  # it is the user's; its error must not end the server
             logger.exception("on_log failed")
-
-    def _pulled(self, done: int, total: int | None) -> None:
-        self._tell("pull", done, total)
 
     def _tell(self, phase: str, done: int, total: int | None) -> None:
         self.phase = phase

@@ -8,6 +8,7 @@ import pytest
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     EngineUnavailable,
+    ImageUnavailable,
     InvalidParams,
     PathNotFound,
     PolicyDenied,
@@ -108,6 +109,12 @@ async def test_a_folder_that_does_not_exist_is_not_made(tmp_path):
     error = await refused(PathNotFound, volumes=[f"{tmp_path}/missing:/in"])
     assert str(error) == f"volumes: no such folder: {tmp_path}/missing; make it first"
     assert not (tmp_path / "missing").exists()
+
+
+async def test_our_own_image_is_never_asked_for_at_a_registry():
+    error = await refused(ImageUnavailable, server_image="agent-server:never-made")
+    assert str(error).endswith("make it: make image")
+    assert error.details["phase"] == "image"
 
 
 async def test_an_image_without_a_server_is_told_at_once_with_its_last_words(engine, free_name):

@@ -7,11 +7,25 @@ import pytest
 
 from agent_sdk import Agent, Conversation
 from agent_sdk.protocol.errors import WorkspaceLost
-from agent_sdk.testing import ScriptedLLM, say
+from agent_sdk.testing import ScriptedLLM, call, say
 from tests.docker.servers import SERVER, state, there, volumes_of
 from workspaces import DockerWorkspace
 
 pytestmark = pytest.mark.docker
+
+
+async def test_commands_files_and_an_agent_work_in_it(tmp_path):
+    agent = Agent(llm=ScriptedLLM([call("terminal", command="sort names.txt"), say("Sorted.")]))
+    names = tmp_path / "names.txt"
+    names.write_text("Grace\nAda\n")
+    events = []
+    async with DockerWorkspace(SERVER) as workspace:
+        await workspace.upload(names, "names.txt")
+        conversation = Conversation(agent=agent, workspace=workspace, callbacks=[events.append])
+        await conversation.send_message("Sort the names.")
+        assert (await conversation.run()).final_text == "Sorted."
+        assert (await workspace.execute("pwd; cat names.txt")).stdout == "/workspace\nGrace\nAda\n"
+    assert "Ada\\nGrace" in str(events) or "Ada\nGrace" in str(events)
 
 
 async def test_nothing_is_left_of_it_after_the_block(engine):
