@@ -21,6 +21,7 @@ from agent_sdk.local.workspace import LocalWorkspace as AsyncLocalWorkspace
 from agent_sdk.portal import Caller
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.protocol.events import Event
+from agent_sdk.protocol.methods import SnapshotTaken
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model, Sandbox
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection
@@ -306,6 +307,8 @@ class LocalWorkspace(Workspace):
 class RemoteWorkspace(Workspace):
     """Blocking twin of RemoteWorkspace."""
 
+    asynchronous: AsyncRemoteWorkspace
+
     def __init__(
         self,
         url: str,
@@ -332,6 +335,18 @@ class RemoteWorkspace(Workspace):
                 on_connection=on_connection and partial(self._pass_on, on_connection),
             )
         )
+
+    def pause(self) -> None:
+        """See remote.workspace.RemoteWorkspace.pause."""
+        self._caller.call(self.asynchronous.pause)
+
+    def resume(self) -> None:
+        """See remote.workspace.RemoteWorkspace.resume."""
+        self._caller.call(self.asynchronous.resume)
+
+    def snapshot(self) -> SnapshotTaken:
+        """See remote.workspace.RemoteWorkspace.snapshot."""
+        return self._caller.call(self.asynchronous.snapshot)
 
     def _pass_on(self, told: OnConnection, reason: AgentServerError | None) -> None:
         self._caller.post(told, reason)

@@ -16,7 +16,7 @@ hosted:         one of them, in memory             client_tools:  tools in the c
 metrics:        numbers for Prometheus             work:          what runs now; draining
 sealing:        the keys that seal secrets         config:        every option
 data_folder:    where things last, and its lock    refusal:       why a server does not start
-logs:           log lines without secrets
+logs:           log lines without secrets          sandbox_rules: which sandboxes clients may have
 
 Servers for others, started on request:
 runtime_api:    the Runtime API, as a whole        runtime_config: what it is told

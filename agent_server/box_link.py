@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Literal
 
 import msgspec
@@ -207,6 +207,19 @@ class BoxLink:
                 self._thawing.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.shield(self._thawing)
 
+    @asynccontextmanager
+    async def still(self) -> AsyncIterator[None]:
+        """Let nothing run in the box for the length of the block; who uses it meanwhile waits."""
+        box = self._box if self._linked is not None and not self._frozen else None
+        if box is None:  # at rest, or frozen already
+            yield
+            return
+        await box.freeze()
+        try:
+            yield
+        finally:
+            await asyncio.shield(asyncio.ensure_future(box.thaw()))
+
     async def release(self, *, keep: bool = False) -> None:
         """End the box with all that runs in it, or leave it to itself; the next use starts another one then."""
         if self._keeper is not None:
@@ -279,6 +292,8 @@ class BoxLink:
             change = await self._stay(box, "found" if found else "started")
         except Exception as exc:  # noqa: BLE001  whoever waits for the box gets it, whatever it is
             change, error = ("lost", None) if self._linked or found else ("ended", exc)
+            if change == "lost":  # its connection may break before its end is known
+                await asyncio.wait([box.ended], timeout=self._patience)
         words = box.last_words() if change == "lost" else ""
         began = self._linked is not None or found
         if self._unused is not None:

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Self
 
 from agent_sdk.box import RECORD
-from agent_sdk.protocol.errors import Overloaded
+from agent_sdk.protocol.errors import EngineUnavailable, Overloaded
 from agent_sdk.protocol.events import WorkspaceChanged
+from agent_sdk.protocol.specs import Sandbox
 from agent_server.box_link import ANSWER_SECONDS, BoxLink, Change
 from agent_server.config import ServerConfig
 from agent_server.data_folder import DataFolder
 from agent_server.logs import Logs
 from agent_server.work import RETRY_AFTER_MS
+from workspaces.box_folder import Record
 from workspaces.box_process import BoxProcess
+from workspaces.sandboxes import Sandboxes, SandboxOptions
 
 FOUND_AT_ONCE = 32
 UNUSED = WorkspaceChanged(state="lost", reason="it ended while nobody used it")
@@ -54,12 +57,23 @@ class Boxes:
         self._on_change = on_change
         self._patience = patience
         self._links: dict[str, BoxLink] = {}
+        self.sandboxes = Sandboxes(
+            folder.root,
+            SandboxOptions(
+                engine=config.engine or None,
+                runtime=config.sandbox_runtime,
+                linger=config.box_linger_seconds,
+                environment=config.command_env,
+                runtimes=Path(config.box_runtime) if config.box_runtime else None,
+            ),
+        )
 
     def __repr__(self) -> str:
         return f"<Boxes: {self.running} running>"
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._folder.boxes.mkdir, mode=0o700, exist_ok=True)
+        await self.sandboxes.__aenter__()
         turn = asyncio.Semaphore(FOUND_AT_ONCE)
         await asyncio.gather(*(self._find(place, turn) for place in self._folder.boxes.iterdir()))
         await asyncio.to_thread(self._remove_output, set(self._links))
@@ -71,6 +85,7 @@ class Boxes:
     async def close(self) -> None:
         """End all boxes, or those that run nothing where the others are to be kept."""
         await asyncio.gather(*(self._stop(link) for link in self._links.values()))
+        await self.sandboxes.__aexit__()
 
     @property
     def running(self) -> int:
@@ -93,6 +108,19 @@ class Boxes:
             )
         return link
 
+    def sandbox(self, owner: str, spec: Sandbox) -> BoxLink:
+        """Return the way to the sandbox of this owner."""
+        link = self._links.get(owner)
+        if link is None:
+            link = self._links[owner] = BoxLink(
+                partial(self.sandboxes.box, owner, spec),
+                partial(self._tell, owner),
+                admit=self._admit,
+                patience=self._patience,
+                idle=self._config.idle_seconds if spec.idle_ttl is None else spec.idle_ttl,
+            )
+        return link
+
     async def forget(self, owner: str) -> None:
         """End the box of this owner for good."""
         link = self._links.pop(owner, None)
@@ -101,12 +129,31 @@ class Boxes:
 
     async def _find(self, place: Path, turn: asyncio.Semaphore) -> None:
         async with turn:
+            record = self.sandboxes.recorded(place.name)
+            if record is not None:
+                await self._find_sandbox(place.name, record)
+                return
             died = (place / RECORD).exists()
             box = await BoxProcess.find(place, self._folder.output / place.name, self._folder.confinement)
             if box is not None:
                 await self.link(place.name).adopt(box, self._config.box_linger_seconds)
             elif died:
                 self.link(place.name).untold = UNUSED
+
+    async def _find_sandbox(self, owner: str, record: Record) -> None:
+        link = self.sandbox(owner, record.spec)
+        try:
+            box = await self.sandboxes.find(owner)
+        except EngineUnavailable as exc:
+            self._logs.log.warning("sandbox_not_found", box=owner, problem=str(exc))
+            link.expect(record.instance)
+            return
+        if box is not None and not box.ended.done():
+            await link.adopt(box, self._config.box_linger_seconds)
+        elif box is not None:
+            if record.claimed:
+                link.untold = WorkspaceChanged(state="lost", reason=box.last_words(), cause=box.cause)
+            await box.end()
 
     async def _stop(self, link: BoxLink) -> None:
         keep = self._config.boxes_on_stop == "keep" and not await link.idle()

@@ -100,6 +100,20 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     containers."""
     command_env: Variables = {}
     """Variables of all commands; in the environment as a JSON object. The server itself does not see them."""
+    engine: str = ""
+    """The container engine for sandboxes: unix:///path or tcp://host:port. Empty: what DOCKER_HOST or the Docker
+    context names, or the usual sockets."""
+    box_runtime: str = ""
+    """The folder of box runtimes, one per version, each made at its first need. Empty: in the data folder."""
+    sandbox_images: Names = ("*",)
+    """Patterns of the images that clients may ask for, e.g. `registry.example/team/*`."""
+    sandbox_networks: Names = ("none",)
+    """Which networks they may ask for: `none`, `bridge`. With `bridge` commands reach whatever the engine's machine
+    reaches, the addresses of cloud metadata included."""
+    sandbox_mounts: Names = ()
+    """Folders of this machine of which parts may be mounted into sandboxes."""
+    sandbox_runtime: str = "runc"
+    """The engine's runtime for sandboxes whose clients name none."""
     limits: Limits = Limits()
     runtimes: RuntimeConfig = RuntimeConfig()
     box_environment: dict[str, str] = {}

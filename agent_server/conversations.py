@@ -19,12 +19,14 @@ from agent_sdk.protocol.errors import (
     AgentServerError,
     ConversationNotFound,
     InvalidParams,
+    IsolationUnavailable,
     NotADirectory,
     OpMismatch,
     PathNotFound,
 )
+from agent_sdk.protocol.methods import SnapshotTaken
 from agent_sdk.protocol.results import Snapshot
-from agent_sdk.protocol.specs import WorkspaceSpec
+from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
 from agent_sdk.rpc.peer import Peer
 from agent_server.box_link import BoxLink
 from agent_server.boxes import Boxes
@@ -33,6 +35,7 @@ from agent_server.data_folder import DataFolder
 from agent_server.hosted import CLOSE_GONE, Hosted
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
+from agent_server.sandbox_rules import checked
 from agent_server.work import Work
 
 SHOWN_ID = 64
@@ -46,6 +49,8 @@ class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The conversation whose workspace it uses; its own id, or that of the one it shares with."""
     working_dir: str | None = None
     """An existing folder instead of one in the data folder."""
+    sandbox: Sandbox | None = None
+    """What its workspace is, if that is a container."""
     title: str | None = None
     tags: dict[str, str] = {}
     model: str | None = None
@@ -137,17 +142,22 @@ class Conversations:
             ConversationNotFound: there is none of the id whose workspace is to be shared.
             OpMismatch: the id belongs to a conversation with another workspace.
             PathNotFound, NotADirectory: `working_dir` is no folder.
-            InvalidParams: the spec contradicts itself or asks for what this server has not.
+            InvalidParams: the spec contradicts itself or makes no sense.
+            PolicyDenied, ImageUnavailable, IsolationUnavailable: this server does not allow such a sandbox, or
+                cannot make one.
+            EngineUnavailable: it has no container engine now.
         """
         id = id or new_id()
         note = self._note(id, spec or WorkspaceSpec())
         if id not in self._notes:
-            if note.owner == id and note.working_dir is None:
+            if note.sandbox is not None:
+                await self._boxes.sandboxes.engine()
+            elif note.owner == id and note.working_dir is None:
                 await asyncio.to_thread(self._folder.confinement.give, self._folder.workspace(id))
             await self._log.create(id, msgspec.to_builtins(note))
             self._logs.log.info("conversation_made", conversation=id)
         made = self._notes.setdefault(id, note)
-        if (made.owner, made.working_dir) != (note.owner, note.working_dir):
+        if (made.owner, made.working_dir, made.sandbox) != (note.owner, note.working_dir, note.sandbox):
             raise OpMismatch(f"conversation {id} was made with another workspace", op_id=id)
         return id
 
@@ -215,6 +225,18 @@ class Conversations:
         hosted.dismiss(CLOSE_GONE, "the conversation was deleted", but=caller)
         await self._remove_place(hosted.id, note)
 
+    async def snapshot(self, hosted: Hosted) -> SnapshotTaken:
+        """Copy the files of its workspace; nothing in it runs meanwhile.
+
+        Raises:
+            IsolationUnavailable: it is no sandbox, or this server takes none.
+        """
+        note = self._notes[hosted.id]
+        if note.sandbox is None:
+            raise IsolationUnavailable("only the workspace of a sandbox can be copied", wanted="snapshot")
+        async with hosted.link.still():
+            return await self._boxes.sandboxes.snapshot(note.owner)
+
     async def delete_damaged(self, id: str) -> None:
         """Remove a conversation that cannot be opened any more."""
         note = self._notes.pop(id, None)
@@ -225,7 +247,10 @@ class Conversations:
         self._logs.log.info("conversation_deleted", conversation=id)
         if note is not None and not any(other.owner == note.owner for other in self._notes.values()):
             await self._boxes.forget(note.owner)
-            await asyncio.to_thread(self._folder.confinement.remove, self._folder.workspace(note.owner))
+            if note.sandbox is not None:
+                await self._boxes.sandboxes.forget(note.owner)
+            else:
+                await asyncio.to_thread(self._folder.confinement.remove, self._folder.workspace(note.owner))
 
     def wind_down(self) -> None:
         """Let go of every turn as soon as the next server can go on with it; it counts as work until then."""
@@ -308,21 +333,22 @@ class Conversations:
     # --- workspaces ---
 
     def _note(self, id: str, spec: WorkspaceSpec) -> Note:
-        if spec.sandbox is not None:
-            raise InvalidParams("$.params.workspace.sandbox: this server starts no containers")
+        if sum(field is not None for field in (spec.share, spec.working_dir, spec.sandbox)) > 1:
+            raise InvalidParams("$.params.workspace: share, working_dir and sandbox exclude each other")
         if spec.share is not None:
             other = self._notes.get(spec.share)
-            if spec.working_dir is not None:
-                raise InvalidParams("$.params.workspace: share and working_dir exclude each other")
             if other is None:
                 raise ConversationNotFound(
                     f"no conversation {spec.share[:SHOWN_ID]!r} to share with",
                     conversation=spec.share[:SHOWN_ID],
                 )
-            return Note(owner=other.owner, working_dir=other.working_dir)
-        return Note(owner=id, working_dir=_existing_folder(spec.working_dir))
+            return Note(owner=other.owner, working_dir=other.working_dir, sandbox=other.sandbox)
+        sandbox = None if spec.sandbox is None else checked(spec.sandbox, self._config)
+        return Note(owner=id, working_dir=_existing_folder(spec.working_dir), sandbox=sandbox)
 
     def _link(self, note: Note) -> BoxLink:
+        if note.sandbox is not None:
+            return self._boxes.sandbox(note.owner, note.sandbox)
         return self._boxes.link(note.owner, Path(note.working_dir) if note.working_dir else None)
 
     def _count_boxes(self) -> None:

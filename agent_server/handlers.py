@@ -30,15 +30,19 @@ from agent_sdk.protocol.methods import (
     ListConversations,
     Method,
     Pause,
+    PauseWorkspace,
     Ping,
     Pong,
     RegisterTools,
     Respond,
+    ResumeWorkspace,
     Run,
     RunAnswer,
     SendMessage,
     SetConfirmationPolicy,
     SetTitle,
+    SnapshotTaken,
+    SnapshotWorkspace,
     SwitchLlm,
     UpdateSecrets,
     all_methods,
@@ -95,6 +99,9 @@ def conversation_handlers(hosted: Hosted, conversations: Conversations) -> Handl
         SwitchLlm: answers.switch_llm,
         SetTitle: answers.set_title,
         Delete: answers.delete,
+        PauseWorkspace: answers.pause_workspace,
+        ResumeWorkspace: answers.resume_workspace,
+        SnapshotWorkspace: answers.snapshot_workspace,
         **server_handlers(conversations),
     }
 
@@ -194,6 +201,23 @@ class _Answers:
     async def delete(self, params: Delete, call: Inbound) -> Done:
         """Its row goes with the log: a repeat after a restart finds no conversation, which is as good an answer."""
         return await self._done(params, lambda op: self._conversations.delete(self._hosted, caller=call.peer))
+
+    async def pause_workspace(self, params: PauseWorkspace, call: Inbound) -> Done:
+        async def act() -> Done:
+            await self._hosted.link.pause()
+            return Done()
+
+        return await self._hosted.ledger.run(params, act)
+
+    async def resume_workspace(self, params: ResumeWorkspace, call: Inbound) -> Done:
+        async def act() -> Done:
+            await self._hosted.link.resume()
+            return Done()
+
+        return await self._hosted.ledger.run(params, act)
+
+    async def snapshot_workspace(self, params: SnapshotWorkspace, call: Inbound) -> SnapshotTaken:
+        return await self._hosted.ledger.run(params, lambda: self._conversations.snapshot(self._hosted))
 
     async def _done(self, params: Effect[Done], action: Callable[[Operation], Awaitable[None]]) -> Done:
         async def act(op: Operation) -> Done:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from agent_sdk.protocol.errors import NotInitialised
 from agent_sdk.protocol.methods import (
     CONVERSATION,
+    SANDBOX,
     WORKSPACE,
     Draining,
     Initialize,
@@ -76,7 +77,7 @@ class Lobby:
         self.counter = Counter(metrics, work)
         # Shared by all connections, because there are thousands and most of them are idle.
         self.handlers: Handlers = {
-            **{method: partial(self._answer, method) for method in (*WORKSPACE, *CONVERSATION)},
+            **{method: partial(self._answer, method) for method in (*WORKSPACE, *SANDBOX, *CONVERSATION)},
             Initialize: self._initialize,
             Subscribe: self._subscribe,
         }

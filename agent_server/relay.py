@@ -28,6 +28,7 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.methods import (
     WORKSPACE,
+    Describe,
     Effect,
     Execute,
     Executed,
@@ -39,7 +40,7 @@ from agent_sdk.protocol.methods import (
     ShellSend,
     Upload,
 )
-from agent_sdk.protocol.results import Exit, RunningOperation
+from agent_sdk.protocol.results import Exit, RunningOperation, WorkspaceInfo
 from agent_sdk.remote.link import Linked
 from agent_sdk.rpc.ledger import CHANNELS
 from agent_sdk.rpc.peer import Handler, Inbound
@@ -70,7 +71,8 @@ class Relay:
 
     def handlers(self) -> dict[type[Method[Any]], Handler]:
         """Return who answers the workspace methods."""
-        return {method: self._effect if issubclass(method, Effect) else self._look for method in WORKSPACE}
+        relayed = {method: self._effect if issubclass(method, Effect) else self._look for method in WORKSPACE}
+        return {**relayed, Describe: self._describe}
 
     async def open(self) -> None:
         """Find out what a former server has begun."""
@@ -119,6 +121,9 @@ class Relay:
             if isinstance(params, ProcessWait):
                 return Exit(status="unknown", reason=LOST)
             raise WorkspaceLost("the box was lost") from None
+
+    async def _describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
+        return await self._link.describe(await self._look(params, call))
 
     async def _through(self, passage: Passage, linked: Linked) -> Any:
         """Pass a call on, and again when the connection to the box broke.

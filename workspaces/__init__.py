@@ -2,6 +2,8 @@
 
 box_process: a box as a child process of a server
 box_runtime: what a box needs to run in any image, made once
+box_docker:  a box in a hardened container; box_folder, what of it is on this machine; container_body, what it is to
+             the engine; verification, whether it is that
 child:       a process that may outlive whoever started it
 confinement: how a box on this machine is kept apart
 disks:       the workspaces of sandboxes, with a limit where this machine can make one
@@ -21,6 +23,7 @@ server_container: a container with a server in it, for whoever starts one; serve
 sizes:       sizes as people write them
 snapshots:   copies of the workspaces of sandboxes
 runtime_api: APIRemoteWorkspace, a server that a Runtime API starts; runtime_client, the calls of one
+sandboxes:   what the sandboxes of a server share
 server_process: an agent server as a child process
 sweep:       removes what nobody owns any more
 sync:        the same workspaces, blocking

@@ -11,7 +11,18 @@ from typing import Any, Self
 from agent_sdk.disk import atomic_file, open_source
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, OutcomeUnknown
-from agent_sdk.protocol.methods import Describe, Download, Execute, ProcessList, ProcessStart, Upload
+from agent_sdk.protocol.methods import (
+    Describe,
+    Download,
+    Execute,
+    PauseWorkspace,
+    ProcessList,
+    ProcessStart,
+    ResumeWorkspace,
+    SnapshotTaken,
+    SnapshotWorkspace,
+    Upload,
+)
 from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
 from agent_sdk.remote.command import Heard, executed, followed
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
@@ -162,6 +173,29 @@ class RemoteWorkspace:
     async def describe(self) -> WorkspaceInfo:
         """See Workspace.describe."""
         return await ask(self.link, Describe())
+
+    async def pause(self) -> None:
+        """Freeze the container of the workspace with all that runs in it; its next use wakes it.
+
+        Raises:
+            IsolationUnavailable: it is no sandbox.
+        """
+        await ask(self.link, PauseWorkspace(op_id=new_id()))
+
+    async def resume(self) -> None:
+        """Let a frozen container go on; nothing happens to one that runs."""
+        await ask(self.link, ResumeWorkspace(op_id=new_id()))
+
+    async def snapshot(self) -> SnapshotTaken:
+        """Copy the files as they are now; nothing in the workspace runs meanwhile.
+
+        Returns its id, with which a new workspace may begin: `Sandbox(image=…, snapshot=id)`.
+
+        Raises:
+            IsolationUnavailable: it is no sandbox, or the server cannot.
+            StorageFull: there is no room for a copy.
+        """
+        return await ask(self.link, SnapshotWorkspace(op_id=new_id()))
 
     async def execute(
         self,

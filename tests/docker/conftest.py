@@ -3,12 +3,14 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import EngineUnavailable
 from tests.docker import images
+from tests.server.conftest import start as start
 from workspaces import labels
 from workspaces.engine import Engine, engine_version
 
@@ -74,3 +76,9 @@ async def free_name(engine: Engine) -> AsyncIterator[str]:
     for id in left:
         await engine.remove(id)
     assert not left, f"left behind on the engine: the container {name}"
+
+
+@pytest.fixture(scope="session")
+def box_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of box runtimes for all servers of these tests: it takes seconds to make one."""
+    return tmp_path_factory.getbasetemp().parent / "box-runtime"

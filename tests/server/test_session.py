@@ -137,7 +137,7 @@ async def test_an_unknown_conversation_closes_with_4404_when_the_key_came_late(s
         ({"working_dir": "relative"}, "invalid_params"),
         ({"working_dir": "/etc/hostname"}, "not_a_directory"),
         ({"share": "nobody"}, "conversation_not_found"),
-        ({"sandbox": {"image": "x"}}, "invalid_params"),
+        ({"sandbox": {"image": "x", "memory": "1k"}}, "invalid_params"),
         ({"share": "x", "working_dir": "/"}, "invalid_params"),
     ],
 )

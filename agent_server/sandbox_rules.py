@@ -1,0 +1,105 @@
+"""Which sandboxes a server makes for its clients: whatever it does not allow is refused, with the field named."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams, IsolationUnavailable, PolicyDenied
+from agent_sdk.protocol.specs import Sandbox
+from agent_server.config import ServerConfig
+from workspaces.container_body import KERNEL, LEAST_MEMORY, RESERVED
+from workspaces.sizes import parse_size
+
+WHERE = "$.params.workspace.sandbox"
+MOUNTS = 32
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,255}")
+_GPUS = re.compile(r"all|[0-9]{1,3}|[A-Za-z0-9][A-Za-z0-9-]{0,63}(,[A-Za-z0-9][A-Za-z0-9-]{0,63}){0,31}")
+_PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(/[a-z0-9]+)?")
+
+
+def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
+    """Return the sandbox as it will be made: with its mounts resolved.
+
+    Raises:
+        InvalidParams: a field makes no sense.
+        PolicyDenied, ImageUnavailable: this server does not allow it.
+        IsolationUnavailable: this server cannot do it.
+    """
+    if not any(fnmatch.fnmatchcase(spec.image, pattern) for pattern in config.sandbox_images):
+        raise ImageUnavailable(
+            f"{WHERE}.image: this server runs no {spec.image[:200]!r}; it allows {_listed(config.sandbox_images)}",
+            image=spec.image[:512],
+            phase="image",
+        )
+    parse_size(f"{WHERE}.memory", spec.memory, least=LEAST_MEMORY)
+    if spec.disk is not None:
+        parse_size(f"{WHERE}.disk", spec.disk)
+    _check_network(spec.network, config.sandbox_networks)
+    for name, value in spec.env.items():
+        if not _NAME.fullmatch(name) or "\0" in value:
+            raise InvalidParams(
+                f"{WHERE}.env: {name[:64]!r} is no name of a variable, or its value has a zero byte"
+            )
+    if spec.gpus is not None and not _GPUS.fullmatch(spec.gpus):
+        raise InvalidParams(
+            f"{WHERE}.gpus: `all`, a number, or ids separated by commas (got {spec.gpus[:64]!r})"
+        )
+    if spec.platform is not None and not _PLATFORM.fullmatch(spec.platform):
+        raise InvalidParams(f"{WHERE}.platform: like linux/amd64 (got {spec.platform[:64]!r})")
+    if len(spec.mounts) > MOUNTS:
+        raise InvalidParams(f"{WHERE}.mounts: limit {MOUNTS}, got {len(spec.mounts)}")
+    return replace(spec, mounts=tuple(_mount(mount, config.sandbox_mounts) for mount in spec.mounts))
+
+
+def _check_network(wanted: str, allowed: Iterable[str]) -> None:
+    if wanted == "egress":
+        raise IsolationUnavailable(
+            f"{WHERE}.network: egress is not built yet; use none", wanted="network egress"
+        )
+    if wanted not in allowed:
+        raise PolicyDenied(
+            f"{WHERE}.network: this server allows {_listed(allowed)}, not {wanted}; "
+            "its option sandbox_networks says which"
+        )
+
+
+def _mount(mount: str, allowed: Iterable[str]) -> str:
+    """The mount with its source as it really is: a symlink must not lead out of what is allowed later."""
+    source, target, *options = mount.split(":")[:4] if mount.count(":") in (1, 2) else ("", "")
+    if not source.startswith("/") or not _is_plain(target) or options not in ([], ["ro"], ["rw"]):
+        raise InvalidParams(f"{WHERE}.mounts: /host/path:/path/in/it[:ro] (got {mount[:200]!r})")
+    if target in RESERVED or any(target == place or target.startswith(f"{place}/") for place in _TAKEN):
+        raise InvalidParams(f"{WHERE}.mounts: nothing can be mounted at {target[:200]} of a sandbox")
+    real = os.path.realpath(source)
+    if not any(real == folder or real.startswith(f"{folder}/") for folder in map(os.path.realpath, allowed)):
+        raise PolicyDenied(
+            f"{WHERE}.mounts: {source[:200]} is not below a folder this server allows; "
+            "its option sandbox_mounts says which"
+        )
+    if not os.path.exists(real):
+        raise InvalidParams(f"{WHERE}.mounts: there is no {source[:200]} on the server's machine")
+    return ":".join([real, target, *options])
+
+
+_TAKEN = (
+    *KERNEL,
+    "/opt/agent",
+    "/run",
+    "/sbin/docker-init",
+    "/etc/resolv.conf",
+    "/etc/hosts",
+    "/etc/hostname",
+)
+
+
+def _is_plain(target: str) -> bool:
+    return target.startswith("/") and target != "/" and os.path.normpath(target) == target
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(values) or "nothing"

@@ -1,0 +1,191 @@
+"""Sandboxes that a server manages: started at their first use, told of, found again, ended; and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+from agent_sdk import Conversation, RemoteWorkspace, Sandbox
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.events import WorkspaceChanged
+from tests.docker.conftest import remove_all
+from tests.docker.images import BARE, BUSYBOX, FULL
+from tests.server.wire import GUARD
+from workspaces import labels
+
+pytestmark = pytest.mark.docker
+
+
+@pytest.fixture
+def started(start, tmp_path, engine, box_runtime):
+    """Start a server on the data folder of this test; when the test is over nothing of it is on the engine."""
+
+    @asynccontextmanager
+    async def started(**options):
+        async with start(box_runtime=str(box_runtime), **options) as server:
+            yield server
+
+    return started
+
+
+@pytest.fixture
+async def server(started, engine, tmp_path):
+    async with started() as server:
+        yield server
+    left = await remove_all(engine, (tmp_path / "data" / "instance").read_text().strip())
+    assert not left, f"left behind on the engine: {left}"
+
+
+@asynccontextmanager
+async def sandbox(server, image=BUSYBOX, **wanted):
+    async with RemoteWorkspace(server.url, server.key, sandbox=Sandbox(image=image, **wanted)) as workspace:
+        yield workspace
+
+
+async def container(engine, workspace):
+    """The engine's account of the container of this workspace."""
+    (found,) = await engine.containers({labels.CONVERSATION: workspace.conversation})
+    return await engine.inspect(found["Id"])
+
+
+async def told(workspace, *wanted):
+    """Wait until the log tells of these changes of the workspace, in this order; returns the last event."""
+    waiting = list(wanted)
+    async with asyncio.timeout(GUARD), Conversation(None, workspace, id=workspace.conversation) as log:
+        async for event in log.events(follow=True):
+            if isinstance(event, WorkspaceChanged) and (event.state, event.cause) == waiting[0]:
+                waiting.pop(0)
+                if not waiting:
+                    return event
+    raise AssertionError("the log ended")
+
+
+@pytest.mark.parametrize("image", [FULL, BARE, BUSYBOX])
+async def test_commands_of_a_conversation_run_in_a_container_of_any_image(server, image):
+    async with sandbox(server, image) as workspace:
+        result = await workspace.execute(
+            "echo $HOME; cd /; cat proc/self/cgroup >/dev/null; echo x >/workspace/f; id -u"
+        )
+        assert result.stdout.split() == ["/workspace", "10001"]
+        assert await workspace.files.read("/workspace/f") == b"x\n"
+        info = await workspace.describe()
+        assert (info.image, info.isolation, info.working_dir) == (image, "runc", "/workspace")
+        assert 0 < info.usage.memory < info.usage.memory_max == 512 << 20
+        assert 0 < info.usage.pids < info.usage.pids_max == 256
+
+
+async def test_a_lost_sandbox_is_told_with_its_cause_and_the_next_use_starts_another(server, engine):
+    async with sandbox(server) as workspace:
+        await workspace.execute("echo 1 >kept")
+        first = await container(engine, workspace)
+        await engine.kill(first["Id"])
+        assert "SIGKILL" in (await told(workspace, ("ready", ""), ("lost", "killed"))).reason
+        assert (await workspace.execute("cat kept")).stdout == "1\n"
+        assert (await container(engine, workspace))["Id"] != first["Id"]
+
+
+async def test_a_sandbox_removed_by_hand_is_told_as_lost(server, engine):
+    async with sandbox(server) as workspace:
+        await workspace.execute("true")
+        await engine.remove((await container(engine, workspace))["Id"])
+        await told(workspace, ("ready", ""), ("lost", "killed"))
+        assert (await workspace.execute("echo again")).stdout == "again\n"
+
+
+async def test_what_ran_in_a_lost_sandbox_has_an_unknown_outcome(server, engine):
+    async with sandbox(server) as workspace:
+        begun = asyncio.Event()
+        running = asyncio.create_task(
+            workspace.execute("echo begun; sleep 600", on_output=lambda name, data: begun.set())
+        )
+        await begun.wait()
+        await engine.kill((await container(engine, workspace))["Id"])
+        assert (await running).status == "unknown"
+
+
+async def test_a_sandbox_that_nobody_uses_is_stopped_and_started_again_by_its_next_use(server, engine):
+    async with sandbox(server, idle_ttl=1.0) as workspace:
+        await workspace.execute("echo 1 >kept")
+        first = await container(engine, workspace)
+        await told(workspace, ("ready", ""), ("stopped", "idle"))
+        assert await engine.containers({labels.CONVERSATION: workspace.conversation}) == []
+        assert (await workspace.execute("cat kept")).stdout == "1\n"
+        assert (await container(engine, workspace))["Id"] != first["Id"]
+
+
+async def test_a_sandbox_in_which_a_call_runs_is_not_idle(server, tmp_path):
+    async with sandbox(server, idle_ttl=1.0) as workspace:
+        assert (await workspace.execute("sleep 3; echo still")).stdout == "still\n"
+
+
+async def test_a_paused_sandbox_stands_still_until_it_is_used(server, engine):
+    async with sandbox(server) as workspace:
+        await workspace.start("while :; do echo x >>ticks; sleep 0.01; done")
+        await workspace.pause()
+        assert (await container(engine, workspace))["State"]["Status"] == "paused"
+        await workspace.pause()
+        await told(workspace, ("ready", ""), ("paused", ""))
+        assert (await workspace.execute("echo awake")).stdout == "awake\n"
+        await told(workspace, ("paused", ""), ("ready", "resumed"))
+        await workspace.resume()
+
+
+async def test_a_sandbox_paused_by_hand_is_woken_by_its_next_use(server, engine):
+    async with sandbox(server) as workspace:
+        await workspace.execute("true")
+        await engine.pause((await container(engine, workspace))["Id"])
+        await told(workspace, ("paused", ""))
+        assert (await workspace.execute("echo awake")).stdout == "awake\n"
+
+
+async def test_a_paused_sandbox_can_be_deleted(server, engine):
+    async with sandbox(server) as workspace:
+        await workspace.execute("true")
+        await workspace.pause()
+        async with Conversation(None, workspace, id=workspace.conversation) as conversation:
+            await conversation.delete()
+        assert await engine.containers({labels.CONVERSATION: workspace.conversation}) == []
+
+
+async def test_deleting_the_last_conversation_of_a_sandbox_removes_it_with_its_files(
+    server, engine, tmp_path
+):
+    async with sandbox(server) as workspace:
+        await workspace.execute("echo 1 >kept")
+        owner = workspace.conversation
+        spec = {"share": owner}
+        async with server.session(workspace=spec) as wire:
+            answer = await wire.call("execute", argv=["cat", "kept"], op_id=new_id())
+            assert answer["result"]["stdout_text"] == "1\n"
+            async with Conversation(None, workspace, id=owner) as conversation:
+                await conversation.delete()
+            answer = await wire.call("execute", argv=["cat", "kept"], op_id=new_id())
+            assert answer["result"]["stdout_text"] == "1\n"
+            assert "result" in await wire.call("conversation.delete", op_id=new_id())
+    assert await engine.containers({labels.CONVERSATION: owner}) == []
+    left = [path for path in (tmp_path / "data").rglob(f"*{owner}*")]
+    assert left == []
+
+
+async def test_a_sandbox_outlives_its_server_with_what_runs_in_it(started, engine, tmp_path):
+    async with started(boxes_on_stop="keep") as server, sandbox(server) as workspace:
+        process = await workspace.start("read line; echo $line; sleep 600")
+        id, first = workspace.conversation, await container(engine, workspace)
+    async with started() as server, RemoteWorkspace(server.url, server.key, conversation=id) as workspace:
+        again = workspace.process(process.id)
+        await again.write(b"hello\n")
+        assert await anext(again.output()) == b"hello\n"
+        assert (await container(engine, workspace))["Id"] == first["Id"]
+    assert await remove_all(engine, (tmp_path / "data" / "instance").read_text().strip()) == []
+
+
+async def test_the_next_server_tells_of_a_sandbox_that_died_while_there_was_none(started, engine, tmp_path):
+    async with started(boxes_on_stop="keep") as server, sandbox(server) as workspace:
+        await workspace.start("sleep 600")
+        id, first = workspace.conversation, await container(engine, workspace)
+    await engine.kill(first["Id"])
+    async with started() as server, RemoteWorkspace(server.url, server.key, conversation=id) as workspace:
+        assert "SIGKILL" in (await told(workspace, ("ready", ""), ("lost", "killed"))).reason
+    assert await remove_all(engine, (tmp_path / "data" / "instance").read_text().strip()) == []

@@ -1,0 +1,136 @@
+"""What clients may not ask of a sandbox: no field of the engine's, and no value that this server does not allow."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ImageUnavailable,
+    InvalidParams,
+    IsolationUnavailable,
+    PolicyDenied,
+)
+from agent_sdk.protocol.specs import Sandbox
+from agent_server.config import ServerConfig
+from agent_server.sandbox_rules import checked
+
+# fmt: off
+FIELDS_OF_THE_ENGINE = [
+    "Binds", "Mounts", "Volumes", "VolumesFrom", "VolumeDriver", "Devices",
+    "DeviceRequests", "DeviceCgroupRules", "Privileged", "CapAdd", "CapDrop", "SecurityOpt",
+    "ReadonlyRootfs", "Tmpfs", "NetworkMode", "NetworkingConfig", "PortBindings", "PublishAllPorts",
+    "ExposedPorts", "Links", "ExtraHosts", "Dns", "DnsOptions", "IpcMode",
+    "PidMode", "UTSMode", "UsernsMode", "CgroupnsMode", "Cgroup", "CgroupParent",
+    "Sysctls", "Ulimits", "Runtime", "GroupAdd", "MaskedPaths", "ReadonlyPaths",
+    "OomScoreAdj", "OomKillDisable", "StorageOpt", "LogConfig", "RestartPolicy", "AutoRemove",
+    "Init", "HostConfig", "User", "Entrypoint", "Cmd", "Env",
+    "Labels", "Healthcheck", "Hostname", "WorkingDir", "ShmSize", "privileged",
+    "user", "entrypoint", "command", "labels", "devices", "cap_add",
+    "security_opt", "volumes", "network_mode", "pid_mode",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("field", FIELDS_OF_THE_ENGINE)
+async def test_there_is_no_way_to_name_a_field_of_the_engine(server, field):
+    async with await server.wire() as wire:
+        await wire.upgrade(server.key)
+        refused = await wire.initialize(workspace={"sandbox": {"image": "x", field: ["host"]}})
+        assert refused["error"]["code"] == -32602
+        assert field in refused["error"]["message"]
+
+
+def config(**options):
+    return ServerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "names"),
+    [
+        ({"memory": "lots"}, InvalidParams, "sandbox.memory"),
+        ({"memory": "31m"}, InvalidParams, "sandbox.memory"),
+        ({"memory": "-1g"}, InvalidParams, "sandbox.memory"),
+        ({"disk": "big"}, InvalidParams, "sandbox.disk"),
+        ({"network": "egress"}, IsolationUnavailable, "sandbox.network"),
+        ({"network": "bridge"}, PolicyDenied, "sandbox.network"),
+        ({"env": {"A=B": "x"}}, InvalidParams, "sandbox.env"),
+        ({"env": {"": "x"}}, InvalidParams, "sandbox.env"),
+        ({"env": {"A": "x\0y"}}, InvalidParams, "sandbox.env"),
+        ({"gpus": "all,--privileged"}, InvalidParams, "sandbox.gpus"),
+        ({"platform": "../x"}, InvalidParams, "sandbox.platform"),
+        ({"mounts": ("/etc",)}, InvalidParams, "sandbox.mounts"),
+        ({"mounts": ("relative:/x",)}, InvalidParams, "sandbox.mounts"),
+        ({"mounts": ("/etc:/x:rw,rshared",)}, InvalidParams, "sandbox.mounts"),
+        ({"mounts": ("/etc:/x:ro:more",)}, InvalidParams, "sandbox.mounts"),
+        ({"mounts": ("/etc:/x",)}, PolicyDenied, "sandbox.mounts"),
+        ({"mounts": ("/etc:/",)}, InvalidParams, "sandbox.mounts"),
+        ({"mounts": ("/etc:/proc/sys",)}, InvalidParams, "sandbox.mounts"),
+        ({"mounts": ("/etc:/opt/agent/lib",)}, InvalidParams, "sandbox.mounts"),
+        ({"mounts": ("/etc:/run/agent",)}, InvalidParams, "sandbox.mounts"),
+        ({"mounts": ("/etc:/workspace",)}, InvalidParams, "sandbox.mounts"),
+        ({"mounts": ("/etc:/x/../proc",)}, InvalidParams, "sandbox.mounts"),
+        ({"mounts": ("/etc:/x",) * 33}, InvalidParams, "sandbox.mounts"),
+    ],
+)
+def test_what_makes_no_sense_or_is_not_allowed_is_refused_by_its_name(given, kind, names):
+    with pytest.raises(AgentServerError, match=names) as refused:
+        checked(Sandbox(image="x", **given), config())
+    assert type(refused.value) is kind
+
+
+def test_images_are_those_that_the_server_allows():
+    allowed = config(sandbox_images=("team/*", "debian:12"))
+    for image in ("team/a:1", "debian:12"):
+        assert checked(Sandbox(image=image), allowed).image == image
+    for image in ("debian:13", "other/team/a", "xteam/a"):
+        with pytest.raises(ImageUnavailable, match="debian:12"):
+            checked(Sandbox(image=image), allowed)
+
+
+def test_a_mount_is_allowed_by_where_it_really_leads(tmp_path):
+    shared, outside = tmp_path / "shared", tmp_path / "shared-not"
+    for folder in (shared, outside, shared / "a"):
+        folder.mkdir()
+    (shared / "link").symlink_to(outside)
+    (tmp_path / "in").symlink_to(shared / "a")
+    allowed = config(sandbox_mounts=(str(shared),))
+
+    def mounts(source, *options):
+        return checked(Sandbox(image="x", mounts=(":".join([str(source), "/x", *options]),)), allowed).mounts
+
+    assert mounts(shared / "a", "ro") == (f"{shared}/a:/x:ro",)
+    assert mounts(tmp_path / "in") == (f"{shared}/a:/x",)
+    for source in (shared / "link", outside, tmp_path, shared / "a" / ".." / ".."):
+        with pytest.raises(PolicyDenied):
+            mounts(source)
+    with pytest.raises(InvalidParams, match="there is no"):
+        mounts(shared / "missing")
+
+
+async def test_a_server_without_an_engine_refuses_sandboxes_and_serves_the_rest(start, tmp_path):
+    async with start(engine=f"unix://{tmp_path}/no.sock") as server:
+        async with await server.wire() as wire:
+            await wire.upgrade(server.key)
+            refused = (await wire.initialize(workspace={"sandbox": {"image": "x"}}))["error"]
+            assert (refused["code"], refused["data"]["kind"]) == (-32008, "engine_unavailable")
+            assert "start Docker" in refused["message"]
+        async with server.session() as wire:
+            assert wire.answered["conversation"]
+
+
+async def test_a_workspace_is_one_thing_only(server, tmp_path):
+    async with await server.wire() as wire:
+        await wire.upgrade(server.key)
+        both = {"sandbox": {"image": "x"}, "working_dir": str(tmp_path)}
+        assert "exclude each other" in (await wire.initialize(workspace=both))["error"]["message"]
+
+
+async def test_a_plain_process_can_be_neither_paused_nor_copied(server):
+    async with server.session() as wire:
+        op_id = "00000000-0000-4000-8000-{:012}".format
+        await wire.call("execute", argv=["true"], op_id=op_id(1))
+        for number, method in enumerate(("workspace.pause", "workspace.snapshot"), 2):
+            refused = (await wire.call(method, op_id=op_id(number)))["error"]
+            assert refused["data"]["kind"] == "isolation_unavailable"
+        assert "result" in await wire.call("workspace.resume", op_id=op_id(9))

@@ -1,0 +1,457 @@
+"""A box in a hardened container: created from a request of our own, verified, claimed, and found again later.
+
+Its record is written before it is created, and says which container it is. So whatever is killed at whichever
+moment: whoever comes next finds it by its record, or the sweep finds it by its labels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    IsolationUnavailable,
+    NotFound,
+    ProfileMismatch,
+    WorkspaceLost,
+    WorkspaceUnavailable,
+)
+from agent_sdk.protocol.methods import Claim
+from agent_sdk.protocol.results import WorkspaceInfo
+from agent_sdk.protocol.specs import Sandbox
+from agent_sdk.remote.connection import connect
+from workspaces.box_folder import READY, READY_LINE, BoxFolder, Record
+from workspaces.container_body import (
+    ENVIRONMENT,
+    FOLDER,
+    OUTPUT,
+    RUNTIME,
+    WORKSPACE,
+    Bind,
+    Parts,
+    create_body,
+)
+from workspaces.verification import box_differences, engine_differences
+
+if TYPE_CHECKING:
+    from workspaces.box_runtime import BoxRuntime
+    from workspaces.engine import Death, Engine, Watch
+    from workspaces.images import Image
+
+READY_SECONDS = 30.0
+CLAIM_SECONDS = 10.0
+STOP_SECONDS = 5
+SHOWN_DIFFERENCES = 20
+KILLED = {128 + 9: "SIGKILL", 128 + 15: "SIGTERM"}
+
+
+class Places(Struct, frozen=True):
+    """Where a sandbox keeps its files, as the engine's machine names the folders."""
+
+    workspace: str
+    output: str
+    folder: str
+    """Of the box: its socket."""
+    runtime: str
+
+
+class Site(Protocol):
+    """What sandboxes of a server share."""
+
+    async def engine(self) -> Engine:
+        """Return the engine. Raises EngineUnavailable."""
+        ...
+
+    async def runtime(self) -> BoxRuntime:
+        """Return the box runtime. Raises WorkspaceUnavailable."""
+        ...
+
+    def labels(self, owner: str) -> dict[str, str]:
+        """Return the labels of a container for this owner."""
+        ...
+
+    def at_hand(self, owner: str, spec: Sandbox) -> AbstractAsyncContextManager[Places]:
+        """Have the places of an owner for as long as a container starts; they are made where they are missing."""
+        ...
+
+    async def tidy(self, owner: str) -> None:
+        """Remove what a container of this owner leaves behind, but for its workspace."""
+        ...
+
+    def disk(self, owner: str) -> tuple[str, int | None, int | None]:
+        """Return what limits the workspace of an owner, the bytes it occupies and those it may."""
+        ...
+
+    @property
+    def linger(self) -> float:
+        """Seconds that a box goes on without any connection."""
+        ...
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables of all commands."""
+        ...
+
+    @property
+    def preferred_runtime(self) -> str:
+        """Of the engine, for sandboxes that name none."""
+        ...
+
+
+class BoxContainer:
+    """See the module's docstring, and Box."""
+
+    def __init__(self, site: Site, folder: BoxFolder, owner: str, spec: Sandbox, *, instance: str) -> None:
+        """Describe it.
+
+        Args:
+            site: what it shares with others.
+            folder: its own, made at its start and removed at its end.
+            owner: whose workspace it serves.
+            spec: what was asked for.
+            instance: its name.
+        """
+        self.instance = instance
+        self.owner = owner
+        self.spec = spec
+        self._site = site
+        self._folder = folder
+        self._record: Record | None = None
+        self._image: Image | None = None
+        self._body: dict[str, Any] = {}
+        self._id: str | None = None
+        self._watch: Watch | None = None
+        self._socket = -1
+        self._death: Death | None = None
+        self._words = ""
+        self._listener: Callable[[bool], None] = lambda frozen: None
+        self._expected: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def find(cls, site: Site, folder: BoxFolder, owner: str) -> Self | None:
+        """Return the box whose record is in this folder; one that has ended is `ended`, and wants to be cleaned up.
+
+        Raises:
+            EngineUnavailable: nobody knows whether it lives.
+        """
+        record = folder.read()
+        if record is None:
+            return None
+        box = cls(site, folder, owner, record.spec, instance=record.instance)
+        try:
+            await box._attach(record)
+        except WorkspaceLost as exc:
+            box._words = box._words or exc.message
+            if not box._ended.done():
+                box._ended.set_result(None)
+        return box
+
+    def __repr__(self) -> str:
+        return f"<BoxContainer {self.instance} {self._id[:12] if self._id else 'not started'}>"
+
+    @property
+    def url(self) -> str:
+        """Where it listens: the very socket that was there when it was ready, whatever its name leads to now."""
+        return f"unix:///proc/self/fd/{self._socket}"
+
+    @property
+    def ended(self) -> asyncio.Future[int | None]:
+        """Done when it has ended, with its exit code where the engine knows it."""
+        return self._ended
+
+    @property
+    def cause(self) -> str:
+        """See Box: `oom`, `killed`, `exit`, or `engine` where it was removed or lost by the engine."""
+        if self._death is None or self._death.exit_code is None:
+            return "engine"
+        if self._death.oom:
+            return "oom"
+        return "killed" if self._death.exit_code in KILLED else "exit"
+
+    def last_words(self) -> str:
+        """See Box."""
+        return self._words
+
+    # --- its start ---
+
+    async def start(self) -> None:
+        """Start it and wait until it can be connected to, as what was asked for.
+
+        Raises:
+            EngineUnavailable, ImageUnavailable, IsolationUnavailable, ProfileMismatch, WorkspaceUnavailable:
+                it did not start; with phase, cause and what to do.
+        """
+        try:
+            record = self._folder.read()
+            if (
+                record is not None and record.instance == self.instance
+            ):  # the engine was away when we looked for it
+                await self._attach(record)
+                return
+            await self.launch()
+            await self.claim()
+        except BaseException:
+            await self.end()
+            raise
+
+    async def launch(self) -> None:
+        """Have it run and listen, without an identity yet. What raises leaves it to `end`."""
+        engine = await self._site.engine()
+        if (left := self._folder.read()) is not None:
+            await engine.remove(left.container)
+        runtime = self._runtime(engine)
+        binary = await self._site.runtime()
+        self._image = await engine.image(self.spec.image, pull=self.spec.pull, platform=self.spec.platform)
+        name = f"agent-box-{self.instance}"
+        record = Record(
+            instance=self.instance, container=name, spec=self.spec, image=self._image.id, runtime=runtime
+        )
+        self._folder.make()
+        async with self._site.at_hand(self.owner, self.spec) as places, self._folder.ready() as said:
+            self._body = create_body(self.spec, self._parts(self._image, places, binary, runtime))
+            self._keep(record)
+            self._id = await engine.create(name, self._body, platform=self.spec.platform)
+            self._follow(engine)
+            await engine.start(self._id)
+            await self._listening(said)
+        self._folder.seal()
+        self._socket = self._folder.open_socket()
+
+    async def claim(self) -> None:
+        """Give it its identity, and see that all is in force that was asked for.
+
+        Raises:
+            ProfileMismatch: it is not; details: differences.
+        """
+        assert self._record is not None and self._image is not None and self._id is not None
+        image = dict(line.split("=", 1) for line in self._image.env if "=" in line)
+        call = Claim(
+            op_id=new_id(),
+            instance=self.instance,
+            env={**ENVIRONMENT, **image, "HOME": WORKSPACE, **self._site.environment, **self.spec.env},
+        )
+        async with connect(self.url) as connection:
+            info = await connection.peer.call(call, timeout=CLAIM_SECONDS)
+        inspected = await (await self._site.engine()).inspect(self._id)
+        differences = engine_differences(self._body, inspected) + box_differences(self._body, info.profile)
+        if differences:
+            raise ProfileMismatch(
+                f"the sandbox is not what was asked for and was ended: {'; '.join(differences[:3])}",
+                phase="profile",
+                differences=differences[:SHOWN_DIFFERENCES],
+            )
+        self._keep(replace(self._record, claimed=True))
+
+    def _runtime(self, engine: Engine) -> str:
+        wanted = self.spec.runtime or self._site.preferred_runtime
+        if wanted not in engine.info.runtimes:
+            raise IsolationUnavailable(
+                f"the engine has no runtime {wanted}; install it and name it in the engine's daemon.json, "
+                f"or ask for one of: {', '.join(sorted(engine.info.runtimes))}",
+                wanted=wanted,
+            )
+        return wanted
+
+    def _parts(self, image: Image, places: Places, binary: BoxRuntime, runtime: str) -> Parts:
+        options = ["--folder", FOLDER, "--root", "/", "--working-dir", WORKSPACE, "--spool", OUTPUT]
+        options += ["--linger", str(self._site.linger), "--ready", f"{FOLDER}/{READY}"]
+        return Parts(
+            image=image.id,
+            image_environment=tuple(line.split("=", 1)[0] for line in image.env),
+            volumes=tuple(image.volumes),
+            command=(*binary.entrypoint, *options),
+            binds=(
+                Bind(places.workspace, WORKSPACE),
+                Bind(places.folder, FOLDER),
+                Bind(places.output, OUTPUT),
+                Bind(places.runtime, RUNTIME, read_only=True),
+                *map(_bind, self.spec.mounts),
+            ),
+            labels=self._site.labels(self.owner),
+            runtime=runtime,
+        )
+
+    def _keep(self, record: Record) -> None:
+        self._record = record
+        self._folder.write(record)
+
+    async def _listening(self, said: asyncio.Future[bytes]) -> None:
+        """Wait until the box listens, or has died."""
+        reasons: list[asyncio.Future[Any]] = [said, self._ended]
+        await asyncio.wait(reasons, timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if self._ended.done():
+            raise WorkspaceUnavailable(f"the sandbox ended at its start: {self._words}", phase="ready")
+        if not said.done():
+            raise WorkspaceUnavailable(
+                f"the sandbox was not ready after {READY_SECONDS:.0f} s", phase="ready"
+            )
+        if said.result() != READY_LINE:
+            raise WorkspaceUnavailable("what started in the sandbox is no box", phase="ready")
+
+    async def _attach(self, record: Record) -> None:
+        """Go on with a container that was there before us; a frozen one wakes up.
+
+        Raises:
+            WorkspaceLost: it has ended, or was never whole.
+            EngineUnavailable: nobody knows.
+        """
+        engine = await self._site.engine()
+        self._record = record
+        try:
+            inspected = await engine.inspect(record.container)
+        except NotFound:
+            raise WorkspaceLost("its container was removed") from None
+        self._id, state = str(inspected["Id"]), inspected["State"]
+        self._follow(engine)
+        if not state["Running"]:
+            await self._ended
+            raise WorkspaceLost(self._words)
+        if not record.claimed:
+            raise WorkspaceLost("its server ended before it was ready")
+        if state["Paused"]:
+            await engine.unpause(self._id)
+        self._socket = self._folder.open_socket()
+
+    # --- its end ---
+
+    async def end(self) -> None:
+        """See Box."""
+        await asyncio.shield(asyncio.ensure_future(self._end()))
+
+    def kill(self) -> None:
+        """See Box."""
+        if self._id is not None:
+            self._spawn(self._kill(self._id))
+
+    def let_go(self) -> None:
+        """See Box."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        if self._socket >= 0:
+            os.close(self._socket)
+            self._socket = -1
+
+    async def _end(self) -> None:
+        """What the engine does not remove now, because it is away, the sweep removes later."""
+        if self._id is not None:
+            with suppress(AgentServerError):
+                engine = await self._site.engine()
+                if not self._ended.done():
+                    await engine.stop(self._id, STOP_SECONDS)
+                await engine.remove(self._id)
+        self.let_go()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not self._ended.done():
+            self._ended.set_result(None)
+        self._folder.remove()
+        await self._site.tidy(self.owner)
+
+    async def _kill(self, id: str) -> None:
+        with suppress(AgentServerError):
+            await (await self._site.engine()).kill(id)
+
+    def _follow(self, engine: Engine) -> None:
+        """Notice its death, and learn what it said last before anybody hears of it."""
+        assert self._id is not None
+        self._watch = watch = engine.watch(self._id)
+
+        def died(death: asyncio.Future[Death]) -> None:
+            if not death.cancelled():
+                self._spawn(self._learn(engine, death.result()))
+
+        watch.died.add_done_callback(died)
+        watch.on_change(self._changed)
+
+    async def _learn(self, engine: Engine, death: Death) -> None:
+        self._death = death
+        said = ""
+        with suppress(AgentServerError):
+            said = await engine.logs(self._id or "")
+        self._words = _sentence(death, self.spec, said)
+        if not self._ended.done():
+            self._ended.set_result(death.exit_code)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- while it lives ---
+
+    async def freeze(self) -> None:
+        """See Box."""
+        engine, id = await self._site.engine(), self._running
+        with self._expecting("pause"):
+            await engine.pause(id)
+
+    async def thaw(self) -> None:
+        """See Box."""
+        engine, id = await self._site.engine(), self._running
+        with self._expecting("unpause"):
+            await engine.unpause(id)
+
+    @contextmanager
+    def _expecting(self, change: str) -> Iterator[None]:
+        """The engine will tell of what we do ourselves, maybe much later: that is no news."""
+        self._expected[change] += 1
+        try:
+            yield
+        except BaseException:
+            self._expected[change] -= 1
+            raise
+
+    def follow(self, listener: Callable[[bool], None]) -> None:
+        """See Box."""
+        self._listener = listener
+
+    async def completed(self, info: WorkspaceInfo) -> WorkspaceInfo:
+        """See Box; what the engine does not tell now is left out."""
+        usage, (mechanism, occupied, most) = None, self._site.disk(self.owner)
+        with suppress(AgentServerError):
+            usage = await (await self._site.engine()).stats(self._running)
+            usage = replace(usage, disk=occupied, disk_max=most)
+        runtime = self._record.runtime if self._record else "none"
+        return replace(info, image=self.spec.image, isolation=runtime, disk_quota=mechanism, usage=usage)
+
+    def _changed(self, change: str) -> None:
+        if self._expected[change]:
+            self._expected[change] -= 1
+        elif change in ("pause", "unpause"):
+            self._listener(change == "pause")
+
+    @property
+    def _running(self) -> str:
+        if self._id is None:
+            raise WorkspaceUnavailable("the sandbox does not run", phase="start")
+        return self._id
+
+
+def _bind(mount: str) -> Bind:
+    source, target, *options = mount.split(":")
+    return Bind(source, target, read_only="ro" in options)
+
+
+def _sentence(death: Death, spec: Sandbox, said: str) -> str:
+    """Why it ended, with the end of what it said, in one line."""
+    if death.oom:
+        reason = f"it ran out of memory ({spec.memory})"
+    elif death.exit_code in KILLED:
+        reason = f"it was killed ({KILLED[death.exit_code]})"
+    else:
+        reason = death.reason
+    lines = " | ".join(line.strip() for line in said.splitlines() if line.strip())
+    return f"{reason}: {lines}" if lines else reason
