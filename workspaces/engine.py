@@ -226,7 +226,7 @@ class Engine:
         When it has ended, an engine may leave out a last line that has no newline.
 
         Raises:
-            NotFound, EngineUnavailable: when the first line is asked for.
+            NotFound: there is none. EngineUnavailable: the engine does not answer, or ended before the container.
         """
         return follow(self._api, id)
 

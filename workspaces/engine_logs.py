@@ -65,7 +65,7 @@ async def _pieces(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
                     return
                 length -= len(piece)
                 yield piece
-    except (asyncio.IncompleteReadError, aiohttp.ClientError):
+    except asyncio.IncompleteReadError:
         return
 
 

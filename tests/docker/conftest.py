@@ -10,6 +10,7 @@ import pytest
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import EngineUnavailable
 from tests.docker import images
+from tests.docker.engine_process import EngineProcess
 from tests.server.conftest import start as start
 from workspaces import labels
 from workspaces.engine import Engine, engine_version
@@ -82,3 +83,10 @@ async def free_name(engine: Engine) -> AsyncIterator[str]:
 def box_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of box runtimes for all servers of these tests: it takes seconds to make one."""
     return tmp_path_factory.getbasetemp().parent / "box-runtime"
+
+
+@pytest.fixture
+async def private_engine(request: pytest.FixtureRequest) -> AsyncIterator[EngineProcess]:
+    """A second engine that may be killed; parametrize it with `live` or `mortal` containers (the default)."""
+    async with EngineProcess(live_restore=getattr(request, "param", "mortal") == "live") as process:
+        yield process
