@@ -265,7 +265,7 @@ class BoxContainer:
 
     def _parts(self, image: Image, places: Places, binary: BoxRuntime, runtime: str) -> Parts:
         options = ["--folder", FOLDER, "--root", "/", "--working-dir", WORKSPACE, "--spool", OUTPUT]
-        options += ["--linger", str(self._site.linger), "--ready", f"{FOLDER}/{READY}"]
+        options += ["--linger", str(self._site.linger), "--ready", f"{FOLDER}/{READY}", "--seccomp"]
         return Parts(
             image=image.id,
             image_environment=tuple(line.split("=", 1)[0] for line in image.env),

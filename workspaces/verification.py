@@ -16,6 +16,7 @@ _FROM_THE_ENGINE = (
     "/etc/hostname",
     "/etc/hosts",
     "/sbin/docker-init",
+    "/usr/sbin/docker-init",  # where /sbin is a symlink
     "/dev/init",
 )
 _OWN_KERNEL = frozenset({"runsc"})
@@ -34,7 +35,7 @@ def engine_differences(body: Mapping[str, Any], inspected: Mapping[str, Any]) ->
 
 def _compare(where: str, sent: Mapping[str, Any], got: Mapping[str, Any]) -> Iterator[str]:
     for name, wanted in sent.items():
-        if not _same(wanted, got.get(name)) and not _is_harmless(name, got.get(name)):
+        if not _same(wanted, got.get(name)) and not _is_harmless(name, wanted, got.get(name)):
             yield f"{where}{name}: {got.get(name)!r:.200} instead of {wanted!r:.200}"
 
 
@@ -43,21 +44,23 @@ def _same(sent: Any, got: Any) -> bool:
     if not sent and not got:
         return True
     if isinstance(sent, dict) and isinstance(got, dict):
-        return all(_same(value, got.get(name)) for name, value in sent.items())
+        return all(_same(sent.get(name), got.get(name)) for name in {*sent, *got})
     if isinstance(sent, list) and isinstance(got, list):
         return len(sent) == len(got) and all(map(_same, sent, got))
     return bool(sent == got)
 
 
-def _is_harmless(name: str, got: Any) -> bool:
-    """A kernel without accounting of swap limits the memory all the same."""
+def _is_harmless(name: str, sent: Any, got: Any) -> bool:
+    """Labels of the image are added; a kernel without accounting of swap limits the memory all the same."""
+    if name == "Labels":
+        return isinstance(got, dict) and sent.items() <= got.items()
     return name == "MemorySwap" and got == -1
 
 
 def box_differences(body: Mapping[str, Any], profile: Profile | None) -> list[str]:
     """Return what the box finds in force in another way than asked, one phrase each."""
     if profile is None:
-        return []
+        return ["the box does not say what is in force"]
     return list(_differences(body["HostConfig"], profile))
 
 
@@ -70,8 +73,8 @@ def _differences(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:
     if asked["Runtime"] not in _OWN_KERNEL:
         if not found.no_new_privileges:
             yield "it may gain privileges"
-        if found.seccomp != FILTERED:
-            yield "its system calls are not filtered"
+        if found.seccomp != FILTERED or found.seccomp_filters == 1:  # 0: the kernel does not say
+            yield "its system calls are not filtered twice, by the engine and by the box"
         yield from _limits(asked, found)
     if not found.read_only_root:
         yield "its root is writable"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import asynccontextmanager
 
 import pytest
@@ -12,6 +13,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.events import WorkspaceChanged
 from tests.docker.conftest import remove_all
 from tests.docker.images import BARE, BUSYBOX, FULL
+from tests.docker.test_sandbox_body import GOLDEN
 from tests.server.wire import GUARD
 from workspaces import labels
 
@@ -189,3 +191,39 @@ async def test_the_next_server_tells_of_a_sandbox_that_died_while_there_was_none
     async with started() as server, RemoteWorkspace(server.url, server.key, conversation=id) as workspace:
         assert "SIGKILL" in (await told(workspace, ("ready", ""), ("lost", "killed"))).reason
     assert await remove_all(engine, (tmp_path / "data" / "instance").read_text().strip()) == []
+
+
+async def test_the_engine_holds_exactly_what_it_was_asked_for(server, engine):
+    golden = json.loads(GOLDEN.read_text())
+    host = golden.pop("HostConfig")
+    async with sandbox(server, FULL) as workspace:
+        await workspace.execute("true")
+        held = await container(engine, workspace)
+    for name in ("Image", "Entrypoint", "Labels", "Env"):  # of this very container
+        del golden[name]
+    mounts = [
+        (mount["Target"], mount.get("ReadOnly", False), mount["BindOptions"]["Propagation"])
+        for mount in held["HostConfig"]["Mounts"]
+    ]
+    assert mounts == [
+        (m["Target"], m["ReadOnly"], m["BindOptions"]["Propagation"]) for m in host.pop("Mounts")
+    ]
+    host["RestartPolicy"]["MaximumRetryCount"] = 0  # the engine writes it down
+    assert {name: held["Config"].get(name) or None for name in golden} == {
+        name: value or None for name, value in golden.items()
+    }
+    assert {name: held["HostConfig"].get(name) or None for name in host} == {
+        name: value or None for name, value in host.items()
+    }
+    assert len(held["HostConfig"]["MaskedPaths"]) >= 10
+    assert held["NetworkSettings"]["Networks"].keys() == {"none"}
+
+
+async def test_a_sandbox_says_what_is_in_force(server):
+    async with sandbox(server) as workspace:
+        profile = (await workspace.describe()).profile
+    assert (profile.uid, profile.gid, set(profile.groups)) == (10001, 10001, {10001})
+    assert (int(profile.capabilities, 16), int(profile.capabilities_bound, 16)) == (0, 0)
+    assert (profile.no_new_privileges, profile.seccomp, profile.seccomp_filters) == (True, 2, 2)
+    assert (profile.read_only_root, profile.interfaces) == (True, ("lo",))
+    assert (profile.pids_max, profile.memory_max) == (256, 512 << 20)
