@@ -167,14 +167,15 @@ def _workspace(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where")
     group.add_argument(
         "--workspace",
-        metavar="DIR|URL",
-        help="a folder of this machine (default: this one), or a server's URL: a fresh workspace there",
+        metavar="DIR|URL|docker:IMAGE",
+        help="a folder of this machine (default: this one), a server's URL: a fresh workspace there, or "
+        "docker:IMAGE: a server in a container that is removed afterwards (docker: takes agent-server:latest)",
     )
     group.add_argument(
         "--conversation", type=_id, metavar="ID", help="the workspace of this conversation of a server"
     )
     group.add_argument(
-        "--working-dir", metavar="DIR", help="with a URL: an existing folder of the server's machine"
+        "--working-dir", metavar="DIR", help="with a URL or docker:IMAGE: an existing folder there"
     )
     _server(parser)
 

@@ -37,11 +37,11 @@ class Server(Struct, frozen=True, kw_only=True):
             self.api_key,
             conversation=conversation,
             working_dir=working_dir,
-            on_connection=_tell,
+            on_connection=tell,
         )
 
 
-async def _tell(reason: AgentServerError | None) -> None:
+async def tell(reason: AgentServerError | None) -> None:
     """Say why nothing happens, and when it goes on."""
     text = "connected again" if reason is None else f"{one_line(str(reason))} (trying again)"
     with suppress(OSError):

@@ -41,7 +41,7 @@ def there(server):
     return {"AGENT_SERVER_URL": server.url, "AGENT_SERVER_API_KEY": server.api_key}
 
 
-@pytest.mark.parametrize("name", ["02_there.py", "05_runtime_api.py"])
+@pytest.mark.parametrize("name", ["02_there.py", "04_docker.py", "05_runtime_api.py"])
 def test_here_and_there_differ_in_the_workspace_line_only(name):
     here, there = ((EXAMPLES / name).read_text().splitlines() for name in ("01_here.py", name))
     differing = [(a, b) for a, b in zip(here, there, strict=True) if a != b]

@@ -78,9 +78,9 @@ USAGE = {
         ["exec", "--working-dir", "/", "true"],
         "--working-dir is a folder of a server's machine; name the server with --workspace URL",
     ),
-    "a container": (
-        ["run", "task", "--script", "{script}", "--workspace", "docker:busybox"],
-        "containers (docker:IMAGE) come with a later version; name a folder or a server's URL instead",
+    "a container and a server": (
+        ["exec", "--workspace", "docker:busybox", "--url", NOWHERE, "true"],
+        "--workspace docker:IMAGE starts a server of its own; leave out --url and --conversation",
     ),
     "nothing to execute": (
         ["exec"],
@@ -128,11 +128,11 @@ FILES = {
     "a path that leads out": (["cp", ":../secret", "x"], "../secret"),
     "a workspace that is not there": (
         ["exec", "--workspace", "nowhere", "true"],
-        "nowhere: no such folder; --workspace takes a folder or a server's URL",
+        "nowhere: no such folder; --workspace takes a folder, a server's URL or docker:IMAGE",
     ),
     "a workspace that is a file": (
         ["exec", "--workspace", "script.json", "true"],
-        "script.json: not a folder; --workspace takes a folder or a server's URL",
+        "script.json: not a folder; --workspace takes a folder, a server's URL or docker:IMAGE",
     ),
     "a script that is not there": (["run", "task", "--script", "no.json"], "no.json: no such script file"),
     "a key file that is not there": (["ls", "--api-key-file", "no.key"], "no.key: no such API key file"),
