@@ -23,7 +23,8 @@ runtime_api:    the Runtime API, as a whole        runtime_config: what it is to
 runtime_routes: what is at which address           runtime_proxy: the way to a runtime
 runtimes:       all of them                        runtime:       one of them
 pods:           what they run in                   pods_process:  processes, without an engine
-tenants:        who may have what                  tunnel:        two connections joined
+pods_docker:    containers                         tenants:       who may have what
+tunnel:        two connections joined
 
 The command line:
 __main__, cli, arguments: what was typed           commands:      one file per command

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -38,10 +38,13 @@ class Pod(Protocol):
         """Where the server listens; valid once it was started."""
         ...
 
-    async def start(self) -> None:
+    async def start(self, seconds: float) -> None:
         """Make it run and wait until it is ready, whatever it was: new, paused, ended, or running already.
 
         Whatever raises, or a cancel, leaves nothing that runs; its data stays.
+
+        Args:
+            seconds: how long that may take.
 
         Raises:
             WorkspaceUnavailable: it does not run; with phase, cause and what to do.
@@ -60,7 +63,7 @@ class Pod(Protocol):
         """End it and remove all of it, but for its folder. May be called again, also of one that never started."""
         ...
 
-    def let_go(self) -> None:
+    async def let_go(self) -> None:
         """Leave it to itself."""
         ...
 
@@ -76,6 +79,10 @@ class Pods(Protocol):
         """Describe one; nothing happens before it is started, or ended."""
         ...
 
-    async def sweep(self, known: set[str]) -> None:
-        """End and remove everything of ours that belongs to none of these runtimes."""
+    async def sweep(self, known: Callable[[], Collection[str]]) -> None:
+        """End and remove everything of ours that belongs to none of these runtimes.
+
+        Args:
+            known: their ids; asked in a thread, after it was looked what there is.
+        """
         ...

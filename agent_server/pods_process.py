@@ -5,7 +5,7 @@ A runtime's image, processors and memory are not looked at here: it runs what th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from agent_sdk.disk import in_thread
 from agent_server.pods import PodSpec
@@ -35,9 +35,9 @@ class ProcessPod:
         """See pods.Pod."""
         return self._server.url
 
-    async def start(self) -> None:
+    async def start(self, seconds: float) -> None:
         """See pods.Pod."""
-        await self._server.start()
+        await self._server.start(seconds)
 
     async def died(self) -> str:
         """See pods.Pod."""
@@ -54,7 +54,7 @@ class ProcessPod:
         """See pods.Pod."""
         await self._server.stop()  # its folder is the runtime's, which removes it
 
-    def let_go(self) -> None:
+    async def let_go(self) -> None:
         """See pods.Pod."""
         self._server.let_go()
 
@@ -74,5 +74,5 @@ class ProcessPods:
         """See pods.Pods."""
         return ProcessPod(spec, self._environment)
 
-    async def sweep(self, known: set[str]) -> None:
+    async def sweep(self, known: Callable[[], Collection[str]]) -> None:
         """Nothing is to be found: the folder of a process is written down before it starts."""

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
 from agent_sdk.disk import atomic_file
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
+from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable
 from agent_server.logs import Logs
 from agent_server.pods import Pod
 
@@ -207,7 +208,7 @@ class Runtime:
             await asyncio.gather(self._task, return_exceptions=True)
         if end and self.runs:
             await self._pod.pause()
-        self._pod.let_go()
+        await self._pod.let_go()
 
     async def _want(self, wanted: Literal["running", "paused", "gone"]) -> None:
         self.record.wanted = wanted
@@ -266,19 +267,19 @@ class Runtime:
 
     async def _ready(self) -> None:
         began = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(self._start_seconds):
-                await self._pod.start()
-        except TimeoutError:
-            raise WorkspaceUnavailable(
-                f"the runtime was not ready after {self._start_seconds:g} s", phase="ready"
-            ) from None
+        retrying = AsyncRetrying(  # an engine that restarts comes back
+            wait=wait_random_exponential(multiplier=0.2, max=5),
+            stop=stop_before_delay(self._start_seconds),
+            retry=retry_if_exception_type(EngineUnavailable),
+            reraise=True,
+        )
+        await retrying(self._pod.start, self._start_seconds)
         took = asyncio.get_running_loop().time() - began
         self._log.info("runtime_ready", seconds=round(took, 3))
 
     async def _failed(self, status: PodStatus, problem: str) -> None:
         self._problem = problem
-        self._words = await self._pod.last_words()
+        self._words = await self._pod.last_words() or problem
         self._log.warning("runtime_failed", problem=problem)
         self._show(status)
 

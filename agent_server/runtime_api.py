@@ -37,9 +37,9 @@ async def runtime_api(
         return
     tenants = Tenants(config.runtimes, own_key)
     logs.redactor.add(tenants.secrets)
-    pods: Pods = ProcessPods(config.box_environment)
     end = config.boxes_on_stop == "end"
     async with (
+        _pods(config, folder, logs) as pods,
         Runtimes(config.runtimes, folder, pods, logs, end=end) as runtimes,
         RuntimeProxy(runtimes.find) as proxy,
     ):
@@ -51,3 +51,14 @@ async def runtime_api(
             url=config.runtimes.url,
             body_seconds=config.body_seconds,
         ).table()
+
+
+@asynccontextmanager
+async def _pods(config: ServerConfig, folder: Path, logs: Logs) -> AsyncIterator[Pods]:
+    if config.runtime_api == "process":
+        yield ProcessPods(config.box_environment)
+        return
+    from agent_server.pods_docker import DockerPods  # noqa: PLC0415  the engine's client costs 0.4 s
+
+    async with DockerPods.opened(folder, logs, config.runtimes.network or None) as pods:
+        yield pods

@@ -34,6 +34,8 @@ class RuntimeConfig(Struct, frozen=True, kw_only=True):
 
     images: tuple[str, ...] = ()
     """Images that may be started, with `*` and `?`; none: all."""
+    network: str = ""
+    """Of containers; one that exists. Empty: the engine's default."""
     url: str = ""
     """What clients reach this server by, e.g. `https://agents.example`; empty: the Host that they asked for."""
     unit_cpus: Cpus = 1.0

@@ -42,12 +42,17 @@ RETRY_AFTER_MS = 5000
 REMOVED = ".removed-"
 
 
+_Name = Annotated[str, Meta(pattern=r"^(?!AGENT_SERVER_)[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
+_Value = Annotated[str, Meta(pattern=r"^[^\0]*$")]
+
+
 class Wanted(Struct, frozen=True, kw_only=True):
     """The body of `POST /start`. Further members are for other Runtime APIs and not looked at."""
 
     image: Annotated[str, Meta(min_length=1, max_length=512)]
     session_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-    environment: dict[Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)], str] = {}
+    environment: dict[_Name, _Value] = {}
+    """For the commands in it."""
     resource_factor: int = 1
     runtime_class: str | None = None
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
@@ -238,7 +243,7 @@ class Runtimes:
     def _records(self) -> list[Record]:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         found = []
-        for folder in sorted(self._folder.iterdir()):
+        for folder in sorted(path for path in self._folder.iterdir() if path.is_dir()):
             if folder.name.startswith(REMOVED):
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
@@ -265,7 +270,7 @@ class Runtimes:
             if runtime.record.wanted == "gone":
                 with suppress(AgentServerError):
                     await self.stop(runtime)
-        await self._pods.sweep(set(self._all))
+        await self._pods.sweep(lambda: list(self._all))
 
 
 _SHARED = tuple(name for name in PodSpec.__struct_fields__ if name != "folder")

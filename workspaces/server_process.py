@@ -70,13 +70,16 @@ class ServerProcess:
     def __repr__(self) -> str:
         return f"<ServerProcess {self._name} {self.url or 'not started'}>"
 
-    async def start(self) -> None:
+    async def start(self, timeout: float = 60.0) -> None:
         """Find the server that runs here, or start one; returns when it accepts connections.
 
         Whatever raises, or a cancel, leaves none that runs.
 
+        Args:
+            timeout: seconds.
+
         Raises:
-            WorkspaceUnavailable: it did not start; the sentence has its last words.
+            WorkspaceUnavailable: it did not start, or not in time; the sentence has its last words.
         """
         if self._child is not None and not self._child.ended.done():
             return
@@ -84,7 +87,14 @@ class ServerProcess:
             self._child = await self._find()
             if self._child is None:
                 await self._end_strays()  # its boxes go on: the next server finds them
-                self._child = await self._start()
+                async with asyncio.timeout(timeout):
+                    self._child = await self._start()
+        except TimeoutError:
+            await self.stop()
+            raise WorkspaceUnavailable(
+                f"the server was not ready after {timeout:g} s: {await in_thread(self.last_words)}",
+                phase="ready",
+            ) from None
         except BaseException:
             await self.stop()
             raise

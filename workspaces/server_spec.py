@@ -79,6 +79,8 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     memory: str | None = None
     cpus: float | None = None
     pids: int | None = None
+    runtime: str | None = None
+    """Of the engine, e.g. `runsc`; None: its default."""
     labels: Mapping[str, str] = {}
     auto_remove: bool = False
     """Remove it as soon as it ends, whoever ended it: then nobody can read its last words."""
@@ -149,6 +151,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
             "LogConfig": {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}},
             "AutoRemove": self.auto_remove,
             "RestartPolicy": {"Name": "no"},
+            **({"Runtime": self.runtime} if self.runtime else {}),
         }
 
     def _published(self, bind: str) -> dict[str, Any]:

@@ -1,0 +1,236 @@
+"""Pods that are containers of this machine's engine.
+
+The container stays when its server ends or is paused, and is started again; its data is in a volume of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+import aiohttp
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+from agent_sdk.disk import in_thread
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, WorkspaceUnavailable
+from agent_server.logs import Logs
+from agent_server.pods import PodSpec
+from agent_server.refusal import TRY_LATER, StartRefused
+from workspaces.engine import Engine
+from workspaces.labels import INSTANCE, ROLE, SERVER
+from workspaces.server_container import ServerContainer
+from workspaces.server_spec import ServerSpec, Volume
+from workspaces.sweep import Sweep
+
+INSTANCE_FILE = "instance"
+DATA = "/data"
+"""Where the server in the image keeps what lasts."""
+ANSWER_SECONDS = 2.0
+PULL: Mapping[str, Literal["missing", "always", "never"]] = {
+    "IfNotPresent": "missing",
+    "Always": "always",
+    "Never": "never",
+}
+
+
+class DockerPod:
+    """See pods.Pod."""
+
+    def __init__(self, engine: Engine, spec: PodSpec, instance: str, network: str | None) -> None:
+        self._engine = engine
+        self._spec = spec
+        self._labels = {INSTANCE: instance}
+        self._network = network
+        self._name, self._volume = _names(spec.runtime_id)
+        self._container: ServerContainer | None = None
+
+    def __repr__(self) -> str:
+        return f"<DockerPod {self._name}>"
+
+    @property
+    def url(self) -> str:
+        """See pods.Pod."""
+        return self._container.url if self._container is not None else ""
+
+    async def start(self, seconds: float) -> None:
+        """See pods.Pod."""
+        await self.let_go()
+        found = await ServerContainer.find(self._engine, self._name)
+        if found is None:
+            await self._make(seconds)
+            return
+        self._container = found
+        try:
+            await self._go_on(found, seconds)
+        except BaseException:
+            with suppress(AgentServerError):
+                await self._engine.stop(found.id)
+            raise
+
+    async def died(self) -> str:
+        """See pods.Pod."""
+        assert self._container is not None, "it was not started"
+        return (await asyncio.shield(self._container.died)).reason
+
+    async def pause(self) -> None:
+        """See pods.Pod."""
+        found = await ServerContainer.find(self._engine, self._name)
+        if found is not None:
+            with suppress(WorkspaceUnavailable):
+                await found.pause()
+
+    async def end(self) -> None:
+        """See pods.Pod."""
+        await self.let_go()
+        found = await ServerContainer.find(self._engine, self._name)
+        if found is not None:
+            await found.stop()
+        await self._engine.remove_volume(self._volume)
+
+    async def let_go(self) -> None:
+        """See pods.Pod."""
+        if self._container is not None:
+            await self._container.let_go()
+
+    async def last_words(self) -> str:
+        """See pods.Pod."""
+        with suppress(AgentServerError):
+            if self._container is not None and self._container.id:
+                return await self._engine.logs(self._container.id)
+        return ""
+
+    async def _make(self, seconds: float) -> None:
+        spec = self._spec
+        await self._engine.create_volume(self._volume, {"Labels": {**self._labels, ROLE: SERVER}})
+        self._container = ServerContainer(
+            self._engine,
+            ServerSpec(
+                image=spec.image,
+                name=self._name,
+                command_env=spec.environment,
+                volumes=(Volume(self._volume, DATA),),
+                network=self._network,
+                memory=f"{spec.memory}b",
+                cpus=spec.cpus,
+                runtime=spec.runtime_class,
+                labels=self._labels,
+                pull=PULL[spec.image_pull_policy],
+            ),
+        )
+        self._container.api_key = spec.api_key
+        await self._container.start(seconds)
+
+    async def _go_on(self, container: ServerContainer, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await container.attach(seconds)
+                await self._answers(container)
+        except TimeoutError:
+            raise WorkspaceUnavailable(
+                f"the server in {self._name} did not answer within {seconds:g} s", phase="ready"
+            ) from None
+
+    async def _answers(self, container: ServerContainer) -> None:
+        """Wait until the server accepts connections; what it said when it did so the last time is no sign of it.
+
+        Raises:
+            WorkspaceUnavailable: it ended.
+        """
+        asking = asyncio.create_task(_healthy(container.url))
+        container.died.add_done_callback(lambda _: asking.cancel())
+        try:
+            await asking
+        except asyncio.CancelledError:
+            if not container.died.done():
+                raise
+            raise WorkspaceUnavailable(await container.epitaph(), phase="ready") from None
+
+
+class DockerPods:
+    """See pods.Pods."""
+
+    def __init__(self, engine: Engine, instance: str, network: str | None, logs: Logs) -> None:
+        """Take the engine, the label of everything that is made on it, and the network of the containers."""
+        self._engine = engine
+        self._instance = instance
+        self._network = network
+        self._log = logs.log
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, folder: Path, logs: Logs, network: str | None) -> AsyncIterator[DockerPods]:
+        """Reach the engine of this machine for the length of the block.
+
+        Args:
+            folder: where the runtimes are kept.
+            logs: what is swept up is told there.
+            network: of the containers; None: the engine's default.
+
+        Raises:
+            StartRefused: there is no engine that answers.
+        """
+        instance = await in_thread(_instance, folder)
+        async with AsyncExitStack() as stack:
+            try:
+                engine = await stack.enter_async_context(Engine())
+            except EngineUnavailable as exc:
+                raise StartRefused(f"runtime_api is docker: {exc}", exit_code=TRY_LATER) from None
+            yield cls(engine, instance, network, logs)
+
+    def pod(self, spec: PodSpec) -> DockerPod:
+        """See pods.Pods."""
+        return DockerPod(self._engine, spec, self._instance, self._network)
+
+    async def sweep(self, known: Callable[[], Collection[str]]) -> None:
+        """See pods.Pods."""
+        sweep = Sweep(
+            self._engine,
+            self._instance,
+            lambda: {name for runtime_id in known() for name in _names(runtime_id)},
+            on_removed=self._removed,
+            on_problem=self._problem,
+        )
+        await sweep.once()
+
+    def _removed(self, kind: str, name: str) -> None:
+        self._log.warning("leftover_removed", kind=kind, name=name)
+
+    def _problem(self, problem: AgentServerError) -> None:
+        self._log.warning("runtimes_not_swept", problem=str(problem))
+
+
+def _names(runtime_id: str) -> tuple[str, str]:
+    """Return the names of the container and of the volume of a runtime."""
+    return f"agent-server-{runtime_id}", f"agent-data-{runtime_id}"
+
+
+def _instance(folder: Path) -> str:
+    """The owner of what is made for the runtimes in this folder; chosen once."""
+    file = folder / INSTANCE_FILE
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        fresh = file.with_suffix(".new")
+        fresh.write_text(f"{new_id()}\n", encoding="ascii")
+        fresh.replace(file)
+        return file.read_text(encoding="ascii").strip()
+
+
+async def _healthy(url: str) -> None:
+    """Ask a server until it answers; whoever waits for that says how long."""
+    retrying = AsyncRetrying(
+        wait=wait_random_exponential(multiplier=0.05, max=0.5),
+        retry=retry_if_exception_type((aiohttp.ClientError, OSError, TimeoutError)),
+    )
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_SECONDS)) as http:
+        await retrying(_ask, http, f"{url}/health")
+
+
+async def _ask(http: aiohttp.ClientSession, url: str) -> None:
+    async with http.get(url, raise_for_status=True):
+        pass
