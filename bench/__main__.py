@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from bench import commands, events, log, many, readers, startup, steps, transfer
+from bench import commands, containers, events, log, many, readers, startup, steps, transfer
 from bench.measure import Row
 
 SUITES = {
@@ -23,6 +23,7 @@ SUITES = {
     "steps": steps.measure,
     "readers": readers.measure,
     "many": many.measure,
+    "containers": containers.measure,
 }
 
 

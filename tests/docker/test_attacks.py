@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from agent_sdk import RemoteWorkspace
+from agent_sdk.protocol.specs import Sandbox
+from agent_sdk.workspace import Workspace
 from tests.docker import images
 from tests.docker.attacks.__main__ import ATTACKS
-from workspaces import labels
+from tests.docker.fresh import fresh
+from tests.docker.servers import SERVER
+from workspaces import DockerWorkspace, labels
 from workspaces.engine import Engine
 
 pytestmark = pytest.mark.docker
@@ -60,6 +65,17 @@ open_memory_of_strangers walk_into_strangers list_descriptors_of_strangers signa
 has: a driver, a family of sockets, a file."""
 
 
+A_SERVERS_CONTAINER = """
+run_a_program_in_tmp make_a_folder_elsewhere raise_core raise_file_size see_strangers have_a_route have_an_interface
+ask_for_a_name greet_neighbours reach_metadata reach_the_internet reach_a_service_of_the_host
+"""
+"""What commands beside a server may: they have a network, a root of their own, and see that there is a server."""
+FILTERED = """
+call_io_uring call_ptrace_traceme call_as_32_bit socket_vsock socket_netlink_netfilter socket_netlink_audit
+socket_netlink_xfrm socket_netlink_generic socket_netlink_uevent socket_netlink_connector
+"""
+
+
 @pytest.fixture
 def port() -> Iterator[int]:
     """Where somebody listens at all addresses of this machine."""
@@ -103,3 +119,31 @@ async def test_the_attacks_get_through_where_nothing_is_in_their_way(
         assert missing == set()
     finally:
         await engine.remove(id)
+
+
+async def attacked(workspace: Workspace, python: Sequence[str], **given: object) -> dict[str, str]:
+    """Let every attack be tried by a command; which came how far."""
+    folder = (await workspace.describe()).working_dir
+    for file in PROGRAM.glob("*.py"):
+        await workspace.upload(file, f"{folder}/attacks/{file.name}")
+    result = await workspace.execute([*python, "-m", "attacks", json.dumps(given)])
+    assert (result.stderr, result.exit_code) == ("", 0)
+    return got_through(result.stdout)
+
+
+@pytest.mark.parametrize("image", [images.FULL, images.BUSYBOX])
+async def test_no_attack_gets_out_of_a_sandbox(running_server, port, tmp_path, image):
+    (tmp_path / "file").write_text("of the host")
+    place = RemoteWorkspace(running_server.url, running_server.api_key, sandbox=Sandbox(image=image))
+    async with fresh(place) as workspace:
+        secret, file = running_server.api_key[::-1], str(tmp_path / "file")
+        assert await attacked(workspace, PYTHON, canary=secret, host_file=file, host_port=port) == {}
+
+
+async def test_no_attack_reaches_the_server_beside_or_the_host_below(port, tmp_path):
+    (tmp_path / "file").write_text("of the host")
+    async with DockerWorkspace(SERVER) as workspace:
+        python = ["/opt/agent-server/bin/python"]
+        secret, file = workspace.target.api_key[::-1], str(tmp_path / "file")
+        through = await attacked(workspace, python, canary=secret, host_file=file, host_port=port)
+        assert through.keys() - set(A_SERVERS_CONTAINER.split()) - set(FILTERED.split()) == set()

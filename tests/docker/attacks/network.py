@@ -56,7 +56,7 @@ def hosts():
 
 @attack
 def reach_the_engine_by_network():
-    return reach(*((host, port) for host in hosts() for port in (2375, 2376)))
+    return enough([host for host in hosts() for port in (2375, 2376) if is_an_engine(host, port)])
 
 
 @attack
@@ -124,6 +124,16 @@ def connects(host, port):
         except OSError:
             return False
         return True
+
+
+def is_an_engine(host, port):
+    try:
+        with socket.create_connection((host, port), WAIT) as one:
+            one.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
+            answer = one.recv(4096)
+    except OSError:
+        return False
+    return b"Api-Version" in answer or b"HTTPS" in answer
 
 
 def datagram(host, port, data, answered=False):
