@@ -13,7 +13,7 @@ PACKAGES := agent_sdk workspaces agent_server
 MANYLINUX := manylinux_2_36 manylinux_2_34 manylinux_2_28 manylinux_2_17 manylinux2014 manylinux2010 manylinux1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo examples run-server test test-docker cover lint fmt types contracts bench docs docs-check image box-runtime chaos lock clean
+.PHONY: help venv demo examples run-server test test-docker test-images cover lint fmt types contracts bench docs docs-check image box-runtime chaos lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,11 +38,14 @@ run-server: $(READY) ## run a server in the foreground (ARGS="--port 0")
 
 test: $(READY) ## run the tests that need no container engine (ARGS="-k name")
 	$(BIN)/python -m pytest -n 2 -m "not docker and not chaos" $(ARGS)
+	@echo "Not among them: tests of containers (make test-docker, needs a Docker engine) and of faults (make chaos)."
 
-test-docker: $(READY) ## run the tests that need a container engine
-	@$(BIN)/python -m pytest -m docker $(ARGS) || { code=$$?; \
-	  [ $$code -ne 5 ] || { echo "There are no container tests yet; they come with a later version." >&2; exit 2; }; \
-	  exit $$code; }
+test-images: $(READY) ## make the images that tests of containers use, without any registry
+	$(BIN)/python -m tests.docker.images
+	$(MAKE) image BASE_IMAGE=agent-test/full:1 IMAGE=agent-test/server:1
+
+test-docker: $(READY) ## run the tests that need a container engine, and the images of test-images
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m docker tests/docker $(ARGS)
 
 cover: $(READY) ## run the tests and show the branches they miss
 	$(BIN)/coverage erase

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FULL = "agent-test/full:1"
@@ -34,16 +35,20 @@ class Missing(Exception):
 
 def main() -> int:
     try:
-        for name in (BUSYBOX, BARE, FULL):
-            if is_there(name):
-                print(f"{name} is there")
-            else:
-                make(name)
-                print(f"{name} was made")
+        with ThreadPoolExecutor() as pool:
+            for done in pool.map(ensure, (BUSYBOX, BARE, FULL)):
+                print(done)
     except (Missing, subprocess.CalledProcessError) as exc:
         print(exc, file=sys.stderr)
         return 1
     return 0
+
+
+def ensure(name: str) -> str:
+    if is_there(name):
+        return f"{name} is there"
+    make(name)
+    return f"{name} was made"
 
 
 def is_there(name: str) -> bool:
@@ -70,8 +75,10 @@ def load(archive: Path, name: str, environment: str, *engine: str) -> None:
 
 
 def debian(archive: Path, packages: str) -> None:
-    command = [tool("mmdebstrap"), "--quiet", "--variant=minbase", f"--include={packages.replace(' ', ',')}"]
+    command = [tool("mmdebstrap"), "--quiet", "--variant=minbase", *how_to_fetch()]
     command += ["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"]
+    if packages:
+        command.append(f"--include={packages.replace(' ', ',')}")
     # What this machine's package manager uses is what it can reach.
     subprocess.run([*command, SUITE, str(archive), *sources()], check=True)
 
@@ -79,7 +86,13 @@ def debian(archive: Path, packages: str) -> None:
 def sources() -> list[str]:
     folder = Path("/etc/apt")
     found = [folder / "sources.list", *sorted((folder / "sources.list.d").glob("*"))]
-    return [str(path) for path in found if path.suffix in (".list", ".sources") and path.stat().st_size]
+    return [str(path) for path in found if path.suffix in (".list", ".sources") and path.is_file()]
+
+
+def how_to_fetch() -> list[str]:
+    """This machine's settings for that, such as a proxy."""
+    settings = sorted(Path("/etc/apt/apt.conf.d").glob("*"))
+    return [f"--aptopt={path}" for path in settings if "Acquire::" in path.read_text(errors="replace")]
 
 
 def busybox() -> bytes:
