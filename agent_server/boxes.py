@@ -23,6 +23,7 @@ from agent_server.work import RETRY_AFTER_MS
 from workspaces.box_folder import Record
 from workspaces.box_process import BoxProcess
 from workspaces.sandboxes import Sandboxes, SandboxOptions
+from workspaces.sizes import parse_size
 
 FOUND_AT_ONCE = 32
 UNUSED = WorkspaceChanged(state="lost", reason="it ended while nobody used it")
@@ -65,7 +66,12 @@ class Boxes:
                 linger=config.box_linger_seconds,
                 environment=config.command_env,
                 runtimes=Path(config.box_runtime) if config.box_runtime else None,
+                disk=None
+                if config.sandbox_disk == "none"
+                else parse_size("sandbox_disk", config.sandbox_disk),
+                pool=config.sandbox_pool,
             ),
+            tell=lambda event, facts: logs.log.info(event, **facts),
         )
 
     def __repr__(self) -> str:

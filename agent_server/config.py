@@ -35,6 +35,14 @@ Timeout = Annotated[float, Meta(ge=0.1, le=3600, description="0.1..3600 seconds"
 Count = Annotated[int, Meta(ge=1, le=1_000_000, description="1..1000000")]
 Names = tuple[str, ...]
 Variables = dict[str, str]
+Counts = dict[str, Annotated[int, Meta(ge=0, le=1000)]]
+Size = Annotated[
+    str,
+    Meta(
+        pattern=r"^(none|(1[6-9]|[2-9][0-9]|[0-9]{3,7})m|[0-9]{1,4}[gt])$",
+        description="a size of 16m or more, like 2g, or none",
+    ),
+]
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -114,6 +122,12 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """Folders of this machine of which parts may be mounted into sandboxes."""
     sandbox_runtime: str = "runc"
     """The engine's runtime for sandboxes whose clients name none."""
+    sandbox_disk: Size = "2g"
+    """What the workspace of a sandbox may hold whose client names no size, where this machine can limit it: as root,
+    with loop devices. `none`: no workspace has a limit."""
+    sandbox_pool: Counts = {}
+    """How many boxes of which image run already and wait for conversations, e.g. `{"python:3.12" = 2}`; in the
+    environment as a JSON object. They have the limits that sandboxes have by default."""
     limits: Limits = Limits()
     runtimes: RuntimeConfig = RuntimeConfig()
     box_environment: dict[str, str] = {}
@@ -318,8 +332,8 @@ def _checked(known: Mapping[str, Any], name: str, value: Any, where: str, *, tex
     if text and kind == Names:
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:
-        if text and kind == Variables:
-            return msgspec.json.decode(value, type=Variables)
+        if text and kind in (Variables, Counts):
+            return msgspec.json.decode(value, type=kind)
         return msgspec.convert(value, kind, strict=not text)
     except msgspec.DecodeError:  # ValidationError is one
         got = "" if name in SECRETS or kind == Variables else f" (got {_short(value)})"
@@ -333,7 +347,12 @@ def _wanted(kind: Any) -> str:
         return str(get_args(kind)[1].description)
     if get_origin(kind) is Literal:
         return " or ".join(get_args(kind))
-    return {Names: "a list of texts", Variables: "a table of names and texts"}.get(kind, "a text")
+    kinds = {
+        Names: "a list of texts",
+        Variables: "a table of names and texts",
+        Counts: "a table of names and numbers from 0 to 1000",
+    }
+    return kinds.get(kind, "a text")
 
 
 def _short(value: Any) -> str:

@@ -151,7 +151,7 @@ class Conversations:
         note = self._note(id, spec or WorkspaceSpec())
         if id not in self._notes:
             if note.sandbox is not None:
-                await self._boxes.sandboxes.engine()
+                await self._boxes.sandboxes.admit(note.sandbox)
             elif note.owner == id and note.working_dir is None:
                 await asyncio.to_thread(self._folder.confinement.give, self._folder.workspace(id))
             await self._log.create(id, msgspec.to_builtins(note))

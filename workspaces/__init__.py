@@ -17,13 +17,14 @@ host_paths:  what the engine calls the folders of a server that is in a containe
 images:      images, looked at and pulled
 labels:      how containers, networks and volumes of ours are known
 own_container: the container that this process runs in
+pool:        boxes that run already and wait for an owner
 programs:    programs of this machine that a server runs for itself
 reach:       over which address what listens in a container is reached
 server_container: a container with a server in it, for whoever starts one; server_spec, what it is to be
 sizes:       sizes as people write them
 snapshots:   copies of the workspaces of sandboxes
 runtime_api: APIRemoteWorkspace, a server that a Runtime API starts; runtime_client, the calls of one
-sandboxes:   what the sandboxes of a server share
+sandboxes:   what the sandboxes of a server share; site, how each of them sees it
 server_process: an agent server as a child process
 sweep:       removes what nobody owns any more
 sync:        the same workspaces, blocking

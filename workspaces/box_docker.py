@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Self
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
@@ -40,6 +39,7 @@ from workspaces.container_body import (
     Parts,
     create_body,
 )
+from workspaces.site import Places, Site
 from workspaces.verification import box_differences, engine_differences
 
 if TYPE_CHECKING:
@@ -54,63 +54,19 @@ SHOWN_DIFFERENCES = 20
 KILLED = {128 + 9: "SIGKILL", 128 + 15: "SIGTERM"}
 
 
-class Places(Struct, frozen=True):
-    """Where a sandbox keeps its files, as the engine's machine names the folders."""
-
-    workspace: str
-    output: str
-    folder: str
-    """Of the box: its socket."""
-    runtime: str
-
-
-class Site(Protocol):
-    """What sandboxes of a server share."""
-
-    async def engine(self) -> Engine:
-        """Return the engine. Raises EngineUnavailable."""
-        ...
-
-    async def runtime(self) -> BoxRuntime:
-        """Return the box runtime. Raises WorkspaceUnavailable."""
-        ...
-
-    def labels(self, owner: str) -> dict[str, str]:
-        """Return the labels of a container for this owner."""
-        ...
-
-    def at_hand(self, owner: str, spec: Sandbox) -> AbstractAsyncContextManager[Places]:
-        """Have the places of an owner for as long as a container starts; they are made where they are missing."""
-        ...
-
-    async def tidy(self, owner: str) -> None:
-        """Remove what a container of this owner leaves behind, but for its workspace."""
-        ...
-
-    def disk(self, owner: str) -> tuple[str, int | None, int | None]:
-        """Return what limits the workspace of an owner, the bytes it occupies and those it may."""
-        ...
-
-    @property
-    def linger(self) -> float:
-        """Seconds that a box goes on without any connection."""
-        ...
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """Variables of all commands."""
-        ...
-
-    @property
-    def preferred_runtime(self) -> str:
-        """Of the engine, for sandboxes that name none."""
-        ...
-
-
 class BoxContainer:
     """See the module's docstring, and Box."""
 
-    def __init__(self, site: Site, folder: BoxFolder, owner: str, spec: Sandbox, *, instance: str) -> None:
+    def __init__(
+        self,
+        site: Site,
+        folder: BoxFolder,
+        owner: str,
+        spec: Sandbox,
+        *,
+        instance: str,
+        waiting: Callable[[str, Sandbox], BoxContainer | None] = lambda owner, spec: None,
+    ) -> None:
         """Describe it.
 
         Args:
@@ -119,12 +75,14 @@ class BoxContainer:
             owner: whose workspace it serves.
             spec: what was asked for.
             instance: its name.
+            waiting: returns a box that runs already and can become this one, if there is one.
         """
         self.instance = instance
         self.owner = owner
         self.spec = spec
         self._site = site
         self._folder = folder
+        self._waiting = waiting
         self._record: Record | None = None
         self._image: Image | None = None
         self._body: dict[str, Any] = {}
@@ -199,11 +157,47 @@ class BoxContainer:
             ):  # the engine was away when we looked for it
                 await self._attach(record)
                 return
+            if record is None and await self._take_over():
+                return
             await self.launch()
             await self.claim()
         except BaseException:
             await self.end()
             raise
+
+    async def _take_over(self) -> bool:
+        """Become a box that waits already; those that turn out to be no good are ended."""
+        engine = await self._site.engine()
+        while (box := self._waiting(self.owner, self.spec)) is not None:
+            try:
+                await box.become(self)
+            except BaseException as exc:
+                await box.end()
+                if isinstance(exc, AgentServerError):
+                    continue
+                raise
+            self._record, self._image, self._body, self._id = box._record, box._image, box._body, box._id
+            self._socket, box._socket = box._socket, -1
+            box.let_go()
+            self._follow(engine)
+            return True
+        return False
+
+    async def become(self, other: BoxContainer) -> None:
+        """Give a launched box the identity and the place of another one, which has not started.
+
+        Raises:
+            WorkspaceUnavailable: it is no good any more; it has to be ended.
+        """
+        assert self._record is not None and self._image is not None
+        engine = await self._site.engine()
+        image = await engine.image(other.spec.image, pull="never", platform=other.spec.platform)
+        if image.id != self._image.id:
+            raise WorkspaceUnavailable("another image has its name by now", phase="claim")
+        self._keep(replace(self._record, instance=other.instance, spec=other.spec))
+        self._folder = await self._site.hand_over(self.owner, other.owner)
+        self.owner, self.spec, self.instance = other.owner, other.spec, other.instance
+        await self.claim()
 
     async def launch(self) -> None:
         """Have it run and listen, without an identity yet. What raises leaves it to `end`."""

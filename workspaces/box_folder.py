@@ -77,6 +77,12 @@ class BoxFolder:
         shutil.rmtree(self.run, ignore_errors=True)
         shutil.rmtree(self.place, ignore_errors=True)
 
+    def rename(self, to: BoxFolder) -> BoxFolder:
+        """Give it to somebody else, also while a container has it mounted; returns it under its new name."""
+        to.remove()
+        self.place.rename(to.place)
+        return to
+
     @asynccontextmanager
     async def ready(self) -> AsyncIterator[asyncio.Future[bytes]]:
         """What the box says when it is ready. Enter it before the container starts."""

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from agent_sdk.disk import in_thread
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, IsolationUnavailable, StorageFull
@@ -36,14 +36,13 @@ FRESH = ".fresh"
 
 
 class Disks:
-    """The workspaces below one folder. `async with` finds out whether they can have a limit."""
+    """The workspaces below one folder. Until `prepare` has found out more they can have no limit."""
 
-    def __init__(self, folder: Path, *, visible: bool = True, quota: bool = True) -> None:
+    def __init__(self, folder: Path, *, quota: bool = True) -> None:
         """Describe them.
 
         Args:
             folder: where `disks`, `mounts` and `workspaces` are; nobody else mounts anything below it.
-            visible: whether the engine sees what is mounted here; not from inside of another container.
             quota: False: plain folders even where disks would work.
         """
         self.mechanism: Mechanism = "none"
@@ -52,7 +51,6 @@ class Disks:
         self._disks = folder / "disks"
         self._mounts = folder / "mounts"
         self._folders = folder / "workspaces"
-        self._visible = visible
         self._quota = quota
         self._turns: dict[str, asyncio.Lock] = {}
         """Per owner: a disk that is mounted by two at the same moment may be attached twice, and damaged by that."""
@@ -60,33 +58,55 @@ class Disks:
     def __repr__(self) -> str:
         return f"<Disks {self._disks.parent}: {self.mechanism}>"
 
-    async def __aenter__(self) -> Self:
+    async def prepare(self, *, visible: bool = True) -> None:
+        """Find out whether there can be limits, and unmount what somebody who was killed has left.
+
+        Args:
+            visible: whether the engine sees what is mounted here; not from inside of another container.
+        """
         await in_thread(self._make_folders)
-        await self._unmount_leftovers()
+        for place in self._mounts.iterdir():  # containers keep what they have mounted
+            await in_thread(_unmount, str(place))
         if self._quota:
-            self.why = await self._probe()
+            self.why = await self._probe(visible)
             self.mechanism = "none" if self.why else "ext4-loop"
-        return self
 
-    async def __aexit__(self, *exc: object) -> None:
-        """Nothing stays mounted, so there is nothing to do."""
+    async def keep(self, wanted: Callable[[str], bool]) -> None:
+        """Remove the workspaces of all owners but those that are wanted."""
+        owners = {image.stem for image in self._disks.glob("*.img")}
+        owners |= {folder.name for folder in self._folders.iterdir()}
+        for owner in owners:
+            if not wanted(owner):
+                await self.remove(owner)
 
-    async def make(self, owner: str, size: int, *, demanded: bool = False) -> None:
+    def check(self, size: int | None) -> None:
+        """See whether a workspace could have this limit; None: it needs none.
+
+        Raises:
+            IsolationUnavailable: there is no way to limit it here.
+            InvalidParams: the size is too small.
+        """
+        if size is not None and self.mechanism == "none":
+            raise IsolationUnavailable(
+                f"sandbox.disk: this server cannot limit a workspace: {self.why}; leave disk out",
+                wanted="disk",
+            )
+        if size is not None and size < LEAST_BYTES:
+            raise InvalidParams(f"sandbox.disk: at least {LEAST_BYTES >> 20}m are needed")
+
+    async def make(self, owner: str, size: int) -> None:
         """Make an empty workspace for an owner who has none; nothing happens to one that is there.
 
         Args:
             owner: whose it is; the name of a file.
-            size: bytes it may hold.
-            demanded: whether a workspace without that limit is no good.
+            size: bytes it may hold, where there can be limits.
 
         Raises:
-            IsolationUnavailable: there is no way to limit it here, and that is demanded.
-            InvalidParams: the size is too small.
             StorageFull: the server's disk is full.
         """
         async with self._turn(owner):
             if not self.has(owner):
-                await self._make(owner, size, demanded)
+                await self._make(owner, size)
 
     async def adopt(self, owner: str, copy: Callable[[str], None], *, is_disk: bool) -> None:
         """Make the workspace of an owner who has none from what `copy` puts at the path it is given; it may block."""
@@ -160,17 +180,10 @@ class Disks:
         for fresh in (*self._disks.glob(f"*{FRESH}"), *self._folders.glob(f"*{FRESH}")):
             _remove(fresh)
 
-    async def _make(self, owner: str, size: int, demanded: bool) -> None:
+    async def _make(self, owner: str, size: int) -> None:
         if self.mechanism == "none":
-            if demanded:
-                raise IsolationUnavailable(
-                    f"sandbox.disk: this server cannot limit a workspace: {self.why}; leave disk out",
-                    wanted="disk",
-                )
             await in_thread(_make_folder, self.folder(owner))
             return
-        if size < LEAST_BYTES:
-            raise InvalidParams(f"sandbox.disk: at least {LEAST_BYTES >> 20}m are needed")
         fresh = self.image(owner).with_suffix(FRESH)
         try:
             await in_thread(_make_sparse, fresh, size)
@@ -181,14 +194,9 @@ class Disks:
         finally:
             await in_thread(_remove, fresh)
 
-    async def _unmount_leftovers(self) -> None:
-        """Unmount what somebody who was killed has left; containers keep what they have."""
-        for place in self._mounts.iterdir():
-            await in_thread(_unmount, str(place))
-
-    async def _probe(self) -> str:
+    async def _probe(self, visible: bool) -> str:
         """Make a disk and mount it; returns why that does not work, or nothing."""
-        if not self._visible:
+        if not visible:
             return "the server runs in a container, and its engine does not see what is mounted there"
         probe = self._disks / f"probe{FRESH}"
         try:

@@ -1,37 +1,48 @@
 """The sandboxes of a server: what they share, and where the files of each are.
 
 The engine is connected to when it is needed first, so a server without one starts, and one that comes later is used.
+Where there were sandboxes before, or some are to wait for owners, that is at once: something may be left to sweep.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from msgspec import Struct
 
 from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import IsolationUnavailable
+from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
 from agent_sdk.protocol.methods import SnapshotTaken
 from agent_sdk.protocol.specs import Sandbox
 from workspaces import labels
 from workspaces.box import Box
-from workspaces.box_docker import BoxContainer, Places
+from workspaces.box_docker import BoxContainer
 from workspaces.box_folder import BoxFolder, Record
-from workspaces.container_body import UID
+from workspaces.disks import Disks
+from workspaces.site import Places
+from workspaces.sizes import parse_size
+from workspaces.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from workspaces.box_runtime import BoxRuntime
     from workspaces.engine import Engine
+    from workspaces.host_paths import HostPaths
+    from workspaces.pool import Pool
 
 IDENTITY = "instance"
+NOBODY = "pool-"
+"""Begins the name of an owner who is nobody yet."""
+OUTPUT_BYTES = 1 << 30
+"""What commands of a sandbox say, all together; beyond that only the end of it is kept."""
+AGAIN_SECONDS = 15.0
+
+Tell = Callable[[str, dict[str, str]], None]
 
 
 class SandboxOptions(Struct, frozen=True, kw_only=True):
@@ -43,33 +54,60 @@ class SandboxOptions(Struct, frozen=True, kw_only=True):
     """Of the engine, for sandboxes that name none."""
     linger: float = 3600.0
     """Seconds that a box goes on without its server."""
-    environment: dict[str, str] = {}
+    environment: Mapping[str, str] = {}
     """Variables of all commands."""
     runtimes: Path | None = None
     """The folder of box runtimes; None: one in the data folder."""
+    disk: int | None = 2 << 30
+    """Bytes of a workspace that nobody said a size for, where they can be limited; None: no workspace has a limit."""
+    pool: Mapping[str, int] = {}
+    """How many boxes of which image wait for an owner."""
+
+
+class _Ground(NamedTuple):
+    """What there is once the engine has answered."""
+
+    engine: Engine
+    paths: HostPaths
+    pool: Pool
 
 
 class Sandboxes:
-    """See the module's docstring. Enter it; leaving lets go of the engine, and touches no sandbox."""
+    """See the module's docstring. Leaving lets go of the engine and of all sandboxes that have an owner."""
 
-    def __init__(self, folder: Path, options: SandboxOptions) -> None:
-        """Take the data folder of the server, and what it wants."""
+    def __init__(
+        self, folder: Path, options: SandboxOptions, *, tell: Tell = lambda event, facts: None
+    ) -> None:
+        """Take what they need.
+
+        Args:
+            folder: the data folder of the server.
+            options: what it wants.
+            tell: called with the name of what has happened to all of them, and facts.
+        """
         self._folder = folder
         self._options = options
+        self._tell = tell
+        self._disks = Disks(folder, quota=options.disk is not None)
+        self._spools = Disks(folder / "spools", quota=options.disk is not None)
+        self._snapshots = Snapshots(folder / "snapshots", self._disks)
         self._stack = AsyncExitStack()
-        self._engine: asyncio.Task[Engine] | None = None
+        self._connecting: asyncio.Task[_Ground] | None = None
         self._runtime: asyncio.Task[BoxRuntime] | None = None
+        self._attending: asyncio.Task[None] | None = None
         self._instance = ""
 
     def __repr__(self) -> str:
         return f"<Sandboxes of {self._instance or self._folder}>"
 
     async def __aenter__(self) -> Self:
-        self._instance = await in_thread(_identity, self._folder)
+        await in_thread(self._forget_nobodys)
+        if self._options.pool or (self._folder / IDENTITY).exists():
+            self._attending = asyncio.create_task(self._attend())
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in (self._engine, self._runtime):
+        for task in (self._attending, self._connecting, self._runtime):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
@@ -77,7 +115,7 @@ class Sandboxes:
 
     @property
     def instance(self) -> str:
-        """Which server owns them: a label of all its containers."""
+        """Which server owns them: a label of all its containers. Empty while there was none."""
         return self._instance
 
     @property
@@ -97,9 +135,25 @@ class Sandboxes:
 
     # --- one of them ---
 
+    async def admit(self, spec: Sandbox) -> None:
+        """See whether there could be such a sandbox now.
+
+        Raises:
+            EngineUnavailable: there is no engine.
+            IsolationUnavailable: its workspace cannot have the limit that was asked for.
+            InvalidParams: there is no such snapshot, or the size makes no sense.
+        """
+        await self._ground()
+        if spec.snapshot is not None:
+            await in_thread(self._snapshots.check, spec.snapshot, self._size(spec))
+        else:
+            self._disks.check(self._size(spec))
+
     def box(self, owner: str, spec: Sandbox, instance: str) -> Box:
         """Return the box for this owner, not started."""
-        return BoxContainer(self, self._box_folder(owner), owner, spec, instance=instance)
+        return BoxContainer(
+            self, self._box_folder(owner), owner, spec, instance=instance, waiting=self._waiting
+        )
 
     def recorded(self, owner: str) -> Record | None:
         """Return what a former server noted of the container it has left, living or dead."""
@@ -115,15 +169,11 @@ class Sandboxes:
 
     async def forget(self, owner: str) -> None:
         """Remove the workspace of an owner for good; nothing runs in it any more."""
-        await in_thread(shutil.rmtree, self._folder / "workspaces" / owner, True)
+        await self._disks.remove(owner)
 
     async def snapshot(self, owner: str) -> SnapshotTaken:
-        """Copy the files of an owner; nothing may write them meanwhile.
-
-        Raises:
-            IsolationUnavailable: there are no snapshots yet.
-        """
-        raise IsolationUnavailable("this server takes no snapshots", wanted="snapshot")
+        """Copy the files of an owner; nothing may write them meanwhile. See Snapshots.take."""
+        return await self._snapshots.take(owner)
 
     # --- what they share ---
 
@@ -133,9 +183,7 @@ class Sandboxes:
         Raises:
             EngineUnavailable: there is none, or it does not answer; asking again tries again.
         """
-        if self._engine is None or (self._engine.done() and _failed(self._engine)):
-            self._engine = asyncio.create_task(self._connect())
-        return await asyncio.shield(self._engine)
+        return (await self._ground()).engine
 
     async def runtime(self) -> BoxRuntime:
         """Return the box runtime, made where it is missing. Cancelling does not stop that.
@@ -154,44 +202,134 @@ class Sandboxes:
             labels.ROLE: labels.BOX,
             labels.CONVERSATION: owner,
             labels.GENERATION: str(time.time_ns()),
+            # Nobody else counts the time while it runs. Alone it ends itself, so what has ended by then is left over.
             labels.EXPIRES: str(int(time.time() + self._options.linger)),
         }
 
     @asynccontextmanager
     async def at_hand(self, owner: str, spec: Sandbox) -> AsyncIterator[Places]:
         """See Site."""
-        if spec.disk is not None:
-            raise IsolationUnavailable("sandbox.disk: this server cannot limit a workspace", wanted="disk")
-        workspace, output = self._folder / "workspaces" / owner, self._folder / "output" / owner
-        for folder in (workspace, output):
-            await in_thread(_make_folder, folder)
-        yield Places(
-            str(workspace), str(output), str(self._box_folder(owner).run), str((await self.runtime()).path)
-        )
-
-    async def tidy(self, owner: str) -> None:
-        """See Site."""
-        await in_thread(shutil.rmtree, self._folder / "output" / owner, True)
+        ground, runtime = await self._ground(), await self.runtime()
+        if spec.snapshot is not None:
+            await self._snapshots.lay_out(spec.snapshot, owner, self._size(spec))
+        await self._disks.make(owner, self._size(spec) or self._options.disk or 0)
+        await self._spools.make(owner, OUTPUT_BYTES)
+        async with self._disks.at_hand(owner) as workspace, self._spools.at_hand(owner) as output:
+            yield Places(
+                workspace=ground.paths.of(workspace),
+                output=ground.paths.of(output),
+                folder=ground.paths.of(self._box_folder(owner).run),
+                runtime=ground.paths.of(runtime.path),
+            )
 
     def disk(self, owner: str) -> tuple[str, int | None, int | None]:
         """See Site."""
-        return "none", None, None
+        occupied, most = self._disks.used(owner) or (None, None)
+        return self._disks.mechanism, occupied, most
+
+    async def tidy(self, owner: str) -> None:
+        """See Site."""
+        await self._spools.remove(owner)
+
+    async def hand_over(self, owner: str, to: str) -> BoxFolder:
+        """See Site."""
+        await self._disks.hand_over(owner, to)
+        await self._spools.remove(to)
+        await self._spools.hand_over(owner, to)
+        return await in_thread(self._box_folder(owner).rename, self._box_folder(to))
+
+    # --- how ---
+
+    def _waiting(self, owner: str, spec: Sandbox) -> BoxContainer | None:
+        """A box that runs already, for an owner who has no workspace yet."""
+        if self._connecting is None or not self._connecting.done() or _failed(self._connecting):
+            return None
+        return None if self._disks.has(owner) else self._connecting.result().pool.take(spec)
+
+    def _nobodys(self, spec: Sandbox) -> BoxContainer:
+        instance = new_id()
+        owner = f"{NOBODY}{instance}"
+        return BoxContainer(self, self._box_folder(owner), owner, spec, instance=instance)
 
     def _box_folder(self, owner: str) -> BoxFolder:
         return BoxFolder(self._folder / "boxes" / owner)
 
-    async def _connect(self) -> Engine:
-        from workspaces.engine import Engine  # noqa: PLC0415  aiodocker costs 0.3 s
+    def _size(self, spec: Sandbox) -> int | None:
+        return None if spec.disk is None else parse_size("sandbox.disk", spec.disk)
 
-        return await self._stack.enter_async_context(Engine(self._options.engine))
+    async def _ground(self) -> _Ground:
+        if self._connecting is None or (self._connecting.done() and _failed(self._connecting)):
+            self._connecting = asyncio.create_task(self._connect())
+        return await asyncio.shield(self._connecting)
+
+    async def _attend(self) -> None:
+        while True:
+            try:
+                await self._ground()
+            except AgentServerError as exc:
+                self._tell("engine_unavailable", {"problem": str(exc)})
+            else:
+                return
+            await asyncio.sleep(AGAIN_SECONDS)
+
+    async def _connect(self) -> _Ground:
+        from workspaces.engine import Engine  # noqa: PLC0415  aiodocker costs 0.3 s
+        from workspaces.host_paths import HostPaths  # noqa: PLC0415
+        from workspaces.pool import Pool  # noqa: PLC0415
+        from workspaces.sweep import Sweep  # noqa: PLC0415
+
+        async with AsyncExitStack() as stack:
+            engine = await stack.enter_async_context(Engine(self._options.engine))
+            paths = await HostPaths.find(engine)
+            self._instance = await in_thread(_identity, self._folder)
+            await self._prepare_disks(paths)
+            sweep = Sweep(
+                engine,
+                self._instance,
+                self._owned,
+                on_removed=lambda kind, name: self._tell("swept", {"kind": kind, "name": name}),
+                on_problem=lambda exc: self._tell("sweep_failed", {"problem": str(exc)}),
+            )
+            await stack.enter_async_context(sweep)
+            pool = Pool(
+                self._options.pool,
+                self._nobodys,
+                on_ready=lambda image: self._tell("box_waits", {"image": image}),
+                on_problem=lambda exc: self._tell("pool_not_filled", {"problem": str(exc)}),
+            )
+            await stack.enter_async_context(pool)
+            self._stack = stack.pop_all()
+        return _Ground(engine, paths, pool)
+
+    async def _prepare_disks(self, paths: HostPaths) -> None:
+        try:
+            for disks in (self._disks, self._spools):
+                await disks.prepare(visible=not paths.inside)
+            await self._disks.keep(lambda owner: not owner.startswith(NOBODY))
+            await self._spools.keep(lambda owner: self.recorded(owner) is not None)
+        except OSError as exc:
+            raise WorkspaceUnavailable(
+                f"no sandboxes can be kept in {self._folder}: {exc.strerror}", phase="disk"
+            ) from None
+        self._tell("engine_found", {"disk_quota": self._disks.mechanism, "reason": self._disks.why})
 
     async def _make_runtime(self) -> BoxRuntime:
         from workspaces.box_runtime import box_runtime  # noqa: PLC0415
 
         return await box_runtime(self._options.runtimes or self._folder / "runtime")
 
+    def _owned(self) -> set[str]:
+        """The containers on record. Blocks."""
+        records = [BoxFolder(place).read() for place in (self._folder / "boxes").glob("*")]
+        return {record.container for record in records if record is not None}
 
-def _failed(task: asyncio.Task[object]) -> bool:
+    def _forget_nobodys(self) -> None:
+        """Forget the boxes that waited when a former server ended: the sweep finds what is left of them. Blocks."""
+        for place in (self._folder / "boxes").glob(f"{NOBODY}*"):
+            BoxFolder(place).remove()
+
+
+def _failed(task: asyncio.Task[_Ground] | asyncio.Task[BoxRuntime]) -> bool:
     return task.cancelled() or task.exception() is not None
 
 
@@ -205,11 +343,3 @@ def _identity(folder: Path) -> str:
         fresh.write_text(f"{new_id()}\n")
         fresh.replace(file)
         return file.read_text().strip()
-
-
-def _make_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        os.chown(folder, UID, UID)
-    except PermissionError:
-        folder.chmod(0o777)  # what it is in can be entered by this user alone

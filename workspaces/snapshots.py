@@ -61,40 +61,46 @@ class Snapshots:
             await in_thread(shutil.rmtree, fresh, True)
         return SnapshotTaken(id=id, size=size)
 
-    async def lay_out(self, id: str, owner: str, size: int | None = None) -> None:
-        """Make the workspace of an owner who has none from a snapshot; nothing happens to one that is there.
+    def check(self, id: str, size: int | None = None) -> Path:
+        """Return the place of a snapshot from which a workspace of this size could be made. Blocks.
 
         Args:
             id: of the snapshot.
-            owner: whose workspace it becomes.
-            size: bytes that were asked for; the disk has that of the snapshot, another one is refused.
+            size: bytes that were asked for; a disk has the size it had.
 
         Raises:
             InvalidParams: there is no such snapshot, or it has another size.
             IsolationUnavailable: it is a disk, and this server cannot mount disks now.
-            StorageFull: there is no room for a copy.
         """
-        if self._disks.has(owner):
-            return
         place = self._folder / id
         if not re.fullmatch(r"[0-9a-zA-Z-]{1,64}", id) or not place.is_dir():
             raise InvalidParams("sandbox.snapshot: there is no snapshot of this id on this server")
-        disk = place / DISK
-        if not disk.exists():
-            if size is not None:
-                raise InvalidParams("sandbox.disk: the snapshot has no limit; leave disk out")
-            await self._disks.adopt(
-                owner, partial(run, "snapshot", *COPY, "-a", "--", str(place / FILES)), is_disk=False
-            )
-            return
-        if self._disks.mechanism == "none":
+        has = (place / DISK).stat().st_size if (place / DISK).exists() else None
+        if size not in (None, has):
+            limit = "no limit" if has is None else f"{has >> 20}m"
+            raise InvalidParams(f"sandbox.disk: the snapshot has {limit}; leave disk out")
+        if has is not None and self._disks.mechanism == "none":
             raise IsolationUnavailable(
                 f"sandbox.snapshot: it is a disk, and this server cannot mount one: {self._disks.why}",
                 wanted="disk",
             )
-        if size not in (None, has := disk.stat().st_size):
-            raise InvalidParams(f"sandbox.disk: the snapshot has {has >> 20}m; leave disk out")
-        await self._disks.adopt(owner, partial(run, "snapshot", *COPY, "--", str(disk)), is_disk=True)
+        return place
+
+    async def lay_out(self, id: str, owner: str, size: int | None = None) -> None:
+        """Make the workspace of an owner who has none from a snapshot; nothing happens to one that is there.
+
+        Raises:
+            InvalidParams, IsolationUnavailable: see `check`.
+            StorageFull: there is no room for a copy.
+        """
+        if self._disks.has(owner):
+            return
+        place = await in_thread(self.check, id, size)
+        if (disk := place / DISK).exists():
+            await self._disks.adopt(owner, partial(run, "snapshot", *COPY, "--", str(disk)), is_disk=True)
+        else:
+            files = str(place / FILES)
+            await self._disks.adopt(owner, partial(run, "snapshot", *COPY, "-a", "--", files), is_disk=False)
 
 
 def _make(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,14 @@ import pytest
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import EngineUnavailable
 from tests.docker import images
+from tests.docker.boxes import sandboxes_in
 from tests.docker.engine_process import EngineProcess
 from tests.server.conftest import start as start
 from workspaces import labels
 from workspaces.engine import Engine, engine_version
+from workspaces.sandboxes import Sandboxes
+
+Opened = Callable[..., AbstractAsyncContextManager[Sandboxes]]
 
 
 @pytest.fixture(scope="session")
@@ -90,3 +96,11 @@ async def private_engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine
     """A second engine that may be killed; parametrize it with `live` or `mortal` containers (the default)."""
     async with EngineProcess(live_restore=getattr(request, "param", "mortal") == "live") as process:
         yield process
+
+
+@pytest.fixture
+async def opened(tmp_path: Path, engine: Engine, box_runtime: Path) -> AsyncIterator[Opened]:
+    """Open the sandboxes of the data folder of this test; when it is over nothing of them is on the engine."""
+    yield partial(sandboxes_in, tmp_path, box_runtime)
+    left = await remove_all(engine, (tmp_path / "instance").read_text().strip())
+    assert not left, f"left behind on the engine: {left}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, WorkspaceUnavailable
+from tests.docker.places import limited, unlimited
 from workspaces.disks import USER, Disks
 
 pytestmark = pytest.mark.docker
@@ -20,16 +21,12 @@ SIZE = 32 << 20
 
 @pytest.fixture
 async def disks(tmp_path):
-    async with Disks(tmp_path) as disks:
-        if disks.mechanism == "none":
-            pytest.skip(f"this machine cannot limit a workspace: {disks.why}")
-        yield disks
+    return await limited(tmp_path)
 
 
 @pytest.fixture
 async def folders(tmp_path):
-    async with Disks(tmp_path, quota=False) as folders:
-        yield folders
+    return await unlimited(tmp_path)
 
 
 def mounted_below(folder: Path) -> list[str]:
@@ -147,12 +144,13 @@ import asyncio, sys, pathlib
 from workspaces.disks import Disks
 
 async def main():
-    async with Disks(pathlib.Path(sys.argv[1])) as disks:
-        await disks.make("one", 32 << 20)
-        async with disks.at_hand("one") as folder:
-            (folder / "kept").write_text("kept")
-            print("mounted", flush=True)
-            await asyncio.Event().wait()
+    disks = Disks(pathlib.Path(sys.argv[1]))
+    await disks.prepare()
+    await disks.make("one", 32 << 20)
+    async with disks.at_hand("one") as folder:
+        (folder / "kept").write_text("kept")
+        print("mounted", flush=True)
+        await asyncio.Event().wait()
 
 asyncio.run(main())
 """
@@ -171,11 +169,11 @@ async def test_what_a_killed_server_has_mounted_is_unmounted_by_the_next_and_who
     kill_while_mounted(data)
     assert len(mounted_below(data)) == 1
     (data / "disks" / "half.fresh").touch()
-    async with Disks(data) as found:
-        assert mounted_below(data) == loops_below(data) == []
-        assert [path.name for path in (data / "disks").iterdir()] == ["one.img"]
-        async with found.at_hand("one") as folder:
-            assert (folder / "kept").read_text() == "kept"
+    found = await limited(data)
+    assert mounted_below(data) == loops_below(data) == []
+    assert [path.name for path in (data / "disks").iterdir()] == ["one.img"]
+    async with found.at_hand("one") as folder:
+        assert (folder / "kept").read_text() == "kept"
 
 
 async def test_a_workspace_that_is_removed_is_gone(disks, folders, tmp_path):
@@ -186,27 +184,37 @@ async def test_a_workspace_that_is_removed_is_gone(disks, folders, tmp_path):
     assert list((tmp_path / "disks").iterdir()) == list((tmp_path / "workspaces").iterdir()) == []
 
 
+async def test_only_the_workspaces_that_are_wanted_stay(disks, folders):
+    await disks.make("pool-1", SIZE)
+    await disks.make("one", SIZE)
+    await folders.make("pool-2", SIZE)
+    await folders.make("two", SIZE)
+    await disks.keep(lambda owner: not owner.startswith("pool-"))
+    assert [disks.has(owner) for owner in ("pool-1", "pool-2", "one", "two")] == [False, False, True, True]
+
+
 async def test_a_limit_that_cannot_be_enforced_is_refused(folders):
     with pytest.raises(
         IsolationUnavailable, match="cannot limit a workspace: it is switched off; leave disk out"
     ):
-        await folders.make("one", SIZE, demanded=True)
-    assert not folders.has("one")
+        folders.check(SIZE)
+    folders.check(None)
     await folders.make("one", SIZE)
     async with folders.at_hand("one") as folder:
         assert folder.stat().st_uid == (USER if os.geteuid() == 0 else os.geteuid())
 
 
 async def test_a_server_in_a_container_says_why_it_has_no_limit(tmp_path):
-    async with Disks(tmp_path, visible=False) as disks:
-        assert disks.mechanism == "none"
-        assert "its engine does not see what is mounted" in disks.why
+    disks = Disks(tmp_path)
+    await disks.prepare(visible=False)
+    assert disks.mechanism == "none"
+    assert "its engine does not see what is mounted" in disks.why
 
 
 async def test_a_disk_that_would_be_all_journal_is_refused(disks):
     with pytest.raises(InvalidParams, match="at least 16m"):
-        await disks.make("one", 1 << 20)
-    assert not disks.has("one")
+        disks.check(1 << 20)
+    disks.check(SIZE)
 
 
 async def test_a_damaged_disk_is_one_clear_error_and_nothing_stays(disks, tmp_path):

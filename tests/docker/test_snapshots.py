@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, NotFound, StorageFull
-from workspaces.disks import Disks
+from tests.docker.places import limited, unlimited
 from workspaces.snapshots import Snapshots
 
 pytestmark = pytest.mark.docker
@@ -19,10 +19,7 @@ SIZE = 32 << 20
 
 @pytest.fixture(params=["disk", "folder"])
 async def disks(request, tmp_path):
-    async with Disks(tmp_path, quota=request.param == "disk") as disks:
-        if request.param == "disk" and disks.mechanism == "none":
-            pytest.skip(f"this machine cannot limit a workspace: {disks.why}")
-        yield disks
+    return await limited(tmp_path) if request.param == "disk" else await unlimited(tmp_path)
 
 
 @pytest.fixture
@@ -129,25 +126,22 @@ async def test_another_size_than_that_of_the_snapshot_is_refused(disks, snapshot
 
 
 async def test_a_disk_is_refused_where_disks_cannot_be_mounted_any_more(tmp_path):
-    async with Disks(tmp_path) as disks:
-        if disks.mechanism == "none":
-            pytest.skip(f"this machine cannot limit a workspace: {disks.why}")
-        await disks.make("one", SIZE)
-        taken = await Snapshots(tmp_path / "snapshots", disks).take("one")
-    async with Disks(tmp_path, quota=False) as folders:
-        with pytest.raises(IsolationUnavailable, match="it is a disk, and this server cannot mount one"):
-            await Snapshots(tmp_path / "snapshots", folders).lay_out(taken.id, "two")
-        assert not folders.has("two")
+    disks = await limited(tmp_path)
+    await disks.make("one", SIZE)
+    taken = await Snapshots(tmp_path / "snapshots", disks).take("one")
+    folders = await unlimited(tmp_path)
+    with pytest.raises(IsolationUnavailable, match="it is a disk, and this server cannot mount one"):
+        await Snapshots(tmp_path / "snapshots", folders).lay_out(taken.id, "two")
+    assert not folders.has("two")
 
 
 async def test_a_snapshot_that_does_not_fit_leaves_nothing(tmp_path):
-    async with Disks(tmp_path) as host:
-        if host.mechanism == "none":
-            pytest.skip(f"this machine cannot limit a workspace: {host.why}")
-        await host.make("small", SIZE)
-        async with host.at_hand("small") as small, Disks(small, quota=False) as disks:
-            await disks.make("one", SIZE)
-            (disks.folder("one") / "big").write_bytes(bytes(range(256)) * (SIZE // 2 // 256))
-            with pytest.raises(StorageFull, match="the disk of the server is full"):
-                await Snapshots(small / "snapshots", disks).take("one")
-            assert list((small / "snapshots").iterdir()) == []
+    host = await limited(tmp_path)
+    await host.make("small", SIZE)
+    async with host.at_hand("small") as small:
+        disks = await unlimited(small)
+        await disks.make("one", SIZE)
+        (disks.folder("one") / "big").write_bytes(bytes(range(256)) * (SIZE // 2 // 256))
+        with pytest.raises(StorageFull, match="the disk of the server is full"):
+            await Snapshots(small / "snapshots", disks).take("one")
+        assert list((small / "snapshots").iterdir()) == []

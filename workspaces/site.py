@@ -1,0 +1,73 @@
+"""What the sandboxes of a server share, as each of them sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
+
+from agent_sdk.protocol.specs import Sandbox
+
+if TYPE_CHECKING:
+    from workspaces.box_folder import BoxFolder
+    from workspaces.box_runtime import BoxRuntime
+    from workspaces.engine import Engine
+
+
+class Places(Struct, frozen=True):
+    """Where a sandbox keeps its files, as the engine's machine names the folders."""
+
+    workspace: str
+    output: str
+    folder: str
+    """Of the box: its socket."""
+    runtime: str
+
+
+class Site(Protocol):
+    """What sandboxes of a server share."""
+
+    async def engine(self) -> Engine:
+        """Return the engine. Raises EngineUnavailable."""
+        ...
+
+    async def runtime(self) -> BoxRuntime:
+        """Return the box runtime. Raises WorkspaceUnavailable."""
+        ...
+
+    def labels(self, owner: str) -> dict[str, str]:
+        """Return the labels of a container for this owner."""
+        ...
+
+    def at_hand(self, owner: str, spec: Sandbox) -> AbstractAsyncContextManager[Places]:
+        """Have the places of an owner for as long as a container starts; they are made where they are missing."""
+        ...
+
+    async def tidy(self, owner: str) -> None:
+        """Remove what a container of this owner leaves behind, but for its workspace."""
+        ...
+
+    async def hand_over(self, owner: str, to: str) -> BoxFolder:
+        """Give all files of an owner who is nobody yet to somebody who has none."""
+        ...
+
+    def disk(self, owner: str) -> tuple[str, int | None, int | None]:
+        """Return what limits the workspace of an owner, the bytes it occupies and those it may."""
+        ...
+
+    @property
+    def linger(self) -> float:
+        """Seconds that a box goes on without any connection."""
+        ...
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables of all commands."""
+        ...
+
+    @property
+    def preferred_runtime(self) -> str:
+        """Of the engine, for sandboxes that name none."""
+        ...
