@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 from agent_sdk.disk import in_thread
+from agent_sdk.local.environment import packed
 from agent_server.pods import PodSpec
 from workspaces.server_process import ServerProcess
 
@@ -23,8 +24,12 @@ class ProcessPod:
 
     def __init__(self, spec: PodSpec, environment: Mapping[str, str]) -> None:
         self._spec = spec
+        for_commands = packed(spec.environment) if spec.environment else {}
         self._server = ServerProcess(
-            spec.folder, name=spec.runtime_id, api_key=spec.api_key, environment={**environment, **OPTIONS}
+            spec.folder,
+            name=spec.runtime_id,
+            api_key=spec.api_key,
+            environment={**environment, **for_commands, **OPTIONS},
         )
 
     def __repr__(self) -> str:

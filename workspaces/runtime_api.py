@@ -100,7 +100,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
             conversation=conversation,
             connect_timeout=startup_timeout,
             heartbeat=heartbeat,
-            on_connection=on_connection,
+            on_connection=self._connection_changed,
         )
         if resource_factor not in FACTORS:
             raise InvalidParams(f"resource_factor must be 1, 2, 4 or 8 (got {resource_factor})")
@@ -130,6 +130,9 @@ class APIRemoteWorkspace(RemoteWorkspace):
         self._startup_timeout = startup_timeout
         self._api_patience = connect_timeout
         self._on_progress = on_progress
+        self._on_connection = on_connection
+        self._inquiry: asyncio.Task[None] | None = None
+        """Asks what became of the runtime, while there is no connection to it."""
 
     async def __aenter__(self) -> Self:
         """Attach or start, wait until it is ready, and connect.
@@ -189,15 +192,21 @@ class APIRemoteWorkspace(RemoteWorkspace):
 
     async def _open(self, until: float) -> None:
         self._seen = self._undo = None
+        self._gone: asyncio.Future[AgentServerError] = asyncio.get_running_loop().create_future()
         await self._stack.enter_async_context(self._api)
         self._stack.push_async_callback(self._end)
+        self._stack.callback(self._end_inquiry)
         await self._persistently(self._obtain)
         self._tell("ready", 0)
         session = await self._persistently(self._look)
         self._tell("ready", 1)
         left = until - asyncio.get_running_loop().time()
         self._target = msgspec.structs.replace(
-            self._target, url=session.url, api_key=session.api_key, connect_timeout=max(left, 0.1)
+            self._target,
+            url=session.url,
+            api_key=session.api_key,
+            connect_timeout=max(left, 0.1),
+            gone=self._gone,
         )
 
     async def _obtain(self) -> Session:
@@ -313,6 +322,38 @@ class APIRemoteWorkspace(RemoteWorkspace):
                 self._on_progress(phase, done, 1)
             except Exception:  # it is the user's; its error must not end the start
                 logger.exception("on_progress failed")
+
+    # --- when there is no connection ---
+
+    async def _connection_changed(self, reason: AgentServerError | None) -> None:
+        self._end_inquiry()
+        if reason is not None:
+            self._inquiry = asyncio.create_task(self._inquire())
+        if self._on_connection is not None:
+            told = self._on_connection(reason)
+            if told is not None:
+                await told
+
+    async def _inquire(self) -> None:
+        """Find out whether the runtime comes back; if not, everything that waits for it gets to know why."""
+        from tenacity import AsyncRetrying, retry_if_exception, retry_if_result  # noqa: PLC0415
+        from tenacity import wait_random_exponential as wait  # noqa: PLC0415
+
+        retrying = AsyncRetrying(
+            wait=wait(multiplier=FIRST_SECONDS, max=LONGEST_SECONDS),
+            retry=retry_if_exception(may_pass) | retry_if_result(lambda _: True),
+            reraise=True,
+        )
+        try:
+            await retrying(self._look)
+        except AgentServerError as exc:
+            if not self._gone.done():
+                self._gone.set_result(exc)
+
+    def _end_inquiry(self) -> None:
+        if self._inquiry is not None:
+            self._inquiry.cancel()
+            self._inquiry = None
 
     # --- its end ---
 
