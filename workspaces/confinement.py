@@ -144,7 +144,9 @@ class Confinement(Struct, frozen=True):
         mounts += [(place, ["--bind", str(place), str(place)]) for place in writable]
         for _, words in sorted(mounts, key=lambda mount: len(mount[0].parts)):  # what is below comes after
             command += words
-        return [*command, "--remount-ro", "/"]
+        for place in (self.hidden, Path("/")):
+            command += ["--remount-ro", str(place)] if place is not None else []
+        return command
 
     def _refused(self, reason: str, mend: str) -> IsolationUnavailable:
         return IsolationUnavailable(

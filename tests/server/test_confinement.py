@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
+import psutil
 import pytest
 
 from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import IsolationUnavailable
 from agent_sdk.remote.workspace import RemoteWorkspace
 from tests.contract.workspace import WorkspaceContract
 from workspaces.box_process import BoxProcess
-from workspaces.confinement import confinement
+from workspaces.confinement import NOT_CONFINED, confinement
 
 BOX_USER = 10_001
 
@@ -27,6 +35,7 @@ def data(tmp_path_factory):
     folder.chmod(0o711)
     for name in ("workspaces", "output", "runtime"):
         (folder / name).mkdir(mode=0o711)
+    (folder / "boxes").mkdir(mode=0o700)
     return folder
 
 
@@ -59,6 +68,20 @@ async def workspace(box):
         yield workspace
 
 
+@pytest.fixture
+def neighbour(data, confined):
+    """The workspace of somebody else, with a file in it."""
+    folder = data / "workspaces" / new_id()
+    confined.give(folder)
+    (folder / "file").write_text("a neighbour's")
+    yield folder
+    confined.remove(folder)
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
 @as_root
 @pytest.mark.parametrize("isolation", ["user"])
 class TestAsAnotherUser(WorkspaceContract):
@@ -69,3 +92,243 @@ class TestAsAnotherUser(WorkspaceContract):
 @pytest.mark.parametrize("isolation", ["bwrap"])
 class TestInNamespaces(WorkspaceContract):
     pass
+
+
+both = pytest.mark.parametrize("isolation", ["user", "bwrap"])
+in_namespaces = pytest.mark.parametrize("isolation", ["bwrap"])
+
+
+@as_root
+@both
+async def test_a_command_is_another_user_without_any_capability(workspace):
+    status = (await workspace.execute("cat /proc/self/status")).stdout
+    found = dict(line.split(":", 1) for line in status.splitlines())
+    assert found["Uid"].split() == found["Gid"].split() == [str(BOX_USER)] * 4
+    assert {name: int(value, 16) for name, value in found.items() if name.startswith("Cap")} == dict.fromkeys(
+        ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), 0
+    )
+    assert found["Groups"].split() == []
+    assert found["NoNewPrivs"].strip() == "1"
+
+
+@as_root
+@both
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "cat {data}/secret",
+        "ls {data} | grep -vx -e output -e workspaces",
+        "ls {data}/workspaces | grep -vx {owner}",
+        "ls {data}/boxes",
+        "cat {data}/boxes/{owner}/box.json",
+        "rm {data}/boxes/{owner}/box.sock",
+        "touch {data}/planted",
+        "touch {data}/workspaces/planted",
+        "mv {data}/workspaces/{owner} {data}/workspaces/other",
+        "tr '\\0' '\\n' </proc/{server}/environ",
+        "head -c 1 /proc/{server}/mem",
+        "cat /proc/{server}/maps | grep .",
+        "ls /proc/{server}/fd/",
+        "kill -0 {server}",
+        "kill -9 {server}",
+        "su root -c true",
+        "cat /etc/shadow",
+        "touch /usr/planted",
+    ],
+)
+async def test_a_command_cannot_reach_what_is_the_servers(workspace, box, data, attempt):
+    (data / "secret").write_text("secret")
+    (data / "secret").chmod(0o600)
+    tried = attempt.format(data=data, owner=box.folder.name, server=os.getpid())
+    assert (await workspace.execute(tried)).exit_code not in (0, None)
+
+
+@as_root
+@both
+async def test_the_environment_of_the_server_does_not_lead_its_boxes_to_its_own_folders(data, confined):
+    root = data / "workspaces" / new_id()
+    confined.give(root)
+    given = {"PATH": os.defpath, "HOME": "/root", "USER": "root", "TMPDIR": "/root/tmp"}
+    async with (
+        BoxProcess(root, data / "boxes" / root.name, environment=given, confinement=confined) as box,
+        RemoteWorkspace(box.url) as workspace,
+    ):
+        said = await workspace.execute('echo "$HOME $USER ${TMPDIR-none}"; touch "$HOME/file" && umask')
+    assert said.stdout.split() == [str(root), "agent", "none", "0022"]
+    confined.remove(root)
+
+
+@as_root
+@both
+async def test_it_says_how_it_is_confined(box, workspace, isolation):
+    assert (await box.completed(await workspace.describe())).isolation == isolation
+
+
+@as_root
+@both
+async def test_what_runs_in_a_confined_box_that_is_killed_is_ended(box):
+    async with box, RemoteWorkspace(box.url) as workspace:
+        await workspace.execute("setsid sleep 600 >/dev/null 2>&1 & setsid -f sleep 601")
+        inside = psutil.Process(box.pid).children(recursive=True)
+        running = [found.pid for found in psutil.process_iter() if found.uids().real == BOX_USER]
+        os.kill(box.pid, signal.SIGKILL)
+    assert running
+    assert [gone(pid) for pid in running if psutil_marked(pid, box.instance)] == []
+    assert all(gone(child.pid) for child in inside)
+
+
+def psutil_marked(pid: int, instance: str) -> bool:
+    try:
+        return instance.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+
+
+@as_root
+@in_namespaces
+async def test_in_namespaces_nothing_escapes_its_end(box, confined):
+    """Not even what has another session, another parent and no environment."""
+    hide = "env -i setsid sh -c 'sleep 600 & exec sleep 600' >/dev/null 2>&1 &"
+    async with box, RemoteWorkspace(box.url) as workspace:
+        await workspace.execute(hide)
+        inside = psutil.Process(box.pid).children(recursive=True)
+        assert sum(child.name() == "sleep" for child in inside) == 2
+    assert all(gone(child.pid) for child in inside)
+
+
+@as_root
+@both
+async def test_a_confined_box_that_is_let_go_of_is_found_with_what_runs_in_it(box, data, confined):
+    await box.start()
+    async with RemoteWorkspace(box.url) as workspace:
+        process = await workspace.start(["cat"])
+    box.let_go()
+    found = await BoxProcess.find(box.folder, data / "output" / box.folder.name, confined)
+    async with found, RemoteWorkspace(found.url) as workspace:
+        assert (found.pid, found.instance) == (box.pid, box.instance)
+        assert [info.id for info in await workspace.processes()] == [process.id]
+    assert gone(box.pid)
+    assert not box.folder.exists()
+    assert not (data / "output" / box.folder.name).exists()
+
+
+@as_root
+@both
+async def test_a_box_that_is_confined_in_another_way_than_is_wanted_now_is_ended(box):
+    await box.start()
+    box.let_go()
+    assert await BoxProcess.find(box.folder, confinement=NOT_CONFINED) is None
+    assert gone(box.pid)
+    assert not box.folder.exists()
+
+
+@as_root
+@both
+async def test_a_confined_box_cannot_keep_a_folder_from_being_removed(workspace, box, confined):
+    made = await workspace.execute(
+        "mkdir closed && touch closed/file && chmod 0 closed && ln -s / link && "
+        'python3 -c \'import os\nfor _ in range(3000): os.mkdir("deep"); os.chdir("deep")\nos.chmod(".", 0)\''
+    )
+    assert made.exit_code == 0
+    confined.remove(box.root)
+    assert not box.root.exists()
+
+
+@as_root
+@both
+async def test_a_file_that_a_command_made_belongs_to_its_user(workspace, box):
+    await workspace.execute("echo hello >file")
+    found = (box.root / "file").stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (BOX_USER, BOX_USER, 0o644)
+
+
+@as_root
+@in_namespaces
+async def test_in_namespaces_there_is_no_network(workspace):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        reach = f"import socket; socket.create_connection(('127.0.0.1', {port}), 5)"
+        assert "refused" in (await workspace.execute(["/usr/bin/python3", "-c", reach])).stderr
+    assert (await workspace.execute("tail -n +3 /proc/net/dev | cut -d: -f1")).stdout.split() == ["lo"]
+
+
+@as_root
+@in_namespaces
+async def test_in_namespaces_nobody_else_is_seen(workspace, box, neighbour):
+    processes = (await workspace.execute("cat /proc/[0-9]*/comm")).stdout.split()
+    assert set(processes) == {"bwrap", "ld.so", "bash", "cat"}
+    assert (await workspace.execute(["ls", str(neighbour.parent)])).stdout.split() == [box.root.name]
+    assert (await workspace.execute(["cat", str(neighbour / "file")])).exit_code == 1
+
+
+@as_root
+@in_namespaces
+async def test_in_namespaces_no_more_can_be_made(workspace):
+    assert (await workspace.execute("unshare --user true")).exit_code != 0
+
+
+@as_root
+@in_namespaces
+@pytest.mark.parametrize("place", ["/", "/usr", "/etc", "/opt/agent", "/bin"])
+async def test_in_namespaces_the_system_is_read_only(workspace, place):
+    said = (await workspace.execute(["touch", f"{place}/planted"])).stderr
+    assert "Read-only file system" in said
+
+
+async def refused(isolation: str, data: Path, *prefix: str, **environment: str) -> str:
+    """The sentence with which another process, started like this, is refused."""
+    program = (
+        "import asyncio, sys; from pathlib import Path; from workspaces.confinement import confinement\n"
+        "async def main():\n"
+        "    found = await confinement(sys.argv[1], 10001, Path(sys.argv[2]))\n"
+        "    await found.check(Path(sys.argv[2]))\n"
+        "try: asyncio.run(main())\n"
+        "except Exception as exc: print(type(exc).__name__, exc)\n"
+    )
+    command = [*prefix, sys.executable, "-c", program, isolation, str(data)]
+    done = await asyncio.to_thread(
+        subprocess.run, command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60
+    )
+    return done.stdout.strip()
+
+
+AS_SOMEBODY = ("setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups")
+
+
+@as_root
+async def test_without_the_capabilities_there_is_no_other_user(data):
+    said = await refused("user", data, *AS_SOMEBODY)
+    assert "IsolationUnavailable isolation=user is not available: this server lacks" in said
+    assert "CHOWN, KILL, SETGID, SETUID, SETPCAP; start it as root" in said
+
+
+@as_root
+@both
+async def test_a_program_that_is_missing_is_named_with_its_package(data, tmp_path, isolation):
+    said = await refused(isolation, data, PATH=str(tmp_path))
+    assert "there is no program setpriv; install util-linux" in said
+
+
+@as_root
+async def test_where_there_are_no_more_namespaces_bwrap_is_not_available(data):
+    inside = ("unshare", "--user", "--map-root-user", "sh", "-c")
+    none_left = 'echo 0 >/proc/sys/user/max_user_namespaces; exec "$0" "$@"'
+    said = await refused("bwrap", data, *inside, none_left)
+    assert "IsolationUnavailable isolation=bwrap is not available: bwrap: " in said
+    assert "allow user namespaces" in said
+
+
+@as_root
+async def test_a_data_folder_that_others_cannot_reach_is_named(tmp_path):
+    tmp_path.chmod(0o700)
+    (tmp_path / "data").mkdir(mode=0o711)
+    (tmp_path / "data" / "workspaces").mkdir(mode=0o711)
+    said = await refused("user", tmp_path / "data")
+    assert f"user 10001 cannot reach the data folder {tmp_path / 'data'}; let others pass" in said
+
+
+@pytest.mark.parametrize("user", [0, os.geteuid()])
+@as_root
+async def test_the_user_of_boxes_is_neither_root_nor_the_servers_own(data, user):
+    with pytest.raises(IsolationUnavailable, match="choose another box_user"):
+        await confinement("user", user, data)
