@@ -25,14 +25,18 @@ BOX_USER = 10_001
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A server's data folder, as a server opens it to its boxes; the folders of pytest let nobody through."""
-    folder = tmp_path_factory.mktemp("data")
-    for above in folder.parents:
+def let_others_through(folder: Path) -> None:
+    """The folders of pytest let nobody through."""
+    for above in (folder, *folder.parents):
         if above.stat().st_uid == os.geteuid() and not above.stat().st_mode & 0o001:
             above.chmod(above.stat().st_mode | 0o011)
-    folder.chmod(0o711)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A server's data folder, as a server opens it to its boxes."""
+    folder = tmp_path_factory.mktemp("data")
+    let_others_through(folder)
     for name in ("workspaces", "output", "runtime"):
         (folder / name).mkdir(mode=0o711)
     (folder / "boxes").mkdir(mode=0o700)
