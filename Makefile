@@ -84,7 +84,7 @@ docs-check: $(READY) ## fail when the generated documents are stale
 image: $(READY) ## build the container image (BASE_IMAGE= IMAGE= WHEELHOUSE=folder)
 	rm -rf build/image build/lib && mkdir -p build/image/wheels
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-	  --wheel-dir build/image/wheels .
+	  --wheel-dir build/image/wheels . && rm -rf build/lib build/bdist.*
 	if [ -n "$(WHEELHOUSE)" ]; then cp $(WHEELHOUSE)/*.whl build/image/wheels/; else \
 	  set -- $$(docker run --rm --network none --entrypoint python3 $(BASE_IMAGE) -c \
 	    'import os, sys; print("%d.%d" % sys.version_info[:2], os.uname().machine)') && \

@@ -33,6 +33,9 @@ from agent_sdk.protocol.errors import WorkspaceUnavailable
 MOUNT = "/opt/agent"
 """Where it is in every container."""
 
+BROUGHT = Path(sys.prefix, "share", "agent-box")
+"""Where the runtime of an installation is that has one."""
+
 _FORMAT = "1"
 _NOT_OF_THE_LIBRARY = frozenset(
     {"__pycache__", "_pyrepl", "config", "curses", "dbm", "dist-packages", "distutils", "email", "ensurepip"}
@@ -53,19 +56,14 @@ class BoxRuntime:
     path: Path
     """On this machine; to be mounted read-only at `MOUNT`."""
 
+    def command(self, place: str) -> list[str]:
+        """How a box is started where the runtime is at `place`; the options of `agent_sdk.box` follow."""
+        return [*_through_loader(place, "python3"), "-I", "-S", "-X", "utf8", "-m", "agent_sdk.box"]
+
     @property
     def entrypoint(self) -> list[str]:
         """How a container starts a box; the options of `agent_sdk.box` follow."""
-        command = [
-            *_through_loader(MOUNT, "python3"),
-            "-I",
-            "-S",
-            "-X",
-            "utf8",
-            "-m",
-            "agent_sdk.box",
-            "--unclaimed",
-        ]
+        command = [*self.command(MOUNT), "--unclaimed"]
         if (self.path / "bin/bash").exists():
             named = ["--argv0", "bash"] if (self.path / "lib/argv0").exists() else []
             command += ["--spare-bash", shlex.join(_through_loader(MOUNT, "bash", *named))]
@@ -77,8 +75,14 @@ class BoxRuntime:
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
 
-async def box_runtime(folder: Path) -> BoxRuntime:
+async def box_runtime(folder: Path, *, in_place: bool = False) -> BoxRuntime:
     """Return the runtime of this version from `folder`; made there first when it is missing (2 to 5 s).
+
+    An image of the server brings one along, which is copied then.
+
+    Args:
+        folder: where those of all versions are.
+        in_place: return the one that was brought along where it is. No container can mount that.
 
     Any number of processes may do that at once. One of another version stays: a container may still use it.
     Cancelling waits for the end.
@@ -87,7 +91,7 @@ async def box_runtime(folder: Path) -> BoxRuntime:
         WorkspaceUnavailable: it cannot be made; with phase and cause.
     """
     try:
-        return await in_thread(_find_or_make, folder)
+        return await in_thread(_find_or_make, folder, in_place)
     except (OSError, py_compile.PyCompileError) as exc:
         raise WorkspaceUnavailable(
             f"the box runtime cannot be made in {folder}: {exc}; "
@@ -102,16 +106,19 @@ def _through_loader(root: str, program: str, *options: str) -> list[str]:
     return [*loader, f"{root}/bin/{program}"]
 
 
-def _find_or_make(folder: Path) -> BoxRuntime:
-    folder = folder.absolute()
-    finished = folder / _digest()
+def _find_or_make(folder: Path, in_place: bool) -> BoxRuntime:
+    folder, name = folder.absolute(), _digest()
+    finished, brought = folder / name, BROUGHT / name
+    if in_place and brought.exists():
+        return BoxRuntime(brought)
     if not finished.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             for left_behind in folder.glob("new-*"):
                 shutil.rmtree(left_behind, ignore_errors=True)
             if not finished.exists():
-                _make(folder / f"new-{new_id()}").rename(finished)
+                new = folder / f"new-{new_id()}"
+                (shutil.copytree(brought, new) if brought.exists() else _make(new)).rename(finished)
     return BoxRuntime(finished)
 
 

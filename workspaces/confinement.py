@@ -19,7 +19,6 @@ from typing import Literal
 
 from msgspec import Struct
 
-import agent_sdk
 from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
 from agent_sdk.local.rights import rights_of
@@ -49,7 +48,7 @@ class Confinement(Struct, frozen=True):
     user: int | None = None
     """Of the boxes; its group has the same number. None: the server's."""
     runtime: Path | None = None
-    """The box runtime, for bwrap."""
+    """The box runtime: another user need not be able to read how this server is installed."""
     hidden: Path | None = None
     """The folder of the server, of which a box in bwrap sees nothing but what is its own."""
 
@@ -60,9 +59,12 @@ class Confinement(Struct, frozen=True):
             options: those of `agent_sdk.box`.
             writable: the folders that are its own.
         """
+        if self.runtime is None:
+            return [sys.executable, "-m", "agent_sdk.box", *options]
+        runtime, options = BoxRuntime(self.runtime), [*options, "--seccomp"]
         if self.isolation == "bwrap":
-            return [*self._as_user(), *self._in_namespaces(writable), "--", *self._entrypoint(), *options]
-        return [*self._as_user(), sys.executable, "-m", "agent_sdk.box", *options]
+            return [*self._as_user(), *self._in_namespaces(writable), "--", *runtime.command(MOUNT), *options]
+        return [*self._as_user(), *runtime.command(str(self.runtime)), *options]
 
     def environment(self, given: Mapping[str, str], root: Path) -> dict[str, str]:
         """Return what a box knows of the environment: names and folders of the server's user are not its own."""
@@ -106,12 +108,12 @@ class Confinement(Struct, frozen=True):
         """
         if self.isolation == "none":
             return
-        code, words = await in_thread(_run, self.command(["--help"]))
-        if code != 0:
-            raise self._refused(_reason(words), self._mend(words))
         if self.user is not None and not await in_thread(_reaches, self.user, data):
             mend = "let others pass through the folders above it (chmod o+x), or choose another with --data"
             raise self._refused(f"user {self.user} cannot reach the data folder {data}", mend)
+        code, words = await in_thread(_run, self.command(["--help"]))
+        if code != 0:
+            raise self._refused(_reason(words), self._mend(words))
 
     def _as_user(self) -> list[str]:
         if self.user is None:
@@ -119,11 +121,6 @@ class Confinement(Struct, frozen=True):
         who = ["--reuid", str(self.user), "--regid", str(self.user), "--clear-groups", "--no-new-privs"]
         # Bounds first: that takes a capability, which is lost with the others.
         return ["setpriv", *who, "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
-
-    def _entrypoint(self) -> list[str]:
-        assert self.runtime is not None
-        words = BoxRuntime(self.runtime).entrypoint
-        return words[: words.index("--unclaimed")]  # the rest is for containers
 
     def _in_namespaces(self, writable: Iterable[Path]) -> list[str]:
         command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--new-session"]
@@ -144,9 +141,9 @@ class Confinement(Struct, frozen=True):
         mounts += [(place, ["--bind", str(place), str(place)]) for place in writable]
         for _, words in sorted(mounts, key=lambda mount: len(mount[0].parts)):  # what is below comes after
             command += words
-        for place in (self.hidden, Path("/")):
-            command += ["--remount-ro", str(place)] if place is not None else []
-        return command
+        if self.hidden is not None:
+            command += ["--remount-ro", str(self.hidden)]
+        return [*command, "--remount-ro", "/"]
 
     def _refused(self, reason: str, mend: str) -> IsolationUnavailable:
         return IsolationUnavailable(
@@ -158,10 +155,8 @@ class Confinement(Struct, frozen=True):
     def _mend(self, words: str) -> str:
         if self.isolation == "bwrap" and "bwrap: " in words:
             return "allow user namespaces (sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces)"
-        if self.user is not None:
-            place = Path(agent_sdk.__file__).parent
-            return f"user {self.user} must be able to run {sys.executable} and read {place}"
-        return "nothing else is known of it"
+        who = f"user {self.user} must be able to read {self.runtime}, or " if self.user is not None else ""
+        return f"{who}choose another isolation"
 
 
 NOT_CONFINED = Confinement()
@@ -172,7 +167,7 @@ async def confinement(isolation: Isolation, user: int, data: Path) -> Confinemen
 
     Args:
         isolation: what is asked for; nothing less is returned.
-        user: of the boxes. With bwrap, and when users cannot be changed here, it is the server's own.
+        user: of the boxes. With bwrap it is the server's own where users cannot be changed.
         data: the server's folder.
 
     Raises:
@@ -190,18 +185,14 @@ async def confinement(isolation: Isolation, user: int, data: Path) -> Confinemen
     if wanted.user is not None:
         if missing:
             names = ", ".join(missing)
-            mend = (
-                "start it as root, or with these as ambient capabilities, or set isolation to none or bwrap"
-            )
+            mend = "start it as root, or with these as ambient capabilities, or set isolation to bwrap"
             raise wanted._refused(f"this server lacks the capabilities {names}", mend)
         if wanted.user in (0, os.geteuid()):
             raise wanted._refused(
                 f"box_user {user} is root or the server's own user", "choose another box_user"
             )
-    if isolation == "bwrap":
-        runtime = await box_runtime(data / "runtime")
-        wanted = Confinement(isolation, wanted.user, runtime.path, data)
-    return wanted
+    runtime = await box_runtime(data / "runtime", in_place=True)
+    return Confinement(isolation, wanted.user, runtime.path, data)
 
 
 def _missing_capabilities() -> list[str]:
@@ -218,7 +209,7 @@ def _run(command: list[str]) -> tuple[int, str]:
     try:
         done = subprocess.run(
             command,
-            cwd=Path(agent_sdk.__file__).parent.parent,
+            cwd="/",
             env={"PATH": os.defpath},
             stdin=subprocess.DEVNULL,
             capture_output=True,
