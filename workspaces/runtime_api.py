@@ -30,9 +30,13 @@ WAIT_SECONDS = 20.0
 END_SECONDS = 30.0
 END_TRIES = 3
 FIRST_SECONDS, LONGEST_SECONDS = 0.2, 5.0
-COMMAND = "/usr/local/bin/agent-server serve --host 0.0.0.0 --port 8000 --json"
+_ALWAYS: Mapping[str, Any] = {
+    "command": "/opt/agent-server/bin/start serve --host 0.0.0.0 --port 8000 --json",
+    "working_dir": "/",
+    "run_as_user": 10_001,
+    "fs_group": 10_001,
+}
 """For Runtime APIs that want to be told; ours knows."""
-USER = 10_001
 
 OnProgress = Callable[[str, int, int | None], object]
 """Called with the phase (`attach`, `start`, `resume`, `ready`), 0 or 1, and 1."""
@@ -109,14 +113,11 @@ class APIRemoteWorkspace(RemoteWorkspace):
         self.session_id = session_id or f"agent-server-{new_id()}"
         """Give it to another workspace, and that one attaches to the same runtime."""
         self._api = RuntimeClient(runtime_api_url, runtime_api_key, timeout=api_timeout)
-        self._body: dict[str, Any] = {
+        self._body = {
+            **_ALWAYS,
             "image": server_image,
-            "command": COMMAND,
-            "working_dir": "/",
             "environment": {**from_caller(forward_env), **(env or {})},
             "session_id": self.session_id,
-            "run_as_user": USER,
-            "fs_group": USER,
             "image_pull_policy": image_pull_policy,
             **({"runtime_class": runtime_class} if runtime_class else {}),
             **({"resource_factor": resource_factor} if resource_factor != 1 else {}),
