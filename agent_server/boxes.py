@@ -180,6 +180,7 @@ class Boxes:
             root,
             self._folder.boxes / owner,
             spool=self._folder.output / owner,
+            confined=self._config.confine_files,
             linger=self._config.box_linger_seconds,
             environment=self._config.box_environment,
             instance=instance,
