@@ -29,4 +29,5 @@ tunnel:        two connections joined
 The command line:
 __main__, cli, arguments: what was typed           commands:      one file per command
 client, places: servers and workspaces to use      terminal, viewer, transcript, inlet, outlet: what a person sees
+check, engine_check: what doctor looks at
 """

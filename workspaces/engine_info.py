@@ -45,6 +45,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     driver: str = ""
     """Of images and layers."""
     logging_driver: str = ""
+    unlimited: tuple[str, ...] = ()
+    """What its kernel cannot limit: memory, swap, cpu, pids."""
 
     @classmethod
     def from_answers(cls, version: Mapping[str, Any], about: Any) -> Self:
@@ -75,6 +77,7 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
                 root_dir=said.root_dir,
                 driver=said.driver,
                 logging_driver=said.logging_driver,
+                unlimited=tuple(name for name, limited in said.limits() if not limited),
             )
         except (msgspec.ValidationError, LookupError, TypeError, AttributeError) as exc:
             raise EngineUnavailable(
@@ -96,6 +99,15 @@ class _Info(Struct):
     root_dir: str = msgspec.field(name="DockerRootDir", default="")
     driver: str = msgspec.field(name="Driver", default="")
     logging_driver: str = msgspec.field(name="LoggingDriver", default="")
+    memory_limit: bool = msgspec.field(name="MemoryLimit", default=True)
+    swap_limit: bool = msgspec.field(name="SwapLimit", default=True)
+    cpu_limit: bool = msgspec.field(name="CpuCfsQuota", default=True)
+    pids_limit: bool = msgspec.field(name="PidsLimit", default=True)
+
+    def limits(self) -> list[tuple[str, bool]]:
+        """Each with whether it can be set."""
+        limits = {"memory": self.memory_limit, "swap": self.swap_limit}
+        return list({**limits, "cpu": self.cpu_limit, "pids": self.pids_limit}.items())
 
 
 def usage_of(stats: Any) -> Usage:

@@ -14,23 +14,22 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Literal
 
 import aiohttp
 import apsw
 import msgspec
-from msgspec import Struct
 
 from agent_sdk import LLM, RemoteWorkspace
 from agent_sdk.agent.llm.provider import address_of
-from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
+from agent_sdk.protocol.errors import AgentServerError
+from agent_server.check import Check, State
 from agent_server.client import KEY_FILE
 from agent_server.config import ServerConfig, client_environment, load
+from agent_server.engine_check import examine_engine
 from agent_server.outlet import Outlet
 from agent_server.refusal import StartRefused
 from agent_server.terminal import STDOUT, Style, one_line, open_terminal
 from workspaces.box_process import BoxProcess
-from workspaces.engine import engine_version
 
 OLDEST_SQLITE = (3, 51, 3)
 """Older ones may corrupt a database with several connections at a checkpoint."""
@@ -38,19 +37,7 @@ FEW_BYTES, LITTLE_BYTES = 100 << 20, 1 << 30
 OPEN_FILES = 4096
 PROBE_SECONDS = 30.0
 
-State = Literal["ok", "warning", "problem"]
 _STYLES: dict[State, Style] = {"ok": "green", "warning": "yellow", "problem": "red"}
-
-
-class Check(Struct, frozen=True, kw_only=True):
-    """One thing that was looked at."""
-
-    name: str
-    state: State
-    """`warning`: something is missing that not everybody needs; `problem`: a server would not work."""
-    found: str
-    mend: str = ""
-    """What to do; empty when all is well."""
 
 
 async def main(given: argparse.Namespace) -> int:
@@ -81,7 +68,8 @@ async def examine(given: argparse.Namespace) -> AsyncIterator[Check]:
         yield about(config)
     yield await port(config)
     yield model()
-    yield await docker()
+    async for check in examine_engine(config):
+        yield check
 
 
 def configuration(given: argparse.Namespace) -> tuple[ServerConfig, Check]:
@@ -266,18 +254,6 @@ def model() -> Check:
     if not environment.get("LLM_API_KEY") and not environment.get("LLM_BASE_URL"):
         return Check(name="model", state="warning", found=f"no LLM_API_KEY for {address.host}", mend=mend)
     return Check(name="model", state="ok", found=f"{address.model} at {address.host} (not asked)")
-
-
-async def docker() -> Check:
-    """The engine that containers need."""
-    try:
-        version = await engine_version()
-    except WorkspaceUnavailable as exc:
-        mend = (
-            "start it, and let this user use it (group docker), or set DOCKER_HOST; only containers need it"
-        )
-        return Check(name="docker", state="warning", found=str(exc), mend=mend)
-    return Check(name="docker", state="ok", found=f"engine {version}")
 
 
 async def _version(program: str) -> str | None:
