@@ -1,8 +1,8 @@
 """The contract of a Workspace: a place where commands run and files live.
 
 Two implementations exist, `agent_sdk.local.workspace` here and `agent_sdk.remote.workspace` there.
-They behave alike; one test suite holds both to it. Paths are relative to the workspace's root, or
-absolute and below it. Bytes are bytes: text is a view on them.
+They behave alike; one test suite holds both to it. Paths are relative to the working folder, which is
+the root unless another one was chosen, or absolute and below the root. Bytes are bytes: text is a view on them.
 """
 
 from __future__ import annotations

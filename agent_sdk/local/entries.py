@@ -13,6 +13,7 @@ from agent_sdk.protocol.errors import (
     InvalidParams,
     LimitExceeded,
     NotADirectory,
+    NotARegularFile,
     PathError,
     PathNotFound,
 )
@@ -20,12 +21,14 @@ from agent_sdk.protocol.results import FileInfo
 
 READ_BYTES = 64 << 20
 ENTRIES = 10_000
+_KERNELS = ("/proc/", "/sys/")
 
 
 def open_atomic(root: Root, path: str, mode: int | None, opened: list[AtomicFile]) -> None:
     """Open a file to be replaced as a whole, into `opened`; parents are made."""
     with root.entry(path, make_parents=True) as entry:
         entry.check_file_name()
+        _refuse_kernels(root, entry)
         file = AtomicFile(os.dup(entry.folder), entry.name, path, mode)
         opened.append(file)
         file.open()
@@ -34,14 +37,14 @@ def open_atomic(root: Root, path: str, mode: int | None, opened: list[AtomicFile
 def open_source(root: Root, path: str, offset: int, length: int | None, opened: list[Source]) -> None:
     """Open a regular file for reading, into `opened`."""
     with root.entry(path) as entry:
-        fd = _open_file(entry)
+        fd = _open_file(root, entry)
         opened.append(Source(fd, path, offset=offset, length=length))
 
 
 def read(root: Root, path: str, offset: int, limit: int | None) -> bytes:
     """Return bytes of a regular file."""
     with root.entry(path) as entry:
-        fd = _open_file(entry)
+        fd = _open_file(root, entry)
         try:
             wanted = READ_BYTES + 1 if limit is None else min(limit, READ_BYTES + 1)
             data = _read_up_to(fd, offset, wanted)
@@ -121,7 +124,7 @@ def _info(root: Root, folder: int, name: bytes, names: tuple[bytes, ...], found:
 def remove(root: Root, path: str, recursive: bool) -> None:
     """Remove a file, a symlink or a folder."""
     with root.entry(path, follow=False) as entry:
-        _refuse_root(entry)
+        _refuse_home(root, entry)
         found = entry.stat()
         if found is None:
             raise PathNotFound(f"no such file or folder: {path}", path=path)
@@ -141,7 +144,7 @@ def remove(root: Root, path: str, recursive: bool) -> None:
 def move(root: Root, source: str, target: str) -> None:
     """Rename; an existing file is replaced."""
     with root.entry(source, follow=False) as old:
-        _refuse_root(old)
+        _refuse_home(root, old)
         found = old.stat()
         if found is None:
             raise PathNotFound(f"no such file or folder: {source}", path=source)
@@ -149,7 +152,7 @@ def move(root: Root, source: str, target: str) -> None:
         if old.slash and not is_folder:
             raise NotADirectory(f"not a folder: {source}", path=source)
         with root.entry(target, follow=False, make_parents=True, field="target") as new:
-            _refuse_root(new)
+            _refuse_home(root, new)
             if not is_folder:
                 new.check_file_name()
             if new.names[: len(old.names)] == old.names and new.names != old.names:
@@ -168,16 +171,23 @@ def make_folder(root: Root, path: str) -> None:
                 raise NotADirectory(f"exists and is not a folder: {path}", path=path) from None
 
 
-def _refuse_root(entry: Entry) -> None:
-    if entry.name == b".":
+def _refuse_home(root: Root, entry: Entry) -> None:
+    if root.leads_home(entry.names):
         raise InvalidParams(f"path: the root itself cannot be moved or removed: {entry.shown}")
 
 
-def _open_file(entry: Entry) -> int:
+def _refuse_kernels(root: Root, entry: Entry) -> None:
+    """Files of the kernel say that they are regular, but have no size, may not end, or do something when read."""
+    if root.absolute(entry.names).startswith(_KERNELS):
+        raise NotARegularFile(f"not a regular file: {entry.shown}", path=entry.shown)
+
+
+def _open_file(root: Root, entry: Entry) -> int:
     found = entry.stat()
     if found is None:
         raise PathNotFound(f"no such file: {entry.shown}", path=entry.shown)
     refuse_irregular(found.st_mode, entry.shown)
+    _refuse_kernels(root, entry)
     fd = entry.open(os.O_RDONLY)
     try:
         refuse_irregular(os.fstat(fd).st_mode, entry.shown)

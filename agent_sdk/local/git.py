@@ -95,7 +95,7 @@ class LocalGit:
 
     async def _place(self, path: str) -> _Place:
         folder, rest = await in_thread(self._deepest_folder, path)
-        place = _Place(self._run, self._root.path, folder, rest)
+        place = _Place(self._run, self._root.home, folder, rest)
         await place.find_top(path)
         return place
 
@@ -119,9 +119,9 @@ class LocalGit:
 class _Place:
     """A folder in a repository."""
 
-    def __init__(self, run: RunGit, root: str, folder: str, rest: str) -> None:
+    def __init__(self, run: RunGit, home: str, folder: str, rest: str) -> None:
         self._run = run
-        self._root = root
+        self._home = home
         self._folder = folder
         self.spec = (rest or ".",)
         self._top = ""
@@ -189,7 +189,7 @@ class _Place:
     def shown(self, name: bytes) -> str:
         """Return a path of the repository as a path of the workspace."""
         path = os.path.join(os.fsencode(self._top), name)
-        relative = os.path.relpath(path, os.fsencode(self._root))
+        relative = os.path.relpath(path, os.fsencode(self._home))
         return relative.decode("utf-8", "backslashreplace")
 
 

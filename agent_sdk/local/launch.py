@@ -64,20 +64,19 @@ class Launch:
     pass_fds: Sequence[int] = ()
 
 
-def open_folder(root: Root, cwd: str, start: str) -> Folder:
+def open_folder(root: Root, cwd: str) -> Folder:
     """Open the folder a command starts in. Blocks for a few system calls.
 
     Args:
         root: which it may not leave.
-        cwd: relative to `start`, or absolute.
-        start: relative to the root.
+        cwd: relative to the home, or absolute.
 
     Raises:
         InvalidParams, OutsideWorkspace: the path is not acceptable.
         SpawnFailed: there is no such folder, or it cannot be entered.
     """
     try:
-        with root.entry(cwd, start=start, field="cwd") as entry:
+        with root.entry(cwd, field="cwd") as entry:
             flags = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
             return Folder(entry.open(flags), root.absolute(entry.names))
     except (InvalidParams, PolicyDenied):

@@ -76,31 +76,36 @@ class Entry:
 
 
 class Root:
-    """The folder a workspace is confined to."""
+    """The folder a workspace is confined to, and the one in it where relative paths start."""
 
-    def __init__(self, folder: str, *, confined: bool = True) -> None:
+    def __init__(self, folder: str, *, home: str | None = None, confined: bool = True) -> None:
         """Take a folder as root; nothing is opened yet.
 
         Args:
             folder: existing or not; made absolute, symlinks resolved.
-            confined: False: paths may lead anywhere, relative ones start at `folder`.
+            home: where relative paths start, relative to `folder` or absolute; None: at `folder`.
+            confined: False: paths may lead anywhere.
         """
         self.path = os.path.realpath(folder)
+        self.home = self.path if home is None else os.path.realpath(os.path.join(self.path, home))
         self.confined = confined
-        home = _names(os.fsencode(self.path))
+        top = _names(os.fsencode(self.path))
         # The caller may know the root by another name (a symlink to it); paths below that one are fine, too.
         # The real name comes first: it may lie below the other one.
         given = _names(os.fsencode(os.path.abspath(folder)))
-        self._aliases = (tuple(home), tuple(given)) if confined else ((),)
+        self._aliases = (tuple(top), tuple(given)) if confined else ((),)
         self._top = self.path if confined else "/"
-        self._home = [] if confined else home
+        self._home = tuple(_names(os.fsencode(self.home)))[len(top) if confined else 0 :]
 
     def shown(self, names: tuple[bytes, ...]) -> str:
-        """Return the path of resolved names as the contract shows it: relative to the root, or absolute."""
-        home = tuple(self._home)
-        if names[: len(home)] == home:
-            return _text(names[len(home) :]) or "."
-        return "/" + _text(names)
+        """Return the path of resolved names as the contract shows it: relative to the home, or absolute."""
+        if names[: len(self._home)] == self._home:
+            return _text(names[len(self._home) :]) or "."
+        return os.path.join(self._top, _text(names))
+
+    def leads_home(self, names: tuple[bytes, ...]) -> bool:
+        """Whether resolved names are those of the home or of a folder it is in."""
+        return names == self._home[: len(names)]
 
     def absolute(self, names: tuple[bytes, ...]) -> str:
         """Return the absolute path of resolved names."""
@@ -111,7 +116,6 @@ class Root:
         self,
         path: str,
         *,
-        start: str = "",
         follow: bool = True,
         make_parents: bool = False,
         field: str = "path",
@@ -119,8 +123,7 @@ class Root:
         """Walk to a path and lend its entry, whether anything is there or not. Blocks.
 
         Args:
-            path: relative to `start`, or absolute.
-            start: relative to the root.
+            path: relative to the home, or absolute.
             follow: also when the last name is a symlink.
             make_parents: make missing folders on the way.
             field: what the messages call the path.
@@ -132,7 +135,7 @@ class Root:
         walk = _Walk(self, path, follow=follow, make_parents=make_parents)
         try:
             with translated(path):
-                yield walk.to(raw, os.fsencode(start))
+                yield walk.to(raw)
         finally:
             walk.close()
 
@@ -140,11 +143,11 @@ class Root:
         """Open where all walks start."""
         return os.open(self._top, _PASS)
 
-    def start_names(self, raw: bytes, start: bytes, path: str) -> list[bytes]:
+    def start_names(self, raw: bytes, path: str) -> list[bytes]:
         """Return the names to walk from the top for a path of a caller."""
         if raw.startswith(b"/"):
             return self.below(raw, path)
-        return self._home + _names(start) + _names(raw)
+        return [*self._home, *_names(raw)]
 
     def below(self, raw: bytes, path: str) -> list[bytes]:
         """Return the names that follow the root in an absolute path.
@@ -176,8 +179,8 @@ class _Walk:
             os.close(fd)
         self._fds.clear()
 
-    def to(self, raw: bytes, start: bytes) -> Entry:
-        todo = deque(self._root.start_names(raw, start, self._path))
+    def to(self, raw: bytes) -> Entry:
+        todo = deque(self._root.start_names(raw, self._path))
         slash = raw.endswith(b"/") or raw.rsplit(b"/", 1)[-1] in (b".", b"..")
         self._fds.append(self._root.open_top())
         while todo:

@@ -82,19 +82,18 @@ class LocalWorkspace:
 
         Args:
             dir: the root, an existing folder.
-            working_dir: where commands start, below the root (unless unconfined); None: the root.
+            working_dir: where commands and relative paths start, below the root (unless unconfined); None: the root.
             confined: False: paths may lead out of the root. Commands themselves are never confined here.
             spool_dir: where a folder for the output of commands is made, and removed; None: a temporary place.
             env: added to the environment of every command.
             spare_bash: words that start a bash, for a machine that has none.
             limits: looked at whenever a command has ended.
         """
-        self._root = Root(os.fspath(dir), confined=confined)
+        home = None if working_dir is None else os.fspath(working_dir)
+        self._root = Root(os.fspath(dir), home=home, confined=confined)
         self.root = self._root.path
         """Absolute, symlinks resolved."""
-        self.working_dir = self.root
-        if working_dir is not None:
-            self.working_dir = os.path.realpath(os.path.join(self.root, os.fspath(working_dir)))
+        self.working_dir = self._root.home
         self._spool_dir = None if spool_dir is None else os.path.abspath(os.fspath(spool_dir))
         self._env = check_environment(env)
         self._spare_bash = spare_bash
@@ -259,7 +258,7 @@ class LocalWorkspace:
         opened = self._opened()
         launch = Launch(check_argv(argv), {**opened.environment, **environment})
         try:
-            place = open_folder(self._root, folder, "")
+            place = open_folder(self._root, folder)
             try:
                 running = opened.processes.start(argv, launch, place, stdin=False, listed=False)
             finally:
@@ -277,11 +276,7 @@ class LocalWorkspace:
 
     def _folder(self, cwd: str | None) -> Folder:
         """Open where a command starts; relative paths start at the working folder."""
-        return open_folder(self._root, self.working_dir if cwd is None else cwd, self._start)
-
-    @property
-    def _start(self) -> str:
-        return os.path.relpath(self.working_dir, self.root) if self.working_dir != self.root else ""
+        return open_folder(self._root, self.working_dir if cwd is None else cwd)
 
     def _feed(self, running: Running, data: bytes) -> None:
         feed = running.feed

@@ -57,7 +57,7 @@ class FileInfo(Struct, frozen=True, kw_only=True):
     """One entry of the file system."""
 
     path: str
-    """Relative to the workspace's root, with `/`."""
+    """Relative to the working folder, with `/`; absolute when it is not below that."""
     type: Literal["file", "dir", "symlink", "other"]
     size: int = 0
     mode: int = 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agent_sdk.protocol.errors import InvalidParams, OutsideWorkspace, PolicyDenied
+from agent_sdk.protocol.errors import InvalidParams, PolicyDenied
 from agent_sdk.workspace import HEAD_BYTES, TAIL_BYTES, Workspace
 
 PATIENCE = 30
@@ -141,13 +141,9 @@ class CommandContract:
         await workspace.files.mkdir("a/b")
         assert (await workspace.execute("pwd")).stdout == info.working_dir + "\n"
         assert (await workspace.execute("pwd", cwd="a/b")).stdout == f"{info.working_dir}/a/b\n"
-        assert (await workspace.execute("pwd", cwd=f"{info.root}/a")).stdout == f"{info.root}/a\n"
-
-    async def test_a_folder_outside_is_refused(self, workspace):
-        await workspace.execute("ln -s /etc out; mkdir a")
-        for cwd in ("..", "/", "/etc", "a/../..", "out"):
-            with pytest.raises(OutsideWorkspace):
-                await workspace.execute("true", cwd=cwd)
+        assert (
+            await workspace.execute("pwd", cwd=f"{info.working_dir}/a")
+        ).stdout == f"{info.working_dir}/a\n"
 
     @pytest.mark.parametrize(
         ("cwd", "reason"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from agent_sdk.protocol.errors import InvalidParams, OutsideWorkspace, StateConflict
+from agent_sdk.protocol.errors import InvalidParams, StateConflict
 from agent_sdk.protocol.results import GitChange
 
 COMMIT = "git add -A && git -c user.name=n -c user.email=e@x commit -qm message"
@@ -79,10 +79,6 @@ class RepositoryContract:
         await workspace.execute(START)
         with pytest.raises(InvalidParams, match="base"):
             await workspace.git.diff(base=base)
-
-    async def test_a_repository_outside_is_refused(self, workspace):
-        with pytest.raises(OutsideWorkspace):
-            await workspace.git.changes("..")
 
     async def test_nothing_of_the_repositorys_configuration_is_run(self, workspace):
         await workspace.execute(START)

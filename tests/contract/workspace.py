@@ -5,6 +5,7 @@ and the usual tools are installed. The suite uses nothing but the contract and `
 """
 
 from tests.contract.commands import CommandContract
+from tests.contract.confinement import ConfinementContract
 from tests.contract.files import FileContract
 from tests.contract.processes import ProcessContract
 from tests.contract.repository import RepositoryContract
@@ -12,10 +13,10 @@ from tests.contract.shells import ShellContract
 from tests.contract.transfers import TransferContract
 
 
-class WorkspaceContract(
+class OpenWorkspaceContract(
     CommandContract, ProcessContract, ShellContract, FileContract, TransferContract, RepositoryContract
 ):
-    """Subclass it and provide a `workspace` fixture."""
+    """Subclass it and provide a `workspace` fixture: where the root is that of all files, as in a container."""
 
     async def test_a_workspace_says_what_and_where_it_is(self, workspace):
         info = await workspace.describe()
@@ -23,3 +24,7 @@ class WorkspaceContract(
         assert info.working_dir.startswith(info.root)
         assert info.confined
         assert (await workspace.execute("id -u")).stdout.strip() == str(info.user)
+
+
+class WorkspaceContract(OpenWorkspaceContract, ConfinementContract):
+    """The same for a workspace that is a folder, and keeps all paths in it."""

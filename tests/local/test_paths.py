@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,11 @@ from agent_sdk.local.paths import Root
 from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.protocol.errors import (
     AgentServerError,
+    InvalidParams,
+    NotARegularFile,
     OutsideWorkspace,
     PathError,
+    PathNotFound,
 )
 from agent_sdk.protocol.results import Transferred
 
@@ -162,3 +166,67 @@ def test_no_descriptor_is_left_open(root):
     with pytest.raises(OutsideWorkspace):
         resolved(Root(str(root)), "a/../..")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- a working folder below the root ---
+
+
+@pytest.fixture
+async def below(tmp_path):
+    """A workspace of `root` that works in `root/work`."""
+    (tmp_path / "root/work").mkdir(parents=True)
+    async with LocalWorkspace(tmp_path / "root", working_dir="work") as workspace:
+        yield workspace
+
+
+async def test_relative_paths_of_files_and_commands_start_at_the_working_folder(below):
+    await below.files.write("in/f", b"x")
+    assert (
+        await below.execute(f"cat {below.root}/work/in/f; pwd", cwd="in")
+    ).stdout == f"x{below.root}/work/in\n"
+    assert [info.path for info in await below.files.list(depth=2)] == ["in", "in/f"]
+
+
+async def test_what_is_beside_the_working_folder_is_shown_by_its_absolute_path(below):
+    await below.files.write("../beside/f", b"x")
+    shown = [info.path for info in await below.files.list("..", depth=2)]
+    assert shown == [".", f"{below.root}/beside", f"{below.root}/beside/f"]
+    assert await below.files.read(shown[2]) == b"x"
+
+
+async def test_a_path_may_lead_up_to_the_root_and_not_out_of_it(below):
+    assert (await below.execute("pwd", cwd="..")).stdout == f"{below.root}\n"
+    with pytest.raises(OutsideWorkspace):
+        await below.files.stat("../../x")
+
+
+@pytest.mark.parametrize("path", [".", "..", "../work"])
+async def test_neither_the_working_folder_nor_what_it_is_in_can_be_removed(below, path):
+    with pytest.raises(InvalidParams):
+        await below.files.remove(path, recursive=True)
+    assert os.path.isdir(below.working_dir)
+
+
+# --- what only looks like a file ---
+
+
+@pytest.mark.parametrize(
+    "path", ["/proc/self/mem", "/proc/1/environ", "/proc/version", "/sys/kernel/notes", "/dev/zero", "fifo"]
+)
+async def test_files_of_the_kernel_devices_and_fifos_do_not_travel(tmp_path, path):
+    os.mkfifo(tmp_path / "fifo")
+    async with LocalWorkspace("/", working_dir=tmp_path) as workspace:
+        with pytest.raises(NotARegularFile):
+            await workspace.files.read(path)
+        with pytest.raises(NotARegularFile):
+            await workspace.download(path, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("path", ["/proc/self/comm", "link/self/comm"])
+async def test_nothing_is_written_into_the_kernel(tmp_path, path):
+    (tmp_path / "link").symlink_to("/proc")
+    async with LocalWorkspace("/", working_dir=tmp_path) as workspace:
+        with pytest.raises((NotARegularFile, PathNotFound)):
+            await workspace.files.write(path, b"x")
+    assert Path("/proc/self/comm").read_text() != "x"

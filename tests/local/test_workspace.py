@@ -25,7 +25,7 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.workspace import SPOOL_BYTES, TAIL_BYTES
 from tests.contract.commands import PATIENCE, STUBBORN, alive
-from tests.contract.workspace import WorkspaceContract
+from tests.contract.workspace import OpenWorkspaceContract, WorkspaceContract
 
 MEMORY_BYTES = 64 << 20
 
@@ -44,6 +44,15 @@ async def workspace(root):
 
 class TestHere(WorkspaceContract):
     """The contract, on this machine."""
+
+
+class TestBelowTheRootOfAllFiles(OpenWorkspaceContract):
+    """The contract, where all of the machine is the root: so it is in a container."""
+
+    @pytest.fixture
+    async def workspace(self, root):
+        async with LocalWorkspace("/", working_dir=root) as workspace:
+            yield workspace
 
 
 def living(pid: str) -> bool:
