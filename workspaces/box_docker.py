@@ -92,6 +92,7 @@ class BoxContainer:
         self._death: Death | None = None
         self._words = ""
         self._listener: Callable[[bool], None] = lambda frozen: None
+        self._frozen = False
         self._expected: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
@@ -342,8 +343,9 @@ class BoxContainer:
         if self._id is not None:
             with suppress(AgentServerError):
                 engine = await self._site.engine()
-                if not self._ended.done():
-                    await engine.stop(self._id, STOP_SECONDS)
+                if not self._ended.done() and not self._frozen:  # a frozen one would not hear it
+                    with suppress(AgentServerError):
+                        await engine.stop(self._id, STOP_SECONDS)
                 await engine.remove(self._id)
         self.let_go()
         for task in self._tasks:
@@ -391,12 +393,14 @@ class BoxContainer:
         engine, id = await self._site.engine(), self._running
         with self._expecting("pause"):
             await engine.pause(id)
+            self._frozen = True
 
     async def thaw(self) -> None:
         """See Box."""
         engine, id = await self._site.engine(), self._running
         with self._expecting("unpause"):
             await engine.unpause(id)
+            self._frozen = False
 
     @contextmanager
     def _expecting(self, change: str) -> Iterator[None]:
@@ -425,7 +429,8 @@ class BoxContainer:
         if self._expected[change]:
             self._expected[change] -= 1
         elif change in ("pause", "unpause"):
-            self._listener(change == "pause")
+            self._frozen = change == "pause"
+            self._listener(self._frozen)
 
     @property
     def _running(self) -> str:

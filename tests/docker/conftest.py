@@ -3,9 +3,10 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from agent_sdk.protocol.errors import EngineUnavailable
 from tests.docker import images
 from tests.docker.boxes import sandboxes_in
 from tests.docker.engine_process import EngineProcess
+from tests.server.conftest import Running, Start
 from tests.server.conftest import start as start
 from workspaces import labels
 from workspaces.engine import Engine, engine_version
@@ -103,4 +105,24 @@ async def opened(tmp_path: Path, engine: Engine, box_runtime: Path) -> AsyncIter
     """Open the sandboxes of the data folder of this test; when it is over nothing of them is on the engine."""
     yield partial(sandboxes_in, tmp_path, box_runtime)
     left = await remove_all(engine, (tmp_path / "instance").read_text().strip())
+    assert not left, f"left behind on the engine: {left}"
+
+
+@pytest.fixture
+def started(start: Start, box_runtime: Path) -> Start:
+    """Start a server on the data folder of this test; see `server`."""
+
+    @asynccontextmanager
+    async def started(**options: Any) -> AsyncIterator[Running]:
+        async with start(box_runtime=str(box_runtime), **options) as server:
+            yield server
+
+    return started
+
+
+@pytest.fixture
+async def server(started: Start, engine: Engine, tmp_path: Path) -> AsyncIterator[Running]:
+    async with started() as server:
+        yield server
+    left = await remove_all(engine, (tmp_path / "data" / "instance").read_text().strip())
     assert not left, f"left behind on the engine: {left}"

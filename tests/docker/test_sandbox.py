@@ -4,64 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
 
 import pytest
 
-from agent_sdk import Conversation, RemoteWorkspace, Sandbox
+from agent_sdk import Conversation, RemoteWorkspace
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.events import WorkspaceChanged
 from tests.docker.conftest import remove_all
 from tests.docker.images import BARE, BUSYBOX, FULL
+from tests.docker.sandboxes import container, sandbox, told
 from tests.docker.test_sandbox_body import GOLDEN
-from tests.server.wire import GUARD
 from workspaces import labels
 
 pytestmark = pytest.mark.docker
-
-
-@pytest.fixture
-def started(start, tmp_path, engine, box_runtime):
-    """Start a server on the data folder of this test; when the test is over nothing of it is on the engine."""
-
-    @asynccontextmanager
-    async def started(**options):
-        async with start(box_runtime=str(box_runtime), **options) as server:
-            yield server
-
-    return started
-
-
-@pytest.fixture
-async def server(started, engine, tmp_path):
-    async with started() as server:
-        yield server
-    left = await remove_all(engine, (tmp_path / "data" / "instance").read_text().strip())
-    assert not left, f"left behind on the engine: {left}"
-
-
-@asynccontextmanager
-async def sandbox(server, image=BUSYBOX, **wanted):
-    async with RemoteWorkspace(server.url, server.key, sandbox=Sandbox(image=image, **wanted)) as workspace:
-        yield workspace
-
-
-async def container(engine, workspace):
-    """The engine's account of the container of this workspace."""
-    (found,) = await engine.containers({labels.CONVERSATION: workspace.conversation})
-    return await engine.inspect(found["Id"])
-
-
-async def told(workspace, *wanted):
-    """Wait until the log tells of these changes of the workspace, in this order; returns the last event."""
-    waiting = list(wanted)
-    async with asyncio.timeout(GUARD), Conversation(None, workspace, id=workspace.conversation) as log:
-        async for event in log.events(follow=True):
-            if isinstance(event, WorkspaceChanged) and (event.state, event.cause) == waiting[0]:
-                waiting.pop(0)
-                if not waiting:
-                    return event
-    raise AssertionError("the log ended")
 
 
 @pytest.mark.parametrize("image", [FULL, BARE, BUSYBOX])
