@@ -28,6 +28,11 @@ def test_a_box_needs_no_http_library_no_database_and_no_openssl_to_start():
     assert not loaded("import agent_sdk.box") & (HEAVY | {"anyio", "hashlib"})
 
 
+def test_a_workspace_in_a_container_loads_no_heavy_package_before_it_is_entered():
+    assert not loaded("from workspaces import DockerWorkspace; DockerWorkspace()") & HEAVY
+    assert not loaded("import workspaces.reaper") & (HEAVY | {"msgspec", "anyio", "asyncio"})
+
+
 @pytest.mark.parametrize("name", agent_sdk.__all__)
 def test_every_public_name_can_be_imported(name):
     assert getattr(agent_sdk, name) is not None

@@ -6,6 +6,7 @@ import threading
 import anyio
 import pytest
 
+import workspaces.sync
 from agent_sdk import Agent, api, sync
 from agent_sdk import conversation as conversation_contract
 from agent_sdk import workspace as workspace_contract
@@ -35,6 +36,12 @@ def test_the_twins_agree(blocking, contract):
 
 def test_a_conversation_takes_the_same_options():
     assert parameters(sync.Conversation.__init__)[1:] == parameters(api.Conversation)
+
+
+def test_a_workspace_in_a_container_takes_the_same_options():
+    assert parameters(workspaces.sync.DockerWorkspace.__init__) == parameters(
+        workspaces.DockerWorkspace.__init__
+    )
 
 
 def test_callbacks_run_in_the_callers_thread_and_in_order(tmp_path):

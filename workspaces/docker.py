@@ -139,7 +139,7 @@ class DockerWorkspace(RemoteWorkspace):
         self._on_progress = on_progress
         self._on_log = on_log
         self._container: ServerContainer | None = None
-        self._reaper: Reaper | None = None
+        self._is_paused = False
 
     async def __aenter__(self) -> Self:
         """Start it, and connect.
@@ -160,7 +160,13 @@ class DockerWorkspace(RemoteWorkspace):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await to_its_end(super().__aexit__(*exc))
+        await to_its_end(self._leave())
+
+    async def _leave(self) -> None:
+        if self._container is not None and self._is_paused and not self._keep:
+            with suppress(AgentServerError):
+                await self._container.resume()  # or closing the connection would wait for an answer
+        await super().__aexit__()
 
     @property
     def container(self) -> str | None:
@@ -178,10 +184,12 @@ class DockerWorkspace(RemoteWorkspace):
     async def pause(self) -> None:
         """Freeze the container. Calls wait until `resume`; a connection that is lost meanwhile is made again."""
         await self._entered.pause()
+        self._is_paused = True
 
     async def resume(self) -> None:
         """Let it go on."""
         await self._entered.resume()
+        self._is_paused = False
 
     @property
     def _entered(self) -> ServerContainer:
@@ -194,8 +202,6 @@ class DockerWorkspace(RemoteWorkspace):
     async def _start(self, until: float) -> None:
         from workspaces.engine import Engine  # noqa: PLC0415  the engine's client costs 0.4 s
 
-        if self._on_progress is not None:
-            self._on_progress("engine", 0, 1)
         async with self._in_time(until):
             engine = await self._stack.enter_async_context(Engine(self._docker_url))
             await _remove_leftovers(engine)
@@ -206,10 +212,10 @@ class DockerWorkspace(RemoteWorkspace):
             await container.attach(left)
             await self._own(container)
         else:
-            await self._own(container)
+            reaper = await self._own(container)
             await container.start(left)
-        if self._keep and self._reaper is not None:
-            await self._reaper.dismiss()
+            if self._keep and reaper is not None:
+                await reaper.dismiss()
         gone: asyncio.Future[AgentServerError] = asyncio.get_running_loop().create_future()
         telling = asyncio.create_task(_tell_end(container, gone))
         self._stack.push_async_callback(_cancelled, telling)
@@ -245,7 +251,7 @@ class DockerWorkspace(RemoteWorkspace):
         )
         return ServerContainer(engine, spec, on_progress=self._on_progress, on_log=self._log())
 
-    async def _own(self, container: ServerContainer) -> None:
+    async def _own(self, container: ServerContainer) -> Reaper | None:
         """Have it removed at the end, by us or by the reaper; one that is to be kept only until it is ready."""
         reaper = None
         if not (self._keep and container.url):
@@ -264,7 +270,7 @@ class DockerWorkspace(RemoteWorkspace):
                 logger.warning("the container %s is left to the reaper: %s", container.name, exc)
 
         self._stack.push_async_callback(end)
-        self._reaper = reaper
+        return reaper
 
     async def _commands_user(self, engine: Engine) -> int | None:
         """The owner of the first folder they may write; see that all folders are there, where we see them."""
@@ -273,9 +279,18 @@ class DockerWorkspace(RemoteWorkspace):
         folders = [volume for volume in self._spec.volumes if volume.is_folder]
         if not folders or not (await find_reach(engine, self._spec.network)).is_here:
             return None
-        owners = [_owner(volume) for volume in folders]
-        writable = [owner for owner, volume in zip(owners, folders, strict=True) if not volume.read_only]
-        return next((owner for owner in writable if owner not in (0, SERVER_USER)), None)
+        owners = [(volume, _owner(volume)) for volume in folders]
+        writable = [(volume, owner) for volume, owner in owners if not volume.read_only]
+        shifted = any(option in ("name=rootless", "name=userns") for option in engine.info.security_options)
+        for volume, owner in writable:
+            if owner not in (0, SERVER_USER) and not shifted:
+                return owner
+            logger.warning(
+                "volumes: %s belongs to user %d, as whom commands cannot run: they may be unable to write there",
+                volume.source,
+                owner,
+            )
+        return None
 
     @asynccontextmanager
     async def _in_time(self, until: float) -> AsyncIterator[None]:

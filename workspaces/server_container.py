@@ -154,6 +154,7 @@ class ServerContainer:
             raise
 
     async def _start(self) -> None:
+        self._tell("engine", 0, 1)
         self._reach = await find_reach(self._engine, self.spec.network)
         await self._check_volumes()
         self._tell("engine", 1, 1)

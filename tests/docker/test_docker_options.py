@@ -51,6 +51,14 @@ async def test_what_commands_write_in_a_folder_belongs_to_its_owner(folder):
     assert (folder / "done.txt").read_text() == "done\n"
 
 
+async def test_of_a_folder_that_belongs_to_root_it_is_told_that_commands_may_not_write_there(
+    tmp_path, caplog
+):
+    async with DockerWorkspace(SERVER, volumes=[f"{tmp_path}:/project"]) as workspace:
+        assert (await workspace.execute("id -u")).stdout == "10001\n"
+    assert f"volumes: {tmp_path} belongs to user 0, as whom commands cannot run" in caplog.text
+
+
 async def test_a_folder_that_is_read_only_stays_as_it_is(folder):
     async with DockerWorkspace(SERVER, volumes=[f"{folder}:/project:ro"]) as workspace:
         result = await workspace.execute("id -u; touch /project/new")
@@ -169,3 +177,51 @@ async def test_docker_host_names_the_engine(monkeypatch):
         monkeypatch.setenv("DOCKER_HOST", url)
         async with DockerWorkspace(SERVER) as workspace:
             assert (await workspace.execute("echo reached")).stdout == "reached\n"
+
+
+INSIDE = """
+import asyncio, sys
+from workspaces import DockerWorkspace
+
+async def main():
+    async with DockerWorkspace(sys.argv[1], network=sys.argv[2] or None) as workspace:
+        print(workspace.target.url, (await workspace.execute("echo reached")).stdout)
+
+asyncio.run(main())
+"""
+
+
+async def run_inside(engine, instance, **host):
+    """Run a client in a container that has the engine's socket, and return what it said."""
+    body = {
+        "Image": SERVER,
+        "Entrypoint": ["/opt/agent-server/bin/python", "-c", INSIDE],
+        "Cmd": [SERVER, host.pop("wanted", "")],
+        "Labels": {labels.INSTANCE: instance},
+        "HostConfig": {"Binds": ["/var/run/docker.sock:/var/run/docker.sock"], **host},
+    }
+    id = await engine.create(f"test-{new_id()}", body)
+    await engine.start(id)
+    try:
+        return "\n".join([line async for line in engine.follow_logs(id)])
+    finally:
+        await engine.remove(id)
+
+
+async def test_a_client_in_a_container_joins_the_server_in_its_network(engine, instance, network):
+    said = await run_inside(engine, instance, NetworkMode=network)
+    (subnet,) = [found["IPAM"]["Config"] for found in await engine.networks({}) if found["Name"] == network]
+    assert said.startswith(f"http://{subnet[0]['Gateway'].rpartition('.')[0]}.")
+    assert said.split()[-1] == "reached"
+    assert ":8000 " in said
+
+
+async def test_a_client_in_a_container_is_told_when_it_is_not_in_the_network(engine, instance, network):
+    said = await run_inside(engine, instance, wanted=network)
+    assert f"which is not in the network {network}; connect it: docker network connect {network}" in said
+
+
+async def test_a_client_in_the_network_of_the_machine_uses_its_loopback(engine, instance):
+    said = await run_inside(engine, instance, NetworkMode="host")
+    assert said.startswith("http://127.0.0.1:")
+    assert said.split()[-1] == "reached"

@@ -127,3 +127,28 @@ async def test_when_its_container_dies_every_call_says_why(engine):
             await workspace.execute("true")
         with pytest.raises(WorkspaceLost, match="exit code 137"):
             await conversation.state()
+
+
+async def test_a_connection_that_is_lost_in_a_long_pause_is_made_again():
+    told = []
+    changed = asyncio.Event()
+
+    def on_connection(reason):
+        told.append(reason)
+        changed.set()
+
+    async with DockerWorkspace(SERVER, heartbeat=0.5, on_connection=on_connection) as workspace:
+        await workspace.execute("echo before > said.txt")
+        await workspace.pause()
+        await changed.wait()
+        running = asyncio.create_task(workspace.execute("cat said.txt"))
+        await workspace.resume()
+        assert (await running).stdout == "before\n"
+    assert told[0] is not None
+
+
+async def test_one_that_is_paused_can_be_left(engine):
+    async with DockerWorkspace(SERVER) as workspace:
+        name = workspace.container
+        await workspace.pause()
+    assert await state(engine, name) is None
