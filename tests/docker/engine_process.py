@@ -14,7 +14,9 @@ from typing import Self
 from tests.docker.images import BUSYBOX, busybox, load
 
 READY = b"API listen on"
-COMMAND = ["dockerd", "--bridge=none", "--iptables=false", "--ip-masq=false", "--ip-forward=false"]
+# In a network of its own: an engine without a bridge removes docker0 at its start, also that of the usual one.
+COMMAND = ["unshare", "--net", "dockerd"]
+COMMAND += ["--bridge=none", "--iptables=false", "--ip-masq=false", "--ip-forward=false"]
 
 
 class EngineProcess:
