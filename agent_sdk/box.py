@@ -214,6 +214,8 @@ async def serve(given: argparse.Namespace) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, box.over.set)
         async with _listening(given, box):
+            if given.unclaimed:  # the server may be another user; the folder around it is private
+                os.chmod(os.path.join(given.folder, SOCKET), 0o666)
             _say_ready(given.ready)
             await box.over.wait()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -32,12 +32,17 @@ RESERVED = (WORKSPACE, FOLDER, OUTPUT, RUNTIME, "/tmp", "/run")
 KERNEL = ("/proc", "/sys", "/dev")
 
 
+Propagation = Literal["rprivate", "rslave"]
+"""Engines want `rslave` for folders that are their own, such as those of volumes."""
+
+
 class Bind(Struct, frozen=True):
     """A folder of the engine's machine in a container."""
 
     source: str
     target: str
     read_only: bool = False
+    propagation: Propagation = "rprivate"
 
 
 class Parts(Struct, frozen=True, kw_only=True):
@@ -148,7 +153,7 @@ def _mount(bind: Bind) -> dict[str, Any]:
         "Source": bind.source,
         "Target": bind.target,
         "ReadOnly": bind.read_only,
-        "BindOptions": {"Propagation": "rprivate"},
+        "BindOptions": {"Propagation": bind.propagation},
     }
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Literal
 
 from agent_sdk.disk import in_thread
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, IsolationUnavailable, StorageFull
+from workspaces.confinement import NOT_CONFINED, Confinement
 from workspaces.programs import run
 
 Mechanism = Literal["ext4-loop", "none"]
@@ -176,7 +176,10 @@ class Disks:
 
     def _make_folders(self) -> None:
         for folder in (self._disks, self._mounts, self._folders):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(
+                0o711
+            )  # to remove what is theirs takes their rights; the folder around is the server's
         for fresh in (*self._disks.glob(f"*{FRESH}"), *self._folders.glob(f"*{FRESH}")):
             _remove(fresh)
 
@@ -255,7 +258,21 @@ def _make_folder(folder: Path) -> None:
 
 
 def _remove(place: Path) -> None:
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place, ignore_errors=True)
-    else:
+    if not place.is_dir() or place.is_symlink():
         place.unlink(missing_ok=True)
+    elif os.geteuid() == 0:
+        NOT_CONFINED.remove(place)
+    else:
+        _remove_theirs(place)
+
+
+def _remove_theirs(place: Path) -> None:
+    """Remove what belongs to the user of sandboxes, with the rights of that user where this one may have them."""
+    around = os.open(place.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # That user does not get through the folders above.
+        Confinement(isolation="user", user=USER).remove(Path(f"/proc/self/fd/{around}/{place.name}"))
+    except PermissionError:
+        NOT_CONFINED.remove(place)
+    finally:
+        os.close(around)

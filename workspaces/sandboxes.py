@@ -71,6 +71,10 @@ class _Ground(NamedTuple):
     paths: HostPaths
     pool: Pool
 
+    def is_the_engines(self, folder: Path) -> bool:
+        """Whether a folder is below that of the engine itself."""
+        return Path(self.paths.of(folder)).is_relative_to(self.engine.info.root_dir or "/")
+
 
 class Sandboxes:
     """See the module's docstring. Leaving lets go of the engine and of all sandboxes that have an owner."""
@@ -220,6 +224,7 @@ class Sandboxes:
                 output=ground.paths.of(output),
                 folder=ground.paths.of(self._box_folder(owner).run),
                 runtime=ground.paths.of(runtime.path),
+                propagation="rslave" if ground.is_the_engines(self._folder) else "rprivate",
             )
 
     def disk(self, owner: str) -> tuple[str, int | None, int | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from msgspec import Struct
 
 from agent_sdk.protocol.specs import Sandbox
+from workspaces.container_body import Propagation
 
 if TYPE_CHECKING:
     from workspaces.box_folder import BoxFolder
@@ -24,6 +25,7 @@ class Places(Struct, frozen=True):
     folder: str
     """Of the box: its socket."""
     runtime: str
+    propagation: Propagation = "rprivate"
 
 
 class Site(Protocol):
