@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from agent_sdk import RemoteWorkspace, Sandbox
+from agent_sdk import Conversation, RemoteWorkspace, Sandbox
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import IsolationUnavailable, WorkspaceUnavailable
 from tests.docker.conftest import remove_all
@@ -20,21 +20,21 @@ pytestmark = pytest.mark.docker
 
 
 @asynccontextmanager
-async def server(engine, instance, *volumes):
+async def server(engine, instance, *volumes, data="/data"):
     socket = Volume("/var/run/docker.sock", "/var/run/docker.sock")
     spec = ServerSpec(
         image=SERVER,
         name=f"agent-test-{new_id()}",
         volumes=(socket, *volumes),
         labels={labels.INSTANCE: instance},
-        env={"AGENT_SERVER_BOXES_ON_STOP": "end"},
+        env={"AGENT_SERVER_BOXES_ON_STOP": "end", "AGENT_SERVER_DATA": data},
     )
     container = ServerContainer(engine, spec)
     await container.start()
     try:
         yield container
+        await engine.stop(container.id, 20)  # it ends its sandboxes, as it would for whoever stops it
     finally:
-        print(await container.last_words())
         await container.stop()
 
 
@@ -53,14 +53,51 @@ async def volume(engine, instance):
     await engine.remove_volume(name)
 
 
-async def test_it_starts_sandboxes_beside_itself(engine, instance, volume):
+async def content(engine, instance, volume):
+    """What is in a volume, but for the box runtimes and the server's own files."""
+    body = {
+        "Image": BUSYBOX,
+        "Cmd": ["find", "/data/workspaces", "/data/boxes", "/data/spools/workspaces", "-mindepth", "1"],
+        "Labels": {labels.INSTANCE: instance},
+        "HostConfig": {"NetworkMode": "none", "Binds": [f"{volume}:/data"]},
+    }
+    id = await engine.create(f"agent-test-{new_id()}", body)
+    await engine.start(id)
+    await engine.watch(id).died
+    said = await engine.logs(id)
+    await engine.remove(id)
+    return said.split()
+
+
+async def test_it_starts_sandboxes_beside_itself_and_removes_all_of_them(engine, instance, volume):
     async with server(engine, instance, Volume(volume, "/data")) as beside:
         async with sandbox(beside) as workspace:
-            result = await workspace.execute("echo works >file; cat file; mkdir -p a/b; touch a/b/c; chmod 0 a/b; id -u")
+            result = await workspace.execute(
+                "echo works >file; cat file; mkdir -p a/b; touch a/b/c; chmod 0 a/b; id -u"
+            )
             assert result.stdout == "works\n10001\n"
             info = await workspace.describe()
             assert (info.isolation, info.disk_quota) == ("runc", "none")
             (container,) = await engine.containers({labels.CONVERSATION: workspace.conversation})
             assert container["Id"] != beside.id
-        left = container["Labels"][labels.INSTANCE]
-    assert await remove_all(engine, left) == []
+            assert await content(engine, instance, volume) != []
+            async with Conversation(None, workspace, id=workspace.conversation) as conversation:
+                await conversation.delete()
+        assert await content(engine, instance, volume) == []
+        async with sandbox(beside) as workspace:
+            await workspace.execute("true")
+    assert await remove_all(engine, container["Labels"][labels.INSTANCE]) == []
+
+
+async def test_a_limit_of_the_disk_is_refused_with_the_reason(engine, instance, volume):
+    async with server(engine, instance, Volume(volume, "/data")) as beside:
+        with pytest.raises(IsolationUnavailable, match="disk: .* the server runs in a container"):
+            async with sandbox(beside, disk="64m"):
+                pass
+
+
+async def test_without_a_volume_it_says_what_is_missing(engine, instance):
+    spec_without = server(engine, instance, data="/srv")
+    async with spec_without as beside, sandbox(beside) as workspace:
+        with pytest.raises(WorkspaceUnavailable, match="/srv/.* is not on a volume .* mount a volume"):
+            await workspace.execute("true")
