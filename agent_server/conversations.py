@@ -93,6 +93,7 @@ class Conversations:
         for row in rows:
             self._notes[row.id] = _note(row)
         await self._boxes.__aenter__()
+        await self._finish_removals()
         for row in rows:
             if row.damaged:
                 self._logs.log.warning(
@@ -221,6 +222,7 @@ class Conversations:
         Its connections are closed with 4404, but for the caller's, which still has to be answered.
         """
         note = self._notes.pop(hosted.id, None)
+        await self._condemn(note)
         await hosted.local.delete()
         hosted.dismiss(CLOSE_GONE, "the conversation was deleted", but=caller)
         await self._remove_place(hosted.id, note)
@@ -240,17 +242,41 @@ class Conversations:
     async def delete_damaged(self, id: str) -> None:
         """Remove a conversation that cannot be opened any more."""
         note = self._notes.pop(id, None)
+        await self._condemn(note)
         await self._log.delete(id)
         await self._remove_place(id, note)
 
     async def _remove_place(self, id: str, note: Note | None) -> None:
         self._logs.log.info("conversation_deleted", conversation=id)
-        if note is not None and not any(other.owner == note.owner for other in self._notes.values()):
-            await self._boxes.forget(note.owner)
-            if note.sandbox is not None:
-                await self._boxes.sandboxes.forget(note.owner)
+        if note is not None and not self._is_used(note.owner):
+            await self._remove(note.owner, sandbox=note.sandbox is not None)
+
+    async def _remove(self, owner: str, *, sandbox: bool) -> None:
+        """Remove a workspace with its box. One in a folder of the machine's stays, of course."""
+        await self._boxes.forget(owner)
+        if sandbox:
+            await self._boxes.sandboxes.forget(owner)
+        else:
+            await asyncio.to_thread(self._folder.confinement.remove, self._folder.workspace(owner))
+        await asyncio.to_thread((self._folder.condemned / owner).unlink, missing_ok=True)
+
+    def _is_used(self, owner: str) -> bool:
+        return any(note.owner == owner for note in self._notes.values())
+
+    async def _condemn(self, note: Note | None) -> None:
+        """Write down what is about to be removed: the log forgets it first, and we may be killed in between."""
+        if note is not None and not self._is_used(note.owner):
+            await asyncio.to_thread(self._folder.condemned.mkdir, mode=0o700, exist_ok=True)
+            kind = "sandbox" if note.sandbox is not None else "folder"
+            await asyncio.to_thread((self._folder.condemned / note.owner).write_text, kind)
+
+    async def _finish_removals(self) -> None:
+        """Remove what the last server was removing when it was killed; what the log still has it had not begun with."""
+        for mark in await asyncio.to_thread(lambda: list(self._folder.condemned.glob("*"))):
+            if self._is_used(mark.name):
+                await asyncio.to_thread(mark.unlink)
             else:
-                await asyncio.to_thread(self._folder.confinement.remove, self._folder.workspace(note.owner))
+                await self._remove(mark.name, sandbox=await asyncio.to_thread(mark.read_text) == "sandbox")
 
     def wind_down(self) -> None:
         """Let go of every turn as soon as the next server can go on with it; it counts as work until then."""

@@ -42,6 +42,11 @@ class DataFolder:
         return self.root / "output"
 
     @property
+    def condemned(self) -> Path:
+        """A file per workspace that is being removed, named after its owner, until all of it is gone."""
+        return self.root / "condemned"
+
+    @property
     def runtimes(self) -> Path:
         """A folder per runtime of the Runtime API."""
         return self.root / "runtimes"

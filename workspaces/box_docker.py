@@ -309,6 +309,8 @@ class BoxContainer:
             raise WorkspaceLost("its container was removed") from None
         self._id, state = str(inspected["Id"]), inspected["State"]
         self._follow(engine)
+        if state["Status"] == "created":  # it cannot die
+            raise WorkspaceLost("its server ended before it was started")
         if not state["Running"]:
             await self._ended
             raise WorkspaceLost(self._words)

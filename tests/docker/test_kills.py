@@ -11,29 +11,20 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
+from agent_sdk.protocol.errors import AgentServerError
+from tests.chaos.server import Server
 from tests.docker.held_engine import HeldEngine
 from tests.docker.leaks import nothing_is_left_of
+from tests.docker.points import ENDED, ENDING, RUNNING, SECONDS, STARTING, nothing_is_left, reached, used
 from tests.docker.servers import SERVER
 from workspaces import labels
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
-RUNNING = None
-"""Not a call: a command runs."""
-CREATE, START = ("POST", "/containers/create"), ("POST", "/containers/[^/]+/start")
-POINTS = {
-    "the container is about to be created": (*CREATE, "asked"),
-    "the container was created": (*CREATE, "answered"),
-    "the container is about to start": (*START, "asked"),
-    "the container has started": (*START, "answered"),
-    "a command runs": RUNNING,
-}
-SECONDS = 60
 
-
-@pytest.fixture(params=POINTS)
+@pytest.fixture(params=STARTING)
 def point(request):
-    return POINTS[request.param]
+    return STARTING[request.param]
 
 
 @pytest.fixture
@@ -90,3 +81,43 @@ async def test_nothing_is_left_of_a_client_that_is_killed(engine, held, point):
         held.release()
         # The reaper of this client has the way to the engine on its command line.
         await nothing_is_left_of(engine, {labels.OWNER: owner}, held.url)
+
+
+# --- a server with sandboxes ---
+
+
+@pytest.fixture
+async def server(tmp_path, held, box_runtime) -> AsyncIterator[Server]:
+    async with Server(tmp_path, engine=held.url, box_runtime=box_runtime) as server:
+        yield server
+
+
+async def test_nothing_is_left_of_a_server_that_is_killed(engine, held, server, point):
+    assert await server.start()
+    if point is not RUNNING:
+        held.hold(*point)
+    async with used(server) as use:
+        await reached(point, held, use)
+        await server.kill()
+        held.release()
+        assert await server.start()
+        outcome = await use.outcome()
+        assert outcome == ENDED or (point is not RUNNING and outcome == "unknown")
+        await use.still_works()
+        await use.delete()
+    await nothing_is_left(engine, server)
+
+
+async def test_nothing_is_left_of_a_server_that_is_killed_while_it_removes_a_sandbox(engine, held, server):
+    assert await server.start()
+    async with used(server) as use:
+        await use.outcome()
+        held.hold(*ENDING)
+        deleting = asyncio.create_task(use.delete())
+        await held.reached()
+        await server.kill()
+        held.release()
+        assert await server.start()
+        with suppress(AgentServerError):  # it may be deleted already
+            await deleting
+    await nothing_is_left(engine, server)
