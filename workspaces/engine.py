@@ -220,15 +220,19 @@ class Engine:
         """Return the last lines of its output, at most 64 KiB; empty when there is none, or nothing of it."""
         return await last_lines(self._api, id, lines)
 
-    def follow_logs(self, id: str) -> AsyncIterator[str]:
+    def follow_logs(self, id: str, *, since_now: bool = False) -> AsyncIterator[str]:
         """Return the lines of its output from the start until it ends; close the iterator to end it before.
 
         When it has ended, an engine may leave out a last line that has no newline.
 
+        Args:
+            id: of the container.
+            since_now: leave out what it has written already.
+
         Raises:
             NotFound: there is none. EngineUnavailable: the engine does not answer, or ended before the container.
         """
-        return follow(self._api, id)
+        return follow(self._api, id, "0" if since_now else "all")
 
     async def image(
         self,

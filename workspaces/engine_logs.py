@@ -32,9 +32,9 @@ async def last_lines(api: EngineApi, id: str, lines: int) -> str:
     return found.rstrip("\n")
 
 
-def follow(api: EngineApi, id: str) -> AsyncIterator[str]:
+def follow(api: EngineApi, id: str, tail: str = "all") -> AsyncIterator[str]:
     """See Engine.follow_logs."""
-    return _read(api, id, follow="1")
+    return _read(api, id, follow="1", tail=tail)
 
 
 async def _read(api: EngineApi, id: str, **params: str) -> AsyncIterator[str]:

@@ -204,7 +204,8 @@ class ServerContainer:
             await self._engine.start(self.id)
             self._tell("start", 1, 1)
         self._watch = self._engine.watch(self.id)  # not before: one that has ended is dead
-        self._following = asyncio.create_task(self._follow())
+        if self._on_log is not None:
+            self._following = asyncio.create_task(self._follow())
         await self._reached()
 
     async def _reached(self) -> None:
@@ -240,11 +241,10 @@ class ServerContainer:
     async def _follow(self, ready: asyncio.Future[None] | None = None) -> None:
         """Pass the server's lines on; the one that says that it is ready is not for people."""
         with suppress(AgentServerError):  # its end is noticed elsewhere
-            async for line in self._engine.follow_logs(self.id):
+            async for line in self._engine.follow_logs(self.id, since_now=ready is None):
                 if _is_ready(line):
                     if ready is not None and not ready.done():
                         ready.set_result(None)
-                        ready = None
                     if self._on_log is None:
                         return
                 elif self._on_log is not None:

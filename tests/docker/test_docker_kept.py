@@ -1,5 +1,7 @@
 """A container that is kept outlives its client and is found again by its name."""
 
+import json
+
 import pytest
 
 from agent_sdk import Agent, Conversation
@@ -33,6 +35,16 @@ async def test_it_is_used_again_with_its_files_and_its_conversations(engine, fre
         assert "Hello." in str([event async for event in told.events()])
     assert await state(engine, free_name) is None
     assert not await there(engine, volumes)
+
+
+async def test_what_the_server_said_before_is_not_told_again(free_name):
+    await leave_one(free_name)
+    lines = []
+    async with DockerWorkspace(SERVER, name=free_name, on_log=lines.append) as workspace:
+        await workspace.execute("true")
+    told = [json.loads(line)["event"] for line in lines]
+    assert "conversation_made" in told
+    assert "server_started" not in told
 
 
 @pytest.mark.parametrize("rest", ["pause", "stop"])
