@@ -31,7 +31,7 @@ END_SECONDS = 30.0
 END_TRIES = 3
 FIRST_SECONDS, LONGEST_SECONDS = 0.2, 5.0
 _ALWAYS: Mapping[str, Any] = {
-    "command": "/opt/agent-server/bin/start serve --host 0.0.0.0 --port 8000 --json",
+    "command": "/opt/agent-server/bin/start serve --host 0.0.0.0 --port 60000 --json",
     "working_dir": "/",
     "run_as_user": 10_001,
     "fs_group": 10_001,
