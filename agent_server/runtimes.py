@@ -79,6 +79,7 @@ class Runtimes:
         self._all: dict[str, Runtime] = {}
         self._sessions: dict[tuple[str, str], Runtime] = {}
         """By tenant and session; without those that are being ended."""
+        self._unreadable: set[str] = set()
         self._sweeper: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -175,7 +176,8 @@ class Runtimes:
             del self._sessions[record.tenant, record.session_id]
         await runtime.stop()
         await in_thread(_remove, self._folder / record.runtime_id)
-        self._all.pop(record.runtime_id, None)
+        if self._all.pop(record.runtime_id, None) is not None:
+            self._logs.log.info("runtime_removed", runtime=record.runtime_id)
 
     # --- what is allowed ---
 
@@ -252,6 +254,7 @@ class Runtimes:
             except FileNotFoundError:
                 _remove(folder)  # nothing was started before that file was whole
             except (OSError, msgspec.DecodeError) as exc:
+                self._unreadable.add(folder.name)  # what it has is not touched
                 self._logs.log.error("runtime_unreadable", folder=str(folder), problem=str(exc))
         return found
 
@@ -270,7 +273,7 @@ class Runtimes:
             if runtime.record.wanted == "gone":
                 with suppress(AgentServerError):
                     await self.stop(runtime)
-        await self._pods.sweep(lambda: list(self._all))
+        await self._pods.sweep(lambda: [*self._all, *self._unreadable])
 
 
 _SHARED = tuple(name for name in PodSpec.__struct_fields__ if name != "folder")

@@ -195,3 +195,64 @@ def test_a_file_that_is_no_text_is_one_sentence(tmp_path):
     (tmp_path / "c.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(StartRefused, match="is not UTF-8 text"):
         load(tmp_path / "c.toml", environ={})
+
+
+def test_the_runtime_api_has_a_table_and_its_tenants_have_one_each(tmp_path):
+    text = f"""
+[server]
+runtime_api = "process"
+[runtime_api]
+images = ["a:*"]
+unit_cpus = 2
+[runtime_api.tenants.alice]
+key = "{KEY}"
+sandboxes = 3
+"""
+    config = loaded(tmp_path, text, environ={"AGENT_SERVER_RUNTIME_API_SANDBOXES": "5"})
+    assert (config.runtime_api, config.runtimes.images, config.runtimes.unit_cpus) == (
+        "process",
+        ("a:*",),
+        2.0,
+    )
+    assert config.runtimes.sandboxes == 5
+    alice = config.runtimes.tenants["alice"]
+    assert (alice.key, alice.sandboxes, alice.cpus) == (KEY, 3, None)
+    assert KEY not in repr(config.runtimes)
+
+
+WRONG_TENANTS = {
+    "no key": (
+        "[runtime_api.tenants.alice]\ncpus = 1\n",
+        "config.toml:1: runtime_api.tenants.alice needs a key or a key_file",
+    ),
+    "short key": (
+        '[runtime_api.tenants.alice]\nkey = "short"\n',
+        "runtime_api.tenants.alice.key must be at least 16 printable ASCII characters without spaces",
+    ),
+    "unknown option": (
+        f'[runtime_api.tenants.alice]\nkey = "{KEY}"\ncpu = 1\n',
+        "config.toml:3: runtime_api.tenants.alice.cpu is no option; did you mean cpus?",
+    ),
+    "wrong quota": (
+        f'[runtime_api.tenants.alice]\nkey = "{KEY}"\nsandboxes = 0\n',
+        "config.toml:3: runtime_api.tenants.alice.sandboxes must be 1..100000 (got 0)",
+    ),
+    "no table": (
+        "[runtime_api]\ntenants = 3\n",
+        "config.toml: a tenant is a table: [runtime_api.tenants.NAME]",
+    ),
+    "unknown kind": (
+        '[server]\nruntime_api = "kubernetes"\n',
+        "config.toml:2: server.runtime_api must be off or process or docker (got kubernetes)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "sentence"), WRONG_TENANTS.values(), ids=WRONG_TENANTS)
+def test_a_wrong_tenant_is_told_with_its_place(tmp_path, text, sentence):
+    assert refusal(tmp_path, text) == sentence
+
+
+def test_a_tenants_key_that_everybody_can_read_is_refused(tmp_path):
+    text = f'[runtime_api.tenants.alice]\nkey = "{KEY}"\n'
+    assert "holds the key of a tenant and everybody can read it" in refusal(tmp_path, text, mode=0o644)
