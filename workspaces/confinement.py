@@ -227,7 +227,7 @@ def _reason(words: str) -> str:
 
 
 def _reaches(user: int, data: Path) -> bool:
-    with rights_of(user), suppress(OSError):
+    with suppress(OSError), rights_of(user):
         return (data / "workspaces").is_dir()
     return False
 

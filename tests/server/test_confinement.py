@@ -130,7 +130,7 @@ async def test_a_command_is_another_user_without_any_capability(workspace):
         "touch {data}/workspaces/planted",
         "mv {data}/workspaces/{owner} {data}/workspaces/other",
         "tr '\\0' '\\n' </proc/{server}/environ",
-        "head -c 1 /proc/{server}/mem",
+        ": </proc/{server}/mem",
         "cat /proc/{server}/maps | grep .",
         "ls /proc/{server}/fd/",
         "kill -0 {server}",
@@ -194,7 +194,7 @@ async def test_in_namespaces_nothing_escapes_its_end(box, confined):
     """Not even what has another session, another parent and no environment."""
     hide = "env -i setsid sh -c 'sleep 600 & exec sleep 600' >/dev/null 2>&1 &"
     async with box, RemoteWorkspace(box.url) as workspace:
-        await workspace.execute(hide)
+        await workspace.execute(f"{hide} until [ $(pgrep -c sleep) = 2 ]; do :; done")
         inside = psutil.Process(box.pid).children(recursive=True)
         assert sum(child.name() == "sleep" for child in inside) == 2
     assert all(gone(child.pid) for child in inside)
@@ -260,7 +260,7 @@ async def test_in_namespaces_there_is_no_network(workspace):
 @in_namespaces
 async def test_in_namespaces_nobody_else_is_seen(workspace, box, neighbour):
     processes = (await workspace.execute("cat /proc/[0-9]*/comm")).stdout.split()
-    assert set(processes) == {"bwrap", "ld.so", "bash", "cat"}
+    assert {"bwrap", "ld.so"} <= set(processes) <= {"bwrap", "ld.so", "bash", "cat"}
     assert (await workspace.execute(["ls", str(neighbour.parent)])).stdout.split() == [box.root.name]
     assert (await workspace.execute(["cat", str(neighbour / "file")])).exit_code == 1
 
@@ -316,7 +316,8 @@ async def test_a_program_that_is_missing_is_named_with_its_package(data, tmp_pat
 @as_root
 async def test_where_there_are_no_more_namespaces_bwrap_is_not_available(data):
     inside = ("unshare", "--user", "--map-root-user", "sh", "-c")
-    none_left = 'echo 0 >/proc/sys/user/max_user_namespaces; exec "$0" "$@"'
+    no_capability = "setpriv --bounding-set=-all --inh-caps=-all"
+    none_left = f'echo 0 >/proc/sys/user/max_user_namespaces; exec {no_capability} "$0" "$@"'
     said = await refused("bwrap", data, *inside, none_left)
     assert "IsolationUnavailable isolation=bwrap is not available: bwrap: " in said
     assert "allow user namespaces" in said
