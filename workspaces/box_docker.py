@@ -51,6 +51,9 @@ READY_SECONDS = 30.0
 CLAIM_SECONDS = 10.0
 STOP_SECONDS = 5
 SHOWN_DIFFERENCES = 20
+GVISOR = "runsc"
+REACHED_BY = ({"--host-uds=all", "--host-uds=create"}, {"--host-fifo=open"})
+"""What gVisor needs to be told, so that the box can listen in a folder of this machine."""
 KILLED = {128 + 9: "SIGKILL", 128 + 15: "SIGTERM"}
 
 
@@ -254,6 +257,13 @@ class BoxContainer:
             raise IsolationUnavailable(
                 f"the engine has no runtime {wanted}; install it and name it in the engine's daemon.json, "
                 f"or ask for one of: {', '.join(sorted(engine.info.runtimes))}",
+                wanted=wanted,
+            )
+        arguments = set(engine.info.runtimes[wanted])
+        if wanted == GVISOR and not all(arguments & either for either in REACHED_BY):
+            raise IsolationUnavailable(
+                f"the engine's runtime {wanted} lets nothing reach a sandbox; give it the arguments "
+                "--host-uds=all and --host-fifo=open in the engine's daemon.json",
                 wanted=wanted,
             )
         return wanted

@@ -33,7 +33,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     memory: int = 0
     """Bytes."""
     cgroup_version: str = "1"
-    runtimes: tuple[str, ...] = ()
+    runtimes: Mapping[str, tuple[str, ...]] = {}
+    """Each with the arguments it is started with."""
     default_runtime: str = ""
     runc: str = ""
     """Its version."""
@@ -69,7 +70,7 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
                 cpus=said.cpus,
                 memory=said.memory,
                 cgroup_version=said.cgroup_version or "1",
-                runtimes=tuple(sorted(said.runtimes)),
+                runtimes={name: tuple(said.runtimes[name].arguments or ()) for name in sorted(said.runtimes)},
                 default_runtime=said.default_runtime,
                 runc=components.get("runc", ""),
                 security_options=tuple(said.security_options or ()),
@@ -86,13 +87,17 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
             ) from None
 
 
+class _Runtime(Struct):
+    arguments: list[str] | None = msgspec.field(name="runtimeArgs", default=None)
+
+
 class _Info(Struct):
     name: str = msgspec.field(name="Name")
     time: datetime | None = msgspec.field(name="SystemTime", default=None)
     cpus: int = msgspec.field(name="NCPU", default=0)
     memory: int = msgspec.field(name="MemTotal", default=0)
     cgroup_version: str = msgspec.field(name="CgroupVersion", default="1")
-    runtimes: dict[str, Any] = msgspec.field(name="Runtimes", default_factory=dict)
+    runtimes: dict[str, _Runtime] = msgspec.field(name="Runtimes", default_factory=dict)
     default_runtime: str = msgspec.field(name="DefaultRuntime", default="")
     security_options: list[str] | None = msgspec.field(name="SecurityOptions", default=None)
     live_restore: bool = msgspec.field(name="LiveRestoreEnabled", default=False)

@@ -1,15 +1,17 @@
 """A second engine that a test may kill: a dockerd of its own, with nothing in common with the usual one."""
 
 import asyncio
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tests.docker.images import BUSYBOX, busybox, load
 
@@ -22,11 +24,12 @@ COMMAND += ["--bridge=none", "--iptables=false", "--ip-masq=false", "--ip-forwar
 class EngineProcess:
     """`async with` starts it with the busybox image, and ends it with everything in it."""
 
-    def __init__(self, *, live_restore: bool = False) -> None:
+    def __init__(self, *, live_restore: bool = False, runtimes: Mapping[str, Any] = {}) -> None:
         # A short path: sockets below it have names of at most 108 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="engine-"))
         self.url = f"unix://{self.folder}/docker.sock"
         self._live_restore = live_restore
+        (self.folder / "daemon.json").write_text(json.dumps({"runtimes": runtimes}))
         self._process: asyncio.subprocess.Process | None = None
         self._output: asyncio.Task[None] | None = None
 
@@ -55,6 +58,7 @@ class EngineProcess:
             (self.folder / stale).unlink(missing_ok=True)  # its number may belong to another process by now
         command = [*COMMAND, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
         command += ["--pidfile", f"{self.folder}/docker.pid", "--host", self.url]
+        command += ["--config-file", f"{self.folder}/daemon.json"]
         if self._live_restore:
             command.append("--live-restore")
         self._process = await asyncio.create_subprocess_exec(
