@@ -7,6 +7,7 @@ import pytest
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
+    ConnectionLost,
     EngineUnavailable,
     ImageUnavailable,
     InvalidParams,
@@ -139,4 +140,23 @@ async def test_one_that_never_becomes_ready_ends_with_the_time_for_its_start(
     )
     assert str(error).endswith("was not ready after 2 s (phase ready); it said: hm")
     assert error.details["phase"] == "ready"
+    assert await state(engine, free_name) is None
+
+
+READY = """echo '{\\"url\\":\\"\\",\\"api_key_file\\":null,\\"pid\\":1}'"""
+
+
+@pytest.mark.parametrize("image_that_does", [f"{READY}; echo and out; exit 4"], indirect=True)
+async def test_a_server_that_dies_as_soon_as_it_is_ready_is_told_with_its_last_words(image_that_does):
+    error = await refused(WorkspaceUnavailable, server_image=image_that_does)
+    assert "it ended with exit code 4" in str(error)
+    assert "and out" in str(error)
+
+
+@pytest.mark.parametrize("image_that_does", [f"{READY}; sleep 600"], indirect=True)
+async def test_one_that_says_it_is_ready_and_does_not_listen_ends_with_the_time_for_its_start(
+    engine, image_that_does, free_name
+):
+    options = {"name": free_name, "startup_timeout": 2}
+    await refused((WorkspaceUnavailable, ConnectionLost), server_image=image_that_does, **options)
     assert await state(engine, free_name) is None

@@ -134,6 +134,16 @@ async def test_ctrl_c_removes_the_container_before_the_program_ends(engine, free
         assert b"KeyboardInterrupt" in await process.stderr.read()
 
 
+async def test_one_that_is_to_be_kept_is_not_kept_when_its_client_is_killed_before_it_is_ready(
+    engine, free_name
+):
+    async with removal(free_name), client(ASYNC.replace("name=", "keep=True, name="), free_name) as process:
+        await until(process, "ready 0")
+        (reaper,) = reapers(await instance_of(engine, free_name))
+        process.kill()
+    await ended(reaper)
+
+
 async def test_no_reaper_stays_when_the_workspace_was_left(engine):
     async with DockerWorkspace(SERVER) as workspace:
         instance = await instance_of(engine, workspace.container)

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 
 import pytest
 
 from agent_sdk import Agent, Conversation
-from agent_sdk.protocol.errors import WorkspaceLost
+from agent_sdk.protocol.errors import PathError, WorkspaceLost
 from agent_sdk.testing import ScriptedLLM, call, say
 from tests.docker.servers import SERVER, state, there, volumes_of
 from workspaces import DockerWorkspace
@@ -152,3 +153,41 @@ async def test_one_that_is_paused_can_be_left(engine):
         name = workspace.container
         await workspace.pause()
     assert await state(engine, name) is None
+
+
+async def test_no_command_and_no_file_call_reads_what_is_the_servers(engine):
+    async with DockerWorkspace(SERVER) as workspace:
+        key = workspace.target.api_key
+        seen = await workspace.execute(
+            "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline; ps -ef; find / -xdev -user 10000 -exec cat {} +"
+        )
+        assert key not in seen.stdout + seen.stderr
+        assert not seen.truncated
+        assert "Permission denied" in seen.stderr
+        server = (await workspace.execute("pgrep -u 10000 -f 'agent-server serve' | tail -1")).stdout.strip()
+        assert (await workspace.execute(f"kill -9 {server}")).exit_code == 1
+        for path in (f"/proc/{server}/environ", f"/proc/{server}/mem", "/data/log.db"):
+            with pytest.raises(PathError):
+                await workspace.files.read(path)
+        assert key not in str((await engine.inspect(workspace.container))["Config"]["Labels"])
+
+
+async def test_several_start_at_once_and_each_has_its_own():
+    async with AsyncExitStack() as stack:
+        starting = (stack.enter_async_context(DockerWorkspace(SERVER)) for _ in range(4))
+        workspaces = await asyncio.gather(*starting)
+        said = await asyncio.gather(*(each.execute("hostname") for each in workspaces))
+    assert len({result.stdout for result in said}) == 4
+
+
+async def test_the_least_memory_is_enough_for_a_server_and_a_command():
+    async with DockerWorkspace(SERVER, memory="64m") as workspace:
+        assert (await workspace.execute("echo fits")).stdout == "fits\n"
+
+
+async def test_it_can_be_entered_again():
+    workspace = DockerWorkspace(SERVER)
+    for _ in range(2):
+        async with workspace:
+            assert (await workspace.execute("ls -A")).stdout == ""
+            await workspace.execute("touch said.txt")
