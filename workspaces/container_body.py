@@ -20,7 +20,8 @@ from workspaces.sizes import parse_size
 UID = 10001
 WORKSPACE, FOLDER, OUTPUT, RUNTIME = "/workspace", "/run/agent", "/run/agent-output", "/opt/agent"
 LEAST_MEMORY = "32m"
-TMP = "rw,noexec,nosuid,nodev,size=64m,mode=1777"
+TMP = f"rw,noexec,nosuid,nodev,size=64m,mode=1777,uid={UID},gid={UID}"
+"""It belongs to the commands, because runc gives it the mode of the folder that the image has there."""
 RUN = "rw,noexec,nosuid,nodev,size=8m,mode=755"
 ENVIRONMENT: Mapping[str, str] = {
     "HOME": WORKSPACE,
