@@ -60,7 +60,7 @@ from agent_sdk.version import __version__
 
 SOCKET, RECORD = "box.sock", "box.json"
 LOG_BYTES = 1 << 20
-THREADS = 4
+THREADS = 2
 FIRST_SECONDS = 30.0
 """How long it waits for its first company at least, however short it lingers later."""
 

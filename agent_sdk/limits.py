@@ -15,8 +15,8 @@ from agent_sdk.cgroup import Cgroup
 from agent_sdk.protocol.methods import LimitReached
 from agent_sdk.protocol.results import Exit
 
-FULL_BYTES = 64 << 10
-"""A disk with less room than this is full."""
+FULL_BYTES = 1 << 20
+"""A disk with less room than this, and than an eighth of it, is full: programs write in large pieces."""
 
 _DIES_FIRST = b"1000"
 
@@ -96,8 +96,8 @@ class LimitWatch:
             state = os.statvfs(self._folder)
         except OSError:
             return False
-        no_names = state.f_files > 0 and state.f_favail == 0
-        return state.f_blocks > 0 and (state.f_bavail * state.f_frsize < FULL_BYTES or no_names)
+        full = state.f_bavail * state.f_frsize < min(FULL_BYTES, state.f_blocks * state.f_frsize // 8)
+        return full or (state.f_files > 0 and state.f_favail == 0)
 
     def _detail(self, limit: Limit) -> str:
         match limit:

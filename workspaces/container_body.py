@@ -124,9 +124,9 @@ def _host_config(spec: Sandbox, parts: Parts) -> dict[str, Any]:
         "CpuShares": 256,
         "PidsLimit": spec.pids,
         "ShmSize": 16 << 20,
+        # Not nproc: it counts all processes of this user, those in other sandboxes, too.
         "Ulimits": [
             _limit("nofile", 1024, 4096),
-            _limit("nproc", 2 * spec.pids),
             _limit("core", 0),
             _limit("fsize", 2 << 30),
             _limit("memlock", 64 << 10),

@@ -168,7 +168,8 @@ class Child:
         if found is None or self.over.done() or (self._ending is not None and not self._ending.done()):
             return
         if self._verdict is not None:
-            found = Exit(status=self._verdict, signal=found.signal, duration=time.monotonic() - self.started)
+            seconds = time.monotonic() - self.started
+            found = replace(found, status=self._verdict, exit_code=None, duration=seconds)
         self.exit = found
         self.over.set_result(found)
 
