@@ -33,7 +33,7 @@ while True: time.sleep(100)
 async def run(tmp_path):
     """Starts bash text and waits until it has made the file `ready`."""
     children = Children()
-    folder = open_folder(Root(str(tmp_path)), ".", "")
+    folder = open_folder(Root(str(tmp_path)), ".")
     none = subprocess.DEVNULL
 
     async def run(text: str, argv: tuple[bytes, ...] = ()):
@@ -147,7 +147,7 @@ async def test_cancelling_does_not_stop_the_ending(run, tmp_path):
 
 async def test_without_pidfds_a_thread_waits(tmp_path):
     children = Children(by_thread=True)
-    folder = open_folder(Root(str(tmp_path)), ".", "")
+    folder = open_folder(Root(str(tmp_path)), ".")
     none = subprocess.DEVNULL
     launch = Launch((b"bash", b"-c", b"exit 9"), workspace_environment())
     child = children.spawn(launch, folder, stdin=none, stdout=none, stderr=none)
