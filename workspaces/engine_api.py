@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 import tenacity
 
+from agent_sdk.local.environment import from_caller
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound
 from workspaces.engine_failure import FAILURES, failure, is_lost, not_dialled
 
@@ -166,6 +167,8 @@ def dial(url: str | None, version: str = "auto") -> aiodocker.Docker:
     Raises:
         EngineUnavailable: there is no address, or a wrong one.
     """
+    # aiodocker would take the user's current context before it, unlike every other client.
+    url = url or from_caller(["DOCKER_HOST"]).get("DOCKER_HOST") or None
     try:
         return aiodocker.Docker(url, api_version=version)
     except (AssertionError, ValueError, OSError, RuntimeError, ssl.SSLError, aiodocker.DockerError) as exc:

@@ -89,7 +89,22 @@ except Exception as exc:
     assert "group" in done.stdout
 
 
-@pytest.mark.parametrize("url", ["docker.sock", "ftp://host", "", "tcp://", "tcp://host:port"])
+async def test_docker_host_counts_before_the_context_and_an_address_before_both(monkeypatch, tmp_path, fake):
+    config = tmp_path / ".docker" / "config.json"
+    config.parent.mkdir()
+    config.write_text('{"currentContext": "nonesuch"}')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    await refusal(None)
+    monkeypatch.setenv("DOCKER_HOST", fake.url)
+    async with Engine() as engine:
+        assert engine.where == fake.url
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere.sock")
+    async with Engine(fake.url) as engine:
+        assert engine.where == fake.url
+
+
+@pytest.mark.parametrize("url", ["docker.sock", "ftp://host", "unix:", "tcp://", "tcp://host:port"])
 async def test_an_address_that_makes_no_sense_is_refused(url):
     await refusal(url)
 
