@@ -11,7 +11,14 @@ import msgspec
 from msgspec import Raw
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, StateConflict, WorkspaceUnavailable
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    EngineUnavailable,
+    OutcomeUnknown,
+    StateConflict,
+    WorkspaceLost,
+    WorkspaceUnavailable,
+)
 from agent_sdk.protocol.events import WorkspaceChanged
 from agent_sdk.protocol.methods import Describe, LimitReached
 from agent_sdk.protocol.results import WorkspaceInfo
@@ -291,7 +298,8 @@ class BoxLink:
                 await box.start()
             change = await self._stay(box, "found" if found else "started")
         except Exception as exc:  # noqa: BLE001  whoever waits for the box gets it, whatever it is
-            change, error = ("lost", None) if self._linked or found else ("ended", exc)
+            lost = self._linked is not None or found or isinstance(exc, WorkspaceLost)
+            change, error = ("lost", None) if lost else ("ended", exc)
             if change == "lost":  # its connection may break before its end is known
                 await asyncio.wait([box.ended], timeout=self._patience)
         words = box.last_words() if change == "lost" else ""
@@ -304,7 +312,8 @@ class BoxLink:
         else:
             await box.end()
         self._linked, self._keeper, self._box, self._frozen = None, None, None, False
-        self.instance, self.survived, self.owing = new_id(), False, False
+        if not (self.survived and isinstance(error, EngineUnavailable)):  # else it may still be there
+            self.instance, self.survived, self.owing = new_id(), False, False
         self._turn(error)
         self._tell(change, words)
         if change == "lost":

@@ -112,7 +112,7 @@ class Relay:
     # --- what changes nothing ---
 
     async def _look(self, params: Method[Any], call: Inbound) -> Any:
-        if isinstance(params, ProcessList) and not self._link.is_running:
+        if isinstance(params, ProcessList) and not (self._link.is_running or self._link.survived):
             return []
         try:
             async with Passage(params, call) as passage:

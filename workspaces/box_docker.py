@@ -18,6 +18,8 @@ from msgspec.structs import replace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     AgentServerError,
+    ConnectionLost,
+    EngineUnavailable,
     IsolationUnavailable,
     NotFound,
     ProfileMismatch,
@@ -96,6 +98,8 @@ class BoxContainer:
         self._words = ""
         self._listener: Callable[[bool], None] = lambda frozen: None
         self._frozen = False
+        self._unknown = False
+        """Whether there may be a container on record that nobody could look for: then it is left alone."""
         self._expected: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
@@ -154,17 +158,26 @@ class BoxContainer:
             EngineUnavailable, ImageUnavailable, IsolationUnavailable, ProfileMismatch, WorkspaceUnavailable:
                 it did not start; with phase, cause and what to do.
         """
+        record = self._folder.read()
+        if record is not None and record.instance == self.instance:
+            await self._return_to(record)
+            return
         try:
-            record = self._folder.read()
-            if (
-                record is not None and record.instance == self.instance
-            ):  # the engine was away when we looked for it
-                await self._attach(record)
-                return
             if record is None and await self._take_over():
                 return
             await self.launch()
             await self.claim()
+        except BaseException:
+            await self.end()
+            raise
+
+    async def _return_to(self, record: Record) -> None:
+        """Find the container that could not be looked for when there was no engine."""
+        try:
+            await self._attach(record)
+        except EngineUnavailable:
+            self._unknown = True
+            raise
         except BaseException:
             await self.end()
             raise
@@ -239,8 +252,12 @@ class BoxContainer:
             instance=self.instance,
             env={**ENVIRONMENT, **image, "HOME": WORKSPACE, **self._site.environment, **self.spec.env},
         )
-        async with connect(self.url) as connection:
-            info = await connection.peer.call(call, timeout=CLAIM_SECONDS)
+        try:
+            async with asyncio.timeout(CLAIM_SECONDS), connect(self.url) as connection:
+                info = await connection.peer.call(call)
+        except (ConnectionLost, TimeoutError) as exc:
+            why = str(exc) or f"not within {CLAIM_SECONDS:.0f} s"
+            raise WorkspaceUnavailable(f"the box did not answer: {why}", phase="claim") from None
         inspected = await (await self._site.engine()).inspect(self._id)
         differences = engine_differences(self._body, inspected) + box_differences(self._body, info.profile)
         if differences:
@@ -311,8 +328,15 @@ class BoxContainer:
             WorkspaceLost: it has ended, or was never whole.
             EngineUnavailable: nobody knows.
         """
-        engine = await self._site.engine()
         self._record = record
+        try:
+            await self._reach(await self._site.engine(), record)
+        except (EngineUnavailable, WorkspaceLost):
+            raise
+        except AgentServerError as exc:
+            raise WorkspaceLost(f"it cannot be used any more: {exc.message}") from None
+
+    async def _reach(self, engine: Engine, record: Record) -> None:
         try:
             inspected = await engine.inspect(record.container)
         except NotFound:
@@ -352,6 +376,9 @@ class BoxContainer:
 
     async def _end(self) -> None:
         """What the engine does not remove now, because it is away, the sweep removes later."""
+        if self._unknown:
+            self.let_go()
+            return
         if self._id is not None:
             with suppress(AgentServerError):
                 engine = await self._site.engine()

@@ -9,6 +9,7 @@ import pytest
 
 from agent_sdk import Conversation, RemoteWorkspace
 from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import EngineUnavailable, Overloaded
 from tests.docker.conftest import remove_all
 from tests.docker.images import BARE, BUSYBOX, FULL
 from tests.docker.sandboxes import container, sandbox, told
@@ -181,3 +182,92 @@ async def test_a_sandbox_says_what_is_in_force(server):
     assert (profile.no_new_privileges, profile.seccomp, profile.seccomp_filters) == (True, 2, 2)
     assert (profile.read_only_root, profile.interfaces) == (True, ("lo",))
     assert (profile.pids_max, profile.memory_max) == (256, 512 << 20)
+
+
+# --- limits ---
+
+
+@pytest.mark.parametrize(
+    ("limit", "command"),
+    [
+        ("memory", "python3 -c 'x = bytearray(400 << 20)'"),
+        ("pids", "python3 -c 'import os, time\nfor _ in range(60): os.fork() or time.sleep(60)'"),
+        ("disk", "dd if=/dev/zero of=big bs=4k"),
+    ],
+)
+async def test_a_command_that_runs_into_a_limit_is_told_and_the_sandbox_goes_on(server, limit, command):
+    async with sandbox(server, FULL, memory="128m", pids=32, disk="32m") as workspace:
+        await workspace.execute(command, timeout=20)
+        assert (await told(workspace, ("ready", ""), ("limited", limit))).reason
+        await workspace.execute("rm -f big")
+        assert (await workspace.execute("echo on")).stdout == "on\n"
+
+
+async def test_a_box_that_is_killed_for_want_of_memory_is_told_as_that(server, engine):
+    async with sandbox(server, FULL, memory="64m") as workspace:
+        box = (await workspace.describe()).pid
+        # Its commands are killed first, unless it is as ready to die and larger than any of them.
+        eaten = await workspace.execute(
+            f"echo 1000 >/proc/{box}/oom_score_adj; "
+            "for i in $(seq 20); do python3 -c 'import time; x = b\"x\" * (4 << 20); time.sleep(60)' & done; wait"
+        )
+        assert eaten.status == "unknown"
+        assert "memory" in (await told(workspace, ("ready", ""), ("lost", "oom"))).reason
+
+
+async def test_a_sandbox_full_of_processes_keeps_no_other_from_starting(server):
+    """The kernel counts some limits per user, and all sandboxes have the same one."""
+    async with sandbox(server, FULL, pids=256) as full:
+        program = "import os, time\nfor _ in range(200): os.fork() or time.sleep(600)\nprint(1, flush=True)"
+        process = await full.start(["python3", "-c", f"{program}\ntime.sleep(600)"])
+        assert await anext(process.output()) == b"1\n"
+        async with sandbox(server, pids=16) as small:
+            assert (await small.execute("echo started")).stdout == "started\n"
+
+
+async def test_sandboxes_and_processes_count_as_boxes_alike(started):
+    async with started(max_boxes=1) as server, server.session() as wire:
+        assert "result" in await wire.call("execute", argv=["true"], op_id=new_id())
+        async with sandbox(server) as workspace:
+            with pytest.raises(Overloaded, match="limit 1 boxes"):
+                await workspace.execute("true")
+
+
+# --- engines that come and go ---
+
+
+async def test_an_engine_that_comes_later_is_used(started, tmp_path, engine):
+    socket = tmp_path / "engine.sock"
+    async with started(engine=f"unix://{socket}") as server:
+        with pytest.raises(EngineUnavailable, match="start Docker"):
+            async with sandbox(server):
+                pass
+        socket.symlink_to(engine.where.removeprefix("unix://"))
+        async with sandbox(server) as workspace:
+            assert (await workspace.execute("echo there")).stdout == "there\n"
+
+
+async def test_a_sandbox_is_found_again_although_the_engine_was_away_when_the_server_started(
+    started, tmp_path, engine
+):
+    socket = tmp_path / "engine.sock"
+    socket.symlink_to(engine.where.removeprefix("unix://"))
+    async with (
+        started(engine=f"unix://{socket}", boxes_on_stop="keep") as server,
+        sandbox(server) as workspace,
+    ):
+        process = await workspace.start("read line; echo $line; sleep 600")
+        id, first = workspace.conversation, await container(engine, workspace)
+    away = socket.rename(tmp_path / "away.sock")
+    async with (
+        started(engine=f"unix://{socket}") as server,
+        RemoteWorkspace(server.url, server.key, conversation=id) as workspace,
+    ):
+        with pytest.raises(EngineUnavailable):
+            await workspace.execute("true")
+        away.rename(socket)
+        again = workspace.process(process.id)
+        await again.write(b"hello\n")
+        assert await anext(again.output()) == b"hello\n"
+        assert (await container(engine, workspace))["Id"] == first["Id"]
+    assert await remove_all(engine, (tmp_path / "data" / "instance").read_text().strip()) == []
