@@ -13,6 +13,7 @@ from pathlib import Path
 from agent_sdk.protocol.errors import EngineUnavailable
 from agent_server.check import Check
 from agent_server.config import ServerConfig
+from workspaces.box_docker import GVISOR, reaches_sandboxes
 from workspaces.disks import Disks
 from workspaces.engine import Engine, EngineInfo
 
@@ -129,6 +130,11 @@ def runtimes(info: EngineInfo, config: ServerConfig) -> Check:
     if config.sandbox_runtime not in info.runtimes:
         mend = f"install {config.sandbox_runtime} and name it {DAEMON}, or change sandbox_runtime"
         return Check(name="runtimes", state="problem", found=found, mend=mend)
+    if GVISOR in info.runtimes and not reaches_sandboxes(info.runtimes[GVISOR]):
+        mend = f'give it "runtimeArgs": ["--network=none", "--host-uds=all", "--host-fifo=open"] {DAEMON}'
+        return Check(
+            name="runtimes", state="warning", found=f"{found}; {GVISOR} lets nothing reach them", mend=mend
+        )
     return Check(name="runtimes", state="ok", found=found)
 
 

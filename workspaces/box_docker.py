@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -276,8 +276,7 @@ class BoxContainer:
                 f"or ask for one of: {', '.join(sorted(engine.info.runtimes))}",
                 wanted=wanted,
             )
-        arguments = set(engine.info.runtimes[wanted])
-        if wanted == GVISOR and not all(arguments & either for either in REACHED_BY):
+        if wanted == GVISOR and not reaches_sandboxes(engine.info.runtimes[wanted]):
             raise IsolationUnavailable(
                 f"the engine's runtime {wanted} lets nothing reach a sandbox; give it the arguments "
                 "--host-uds=all and --host-fifo=open in the engine's daemon.json",
@@ -476,6 +475,11 @@ class BoxContainer:
         if self._id is None:
             raise WorkspaceUnavailable("the sandbox does not run", phase="start")
         return self._id
+
+
+def reaches_sandboxes(arguments: Iterable[str]) -> bool:
+    """Whether gVisor, started with these arguments, lets the box listen in a folder of this machine."""
+    return all(not either.isdisjoint(arguments) for either in REACHED_BY)
 
 
 def _bind(mount: str) -> Bind:

@@ -140,7 +140,7 @@ SAFE = {
     "LiveRestoreEnabled": True,
     "LoggingDriver": "local",
     "CgroupVersion": "2",
-    "Runtimes": {"runc": {}, "runsc": {}},
+    "Runtimes": {"runc": {}, "runsc": {"runtimeArgs": ["--host-uds=all", "--host-fifo=open"]}},
 }
 
 
@@ -163,6 +163,7 @@ async def test_an_engine_that_is_set_up_well_needs_no_mend(fake, tmp_path):
         ({"LoggingDriver": "json-file"}, "engine logs", "max-size"),
         ({"SecurityOptions": None}, "seccomp", "seccomp-profile"),
         ({"SecurityOptions": ["name=seccomp,profile=unconfined"]}, "seccomp", "seccomp-profile"),
+        ({"Runtimes": {"runc": {}, "runsc": {}}}, "runtimes", "--host-uds=all"),
         ({"MemoryLimit": False, "SwapLimit": False}, "cgroups", "cgroup_enable=memory"),
     ],
 )
