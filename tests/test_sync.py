@@ -1,6 +1,7 @@
 """The blocking names agree with the async ones, and callbacks run in the caller's thread."""
 
 import inspect
+import os
 import threading
 
 import anyio
@@ -100,3 +101,17 @@ def test_output_and_process_output_can_be_followed(tmp_path):
         assert b"".join(process.output()) == b"fed\n"
         assert process.wait().exit_code == 0
     assert sorted(pieces) == [("stderr", b"b\n"), ("stdout", b"a\n")]
+
+
+def test_what_ctrl_c_interrupts_has_ended_when_the_caller_goes_on(tmp_path):
+    started = []
+
+    def press_ctrl_c(name, data):
+        started.append(int(data))
+        raise KeyboardInterrupt
+
+    with sync.LocalWorkspace(tmp_path) as workspace:
+        with pytest.raises(KeyboardInterrupt):
+            workspace.execute("echo $$; exec sleep 600", on_output=press_ctrl_c)
+        with pytest.raises(ProcessLookupError):
+            os.kill(started[0], 0)
