@@ -22,6 +22,8 @@ RECORD = "session.json"
 RESTARTS = 3
 """In a row: a runtime that dies again within RESTART_SECONDS is started this often."""
 RESTART_SECONDS = 60.0
+PAUSE_SECONDS = 0.5
+"""Before the second of them, and more before each later one."""
 REASONS = 20
 
 PodStatus = Literal["pending", "ready", "failed", "crashloopbackoff", "not found"]
@@ -245,17 +247,19 @@ class Runtime:
             self._show("pending")
             try:
                 await self._ready()
+                self._show("ready")
+                reason = await self._pod.died()
             except AgentServerError as exc:
-                await self._failed("crashloopbackoff" if deaths else "failed", str(exc))
-                return
+                if not deaths:
+                    await self._failed("failed", str(exc))
+                    return
+                reason = str(exc)
             except Exception as exc:  # noqa: BLE001  the boundary of a task that nobody waits for
                 self._logs.bug(exc, incident := new_id())
                 await self._failed("failed", f"internal error, logged as {incident}")
                 return
-            self._show("ready")
-            reason = await self._pod.died()
-            now = asyncio.get_running_loop().time()
             self._log.warning("runtime_died", reason=reason)
+            now = asyncio.get_running_loop().time()
             if len(deaths) == RESTARTS and now - deaths[0] < RESTART_SECONDS:
                 await self._failed("crashloopbackoff", f"it died again and again: {reason}")
                 return
@@ -264,6 +268,7 @@ class Runtime:
             self.record.restarts += 1
             self.record.reasons = [*self.record.reasons, reason][-REASONS:]
             await self._save()
+            await asyncio.sleep((len(deaths) - 1) * PAUSE_SECONDS)
 
     async def _ready(self) -> None:
         began = asyncio.get_running_loop().time()

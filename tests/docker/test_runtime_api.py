@@ -2,15 +2,20 @@
 
 import pytest
 
+from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import RemoteApiError
 from agent_server.runtime_config import RuntimeConfig
+from tests.chaos.server import KEY, Server
 from tests.docker.conftest import remove_all
 from tests.docker.servers import SERVER, state
 from tests.server.conftest import start  # noqa: F401  a server in this process
 from tests.server.test_runtime_api import ALICE, TENANTS, client
-from workspaces import APIRemoteWorkspace
+from workspaces import APIRemoteWorkspace, labels
 
 pytestmark = pytest.mark.docker
+
+REACHED = {"start": ("created", "running"), "ready": ("running",)}
+"""What the engine says of a container at these points of its start."""
 
 
 @pytest.fixture
@@ -80,3 +85,76 @@ async def test_an_image_without_a_server_is_an_error_with_its_last_words(server)
             server.url, ALICE, "agent-test/busybox:1", image_pull_policy="Never", startup_timeout=30
         ):
             pass
+
+
+async def test_an_isolation_that_is_not_there_is_an_error(there):
+    with pytest.raises(RemoteApiError, match="no-such-runtime"):
+        async with there(runtime_class="no-such-runtime"):
+            pass
+
+
+async def test_what_a_killed_start_has_left_is_swept_up_and_nothing_else(start, engine, tmp_path, instance):  # noqa: F811
+    mine = tmp_path / "data" / "runtimes" / "instance"
+    mine.parent.mkdir(parents=True)
+    mine.write_text(instance)
+    body = {"Image": SERVER, "Labels": {labels.INSTANCE: instance}}
+    left = await engine.create(f"agent-server-{new_id()}", body)
+    await engine.create_volume(f"agent-data-{new_id()}", {"Labels": {labels.INSTANCE: instance}})
+    foreign = await engine.create(f"test-{new_id()}", {"Image": SERVER})
+    try:
+        async with start(runtime_api="docker", runtimes=RuntimeConfig(tenants=TENANTS)) as server:
+            await server.log.until("leftover_removed")
+            async with client(server) as api:
+                await api.ask("GET", "/list")
+        assert await state(engine, left) is None
+        assert await engine.volumes({labels.INSTANCE: instance}) == []
+        assert await state(engine, foreign) == "created"
+    finally:
+        await engine.remove(foreign)
+
+
+# --- killed ---
+
+
+@pytest.fixture
+async def killable(engine, tmp_path):
+    """A server as a process of its own."""
+    async with Server(tmp_path, runtime_api="docker", runtime_api_unit_memory=256 << 20) as server:
+        assert await server.start()
+        server.url = f"http://127.0.0.1:{server.port}"
+        yield server
+    instance = (tmp_path / "data" / "runtimes" / "instance").read_text().strip()
+    left = await remove_all(engine, instance)
+    assert not left, f"left behind on the engine: {left}"
+
+
+async def test_a_runtime_goes_on_when_the_runtime_api_is_killed_and_is_found_again(killable, engine):
+    async with APIRemoteWorkspace(killable.url, KEY, SERVER) as workspace:
+        going_on = await workspace.start("echo begun; read line; echo $line")
+        before = (await engine.inspect(container(workspace)))["State"]
+        await killable.restart()
+        await going_on.write(b"still here\n")
+        assert b"".join([piece async for piece in going_on.output()]) == b"begun\nstill here\n"
+        assert (await engine.inspect(container(workspace)))["State"] == before
+
+
+@pytest.mark.parametrize("moment", ["create", "start", "ready"])
+async def test_a_start_that_was_killed_is_finished_by_the_next_server(killable, engine, tmp_path, moment):
+    async with client(killable, KEY) as api:
+        runtime = await api.ask("POST", "/start", json={"image": SERVER, "session_id": "one"})
+        name = f"agent-server-{runtime['runtime_id']}"
+        while moment != "create" and await state(engine, name) not in REACHED[moment]:
+            pass  # each look is a call of the engine
+        await killable.restart()
+        found = await api.session(wait=60)
+        assert (found["runtime_id"], found["pod_status"]) == (runtime["runtime_id"], "ready")
+        assert await state(engine, name) == "running"
+        await api.verb("stop", runtime)
+        assert await state(engine, name) is None
+
+
+async def test_the_engine_removes_a_container_and_its_runtime_comes_back_with_its_files(killable, engine):
+    async with APIRemoteWorkspace(killable.url, KEY, SERVER) as workspace:
+        await workspace.execute("echo kept > file")
+        await engine.remove(container(workspace))
+        assert (await workspace.execute("cat file")).stdout == "kept\n"
