@@ -23,7 +23,7 @@ def on_event(event: Event) -> None:
 
 async def main() -> None:
     env = os.environ
-    async with workspaces.APIRemoteWorkspace(env["API_URL"], env["API_KEY"], "agent-server") as workspace:
+    async with workspaces.APIRemoteWorkspace(env["API_URL"], env["API_KEY"], env["API_IMAGE"]) as workspace:
         conversation = Conversation(agent=agent, workspace=workspace, callbacks=[on_event])
         await conversation.send_message("Write a program that says hello, and run it.")
         outcome = await conversation.run()

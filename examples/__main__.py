@@ -25,7 +25,8 @@ def main() -> int:
                 ready = json.loads(server.stdout.readline())
                 key = Path(ready["api_key_file"]).read_text().strip()
                 there = {"AGENT_SERVER_URL": ready["url"], "AGENT_SERVER_API_KEY": key}
-                return run({**os.environ, **there, "API_URL": ready["url"], "API_KEY": key})
+                api = {"API_URL": ready["url"], "API_KEY": key, "API_IMAGE": "agent-server:latest"}
+                return run({**os.environ, **there, **api})
             finally:
                 server.terminate()
 

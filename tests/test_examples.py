@@ -32,7 +32,8 @@ def runtime_api(data):
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **options}) as server:
         try:
             ready = json.loads(server.stdout.readline())
-            yield {"API_URL": ready["url"], "API_KEY": Path(ready["api_key_file"]).read_text().strip()}
+            key = Path(ready["api_key_file"]).read_text().strip()
+            yield {"API_URL": ready["url"], "API_KEY": key, "API_IMAGE": "agent-server:latest"}
         finally:
             server.terminate()
 

@@ -1,5 +1,7 @@
 """The Runtime API with containers behind it."""
 
+import asyncio
+
 import pytest
 
 from agent_sdk.ids import new_id
@@ -10,6 +12,7 @@ from tests.docker.conftest import remove_all
 from tests.docker.servers import SERVER, state
 from tests.server.conftest import start  # noqa: F401  a server in this process
 from tests.server.test_runtime_api import ALICE, TENANTS, client
+from tests.test_examples import run
 from workspaces import APIRemoteWorkspace, labels
 
 pytestmark = pytest.mark.docker
@@ -111,6 +114,15 @@ async def test_what_a_killed_start_has_left_is_swept_up_and_nothing_else(start, 
         assert await state(engine, foreign) == "created"
     finally:
         await engine.remove(foreign)
+
+
+async def test_the_example_runs_against_containers(server, tmp_path):
+    environ = {"API_URL": server.url, "API_KEY": ALICE, "API_IMAGE": SERVER}
+    here, there = await asyncio.gather(
+        asyncio.to_thread(run, "01_here.py", EXAMPLE_DIR=str(tmp_path)),
+        asyncio.to_thread(run, "05_runtime_api.py", **environ),
+    )
+    assert there == here
 
 
 # --- killed ---
