@@ -21,14 +21,14 @@ class MountPoint(NamedTuple):
     super_options: tuple[str, ...]
 
 
-def mount_points() -> list[MountPoint]:
-    """Return what is mounted, in the order of mounting.
+def mount_points(process: str = "/proc/self") -> list[MountPoint]:
+    """Return what is mounted for a process, in the order of mounting.
 
     Raises:
         OSError: there is no /proc.
     """
     found = []
-    with open("/proc/self/mountinfo") as lines:
+    with open(f"{process}/mountinfo") as lines:
         for line in lines:
             fields, _, rest = line.partition(" - ")
             root, target, options = fields.split()[3:6]
@@ -43,21 +43,21 @@ def mount_points() -> list[MountPoint]:
 class Cgroup:
     """Values that cannot be read are None: there is no such limit, or it is not known."""
 
-    def __init__(self) -> None:
-        """Find it. Blocks for a millisecond; whatever cannot be read is as if it were not there."""
+    def __init__(self, process: str = "/proc/self") -> None:
+        """Find that of a process. Blocks for a millisecond; what cannot be read is as if it were not there."""
         self._folders: dict[str, str] = {}
         with suppress(OSError, ValueError):
-            self._find()
+            self._find(process)
 
-    def _find(self) -> None:
+    def _find(self, process: str) -> None:
         """Version 2 is one folder with the controllers that version 1 does not have."""
-        with open("/proc/self/cgroup") as lines:
+        with open(f"{process}/cgroup") as lines:
             paths = {
                 name: path
                 for _, names, path in (line.strip().split(":", 2) for line in lines)
                 for name in names.split(",")
             }
-        for mount in mount_points():
+        for mount in mount_points(process):
             if mount.kind == "cgroup2":
                 names = [""]
             elif mount.kind == "cgroup":
