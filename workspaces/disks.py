@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -84,7 +85,7 @@ class Disks:
 
         Raises:
             IsolationUnavailable: there is no way to limit it here.
-            InvalidParams: the size is too small.
+            InvalidParams: the size is too small, or more than the disk of the server has.
         """
         if size is not None and self.mechanism == "none":
             raise IsolationUnavailable(
@@ -93,6 +94,8 @@ class Disks:
             )
         if size is not None and size < LEAST_BYTES:
             raise InvalidParams(f"sandbox.disk: at least {LEAST_BYTES >> 20}m are needed")
+        if size is not None and size > (most := shutil.disk_usage(self._disks).total):
+            raise InvalidParams(f"sandbox.disk: the disk of the server has {most >> 30}g in all")
 
     async def make(self, owner: str, size: int) -> None:
         """Make an empty workspace for an owner who has none; nothing happens to one that is there.

@@ -217,6 +217,11 @@ async def test_a_disk_that_would_be_all_journal_is_refused(disks):
     disks.check(SIZE)
 
 
+async def test_a_disk_that_is_larger_than_that_of_the_server_is_refused(disks):
+    with pytest.raises(InvalidParams, match="the disk of the server has [0-9]+g in all"):
+        disks.check(1 << 60)
+
+
 async def test_a_damaged_disk_is_one_clear_error_and_nothing_stays(disks, tmp_path):
     disks.image("one").write_bytes(bytes(SIZE))
     with pytest.raises(WorkspaceUnavailable, match="mount failed: .*") as refused:

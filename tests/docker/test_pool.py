@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,9 @@ from agent_sdk import RemoteWorkspace, Sandbox
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, ImageUnavailable
 from tests.docker.boxes import box, containers, said
+from tests.docker.held_engine import HeldEngine
 from tests.docker.images import BUSYBOX, FULL
+from tests.docker.leaks import nothing_is_left_of
 from workspaces import labels
 from workspaces.sandboxes import NOBODY
 
@@ -128,46 +132,82 @@ async def test_an_image_that_cannot_be_had_is_told_and_holds_nobody_up(opened):
             assert await said(own, "echo works") == "works\n"
 
 
-KILLED = """
+SERVER = """
 import asyncio, pathlib, sys
 from agent_sdk import Sandbox
+from agent_sdk.ids import new_id
 from workspaces.sandboxes import Sandboxes, SandboxOptions
 
 async def main():
-    folder, runtimes, image = sys.argv[1:]
-    options = SandboxOptions(runtimes=pathlib.Path(runtimes), linger=120.0, pool={image: 2})
+    folder, runtimes, image, engine = sys.argv[1:]
+    options = SandboxOptions(engine=engine, runtimes=pathlib.Path(runtimes), linger=120.0, pool={image: 2})
     async with Sandboxes(pathlib.Path(folder), options, tell=lambda event, _: print(event, flush=True)) as sandboxes:
+        await asyncio.to_thread(sys.stdin.readline)
+        await sandboxes.box("one", Sandbox(image=image), new_id()).start()
         await asyncio.Event().wait()
 
 asyncio.run(main())
 """
+"""A server that starts a sandbox when it is told to."""
 
 
 @asynccontextmanager
-async def killed_later(folder, box_runtime):
-    """The process of a server with two boxes that wait; killed at the end of the block."""
-    command = [sys.executable, "-c", KILLED, str(folder), str(box_runtime), BUSYBOX]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+async def server(folder, box_runtime, engine):
+    """Such a server as a process with its first box waiting; killed at the end of the block."""
+    (folder / "boxes").mkdir()
+    command = [sys.executable, "-c", SERVER, str(folder), str(box_runtime), BUSYBOX, engine.url]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
     try:
+        async for line in process.stdout:
+            if line == b"box_waits\n":
+                break
         yield process
     finally:
         process.kill()
         await process.communicate()
 
 
+def left_in(folder):
+    places = ("boxes", "disks", "mounts", "workspaces", "spools/disks", "spools/mounts", "spools/workspaces")
+    return [str(left.relative_to(folder)) for place in places for left in (folder / place).iterdir()]
+
+
+@pytest.fixture
+async def held():
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path is short
+        async with HeldEngine(Path(folder)) as held:
+            yield held
+
+
 async def test_what_waited_when_the_server_was_killed_is_swept_by_the_next(
-    opened, engine, box_runtime, tmp_path
+    opened, engine, held, box_runtime, tmp_path
 ):
-    (tmp_path / "boxes").mkdir()
-    async with killed_later(tmp_path, box_runtime) as process:
-        async for line in process.stdout:
-            if line == b"box_waits\n":
-                break
-    instance = (tmp_path / "instance").read_text().strip()
-    left = len(await engine.containers({labels.INSTANCE: instance}))
-    assert left in (1, 2)  # one runs, the other is on its way
+    async with server(tmp_path, box_runtime, held):
+        pass
+    mine = {labels.INSTANCE: (tmp_path / "instance").read_text().strip()}
+    assert await engine.containers(mine) != []
     async with opened() as sandboxes:
-        await sandboxes.told.times(left, "swept")
-        assert await containers(engine, sandboxes) == []
-        for folder in ("boxes", "disks", "mounts", "workspaces", "spools/disks"):
-            assert list((tmp_path / folder).iterdir()) == []
+        await nothing_is_left_of(engine, mine, str(tmp_path))
+        await sandboxes.told.times(1, "swept")
+        assert left_in(tmp_path) == []
+
+
+async def test_a_server_that_is_killed_while_a_box_gets_its_owner_leaves_nothing(
+    opened, engine, held, box_runtime, tmp_path
+):
+    async with server(tmp_path, box_runtime, held) as process:
+        held.hold("GET", "containers/[0-9a-f]{64}/json", "asked")
+        process.stdin.write(b"go\n")
+        await held.reached()
+        assert [place.name for place in (tmp_path / "boxes").iterdir() if place.name == "one"] == ["one"]
+    async with opened() as sandboxes:
+        found = await sandboxes.find("one")
+        assert found.ended.done()
+        assert found.last_words() == "its server ended before it was ready"
+        await found.end()
+        async with box(sandboxes) as next_one:
+            assert await said(next_one, "echo works") == "works\n"
+        await sandboxes.forget("one")
+        await nothing_is_left_of(engine, {labels.INSTANCE: sandboxes.instance}, str(tmp_path))
+        assert left_in(tmp_path) == []
