@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import agent_server
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.methods import Delete
 from agent_sdk.remote.link import ask
@@ -31,8 +33,8 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def command(data: Path) -> list[str]:
-    return [sys.executable, "-m", "agent_server", "serve", "--port", "0", "--json", "--data", str(data)]
+def options_of(data: Path) -> list[str]:
+    return ["-m", "agent_server", "serve", "--port", "0", "--json", "--data", str(data)]
 
 
 def environment(isolation: str, **options: str) -> dict[str, str]:
@@ -46,7 +48,9 @@ def serving(
 ) -> Iterator[tuple[str, int]]:
     """A server, its address and its process."""
     with subprocess.Popen(
-        [*prefix, *command(data)], stdout=subprocess.PIPE, env=environment(isolation, **options)
+        [*(prefix or [sys.executable]), *options_of(data)],
+        stdout=subprocess.PIPE,
+        env=environment(isolation, **options),
     ) as process:
         try:
             assert process.stdout is not None
@@ -115,11 +119,26 @@ async def test_the_next_server_goes_on_with_a_confined_box_of_one_that_was_kille
     assert list((data / "boxes").iterdir()) == list((data / "output").iterdir()) == []
 
 
+def python_for_everybody() -> list[str]:
+    """An interpreter that any user may run and read, with this product; skips where there is none."""
+    paths = os.pathsep.join((str(Path(agent_server.__file__).parent.parent), sysconfig.get_path("purelib")))
+    own = os.path.realpath(sys.executable)
+    for python in (own, "/usr/bin/python3"):
+        program = "import sys; open('/proc/self/exe'); print(sys.version_info[:2])"
+        command = [*AS_SOMEBODY, "env", f"PYTHONPATH={paths}", python]
+        tried = subprocess.run(
+            [*command, "-c", f"{program}; import agent_server.serve"], capture_output=True, text=True
+        )
+        if tried.returncode == 0 and tried.stdout.strip() == str(sys.version_info[:2]):
+            return command
+    pytest.skip(f"needs an interpreter of version {sys.version_info[:2]} that any user may run")
+
+
 @as_root
 async def test_a_server_without_privileges_uses_namespaces_and_its_key_is_not_in_them(data):
     data.mkdir()
     os.chown(data, 12345, 12345)
-    with serving(data, "bwrap", *AS_SOMEBODY, HOME=str(data)) as (url, pid):
+    with serving(data, "bwrap", *python_for_everybody(), HOME=str(data)) as (url, pid):
         async with RemoteWorkspace(url, KEY) as workspace:
             said = await workspace.execute(f"id -u; ls {data}; ls -d /proc/{pid}; cat {data}/log.db")
             assert said.stdout.split() == ["12345", "output", "workspaces"]
@@ -131,7 +150,11 @@ def test_a_server_that_cannot_give_the_isolation_does_not_start(data):
     data.mkdir()
     os.chown(data, 12345, 12345)
     done = subprocess.run(
-        [*AS_SOMEBODY, *command(data)], env=environment("user"), capture_output=True, text=True, timeout=60
+        [*AS_SOMEBODY, sys.executable, *options_of(data)],
+        env=environment("user"),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2
     assert "isolation=user is not available: this server lacks the capabilities" in done.stderr
