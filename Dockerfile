@@ -33,8 +33,9 @@ RUN missing=""; for tool in bash git tini setpriv; do \
  && install -d -o 10001 -g 10001 -m 0755 /workspace
 COPY --from=build /opt/agent-server /opt/agent-server
 COPY deploy/image/start /opt/agent-server/bin/start
-ENV PATH=/opt/agent-server/bin:$PATH \
-    AGENT_SERVER_HOST=0.0.0.0 \
+# Not in the PATH: commands are to find the Python of the base, not the server's.
+RUN ln -s /opt/agent-server/bin/agent-server /usr/local/bin/agent-server
+ENV AGENT_SERVER_HOST=0.0.0.0 \
     AGENT_SERVER_PORT=8000 \
     AGENT_SERVER_DATA=/data
 EXPOSE 8000

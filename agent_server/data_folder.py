@@ -68,6 +68,7 @@ class DataFolder:
             raise StartRefused(f"{exc.filename} cannot be kept from boxes: {exc.strerror}") from None
 
     def _open_to(self, group: int) -> None:
+        """Let nobody but a group pass, and hand it what was made before boxes had a user of their own. Blocks."""
         passages = [self.root / name for name in ("workspaces", "output", "runtime")]
         for entry in self.root.iterdir():
             if entry not in passages:
@@ -76,6 +77,9 @@ class DataFolder:
             folder.mkdir(exist_ok=True, mode=0o700)
             os.chown(folder, -1, group)
             folder.chmod(0o710)
+        for workspace in (self.root / "workspaces").iterdir():
+            if workspace.stat().st_uid == os.geteuid():
+                self.confinement.take_over(workspace)
 
     def workspace(self, conversation: str) -> Path:
         """The folder in which the commands of a conversation run."""

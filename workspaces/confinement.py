@@ -88,6 +88,19 @@ class Confinement(Struct, frozen=True):
         if self.user is not None and folder.stat().st_uid != self.user:
             os.chown(folder, self.user, self.user)
 
+    def take_over(self, folder: Path) -> None:
+        """Give the boxes a folder with all that is in it; links are not followed. Blocks.
+
+        Raises:
+            OSError: it cannot be done.
+        """
+        if self.user is None:
+            return
+        for _, folders, files, place in os.fwalk(folder):
+            for name in (*folders, *files):
+                os.chown(name, self.user, self.user, dir_fd=place, follow_symlinks=False)
+        os.chown(folder, self.user, self.user)
+
     def remove(self, folder: Path) -> None:
         """Remove a folder that belongs to the boxes, as far as it can be done. Blocks."""
         with rights_of(self.user):

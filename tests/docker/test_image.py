@@ -115,6 +115,14 @@ async def test_git_and_bash_are_in_it(workspace):
     assert (await workspace.execute("git init -q . && git status --short --branch")).exit_code == 0
 
 
+async def test_commands_find_the_python_of_the_base(workspace):
+    assert (await workspace.execute("command -v python3")).stdout in (
+        "/usr/bin/python3\n",
+        "/usr/local/bin/python3\n",
+    )
+    assert (await workspace.execute("agent-server --version")).exit_code == 0
+
+
 async def test_commands_are_another_user_than_the_server_and_have_no_privileges(workspace):
     status = (await workspace.execute("cat /proc/self/status")).stdout
     found = dict(line.split(":", 1) for line in status.splitlines())

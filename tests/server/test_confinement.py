@@ -87,12 +87,14 @@ def gone(pid: int) -> bool:
 
 
 @as_root
+@pytest.mark.slow
 @pytest.mark.parametrize("isolation", ["user"])
 class TestAsAnotherUser(WorkspaceContract):
     pass
 
 
 @as_root
+@pytest.mark.slow
 @pytest.mark.parametrize("isolation", ["bwrap"])
 class TestInNamespaces(WorkspaceContract):
     pass

@@ -119,6 +119,22 @@ async def test_the_next_server_goes_on_with_a_confined_box_of_one_that_was_kille
     assert list((data / "boxes").iterdir()) == list((data / "output").iterdir()) == []
 
 
+@as_root
+@both
+async def test_a_workspace_from_before_the_isolation_belongs_to_its_boxes_then(data, isolation):
+    with serving(data, "none") as (url, _):
+        async with RemoteWorkspace(url, KEY) as workspace:
+            await workspace.execute("mkdir folder && echo one >folder/file && ln -s /etc/hostname link")
+            conversation = workspace.conversation
+    with serving(data, isolation) as (url, _):
+        async with RemoteWorkspace(url, KEY, conversation=conversation) as workspace:
+            changed = await workspace.execute(
+                "echo two >>folder/file && cat folder/file && rm -r folder link"
+            )
+            assert changed.stdout == "one\ntwo\n"
+    assert Path("/etc/hostname").stat().st_uid == 0
+
+
 def python_for_everybody() -> list[str]:
     """An interpreter that any user may run and read, with this product; skips where there is none."""
     paths = os.pathsep.join((str(Path(agent_server.__file__).parent.parent), sysconfig.get_path("purelib")))
