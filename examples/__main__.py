@@ -12,7 +12,11 @@ from agent_sdk.protocol.errors import WorkspaceUnavailable
 from workspaces.engine import Engine
 
 HERE = Path(__file__).parent
-IN_A_CONTAINER = "04_docker.py"
+NEEDS = {
+    "04_docker.py": ("EXAMPLE_IMAGE", "agent-server:latest"),
+    "06_any_image.py": ("EXAMPLE_IMAGES", "busybox:latest debian:bookworm-slim"),
+}
+"""Which images an example needs: the variable that names them, and what they are otherwise."""
 
 
 def main() -> int:
@@ -34,7 +38,8 @@ def main() -> int:
 def run(environ: dict[str, str]) -> int:
     for example in sorted(HERE.glob("[0-9]*.py")):
         print(f"--- {example.name}", flush=True)
-        if example.name == IN_A_CONTAINER and (why := asyncio.run(without_image(environ))):
+        images = environ.get(*NEEDS[example.name]).split() if example.name in NEEDS else []
+        if why := asyncio.run(without(images)):
             print(f"left out: {why}", flush=True)
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -47,11 +52,14 @@ def run(environ: dict[str, str]) -> int:
     return 0
 
 
-async def without_image(environ: dict[str, str]) -> str:
-    """Why no server can be started in a container; empty when it can."""
+async def without(images: list[str]) -> str:
+    """Why no containers of these images can be started; empty when they can."""
+    if not images:
+        return ""
     try:
         async with Engine() as engine:
-            await engine.image(environ.get("EXAMPLE_IMAGE", "agent-server:latest"), pull="never")
+            for image in images:
+                await engine.image(image, pull="never")
     except WorkspaceUnavailable as exc:
         return str(exc)
     return ""
