@@ -3,7 +3,7 @@
 box_process: a box as a child process of a server
 box_runtime: what a box needs to run in any image, made once
 box_docker:  a box in a hardened container; box_folder, what of it is on this machine; container_body, what it is to
-             the engine; verification, whether it is that
+             the engine; verification, whether it is that; box_ending, why it is no more
 child:       a process that may outlive whoever started it
 confinement: how a box on this machine is kept apart
 disks:       the workspaces of sandboxes, with a limit where this machine can make one

@@ -30,6 +30,7 @@ from agent_sdk.protocol.methods import Claim
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.connection import connect
+from workspaces.box_ending import Ending, ending_of
 from workspaces.box_folder import READY, READY_LINE, BoxFolder, Record
 from workspaces.container_body import (
     ENVIRONMENT,
@@ -56,7 +57,6 @@ SHOWN_DIFFERENCES = 20
 GVISOR = "runsc"
 REACHED_BY = ({"--host-uds=all", "--host-uds=create"}, {"--host-fifo=open"})
 """What gVisor needs to be told, so that the box can listen in a folder of this machine."""
-KILLED = {128 + 9: "SIGKILL", 128 + 15: "SIGTERM"}
 
 
 class BoxContainer:
@@ -94,8 +94,7 @@ class BoxContainer:
         self._id: str | None = None
         self._watch: Watch | None = None
         self._socket = -1
-        self._death: Death | None = None
-        self._words = ""
+        self._ending = Ending()
         self._listener: Callable[[bool], None] = lambda frozen: None
         self._frozen = False
         self._unknown = False
@@ -118,7 +117,8 @@ class BoxContainer:
         try:
             await box._attach(record)
         except WorkspaceLost as exc:
-            box._words = box._words or exc.message
+            if not box._ending.words:
+                box._ending = Ending(words=exc.message)
             if not box._ended.done():
                 box._ended.set_result(None)
         return box
@@ -138,16 +138,12 @@ class BoxContainer:
 
     @property
     def cause(self) -> str:
-        """See Box: `oom`, `killed`, `exit`, or `engine` where it was removed or lost by the engine."""
-        if self._death is None or self._death.exit_code is None:
-            return "engine"
-        if self._death.oom:
-            return "oom"
-        return "killed" if self._death.exit_code in KILLED else "exit"
+        """See Box and Ending."""
+        return self._ending.cause
 
     def last_words(self) -> str:
         """See Box."""
-        return self._words
+        return self._ending.words
 
     # --- its start ---
 
@@ -312,7 +308,7 @@ class BoxContainer:
         reasons: list[asyncio.Future[Any]] = [said, self._ended]
         await asyncio.wait(reasons, timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if self._ended.done():
-            raise WorkspaceUnavailable(f"the sandbox ended at its start: {self._words}", phase="ready")
+            raise WorkspaceUnavailable(f"the sandbox ended at its start: {self._ending.words}", phase="ready")
         if not said.done():
             raise WorkspaceUnavailable(
                 f"the sandbox was not ready after {READY_SECONDS:.0f} s", phase="ready"
@@ -346,7 +342,7 @@ class BoxContainer:
             raise WorkspaceLost("its server ended before it was started")
         if not state["Running"]:
             await self._ended
-            raise WorkspaceLost(self._words)
+            raise WorkspaceLost(self._ending.words)
         if not record.claimed:
             raise WorkspaceLost("its server ended before it was ready")
         if state["Paused"]:
@@ -411,11 +407,10 @@ class BoxContainer:
         watch.on_change(self._changed)
 
     async def _learn(self, engine: Engine, death: Death) -> None:
-        self._death = death
         said = ""
         with suppress(AgentServerError):
             said = await engine.logs(self._id or "")
-        self._words = _sentence(death, self.spec, said)
+        self._ending = ending_of(death, self.spec, said)
         if not self._ended.done():
             self._ended.set_result(death.exit_code)
 
@@ -485,15 +480,3 @@ def reaches_sandboxes(arguments: Iterable[str]) -> bool:
 def _bind(mount: str) -> Bind:
     source, target, *options = mount.split(":")
     return Bind(source, target, read_only="ro" in options)
-
-
-def _sentence(death: Death, spec: Sandbox, said: str) -> str:
-    """Why it ended, with the end of what it said, in one line."""
-    if death.oom:
-        reason = f"it ran out of memory ({spec.memory})"
-    elif death.exit_code in KILLED:
-        reason = f"it was killed ({KILLED[death.exit_code]})"
-    else:
-        reason = death.reason
-    lines = " | ".join(line.strip() for line in said.splitlines() if line.strip())
-    return f"{reason}: {lines}" if lines else reason

@@ -204,7 +204,7 @@ async def serve_unix(
         try:
             yield
         finally:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, PermissionError):  # its folder may have been closed meanwhile
                 os.unlink(path)
 
 

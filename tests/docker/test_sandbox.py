@@ -9,11 +9,12 @@ import pytest
 
 from agent_sdk import Conversation, RemoteWorkspace
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import EngineUnavailable, Overloaded
+from agent_sdk.protocol.errors import EngineUnavailable, InvalidParams, Overloaded
 from tests.docker.conftest import remove_all
 from tests.docker.images import BARE, BUSYBOX, FULL
 from tests.docker.sandboxes import container, sandbox, told
 from tests.docker.test_sandbox_body import GOLDEN
+from tests.server.wire import GUARD
 from workspaces import labels
 
 pytestmark = pytest.mark.docker
@@ -184,6 +185,35 @@ async def test_a_sandbox_says_what_is_in_force(server):
     assert (profile.pids_max, profile.memory_max) == (256, 512 << 20)
 
 
+async def test_a_sandbox_that_no_server_came_back_to_ends_by_itself_and_says_so(started, engine, tmp_path):
+    async with (
+        started(boxes_on_stop="keep", box_linger_seconds=0.0) as server,
+        sandbox(server) as workspace,
+    ):
+        await workspace.start("sleep 600")
+        id, first = workspace.conversation, await container(engine, workspace)
+    async with asyncio.timeout(GUARD):
+        death = await engine.watch(first["Id"]).died
+    assert death.exit_code == 0
+    async with (
+        started() as server,
+        RemoteWorkspace(server.url, server.key, conversation=id) as workspace,
+    ):
+        assert "nobody was connected" in (await told(workspace, ("ready", ""), ("lost", "exit"))).reason
+    assert await remove_all(engine, (tmp_path / "data" / "instance").read_text().strip()) == []
+
+
+async def test_nothing_can_be_put_into_the_folder_of_the_socket(server):
+    async with sandbox(server) as workspace:
+        for command in (
+            "echo x >/run/agent/x",
+            "rm -f /run/agent/box.sock",
+            "mv /run/agent/box.sock /run/agent/y",
+        ):
+            assert (await workspace.execute(command)).exit_code != 0
+        assert (await workspace.execute("ls /run/agent")).stdout == "box.sock\n"
+
+
 # --- limits ---
 
 
@@ -271,3 +301,21 @@ async def test_a_sandbox_is_found_again_although_the_engine_was_away_when_the_se
         assert await anext(again.output()) == b"hello\n"
         assert (await container(engine, workspace))["Id"] == first["Id"]
     assert await remove_all(engine, (tmp_path / "data" / "instance").read_text().strip()) == []
+
+
+async def test_a_workspace_begins_with_a_snapshot_of_another(server, engine):
+    async with sandbox(server) as workspace:
+        await workspace.execute("mkdir src; echo 1 >src/kept")
+        writing = await workspace.start("while :; do echo x >>ticks; done")
+        taken = await workspace.snapshot()
+        assert taken.size > 0
+        assert (await workspace.processes())[-1].running
+        assert (await container(engine, workspace))["State"]["Status"] == "running"
+        await writing.signal("KILL")
+        await workspace.execute("echo 2 >src/kept")
+    async with sandbox(server, snapshot=taken.id) as copy:
+        assert (await copy.execute("cat src/kept")).stdout == "1\n"
+        await copy.files.write("more", b"3")
+    with pytest.raises(InvalidParams, match="sandbox.snapshot"):
+        async with sandbox(server, snapshot="nothing"):
+            pass
