@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 import aiohttp
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception,
+    retry_if_exception_type,
+    stop_before_delay,
+    wait_random_exponential,
+)
 
 from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
@@ -30,6 +36,8 @@ INSTANCE_FILE = "instance"
 DATA = "/data"
 """Where the server in the image keeps what lasts."""
 ANSWER_SECONDS = 2.0
+TAKEN_SECONDS = 15.0
+"""How long the name of a container may be taken by one that cannot be seen yet."""
 PULL: Mapping[str, Literal["missing", "always", "never"]] = {
     "IfNotPresent": "missing",
     "Always": "always",
@@ -59,6 +67,16 @@ class DockerPod:
     async def start(self, seconds: float) -> None:
         """See pods.Pod."""
         await self.let_go()
+        # The engine may still be busy with what a server asked for that was killed.
+        retrying = AsyncRetrying(
+            wait=wait_random_exponential(multiplier=0.1, max=1),
+            stop=stop_before_delay(TAKEN_SECONDS),
+            retry=retry_if_exception(_is_taken),
+            reraise=True,
+        )
+        await retrying(self._start, seconds)
+
+    async def _start(self, seconds: float) -> None:
         found = await ServerContainer.find(self._engine, self._name)
         if found is None:
             await self._make(seconds)
@@ -219,6 +237,10 @@ def _instance(folder: Path) -> str:
         fresh.write_text(f"{new_id()}\n", encoding="ascii")
         fresh.replace(file)
         return file.read_text(encoding="ascii").strip()
+
+
+def _is_taken(error: BaseException) -> bool:
+    return isinstance(error, WorkspaceUnavailable) and error.details.get("status") == 409
 
 
 async def _healthy(url: str) -> None:

@@ -9,6 +9,7 @@ from agent_sdk.protocol.errors import RemoteApiError
 from agent_server.runtime_config import RuntimeConfig
 from tests.chaos.server import KEY, Server
 from tests.docker.conftest import remove_all
+from tests.docker.held_engine import HeldEngine
 from tests.docker.servers import SERVER, state
 from tests.server.conftest import start  # noqa: F401  a server in this process
 from tests.server.test_runtime_api import ALICE, TENANTS, client
@@ -17,8 +18,14 @@ from workspaces import APIRemoteWorkspace, labels
 
 pytestmark = pytest.mark.docker
 
-REACHED = {"start": ("created", "running"), "ready": ("running",)}
-"""What the engine says of a container at these points of its start."""
+POINTS = [
+    ("/volumes/create", "answered"),
+    ("/containers/create", "asked"),
+    ("/containers/create", "answered"),
+    ("/start", "asked"),
+    ("/start", "answered"),
+]
+"""Calls of the engine, and whether it has done them when the server dies."""
 
 
 @pytest.fixture
@@ -134,10 +141,17 @@ async def killable(engine, tmp_path):
     async with Server(tmp_path, runtime_api="docker", runtime_api_unit_memory=256 << 20) as server:
         assert await server.start()
         server.url = f"http://127.0.0.1:{server.port}"
+        server.instance = (tmp_path / "data" / "runtimes" / "instance").read_text().strip
         yield server
     instance = (tmp_path / "data" / "runtimes" / "instance").read_text().strip()
     left = await remove_all(engine, instance)
     assert not left, f"left behind on the engine: {left}"
+
+
+@pytest.fixture
+async def held(tmp_path):
+    async with HeldEngine(tmp_path) as held:
+        yield held
 
 
 async def test_a_runtime_goes_on_when_the_runtime_api_is_killed_and_is_found_again(killable, engine):
@@ -150,19 +164,39 @@ async def test_a_runtime_goes_on_when_the_runtime_api_is_killed_and_is_found_aga
         assert (await engine.inspect(container(workspace)))["State"] == before
 
 
-@pytest.mark.parametrize("moment", ["create", "start", "ready"])
-async def test_a_start_that_was_killed_is_finished_by_the_next_server(killable, engine, tmp_path, moment):
+@pytest.mark.parametrize(("path", "when"), POINTS)
+async def test_a_start_that_was_killed_is_finished_by_the_next_server(killable, engine, held, path, when):
+    await killable.kill()
+    assert await killable.start(DOCKER_HOST=held.url)
+    held.hold("POST", path, when)
     async with client(killable, KEY) as api:
         runtime = await api.ask("POST", "/start", json={"image": SERVER, "session_id": "one"})
-        name = f"agent-server-{runtime['runtime_id']}"
-        while moment != "create" and await state(engine, name) not in REACHED[moment]:
-            pass  # each look is a call of the engine
+        await held.reached()
         await killable.restart()
+        held.release()
         found = await api.session(wait=60)
-        assert (found["runtime_id"], found["pod_status"]) == (runtime["runtime_id"], "ready")
-        assert await state(engine, name) == "running"
+        assert (found["runtime_id"], found["pod_status"]) == (runtime["runtime_id"], "ready"), found[
+            "pod_logs"
+        ]
+        mine = {labels.INSTANCE: killable.instance()}
+        assert [each["State"] for each in await engine.containers(mine)] == ["running"]
         await api.verb("stop", runtime)
-        assert await state(engine, name) is None
+        assert await engine.containers(mine) == await engine.volumes(mine) == []
+
+
+async def test_a_runtime_that_died_while_the_engine_was_away_comes_back_with_it(killable, engine, tmp_path):
+    await killable.kill()
+    async with HeldEngine(tmp_path) as way:
+        assert await killable.start(DOCKER_HOST=way.url)
+        async with client(killable, KEY) as api:
+            runtime = await api.start(image=SERVER)
+    (tmp_path / "held.sock").unlink()
+    await engine.kill(f"agent-server-{runtime['runtime_id']}")
+    async with HeldEngine(tmp_path), client(killable, KEY) as api:
+        await killable.said("runtime_died")
+        found = await api.session(wait=60)
+        assert (found["pod_status"], found["restart_count"]) == ("ready", 1)
+        await api.verb("stop", runtime)
 
 
 async def test_the_engine_removes_a_container_and_its_runtime_comes_back_with_its_files(killable, engine):
