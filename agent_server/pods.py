@@ -75,6 +75,11 @@ class Pod(Protocol):
 class Pods(Protocol):
     """Makes pods of one kind."""
 
+    @property
+    def paused_keeps_memory(self) -> bool:
+        """Whether a paused one has its memory still."""
+        ...
+
     def pod(self, spec: PodSpec) -> Pod:
         """Describe one; nothing happens before it is started, or ended."""
         ...

@@ -171,6 +171,8 @@ class DockerPod:
 class DockerPods:
     """See pods.Pods."""
 
+    paused_keeps_memory = True
+
     def __init__(self, engine: Engine, instance: str, network: str | None, logs: Logs) -> None:
         """Take the engine, the label of everything that is made on it, and the network of the containers."""
         self._engine = engine

@@ -71,6 +71,8 @@ class ProcessPod:
 class ProcessPods:
     """See pods.Pods."""
 
+    paused_keeps_memory = False
+
     def __init__(self, environment: Mapping[str, str]) -> None:
         """Take what servers know of the environment, besides their options."""
         self._environment = dict(environment)

@@ -176,8 +176,8 @@ class Runtime:
         """Make it run, unless it does; `settled` waits for it."""
         async with self._deciding:
             if self._task is None or not self.runs:
+                self._show("pending")  # at once: from now on it counts
                 await self._want("running")
-                self._show("pending")
                 self._begin(self._run)
 
     async def pause(self) -> None:

@@ -84,6 +84,8 @@ class RuntimeProxy:
                 assert isinstance(request.protocol, Connection)
                 request.protocol.recognise()
             if answer.status == _SWITCHING:
+                if not is_upgrade(request):
+                    raise _no_answer("it switches to a protocol that nobody asked for")
                 return await _join(request, answer)
             return await _pass_back(request, answer)
 
@@ -118,14 +120,15 @@ class RuntimeProxy:
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError) as exc:
-            raise WorkspaceUnavailable(
-                f"the runtime does not answer: {str(exc) or type(exc).__name__}",
-                phase="runtime",
-                status=502,
-                headers=RETRY_AFTER,
-            ) from None
+            raise _no_answer(str(exc) or type(exc).__name__) from None
         async with answer:
             yield answer
+
+
+def _no_answer(reason: str) -> WorkspaceUnavailable:
+    return WorkspaceUnavailable(
+        f"the runtime does not answer: {reason}", phase="runtime", status=502, headers=RETRY_AFTER
+    )
 
 
 def _passed_on(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

@@ -202,20 +202,25 @@ class Runtimes:
             )
 
     def _admit(self, tenant: Tenant, record: Record) -> None:
-        running = [runtime.record for runtime in self.of(tenant) if runtime.runs]
+        others = [runtime for runtime in self.of(tenant) if runtime.record is not record]
+        cpus = sum(each.record.cpus for each in others if each.runs)
+        memory = sum(each.record.memory for each in others if self._holds_memory(each))
         for what, limit, used, more in (
-            ("cpus", tenant.cpus, sum(each.cpus for each in running), record.cpus),
-            ("bytes of memory", tenant.memory, sum(each.memory for each in running), record.memory),
+            ("cpus", tenant.cpus, cpus, record.cpus),
+            ("bytes of memory", tenant.memory, memory, record.memory),
         ):
             if limit is not None and more > limit:
                 raise PolicyDenied(f"it needs {more:g} {what}; {tenant.name} may have {limit:g}")
             if limit is not None and used + more > limit:
                 raise Overloaded(
-                    f"limit {limit:g} {what} of {tenant.name}, {used:g} are in use; pause or stop a runtime",
+                    f"limit {limit:g} {what} of {tenant.name}, {used:g} are in use; stop a runtime",
                     reason=what,
                     limit=limit,
                     retry_after_ms=RETRY_AFTER_MS,
                 )
+
+    def _holds_memory(self, runtime: Runtime) -> bool:
+        return runtime.runs or (self._pods.paused_keeps_memory and runtime.status == "paused")
 
     # --- what is kept ---
 

@@ -1,6 +1,7 @@
 """APIRemoteWorkspace against our own Runtime API, with processes behind it."""
 
 import asyncio
+import inspect
 
 import pytest
 
@@ -9,6 +10,7 @@ from agent_sdk.protocol.errors import InvalidParams, RemoteApiError
 from agent_sdk.testing import ScriptedLLM, call, say
 from tests.server.test_runtime_api import ALICE, BOB, IMAGE, client, options
 from workspaces import APIRemoteWorkspace
+from workspaces.sync import APIRemoteWorkspace as blocking
 
 
 @pytest.fixture
@@ -117,3 +119,27 @@ async def test_a_wrong_key_is_one_sentence(server):
 async def test_options_that_make_no_sense_are_refused_at_once(arguments, sentence):
     with pytest.raises(InvalidParams, match=sentence):
         APIRemoteWorkspace("http://127.0.0.1:1", "key", IMAGE, **arguments)
+
+
+# --- blocking ---
+
+
+def test_the_blocking_twin_takes_the_same_options():
+    ours, theirs = (inspect.signature(kind).parameters.values() for kind in (blocking, APIRemoteWorkspace))
+    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
+
+
+async def test_the_blocking_twin_starts_pauses_resumes_and_ends_a_runtime(server):
+    def use():
+        phases = []
+        options = {"on_progress": lambda phase, done, total: phases.append((phase, done))}
+        with blocking(server.url, ALICE, IMAGE, env={"COLOUR": "blue"}, **options) as workspace:
+            assert workspace.execute_command("echo $COLOUR").stdout == "blue\n"
+            assert workspace.runtime_id
+            workspace.pause()
+            workspace.resume()
+            assert workspace.execute_command("echo $COLOUR").stdout == "blue\n"
+        return phases
+
+    assert await asyncio.to_thread(use) == [("attach", 0), ("start", 0), ("ready", 0), ("ready", 1)]
+    assert await sessions(server) == []
