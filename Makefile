@@ -86,8 +86,9 @@ image: $(READY) ## build the container image (BASE_IMAGE= IMAGE= WHEELHOUSE=fold
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	  --wheel-dir build/image/wheels . && rm -rf build/lib build/bdist.*
 	if [ -n "$(WHEELHOUSE)" ]; then cp $(WHEELHOUSE)/*.whl build/image/wheels/; else \
-	  set -- $$(docker run --rm --network none --entrypoint python3 $(BASE_IMAGE) -c \
+	  found=$$(docker run --rm --network none --entrypoint python3 $(BASE_IMAGE) -c \
 	    'import os, sys; print("%d.%d" % sys.version_info[:2], os.uname().machine)') && \
+	  set -- $$found && \
 	  $(BIN)/python -m pip download --quiet --disable-pip-version-check --require-hashes --only-binary :all: \
 	    --python-version "$$1" $(MANYLINUX:%=--platform %_"$$2") \
 	    --dest build/image/wheels -r requirements/server.txt; \

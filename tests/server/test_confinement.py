@@ -204,6 +204,17 @@ async def test_in_namespaces_nothing_escapes_its_end(box, confined):
 
 @as_root
 @both
+async def test_commands_of_a_confined_box_are_asked_to_end_before_they_are_killed(box):
+    async with box, RemoteWorkspace(box.url) as workspace:
+        process = await workspace.start("trap 'echo asked >asked; exit' HUP TERM; echo set; sleep 600 & wait")
+        async for _ in process.output():
+            break
+        await box.end()
+        assert (box.root / "asked").read_text() == "asked\n"
+
+
+@as_root
+@both
 async def test_a_confined_box_that_is_let_go_of_is_found_with_what_runs_in_it(box, data, confined):
     await box.start()
     async with RemoteWorkspace(box.url) as workspace:
