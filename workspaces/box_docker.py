@@ -230,7 +230,12 @@ class BoxContainer:
             self._keep(record)
             self._id = await engine.create(name, self._body, platform=self.spec.platform)
             self._follow(engine)
-            await engine.start(self._id)
+            try:
+                await engine.start(self._id)
+            except NotFound:
+                raise WorkspaceUnavailable(
+                    "somebody removed the container of the sandbox while it started; try again", phase="start"
+                ) from None
             await self._listening(said)
         self._folder.seal()
         self._socket = self._folder.open_socket()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import AgentServerError
+from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, WorkspaceUnavailable
 from agent_sdk.protocol.methods import Delete
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.link import ask
@@ -23,6 +23,7 @@ from workspaces import labels
 from workspaces.engine import Engine
 
 CREATE, START = ("POST", "/containers/create"), ("POST", "/containers/[^/]+/start")
+STOPPING = ("POST", "/containers/[^/]+/stop", "asked")
 ENDING = ("DELETE", "/containers/[^/]+", "asked")
 Point = tuple[str, str, str] | None
 RUNNING: Point = None
@@ -49,16 +50,21 @@ class Use(NamedTuple):
     async def outcome(self) -> str:
         """What the command said at its end; or the kind of error when nobody knows what became of it."""
         async with asyncio.timeout(SECONDS):
-            await self.workspace.files.write("/workspace/go", b"")
+            while not self.command.done():
+                with suppress(AgentServerError):  # it may be what the death is noticed by
+                    await self.workspace.files.write("/workspace/go", b"")
+                await asyncio.wait([self.command], timeout=1)
             try:
-                result = await self.command
+                result = self.command.result()
             except AgentServerError as exc:
                 return exc.kind
         return result.stdout if result.status == "exited" else result.status
 
     async def still_works(self) -> None:
-        """Whatever has happened: commands run, and have the files that were there before."""
+        """Commands run; the first call may be told of a death that it is the first to notice."""
         async with asyncio.timeout(SECONDS):
+            with suppress(OutcomeUnknown, WorkspaceUnavailable):
+                await self.workspace.execute("true")
             assert (await self.workspace.execute("echo works")).stdout == "works\n"
 
     async def delete(self) -> None:
