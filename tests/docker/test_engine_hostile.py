@@ -288,26 +288,33 @@ async def test_a_container_that_is_gone_after_its_creation_is_not_found(fake, en
         await engine.start(await engine.create("c", {}))
 
 
-async def test_only_so_many_heavy_calls_run_at_a_time(fake):
+@pytest.mark.parametrize("heavy", ["create", "start", "remove"])
+async def test_only_so_many_heavy_calls_run_at_a_time(fake, heavy):
     running = most = 0
     gate = asyncio.Event()
 
-    async def start(request):
+    async def handler(request):
         nonlocal running, most
         running += 1
         most = max(most, running)
         await gate.wait()
         running -= 1
-        return web.Response(status=204)
+        return web.json_response({"Id": "x"})
 
-    fake.on("POST /containers/", start)
+    for call in ("POST", "DELETE"):
+        fake.on(f"{call} /containers/", handler)
     fake.answer("GET /containers/x/json", {"Id": "x"})
     async with Engine(fake.url, at_once=3) as engine:
-        starts = [asyncio.ensure_future(engine.start(f"c{n}")) for n in range(20)]
-        await fake.called("POST /containers/c2/")
-        assert await engine.inspect("x")  # light calls pass
+        call = {
+            "create": lambda name: engine.create(name, {}),
+            "start": engine.start,
+            "remove": engine.remove,
+        }
+        calls = [asyncio.ensure_future(call[heavy](f"c{n}")) for n in range(20)]
+        await fake.called("POST" if heavy != "remove" else "DELETE")
+        assert await engine.inspect("x")  # light calls pass, and by now all that may have been asked
         gate.set()
-        await asyncio.gather(*starts)
+        await asyncio.gather(*calls)
     assert most == 3
 
 
