@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -144,6 +145,7 @@ class EngineApi:
                 async with asyncio.timeout(seconds):
                     response = await docker._do_query(path, method, params=dict(params), headers=headers)
                 async with response:
+                    _keep_alive(response)
                     yield response.content
         except AgentServerError:
             raise
@@ -173,3 +175,13 @@ def dial(url: str | None, version: str = "auto") -> aiodocker.Docker:
         return aiodocker.Docker(url, api_version=version)
     except (AssertionError, ValueError, OSError, RuntimeError, ssl.SSLError, aiodocker.DockerError) as exc:
         raise not_dialled(exc) from None
+
+
+def _keep_alive(response: aiohttp.ClientResponse) -> None:
+    """Have the kernel end a connection over which nothing comes because the other machine is gone, in 30 s."""
+    transport = response.connection.transport if response.connection is not None else None
+    connected = transport.get_extra_info("socket") if transport is not None else None
+    if connected is not None and connected.family in (socket.AF_INET, socket.AF_INET6):
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)

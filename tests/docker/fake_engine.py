@@ -65,7 +65,7 @@ class FakeEngine:
         return web.json_response({"message": f"page not found: {call}"}, status=404)
 
     @asynccontextmanager
-    async def listening(self):
+    async def listening(self, *, tcp: bool = False):
         app = web.Application()
         app.router.add_route("*", "/{rest:.*}", self._handle)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
@@ -73,6 +73,10 @@ class FakeEngine:
         Path(self._path).unlink(missing_ok=True)
         try:
             await web.UnixSite(runner, self._path).start()
+            if tcp:
+                site = web.TCPSite(runner, "127.0.0.1", 0)
+                await site.start()
+                self.url = f"tcp://127.0.0.1:{runner.addresses[-1][1]}"
             yield self
         finally:
             await runner.cleanup()

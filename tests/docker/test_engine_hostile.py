@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -384,6 +385,24 @@ async def test_an_engine_that_dies_with_its_container_does_not_keep_the_death_se
     fake.on("GET /events", events)
     async with Engine(fake.url, patience=0.1) as engine:
         assert (await engine.watch("x").died).exit_code == 5
+
+
+@pytest.mark.skipif(shutil.which("ss") is None, reason="needs ss (iproute2)")
+async def test_an_engine_on_another_machine_that_is_gone_is_noticed_by_the_kernel(tmp_path):
+    """Nothing comes over a stream of events for hours when all is well."""
+    async with FakeEngine(tmp_path).listening(tcp=True) as fake:
+        fake.answer("GET /containers/x/json", {"State": {"Running": True}})
+        fake.on("GET /events", stream(b"\n", end=False))
+        async with Engine(fake.url) as engine:
+            engine.watch("x")
+            await fake.called("GET /containers/x/json")
+            await fake.called("GET /events")
+            port = fake.url.rpartition(":")[2]
+            ss = await asyncio.create_subprocess_exec(
+                "ss", "-tnoH", "dst", f"127.0.0.1:{port}", stdout=subprocess.PIPE
+            )
+            shown, _ = await ss.communicate()
+    assert b"timer:(keepalive," in shown
 
 
 # --- images ---
