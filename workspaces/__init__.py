@@ -27,6 +27,7 @@ runtime_api: APIRemoteWorkspace, a server that a Runtime API starts; runtime_cli
 sandboxes:   what the sandboxes of a server share; site, how each of them sees it
 server_process: an agent server as a child process
 sweep:       removes what nobody owns any more
+their_files: folders that belong to the user of sandboxes
 sync:        the same workspaces, blocking
 
 Names are imported at their first use, so that `import workspaces` costs nothing that is not needed.

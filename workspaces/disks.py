@@ -18,13 +18,12 @@ from typing import Literal
 
 from agent_sdk.disk import in_thread
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, IsolationUnavailable, StorageFull
-from workspaces.confinement import NOT_CONFINED, Confinement
-from workspaces.programs import run
+from workspaces import their_files
+from workspaces.programs import COPY, run
+from workspaces.their_files import USER
 
 Mechanism = Literal["ext4-loop", "none"]
 
-USER = 10001
-"""Of the commands in a sandbox, as its user and its group."""
 LEAST_BYTES = 16 << 20
 """A smaller file system would be all journal."""
 BYTES_PER_INODE = 8192
@@ -111,13 +110,17 @@ class Disks:
             if not self.has(owner):
                 await self._make(owner, size)
 
-    async def adopt(self, owner: str, copy: Callable[[str], None], *, is_disk: bool) -> None:
-        """Make the workspace of an owner who has none from what `copy` puts at the path it is given; it may block."""
+    async def copy(self, owner: str, source: Path) -> None:
+        """Make the workspace of an owner who has none from a disk, or from a folder.
+
+        Raises:
+            IsolationUnavailable, StorageFull, WorkspaceUnavailable: it cannot be copied.
+        """
         async with self._turn(owner):
-            place = self.image(owner) if is_disk else self.folder(owner)
+            place = self.image(owner) if await in_thread(source.is_file) else self.folder(owner)
             fresh = place.with_suffix(FRESH)
             try:
-                await in_thread(copy, str(fresh))
+                await in_thread(_copy, source, fresh)
                 await in_thread(fresh.rename, place)
             finally:
                 await in_thread(_remove, fresh)
@@ -188,7 +191,7 @@ class Disks:
 
     async def _make(self, owner: str, size: int) -> None:
         if self.mechanism == "none":
-            await in_thread(_make_folder, self.folder(owner))
+            await in_thread(their_files.make, self.folder(owner))
             return
         fresh = self.image(owner).with_suffix(FRESH)
         try:
@@ -252,30 +255,16 @@ def _format(image: Path) -> None:
     run("disk", "mkfs.ext4", *options, str(image))
 
 
-def _make_folder(folder: Path) -> None:
-    folder.mkdir(mode=0o700)
-    try:
-        os.chown(folder, USER, USER)
-    except PermissionError:
-        folder.chmod(0o777)  # what it is in can be entered by this user alone
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        their_files.make(target)
+        their_files.copy(source, target)
+    else:
+        run("snapshot", *COPY, "--", str(source), str(target))
 
 
 def _remove(place: Path) -> None:
-    if not place.is_dir() or place.is_symlink():
-        place.unlink(missing_ok=True)
-    elif os.geteuid() == 0:
-        NOT_CONFINED.remove(place)
+    if place.is_dir() and not place.is_symlink():
+        their_files.remove(place)
     else:
-        _remove_theirs(place)
-
-
-def _remove_theirs(place: Path) -> None:
-    """Remove what belongs to the user of sandboxes, with the rights of that user where this one may have them."""
-    around = os.open(place.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        # That user does not get through the folders above.
-        Confinement(isolation="user", user=USER).remove(Path(f"/proc/self/fd/{around}/{place.name}"))
-    except PermissionError:
-        NOT_CONFINED.remove(place)
-    finally:
-        os.close(around)
+        place.unlink(missing_ok=True)

@@ -10,17 +10,22 @@ from agent_sdk.protocol.errors import StorageFull, WorkspaceUnavailable
 
 PATH = f"{os.defpath}:/usr/sbin:/sbin:/usr/local/bin:/usr/local/sbin"
 """Ours, not the server's: those who start it need not have the folders of the administrator in theirs."""
+# What is equal on the disk stays shared where the file system can do that, and holes stay holes.
+COPY = ("cp", "--reflink=auto", "--sparse=always")
 FULL = ("no space left on device", "disk quota exceeded")
 
 
-def run(phase: str, *command: str) -> None:
+def run(phase: str, *command: str, user: int | None = None, keep: tuple[int, ...] = ()) -> None:
     """Run a program to its end. Blocks.
 
     Args:
         phase: of the start, snapshot, … that it is for.
         command: a program and its arguments.
+        user: as whom, and with the group of the same number; None: as this process.
+        keep: descriptors that it inherits.
 
     Raises:
+        PermissionError: this process may not become that user.
         StorageFull: it found no space.
         WorkspaceUnavailable: it is missing or failed; the sentence has what it said first. Details: phase.
     """
@@ -32,6 +37,10 @@ def run(phase: str, *command: str) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         env={"PATH": PATH, "LC_ALL": "C"},
+        user=user,
+        group=user,
+        extra_groups=None if user is None else (),
+        pass_fds=keep,
         check=False,
     )
     if ended.returncode:

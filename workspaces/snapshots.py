@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, NotFound
 from agent_sdk.protocol.methods import SnapshotTaken
+from workspaces import their_files
 from workspaces.disks import FRESH, Disks
-from workspaces.programs import run
+from workspaces.programs import COPY, run
+from workspaces.their_files import SERVERS
 
 DISK, FILES = "disk.img", "files"
-# What is equal on the disk stays shared where the file system can do that, and holes stay holes.
-COPY = ("cp", "--reflink=auto", "--sparse=always")
 
 
 class Snapshots:
@@ -54,11 +53,12 @@ class Snapshots:
                     await in_thread(run, "snapshot", "sync", "--file-system", str(files))
                     await in_thread(run, "snapshot", *COPY, str(self._disks.image(owner)), str(fresh / DISK))
                 else:
-                    await in_thread(run, "snapshot", *COPY, "-a", "--", str(files), str(fresh / FILES))
+                    await in_thread(their_files.make, fresh / FILES)
+                    await in_thread(their_files.copy, files, fresh / FILES)
             size = await in_thread(_size, fresh)
             await in_thread(fresh.rename, self._folder / id)
         finally:
-            await in_thread(shutil.rmtree, fresh, True)
+            await in_thread(_remove, fresh)
         return SnapshotTaken(id=id, size=size)
 
     def check(self, id: str, size: int | None = None) -> Path:
@@ -96,17 +96,21 @@ class Snapshots:
         if self._disks.has(owner):
             return
         place = await in_thread(self.check, id, size)
-        if (disk := place / DISK).exists():
-            await self._disks.adopt(owner, partial(run, "snapshot", *COPY, "--", str(disk)), is_disk=True)
-        else:
-            files = str(place / FILES)
-            await self._disks.adopt(owner, partial(run, "snapshot", *COPY, "-a", "--", files), is_disk=False)
+        await self._disks.copy(owner, place / (DISK if (place / DISK).exists() else FILES))
 
 
 def _make(folder: Path) -> None:
-    folder.mkdir(parents=True, mode=0o700)
+    folder.mkdir(parents=True)
+    folder.chmod(SERVERS)
 
 
-def _size(folder: Path) -> int:
-    """Bytes that it occupies; nothing is followed out of it."""
-    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+def _size(snapshot: Path) -> int:
+    """Bytes that it occupies."""
+    disk = snapshot / DISK
+    return disk.stat().st_blocks * 512 if disk.exists() else their_files.size(snapshot / FILES)
+
+
+def _remove(snapshot: Path) -> None:
+    if (snapshot / FILES).exists():
+        their_files.remove(snapshot / FILES)
+    shutil.rmtree(snapshot, ignore_errors=True)

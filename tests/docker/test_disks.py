@@ -12,7 +12,8 @@ import pytest
 
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, WorkspaceUnavailable
 from tests.docker.places import limited, unlimited
-from workspaces.disks import USER, Disks
+from workspaces.disks import Disks
+from workspaces.their_files import USER
 
 pytestmark = pytest.mark.docker
 

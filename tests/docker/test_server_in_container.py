@@ -89,6 +89,18 @@ async def test_it_starts_sandboxes_beside_itself_and_removes_all_of_them(engine,
     assert await remove_all(engine, container["Labels"][labels.INSTANCE]) == []
 
 
+async def test_it_copies_what_belongs_to_the_user_of_sandboxes(engine, instance, volume):
+    async with server(engine, instance, Volume(volume, "/data")) as beside:
+        async with sandbox(beside) as workspace:
+            await workspace.execute("mkdir -m 700 a; echo mine >a/b; chmod 600 a/b; ln -s /etc/passwd c")
+            taken = await workspace.snapshot()
+            assert 0 < taken.size < 1 << 20
+            await workspace.execute("rm -r a")
+        async with sandbox(beside, snapshot=taken.id) as workspace:
+            result = await workspace.execute("cat a/b; readlink c; ls -l a | grep -c rw-------")
+            assert result.stdout == "mine\n/etc/passwd\n1\n"
+
+
 async def test_a_limit_of_the_disk_is_refused_with_the_reason(engine, instance, volume):
     async with server(engine, instance, Volume(volume, "/data")) as beside:
         with pytest.raises(IsolationUnavailable, match="disk: .* the server runs in a container"):
