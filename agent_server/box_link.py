@@ -391,6 +391,11 @@ class BoxLink:
         try:
             await box.thaw()
             self._set_frozen(False)
+        except AgentServerError:
+            # One that has ended cannot be woken; whoever wanted to finds that out, as soon as it is known.
+            await asyncio.wait([box.ended], timeout=self._patience)
+            if not box.ended.done():
+                raise
         finally:
             self._thawing = None
 

@@ -319,3 +319,12 @@ async def test_a_workspace_begins_with_a_snapshot_of_another(server, engine):
     with pytest.raises(InvalidParams, match="sandbox.snapshot"):
         async with sandbox(server, snapshot="nothing"):
             pass
+
+
+async def test_a_paused_sandbox_that_is_gone_is_replaced_by_its_next_use(server, engine):
+    async with sandbox(server) as workspace:
+        await workspace.execute("true")
+        await workspace.pause()
+        await engine.remove((await container(engine, workspace))["Id"])
+        assert (await workspace.execute("echo anew")).stdout == "anew\n"
+        await told(workspace, ("ready", ""), ("paused", ""), ("lost", "killed"), ("ready", ""))
