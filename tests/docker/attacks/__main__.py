@@ -18,7 +18,7 @@ import sys
 from . import files, kernel, limits, mounts, network, users
 from .attempt import ATTACKS, RefusedError
 
-SECONDS = 10
+SECONDS = 60
 """After which an attack that hangs is broken."""
 SUBJECTS = (mounts, kernel, users, limits, files, network)
 

@@ -54,7 +54,7 @@ FOLDERS = (
     "/opt",
     "/boot",
 )
-FOLDERS += ("/opt/agent", "/srv", "/mnt", "/media", "/proc", "/sys", "/dev")
+FOLDERS += ("/opt/agent", "/run/agent", "/srv", "/mnt", "/media", "/proc", "/sys", "/dev")
 NO_PROGRAMS = {"tmp": ("/tmp",), "run": ("/run",), "dev_shm": ("/dev/shm",)}
 
 
@@ -101,6 +101,12 @@ def make_a_folder_elsewhere():
 def change_the_runtime():
     tree = [os.path.join(folder, name) for folder, _, names in os.walk("/opt/agent") for name in names]
     return enough([path for path in tree if opens(path)])
+
+
+@attack
+def take_the_place_of_the_box():
+    os.rename("/run/agent/box.sock", "/run/agent/other.sock")
+    return "its socket has another name"
 
 
 @attack

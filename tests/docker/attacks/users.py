@@ -50,7 +50,8 @@ def run_a_setuid_program():
 def effective_user_of(path):
     """Whom a program runs as; it is ended before it does anything."""
     reading, writing = os.pipe()
-    pid = os.posix_spawn(path, [path], {}, file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0)])
+    silent = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_WRONLY, 0) for number in (1, 2)]
+    pid = os.posix_spawn(path, [path], {}, file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0), *silent])
     try:
         return next(int(line.split()[2]) for line in lines(f"/proc/{pid}/status") if line.startswith("Uid:"))
     finally:
