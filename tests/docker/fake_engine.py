@@ -68,7 +68,7 @@ class FakeEngine:
     async def listening(self, *, tcp: bool = False):
         app = web.Application()
         app.router.add_route("*", "/{rest:.*}", self._handle)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01)
         await runner.setup()
         Path(self._path).unlink(missing_ok=True)
         try:
