@@ -176,11 +176,12 @@ class Boxes:
             )
 
     def _box(self, owner: str, root: Path, instance: str) -> BoxProcess:
+        whole = self._config.files_root
         return BoxProcess(
-            root,
+            Path(whole) if whole else root,
             self._folder.boxes / owner,
             spool=self._folder.output / owner,
-            confined=self._config.confine_files,
+            working_dir=root if whole else None,
             linger=self._config.box_linger_seconds,
             environment=self._config.box_environment,
             instance=instance,

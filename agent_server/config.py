@@ -106,9 +106,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     runtime_api: Literal["off", "process", "docker"] = "off"
     """Whether it starts further servers for tenants, see docs/runtime_api.md: in processes of its own user, or in
     containers."""
-    confine_files: bool = True
-    """Whether file calls are kept below the folder of their workspace. Off where the whole machine, a container, is one
-    client's: then the rights of the commands' user alone count."""
+    files_root: str = ""
+    """The folder below which file calls are kept; empty: that of their workspace. `/` where the whole machine, a
+    container, is one client's: then the rights of the commands' user alone count."""
     command_env: Variables = {}
     """Variables of all commands; in the environment as a JSON object. The server itself does not see them."""
     engine: str = ""
@@ -219,6 +219,10 @@ def load(
         raise StartRefused("api_key and api_key_file are both set; set one of them")
     if options.get("secrets_key") and options.get("secrets_key_file"):
         raise StartRefused("secrets_key and secrets_key_file are both set; set one of them")
+    if options.get("files_root") and options.get("isolation") == "bwrap":
+        raise StartRefused(
+            "files_root and isolation bwrap are both set; bwrap shows commands their workspace alone"
+        )
     _check_key(options.get("api_key"))
     return ServerConfig(
         **options,
@@ -354,7 +358,6 @@ def _wanted(kind: Any) -> str:
         Names: "a list of texts",
         Variables: "a table of names and texts",
         Counts: "a table of names and numbers from 0 to 1000",
-        bool: "true or false",
     }
     return kinds.get(kind, "a text")
 

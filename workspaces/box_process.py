@@ -281,7 +281,10 @@ class BoxProcess:
                 self._command(*given),
                 # Beside the package, so that `-m` finds it however it was installed.
                 cwd=Path(agent_sdk.__file__).parent.parent,
-                env={**self._confinement.environment(self._environment, self.root), MARKER: self.instance},
+                env={
+                    **self._confinement.environment(self._environment, self._working_dir or self.root),
+                    MARKER: self.instance,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=log,

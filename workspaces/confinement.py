@@ -66,12 +66,12 @@ class Confinement(Struct, frozen=True):
             return [*self._as_user(), *self._in_namespaces(writable), "--", *runtime.command(MOUNT), *options]
         return [*self._as_user(), *runtime.command(str(self.runtime)), *options]
 
-    def environment(self, given: Mapping[str, str], root: Path) -> dict[str, str]:
+    def environment(self, given: Mapping[str, str], working_dir: Path) -> dict[str, str]:
         """Return what a box knows of the environment: names and folders of the server's user are not its own."""
         if self.isolation == "none":
             return dict(given)
         kept = {name: value for name, value in given.items() if name not in ("TMPDIR", "SHELL")}
-        name, home = "agent", str(root)
+        name, home = "agent", str(working_dir)
         if self.user is not None:
             with suppress(KeyError):
                 entry = pwd.getpwuid(self.user)

@@ -119,6 +119,7 @@ class DockerWorkspace(RemoteWorkspace):
             raise InvalidParams("keep: a container that is kept needs a name, by which it is found again")
         self._spec = ServerSpec(
             image=server_image,
+            env={"AGENT_SERVER_FILES_ROOT": "/"},  # all of the container is the one client's
             name=name or f"agent-server-{new_id()}",
             command_env={**from_caller(forward_env), **(env or {})},
             volumes=tuple(Volume.parse(text) for text in volumes),
@@ -136,8 +137,7 @@ class DockerWorkspace(RemoteWorkspace):
         self._keep = keep
         self._startup_timeout = startup_timeout
         self._docker_url = docker_url
-        self._on_progress = on_progress
-        self._on_log = on_log
+        self._on_progress, self._on_log = on_progress, on_log
         self._container: ServerContainer | None = None
         self._is_paused = False
 

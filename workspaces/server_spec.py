@@ -120,8 +120,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
             api_key: what clients will need.
             bind: the address on which ports are published; None: none is.
         """
-        # All of the container is the one client's.
-        options = {"AGENT_SERVER_CONFINE_FILES": "false", **self.env, "AGENT_SERVER_API_KEY": api_key}
+        options = {**self.env, "AGENT_SERVER_API_KEY": api_key}
         if self.command_env:
             options.update(packed(self.command_env))
         if self.box_user is not None:

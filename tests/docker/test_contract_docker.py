@@ -7,7 +7,7 @@ import pytest
 from agent_sdk import RemoteWorkspace
 from agent_sdk.remote.reconnecting import Target
 from tests.contract.conversation import ConversationContract
-from tests.contract.workspace import WorkspaceContract
+from tests.contract.workspace import OpenWorkspaceContract
 from tests.docker.fresh import conversations, fresh
 from tests.docker.servers import SERVER
 from workspaces.sync import DockerWorkspace
@@ -22,7 +22,7 @@ def server(engine_is_there) -> Iterator[Target]:
         yield workspace.asynchronous.target
 
 
-class TestInADockerWorkspace(WorkspaceContract):
+class TestInADockerWorkspace(OpenWorkspaceContract):
     @pytest.fixture
     async def workspace(self, server):
         async with fresh(RemoteWorkspace(server.url, server.api_key)) as workspace:

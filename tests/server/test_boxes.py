@@ -112,6 +112,16 @@ async def test_variables_for_commands_reach_commands_and_do_not_change_how_a_box
     assert "COMMAND_ENV" not in result.stdout
 
 
+async def test_where_all_files_are_one_clients_the_workspace_is_only_where_things_start(folder, tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"1")
+    async with opened(folder, files_root="/") as boxes:
+        workspace = RemoteWorkspace.over(boxes.link("c"))
+        info = await workspace.describe()
+        assert (info.root, info.working_dir) == ("/", str(folder.workspace("c")))
+        assert await workspace.files.read(str(tmp_path / "elsewhere")) == b"1"
+        assert (await workspace.execute("pwd")).stdout == f"{folder.workspace('c')}\n"
+
+
 async def test_a_call_under_way_has_an_unknown_outcome_when_its_box_is_lost(link):
     result = await RemoteWorkspace.over(link).execute("kill -9 $PPID; sleep 600")
     assert (result.status, result.exit_code) == ("unknown", None)

@@ -128,6 +128,10 @@ WRONG = {
         f'[server]\napi_key = "{KEY}"\napi_key_file = "f"\n',
         "api_key and api_key_file are both set; set one of them",
     ),
+    "two kinds of files": (
+        '[server]\nfiles_root = "/"\nisolation = "bwrap"\n',
+        "files_root and isolation bwrap are both set; bwrap shows commands their workspace alone",
+    ),
     "inner option": (
         "[server]\nbox_environment = {}\n",
         "config.toml:2: server.box_environment is no option",
@@ -170,7 +174,6 @@ def test_a_readable_file_without_a_key_is_fine(tmp_path):
         ("AGENT_SERVER_PORT=x", "AGENT_SERVER_PORT must be 1..65535, or 0 for a free one (got x)"),
         ("AGENT_SERVER_HOTS=x", "AGENT_SERVER_HOTS is no option; did you mean host?"),
         ("AGENT_SERVER_LIMITS_CALLS=0", "AGENT_SERVER_LIMITS_CALLS must be 1..10000 (got 0)"),
-        ("AGENT_SERVER_CONFINE_FILES=x", "AGENT_SERVER_CONFINE_FILES must be true or false (got x)"),
         ("AGENT_SERVER_COMMAND_ENV={A", "AGENT_SERVER_COMMAND_ENV must be a table of names and texts"),
     ],
 )
