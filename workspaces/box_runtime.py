@@ -36,7 +36,10 @@ MOUNT = "/opt/agent"
 BROUGHT = Path(sys.prefix, "share", "agent-box")
 """Where the runtime of an installation is that has one."""
 
-_FORMAT = "1"
+_FORMAT = "2"
+_PRELOAD = b"/etc/ld.so.preload", f"{MOUNT}/preload".encode()
+"""What a loader loads into every program. In an image that is the image's, so ours looks where
+nothing is: in a place with a name of the same length."""
 _NOT_OF_THE_LIBRARY = frozenset(
     {"__pycache__", "_pyrepl", "config", "curses", "dbm", "dist-packages", "distutils", "email", "ensurepip"}
     | {"html", "http", "idlelib", "lib-dynload", "lib2to3", "multiprocessing", "pydoc_data", "site-packages"}
@@ -165,7 +168,7 @@ def _make(new: Path) -> Path:
         if all(library.name.startswith(_EXTENSIONS_NEED) for library in needed):
             _copy(module, modules / "lib-dynload" / module.name, needed, libraries)
     _strip(new)
-    _copy(loader, libraries / "ld.so")
+    (libraries / "ld.so").write_bytes(loader.read_bytes().replace(*_PRELOAD))
     if "--argv0" in _output(str(loader), "--help"):  # glibc 2.33
         (libraries / "argv0").touch()
     for path in (new, *new.rglob("*")):

@@ -7,8 +7,12 @@ import asyncio
 import pytest
 
 from agent_sdk import RemoteWorkspace
+from agent_sdk.ids import new_id
 from tests.docker.boxes import box
 from tests.docker.images import BARE, BUSYBOX, FULL
+from tests.server.wire import GUARD
+from workspaces import labels
+from workspaces.box_runtime import MOUNT
 from workspaces.box_runtime import box_runtime as make_runtime
 
 pytestmark = pytest.mark.docker
@@ -85,6 +89,30 @@ async def test_an_idle_box_takes_little_memory(opened):
         status = (await workspace.execute(["cat", f"/proc/{pid}/status"])).stdout
     resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
     assert int(resident) < 28 << 10
+
+
+async def test_no_library_of_the_image_gets_into_a_box(engine, instance, box_runtime, tmp_path):
+    runtime = await make_runtime(box_runtime)
+    (tmp_path / "preload").write_text("/evil.so\n")
+    body = {
+        "Image": BUSYBOX,
+        "Entrypoint": [*runtime.command(MOUNT), "--help"],
+        "Labels": {labels.INSTANCE: instance},
+        "HostConfig": {
+            "NetworkMode": "none",
+            "Binds": [f"{runtime.path}:{MOUNT}:ro", f"{tmp_path / 'preload'}:/etc/ld.so.preload:ro"],
+        },
+    }
+    id = await engine.create(f"agent-box-{new_id()}", body)
+    watch = engine.watch(id)
+    await engine.start(id)
+    async with asyncio.timeout(GUARD):
+        assert (await watch.died).exit_code == 0
+    watch.close()
+    said = await engine.logs(id, lines=200)
+    assert "usage: agent_sdk.box" in said
+    assert "evil" not in said
+    await engine.remove(id)
 
 
 async def test_a_runtime_is_made_once_however_many_want_it(tmp_path):
