@@ -59,14 +59,14 @@ class BoxRuntime:
     path: Path
     """On this machine; to be mounted read-only at `MOUNT`."""
 
-    def command(self, place: str) -> list[str]:
-        """How a box is started where the runtime is at `place`; the options of `agent_sdk.box` follow."""
-        return [*_through_loader(place, "python3"), "-I", "-S", "-X", "utf8", "-m", "agent_sdk.box"]
+    def python(self, place: str) -> list[str]:
+        """How its interpreter is started where the runtime is at `place`."""
+        return [*_through_loader(place, "python3"), "-I", "-S", "-X", "utf8"]
 
     @property
     def entrypoint(self) -> list[str]:
         """How a container starts a box; the options of `agent_sdk.box` follow."""
-        command = [*self.command(MOUNT), "--unclaimed"]
+        command = [*self.python(MOUNT), "-m", "agent_sdk.box", "--unclaimed"]
         if (self.path / "bin/bash").exists():
             named = ["--argv0", "bash"] if (self.path / "lib/argv0").exists() else []
             command += ["--spare-bash", shlex.join(_through_loader(MOUNT, "bash", *named))]

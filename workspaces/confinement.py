@@ -36,6 +36,7 @@ ETC = (
 )
 """What programs need of /etc. The rest may hold what is the server's."""
 TMPFS_BYTES = 256 << 20
+PROBE = "from agent_sdk.seccomp import install_filter; install_filter()"
 PROBE_SECONDS = 20.0
 UMASK = 0o022
 _WORDS = 500
@@ -61,10 +62,7 @@ class Confinement(Struct, frozen=True):
         """
         if self.runtime is None:
             return [sys.executable, "-m", "agent_sdk.box", *options]
-        runtime, options = BoxRuntime(self.runtime), [*options, "--seccomp"]
-        if self.isolation == "bwrap":
-            return [*self._as_user(), *self._in_namespaces(writable), "--", *runtime.command(MOUNT), *options]
-        return [*self._as_user(), *runtime.command(str(self.runtime)), *options]
+        return self._python(["-m", "agent_sdk.box", *options, "--seccomp"], writable)
 
     def environment(self, given: Mapping[str, str], working_dir: Path) -> dict[str, str]:
         """Return what a box knows of the environment: names and folders of the server's user are not its own."""
@@ -124,9 +122,16 @@ class Confinement(Struct, frozen=True):
         if self.user is not None and not await in_thread(_reaches, self.user, data):
             mend = "let others pass through the folders above it (chmod o+x), or choose another with --data"
             raise self._refused(f"user {self.user} cannot reach the data folder {data}", mend)
-        code, words = await in_thread(_run, self.command(["--help"]))
+        code, words = await in_thread(_run, self._python(["-c", PROBE]))
         if code != 0:
             raise self._refused(_reason(words), self._mend(words))
+
+    def _python(self, options: list[str], writable: Iterable[Path] = ()) -> list[str]:
+        assert self.runtime is not None
+        runtime = BoxRuntime(self.runtime)
+        if self.isolation == "bwrap":
+            return [*self._as_user(), *self._in_namespaces(writable), "--", *runtime.python(MOUNT), *options]
+        return [*self._as_user(), *runtime.python(str(self.runtime)), *options]
 
     def _as_user(self) -> list[str]:
         if self.user is None:

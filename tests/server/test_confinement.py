@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -45,6 +47,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 async def confined(data, isolation):
+    if shutil.which("bwrap") is None and isolation == "bwrap" and not os.environ.get("CONTAINERS_REQUIRED"):
+        pytest.skip("needs bubblewrap")
     made = await confinement(isolation, BOX_USER, data)
     await made.check(data)
     return made
@@ -200,6 +204,20 @@ async def test_in_namespaces_nothing_escapes_its_end(box, confined):
         inside = psutil.Process(box.pid).children(recursive=True)
         assert sum(child.name() == "sleep" for child in inside) == 2
     assert all(gone(child.pid) for child in inside)
+
+
+@as_root
+@both
+async def test_a_confined_box_whose_starter_was_killed_before_it_wrote_the_pid_is_ended(box, confined):
+    await box.start()
+    box.let_go()
+    inside = [box.pid, *(child.pid for child in psutil.Process(box.pid).children(recursive=True))]
+    record = box.folder / "box.json"
+    record.write_bytes(
+        msgspec.json.encode({**msgspec.json.decode(record.read_bytes()), "pid": 0, "ticks": 0})
+    )
+    assert await BoxProcess.find(box.folder, confinement=confined) is None
+    assert all(gone(pid) for pid in inside)
 
 
 @as_root
