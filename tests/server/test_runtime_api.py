@@ -137,3 +137,10 @@ async def test_starting_the_session_of_a_paused_runtime_resumes_it(api):
     await api.verb("pause", runtime)
     again = await api.start()
     assert (again["runtime_id"], again["pod_status"]) == (runtime["runtime_id"], "ready")
+
+
+async def test_a_request_to_a_runtime_that_is_being_started_waits_for_it(server, api):
+    runtime = await api.start(wait=0)
+    assert runtime["pod_status"] == "pending"
+    async with server.http(None) as http, http.get(f"{runtime['url']}/health") as answer:
+        assert await answer.json() == {"status": "ok"}

@@ -1,0 +1,199 @@
+"""One runtime: what it does, in which order, and what is written down before."""
+
+import asyncio
+import io
+
+import msgspec
+import pytest
+
+from agent_sdk.protocol.errors import EngineUnavailable, WorkspaceUnavailable
+from agent_server.logs import opened
+from agent_server.runtime import RECORD, Record, Runtime
+
+
+class SteppedPod:
+    """A pod whose steps last until they are let go on, and fail when they are told to."""
+
+    url = "http://127.0.0.1:1"
+
+    def __init__(self, record) -> None:
+        self.did = []
+        self.record = record
+        self.gates = {}
+        self.errors = {}
+        self.death = None
+
+    def hold(self, step):
+        self.gates[step] = (asyncio.Event(), asyncio.Event())
+        return self.gates[step]
+
+    async def step(self, name):
+        self.did.append((name, msgspec.json.decode(self.record.read_bytes())["wanted"]))
+        if name in self.gates:
+            reached, go_on = self.gates.pop(name)
+            reached.set()
+            try:
+                await go_on.wait()
+            except asyncio.CancelledError:
+                self.did.append((f"{name} broken off", None))
+                raise
+            self.did.append((f"{name} done", None))
+        if self.errors.get(name):
+            raise self.errors[name].pop(0)
+
+    async def start(self, seconds):
+        await self.step("start")
+        self.death = asyncio.get_running_loop().create_future()
+
+    async def died(self):
+        return await asyncio.shield(self.death)
+
+    async def pause(self):
+        await self.step("pause")
+
+    async def end(self):
+        await self.step("end")
+
+    async def let_go(self):
+        self.did.append(("let go", None))
+
+    async def last_words(self):
+        return "its last words"
+
+
+@pytest.fixture
+async def made(tmp_path):
+    record = Record(
+        session_id="s",
+        runtime_id="r",
+        tenant="t",
+        api_key="k",
+        image="i",
+        environment={},
+        resource_factor=1,
+        cpus=1,
+        memory=1,
+        runtime_class=None,
+        image_pull_policy="Never",
+        created=0,
+    )
+    with opened(style="json", stream=io.StringIO()) as logs:
+        pod = SteppedPod(tmp_path / RECORD)
+        runtime = Runtime(record, pod, tmp_path, logs, start_seconds=5)
+        yield runtime, pod
+        await runtime.close(end=False)
+
+
+async def ready(runtime):
+    await runtime.start()
+    await runtime.settled(10)
+    assert runtime.pod_status == "ready"
+
+
+async def test_what_is_wanted_is_on_the_disk_before_anything_is_done(made):
+    runtime, pod = made
+    await ready(runtime)
+    await runtime.pause()
+    await ready(runtime)
+    await runtime.stop()
+    assert pod.did == [("start", "running"), ("pause", "paused"), ("start", "running"), ("end", "gone")]
+
+
+async def test_a_start_waits_for_a_pause_that_is_under_way(made):
+    runtime, pod = made
+    await ready(runtime)
+    reached, go_on = pod.hold("pause")
+    pausing = asyncio.create_task(runtime.pause())
+    await reached.wait()
+    await runtime.start()
+    go_on.set()
+    await pausing
+    await runtime.settled(10)
+    assert [name for name, _ in pod.did] == ["start", "pause", "pause done", "start"]
+    assert (runtime.status, runtime.pod_status) == ("running", "ready")
+
+
+@pytest.mark.parametrize("verb", ["pause", "stop"])
+async def test_a_start_that_is_under_way_is_broken_off(made, verb):
+    runtime, pod = made
+    reached, _ = pod.hold("start")
+    await runtime.start()
+    await reached.wait()
+    await (runtime.pause() if verb == "pause" else runtime.stop())
+    last = "pause" if verb == "pause" else "end"
+    assert [name for name, _ in pod.did] == ["start", "start broken off", last]
+
+
+async def test_a_caller_that_goes_away_does_not_break_off_what_it_asked_for(made):
+    runtime, pod = made
+    await ready(runtime)
+    reached, go_on = pod.hold("end")
+    stopping = asyncio.create_task(runtime.stop())
+    await reached.wait()
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    go_on.set()
+    await runtime.stop()
+    assert [name for name, _ in pod.did] == ["start", "end", "end done", "end"]
+
+
+async def test_a_pause_that_fails_leaves_it_running(made):
+    runtime, pod = made
+    await ready(runtime)
+    pod.errors["pause"] = [WorkspaceUnavailable("no")]
+    with pytest.raises(WorkspaceUnavailable):
+        await runtime.pause()
+    await runtime.settled(10)
+    assert (runtime.status, runtime.pod_status, runtime.record.wanted) == ("running", "ready", "running")
+
+
+async def test_a_first_start_that_fails_is_told_at_once_and_may_be_repeated(made):
+    runtime, pod = made
+    pod.errors["start"] = [WorkspaceUnavailable("the image is broken")]
+    await runtime.start()
+    await runtime.settled(10)
+    shown = runtime.shown("http://here")
+    assert (shown.status, shown.pod_status) == ("error", "failed")
+    assert (shown.events, shown.pod_logs) == (["the image is broken"], "its last words")
+    await ready(runtime)
+    assert runtime.shown("http://here").events == []
+
+
+async def test_an_engine_that_is_away_for_a_moment_is_waited_for(made):
+    runtime, pod = made
+    pod.errors["start"] = [EngineUnavailable("away", phase="engine")] * 2
+    await ready(runtime)
+    assert len(pod.did) == 3
+
+
+async def test_a_restart_that_fails_is_tried_again_before_it_is_given_up(made):
+    runtime, pod = made
+    await ready(runtime)
+    pod.errors["start"] = [WorkspaceUnavailable("not yet")]
+    pod.death.set_result("killed")
+    while runtime.record.restarts < 2 or runtime.pod_status != "ready":
+        await runtime._changed.wait()
+    assert runtime.record.reasons == ["killed", "not yet"]
+
+
+async def test_a_bug_in_a_pod_is_a_failure_and_no_silence(made):
+    runtime, pod = made
+    pod.errors["start"] = [ZeroDivisionError()]
+    await runtime.start()
+    await runtime.settled(10)
+    assert runtime.pod_status == "failed"
+    assert runtime.shown("").events[0].startswith("internal error, logged as ")
+
+
+@pytest.mark.parametrize(("wanted", "step"), [("running", "start"), ("paused", "pause")])
+async def test_the_next_server_brings_about_what_was_wanted(made, wanted, step):
+    runtime, pod = made
+    runtime.record.wanted = wanted
+    pod.record.write_bytes(msgspec.json.encode(runtime.record))
+    reached, go_on = pod.hold(step)
+    runtime.recover()
+    await reached.wait()
+    go_on.set()
+    await runtime.settled(10)
+    assert pod.did[0] == (step, wanted)
