@@ -27,7 +27,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.methods import Claim
-from agent_sdk.protocol.results import WorkspaceInfo
+from agent_sdk.protocol.results import Usage, WorkspaceInfo
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.connection import connect
 from workspaces.box_ending import Ending, ending_of
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 READY_SECONDS = 30.0
 CLAIM_SECONDS = 10.0
 STOP_SECONDS = 5
+USAGE_SECONDS = 2.0
 SHOWN_DIFFERENCES = 20
 GVISOR = "runsc"
 REACHED_BY = ({"--host-uds=all", "--host-uds=create"}, {"--host-fifo=open"})
@@ -456,10 +457,11 @@ class BoxContainer:
 
     async def completed(self, info: WorkspaceInfo) -> WorkspaceInfo:
         """See Box; what the engine does not tell now is left out."""
-        usage, (mechanism, occupied, most) = None, self._site.disk(self.owner)
-        with suppress(AgentServerError):
-            usage = await (await self._site.engine()).stats(self._running)
-            usage = replace(usage, disk=occupied, disk_max=most)
+        usage, (mechanism, occupied, most) = Usage(), self._site.disk(self.owner)
+        with suppress(AgentServerError, TimeoutError):
+            async with asyncio.timeout(USAGE_SECONDS):
+                usage = await (await self._site.engine()).stats(self._running)
+        usage = replace(usage, disk=occupied, disk_max=most)
         runtime = self._record.runtime if self._record else "none"
         return replace(info, image=self.spec.image, isolation=runtime, disk_quota=mechanism, usage=usage)
 

@@ -25,11 +25,15 @@ async def container(engine, workspace):
 
 
 async def told(workspace, *wanted):
-    """Wait until the log tells of these changes of the workspace, in this order; returns the last event."""
+    """Wait until the log tells of these changes, each a state and its cause (None: any); returns the last event."""
     waiting = list(wanted)
     async with asyncio.timeout(GUARD), Conversation(None, workspace, id=workspace.conversation) as log:
         async for event in log.events(follow=True):
-            if isinstance(event, WorkspaceChanged) and (event.state, event.cause) == waiting[0]:
+            if (
+                isinstance(event, WorkspaceChanged)
+                and event.state == waiting[0][0]
+                and waiting[0][1] in (None, event.cause)
+            ):
                 waiting.pop(0)
                 if not waiting:
                     return event
