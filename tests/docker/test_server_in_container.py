@@ -33,8 +33,8 @@ async def server(engine, instance, *volumes, data="/data"):
     await container.start()
     try:
         yield container
-        await engine.stop(container.id, 20)  # it ends its sandboxes, as it would for whoever stops it
     finally:
+        await engine.stop(container.id, 20)  # it ends its sandboxes, as it would for whoever stops it
         await container.stop()
 
 
