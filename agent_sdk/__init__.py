@@ -17,6 +17,7 @@ disk:         files of this machine as streams
 digest:       the SHA-256 of files that move
 serve:        a workspace behind a Peer
 box:          a workspace behind a Unix socket
+box_service:  what serves its connections
 seccomp:      a filter of system calls for a box
 profile:      what is in force for a box
 limits:       what in a box ran into a limit
