@@ -303,7 +303,7 @@ class DockerWorkspace(RemoteWorkspace):
             phase = self._container.phase if self._container is not None else "engine"
             raise WorkspaceUnavailable(
                 f"the server of {self._spec.image} was not ready after {self._startup_timeout:g} s "
-                f"(phase {phase})",
+                f"(phase {phase}); give it more with startup_timeout",
                 phase=phase,
             ) from None
 

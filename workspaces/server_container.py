@@ -222,8 +222,8 @@ class ServerContainer:
             words = await self.last_words() if self.id else ""
             await self._stop_quietly()
             raise WorkspaceUnavailable(
-                f"the server of {self.spec.image} was not ready after {round(seconds, 1):g} s "
-                f"(phase {self.phase}){_said(words)}",
+                f"the server of {self.spec.image} was not ready in time (phase {self.phase}){_said(words)}; "
+                "give it more with startup_timeout",
                 phase=self.phase,
             ) from exc
         except BaseException:

@@ -136,9 +136,9 @@ async def test_one_that_never_becomes_ready_ends_with_the_time_for_its_start(
     engine, image_that_does, free_name
 ):
     error = await refused(
-        WorkspaceUnavailable, server_image=image_that_does, name=free_name, startup_timeout=2
+        WorkspaceUnavailable, server_image=image_that_does, name=free_name, startup_timeout=6
     )
-    assert str(error).endswith("was not ready after 2 s (phase ready); it said: hm")
+    assert "was not ready in time (phase ready); it said: hm; give it more with startup_timeout" in str(error)
     assert error.details["phase"] == "ready"
     assert await state(engine, free_name) is None
 
