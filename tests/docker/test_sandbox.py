@@ -328,3 +328,14 @@ async def test_a_paused_sandbox_that_is_gone_is_replaced_by_its_next_use(server,
         await engine.remove((await container(engine, workspace))["Id"])
         assert (await workspace.execute("echo anew")).stdout == "anew\n"
         await told(workspace, ("ready", ""), ("paused", ""), ("lost", "killed"), ("ready", ""))
+
+
+async def test_what_became_of_a_sandbox_while_nobody_was_there_is_told_to_who_comes_next(started, engine):
+    async with started(idle_seconds=0.0) as server:
+        async with sandbox(server, idle_ttl=3.0) as workspace:
+            await workspace.execute("true")
+            id, first = workspace.conversation, await container(engine, workspace)
+        async with asyncio.timeout(GUARD):
+            await engine.watch(first["Id"]).died
+        async with RemoteWorkspace(server.url, server.key, conversation=id) as workspace:
+            await told(workspace, ("ready", ""), ("stopped", "idle"))
