@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 READY_SECONDS = 30.0
 CLAIM_SECONDS = 10.0
 STOP_SECONDS = 5
+LEAST_LINGER = 5.0
+"""Seconds: between its claim and the connection of whoever uses it, it is alone for a moment."""
 USAGE_SECONDS = 2.0
 SHOWN_DIFFERENCES = 20
 GVISOR = "runsc"
@@ -288,7 +290,13 @@ class BoxContainer:
 
     def _parts(self, image: Image, places: Places, binary: BoxRuntime, runtime: str) -> Parts:
         options = ["--folder", FOLDER, "--root", "/", "--working-dir", WORKSPACE, "--spool", OUTPUT]
-        options += ["--linger", str(self._site.linger), "--ready", f"{FOLDER}/{READY}", "--seccomp"]
+        options += [
+            "--linger",
+            str(max(self._site.linger, LEAST_LINGER)),
+            "--ready",
+            f"{FOLDER}/{READY}",
+            "--seccomp",
+        ]
         return Parts(
             image=image.id,
             image_environment=tuple(line.split("=", 1)[0] for line in image.env),

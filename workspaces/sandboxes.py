@@ -216,8 +216,8 @@ class Sandboxes:
         ground, runtime = await self._ground(), await self.runtime()
         if spec.snapshot is not None:
             await self._snapshots.lay_out(spec.snapshot, owner, self._size(spec))
-        await self._disks.make(owner, self._size(spec) or self._options.disk or 0)
-        await self._spools.make(owner, OUTPUT_BYTES)
+        size = self._size(spec) or self._options.disk or 0
+        await asyncio.gather(self._disks.make(owner, size), self._spools.make(owner, OUTPUT_BYTES))
         async with self._disks.at_hand(owner) as workspace, self._spools.at_hand(owner) as output:
             yield Places(
                 workspace=ground.paths.of(workspace),

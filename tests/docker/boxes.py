@@ -32,11 +32,11 @@ class Told:
 
 
 @asynccontextmanager
-async def sandboxes_in(folder, runtimes, **options):
+async def sandboxes_in(folder, runtimes, *, linger=120.0, **options):
     """The sandboxes of a data folder, and what they have `told`."""
     (folder / "boxes").mkdir(exist_ok=True)
     told = Told()
-    given = SandboxOptions(runtimes=runtimes, linger=120.0, **options)
+    given = SandboxOptions(runtimes=runtimes, linger=linger, **options)
     async with Sandboxes(folder, given, tell=told) as sandboxes:
         sandboxes.told = told
         yield sandboxes

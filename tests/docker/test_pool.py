@@ -75,6 +75,15 @@ async def test_a_box_that_waits_has_no_owner_and_does_nothing_for_anybody(opened
                 await workspace.execute("true")
 
 
+async def test_a_box_that_does_not_linger_waits_for_its_owner_all_the_same(opened, engine):
+    async with opened(pool={BUSYBOX: 1}, linger=0.0) as sandboxes:
+        await sandboxes.told.times(1, "box_waits")
+        (first,) = await waiting(engine, sandboxes)
+        async with box(sandboxes) as taken:
+            assert await said(taken, "echo works") == "works\n"
+            assert sandboxes.recorded("one").container == (await engine.inspect(first))["Name"].lstrip("/")
+
+
 async def test_a_dead_one_is_passed_over(opened, engine):
     async with opened(pool={BUSYBOX: 2}) as sandboxes:
         await sandboxes.told.times(2, "box_waits")
