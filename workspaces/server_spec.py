@@ -82,8 +82,6 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     runtime: str | None = None
     """Of the engine, e.g. `runsc`; None: its default."""
     labels: Mapping[str, str] = {}
-    auto_remove: bool = False
-    """Remove it as soon as it ends, whoever ended it: then nobody can read its last words."""
     pull: Literal["missing", "always", "never"] = "missing"
     box_user: int | None = None
     """The user whose commands run; None: the image's."""
@@ -149,7 +147,6 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
             "Mounts": [volume.mount() for volume in self.volumes],
             "DeviceRequests": [] if self.gpus is None else [_gpus(self.gpus)],
             "LogConfig": {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}},
-            "AutoRemove": self.auto_remove,
             "RestartPolicy": {"Name": "no"},
             **({"Runtime": self.runtime} if self.runtime else {}),
         }
