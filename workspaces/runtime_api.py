@@ -14,7 +14,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.local.environment import from_caller
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, RemoteApiError
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
-from agent_sdk.remote.reconnecting import OnConnection
+from agent_sdk.remote.reconnecting import OnConnection, ServerLink
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.shield import to_its_end
 from workspaces.runtime_client import RuntimeClient, Session, may_pass
@@ -177,6 +177,8 @@ class APIRemoteWorkspace(RemoteWorkspace):
         async with self._in_time():
             await self._api.verb("resume", before.runtime_id, timeout=self._startup_timeout)
             now = await self._persistently(self._look)
+        if isinstance(self._link, ServerLink):
+            self._link.hasten()
         if (now.url, now.api_key) != (before.url, before.api_key):
             raise RemoteApiError(
                 f"the runtime of session {self.session_id} came back at another address; enter it again",

@@ -104,6 +104,7 @@ class ServerLink:
         self._changed = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._pause = 0.0
+        self._hurry = asyncio.Event()
         self._complained = False
         self.claimed = resident is not None
         """Whether somebody lives on it, or did."""
@@ -168,6 +169,10 @@ class ServerLink:
         if self._resident is resident:
             self._resident = None
 
+    def hasten(self) -> None:
+        """Try again now and not after a pause; for whoever knows that the server is back."""
+        self._hurry.set()
+
     async def _connected(self) -> Connection:
         while self._connection is None or self._connection.peer.lost is not None:
             if self._error is not None:
@@ -211,9 +216,16 @@ class ServerLink:
             stop=stop_never if seconds is None else stop_before_delay(seconds),
             retry=retry_if_exception(self._may_pass),
             before_sleep=complain,
+            sleep=self._rest,
             reraise=True,
         )
         return await retrying(self._try, stack)
+
+    async def _rest(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._hurry.wait()
+        self._hurry.clear()
 
     async def _try(self, stack: AsyncExitStack) -> Connection:
         target = self._target

@@ -24,7 +24,7 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.methods import Delete
 from agent_sdk.remote.link import ask
-from agent_sdk.remote.reconnecting import final_error
+from agent_sdk.remote.reconnecting import ServerLink, Target, final_error
 from agent_sdk.rpc.pipe import lost
 from agent_sdk.testing import ScriptedLLM, call, say
 
@@ -419,3 +419,25 @@ async def test_two_hundred_connections_leave_nothing_behind(running_server, prox
 def here() -> tuple[int, int]:
     """How many tasks and descriptors this process has."""
     return len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.timeout(40)  # less than the pause that the server asks for
+async def test_whoever_knows_that_the_server_is_back_may_hasten_the_next_try(aiohttp_server):
+    asked = asyncio.Queue()
+
+    async def busy(request):
+        asked.put_nowait(request)
+        return web.Response(status=503, headers={"Retry-After": "60"})
+
+    app = web.Application()
+    app.router.add_get("/{anything:.*}", busy)
+    server = await aiohttp_server(app)
+    target = Target(url=str(server.make_url("")), conversation=new_id(), connect_timeout=None)
+    link = ServerLink(target)
+    entering = asyncio.create_task(link.__aenter__())
+    await asked.get()
+    link.hasten()
+    await asked.get()
+    entering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
