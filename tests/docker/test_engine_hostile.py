@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from agent_sdk.protocol.errors import (
 )
 from tests.docker.fake_engine import INFO, VERSION, FakeEngine, never, slam, stream
 from workspaces.engine import Engine, engine_version
+from workspaces.engine_logs import LONGEST_LINE
 
 HASTE = 0.02
 """Of the limits of time: what hangs is given up after 0.2 s instead of 10."""
@@ -405,6 +407,33 @@ async def test_an_engine_on_another_machine_that_is_gone_is_noticed_by_the_kerne
     assert b"timer:(keepalive," in shown
 
 
+# --- output ---
+
+
+def written(text):
+    """As engines send what was written to standard output."""
+    return struct.pack(">BxxxL", 1, len(text)) + text
+
+
+async def test_a_line_without_end_comes_in_pieces(fake, engine):
+    fake.on("GET /containers/x/logs", stream(*[written(b"y" * 16384)] * 20, written(b"\nend\n")))
+    lines = [line async for line in engine.follow_logs("x")]
+    assert "".join(lines) == "y" * 20 * 16384 + "end"
+    assert max(map(len, lines)) < 2 * LONGEST_LINE
+
+
+async def test_output_that_is_cut_off_is_shown_so_far(fake, engine):
+    fake.on("GET /containers/x/logs", stream(written(b"whole\n"), written(b"half")[:-2]))
+    assert [line async for line in engine.follow_logs("x")] == ["whole", "ha"]
+    assert await engine.logs("x") == "whole\nha"
+
+
+async def test_last_words_of_a_container_that_cannot_be_asked_for_are_empty(fake, engine):
+    for answer in (slam, never):
+        fake.on("GET /containers/x/logs", answer)
+        assert await engine.logs("x") == ""
+
+
 # --- images ---
 
 
@@ -471,6 +500,7 @@ async def test_an_image_that_is_there_is_not_pulled_unless_it_must(fake, engine,
 
 
 async def test_a_missing_image_that_may_not_be_pulled_is_refused(fake, engine):
+    fake.answer("GET /images/", {"message": "No such image: x:1"}, 404)
     with pytest.raises(ImageUnavailable, match="not on the engine: docker pull x:1"):
         await engine.image("x:1", pull="never")
     assert not [call for call in fake.calls if "create" in call]
@@ -500,11 +530,17 @@ async def test_a_pull_that_fails_says_why_and_what_to_do(fake, engine, said, men
     assert isinstance(failed.value, EngineUnavailable if "space" in said else ImageUnavailable)
 
 
-@pytest.mark.parametrize("stall", [never, stream(b'{"status": "Pulling"}\n', end=False)])
-async def test_a_pull_that_stands_still_is_given_up(fake, stall):
+@pytest.mark.parametrize(
+    ("stall", "kind", "says"),
+    [
+        (never, EngineUnavailable, "within 0.3 s"),
+        (stream(b'{"status": "Pulling"}\n', end=False), ImageUnavailable, "stood still for 0.3 s"),
+    ],
+)
+async def test_a_pull_that_stands_still_is_given_up(fake, stall, kind, says):
     fake.on("POST /images/create", stall)
     async with Engine(fake.url, patience=0.005) as engine:
-        with pytest.raises(WorkspaceUnavailable, match="0.3 s"):
+        with pytest.raises(kind, match=says):
             await engine.image("x:1")
 
 
