@@ -96,7 +96,7 @@ async def test_no_library_of_the_image_gets_into_a_box(engine, instance, box_run
     (tmp_path / "preload").write_text("/evil.so\n")
     body = {
         "Image": BUSYBOX,
-        "Entrypoint": [*runtime.command(MOUNT), "--help"],
+        "Entrypoint": [*runtime.python(MOUNT), "-m", "agent_sdk.box", "--help"],
         "Labels": {labels.INSTANCE: instance},
         "HostConfig": {
             "NetworkMode": "none",
