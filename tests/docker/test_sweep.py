@@ -106,13 +106,11 @@ async def test_of_others_only_what_is_over_and_does_not_run_is_removed(engine, i
     await engine.create(comes_back, body(marks(int(time.time()) + 3600)))
     await engine.create(never, body({labels.INSTANCE: other}))
     await engine.create(odd, body(marks("-1 or so")))
-    told = Told()
-    await told.sweep(engine, instance).once()
+    await Told().sweep(engine, instance).once()  # or that of anybody else who sweeps this engine meanwhile
     assert await states(engine, other) == {
         runs: "running",
         **dict.fromkeys((comes_back, never, odd), "created"),
     }
-    assert ("container", over) in told.removed
 
 
 async def test_strangers_are_never_touched(engine, instance):
