@@ -6,13 +6,13 @@ import pytest
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import RemoteApiError
-from agent_server.runtime_config import RuntimeConfig
+from agent_server.runtime_config import RuntimeConfig, TenantConfig
 from tests.chaos.server import KEY, Server
 from tests.docker.conftest import remove_all
 from tests.docker.held_engine import HeldEngine
 from tests.docker.servers import SERVER, state
 from tests.server.conftest import start  # noqa: F401  a server in this process
-from tests.server.test_runtime_api import ALICE, TENANTS, client
+from tests.server.test_runtime_api import ALICE, BOB, TENANTS, client
 from tests.test_examples import run
 from workspaces import APIRemoteWorkspace, labels
 
@@ -30,7 +30,8 @@ POINTS = [
 
 @pytest.fixture
 async def server(start, engine, tmp_path):  # noqa: F811
-    runtimes = RuntimeConfig(tenants=TENANTS, unit_memory=256 << 20, unit_cpus=0.5)
+    bob = TenantConfig(key=BOB, memory=256 << 20)
+    runtimes = RuntimeConfig(tenants={**TENANTS, "bob": bob}, unit_memory=256 << 20, unit_cpus=0.5)
     async with start(runtime_api="docker", runtimes=runtimes) as server:
         yield server
     instance = (tmp_path / "data" / "runtimes" / "instance").read_text().strip()
@@ -62,6 +63,15 @@ async def test_a_paused_runtime_is_frozen_and_goes_on_where_it_was(there, engine
         assert await state(engine, container(workspace)) == "paused"
         await workspace.resume()
         assert (await workspace.execute("cat file")).stdout == "kept\n"
+
+
+async def test_a_paused_container_counts_with_its_memory_until_it_is_stopped(server):
+    async with client(server, BOB) as api:
+        first = await api.start("one", image=SERVER)
+        await api.verb("pause", first)
+        assert "bytes of memory" in (await api.start("two", status=429, image=SERVER))["error"]["message"]
+        assert (await api.verb("resume", first))["status"] == "running"
+        await api.verb("stop", first)
 
 
 async def test_a_container_that_dies_is_started_again_with_its_files(there, engine, server):
