@@ -23,6 +23,9 @@ OUTSIDE = [
 class ConfinementContract:
     """Mixed into WorkspaceContract; not for a workspace whose root is that of all files."""
 
+    async def test_it_says_that_paths_are_kept_in_it(self, workspace):
+        assert (await workspace.describe()).confined
+
     async def test_its_root_is_a_part_of_all_files(self, workspace):
         assert (await workspace.describe()).root != "/"
 

@@ -8,7 +8,7 @@ from agent_sdk import RemoteWorkspace
 from agent_sdk.remote.reconnecting import Target
 from tests.conftest import serving
 from tests.contract.conversation import ConversationContract
-from tests.contract.workspace import WorkspaceContract
+from tests.contract.workspace import OpenWorkspaceContract
 from tests.docker.fresh import conversations, fresh
 from tests.docker.servers import SERVER
 from workspaces.sync import APIRemoteWorkspace
@@ -21,13 +21,13 @@ def runtime(tmp_path_factory, engine_is_there) -> Iterator[Target]:
     """One runtime for all; every workspace and conversation on it is fresh."""
     folder = tmp_path_factory.mktemp("api")
     with (
-        serving(folder, AGENT_SERVER_RUNTIME_API="process") as server,
+        serving(folder, AGENT_SERVER_RUNTIME_API="docker") as server,
         APIRemoteWorkspace(server.url, server.api_key, SERVER) as workspace,
     ):
         yield workspace.asynchronous.target
 
 
-class TestInARuntime(WorkspaceContract):
+class TestInARuntime(OpenWorkspaceContract):
     @pytest.fixture
     async def workspace(self, runtime):
         async with fresh(RemoteWorkspace(runtime.url, runtime.api_key)) as workspace:
