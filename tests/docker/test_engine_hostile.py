@@ -23,8 +23,8 @@ from tests.docker.fake_engine import INFO, VERSION, FakeEngine, never, slam, str
 from workspaces.engine import Engine, engine_version
 from workspaces.engine_logs import LONGEST_LINE
 
-HASTE = 0.02
-"""Of the limits of time: what hangs is given up after 0.2 s instead of 10."""
+HASTE = 0.1
+"""Of the limits of time: what hangs is given up after 1 s instead of 10."""
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ async def test_what_is_no_engine_is_told_apart(fake, call, said):
 @pytest.mark.parametrize("call", ["GET /version", "GET /info"])
 async def test_an_engine_that_hangs_is_given_up(fake, call):
     fake.on(call, never)
-    assert "within 0.2 s" in await refusal(fake.url)
+    assert "within 1 s" in await refusal(fake.url)
 
 
 async def test_an_engine_that_stops_in_the_middle_of_an_answer_is_given_up(fake):
@@ -244,7 +244,7 @@ async def test_a_start_is_never_asked_twice(fake, engine):
 async def test_a_container_that_hangs_at_its_start_is_removed(fake, engine):
     fake.on("POST /containers/x/start", never)
     fake.answer("DELETE /containers/x")
-    with pytest.raises(EngineUnavailable, match="within 0.4 s"):
+    with pytest.raises(EngineUnavailable, match="within 2 s"):
         await engine.start("x")
     assert fake.calls[-1] == "DELETE /containers/x?force=1&v=1"
 
@@ -253,7 +253,7 @@ async def test_a_container_whose_creation_hangs_is_looked_for_and_removed(fake, 
     fake.on("POST /containers/create", never)
     fake.answer("GET /containers/json", [{"Id": "late"}])
     fake.answer("DELETE /containers/late", status=204)
-    with pytest.raises(EngineUnavailable, match="within 0.6 s"):
+    with pytest.raises(EngineUnavailable, match="within 3 s"):
         await engine.create("c", {})
     assert fake.calls[-1].startswith("DELETE /containers/late")
 
@@ -533,13 +533,13 @@ async def test_a_pull_that_fails_says_why_and_what_to_do(fake, engine, said, men
 @pytest.mark.parametrize(
     ("stall", "kind", "says"),
     [
-        (never, EngineUnavailable, "within 0.3 s"),
-        (stream(b'{"status": "Pulling"}\n', end=False), ImageUnavailable, "stood still for 0.3 s"),
+        (never, EngineUnavailable, "within 1.2 s"),
+        (stream(b'{"status": "Pulling"}\n', end=False), ImageUnavailable, "stood still for 1.2 s"),
     ],
 )
 async def test_a_pull_that_stands_still_is_given_up(fake, stall, kind, says):
     fake.on("POST /images/create", stall)
-    async with Engine(fake.url, patience=0.005) as engine:
+    async with Engine(fake.url, patience=0.02) as engine:
         with pytest.raises(kind, match=says):
             await engine.image("x:1")
 
