@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
+import msgspec
+
 from agent_sdk import RemoteWorkspace, Sandbox
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable
@@ -118,7 +120,7 @@ def _start(name: str, taken: list[float], bare: list[float], more: float) -> Row
 
 
 async def _warm(bare: list[float]) -> list[Row]:
-    async with running_server(sandbox_pool=f"{IMAGE}={WARM}") as server:
+    async with running_server(sandbox_pool=msgspec.json.encode({IMAGE: WARM}).decode()) as server:
         taken = []
         for _ in range(CLAIMS):
             await asyncio.sleep(3 * percentile(bare, 0.5))  # the pool is full again
