@@ -18,7 +18,6 @@ from msgspec.structs import replace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     AgentServerError,
-    ConnectionLost,
     EngineUnavailable,
     IsolationUnavailable,
     NotFound,
@@ -247,7 +246,7 @@ class BoxContainer:
         """Give it its identity, and see that all is in force that was asked for.
 
         Raises:
-            ProfileMismatch: it is not; details: differences.
+            ProfileMismatch: it is not; details: differences. WorkspaceUnavailable: it is no box.
         """
         assert self._record is not None and self._image is not None and self._id is not None
         image = dict(line.split("=", 1) for line in self._image.env if "=" in line)
@@ -259,8 +258,8 @@ class BoxContainer:
         try:
             async with asyncio.timeout(CLAIM_SECONDS), connect(self.url) as connection:
                 info = await connection.peer.call(call)
-        except (ConnectionLost, TimeoutError) as exc:
-            why = str(exc) or f"not within {CLAIM_SECONDS:.0f} s"
+        except (AgentServerError, TimeoutError) as exc:  # whatever it says: it is no error of ours
+            why = " ".join(str(exc).split())[:200] or f"not within {CLAIM_SECONDS:.0f} s"
             raise WorkspaceUnavailable(f"the box did not answer: {why}", phase="claim") from None
         inspected = await (await self._site.engine()).inspect(self._id)
         differences = engine_differences(self._body, inspected) + box_differences(self._body, info.profile)
