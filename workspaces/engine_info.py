@@ -45,6 +45,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     root_dir: str = ""
     driver: str = ""
     """Of images and layers."""
+    registry: str = ""
+    """Where images come from whose names have no host."""
     logging_driver: str = ""
     unlimited: tuple[str, ...] = ()
     """What its kernel cannot limit: memory, swap, cpu, pids."""
@@ -77,6 +79,7 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
                 live_restore=said.live_restore,
                 root_dir=said.root_dir,
                 driver=said.driver,
+                registry=said.registry,
                 logging_driver=said.logging_driver,
                 unlimited=tuple(name for name, limited in said.limits() if not limited),
             )
@@ -103,6 +106,7 @@ class _Info(Struct):
     live_restore: bool = msgspec.field(name="LiveRestoreEnabled", default=False)
     root_dir: str = msgspec.field(name="DockerRootDir", default="")
     driver: str = msgspec.field(name="Driver", default="")
+    registry: str = msgspec.field(name="IndexServerAddress", default="")
     logging_driver: str = msgspec.field(name="LoggingDriver", default="")
     memory_limit: bool = msgspec.field(name="MemoryLimit", default=True)
     swap_limit: bool = msgspec.field(name="SwapLimit", default=True)

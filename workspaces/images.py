@@ -26,7 +26,6 @@ STALL_SECONDS = 60.0
 """A pull that says nothing for so long is given up."""
 STEP_BYTES = 1 << 20
 """At least between two reports of progress."""
-DOCKER_HUB = "https://index.docker.io/v1/"
 _REFERENCE = re.compile(r"(?!.*(\.\.|//))[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}")
 
 Pull = Literal["missing", "always", "never"]
@@ -75,7 +74,8 @@ async def ensure_image(
         why = wrong or f"the image {name} is not on the engine"
         mend = "name another image or platform" if wrong else f"docker pull {name}, or allow to pull it"
         raise ImageUnavailable(f"{why}: {mend}", image=name, phase="image")
-    await _pull(api, name, platform, on_progress)
+    key = await in_thread(_key_for, name, info.registry)
+    await _pull(api, name, key, platform, on_progress)
     image = await _inspect(api, name)
     if image is None:
         raise ImageUnavailable(f"the image {name} was pulled and is gone again", image=name, phase="pull")
@@ -114,11 +114,12 @@ def _other_platform(image: Image, info: EngineInfo, platform: str | None) -> str
     return f"the image {image.name} is for {image.os}/{image.arch}, not for {wanted}"
 
 
-async def _pull(api: EngineApi, name: str, platform: str | None, on_progress: OnProgress | None) -> None:
+async def _pull(
+    api: EngineApi, name: str, key: str, platform: str | None, on_progress: OnProgress | None
+) -> None:
     params = {"fromImage": name, **({"platform": platform} if platform else {})}
     if "@" not in name and ":" not in name.rpartition("/")[2]:
         params["tag"] = "latest"  # otherwise the engine pulls all tags
-    key = await in_thread(_key_for, name)
     headers = {"X-Registry-Auth": key} if key else {}
     progress = _Progress(on_progress)
     what = f"pull the image {name}"
@@ -185,14 +186,15 @@ class _Progress:
             self._tell("pull", done, total)
 
 
-def _key_for(name: str) -> str:
-    """What `docker login` has left in the user's configuration for this registry; empty when nothing is there.
+def _key_for(name: str, usual: str) -> str:
+    """What `docker login` has left in the user's configuration for the image's registry, or for the usual one.
+    Empty when nothing is there.
 
     Keys that a credential helper keeps are not asked for: such images have to be pulled before.
     """
     first = name.partition("/")[0]
     is_host = "/" in name and (first == "localhost" or "." in first or ":" in first)
-    registry = first if is_host else DOCKER_HUB
+    registry = first if is_host else usual
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
         entry = json.loads((Path.home() / ".docker/config.json").read_bytes())["auths"][registry]
         if entry.get("identitytoken"):

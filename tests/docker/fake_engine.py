@@ -18,6 +18,7 @@ VERSION = {
     "Components": [{"Name": "runc", "Version": "1.2.6"}],
 }
 INFO = {"Name": "fake", "SystemTime": "2026-01-01T00:00:00.5Z", "Runtimes": {"runc": {}}}
+INFO["IndexServerAddress"] = "https://usual.test/v1/"
 
 
 class FakeEngine:

@@ -575,7 +575,8 @@ async def test_what_docker_login_left_is_shown_to_the_registry_it_is_for(
     config = tmp_path / ".docker" / "config.json"
     config.parent.mkdir()
     key = base64.b64encode(b"me:secret").decode()
-    config.write_text(json.dumps({"auths": {"host.test:5000": {"auth": key}, "other.test": {"auth": "%%"}}}))
+    known = {"host.test:5000": {"auth": key}, "other.test": {"auth": "%%"}}
+    config.write_text(json.dumps({"auths": {**known, INFO["IndexServerAddress"]: {"identitytoken": "t"}}}))
     monkeypatch.setenv("HOME", str(tmp_path))
     shown = []
 
@@ -586,9 +587,8 @@ async def test_what_docker_login_left_is_shown_to_the_registry_it_is_for(
     pulls(create)
     for name in ("host.test:5000/x:1", "other.test/x:1", "x:1"):
         await engine.image(name, pull="always")
-    assert shown[1:] == [None, None]
-    assert json.loads(base64.urlsafe_b64decode(shown[0])) == {
-        "username": "me",
-        "password": "secret",
-        "serveraddress": "host.test:5000",
-    }
+    assert shown[1] is None
+    assert [json.loads(base64.urlsafe_b64decode(header)) for header in (shown[0], shown[2])] == [
+        {"username": "me", "password": "secret", "serveraddress": "host.test:5000"},
+        {"identitytoken": "t", "serveraddress": INFO["IndexServerAddress"]},
+    ]
