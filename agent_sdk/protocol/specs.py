@@ -119,7 +119,7 @@ class AgentSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Added to the system prompt."""
 
 
-class Sandbox(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Sandbox(Struct, frozen=True, forbid_unknown_fields=True):
     """A container that the server manages for one conversation.
 
     Its root file system is read-only, but for the workspace `/workspace` and small `/tmp` and `/run`; it runs as
@@ -142,6 +142,9 @@ class Sandbox(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`/host/path:/path/in/it[:ro]`, below the folders the server allows."""
     gpus: str | None = None
     """`all`, a number, or ids separated by commas."""
+    idle_ttl: Annotated[float, Meta(ge=1)] | None = None
+    """Seconds without use until the container is stopped; its workspace stays, the next use starts it again.
+    None: the server's `idle_seconds`."""
     runtime: Literal["runc", "runsc"] | None = None
     """None: what the server prefers. Another one is never taken in its place."""
     platform: str | None = None
@@ -149,9 +152,6 @@ class Sandbox(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pull: Literal["missing", "always", "never"] = "missing"
     snapshot: str | None = None
     """Id of a snapshot whose content the workspace begins with."""
-    idle_ttl: Annotated[float, Meta(ge=1)] | None = None
-    """Seconds without use until the container is stopped; its workspace stays, the next use starts it again.
-    None: the server's `idle_seconds`."""
 
 
 class WorkspaceSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
