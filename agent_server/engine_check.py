@@ -13,9 +13,9 @@ from pathlib import Path
 from agent_sdk.protocol.errors import EngineUnavailable
 from agent_server.check import Check
 from agent_server.config import ServerConfig
-from workspaces.box_docker import GVISOR, reaches_sandboxes
 from workspaces.disks import Disks
 from workspaces.engine import Engine, EngineInfo
+from workspaces.engine_runtimes import GVISOR, reaches_sandboxes
 
 SAFE_RUNC = {(1, 2): 8, (1, 3): 3}
 """The first patch releases with the fixes of CVE-2025-31133, CVE-2025-52565 and CVE-2025-52881; later lines have

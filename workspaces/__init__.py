@@ -12,7 +12,8 @@ docker:      DockerWorkspace, a server in a container that is started for one cl
              client still lives, and server_log, the server's lines in the client's log
 engine:      the container engine: containers made, run, watched and removed; what it is made of:
              engine_api, its calls; engine_events, what happens to containers; engine_failure, what went
-             wrong and the mend; engine_info, engine_logs and engine_lines, what it says of itself and of them
+             wrong and the mend; engine_info, engine_logs and engine_lines, what it says of itself and of them;
+             engine_runtimes, which of its runtimes a sandbox can have
 host_paths:  what the engine calls the folders of a server that is in a container itself
 images:      images, looked at and pulled
 labels:      how containers, networks and volumes of ours are known

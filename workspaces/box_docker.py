@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +19,6 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     AgentServerError,
     EngineUnavailable,
-    IsolationUnavailable,
     NotFound,
     ProfileMismatch,
     WorkspaceLost,
@@ -41,6 +40,7 @@ from workspaces.container_body import (
     Parts,
     create_body,
 )
+from workspaces.engine_runtimes import usable_runtime
 from workspaces.site import Places, Site
 from workspaces.verification import box_differences, engine_differences
 
@@ -56,9 +56,6 @@ LEAST_LINGER = 5.0
 """Seconds: between its claim and the connection of whoever uses it, it is alone for a moment."""
 USAGE_SECONDS = 2.0
 SHOWN_DIFFERENCES = 20
-GVISOR = "runsc"
-REACHED_BY = ({"--host-uds=all", "--host-uds=create"}, {"--host-fifo=open"})
-"""What gVisor needs to be told, so that the box can listen in a folder of this machine."""
 
 
 class BoxContainer:
@@ -219,7 +216,7 @@ class BoxContainer:
         engine = await self._site.engine()
         if (left := self._folder.read()) is not None:
             await engine.remove(left.container)
-        runtime = self._runtime(engine)
+        runtime = usable_runtime(engine.info, self.spec.runtime or self._site.preferred_runtime)
         binary = await self._site.runtime()
         self._image = await engine.image(self.spec.image, pull=self.spec.pull, platform=self.spec.platform)
         name = f"agent-box-{self.instance}"
@@ -270,22 +267,6 @@ class BoxContainer:
                 differences=differences[:SHOWN_DIFFERENCES],
             )
         self._keep(replace(self._record, claimed=True))
-
-    def _runtime(self, engine: Engine) -> str:
-        wanted = self.spec.runtime or self._site.preferred_runtime
-        if wanted not in engine.info.runtimes:
-            raise IsolationUnavailable(
-                f"the engine has no runtime {wanted}; install it and name it in the engine's daemon.json, "
-                f"or ask for one of: {', '.join(sorted(engine.info.runtimes))}",
-                wanted=wanted,
-            )
-        if wanted == GVISOR and not reaches_sandboxes(engine.info.runtimes[wanted]):
-            raise IsolationUnavailable(
-                f"the engine's runtime {wanted} lets nothing reach a sandbox; give it the arguments "
-                "--host-uds=all and --host-fifo=open in the engine's daemon.json",
-                wanted=wanted,
-            )
-        return wanted
 
     def _parts(self, image: Image, places: Places, binary: BoxRuntime, runtime: str) -> Parts:
         options = ["--folder", FOLDER, "--root", "/", "--working-dir", WORKSPACE, "--spool", OUTPUT]
@@ -484,11 +465,6 @@ class BoxContainer:
         if self._id is None:
             raise WorkspaceUnavailable("the sandbox does not run", phase="start")
         return self._id
-
-
-def reaches_sandboxes(arguments: Iterable[str]) -> bool:
-    """Whether gVisor, started with these arguments, lets the box listen in a folder of this machine."""
-    return all(not either.isdisjoint(arguments) for either in REACHED_BY)
 
 
 def _bind(mount: str) -> Bind:
