@@ -63,6 +63,8 @@ class EngineProcess:
             command.append("--live-restore")
         self._process = await asyncio.create_subprocess_exec(
             *command,
+            # gVisor makes its root in there, as nobody, who may not enter the folder of the tests.
+            env={name: value for name, value in os.environ.items() if name != "TMPDIR"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
