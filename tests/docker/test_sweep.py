@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from agent_sdk.ids import new_id
-from tests.docker.conftest import remove_all
 from tests.docker.images import BUSYBOX
 from workspaces import labels
 from workspaces.engine import Engine
@@ -34,14 +33,6 @@ def body(marks: dict[str, str], mounts: list[str] | None = None) -> dict[str, ob
 async def states(engine: Engine, instance: str) -> dict[str, str]:
     found = await engine.containers({labels.INSTANCE: instance})
     return {container["Names"][0].lstrip("/"): container["State"] for container in found}
-
-
-@pytest.fixture
-async def other(engine):
-    """Somebody else, who is told what is left of theirs when the test is over."""
-    other = new_id()
-    yield other
-    await remove_all(engine, other)
 
 
 class Told:
@@ -96,21 +87,25 @@ async def test_volumes_and_networks_go_after_the_containers_that_use_them(engine
     assert await engine.volumes(mine) == await engine.networks(mine) == []
 
 
-async def test_of_others_only_what_is_over_and_does_not_run_is_removed(engine, instance, other):
+async def test_of_others_only_what_is_over_and_does_not_run_is_removed(private_engine):
+    """On an engine that nobody else sweeps: what is over and has not started yet is anybody's."""
+    other = new_id()
+
     def marks(expires: object) -> dict[str, str]:
         return {labels.INSTANCE: other, labels.EXPIRES: str(expires)}
 
     over, runs, comes_back, never, odd = (name() for _ in range(5))
-    await engine.create(over, body(marks(LONG_AGO)))
-    await engine.start(await engine.create(runs, body(marks(LONG_AGO))))
-    await engine.create(comes_back, body(marks(int(time.time()) + 3600)))
-    await engine.create(never, body({labels.INSTANCE: other}))
-    await engine.create(odd, body(marks("-1 or so")))
-    await Told().sweep(engine, instance).once()  # or that of anybody else who sweeps this engine meanwhile
-    assert await states(engine, other) == {
-        runs: "running",
-        **dict.fromkeys((comes_back, never, odd), "created"),
-    }
+    async with Engine(private_engine.url) as engine:
+        await engine.create(over, body(marks(LONG_AGO)))
+        await engine.start(await engine.create(runs, body(marks(LONG_AGO))))
+        await engine.create(comes_back, body(marks(int(time.time()) + 3600)))
+        await engine.create(never, body({labels.INSTANCE: other}))
+        await engine.create(odd, body(marks("-1 or so")))
+        await Told().sweep(engine, new_id()).once()
+        assert await states(engine, other) == {
+            runs: "running",
+            **dict.fromkeys((comes_back, never, odd), "created"),
+        }
 
 
 async def test_strangers_are_never_touched(engine, instance):
