@@ -295,7 +295,8 @@ class Runtime:
             await self._want("running")
             self._begin(self._run)
             raise
-        self._show("not found")
+        if self.record.wanted == "paused":  # otherwise it is about to run again, and counts already
+            self._show("not found")
 
     async def _end(self) -> None:
         await self._pod.end()

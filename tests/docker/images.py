@@ -24,9 +24,6 @@ PACKAGES = {
     FULL: "bash ca-certificates git iproute2 procps python3 python3-venv tini util-linux",
     BARE: "",
 }
-APPLETS = """
-sh cat cp date dd df echo env false grep head id kill ls mkdir mount nc ping ps rm sleep sort tail true wc wget
-"""
 
 
 class Missing(Exception):
@@ -97,7 +94,9 @@ def how_to_fetch() -> list[str]:
 
 def busybox() -> bytes:
     """A root file system with one program under many names."""
-    program = Path(tool("busybox")).read_bytes()
+    path = tool("busybox")
+    program = Path(path).read_bytes()
+    applets = subprocess.run([path, "--list"], check=True, capture_output=True, text=True).stdout.split()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for folder in ("bin", "dev", "etc", "proc", "sys", "tmp"):
@@ -107,7 +106,9 @@ def busybox() -> bytes:
         entry = tarfile.TarInfo("bin/busybox")
         entry.size, entry.mode = len(program), 0o755
         archive.addfile(entry, io.BytesIO(program))
-        for applet in APPLETS.split():
+        for applet in applets:
+            if applet == "busybox":
+                continue
             link = tarfile.TarInfo(f"bin/{applet}")
             link.type, link.linkname = tarfile.SYMTYPE, "busybox"
             archive.addfile(link)

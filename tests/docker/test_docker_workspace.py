@@ -108,12 +108,18 @@ async def test_calls_wait_while_it_is_paused_and_go_on_afterwards(engine):
 
 
 async def test_the_lines_of_the_server_reach_the_program_that_started_it():
-    lines = []
-    async with DockerWorkspace(SERVER, on_log=lines.append) as workspace:
+    told: list[str] = []
+    box_started = asyncio.Event()
+
+    def note(line: str) -> None:
+        told.append(json.loads(line)["event"])
+        if told[-1] == "box_started":
+            box_started.set()
+
+    async with DockerWorkspace(SERVER, on_log=note) as workspace:
         await workspace.execute("true")
-    told = [json.loads(line)["event"] for line in lines]
+        await box_started.wait()
     assert "server_started" in told
-    assert "box_started" in told
 
 
 async def test_when_its_container_dies_every_call_says_why(engine):

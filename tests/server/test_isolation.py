@@ -22,7 +22,14 @@ from agent_sdk.protocol.methods import Delete
 from agent_sdk.remote.link import ask
 from agent_sdk.remote.workspace import RemoteWorkspace
 from tests.conftest import SHORT_LIVED
-from tests.server.test_confinement import AS_SOMEBODY, BOX_USER, as_root, both, let_others_through
+from tests.server.test_confinement import (
+    AS_SOMEBODY,
+    BOX_USER,
+    WITHOUT_CAPABILITIES,
+    as_root,
+    both,
+    let_others_through,
+)
 
 KEY = f"key-{secrets.token_hex(16)}"
 
@@ -164,9 +171,8 @@ async def test_a_server_without_privileges_uses_namespaces_and_its_key_is_not_in
 @as_root
 def test_a_server_that_cannot_give_the_isolation_does_not_start(data):
     data.mkdir()
-    os.chown(data, 12345, 12345)
     done = subprocess.run(
-        [*AS_SOMEBODY, sys.executable, *options_of(data)],
+        [*WITHOUT_CAPABILITIES, sys.executable, *options_of(data)],
         env=environment("user"),
         capture_output=True,
         text=True,
