@@ -266,9 +266,8 @@ class Conversations:
     async def _condemn(self, note: Note | None) -> None:
         """Write down what is about to be removed: the log forgets it first, and we may be killed in between."""
         if note is not None and not self._is_used(note.owner):
-            await asyncio.to_thread(self._folder.condemned.mkdir, mode=0o700, exist_ok=True)
             kind = "sandbox" if note.sandbox is not None else "folder"
-            await asyncio.to_thread((self._folder.condemned / note.owner).write_text, kind)
+            await asyncio.to_thread(_mark, self._folder.condemned / note.owner, kind)
 
     async def _finish_removals(self) -> None:
         """Remove what the last server was removing when it was killed; what the log still has it had not begun with."""
@@ -415,3 +414,12 @@ def _existing_folder(given: str | None) -> str | None:
     if not path.is_dir():
         raise NotADirectory(f"no folder: {given}", path=given)
     return str(path.resolve())
+
+
+def _mark(file: Path, kind: str) -> None:
+    """Write it whole or not at all: on a full disk deleting must go on, it is what makes room."""
+    try:
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        file.write_text(kind)
+    except OSError:
+        file.unlink(missing_ok=True)
