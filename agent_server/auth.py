@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from agent_sdk.protocol.errors import Overloaded, Unauthorized, UseHeader
-from agent_server.config import MINIMUM_KEY, ServerConfig
+from agent_server.config import ServerConfig
+from agent_server.config_sources import MINIMUM_KEY
 from agent_server.refusal import CANNOT_CREATE, StartRefused
 
 KEY_FILE = "api_key"

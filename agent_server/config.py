@@ -8,34 +8,23 @@ environment has `AGENT_SERVER_PORT`, `AGENT_SERVER_LIMITS_CALLS`, `AGENT_SERVER_
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-import stat
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-import msgspec
 from msgspec import Meta, Struct
 
 from agent_sdk.local.environment import packed
 from agent_sdk.protocol.specs import Limits
+from agent_server.config_sources import PREFIX, Counts, Names, Sources, Variables, check_key, is_secret
 from agent_server.refusal import StartRefused
 from agent_server.runtime_config import RuntimeConfig, TenantConfig
-
-PREFIX = "AGENT_SERVER_"
-MINIMUM_KEY = 16
-SECRETS = frozenset({"api_key", "secrets_key"})
 
 Port = Annotated[int, Meta(ge=0, le=65535, description="1..65535, or 0 for a free one")]
 Seconds = Annotated[float, Meta(ge=0, le=86_400, description="0..86400 seconds")]
 Timeout = Annotated[float, Meta(ge=0.1, le=3600, description="0.1..3600 seconds")]
 Count = Annotated[int, Meta(ge=1, le=1_000_000, description="1..1000000")]
-Names = tuple[str, ...]
-Variables = dict[str, str]
-Counts = dict[str, Annotated[int, Meta(ge=0, le=1000)]]
 Size = Annotated[
     str,
     Meta(
@@ -135,6 +124,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     runtimes: RuntimeConfig = RuntimeConfig()
     box_environment: dict[str, str] = {}
     """Not an option: what boxes inherit of the server's environment, see `box_environment`."""
+    places: dict[str, str] = {}
+    """Not an option: where each option was set that is not at its default, by `table.option`."""
+    unknown: Names = ()
+    """Not an option: a sentence for each `AGENT_SERVER_*` variable that means nothing to this server."""
 
     def __repr__(self) -> str:
         return f"ServerConfig(host={self.host!r}, port={self.port}, data={self.data!r})"
@@ -158,7 +151,7 @@ class ClientEnvironment(Struct, frozen=True, kw_only=True):
 _OPTIONS = {
     name: hint
     for name, hint in get_type_hints(ServerConfig, include_extras=True).items()
-    if name not in ("limits", "runtimes", "box_environment")
+    if name not in ("limits", "runtimes", "box_environment", "places", "unknown")
 }
 _RUNTIMES = {
     name: hint
@@ -166,8 +159,6 @@ _RUNTIMES = {
     if name != "tenants"
 }
 _TENANT = get_type_hints(TenantConfig, include_extras=True)
-_Given = dict[str, dict[str, Any]]
-"""Table to option to value."""
 
 
 def _between(low: int, high: int) -> Any:
@@ -206,14 +197,12 @@ def load(
     environ = os.environ if environ is None else environ
     if file is None and environ.get(f"{PREFIX}CONFIG"):
         file = Path(environ[f"{PREFIX}CONFIG"])
-    given: _Given = {table: {} for table in _TABLES}
+    sources = Sources(_TABLES, _TENANT)
     if file is not None:
-        _read_file(file, given)
-    _read_environment(environ, given)
-    options = given["server"]
-    for name, value in (overrides or {}).items():
-        if value is not None:
-            options[name] = _checked(_OPTIONS, name, value, f"--{name.replace('_', '-')}")
+        sources.read_file(file)
+    sources.read_environment(environ)
+    sources.read_arguments(overrides or {})
+    options, runtimes = sources.values["server"], sources.values["runtime_api"]
     options["data"] = str(_data_folder(options.get("data", ""), environ))
     if options.get("api_key") and options.get("api_key_file"):
         raise StartRefused("api_key and api_key_file are both set; set one of them")
@@ -223,13 +212,45 @@ def load(
         raise StartRefused(
             "files_root and isolation bwrap are both set; bwrap shows commands their workspace alone"
         )
-    _check_key(options.get("api_key"))
+    check_key(options.get("api_key"))
+    tenants = {name: TenantConfig(**values) for name, values in runtimes.pop("tenants", {}).items()}
     return ServerConfig(
         **options,
-        limits=Limits(**given["limits"]),
-        runtimes=RuntimeConfig(**given["runtime_api"]),
+        limits=Limits(**sources.values["limits"]),
+        runtimes=RuntimeConfig(**runtimes, tenants=tenants),
         box_environment=box_environment(environ, options.get("command_env")),
+        places=sources.places,
+        unknown=tuple(sources.unknown),
     )
+
+
+class Setting(Struct, frozen=True, kw_only=True):
+    """One option of a server as it is in force."""
+
+    option: str
+    """With its table, e.g. `server.port`."""
+    value: Any
+    """Secrets are replaced by `[secret]`; what is unset is None."""
+    source: str
+    """Where it was set; `default` where nobody set it."""
+
+
+def settings(config: ServerConfig) -> list[Setting]:
+    """Return all options in force, in the order of the documentation, without showing a secret."""
+    tables = {"server": config, "limits": config.limits, "runtime_api": config.runtimes}
+    found = {f"{table}.{name}": getattr(tables[table], name) for table in _TABLES for name in _TABLES[table]}
+    for tenant, options in config.runtimes.tenants.items():
+        found |= {f"runtime_api.tenants.{tenant}.{name}": getattr(options, name) for name in _TENANT}
+    places = config.places
+    tenants = places.get("runtime_api.tenants", "default")
+    return [
+        Setting(
+            option=option,
+            value="[secret]" if value and is_secret(option) else value,
+            source=places.get(option, tenants if option.startswith("runtime_api.tenants.") else "default"),
+        )
+        for option, value in found.items()
+    ]
 
 
 def client_environment(environ: Mapping[str, str] | None = None) -> ClientEnvironment:
@@ -254,165 +275,8 @@ def box_environment(environ: Mapping[str, str], for_commands: Variables | None =
     return {**inherited, **packed(for_commands)} if for_commands else inherited
 
 
-def _read_file(file: Path, given: _Given) -> None:
-    try:
-        raw = file.read_bytes()
-        mode = file.stat().st_mode
-    except OSError as exc:
-        raise StartRefused(f"{file}: cannot be read: {exc.strerror}") from None
-    try:
-        text = raw.decode().removeprefix("\ufeff")
-        content = tomllib.loads(text)
-    except UnicodeDecodeError:
-        raise StartRefused(f"{file}: is not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as exc:
-        raise StartRefused(_syntax_error(file, str(exc))) from None
-    lines = _line_numbers(text)
-    for table, values in content.items():
-        if table not in _TABLES or not isinstance(values, dict):
-            raise StartRefused(_unknown_table(file, table, lines))
-        if table == "runtime_api":
-            given[table]["tenants"] = _tenants(file, values.pop("tenants", {}), lines)
-        for name, value in values.items():
-            where = f"{file.name}{lines.get((table, name), '')}: {table}.{name}"
-            given[table][name] = _checked(_TABLES[table], name, value, where)
-    secret = next((name for name in sorted(SECRETS) if given["server"].get(name)), None)
-    if any(tenant.key for tenant in given["runtime_api"].get("tenants", {}).values()):
-        secret = "key of a tenant"
-    if secret is not None and mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise StartRefused(f"{file}: holds the {secret} and everybody can read it; run: chmod 600 {file}")
-
-
-def _tenants(file: Path, tables: Any, lines: Mapping[tuple[str, str], str]) -> dict[str, TenantConfig]:
-    """The tables below `runtime_api.tenants`.
-
-    Raises:
-        StartRefused: an option of a tenant is wrong, or it has no key.
-    """
-    found: dict[str, TenantConfig] = {}
-    for tenant, values in tables.items() if isinstance(tables, dict) else [("", None)]:
-        table = f"runtime_api.tenants.{tenant}"
-        if not isinstance(values, dict):
-            raise StartRefused(f"{file.name}: a tenant is a table: [runtime_api.tenants.NAME]")
-        options = {
-            name: _checked(_TENANT, name, value, f"{file.name}{lines.get((table, name), '')}: {table}.{name}")
-            for name, value in values.items()
-        }
-        if bool(options.get("key")) == bool(options.get("key_file")):
-            raise StartRefused(f"{file.name}{lines.get((table, ''), '')}: {table} needs a key or a key_file")
-        _check_key(options.get("key"), f"{table}.key")
-        found[tenant] = TenantConfig(**options)
-    return found
-
-
-def _read_environment(environ: Mapping[str, str], given: _Given) -> None:
-    for variable, value in sorted(environ.items()):
-        if not variable.startswith(PREFIX) or not value or _is_not_ours(variable, value):
-            continue
-        name = variable.removeprefix(PREFIX).lower()
-        table = next((table for table in ("limits", "runtime_api") if name.startswith(f"{table}_")), "server")
-        name = name if table == "server" else name.removeprefix(f"{table}_")
-        given[table][name] = _checked(_TABLES[table], name, value, variable, text=True)
-
-
-def _is_not_ours(variable: str, value: str) -> bool:
-    """Whether a variable of our prefix is for somebody else.
-
-    The client reads AGENT_SERVER_URL. And Kubernetes tells every pod about a service called
-    agent-server: AGENT_SERVER_PORT=tcp://10.0.0.1:8000, AGENT_SERVER_SERVICE_HOST, AGENT_SERVER_PORT_8000_TCP, …
-    """
-    rest = variable.removeprefix(PREFIX)
-    if rest in ("URL", "CONFIG") or rest.startswith("SERVICE_"):
-        return True
-    return rest.startswith("PORT_") or (rest == "PORT" and "://" in value)
-
-
-def _checked(known: Mapping[str, Any], name: str, value: Any, where: str, *, text: bool = False) -> Any:
-    """The value of an option, converted.
-
-    Raises:
-        StartRefused: there is no such option, or the value does not fit it.
-    """
-    if name not in known:
-        raise StartRefused(f"{where} is no option{_suggestion(name, known)}")
-    kind = known[name]
-    if text and kind == Names:
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    try:
-        if text and kind in (Variables, Counts):
-            return msgspec.json.decode(value, type=kind)
-        return msgspec.convert(value, kind, strict=not text)
-    except msgspec.DecodeError:  # ValidationError is one
-        got = "" if name in SECRETS or kind == Variables else f" (got {_short(value)})"
-        raise StartRefused(f"{where} must be {_wanted(kind)}{got}") from None
-
-
-def _wanted(kind: Any) -> str:
-    if type(None) in get_args(kind):
-        kind = get_args(kind)[0]
-    if get_origin(kind) is Annotated:
-        return str(get_args(kind)[1].description)
-    if get_origin(kind) is Literal:
-        return " or ".join(get_args(kind))
-    kinds = {
-        Names: "a list of texts",
-        Variables: "a table of names and texts",
-        Counts: "a table of names and numbers from 0 to 1000",
-    }
-    return kinds.get(kind, "a text")
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
-    return f"{text[:60]}…" if len(text) > 60 else text
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _unknown_table(file: Path, name: str, lines: Mapping[tuple[str, str], str]) -> str:
-    where = f"{file.name}{lines.get(('', name), '') or lines.get((name, ''), '')}: {name}"
-    if name in _OPTIONS:
-        return f"{where} belongs below a line with [server]"
-    if name in _LIMITS:
-        return f"{where} belongs below a line with [limits]"
-    return f"{where} is no table; there are server, limits and runtime_api{_suggestion(name, _TABLES)}"
-
-
-def _syntax_error(file: Path, message: str) -> str:
-    """tomllib's words, with the line where an editor's users look for it."""
-    found = re.search(r" \(at line (\d+), column \d+\)$", message)
-    where = f"{file.name}:{found[1]}" if found else file.name
-    return f"{where}: {message[: found.start()] if found else message}"
-
-
-def _line_numbers(text: str) -> dict[tuple[str, str], str]:
-    """`:line` of each (table, key) and (table, ""); tomllib keeps no places. Good for files as people write them."""
-    found: dict[tuple[str, str], str] = {}
-    table = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([A-Za-z0-9_.-]+)\s*\]", line):
-            table = header[1]
-            found.setdefault((table, ""), f":{number}")
-        elif key := re.match(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""", line):
-            found.setdefault((table, key[1]), f":{number}")
-    return found
-
-
 def _data_folder(given: str, environ: Mapping[str, str]) -> Path:
     if given:
         return Path(given).expanduser().absolute()
     home = environ.get("XDG_DATA_HOME") or "~/.local/share"
     return (Path(home).expanduser() / "agent-server").absolute()
-
-
-def _check_key(key: str | None, name: str = "") -> None:
-    if key is not None and (
-        len(key) < MINIMUM_KEY or not key.isascii() or not key.isprintable() or " " in key
-    ):
-        raise StartRefused(
-            f"{name or 'api_key'} must be at least {MINIMUM_KEY} printable ASCII characters without spaces"
-            f"{'' if name else '; leave it out and the server makes a good one'}"
-        )

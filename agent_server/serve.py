@@ -223,6 +223,8 @@ def _signals() -> Iterator[Stop]:
 
 
 def _warn(config: ServerConfig, log: Log) -> None:
+    for sentence in config.unknown:
+        log.warning("unknown_variable", problem=sentence)
     if is_loopback(config.host):
         return
     log.warning("network_reachable", host=config.host, advice="put TLS in front: the key crosses the network")

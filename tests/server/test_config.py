@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_server.config import ServerConfig, load
+from agent_server.config import ServerConfig, load, settings
 from agent_server.refusal import StartRefused
 
 KEY = "k" * 40
@@ -53,14 +53,33 @@ def test_limits_have_a_table_of_their_own(tmp_path):
     assert (config.limits.calls, config.limits.json_depth) == (3, 32)
 
 
-def test_variables_that_kubernetes_makes_for_a_service_are_not_options():
-    environ = {
-        "AGENT_SERVER_PORT": "tcp://10.0.0.1:8000",
-        "AGENT_SERVER_PORT_8000_TCP_ADDR": "10.0.0.1",
-        "AGENT_SERVER_SERVICE_HOST": "10.0.0.1",
-        "AGENT_SERVER_URL": "http://elsewhere",
+@pytest.mark.parametrize("service", ["", "API_", "DATA_", "LIMITS_", "X_Y_2_"])
+def test_variables_that_engines_make_for_services_are_not_options(service):
+    """Kubernetes tells every pod about each service of its namespace, whatever its name begins with."""
+    made = {
+        "PORT": "tcp://10.0.0.1:8000",
+        "PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "PORT_8000_TCP_ADDR": "10.0.0.1",
+        "PORT_8000_TCP_PORT": "8000",
+        "PORT_8000_TCP_PROTO": "tcp",
+        "PORT_53_UDP": "udp://10.0.0.1:53",
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "8000",
+        "SERVICE_PORT_HTTP": "8000",
+        "ENV_PATH": "/bin",
     }
-    assert load(environ=environ).port == 8000
+    environ = {f"AGENT_SERVER_{service}{name}": value for name, value in made.items()}
+    config = load(environ={**environ, "AGENT_SERVER_URL": "http://elsewhere"})
+    assert (config.port, config.unknown) == (8000, ())
+
+
+def test_an_unknown_variable_is_told_and_stops_nothing():
+    config = load(environ={"AGENT_SERVER_HOTS": "x", "AGENT_SERVER_LIMITS_CALL": "1", "AGENT_SERVER_Q": KEY})
+    assert config.unknown == (
+        "AGENT_SERVER_HOTS is no option; did you mean host?",
+        "AGENT_SERVER_LIMITS_CALL is no option; did you mean calls?",
+        "AGENT_SERVER_Q is no option",
+    )
 
 
 def test_the_data_folder_is_that_of_the_user_unless_given(tmp_path):
@@ -148,10 +167,50 @@ def test_a_byte_order_mark_is_fine(tmp_path):
     assert loaded(tmp_path, "\ufeff[server]\nport = 7\n").port == 7
 
 
-def test_a_wrong_key_is_not_repeated(tmp_path):
-    sentence = refusal(tmp_path, "[server]\napi_key = 123456\n")
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("[server]\napi_key = 123456\n", "config.toml:2: server.api_key must be a text"),
+        ("[server]\nsecrets_key = 123456\n", "config.toml:2: server.secrets_key must be a list of texts"),
+        ("[server.command_env]\nTOKEN = 123456\n", "config.toml: server.command_env must be a table"),
+        (
+            "[runtime_api.tenants.a]\nkey = 123456\n",
+            "config.toml:2: runtime_api.tenants.a.key must be a text",
+        ),
+        ('[runtime_api.tenants.a]\nkey = "123456"\n', "runtime_api.tenants.a.key must be at least 16"),
+        ("[runtime_api.tenants]\na = 123456\n", "config.toml: a tenant is a table"),
+    ],
+)
+def test_a_wrong_secret_is_not_repeated(tmp_path, text, start):
+    sentence = refusal(tmp_path, text)
+    assert sentence.startswith(start)
     assert "123456" not in sentence
-    assert "server.api_key must be a text" in sentence
+
+
+def test_every_option_is_listed_with_its_source_and_no_secret(tmp_path):
+    text = f"""
+[server]
+port = 7
+api_key = "{KEY}"
+[server.command_env]
+TOKEN = "{KEY}"
+[runtime_api.tenants.a]
+key = "{KEY}"
+"""
+    environ = {"AGENT_SERVER_LIMITS_CALLS": "3", "AGENT_SERVER_SECRETS_KEY": KEY}
+    found = {
+        setting.option: (setting.value, setting.source)
+        for setting in settings(loaded(tmp_path, text, environ=environ, overrides={"host": "::1"}))
+    }
+    assert KEY not in str(found)
+    assert {option for option, (_, source) in found.items() if source == "default"} > {"server.log_level"}
+    assert [found[option] for option in ("server.port", "server.host", "limits.calls")] == [
+        (7, "config.toml:3"),
+        ("::1", "--host"),
+        (3, "AGENT_SERVER_LIMITS_CALLS"),
+    ]
+    secret = ("server.api_key", "server.secrets_key", "server.command_env", "runtime_api.tenants.a.key")
+    assert {found[option][0] for option in secret} == {"[secret]"}
 
 
 def test_a_short_key_is_refused(tmp_path):
@@ -172,7 +231,6 @@ def test_a_readable_file_without_a_key_is_fine(tmp_path):
     ("variable", "sentence"),
     [
         ("AGENT_SERVER_PORT=x", "AGENT_SERVER_PORT must be 1..65535, or 0 for a free one (got x)"),
-        ("AGENT_SERVER_HOTS=x", "AGENT_SERVER_HOTS is no option; did you mean host?"),
         ("AGENT_SERVER_LIMITS_CALLS=0", "AGENT_SERVER_LIMITS_CALLS must be 1..10000 (got 0)"),
         ("AGENT_SERVER_COMMAND_ENV={A", "AGENT_SERVER_COMMAND_ENV must be a table of names and texts"),
     ],
