@@ -2,7 +2,8 @@
 
 One task keeps it. Between two tries it waits, longer each time up to 10 s, by chance, so that many
 clients that lost the same server do not come back together; a server that says when it wants to be
-asked again is obeyed. Only what cannot become better by trying again ends it: see `final_error`.
+asked again is obeyed. A connection that was made and lost again before it carried anything is one more
+try. Only what cannot become better by trying again ends it: see `final_error`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ logger = logging.getLogger("agent_sdk")
 
 FIRST_SECONDS = 0.1
 LONGEST_SECONDS = 10.0
+STEADY_SECONDS = 10.0
+"""A connection that lasted so long worked, although nothing was said."""
 UNASKED_SECONDS = 1.0
 """Before a server that closed the connection on purpose is asked again, when it named no time."""
 
@@ -103,9 +106,13 @@ class ServerLink:
         self._error: AgentServerError | None = None
         self._changed = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
+        self._patience = target.connect_timeout
+        self._trying_since = 0.0
+        """When what worked was lost: from then on the patience counts."""
         self._pause = 0.0
         self._hurry = asyncio.Event()
         self._complained = False
+        self._reached = False
         self.claimed = resident is not None
         """Whether somebody lives on it, or did."""
 
@@ -183,43 +190,67 @@ class ServerLink:
     # --- the keeper ---
 
     async def _keep(self) -> None:
+        from tenacity import (  # noqa: PLC0415  costs 70 ms
+            AsyncRetrying,
+            retry_if_exception,
+            wait_random_exponential,
+        )
+
+        clock = asyncio.get_running_loop().time
+
+        def wait(state: RetryCallState) -> float:
+            longest = LONGEST_SECONDS if self._patience is None else min(LONGEST_SECONDS, self._patience / 4)
+            chance = wait_random_exponential(multiplier=FIRST_SECONDS, max=longest)
+            return (_failure(state).retry_after_ms or 0) / 1000 + chance(state)
+
+        def is_over(state: RetryCallState) -> bool:
+            waited = clock() - self._trying_since + state.upcoming_sleep
+            return self._patience is not None and waited >= self._patience
+
+        async def complain(state: RetryCallState) -> None:
+            await self._complain(_failure(state))
+
+        retrying = AsyncRetrying(
+            wait=wait,
+            stop=is_over,
+            retry=retry_if_exception(self._may_pass),
+            before_sleep=complain,
+            sleep=self._rest,
+            reraise=True,
+        )
+        self._trying_since = clock()
         try:
-            seconds = self._target.connect_timeout
             while True:
-                async with AsyncExitStack() as stack:
-                    await self._found(await self._reach(stack, seconds))
-                    lost = await self._until_lost()
-                await asyncio.sleep(self._pause_after(lost))
-                seconds = self._target.reconnect_timeout
+                await retrying(self._live)
         except AgentServerError as exc:
             self._end(final_error(exc) or exc)
         except Exception as exc:
             logger.exception("the connection to %s cannot be kept", self._target.url)
             self._end(InternalError(f"the connection cannot be kept: {exc!r}"))
 
-    async def _reach(self, stack: AsyncExitStack, seconds: float | None) -> Connection:
-        from tenacity import (  # noqa: PLC0415  costs 70 ms
-            AsyncRetrying,
-            retry_if_exception,
-            stop_before_delay,
-            stop_never,
-            wait_random_exponential,
-        )
+    async def _live(self) -> None:
+        """Make a connection and use it until it is lost.
 
-        async def complain(state: RetryCallState) -> None:
-            await self._complain(_failure(state))
-
-        longest = LONGEST_SECONDS if seconds is None else min(LONGEST_SECONDS, seconds / 4)
-        chance = wait_random_exponential(multiplier=FIRST_SECONDS, max=longest)
-        retrying = AsyncRetrying(
-            wait=lambda state: (_failure(state).retry_after_ms or 0) / 1000 + chance(state),
-            stop=stop_never if seconds is None else stop_before_delay(seconds),
-            retry=retry_if_exception(self._may_pass),
-            before_sleep=complain,
-            sleep=self._rest,
-            reraise=True,
-        )
-        return await retrying(self._try, stack)
+        Raises:
+            AgentServerError: there was none, or it was lost before it had carried anything.
+        """
+        clock = asyncio.get_running_loop().time
+        async with AsyncExitStack() as stack:
+            connection = await self._try(stack)
+            first, self._patience = not self._reached, self._target.reconnect_timeout
+            self._reached = True
+            begun, frames = clock(), connection.peer.frames_come
+            await self._found(connection)
+            lost = await self._until_lost()
+        worked = connection.peer.frames_come > frames or clock() - begun >= STEADY_SECONDS
+        if first or worked:
+            self._trying_since = clock()
+        await self._rest(self._pause_after(lost))
+        if not worked:
+            raise ConnectionLost(
+                f"{self._target.url} takes connections and drops them before they carry anything: {lost}",
+                **lost.details,
+            )
 
     async def _rest(self, seconds: float) -> None:
         with suppress(TimeoutError):

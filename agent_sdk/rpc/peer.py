@@ -10,7 +10,6 @@ are cancelled.
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -98,6 +97,7 @@ class Peer:
 
     Attributes:
         other_limits: what the other end accepts; set it once `initialize` told.
+        frames_come: how many frames the other end has sent so far.
         ignored: how often something was ignored, by reason.
     """
 
@@ -141,6 +141,7 @@ class Peer:
         self._closer: asyncio.Task[None] | None = None
         self._lost: ConnectionLost | None = None
         self._ended: asyncio.Future[ConnectionLost] | None = None
+        self.frames_come = 0
         self._answers.use(handlers)
 
     @property
@@ -347,13 +348,14 @@ class Peer:
     async def _read(self) -> None:
         code, reason = 1000, ""
         try:
-            for number in itertools.count(1):
+            while True:
                 frame, text = await self._pipe.receive()
+                self.frames_come += 1
                 self._take(frame, text)
                 if self._lanes.control_is_full:
                     code, reason = SLOW_READER, "answers are not read"
                     break
-                if number % TURN_FRAMES == 0:
+                if self.frames_come % TURN_FRAMES == 0:
                     await asyncio.sleep(0)  # frames that are here already must not keep others waiting
         except ConnectionLost as exc:
             self._lose(exc)

@@ -7,6 +7,7 @@ import os
 from contextlib import asynccontextmanager
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -22,7 +23,8 @@ from agent_sdk.protocol.errors import (
     TimedOut,
     Unauthorized,
 )
-from agent_sdk.protocol.methods import Delete
+from agent_sdk.protocol.methods import ClientInfo, Delete, Initialized
+from agent_sdk.protocol.specs import PROTOCOL_VERSION, SUBPROTOCOL, Limits
 from agent_sdk.remote.link import ask
 from agent_sdk.remote.reconnecting import ServerLink, Target, final_error
 from agent_sdk.rpc.pipe import lost
@@ -441,3 +443,39 @@ async def test_whoever_knows_that_the_server_is_back_may_hasten_the_next_try(aio
     entering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await entering
+
+
+async def test_a_connection_that_dies_before_it_carries_anything_is_made_again_less_and_less_often(
+    aiohttp_server,
+):
+    made: list[float] = []
+
+    async def drop(request):
+        made.append(asyncio.get_running_loop().time())
+        socket = web.WebSocketResponse(protocols=[SUBPROTOCOL])
+        await socket.prepare(request)
+        call = msgspec.json.decode((await socket.receive()).data)
+        answer = Initialized(
+            protocol_version=PROTOCOL_VERSION,
+            server=ClientInfo(name="short-lived", version="1"),
+            limits=Limits(),
+            connection_id=new_id(),
+            heartbeat_s=20,
+        )
+        message = {"jsonrpc": "2.0", "id": call["id"], "result": answer}
+        await socket.send_str(msgspec.json.encode(message).decode())
+        socket._req.transport.abort()
+        return socket
+
+    app = web.Application()
+    app.router.add_get("/{anything:.*}", drop)
+    server = await aiohttp_server(app)
+    target = Target(
+        url=str(server.make_url("")), conversation=new_id(), connect_timeout=None, reconnect_timeout=1.0
+    )
+    async with ServerLink(target) as link:
+        with pytest.raises(ConnectionLost, match="drops them before they carry anything"):
+            while True:
+                linked = await link.linked()
+                await linked.peer.wait_closed()
+    assert 2 < len(made) < 100
