@@ -32,7 +32,7 @@ RUN missing=""; for tool in bash git tini setpriv; do \
  && install -d -o 10000 -g 10000 -m 0711 /data \
  && install -d -o 10001 -g 10001 -m 0755 /workspace
 COPY --from=build /opt/agent-server /opt/agent-server
-COPY deploy/image/start /opt/agent-server/bin/start
+COPY deploy/image/start deploy/image/health /opt/agent-server/bin/
 # Not in the PATH: commands are to find the Python of the base, not the server's.
 RUN ln -s /opt/agent-server/bin/agent-server /usr/local/bin/agent-server
 ENV AGENT_SERVER_HOST=0.0.0.0 \
@@ -43,5 +43,4 @@ VOLUME /data
 # It starts as root and drops all of it but what starting commands as another user needs: see the script.
 ENTRYPOINT ["/opt/agent-server/bin/start"]
 CMD ["serve", "--json"]
-HEALTHCHECK --interval=15s --timeout=5s --start-period=20s --retries=3 \
-  CMD ["/opt/agent-server/bin/python", "-I", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:' + os.environ['AGENT_SERVER_PORT'] + '/health', timeout=4)"]
+HEALTHCHECK --interval=15s --timeout=5s --start-period=20s --retries=3 CMD ["/opt/agent-server/bin/health"]

@@ -20,8 +20,12 @@ help: ## show this list
 
 venv: $(READY) ## make .venv with everything development needs
 
+# Looked at first, and by words that Python 2 understands, too. A folder that another Python began is begun anew.
 $(READY): requirements/dev.txt setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) --version says: $$($(PYTHON) --version 2>&1 | tail -n 1); name another: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip check # the lock has what setup.cfg asks for

@@ -15,6 +15,7 @@ box_link:       the way to one of them             conversations: all conversati
 hosted:         one of them, in memory             client_tools:  tools in the client's process
 metrics:        numbers for Prometheus             work:          what runs now; draining
 sealing:        the keys that seal secrets         config:        every option
+config_sources: where options are set
 data_folder:    where things last, and its lock    refusal:       why a server does not start
 logs:           log lines without secrets          sandbox_rules: which sandboxes clients may have
 

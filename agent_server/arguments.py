@@ -143,12 +143,18 @@ def _attach(parser: argparse.ArgumentParser) -> None:
     _server(parser)
 
 
-def _doctor(parser: argparse.ArgumentParser) -> None:
+def _health(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", help="the server (default: the one that runs with the data folder)")
+    parser.add_argument("--data", metavar="DIR", help="its data folder")
+    parser.add_argument("--config", metavar="FILE", help="its TOML file")
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address a server would listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port a server would listen on (default: 8000)")
     parser.add_argument("--data", metavar="DIR", help="its data folder")
     parser.add_argument("--config", metavar="FILE", help="its TOML file")
-    _json(parser, "print checks as lines of JSON")
+    _json(parser, "print one JSON object per line")
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -159,7 +165,9 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "ls": ("list the conversations of a server", _ls),
     "events": ("show the events of a conversation", _events),
     "attach": ("watch a conversation and talk to it; Ctrl-C leaves, the agent goes on", _attach),
-    "doctor": ("say what works on this machine, and how to mend what does not", _doctor),
+    "doctor": ("say what works on this machine, and how to mend what does not", _config),
+    "health": ("ask whether a server answers; exit code 0 when it does", _health),
+    "config": ("show every option of the server, its value and where it was set", _config),
 }
 
 

@@ -16,6 +16,7 @@ from agent_server.refusal import CANNOT_CREATE, TRY_LATER, StartRefused
 from workspaces.confinement import NOT_CONFINED, Isolation, confinement
 
 LOCK_FILE = "lock"
+ADDRESS_FILE = "address"
 
 
 class DataFolder:
@@ -30,6 +31,19 @@ class DataFolder:
     def log(self) -> Path:
         """The database of all conversations."""
         return self.root / "log.db"
+
+    @contextmanager
+    def announced(self, url: str) -> Iterator[None]:
+        """Let `agent-server health` find the server by this folder for the length of the block."""
+        file = self.root / ADDRESS_FILE
+        try:
+            file.write_text(f"{url}\n")
+        except OSError as exc:
+            raise StartRefused(f"{file} cannot be written: {exc.strerror}", exit_code=CANNOT_CREATE) from None
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
     @property
     def boxes(self) -> Path:
@@ -84,6 +98,18 @@ class DataFolder:
     def workspace(self, conversation: str) -> Path:
         """The folder in which the commands of a conversation run."""
         return self.root / "workspaces" / conversation
+
+
+def address_in(root: Path) -> str | None:
+    """Return where the server of a data folder listens; None when none does, as far as the folder tells.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    try:
+        return (root / ADDRESS_FILE).read_text().strip() or None
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager

@@ -30,7 +30,13 @@ async def examine_engine(config: ServerConfig) -> AsyncIterator[Check]:
             info, where = engine.info, engine.where
     except EngineUnavailable as exc:
         sentence, _, mend = str(exc).rpartition(": ")
-        yield Check(name="docker", state="warning", found=sentence, mend=f"{mend}; only containers need it")
+        if config.runtime_api == "docker":
+            sentence = f"runtime_api is docker: {sentence}"
+            yield Check(name="docker", state="problem", found=sentence, mend=mend)
+        else:
+            yield Check(
+                name="docker", state="warning", found=sentence, mend=f"{mend}; only containers need it"
+            )
         return
     yield Check(
         name="docker", state="ok", found=f"engine {info.version}, API {info.api}, {info.os}/{info.arch}"

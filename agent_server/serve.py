@@ -138,11 +138,12 @@ async def serving(
                 )
                 _warn(config, opened.log)
                 opened.log.info("server_started", url=ready.url, data=config.data)
-                on_ready(ready)
-                try:
-                    yield
-                finally:
-                    await _drain(config, lobby, conversations, routes, stop, opened)
+                with folder.announced(ready.url):
+                    on_ready(ready)
+                    try:
+                        yield
+                    finally:
+                        await _drain(config, lobby, conversations, routes, stop, opened)
 
 
 async def _drain(

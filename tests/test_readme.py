@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,17 @@ def test_the_configuration_is_accepted(tmp_path):
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
 def test_every_link_leads_somewhere(link):
     assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("says", ["Python 3.10.13", "Python 2.7.18"])
+def test_a_python_that_is_too_old_is_told_in_one_sentence_and_nothing_is_begun(tmp_path, says):
+    old = tmp_path / "python"
+    old.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {says}; exit 1\n')
+    old.chmod(0o755)
+    command = ["make", "--no-print-directory", "venv", f"PYTHON={old}", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"Python 3.11 or newer is needed; {old} --version says: {says}; name another"
+    )
+    assert (done.stdout, (tmp_path / "venv").exists()) == ("", False)

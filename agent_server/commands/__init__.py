@@ -8,6 +8,8 @@ ls:     the conversations of a server
 events: the events of a conversation
 attach: watch a conversation and talk to it
 doctor: what works on this machine
+health: whether a server answers
+config: every option of a server, and where it was set
 
 Each is imported when it is used.
 """

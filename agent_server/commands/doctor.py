@@ -9,10 +9,10 @@ import platform
 import resource
 import shutil
 import socket
-import stat
 import sys
 import tempfile
 from collections.abc import AsyncIterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import aiohttp
@@ -22,14 +22,18 @@ import msgspec
 from agent_sdk import LLM, RemoteWorkspace
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.protocol.errors import AgentServerError
+from agent_server.auth import obtain_key
 from agent_server.check import Check, State
 from agent_server.client import KEY_FILE
 from agent_server.config import ServerConfig, client_environment, load
 from agent_server.engine_check import examine_engine
 from agent_server.outlet import Outlet
 from agent_server.refusal import StartRefused
+from agent_server.sealing import obtain_sealer
+from agent_server.tenants import Tenants
 from agent_server.terminal import STDOUT, Style, one_line, open_terminal
 from workspaces.box_process import BoxProcess
+from workspaces.confinement import confinement
 
 OLDEST_SQLITE = (3, 51, 3)
 """Older ones may corrupt a database with several connections at a checkpoint."""
@@ -64,10 +68,12 @@ async def examine(given: argparse.Namespace) -> AsyncIterator[Check]:
     for tool in (bash, git):
         yield await tool()
     yield await box()
-    for about in (data_folder, disk, server_key):
+    for about in (data_folder, disk, server_key, secrets_key, tenants):
         yield about(config)
+    yield await isolation(config)
     yield await port(config)
     yield model()
+    yield colours()
     async for check in examine_engine(config):
         yield check
 
@@ -83,6 +89,11 @@ def configuration(given: argparse.Namespace) -> tuple[ServerConfig, Check]:
         )
         return load(overrides={"data": given.data}, environ={}), broken
     found = f"http://{config.host}:{config.port}, data in {config.data}"
+    if config.unknown:
+        mend = "correct or unset it; agent-server config shows all options"
+        return config, Check(
+            name="configuration", state="warning", found=f"{found}; {'; '.join(config.unknown)}", mend=mend
+        )
     return config, Check(name="configuration", state="ok", found=found)
 
 
@@ -200,28 +211,67 @@ def disk(config: ServerConfig) -> Check:
 
 def server_key(config: ServerConfig) -> Check:
     """The API key of the server."""
-    if config.api_key:
-        return Check(name="server key", state="ok", found="set by the configuration")
     file = Path(config.api_key_file or Path(config.data) / KEY_FILE).expanduser()
-    try:
-        mode = file.stat().st_mode
-    except FileNotFoundError:
-        if config.api_key_file:
-            mend = "write a key of at least 16 characters into it, or leave the option out"
-            return Check(name="server key", state="problem", found=f"{file} is missing", mend=mend)
+    if not config.api_key and not config.api_key_file and not os.path.lexists(file):
         return Check(name="server key", state="ok", found=f"will be made at the first start: {file}")
-    except OSError as exc:
-        return Check(
-            name="server key",
-            state="problem",
-            found=f"{file}: {exc.strerror}",
-            mend="give it back to this user",
-        )
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        return Check(
-            name="server key", state="problem", found=f"others can read {file}", mend=f"chmod 600 {file}"
-        )
-    return Check(name="server key", state="ok", found=str(file))
+    try:
+        key, _ = obtain_key(config)
+    except StartRefused as exc:
+        return _refused("server key", exc)
+    return Check(name="server key", state="ok", found=str(key.file or "set by the configuration"))
+
+
+def secrets_key(config: ServerConfig) -> Check:
+    """What models' keys are kept with."""
+    try:
+        sealer, keys = obtain_sealer(config)
+    except StartRefused as exc:
+        return _refused("secrets key", exc)
+    if sealer is None:
+        found = "none is set: after a restart conversations wait until a client brings the model's key again"
+        mend = "set secrets_key, or secrets_key_file, e.g. with what `openssl rand -base64 32` prints"
+        return Check(name="secrets key", state="warning", found=found, mend=mend)
+    return Check(name="secrets key", state="ok", found=f"{len(keys)} set by the configuration")
+
+
+async def isolation(config: ServerConfig) -> Check:
+    """How boxes are kept apart from the server."""
+    kind = config.isolation
+    if kind == "none":
+        found = "none: commands can do what the server's user can, and read its keys"
+        mend = "set isolation to user or bwrap, or use sandboxes, before others' code runs here"
+        return Check(name="isolation", state="warning", found=found, mend=mend)
+    try:
+        # Beside the data folder, which may not be there yet: whoever may not pass there may not here.
+        with tempfile.TemporaryDirectory(
+            prefix="agent-server-doctor-", dir=_nearest(Path(config.data).parent)
+        ) as folder:
+            for passage in (folder, os.path.join(folder, "workspaces")):
+                os.makedirs(passage, exist_ok=True)
+                os.chmod(passage, 0o711)
+            await (await confinement(kind, config.box_user, Path(folder))).check(Path(folder))
+    except (AgentServerError, OSError) as exc:
+        return _refused("isolation", exc)
+    return Check(name="isolation", state="ok", found=f"{kind}: a box can be started like this")
+
+
+def tenants(config: ServerConfig) -> Check:
+    """Who may use the Runtime API."""
+    if config.runtime_api == "off":
+        return Check(name="runtime api", state="ok", found="off")
+    try:
+        count = len(Tenants(config.runtimes, "").secrets)
+    except StartRefused as exc:
+        return _refused("runtime api", exc)
+    return Check(name="runtime api", state="ok", found=f"{config.runtime_api}, tenants: {count}")
+
+
+def colours() -> Check:
+    """What terminals look like."""
+    if find_spec("rich") is None:
+        mend = "python -m pip install 'remote-agent-server[cli]'"
+        return Check(name="colours", state="warning", found="none: rich is not installed", mend=mend)
+    return Check(name="colours", state="ok", found="rich is installed")
 
 
 async def port(config: ServerConfig) -> Check:
@@ -254,6 +304,14 @@ def model() -> Check:
     if not environment.get("LLM_API_KEY") and not environment.get("LLM_BASE_URL"):
         return Check(name="model", state="warning", found=f"no LLM_API_KEY for {address.host}", mend=mend)
     return Check(name="model", state="ok", found=f"{address.model} at {address.host} (not asked)")
+
+
+def _refused(name: str, exc: Exception) -> Check:
+    """What would keep the server from starting, in its own words."""
+    found, _, mend = str(exc).rpartition("; ")
+    if not found:
+        found, mend = mend, "correct the configuration, or what it names"
+    return Check(name=name, state="problem", found=found, mend=mend)
 
 
 async def _version(program: str) -> str | None:

@@ -30,7 +30,9 @@ def test_the_version_is_that_of_the_package(shell):
     assert shell.run("--version").stdout.decode() == f"agent-server {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "run", "exec", "cp", "ls", "events", "attach", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["serve", "run", "exec", "cp", "ls", "events", "attach", "doctor", "health", "config"]
+)
 def test_every_command_explains_itself(shell, command):
     done = shell.run(command, "--help")
     assert done.stdout.decode().startswith(f"usage: agent-server {command} ")

@@ -5,10 +5,14 @@ import socket
 
 import pytest
 
+from agent_server.arguments import parse
 from agent_server.commands import doctor
 from agent_server.config import load
 from agent_server.engine_check import examine_engine
+from agent_server.refusal import StartRefused
+from agent_server.serve import serving
 from tests.docker.fake_engine import INFO, VERSION, FakeEngine
+from tests.server.test_confinement import as_root, let_others_through
 
 NAMES = [
     "configuration",
@@ -22,8 +26,12 @@ NAMES = [
     "data folder",
     "disk",
     "server key",
+    "secrets key",
+    "runtime api",
+    "isolation",
     "port",
     "model",
+    "colours",
     "docker",
 ]
 
@@ -51,6 +59,13 @@ def test_a_wrong_option_is_a_problem_and_the_rest_is_looked_at(shell):
     assert lines[0].startswith("problem  configuration AGENT_SERVER_LOG_LEVEL must be debug or info")
     assert lines[1].startswith("ok       python        3.")
     assert (len(lines), done.returncode) == (len(NAMES), 1)
+
+
+def test_an_unknown_variable_is_a_warning(monkeypatch):
+    monkeypatch.setenv("AGENT_SERVER_HOTS", "x")
+    _, check = doctor.configuration(parse(["doctor"]))
+    assert check.state == "warning"
+    assert check.found.endswith("; AGENT_SERVER_HOTS is no option; did you mean host?")
 
 
 def test_a_machine_without_bash_and_git_is_told_what_to_install(shell):
@@ -92,12 +107,67 @@ def test_a_key_that_others_can_read_is_a_problem(tmp_path):
     file.write_text("0123456789abcdef")
     file.chmod(0o644)
     check = doctor.server_key(config(data=str(tmp_path)))
-    assert (check.state, check.mend) == ("problem", f"chmod 600 {file}")
+    assert (check.state, check.mend) == ("problem", f"run: chmod 600 {file}")
 
 
-def test_a_key_file_that_is_missing_is_a_problem(tmp_path):
-    check = doctor.server_key(config(api_key_file=str(tmp_path / "no-key")))
-    assert (check.state, check.found) == ("problem", f"{tmp_path}/no-key is missing")
+REFUSED = {
+    "no key file": ({"api_key_file": "{0}/none"}, "server key"),
+    "a short key in a file": ({"api_key_file": "{0}/short"}, "server key"),
+    "no secrets key file": ({"secrets_key_file": "{0}/none"}, "secrets key"),
+    "an empty secrets key file": ({"secrets_key_file": "{0}/empty"}, "secrets key"),
+    "a short secrets key": ({"secrets_key": ("short",)}, "secrets key"),
+}
+
+
+@pytest.mark.parametrize(("options", "name"), REFUSED.values(), ids=REFUSED)
+async def test_what_keeps_a_server_from_starting_is_a_problem_in_the_same_words(tmp_path, options, name):
+    (tmp_path / "short").write_text("secret")
+    (tmp_path / "empty").touch()
+    given = {
+        option: value.format(tmp_path) if isinstance(value, str) else value
+        for option, value in options.items()
+    }
+    wanted = config(data=str(tmp_path / "data"), port=0, **given)
+    check = {"server key": doctor.server_key, "secrets key": doctor.secrets_key}[name](wanted)
+    with pytest.raises(StartRefused) as refused:
+        async with serving(wanted, on_ready=print):
+            pass
+    assert check.state == "problem"
+    assert str(refused.value) in (f"{check.found}; {check.mend}", check.found)
+
+
+async def test_a_tenant_without_its_key_file_is_a_problem(tmp_path):
+    (tmp_path / "c.toml").write_text(
+        '[server]\nruntime_api = "process"\n[runtime_api.tenants.a]\nkey_file = "/none"\n'
+    )
+    check = doctor.tenants(load(tmp_path / "c.toml", environ={}))
+    assert (check.state, "/none" in check.found) == ("problem", True)
+
+
+def test_without_a_secrets_key_one_is_recommended(tmp_path):
+    check = doctor.secrets_key(config(data=str(tmp_path)))
+    assert (check.state, "secrets_key" in check.mend) == ("warning", True)
+
+
+@as_root
+async def test_an_isolation_that_works_here_is_fine_and_leaves_nothing(tmp_path):
+    let_others_through(tmp_path)
+    check = await doctor.isolation(config(data=str(tmp_path / "data"), isolation="user"))
+    assert (check.state, check.found) == ("ok", "user: a box can be started like this")
+    assert list(tmp_path.iterdir()) == []
+
+
+@as_root
+async def test_a_folder_that_boxes_cannot_reach_is_a_problem(tmp_path):
+    tmp_path.chmod(0o700)
+    check = await doctor.isolation(config(data=str(tmp_path / "data"), isolation="user"))
+    assert (check.state, "cannot reach the data folder" in check.found) == ("problem", True)
+    assert "chmod o+x" in check.mend
+
+
+async def test_a_runtime_api_without_its_engine_is_a_problem():
+    (check,) = (await engine_checks("unix:///nowhere/docker.sock", runtime_api="docker")).values()
+    assert (check.name, check.state) == ("docker", "problem")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""agent-server health: whether a server answers; for health checks of containers and supervisors."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import aiohttp
+import msgspec
+from msgspec import Struct
+
+from agent_sdk.protocol.errors import ConnectionLost, PathNotFound
+from agent_sdk.remote.connection import unreachable
+from agent_server.config import load
+from agent_server.data_folder import address_in
+from agent_server.terminal import one_line, open_terminal
+
+ANSWER_SECONDS = 4.0
+"""Less than what health checks wait by default."""
+
+
+class _Health(Struct):
+    status: str
+    degraded: list[str] = []
+
+
+async def main(given: argparse.Namespace) -> int:
+    """Say how it is; 0 when it answers, also when it is degraded: what a new start would not mend."""
+    url = given.url or _own(given)
+    health = await ask(url)
+    rest = f": {', '.join(health.degraded)}" if health.degraded else ""
+    await open_terminal().line(one_line(f"{health.status}{rest} ({url})"), "yellow" if rest else "green")
+    return 0
+
+
+async def ask(url: str) -> _Health:
+    """Ask the server at a URL how it is.
+
+    Raises:
+        ConnectionLost: nobody answers there within 4 s, or it is no agent server.
+    """
+    try:
+        # A proxy would be asked about its own view of the network; redirects lead to somebody else.
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session,
+            session.get(f"{url.rstrip('/')}/health", allow_redirects=False) as answer,
+        ):
+            body = await answer.read()
+    except (aiohttp.ClientError, OSError, TimeoutError) as exc:
+        raise unreachable(url, exc) from None
+    try:
+        if answer.status == 200 and answer.headers.get("Server") == "agent-server":
+            return msgspec.json.decode(body, type=_Health)
+    except msgspec.DecodeError:
+        pass
+    raise ConnectionLost(f"{url} is no agent server: it answered {answer.status}")
+
+
+def _own(given: argparse.Namespace) -> str:
+    """Where the server of a data folder listens."""
+    config = load(Path(given.config) if given.config else None, overrides={"data": given.data})
+    address = address_in(Path(config.data))
+    if address is None:
+        raise PathNotFound(
+            f"no server runs with the data folder {config.data}; name it with --data or its address with --url",
+            path=config.data,
+        )
+    return address
