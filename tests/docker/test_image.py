@@ -201,14 +201,22 @@ async def test_no_key_is_on_a_command_line_or_in_the_log(engine, container):
         assert key not in await engine.logs(id, lines=1000)
 
 
-async def test_it_becomes_healthy(engine, container):
+@pytest.mark.parametrize("port", [SERVER_PORT, 9000])
+@pytest.mark.parametrize("user", [None, "4000"])
+async def test_it_becomes_healthy_on_whatever_port_it_listens(engine, container, port, user):
     soon = {"Test": (await config_of(SERVER))["Healthcheck"]["Test"]}
     soon |= {"Interval": 200_000_000, "Timeout": 5_000_000_000, "StartPeriod": 60_000_000_000}
-    async with container(Healthcheck=soon) as id:
-        await ready(engine, id)
+    given = {"User": user} if user else {}
+    async with container(Healthcheck=soon, Cmd=["serve", "--port", str(port), "--json"], **given) as id:
         async with asyncio.timeout(GUARD):
             while (await engine.inspect(id))["State"]["Health"]["Status"] != "healthy":  # noqa: ASYNC110
                 await asyncio.sleep(0.1)  # the engine tells no one
+
+
+async def test_a_data_folder_that_its_health_check_could_not_find_is_refused(engine, container):
+    async with container(Cmd=["serve", "--data", "/elsewhere"]) as id:
+        assert await exit_of(engine, id) == 2
+        assert "AGENT_SERVER_DATA" in await engine.logs(id)
 
 
 async def test_term_ends_it_within_the_drain(engine, container):
