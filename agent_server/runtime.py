@@ -112,8 +112,8 @@ class Runtime:
 
     @property
     def runs(self) -> bool:
-        """Whether it takes processors and memory, or is about to."""
-        return self.record.wanted == "running" and self.pod_status in ("pending", "ready")
+        """Whether it takes processors and memory, or is about to; true until a pause or an end is over."""
+        return self.pod_status in ("pending", "ready")
 
     @property
     def status(self) -> Literal["running", "paused", "stopped", "error"]:
@@ -172,11 +172,17 @@ class Runtime:
             case "gone":
                 pass  # whoever recovers it stops it again
 
-    async def start(self) -> None:
-        """Make it run, unless it does; `settled` waits for it."""
+    async def start(self, admit: Callable[[], object] | None = None) -> None:
+        """Make it run, unless it does; `settled` waits for it.
+
+        Args:
+            admit: called when it does not run, in the moment from which on it counts; what it raises is raised.
+        """
         async with self._deciding:
-            if self._task is None or not self.runs:
-                self._show("pending")  # at once: from now on it counts
+            if self._task is None or not self.runs or self.record.wanted != "running":
+                if admit is not None and not self.runs:
+                    admit()
+                self._show("pending")
                 await self._want("running")
                 self._begin(self._run)
 
@@ -208,7 +214,7 @@ class Runtime:
             self._running.cancel()
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
-        if end and self.runs:
+        if end and self.runs and self.record.wanted == "running":
             await self._pod.pause()
         await self._pod.let_go()
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -165,9 +166,7 @@ class Runtimes:
         Raises:
             PolicyDenied, Overloaded: see start.
         """
-        if not runtime.runs:
-            self._admit(tenant, runtime.record)
-        await runtime.start()
+        await runtime.start(partial(self._admit, tenant, runtime.record))
 
     async def stop(self, runtime: Runtime) -> None:
         """End it and remove all of it; its session is free at once. See Runtime.stop."""
@@ -202,7 +201,11 @@ class Runtimes:
             )
 
     def _admit(self, tenant: Tenant, record: Record) -> None:
-        others = [runtime for runtime in self.of(tenant) if runtime.record is not record]
+        others = [
+            each
+            for each in self._all.values()
+            if each.record.tenant == tenant.name and each.record is not record
+        ]
         cpus = sum(each.record.cpus for each in others if each.runs)
         memory = sum(each.record.memory for each in others if self._holds_memory(each))
         for what, limit, used, more in (
@@ -220,7 +223,7 @@ class Runtimes:
                 )
 
     def _holds_memory(self, runtime: Runtime) -> bool:
-        return runtime.runs or (self._pods.paused_keeps_memory and runtime.status == "paused")
+        return runtime.runs or (self._pods.paused_keeps_memory and runtime.pod_status == "not found")
 
     # --- what is kept ---
 

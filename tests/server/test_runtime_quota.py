@@ -1,0 +1,124 @@
+"""What counts against the quota of a tenant, at every moment of a runtime's life."""
+
+import asyncio
+import io
+from contextlib import asynccontextmanager
+
+import pytest
+
+from agent_sdk.protocol.errors import Overloaded
+from agent_server.logs import opened
+from agent_server.runtime import RECORD
+from agent_server.runtime_config import GIB, RuntimeConfig
+from agent_server.runtimes import Runtimes, Wanted
+from agent_server.tenants import Tenant
+from tests.server.test_runtime import SteppedPod
+
+IMAGE = "agent-server:1"
+
+
+class SteppedPods:
+    """Pods whose steps last until they are let go on."""
+
+    def __init__(self, paused_keeps_memory):
+        self.paused_keeps_memory = paused_keeps_memory
+        self.made = []
+
+    def pod(self, spec):
+        self.made.append(SteppedPod(spec.folder / RECORD))
+        return self.made[-1]
+
+    async def sweep(self, known):
+        pass
+
+
+@asynccontextmanager
+async def runtimes(tmp_path, *, paused_keeps_memory=False):
+    pods = SteppedPods(paused_keeps_memory)
+    with opened(style="json", stream=io.StringIO()) as logs:
+        async with Runtimes(RuntimeConfig(), tmp_path / "runtimes", pods, logs, end=False) as made:
+            yield made, pods
+
+
+def tenant(**quota):
+    return Tenant(name="alice", **{"sandboxes": None, "cpus": None, "memory": None, **quota})
+
+
+async def started(runtimes, tenant, session):
+    runtime = await runtimes.start(tenant, Wanted(image=IMAGE, session_id=session))
+    await runtime.settled(10)
+    assert runtime.pod_status == "ready"
+    return runtime
+
+
+@pytest.mark.parametrize("quota", [{"cpus": 1.0}, {"memory": 2 * GIB}])
+async def test_what_is_being_paused_counts_until_it_is(tmp_path, quota):
+    alice = tenant(**quota)
+    async with runtimes(tmp_path) as (made, pods):
+        first = await started(made, alice, "one")
+        reached, go_on = pods.made[0].hold("pause")
+        pausing = asyncio.create_task(first.pause())
+        await reached.wait()
+        with pytest.raises(Overloaded):
+            await started(made, alice, "two")
+        go_on.set()
+        await pausing
+        await started(made, alice, "two")
+
+
+@pytest.mark.parametrize("quota", [{"cpus": 1.0}, {"memory": 2 * GIB}, {"sandboxes": 1}])
+async def test_what_is_being_stopped_counts_until_it_is_gone(tmp_path, quota):
+    alice = tenant(**quota)
+    async with runtimes(tmp_path) as (made, pods):
+        first = await started(made, alice, "one")
+        reached, go_on = pods.made[0].hold("end")
+        stopping = asyncio.create_task(made.stop(first))
+        await reached.wait()
+        for session in ("one", "two"):
+            with pytest.raises(Overloaded):
+                await started(made, alice, session)
+        go_on.set()
+        await stopping
+        await started(made, alice, "two")
+
+
+async def test_of_many_that_are_resumed_at_once_no_more_run_than_may(tmp_path):
+    alice, bob = tenant(cpus=1.0), tenant()
+    async with runtimes(tmp_path) as (made, pods):
+        paused = [await started(made, bob, f"{number}") for number in range(4)]
+        for runtime in paused:
+            await runtime.pause()
+        answers = await asyncio.gather(
+            *(made.resume(alice, runtime) for runtime in paused), return_exceptions=True
+        )
+        assert [type(answer) for answer in answers if answer] == [Overloaded] * 3
+        assert sum(runtime.runs for runtime in paused) == 1
+
+
+async def test_a_pause_that_is_taken_back_frees_nothing(tmp_path):
+    alice = tenant(cpus=1.0)
+    async with runtimes(tmp_path) as (made, pods):
+        first = await started(made, alice, "one")
+        reached, go_on = pods.made[0].hold("pause")
+        pausing = asyncio.create_task(first.pause())
+        await reached.wait()
+        await made.resume(alice, first)
+        with pytest.raises(Overloaded):
+            await started(made, alice, "two")
+        go_on.set()
+        await pausing
+        with pytest.raises(Overloaded):
+            await started(made, alice, "two")
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_the_memory_of_a_paused_one_counts_where_it_keeps_it(tmp_path, keeps):
+    alice = tenant(memory=2 * GIB)
+    async with runtimes(tmp_path, paused_keeps_memory=keeps) as (made, pods):
+        first = await started(made, alice, "one")
+        await first.pause()
+        if keeps:
+            with pytest.raises(Overloaded):
+                await started(made, alice, "two")
+        else:
+            await started(made, alice, "two")
