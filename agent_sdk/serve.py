@@ -6,8 +6,9 @@ It knows no transport and no policy; each handler is the contract's call plus th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -110,13 +111,22 @@ class _Served:
     # --- commands ---
 
     async def execute(self, params: Execute, call: Inbound) -> Executed:
-        stdin = await self._stdin(params, call)
-        if params.follow and (params.stdout or params.stderr):
-            return await self._follow(params, call, stdin)
-        result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin))
-        await _send_output(call, params.stdout, result.out)
-        await _send_output(call, params.stderr, result.err)
-        return _executed(result, with_text=not params.stdout)
+        async with AsyncExitStack() as stack:
+            writers: dict[OutputName, ByteWriter] = {}
+            channels: tuple[tuple[OutputName, int], ...] = (
+                ("stdout", params.stdout),
+                ("stderr", params.stderr),
+            )
+            for name, channel in channels:
+                if channel:
+                    writers[name] = await stack.enter_async_context(call.writing(channel))
+            stdin = await self._stdin(params, call)
+            if params.follow and writers:
+                return await self._follow(params, call, stdin, writers)
+            result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin))
+            for name, writer in writers.items():
+                await _finish(writer, result.out if name == "stdout" else result.err)
+            return _executed(result, with_text=not params.stdout)
 
     async def _stdin(self, params: Execute, call: Inbound) -> bytes | None:
         """Read what the command is to read; who repeats the call need not send it again."""
@@ -125,40 +135,32 @@ class _Served:
         async with call.reading(params.stdin) as reader:
             return None if params.op_id in self._ledger else await reader.read_all(STDIN_BYTES)
 
-    async def _follow(self, params: Execute, call: Inbound, stdin: bytes | None) -> Executed:
+    async def _follow(
+        self, params: Execute, call: Inbound, stdin: bytes | None, writers: Mapping[OutputName, ByteWriter]
+    ) -> Executed:
         """Send output while the command runs, from where the caller says; it is read from where it is kept."""
-        wanted: tuple[tuple[OutputName, int, int], ...] = (
-            ("stdout", params.stdout, params.stdout_since),
-            ("stderr", params.stderr, params.stderr_since),
-        )
-        async with AsyncExitStack() as stack:
-            writers = {
-                name: await stack.enter_async_context(call.writing(channel))
-                for name, channel, _ in wanted
-                if channel
-            }
-            begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
-            running = asyncio.ensure_future(self._ledger.run(params, lambda: self._run(params, stdin)))
-            try:
-                await asyncio.wait((running, begun), return_when=asyncio.FIRST_COMPLETED)
-                process = begun.result() if begun.done() else None
-                await asyncio.gather(
-                    *(
-                        self._send_from(process, running, writers[name], name, since)
-                        for name, _, since in wanted
-                        if name in writers
-                    )
+        since = {"stdout": params.stdout_since, "stderr": params.stderr_since}
+        begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
+        running = asyncio.ensure_future(self._ledger.run(params, lambda: self._run(params, stdin)))
+        try:
+            await asyncio.wait((running, begun), return_when=asyncio.FIRST_COMPLETED)
+            process = begun.result() if begun.done() else None
+            await asyncio.gather(
+                *(
+                    self._send_from(process, running, writer, name, since[name])
+                    for name, writer in writers.items()
                 )
-                result: ExecResult = await running
-            except asyncio.CancelledError:
-                running.cancel(DISCONNECTED if call.peer.lost is not None else None)
-                await asyncio.wait((running,))
-                raise
-            finally:
-                if not self._ledger.is_running(params.op_id):
-                    self._begun.pop(params.op_id, None)
-            sent = {name: writer.offset for name, writer in writers.items()}
-            return _executed(result, sent=sent if result.status == "running" else {})
+            )
+            result: ExecResult = await running
+        except asyncio.CancelledError:
+            running.cancel(DISCONNECTED if call.peer.lost is not None else None)
+            await asyncio.wait((running,))
+            raise
+        finally:
+            if not self._ledger.is_running(params.op_id):
+                self._begun.pop(params.op_id, None)
+        sent = {name: writer.offset for name, writer in writers.items()}
+        return _executed(result, sent=sent if result.status == "running" else {})
 
     async def _send_from(
         self,
@@ -251,27 +253,31 @@ class _Served:
 
     async def shell_run(self, params: ShellRun, call: Inbound) -> ShellAnswer:
         shell = self._workspace.shell(params.name)
-        limits: dict[str, Any] = {"timeout": _seconds(params.timeout_ms), "quiet": _seconds(params.quiet_ms)}
-        result = await self._ledger.run(params, lambda: shell.run(params.command, **limits))
-        return await self._shell_answer(call, params.channel, result)
+        return await self._in_shell(params, call, partial(shell.run, params.command))
 
     async def shell_send(self, params: ShellSend, call: Inbound) -> ShellAnswer:
         shell = self._workspace.shell(params.name)
-        limits: dict[str, Any] = {"timeout": _seconds(params.timeout_ms), "quiet": _seconds(params.quiet_ms)}
-        keys = _keys(params.keys)
-        result = await self._ledger.run(params, lambda: shell.send(keys, **limits))
-        return await self._shell_answer(call, params.channel, result)
+        return await self._in_shell(params, call, partial(shell.send, _keys(params.keys)))
 
-    async def _shell_answer(self, call: Inbound, channel: int, result: ShellResult) -> ShellAnswer:
-        await _send_output(call, channel, result.output)
-        return ShellAnswer(
-            status=result.status,
-            exit_code=result.exit_code,
-            cwd=result.cwd,
-            full_output=result.full_output,
-            output_bytes=result.output.size,
-            text=None if channel else result.output.text,
-        )
+    async def _in_shell(
+        self, params: ShellRun | ShellSend, call: Inbound, act: Callable[..., Awaitable[ShellResult]]
+    ) -> ShellAnswer:
+        limits = {"timeout": _seconds(params.timeout_ms), "quiet": _seconds(params.quiet_ms)}
+        async with AsyncExitStack() as stack:
+            writer = None
+            if params.channel:
+                writer = await stack.enter_async_context(call.writing(params.channel))
+            result = await self._ledger.run(params, lambda: act(**limits))
+            if writer is not None:
+                await _finish(writer, result.output)
+            return ShellAnswer(
+                status=result.status,
+                exit_code=result.exit_code,
+                cwd=result.cwd,
+                full_output=result.full_output,
+                output_bytes=result.output.size,
+                text=None if params.channel else result.output.text,
+            )
 
     async def shell_reset(self, params: ShellReset, call: Inbound) -> Done:
         return await self._done(params, lambda: self._workspace.shell(params.name).reset())
@@ -387,22 +393,18 @@ def _executed(
     )
 
 
-async def _send_output(call: Inbound, channel: int, output: Output) -> None:
-    """Send the head at 0 and the tail at its own offset; nothing at all when there is no output."""
-    if not channel or not output.size:
-        return
-    async with call.writing(channel) as writer:
-        await _finish(writer, output)
-
-
 async def _finish(writer: ByteWriter, output: Output, since: int = 0) -> None:
-    """End a stream of output, with what a result holds of it from byte `since` on."""
-    for place, data in ((0, output.head), (output.size - len(output.tail), output.tail)):
-        if rest := data[max(0, since - place) :]:
-            await writer.skip_to(place + len(data) - len(rest))
-            await writer.write(rest)
-    await writer.skip_to(max(writer.offset, output.size))
-    await writer.finish()
+    """End a stream of output, with what a result holds of it from byte `since` on: the tail at its own offset.
+
+    Who does not want to read it any more gets the answer all the same.
+    """
+    with suppress(ConnectionLost, TransferBroken):
+        for place, data in ((0, output.head), (output.size - len(output.tail), output.tail)):
+            if rest := data[max(0, since - place) :]:
+                await writer.skip_to(place + len(data) - len(rest))
+                await writer.write(rest)
+        await writer.skip_to(max(writer.offset, output.size))
+        await writer.finish()
 
 
 async def _verified(reader: ByteReader) -> AsyncIterator[bytes]:

@@ -42,37 +42,53 @@ OUTWARD: dict[type[Method[Any]], tuple[str, ...]] = {
 
 
 class Passage:
-    """See the module's docstring. Enter it; it may be tried again over another connection to the same box."""
+    """See the module's docstring. Enter it before anything begins: a call whose streams are not free is refused then.
+
+    It may be tried again over another connection to the same box.
+    """
 
     def __init__(self, params: Method[Any], call: Inbound) -> None:
         self.let_go = False
         """Whether being cancelled leaves the call to the box, instead of cancelling it there."""
-        self.once = any(getattr(params, field) for field in INWARD.get(type(params), ()))
+        self.once = False
         """Whether bytes of the caller belong to it, which cannot be sent again."""
         self.broken = False
         """Whether it was sent over a connection that broke, so that nobody knows how far it came."""
         self.kept: dict[str, bytearray] | None = {}
         """The output that passed, by field; None: more than is kept."""
+        self.ways: dict[str, Way] = {}
+        """The streams to the caller, by field."""
         self._params = params
         self._call = call
-        self._ways = {
-            field: _Way(call, channel, getattr(params, f"{field}_since", 0))
-            for field in OUTWARD.get(type(params), ())
-            if (channel := getattr(params, field))
-        }
+        self._readers: dict[str, ByteReader] = {}
+        self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        """Take up the caller's streams.
+
+        Raises:
+            InvalidParams: a number is not that of a stream the caller has just opened.
+        """
+        async with self._stack:
+            for field in INWARD.get(type(self._params), ()):
+                if channel := getattr(self._params, field):
+                    reading = self._call.reading(channel)
+                    self._readers[field] = await self._stack.enter_async_context(reading)
+            for field in OUTWARD.get(type(self._params), ()):
+                if channel := getattr(self._params, field):
+                    writer = await self._stack.enter_async_context(self._call.writing(channel))
+                    self.ways[field] = Way(writer, getattr(self._params, f"{field}_since", 0))
+            self._stack = self._stack.pop_all()
+        self.once = bool(self._readers)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for way in self._ways.values():
-            await way.close()
+        await self._stack.aclose()
 
     async def end_streams(self) -> None:
-        """End the streams to a caller who follows them, where they are: nothing more comes."""
-        if isinstance(self._params, Execute) and self._params.follow:
-            for way in self._ways.values():
-                await way.finish(0, b"")
+        """End the streams to the caller where they are: nothing more comes."""
+        for way in self.ways.values():
+            await way.finish(0, b"")
 
     async def through(self, peer: Peer) -> Any:
         """Make the call over this connection and return its answer, when all its bytes have passed.
@@ -90,9 +106,10 @@ class Passage:
             try:
                 await asyncio.wait({calling})
                 answer = calling.result()
-                for field in expected(self._params, answer):
-                    if field in going:
-                        await going[field]
+                for field, pump in going.items():
+                    if field in carrying(self._params, answer):
+                        await pump
+                await self.end_streams()
                 return answer
             except asyncio.CancelledError:
                 calling.cancel(DISCONNECTED if self.let_go else None)
@@ -108,13 +125,11 @@ class Passage:
         self, stack: AsyncExitStack, peer: Peer, fields: dict[str, Any]
     ) -> list[asyncio.Task[None]]:
         pumps = []
-        for field in INWARD.get(type(self._params), ()):
-            if channel := getattr(self._params, field):
-                reader = await stack.enter_async_context(self._call.reading(channel))
-                both = AsyncExitStack()
-                writer = await both.enter_async_context(peer.open_writer())
-                fields[field] = writer.channel
-                pumps.append(asyncio.create_task(self._bring_in(both, reader, writer)))
+        for field, reader in self._readers.items():
+            both = AsyncExitStack()
+            writer = await both.enter_async_context(peer.open_writer())
+            fields[field] = writer.channel
+            pumps.append(asyncio.create_task(self._bring_in(both, reader, writer)))
         return pumps
 
     async def _bring_in(self, both: AsyncExitStack, reader: ByteReader, writer: ByteWriter) -> None:
@@ -131,7 +146,7 @@ class Passage:
         self, stack: AsyncExitStack, peer: Peer, fields: dict[str, Any]
     ) -> dict[str, asyncio.Task[None]]:
         pumps = {}
-        for field, way in self._ways.items():
+        for field, way in self.ways.items():
             reader = await stack.enter_async_context(peer.open_reader())
             fields[field] = reader.channel
             if 0 < way.since <= KEPT_BYTES:
@@ -139,7 +154,7 @@ class Passage:
             pumps[field] = asyncio.create_task(self._bring_out(field, reader, way))
         return pumps
 
-    async def _bring_out(self, field: str, reader: ByteReader, way: _Way) -> None:
+    async def _bring_out(self, field: str, reader: ByteReader, way: Way) -> None:
         async for chunk in reader:
             self._keep(field, chunk.offset, chunk.data)
             await way.pass_on(chunk.offset, chunk.data)
@@ -155,48 +170,33 @@ class Passage:
             self.kept = None
 
 
-class _Way:
-    """To a caller's stream, opened with the first bytes; a caller who is gone or wants no more holds nothing up."""
+class Way:
+    """To a caller's stream; a caller who is gone or wants no more holds nothing up."""
 
-    def __init__(self, call: Inbound, channel: int, since: int) -> None:
-        self._call = call
-        self._channel = channel
+    def __init__(self, writer: ByteWriter, since: int) -> None:
         self.since = since
-        self._stack = AsyncExitStack()
-        self._writer: ByteWriter | None = None
-
-    async def close(self) -> None:
-        """Leave the caller's stream; one that is not finished is reset."""
-        await self._stack.aclose()
+        self._writer = writer
 
     async def pass_on(self, offset: int, data: bytes) -> None:
         """Send what the caller has not got yet."""
-        got = self.since if self._writer is None else max(self.since, self._writer.offset)
+        got = max(self.since, self._writer.offset)
         if rest := data[max(0, got - offset) :]:
             with suppress(ConnectionLost, TransferBroken):
-                writer = await self._opened()
-                await writer.skip_to(offset + len(data) - len(rest))
-                await writer.write(rest)
+                await self._writer.skip_to(offset + len(data) - len(rest))
+                await self._writer.write(rest)
 
     async def finish(self, size: int, trailer: bytes) -> None:
-        """End the stream at this size."""
+        """End the stream at this size, where it has not ended yet."""
         with suppress(ConnectionLost, TransferBroken):
-            writer = await self._opened()
-            await writer.skip_to(max(size, writer.offset))
-            await writer.finish(trailer)
-
-    async def _opened(self) -> ByteWriter:
-        if self._writer is None:
-            self._writer = await self._stack.enter_async_context(self._call.writing(self._channel))
-        return self._writer
+            await self._writer.skip_to(max(size, self._writer.offset))
+            await self._writer.finish(trailer)
 
 
-def expected(params: Method[Any], answer: Any) -> tuple[str, ...]:
-    """Return the fields whose streams the box opens with this answer; one without bytes may stay closed."""
+def carrying(params: Method[Any], answer: Any) -> tuple[str, ...]:
+    """Return the fields whose streams the box has sent bytes over with this answer; the others need no waiting for."""
     match answer:
         case Executed(stdout_bytes=out, stderr_bytes=err):
-            follow = isinstance(params, Execute) and params.follow
-            return tuple(name for name, size in (("stdout", out), ("stderr", err)) if size or follow)
+            return tuple(name for name, size in (("stdout", out), ("stderr", err)) if size)
         case ShellAnswer(output_bytes=size):
             return ("channel",) if size else ()
         case _:

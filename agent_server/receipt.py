@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, Self
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from agent_sdk.protocol.errors import AgentServerError, ErrorObject, TransferBroken, from_wire, to_wire
-from agent_sdk.protocol.methods import Effect, Execute, Executed, ShellAnswer, Upload, result_type
-from agent_sdk.rpc.peer import Inbound
-from agent_server.passage import KEPT_BYTES, OUTWARD, expected
+from agent_sdk.protocol.errors import AgentServerError, ErrorObject, from_wire, to_wire
+from agent_sdk.protocol.methods import Effect, Executed, ShellAnswer, result_type
+from agent_server.passage import KEPT_BYTES, OUTWARD, Way
 
 NOT_KEPT = "its output is not kept any more"
 _TEXTS = {"stdout": "stdout_text", "stderr": "stderr_text", "channel": "text"}
@@ -58,7 +56,7 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Return it as bytes."""
         return msgspec.msgpack.encode(self)
 
-    async def give(self, params: Effect[Any], call: Inbound) -> Any:
+    async def give(self, params: Effect[Any], ways: Mapping[str, Way]) -> Any:
         """Answer a repeated call: with its bytes over its own streams, or as text where it has none.
 
         Raises:
@@ -68,22 +66,19 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise from_wire(self.error)
         assert self.answer is not None
         answer: Any = msgspec.json.decode(self.answer, type=result_type(type(params)))
-        if isinstance(params, Upload):
-            await _drain(params, call)
         if not isinstance(answer, Executed | ShellAnswer):
             return answer
-        opened = expected(params, answer)
         for field in OUTWARD[type(params)]:
             data = self._bytes(answer, field)
             size = getattr(answer, _SIZES[field])
             if isinstance(answer, Executed) and data is None and size:
                 answer = replace(answer, reason=answer.reason or NOT_KEPT)
-            if not (channel := getattr(params, field)):
+            if field in ways:
+                await ways[field].pass_on(0, data or b"")
+                await ways[field].finish(size, b"")
+            else:
                 text = None if data is None or answer.status == "unknown" else data.decode(errors="replace")
                 answer = replace(answer, **{_TEXTS[field]: text})
-            elif field in opened:
-                since = getattr(params, f"{field}_since", 0) if _follows(params) else 0
-                await _send(call, channel, data or b"", since, size)
         return answer
 
     def _bytes(self, answer: Any, field: str) -> bytes | None:
@@ -93,24 +88,3 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         if not getattr(answer, _SIZES[field]):
             return b""
         return None if self.output is None else self.output.get(field)
-
-
-def _follows(params: Effect[Any]) -> bool:
-    return isinstance(params, Execute) and params.follow
-
-
-async def _send(call: Inbound, channel: int, data: bytes, since: int, size: int) -> None:
-    async with call.writing(channel) as writer:
-        if rest := data[since:]:
-            await writer.skip_to(since)
-            await writer.write(rest)
-        await writer.skip_to(max(size, writer.offset))
-        await writer.finish()
-
-
-async def _drain(params: Upload, call: Inbound) -> None:
-    """Take what the caller sends once more, because it waits for that."""
-    async with call.reading(params.channel) as reader:
-        with suppress(TransferBroken):
-            async for _ in reader:
-                pass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from typing import Any
 
 import msgspec
@@ -42,7 +42,7 @@ from agent_sdk.protocol.methods import (
 )
 from agent_sdk.protocol.results import Exit, RunningOperation, WorkspaceInfo
 from agent_sdk.remote.link import Linked
-from agent_sdk.rpc.ledger import CHANNELS
+from agent_sdk.rpc.ledger import CHANNELS, did_nothing
 from agent_sdk.rpc.peer import Handler, Inbound
 from agent_server.box_link import BoxLink
 from agent_server.passage import Passage
@@ -150,6 +150,13 @@ class Relay:
 
     async def _effect(self, params: Effect[Any], call: Inbound) -> Any:
         self._work.admit()
+        async with AsyncExitStack() as streams:
+            passage = await streams.enter_async_context(Passage(params, call))
+            return await self._pass(params, call, passage, streams)
+
+    async def _pass(
+        self, params: Effect[Any], call: Inbound, passage: Passage, streams: AsyncExitStack
+    ) -> Any:
         op_id, digest = params.op_id, _digest(params)
         instance = self._link.instance
         self._beginning[op_id] += 1
@@ -162,14 +169,14 @@ class Relay:
         if known is not None and known.result is not None:
             receipt = Receipt.read(known.result)
             if receipt.whole or known.instance != instance:  # else the box still has the bytes
-                return await receipt.give(params, call)
+                return await receipt.give(params, passage.ways)
         if isinstance(params, Upload):
             await self._stop(op_id, lambda run: True)  # its bytes come anew
         if known is not None:
             runs = self._running.get(op_id)
             instance = runs[0].instance if runs else known.instance
-        run = _Run(params, call, instance)
-        run.task = asyncio.create_task(self._operate(run, fresh=known is None))
+        run = _Run(params, call, instance, passage)
+        run.task = asyncio.create_task(self._operate(run, streams.pop_all(), fresh=known is None))
         run.work.enter_context(self._work.under_way())
         self._running.setdefault(op_id, []).append(run)
         run.task.add_done_callback(lambda _: self._ended(run))
@@ -183,8 +190,8 @@ class Relay:
             raise Cancelled("the operation was cancelled by another caller")
         return run.task.result()
 
-    async def _operate(self, run: _Run, *, fresh: bool) -> Any:
-        async with run.passage:
+    async def _operate(self, run: _Run, streams: AsyncExitStack, *, fresh: bool) -> Any:
+        async with streams:
             try:
                 linked = await (self._link.linked() if fresh else self._link.again(run.instance))
                 if linked is None:
@@ -195,7 +202,7 @@ class Relay:
                 answer = _unknown(run.params, exc)
                 await run.passage.end_streams()
             except AgentServerError as exc:
-                if exc.retryable:
+                if did_nothing(run.params, exc):
                     await self._withdraw(run)
                 else:
                     await self._finish(run, Receipt.of_error(exc))
@@ -245,12 +252,12 @@ class Relay:
 class _Run:
     """One way of an operation through the relay; a repeated call is another one."""
 
-    def __init__(self, params: Effect[Any], call: Inbound, instance: str) -> None:
+    def __init__(self, params: Effect[Any], call: Inbound, instance: str, passage: Passage) -> None:
         self.params = params
         self.call = call
         self.instance = instance
         """Of the box it is in."""
-        self.passage = Passage(params, call)
+        self.passage = passage
         self.task: asyncio.Task[Any]
         self.work = ExitStack()
         self.in_vain = False

@@ -80,8 +80,12 @@ Flags have no other meaning and are zero.
   way, the method says.
 * A sender starts with a credit of `limits.window_bytes` of the receiver and gets more as the
   receiver consumes. Bytes that are jumped over cost no credit.
-* Either side may reset a stream; what had come is void. Frames of streams that are over are ignored
-  for a while.
+* A number that is not that of a stream the caller has just opened is refused (`invalid_params`) before
+  anything begins. A refusal that comes before any effect is not kept under the `op_id`.
+* A stream of a call that is answered with a result ends with an end frame, also when it carried nothing.
+  Where the call fails it is reset.
+* Either side may reset a stream: nothing more comes. Frames of streams that are over are ignored for
+  a while.
 * Streams take turns, one frame each. Answers, calls, notices and credit overtake events; events
   overtake streams.
 * `message` frames use stream 0 for events and stream 1 for everything else, one message after the

@@ -10,8 +10,18 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from agent_sdk.protocol.errors import AgentServerError, Cancelled, OpExpired, OpMismatch
-from agent_sdk.protocol.methods import Effect
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    Cancelled,
+    InvalidParams,
+    LimitExceeded,
+    NotFound,
+    OpExpired,
+    OpMismatch,
+    PathError,
+    PolicyDenied,
+)
+from agent_sdk.protocol.methods import Effect, Execute, ProcessStart, Upload
 from agent_sdk.rpc.pipe import DISCONNECTED
 
 FINISHED = 10_000
@@ -20,7 +30,12 @@ FINISHED_AT_MOST = 100_000
 FINISHED_BYTES = 64 << 20
 EXPIRED = 100_000
 # Names of streams and places in them differ whenever a call is repeated; they do not belong to what it asks for.
-CHANNELS = frozenset({"channel", "stdin", "stdout", "stderr", "follow", "stdout_since", "stderr_since"})
+CHANNELS = frozenset(
+    {"channel", "stdin", "stdout", "stderr", "follow", "since", "stdout_since", "stderr_since"}
+)
+_WHOLE = (Execute, ProcessStart, Upload)
+"""They are refused, or they begin; what becomes of them then is no error of the call, or undone."""
+_REFUSALS = (LimitExceeded, NotFound, PathError, PolicyDenied)
 
 T = TypeVar("T")
 
@@ -90,7 +105,7 @@ class Ledger:
     async def run(self, call: Effect[Any], action: Callable[[], Awaitable[T]]) -> T:
         """Run `action` for this call, or attach to its run, or return what it returned, or raise what it raised.
 
-        Failures that are retryable are not kept: the same call then runs again; nor is an OpMismatch of the
+        Failures before any effect are not kept: the same call then runs again; nor is an OpMismatch of the
         action, which knows an earlier owner of the op_id. Cancelling the last
         one who waits cancels the action, waits for its end and forgets it; but an action whose
         callers only lost their connection goes on, so that they can come back to it.
@@ -110,7 +125,7 @@ class Ledger:
         if entry is None:
             task = asyncio.create_task(_run(action))
             entry = self._running[call.op_id] = Entry(digest, task)
-            task.add_done_callback(lambda task: self._done(call.op_id, task))
+            task.add_done_callback(lambda task: self._done(call, task))
         elif entry.digest != digest:
             raise OpMismatch(f"op_id {call.op_id} came before with other params", op_id=call.op_id)
         if (running := entry.task) is not None:
@@ -143,12 +158,13 @@ class Ledger:
         finally:
             entry.waiting -= 1
 
-    def _done(self, op_id: str, task: asyncio.Task[Any]) -> None:
+    def _done(self, call: Effect[Any], task: asyncio.Task[Any]) -> None:
+        op_id = call.op_id
         entry = self._running.pop(op_id)
         if task.cancelled():
             return
         entry.error = task.exception()
-        if isinstance(entry.error, AgentServerError) and entry.error.retryable:
+        if isinstance(entry.error, AgentServerError) and did_nothing(call, entry.error):
             return
         if isinstance(entry.error, OpMismatch):
             return  # the action knew better whose op_id it is: the right call may still come
@@ -182,6 +198,12 @@ class Ledger:
             self._expired[op_id] = None
             if len(self._expired) > EXPIRED:
                 self._expired.popitem(last=False)
+
+
+def did_nothing(call: Effect[Any], error: AgentServerError) -> bool:
+    """Return whether a call that failed so had no effect: it may come again under its op_id, and is run then."""
+    refused = isinstance(error, InvalidParams) or (isinstance(call, _WHOLE) and isinstance(error, _REFUSALS))
+    return error.retryable or refused
 
 
 async def _run(action: Callable[[], Awaitable[T]]) -> T:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -112,8 +112,9 @@ async def upload(peer: Peer, fields: dict, data: bytes, trailer: bytes | None = 
     """Send a file, with the digest of its bytes or with this `trailer`."""
     async with peer.open_writer() as writer:
         calling = asyncio.ensure_future(peer.call(Upload(**fields, channel=writer.channel)))
-        await writer.write(data)
-        await writer.finish(hashlib.sha256(data).digest() if trailer is None else trailer)
+        with suppress(TransferBroken):  # the answer is known already, and the bytes are not wanted again
+            await writer.write(data)
+            await writer.finish(hashlib.sha256(data).digest() if trailer is None else trailer)
         return await calling
 
 
