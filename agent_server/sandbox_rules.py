@@ -5,14 +5,14 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
 from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams, IsolationUnavailable, PolicyDenied
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.config import ServerConfig
-from workspaces.container_body import KERNEL, LEAST_MEMORY, RESERVED
+from workspaces.container_body import LEAST_MEMORY, RESERVED
 from workspaces.sizes import parse_size
 
 WHERE = "$.params.workspace.sandbox"
@@ -37,8 +37,9 @@ def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
             phase="image",
         )
     parse_size(f"{WHERE}.memory", spec.memory, least=LEAST_MEMORY)
-    if spec.disk is not None:
-        parse_size(f"{WHERE}.disk", spec.disk)
+    for field, size in (("disk", spec.disk), ("tmp", spec.tmp)):
+        if size is not None:
+            parse_size(f"{WHERE}.{field}", size)
     _check_network(spec.network, config.sandbox_networks)
     for name, value in spec.env.items():
         if not _NAME.fullmatch(name) or "\0" in value:
@@ -53,7 +54,9 @@ def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
         raise InvalidParams(f"{WHERE}.platform: like linux/amd64 (got {spec.platform[:64]!r})")
     if len(spec.mounts) > MOUNTS:
         raise InvalidParams(f"{WHERE}.mounts: limit {MOUNTS}, got {len(spec.mounts)}")
-    return replace(spec, mounts=tuple(_mount(mount, config.sandbox_mounts) for mount in spec.mounts))
+    mounts = tuple(_mount(mount, config.sandbox_mounts) for mount in spec.mounts)
+    _check_targets(spec.writable, [mount.split(":")[1] for mount in mounts])
+    return replace(spec, mounts=mounts)
 
 
 def _check_network(wanted: str, allowed: Iterable[str]) -> None:
@@ -73,8 +76,6 @@ def _mount(mount: str, allowed: Iterable[str]) -> str:
     source, target, *options = mount.split(":")[:4] if mount.count(":") in (1, 2) else ("", "")
     if not source.startswith("/") or not _is_plain(target) or options not in ([], ["ro"], ["rw"]):
         raise InvalidParams(f"{WHERE}.mounts: /host/path:/path/in/it[:ro] (got {mount[:200]!r})")
-    if target in RESERVED or any(target == place or target.startswith(f"{place}/") for place in _TAKEN):
-        raise InvalidParams(f"{WHERE}.mounts: nothing can be mounted at {target[:200]} of a sandbox")
     real = os.path.realpath(source)
     if not any(real == folder or real.startswith(f"{folder}/") for folder in map(os.path.realpath, allowed)):
         raise PolicyDenied(
@@ -86,15 +87,41 @@ def _mount(mount: str, allowed: Iterable[str]) -> str:
     return ":".join([real, target, *options])
 
 
-_TAKEN = (
-    *KERNEL,
-    "/opt/agent",
-    "/run",
-    "/sbin/docker-init",
-    "/etc/resolv.conf",
-    "/etc/hosts",
-    "/etc/hostname",
+def _check_targets(writable: Sequence[str], mounted: Sequence[str]) -> None:
+    """See that what is mounted hides nothing of the system or of ours, and that nothing leads from one into another."""
+    if len(writable) > MOUNTS:
+        raise InvalidParams(f"{WHERE}.writable: limit {MOUNTS}, got {len(writable)}")
+    seen: list[str] = list(RESERVED)
+    for field, target in (
+        *(("writable", each) for each in writable),
+        *(("mounts", each) for each in mounted),
+    ):
+        if not _is_plain(target) or ":" in target or "\0" in target:
+            raise InvalidParams(
+                f"{WHERE}.{field}: a path like /data, absolute and plain (got {target[:200]!r})"
+            )
+        if target.split("/")[1] in SYSTEM or target in _AROUND:
+            raise InvalidParams(
+                f"{WHERE}.{field}: nothing can be mounted at {target[:200]} of a sandbox; it can at /data, /mnt, "
+                "/srv, /home, /var, /opt/NAME or a folder of another name below /"
+            )
+        if (other := next((each for each in seen if _nested(each, target)), None)) is not None:
+            raise InvalidParams(
+                f"{WHERE}.{field}: {target[:200]} and {other[:200]} cannot be mounted one below the other; "
+                "choose another place"
+            )
+        seen.append(target)
+
+
+def _nested(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}/") or other.startswith(f"{one}/")
+
+
+SYSTEM = frozenset(
+    {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "run", "sbin", "sys", "usr"}
 )
+"""What a system is made of: whatever is there instead would be run, or believed, in the place of the image's."""
+_AROUND = ("/opt", "/var")
 
 
 def _is_plain(target: str) -> bool:

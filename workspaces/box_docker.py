@@ -28,24 +28,20 @@ from agent_sdk.protocol.methods import Claim
 from agent_sdk.protocol.results import Usage, WorkspaceInfo
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.connection import connect
+from workspaces.accounts import Accounts
 from workspaces.box_ending import Ending, ending_of
-from workspaces.box_folder import READY, READY_LINE, BoxFolder, Record
+from workspaces.box_folder import READY_LINE, BoxFolder, Record
+from workspaces.box_parts import box_parts, identity
 from workspaces.container_body import (
     ENVIRONMENT,
-    FOLDER,
-    OUTPUT,
-    RUNTIME,
-    WORKSPACE,
-    Bind,
-    Parts,
     create_body,
+    temporary,
 )
 from workspaces.engine_runtimes import usable_runtime
-from workspaces.site import Places, Site
+from workspaces.site import Site
 from workspaces.verification import box_differences, engine_differences
 
 if TYPE_CHECKING:
-    from workspaces.box_runtime import BoxRuntime
     from workspaces.engine import Death, Engine, Watch
     from workspaces.images import Image
 
@@ -89,6 +85,7 @@ class BoxContainer:
         self._waiting = waiting
         self._record: Record | None = None
         self._image: Image | None = None
+        self._accounts = Accounts()
         self._body: dict[str, Any] = {}
         self._id: str | None = None
         self._watch: Watch | None = None
@@ -189,6 +186,7 @@ class BoxContainer:
                     continue
                 raise
             self._record, self._image, self._body, self._id = box._record, box._image, box._body, box._id
+            self._accounts = box._accounts
             self._socket, box._socket = box._socket, -1
             box.let_go()
             self._follow(engine)
@@ -224,8 +222,23 @@ class BoxContainer:
             instance=self.instance, container=name, spec=self.spec, image=self._image.id, runtime=runtime
         )
         self._folder.make()
-        async with self._site.at_hand(self.owner, self.spec) as places, self._folder.ready() as said:
-            self._body = create_body(self.spec, self._parts(self._image, places, binary, runtime))
+        self._accounts = await self._site.accounts(self._image)
+        self._folder.lay_out(content for _, content in self._accounts.files)
+        folders = temporary(self.spec, self._image.id, self._image.volumes)
+        at_hand = self._site.at_hand(self.owner, self.spec, len(folders))
+        async with at_hand as places, self._folder.ready() as said:
+            parts = box_parts(
+                self._image,
+                self._accounts,
+                tuple(zip(places.temporary, folders, strict=True)),
+                self.spec,
+                places,
+                command=binary.entrypoint,
+                linger=max(self._site.linger, LEAST_LINGER),
+                labels=self._site.labels(self.owner),
+                runtime=runtime,
+            )
+            self._body = create_body(self.spec, parts)
             self._keep(record)
             self._id = await engine.create(name, self._body, platform=self.spec.platform)
             self._follow(engine)
@@ -250,7 +263,13 @@ class BoxContainer:
         call = Claim(
             op_id=new_id(),
             instance=self.instance,
-            env={**ENVIRONMENT, **image, "HOME": WORKSPACE, **self._site.environment, **self.spec.env},
+            env={
+                **ENVIRONMENT,
+                **image,
+                **identity(self._accounts.name),
+                **self._site.environment,
+                **self.spec.env,
+            },
         )
         try:
             async with asyncio.timeout(CLAIM_SECONDS), connect(self.url) as connection:
@@ -267,31 +286,6 @@ class BoxContainer:
                 differences=differences[:SHOWN_DIFFERENCES],
             )
         self._keep(replace(self._record, claimed=True))
-
-    def _parts(self, image: Image, places: Places, binary: BoxRuntime, runtime: str) -> Parts:
-        options = ["--folder", FOLDER, "--root", "/", "--working-dir", WORKSPACE, "--spool", OUTPUT]
-        options += [
-            "--linger",
-            str(max(self._site.linger, LEAST_LINGER)),
-            "--ready",
-            f"{FOLDER}/{READY}",
-            "--seccomp",
-        ]
-        return Parts(
-            image=image.id,
-            image_environment=tuple(line.split("=", 1)[0] for line in image.env),
-            volumes=tuple(image.volumes),
-            command=(*binary.entrypoint, *options),
-            binds=(
-                Bind(places.workspace, WORKSPACE, propagation=places.propagation),
-                Bind(places.folder, FOLDER, propagation=places.propagation),
-                Bind(places.output, OUTPUT, propagation=places.propagation),
-                Bind(places.runtime, RUNTIME, read_only=True, propagation=places.propagation),
-                *map(_bind, self.spec.mounts),
-            ),
-            labels=self._site.labels(self.owner),
-            runtime=runtime,
-        )
 
     def _keep(self, record: Record) -> None:
         self._record = record
@@ -465,8 +459,3 @@ class BoxContainer:
         if self._id is None:
             raise WorkspaceUnavailable("the sandbox does not run", phase="start")
         return self._id
-
-
-def _bind(mount: str) -> Bind:
-    source, target, *options = mount.split(":")
-    return Bind(source, target, read_only="ro" in options)

@@ -10,7 +10,7 @@ import asyncio
 import os
 import shutil
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class BoxFolder:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.run = place / "run"
+        self.etc = place / "etc"
 
     def read(self) -> Record | None:
         """Return the record, if there is one of a container."""
@@ -66,6 +67,13 @@ class BoxFolder:
         self.run.chmod(0o777)  # for the user of the box; nobody else gets into the folder above
         os.mkfifo(self.run / READY)
         (self.run / READY).chmod(0o666)
+
+    def lay_out(self, contents: Iterable[bytes]) -> None:
+        """Write files that the container sees in the place of its image's, each under its number."""
+        self.etc.mkdir(mode=0o711)
+        for number, content in enumerate(contents):
+            (self.etc / str(number)).write_bytes(content)
+            (self.etc / str(number)).chmod(0o644)
 
     def seal(self) -> None:
         """Let nothing more be made in what the container sees: its commands could fill our disk."""

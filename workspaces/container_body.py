@@ -7,7 +7,7 @@ of it (`verification`), because engines drop what they do not support with a war
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -18,10 +18,9 @@ from agent_sdk.protocol.specs import Sandbox
 from workspaces.sizes import parse_size
 
 UID = 10001
+HOSTNAME = "sandbox"
 WORKSPACE, FOLDER, OUTPUT, RUNTIME = "/workspace", "/run/agent", "/run/agent-output", "/opt/agent"
 LEAST_MEMORY = "32m"
-TMP = f"rw,noexec,nosuid,nodev,size=64m,mode=1777,uid={UID},gid={UID}"
-"""It belongs to the commands, because runc gives it the mode of the folder that the image has there."""
 RUN = "rw,noexec,nosuid,nodev,size=8m,mode=755"
 ENVIRONMENT: Mapping[str, str] = {
     "HOME": WORKSPACE,
@@ -53,8 +52,6 @@ class Parts(Struct, frozen=True, kw_only=True):
     """Its id, so that a tag that is moved meanwhile changes nothing."""
     image_environment: tuple[str, ...]
     """The names in it; none of them reaches the box."""
-    volumes: tuple[str, ...]
-    """Of the image."""
     command: tuple[str, ...]
     binds: tuple[Bind, ...]
     labels: dict[str, str]
@@ -65,7 +62,6 @@ def create_body(spec: Sandbox, parts: Parts) -> dict[str, Any]:
     """Return the body of POST /containers/create.
 
     Raises:
-        ImageUnavailable: a volume of the image would be where a sandbox cannot have one.
         InvalidParams: a size makes no sense.
     """
     environment = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
@@ -74,7 +70,7 @@ def create_body(spec: Sandbox, parts: Parts) -> dict[str, Any]:
     return {
         "Image": parts.image,
         "User": f"{UID}:{UID}",
-        "Hostname": "sandbox",
+        "Hostname": HOSTNAME,
         "WorkingDir": WORKSPACE,
         "Entrypoint": list(parts.command),
         "Cmd": [],
@@ -100,14 +96,14 @@ def _host_config(spec: Sandbox, parts: Parts) -> dict[str, Any]:
         "CapAdd": [],
         "SecurityOpt": ["no-new-privileges:true"],
         "ReadonlyRootfs": True,
-        # A volume of the image would be writable without limit; in memory it counts.
-        "Tmpfs": {"/tmp": TMP, "/run": RUN, **dict.fromkeys(_volumes(parts), TMP)},
+        "Tmpfs": {"/run": RUN},
         "Mounts": [_mount(bind) for bind in parts.binds],
         "NetworkMode": spec.network,
         "PublishAllPorts": False,
         "PortBindings": {},
         "Dns": [],
-        "ExtraHosts": [],
+        # With a network the engine gives the name itself.
+        "ExtraHosts": [f"{HOSTNAME}:127.0.0.1"] if spec.network == "none" else [],
         "Links": [],
         "IpcMode": "private",
         "PidMode": "",
@@ -175,20 +171,23 @@ def _gpus(wanted: str | None) -> list[dict[str, Any]]:
     return [{"Driver": "", "Capabilities": [["gpu"]], **which}]
 
 
-def _volumes(parts: Parts) -> list[str]:
-    """Where the image wants volumes, as far as nothing of ours is there anyway."""
-    ours = {bind.target for bind in parts.binds} | set(RESERVED)
-    wanted = []
-    for volume in parts.volumes:
+def temporary(spec: Sandbox, image: str, volumes: Iterable[str]) -> list[str]:
+    """Return the folders that are writable and do not last: `/tmp`, those asked for, and the volumes of the image.
+
+    Raises:
+        ImageUnavailable: a volume of the image would be where a sandbox cannot have one.
+    """
+    wanted = ["/tmp", *spec.writable]
+    for volume in volumes:
         path = PurePosixPath(volume)
         inside = any(path.is_relative_to(place) for place in KERNEL)
         around = any(PurePosixPath(place).is_relative_to(path) for place in (RUNTIME, *KERNEL))
         if not path.is_absolute() or ".." in path.parts or str(path) != volume or inside or around:
             raise ImageUnavailable(
                 f"the image has a volume at {volume[:200]!r}, where a sandbox cannot have one; build it without",
-                image=parts.image,
+                image=image,
                 phase="create",
             )
-        if volume not in ours:
+        if volume not in (*RESERVED, *wanted):
             wanted.append(volume)
     return wanted

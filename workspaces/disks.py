@@ -79,7 +79,7 @@ class Disks:
             if not wanted(owner):
                 await self.remove(owner)
 
-    def check(self, size: int | None) -> None:
+    def check(self, size: int | None, field: str = "sandbox.disk") -> None:
         """See whether a workspace could have this limit; None: it needs none.
 
         Raises:
@@ -88,13 +88,13 @@ class Disks:
         """
         if size is not None and self.mechanism == "none":
             raise IsolationUnavailable(
-                f"sandbox.disk: this server cannot limit a workspace: {self.why}; leave disk out",
+                f"{field}: this server cannot limit a workspace: {self.why}; leave {field[8:]} out",
                 wanted="disk",
             )
         if size is not None and size < LEAST_BYTES:
-            raise InvalidParams(f"sandbox.disk: at least {LEAST_BYTES >> 20}m are needed")
+            raise InvalidParams(f"{field}: at least {LEAST_BYTES >> 20}m are needed")
         if size is not None and size > (most := shutil.disk_usage(self._disks).total):
-            raise InvalidParams(f"sandbox.disk: the disk of the server has {most >> 30}g in all")
+            raise InvalidParams(f"{field}: the disk of the server has {most >> 30}g in all")
 
     async def make(self, owner: str, size: int) -> None:
         """Make an empty workspace for an owner who has none; nothing happens to one that is there.

@@ -18,6 +18,7 @@ from agent_sdk.protocol.errors import AgentServerError, NotFound, WorkspaceUnava
 from agent_sdk.protocol.results import Usage
 from workspaces import labels
 from workspaces.engine_api import ANSWER_SECONDS, EngineApi
+from workspaces.engine_archive import read_file
 from workspaces.engine_events import Death, EngineEvents, Watch
 from workspaces.engine_info import EngineInfo, usage_of
 from workspaces.engine_logs import follow, last_lines
@@ -257,6 +258,14 @@ class Engine:
         return await ensure_image(
             self._api, self.info, name, pull=pull, platform=platform, on_progress=on_progress
         )
+
+    async def read_file(self, id: str, path: str, most: int) -> tuple[str, bytes]:
+        """Return where a path of a container leads to, and the content if that is a file of at most `most` bytes.
+
+        Raises:
+            NotFound: there is no such container, or nothing at the path.
+        """
+        return await read_file(self._api, _path(id, "archive"), path, most)
 
     def watch(self, id: str) -> Watch:
         """Watch the container with this full id, that exists already, for its end and other changes."""

@@ -122,7 +122,7 @@ class EngineApi:
             raise self._failure(exc, phase, what, seconds) from None
 
     @asynccontextmanager
-    async def stream(
+    async def answer(
         self,
         method: str,
         path: str,
@@ -132,7 +132,7 @@ class EngineApi:
         seconds: float = ANSWER_SECONDS,
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str],
-    ) -> AsyncIterator[aiohttp.StreamReader]:
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send one call whose answer comes bit by bit, over a connection of its own; only its begin has a limit.
 
         Raises:
@@ -146,11 +146,30 @@ class EngineApi:
                     response = await docker._do_query(path, method, params=dict(params), headers=headers)
                 async with response:
                     _keep_alive(response)
-                    yield response.content
+                    yield response
         except AgentServerError:
             raise
         except FAILURES as exc:
             raise self._failure(exc, phase, what, seconds) from None
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        what: str,
+        phase: str = "engine",
+        seconds: float = ANSWER_SECONDS,
+        headers: Mapping[str, str] | None = None,
+        params: Mapping[str, str],
+    ) -> AsyncIterator[aiohttp.StreamReader]:
+        """Like `answer`, of which nothing but the content matters."""
+        call = self.answer(
+            method, path, what=what, phase=phase, seconds=seconds, headers=headers, params=params
+        )
+        async with call as response:
+            yield response.content
 
     async def find(self, path: str, *, what: str) -> Any:
         """Ask for something that may not be there; None then."""

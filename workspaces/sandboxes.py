@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from msgspec import Struct
 
@@ -20,10 +20,12 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
 from agent_sdk.protocol.methods import SnapshotTaken
 from agent_sdk.protocol.specs import Sandbox
-from workspaces import labels
+from workspaces import labels, their_files
+from workspaces.accounts import Accounts, accounts
 from workspaces.box import Box
 from workspaces.box_docker import BoxContainer
 from workspaces.box_folder import BoxFolder, Record
+from workspaces.container_body import UID, WORKSPACE
 from workspaces.disks import Disks
 from workspaces.site import Places
 from workspaces.sizes import parse_size
@@ -31,7 +33,7 @@ from workspaces.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from workspaces.box_runtime import BoxRuntime
-    from workspaces.engine import Engine
+    from workspaces.engine import Engine, Image
     from workspaces.host_paths import HostPaths
     from workspaces.pool import Pool
 
@@ -41,6 +43,8 @@ NOBODY = "pool-"
 OUTPUT_BYTES = 1 << 30
 """What commands of a sandbox say, all together; beyond that only the end of it is kept."""
 AGAIN_SECONDS = 15.0
+MOST_IMAGES = 256
+"""Whose users are remembered."""
 
 Tell = Callable[[str, dict[str, str]], None]
 
@@ -94,10 +98,13 @@ class Sandboxes:
         self._tell = tell
         self._disks = Disks(folder, quota=options.disk is not None)
         self._spools = Disks(folder / "spools", quota=options.disk is not None)
+        self._temporary = Disks(folder / "temporary", quota=options.disk is not None)
         self._snapshots = Snapshots(folder / "snapshots", self._disks)
         self._stack = AsyncExitStack()
         self._connecting: asyncio.Task[_Ground] | None = None
         self._runtime: asyncio.Task[BoxRuntime] | None = None
+        self._accounts: dict[str, asyncio.Task[Accounts]] = {}
+        """By the id of the image, which never changes."""
         self._attending: asyncio.Task[None] | None = None
         self._instance = ""
 
@@ -111,7 +118,7 @@ class Sandboxes:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in (self._attending, self._connecting, self._runtime):
+        for task in (self._attending, self._connecting, self._runtime, *self._accounts.values()):
             if task is not None:
                 task.cancel()
                 await asyncio.wait([task])
@@ -148,6 +155,7 @@ class Sandboxes:
             InvalidParams: there is no such snapshot, or the size makes no sense.
         """
         await self._ground()
+        self._temporary.check(_bytes("tmp", spec.tmp), "sandbox.tmp")
         if spec.snapshot is not None:
             await in_thread(self._snapshots.check, spec.snapshot, self._size(spec))
         else:
@@ -199,6 +207,16 @@ class Sandboxes:
             self._runtime = asyncio.create_task(self._make_runtime())
         return await asyncio.shield(self._runtime)
 
+    async def accounts(self, image: Image) -> Accounts:
+        """See Site. Cancelling does not stop that."""
+        engine = await self.engine()
+        task = self._accounts.get(image.id)
+        if task is None or (task.done() and _failed(task)):
+            if len(self._accounts) >= MOST_IMAGES:
+                self._accounts = {id: task for id, task in self._accounts.items() if not task.done()}
+            task = self._accounts[image.id] = asyncio.create_task(accounts(engine, image, UID, WORKSPACE))
+        return await asyncio.shield(task)
+
     def labels(self, owner: str) -> dict[str, str]:
         """See Site."""
         return {
@@ -211,18 +229,29 @@ class Sandboxes:
         }
 
     @asynccontextmanager
-    async def at_hand(self, owner: str, spec: Sandbox) -> AsyncIterator[Places]:
+    async def at_hand(self, owner: str, spec: Sandbox, temporary: int) -> AsyncIterator[Places]:
         """See Site."""
         ground, runtime = await self._ground(), await self.runtime()
         if spec.snapshot is not None:
             await self._snapshots.lay_out(spec.snapshot, owner, self._size(spec))
         size = self._size(spec) or self._options.disk or 0
-        await asyncio.gather(self._disks.make(owner, size), self._spools.make(owner, OUTPUT_BYTES))
-        async with self._disks.at_hand(owner) as workspace, self._spools.at_hand(owner) as output:
+        await asyncio.gather(
+            self._disks.make(owner, size),
+            self._spools.make(owner, OUTPUT_BYTES),
+            self._temporary.make(owner, _bytes("tmp", spec.tmp) or size),
+        )
+        async with (
+            self._disks.at_hand(owner) as workspace,
+            self._spools.at_hand(owner) as output,
+            self._temporary.at_hand(owner) as around,
+        ):
+            folders = await in_thread(their_files.make_within, around, temporary)
             yield Places(
                 workspace=ground.paths.of(workspace),
                 output=ground.paths.of(output),
+                temporary=tuple(map(ground.paths.of, folders)),
                 folder=ground.paths.of(self._box_folder(owner).run),
+                etc=ground.paths.of(self._box_folder(owner).etc),
                 runtime=ground.paths.of(runtime.path),
                 propagation="rslave" if ground.is_the_engines(self._folder) else "rprivate",
             )
@@ -234,13 +263,14 @@ class Sandboxes:
 
     async def tidy(self, owner: str) -> None:
         """See Site."""
-        await self._spools.remove(owner)
+        await asyncio.gather(self._spools.remove(owner), self._temporary.remove(owner))
 
     async def hand_over(self, owner: str, to: str) -> BoxFolder:
         """See Site."""
         await self._disks.hand_over(owner, to)
-        await self._spools.remove(to)
-        await self._spools.hand_over(owner, to)
+        for disks in (self._spools, self._temporary):
+            await disks.remove(to)
+            await disks.hand_over(owner, to)
         return await in_thread(self._box_folder(owner).rename, self._box_folder(to))
 
     # --- how ---
@@ -260,7 +290,7 @@ class Sandboxes:
         return BoxFolder(self._folder / "boxes" / owner)
 
     def _size(self, spec: Sandbox) -> int | None:
-        return None if spec.disk is None else parse_size("sandbox.disk", spec.disk)
+        return _bytes("disk", spec.disk)
 
     async def _ground(self) -> _Ground:
         if self._connecting is None or (self._connecting.done() and _failed(self._connecting)):
@@ -308,10 +338,11 @@ class Sandboxes:
 
     async def _prepare_disks(self, paths: HostPaths) -> None:
         try:
-            for disks in (self._disks, self._spools):
+            for disks in (self._disks, self._spools, self._temporary):
                 await disks.prepare(visible=not paths.inside)
             await self._disks.keep(lambda owner: not owner.startswith(NOBODY))
-            await self._spools.keep(lambda owner: self.recorded(owner) is not None)
+            for disks in (self._spools, self._temporary):
+                await disks.keep(lambda owner: self.recorded(owner) is not None)
         except OSError as exc:
             raise WorkspaceUnavailable(
                 f"no sandboxes can be kept in {self._folder}: {exc.strerror}", phase="disk"
@@ -334,7 +365,11 @@ class Sandboxes:
             BoxFolder(place).remove()
 
 
-def _failed(task: asyncio.Task[_Ground] | asyncio.Task[BoxRuntime]) -> bool:
+def _bytes(field: str, size: str | None) -> int | None:
+    return None if size is None else parse_size(f"sandbox.{field}", size)
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
     return task.cancelled() or task.exception() is not None
 
 

@@ -12,9 +12,10 @@ from agent_sdk.protocol.specs import Sandbox
 from workspaces.container_body import Propagation
 
 if TYPE_CHECKING:
+    from workspaces.accounts import Accounts
     from workspaces.box_folder import BoxFolder
     from workspaces.box_runtime import BoxRuntime
-    from workspaces.engine import Engine
+    from workspaces.engine import Engine, Image
 
 
 class Places(Struct, frozen=True):
@@ -22,8 +23,12 @@ class Places(Struct, frozen=True):
 
     workspace: str
     output: str
+    temporary: tuple[str, ...]
+    """As many as were asked for, empty."""
     folder: str
     """Of the box: its socket."""
+    etc: str
+    """Of the box: what is mounted over files of the image."""
     runtime: str
     propagation: Propagation = "rprivate"
 
@@ -43,8 +48,18 @@ class Site(Protocol):
         """Return the labels of a container for this owner."""
         ...
 
-    def at_hand(self, owner: str, spec: Sandbox) -> AbstractAsyncContextManager[Places]:
-        """Have the places of an owner for as long as a container starts; they are made where they are missing."""
+    def at_hand(self, owner: str, spec: Sandbox, temporary: int) -> AbstractAsyncContextManager[Places]:
+        """Have the places of an owner for as long as a container starts; they are made where they are missing.
+
+        Args:
+            owner: whose they are.
+            spec: how large they may be.
+            temporary: how many empty folders besides, which have one limit together.
+        """
+        ...
+
+    async def accounts(self, image: Image) -> Accounts:
+        """Return the users of an image. Raises as `accounts.accounts`."""
         ...
 
     async def tidy(self, owner: str) -> None:

@@ -32,6 +32,24 @@ def make(folder: Path) -> None:
         folder.chmod(0o777)  # what it is in can be entered by this user alone
 
 
+def make_within(folder: Path, count: int) -> list[Path]:
+    """Make so many empty folders in one of theirs, in which everybody may write. Blocks."""
+    wanted = [folder / str(number) for number in range(count)]
+    try:
+        with _reached(folder) as (_, there), rights_of(USER):
+            for place in wanted:
+                _make_open(f"{there}/{place.name}")
+    except PermissionError:
+        for place in wanted:
+            _make_open(str(place))
+    return wanted
+
+
+def _make_open(place: str) -> None:
+    os.makedirs(place, exist_ok=True)
+    os.chmod(place, 0o1777)
+
+
 def remove(folder: Path) -> None:
     """Remove one, as far as this server may. Blocks."""
     if os.geteuid() == 0:

@@ -122,7 +122,7 @@ class AgentSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Sandbox(Struct, frozen=True, forbid_unknown_fields=True):
     """A container that the server manages for one conversation.
 
-    Its root file system is read-only, but for the workspace `/workspace` and small `/tmp` and `/run`; it runs as
+    Its root file system is read-only, but for the workspace `/workspace`, `/tmp` and a small `/run`; it runs as
     user 10001 without capabilities. Sizes are a number with a unit of `b`, `k`, `m`, `g` (powers of 1024).
     """
 
@@ -130,7 +130,7 @@ class Sandbox(Struct, frozen=True, forbid_unknown_fields=True):
     """Any Linux image; nothing has to be installed in it."""
     cpus: Annotated[float, Meta(gt=0, le=1024)] = 1.0
     memory: str = "512m"
-    """At least 32m; there is no swap. What is written to `/tmp` and `/run` counts."""
+    """At least 32m; there is no swap. What is written to `/run` counts."""
     pids: Annotated[int, Meta(ge=16, le=65536)] = 256
     disk: str | None = None
     """Of the workspace; None: the server's default, where its machine can limit it. A size that cannot be
@@ -152,6 +152,11 @@ class Sandbox(Struct, frozen=True, forbid_unknown_fields=True):
     pull: Literal["missing", "always", "never"] = "missing"
     snapshot: str | None = None
     """Id of a snapshot whose content the workspace begins with."""
+    tmp: str | None = None
+    """Of `/tmp` and what else is writable but no workspace, together; it is empty at each start of the container.
+    None: as much as the workspace."""
+    writable: tuple[str, ...] = ()
+    """Further folders that commands may write, absolute; empty at each start of the container."""
 
 
 class WorkspaceSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -49,7 +49,7 @@ LOOSE = {
 }
 """A container in whose way hardly anything is."""
 UNGUARDED = """
-write_core_pattern write_sysctl_of_memory write_passwd write_hosts read_kmsg read_shadow run_a_program_in_tmp
+write_core_pattern write_sysctl_of_memory write_passwd write_hosts read_kmsg read_shadow
 run_a_program_in_run make_a_folder_elsewhere read_a_file_of_the_host link_to_shadow call_bpf call_perf_event_open
 call_ptrace_init call_ptrace_traceme call_process_vm_readv call_process_vm_writev call_kcmp call_unshare_user
 call_unshare_mounts call_unshare_net call_unshare_pids call_clone3_user call_umount_root call_pivot_root call_chroot
@@ -68,7 +68,7 @@ has: a driver, a family of sockets, a file."""
 
 
 A_SERVERS_CONTAINER = """
-run_a_program_in_tmp make_a_folder_elsewhere raise_core raise_file_size see_strangers have_a_route have_an_interface
+make_a_folder_elsewhere raise_core raise_file_size see_strangers have_a_route have_an_interface
 ask_for_a_name greet_neighbours reach_metadata reach_the_internet reach_a_service_of_the_host
 """
 """What commands beside a server may: they have a network, a root of their own, and see that there is a server."""

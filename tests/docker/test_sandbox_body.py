@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from agent_sdk.protocol.errors import ImageUnavailable
 from agent_sdk.protocol.results import Mount, Profile
 from agent_sdk.protocol.specs import Sandbox
-from workspaces.container_body import Bind, Parts, create_body
+from workspaces.container_body import Bind, Parts, create_body, temporary
 from workspaces.verification import box_differences, engine_differences
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox_body.json"
@@ -20,13 +20,15 @@ GOLDEN = Path(__file__).parent / "golden" / "sandbox_body.json"
 PARTS = Parts(
     image="sha256:0000",
     image_environment=("PATH", "LD_PRELOAD", "PYTHONPATH"),
-    volumes=(),
     command=("/opt/agent/lib/ld.so", "python3"),
     binds=(
         Bind("/data/workspaces/c", "/workspace"),
         Bind("/data/boxes/c/run", "/run/agent"),
         Bind("/data/output/c", "/run/agent-output"),
+        Bind("/data/temporary/c/0", "/tmp"),
         Bind("/data/runtime/0", "/opt/agent", read_only=True),
+        Bind("/data/boxes/c/etc/0", "/etc/passwd", read_only=True),
+        Bind("/data/boxes/c/etc/1", "/etc/group", read_only=True),
     ),
     labels={"io.agentserver.instance": "i"},
     runtime="runc",
@@ -48,12 +50,14 @@ PROFILE = Profile(
         Mount(target="/proc", kind="proc"),
         Mount(target="/proc/sys", kind="proc", options=("ro",)),
         Mount(target="/dev/shm", kind="tmpfs"),
-        Mount(target="/tmp", kind="tmpfs"),
+        Mount(target="/tmp", kind="ext4"),
         Mount(target="/run", kind="tmpfs"),
         Mount(target="/workspace", kind="ext4"),
         Mount(target="/run/agent", kind="ext4"),
         Mount(target="/run/agent-output", kind="ext4"),
         Mount(target="/opt/agent", kind="ext4", options=("ro", "relatime")),
+        Mount(target="/etc/passwd", kind="ext4", options=("ro",)),
+        Mount(target="/etc/group", kind="ext4", options=("ro",)),
         Mount(target="/etc/hosts", kind="ext4", options=("ro",)),
     ),
 )
@@ -71,6 +75,7 @@ def test_a_user_changes_what_is_theirs_and_nothing_else():
     asked = body(cpus=2.5, memory="1g", pids=100, network="bridge", gpus="0,1")
     expected = json.loads(GOLDEN.read_text())
     host = expected["HostConfig"]
+    host["ExtraHosts"] = []  # with a network the engine gives the host its name itself
     host |= {"NanoCpus": 2_500_000_000, "Memory": 1 << 30, "MemorySwap": 1 << 30, "PidsLimit": 100}
     host |= {"NetworkMode": "bridge"}
     host["DeviceRequests"] = [{"Driver": "", "Capabilities": [["gpu"]], "DeviceIDs": ["0", "1"]}]
@@ -81,10 +86,14 @@ def test_variables_for_commands_are_not_in_the_configuration_of_the_container():
     assert "hidden" not in json.dumps(body(env={"TOKEN": "hidden"}))
 
 
-def test_volumes_of_an_image_are_small_and_in_memory():
-    tmpfs = body(replace(PARTS, volumes=("/data", "/workspace", "/tmp")))["HostConfig"]["Tmpfs"]
-    assert sorted(tmpfs) == ["/data", "/run", "/tmp"]
-    assert "size=64m" in tmpfs["/data"]
+def test_what_is_writable_and_does_not_last_is_temporary_folders_what_was_asked_for_and_volumes_of_the_image():
+    asked = Sandbox(image="x", writable=("/home/me", "/data"))
+    assert temporary(asked, "x", ["/data", "/db", "/workspace", "/tmp"]) == [
+        "/tmp",
+        "/home/me",
+        "/data",
+        "/db",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +101,7 @@ def test_volumes_of_an_image_are_small_and_in_memory():
 )
 def test_an_image_with_a_volume_where_none_can_be_is_refused(volume):
     with pytest.raises(ImageUnavailable, match="volume"):
-        body(replace(PARTS, volumes=(volume,)))
+        temporary(Sandbox(image="x"), "x", [volume])
 
 
 def test_what_an_engine_leaves_out_or_writes_as_nothing_is_no_difference():
@@ -165,9 +174,9 @@ def test_a_box_that_finds_what_was_asked_for_has_no_differences():
         {"memory_max": None},
         {"memory_max": 1 << 40},
         {"interfaces": ("lo", "eth0")},
-        {"mounts": PROFILE.mounts[:-2]},
+        {"mounts": (*PROFILE.mounts[:-4], *PROFILE.mounts[-3:])},
         {"mounts": (*PROFILE.mounts, Mount(target="/host", kind="ext4"))},
-        {"mounts": (*PROFILE.mounts[:-2], Mount(target="/opt/agent", kind="ext4", options=("rw",)))},
+        {"mounts": (*PROFILE.mounts, Mount(target="/opt/agent", kind="ext4", options=("rw",)))},
     ],
 )
 def test_what_a_box_finds_otherwise_is_a_difference(found):

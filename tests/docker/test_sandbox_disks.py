@@ -23,9 +23,12 @@ async def sandboxes(opened):
         yield sandboxes
 
 
+PLACES = ("disks", "mounts", "workspaces")
+
+
 def left_in(folder: Path) -> list[str]:
-    places = ("disks", "mounts", "workspaces", "spools/disks", "spools/mounts", "spools/workspaces")
-    return [str(path) for place in places for path in (folder / place).iterdir()]
+    around = (folder, folder / "spools", folder / "temporary")
+    return [str(path) for place in around for name in PLACES for path in (place / name).iterdir()]
 
 
 async def test_commands_cannot_write_more_than_the_workspace_may_hold(sandboxes):

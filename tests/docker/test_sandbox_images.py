@@ -108,11 +108,12 @@ async def test_variables_are_for_commands_and_do_not_reach_the_box(server, image
     assert "PYTHONPATH" not in own
 
 
-async def test_a_volume_is_small_and_in_memory(server, engine, image):
-    async with sandbox(server, image("VOLUME /var/lib/db")) as workspace:
+async def test_a_volume_is_limited_together_with_tmp(server, engine, image):
+    async with sandbox(server, image("VOLUME /var/lib/db"), tmp="32m") as workspace:
         assert (await workspace.execute("echo x >/var/lib/db/x")).exit_code == 0
         written = await workspace.execute("dd if=/dev/zero of=/var/lib/db/big bs=1024k count=100")
-        assert written.exit_code != 0
+        assert "No space left" in written.stderr
+        assert (await workspace.execute("dd if=/dev/zero of=/tmp/x bs=1024k count=1")).exit_code != 0
         held = await container(engine, workspace)
         assert [mount for mount in held["Mounts"] if mount["Type"] == "volume"] == []
 

@@ -64,12 +64,17 @@ def config(**options):
         ({"mounts": ("/etc:/x:rw,rshared",)}, InvalidParams, "sandbox.mounts"),
         ({"mounts": ("/etc:/x:ro:more",)}, InvalidParams, "sandbox.mounts"),
         ({"mounts": ("/etc:/x",)}, PolicyDenied, "sandbox.mounts"),
-        ({"mounts": ("/etc:/",)}, InvalidParams, "sandbox.mounts"),
-        ({"mounts": ("/etc:/proc/sys",)}, InvalidParams, "sandbox.mounts"),
-        ({"mounts": ("/etc:/opt/agent/lib",)}, InvalidParams, "sandbox.mounts"),
-        ({"mounts": ("/etc:/run/agent",)}, InvalidParams, "sandbox.mounts"),
-        ({"mounts": ("/etc:/workspace",)}, InvalidParams, "sandbox.mounts"),
-        ({"mounts": ("/etc:/x/../proc",)}, InvalidParams, "sandbox.mounts"),
+        ({"tmp": "much"}, InvalidParams, "sandbox.tmp"),
+        ({"writable": ("data",)}, InvalidParams, "sandbox.writable"),
+        ({"writable": ("/data/",)}, InvalidParams, "sandbox.writable"),
+        (
+            {"writable": ("/usr/sbin",)},
+            InvalidParams,
+            "sandbox.writable: nothing can be mounted at /usr/sbin",
+        ),
+        ({"writable": ("/opt/agent",)}, InvalidParams, "sandbox.writable"),
+        ({"writable": ("/data/a", "/data")}, InvalidParams, "one below the other"),
+        ({"writable": ("/data",) * 33}, InvalidParams, "sandbox.writable: limit 32, got 33"),
         ({"mounts": ("/etc:/x",) * 33}, InvalidParams, "sandbox.mounts"),
     ],
 )
@@ -77,6 +82,45 @@ def test_what_makes_no_sense_or_is_not_allowed_is_refused_by_its_name(given, kin
     with pytest.raises(AgentServerError, match=names) as refused:
         checked(Sandbox(image="x", **given), config())
     assert type(refused.value) is kind
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/",
+        "/proc/sys",
+        "/opt",
+        "/opt/agent/lib",
+        "/run/agent",
+        "/run",
+        "/workspace",
+        "/workspace/in",
+        "/x/../proc",
+    ]
+    + [
+        "/usr",
+        "/usr/sbin",
+        "/sbin",
+        "/lib64",
+        "/etc/passwd",
+        "/bin",
+        "/tmp",
+        "/dev/shm",
+        "/x/",
+        "relative",
+        "",
+    ],
+)
+def test_nothing_is_mounted_over_the_system_or_over_what_is_ours(tmp_path, target):
+    with pytest.raises(InvalidParams, match="sandbox.mounts"):
+        checked(Sandbox(image="x", mounts=(f"{tmp_path}:{target}",)), config(sandbox_mounts=(str(tmp_path),)))
+
+
+@pytest.mark.parametrize("target", ["/data", "/mnt/a", "/home/me", "/opt/tool", "/var/lib/db", "/testbed"])
+def test_folders_that_are_nobodys_may_be_mounted(tmp_path, target):
+    mount = f"{tmp_path}:{target}:ro"
+    allowed = config(sandbox_mounts=(str(tmp_path),))
+    assert checked(Sandbox(image="x", mounts=(mount,)), allowed).mounts == (mount,)
 
 
 def test_images_are_those_that_the_server_allows():

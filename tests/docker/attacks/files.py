@@ -55,7 +55,7 @@ FOLDERS = (
     "/boot",
 )
 FOLDERS += ("/opt/agent", "/run/agent", "/srv", "/mnt", "/media", "/proc", "/sys", "/dev")
-NO_PROGRAMS = {"tmp": ("/tmp",), "run": ("/run",), "dev_shm": ("/dev/shm",)}
+NO_PROGRAMS = {"run": ("/run",), "dev_shm": ("/dev/shm",)}
 
 
 def write(path):

@@ -1,0 +1,109 @@
+"""The users and groups of an image, with the one as whom commands run: so that it has a name for whoever asks.
+
+The image is not changed: what differs is mounted over its own files. They are read through the engine, from a
+container of the image that never starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import AgentServerError, NotFound
+from workspaces import labels
+
+if TYPE_CHECKING:
+    from workspaces.engine import Engine, Image
+
+NAMES = ("agent", "sandbox", "agent-10001")
+"""The first that the image has not given to somebody else."""
+LONGEST = 1 << 20
+"""Bytes of a file of users; a longer one is not looked at."""
+LIFE_SECONDS = 60
+
+
+class Accounts(Struct, frozen=True):
+    """Who is who in a sandbox."""
+
+    name: str = NAMES[0]
+    """Of the user of commands."""
+    files: tuple[tuple[str, bytes], ...] = ()
+    """What is to be at which path; nothing where the image knows that user."""
+
+
+async def accounts(engine: Engine, image: Image, user: int, home: str) -> Accounts:
+    """Return the users of an image, this one among them. What cannot be read is as if it were empty.
+
+    Raises:
+        EngineUnavailable, ImageUnavailable, WorkspaceUnavailable: no container can be made of the image.
+    """
+    body = {
+        "Image": image.id,
+        "Cmd": ["nothing"],
+        "NetworkDisabled": True,
+        "Labels": {labels.INSTANCE: "look", labels.EXPIRES: str(int(time.time()) + LIFE_SECONDS)},
+    }
+    container = await engine.create(f"agent-look-{new_id()}", body)
+    try:
+        (passwd, known), (group, groups), bash = await asyncio.gather(
+            _read(engine, container, "/etc/passwd"),
+            _read(engine, container, "/etc/group"),
+            _is_there(engine, container, "/bin/bash"),
+        )
+    finally:
+        with suppress(AgentServerError):  # its time is over in a minute, and then the sweep finds it
+            await engine.remove(container)
+    if (name := _named(known, user)) is not None:
+        return Accounts(name)
+    taken = {line.split(":", 1)[0] for line in (*known, *groups)}
+    name = next((name for name in NAMES if name not in taken), NAMES[-1])
+    shell = "/bin/bash" if bash else "/bin/sh"
+    files = [
+        (
+            passwd,
+            _with(
+                known or ["root:x:0:0:root:/root:/bin/sh"], f"{name}:x:{user}:{user}:{name}:{home}:{shell}"
+            ),
+        )
+    ]
+    if _named(groups, user) is None:
+        files.append((group, _with(groups or ["root:x:0:"], f"{name}:x:{user}:")))
+    return Accounts(name, tuple(files))
+
+
+async def _read(engine: Engine, container: str, path: str) -> tuple[str, list[str]]:
+    """Where a file really is, and its lines."""
+    folder, _, name = path.rpartition("/")
+    with suppress(NotFound):
+        folder, _ = await engine.read_file(container, folder, 0)
+    path = f"{folder}/{name}"
+    with suppress(NotFound):
+        path, content = await engine.read_file(container, path, LONGEST)
+        return path, content.decode("utf-8", "surrogateescape").splitlines()
+    return path, []
+
+
+async def _is_there(engine: Engine, container: str, path: str) -> bool:
+    with suppress(NotFound):
+        await engine.read_file(container, path, 0)
+        return True
+    return False
+
+
+def _named(lines: Iterable[str], number: int) -> str | None:
+    """The name that a file of users or groups has for a number."""
+    for line in lines:
+        fields = line.split(":")
+        if len(fields) > 2 and fields[0] and fields[2] == str(number):
+            return fields[0]
+    return None
+
+
+def _with(lines: Iterable[str], line: str) -> bytes:
+    return "".join(f"{each}\n" for each in (*lines, line)).encode("utf-8", "surrogateescape")

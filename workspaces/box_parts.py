@@ -1,0 +1,69 @@
+"""What the container of a box is put together from: command, mounts, and what commands know of their user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from agent_sdk.protocol.specs import Sandbox
+from workspaces.accounts import Accounts
+from workspaces.box_folder import READY
+from workspaces.container_body import FOLDER, HOSTNAME, OUTPUT, RUNTIME, WORKSPACE, Bind, Parts
+from workspaces.images import Image
+from workspaces.site import Places
+
+
+def box_parts(
+    image: Image,
+    accounts: Accounts,
+    temporary: Iterable[tuple[str, str]],
+    spec: Sandbox,
+    places: Places,
+    *,
+    command: Sequence[str],
+    linger: float,
+    labels: dict[str, str],
+    runtime: str,
+) -> Parts:
+    """Return the parts of a container.
+
+    Args:
+        image: of the container.
+        accounts: its users.
+        temporary: folders that do not last, and where each of them is in the container.
+        spec: what was asked for.
+        places: what lasts, and what is ours.
+        command: how a box is started; its options follow.
+        linger: seconds it goes on without any connection.
+        labels: of the container.
+        runtime: of the engine.
+    """
+    options = ["--folder", FOLDER, "--root", "/", "--working-dir", WORKSPACE, "--spool", OUTPUT]
+    options += ["--linger", str(linger), "--ready", f"{FOLDER}/{READY}", "--seccomp"]
+    own = [(places.workspace, WORKSPACE), (places.folder, FOLDER), (places.output, OUTPUT), *temporary]
+    fixed = [(places.runtime, RUNTIME)]
+    fixed += [(f"{places.etc}/{number}", target) for number, (target, _) in enumerate(accounts.files)]
+    return Parts(
+        image=image.id,
+        image_environment=tuple(line.split("=", 1)[0] for line in image.env),
+        command=(*command, *options),
+        binds=(
+            *(Bind(source, target, propagation=places.propagation) for source, target in own),
+            *(
+                Bind(source, target, read_only=True, propagation=places.propagation)
+                for source, target in fixed
+            ),
+            *map(_mount, spec.mounts),
+        ),
+        labels=labels,
+        runtime=runtime,
+    )
+
+
+def identity(name: str) -> dict[str, str]:
+    """What commands know of their user. Git takes its address from there as long as nobody has configured one."""
+    return {"HOME": WORKSPACE, "USER": name, "LOGNAME": name, "EMAIL": f"{name}@{HOSTNAME}"}
+
+
+def _mount(mount: str) -> Bind:
+    source, target, *options = mount.split(":")
+    return Bind(source, target, read_only="ro" in options)
