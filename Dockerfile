@@ -27,7 +27,7 @@ RUN missing=""; for tool in bash git tini setpriv; do \
       && rm -rf /var/lib/apt/lists/*; \
     fi \
  && useradd --uid 10000 --user-group --create-home --shell /usr/sbin/nologin agent-server \
- && useradd --uid 10001 --user-group --create-home --shell /bin/bash agent \
+ && useradd --uid 10001 --user-group --create-home --comment agent --shell /bin/bash agent \
  && chmod 0700 /home/agent-server /home/agent \
  && install -d -o 10000 -g 10000 -m 0711 /data \
  && install -d -o 10001 -g 10001 -m 0755 /workspace

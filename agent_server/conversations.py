@@ -23,6 +23,7 @@ from agent_sdk.protocol.errors import (
     NotADirectory,
     OpMismatch,
     PathNotFound,
+    PolicyDenied,
 )
 from agent_sdk.protocol.methods import SnapshotTaken
 from agent_sdk.protocol.results import Snapshot
@@ -369,7 +370,7 @@ class Conversations:
                 )
             return Note(owner=other.owner, working_dir=other.working_dir, sandbox=other.sandbox)
         sandbox = None if spec.sandbox is None else checked(spec.sandbox, self._config)
-        return Note(owner=id, working_dir=_existing_folder(spec.working_dir), sandbox=sandbox)
+        return Note(owner=id, working_dir=_existing_folder(spec.working_dir, self._folder), sandbox=sandbox)
 
     def _link(self, note: Note) -> BoxLink:
         if note.sandbox is not None:
@@ -401,7 +402,7 @@ def _snapshot(row: ConversationRow, note: Note) -> Snapshot:
     )
 
 
-def _existing_folder(given: str | None) -> str | None:
+def _existing_folder(given: str | None, folder: DataFolder) -> str | None:
     if given is None:
         return None
     path = Path(given).expanduser()
@@ -413,7 +414,13 @@ def _existing_folder(given: str | None) -> str | None:
         raise PathNotFound(f"no such folder on the server: {given}", path=given)
     if not path.is_dir():
         raise NotADirectory(f"no folder: {given}", path=given)
-    return str(path.resolve())
+    real, data = path.resolve(), folder.root.resolve()
+    if folder.confinement.isolation != "none" and (real.is_relative_to(data) or data.is_relative_to(real)):
+        raise PolicyDenied(
+            f"$.params.workspace.working_dir: {given} is, holds or is in the data folder of the server, which commands "
+            "must not reach; name another one, or none for a fresh one"
+        )
+    return str(real)
 
 
 def _mark(file: Path, kind: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -59,22 +59,24 @@ async def accounts(engine: Engine, image: Image, user: int, home: str) -> Accoun
     finally:
         with suppress(AgentServerError):  # its time is over in a minute, and then the sweep finds it
             await engine.remove(container)
-    if (name := _named(known, user)) is not None:
-        return Accounts(name)
-    taken = {line.split(":", 1)[0] for line in (*known, *groups)}
+    name, *contents = with_user(known, groups, user, home, "/bin/bash" if bash else "/bin/sh")
+    paths = zip((passwd, group), contents, strict=True)
+    return Accounts(name, tuple((path, content) for path, content in paths if content is not None))
+
+
+def with_user(
+    passwd: Sequence[str], group: Sequence[str], user: int, home: str, shell: str
+) -> tuple[str, bytes | None, bytes | None]:
+    """Return the name of a user, and files of users and groups that have it; None: that one has it already."""
+    if (name := _named(passwd, user)) is not None:
+        return name, None, None
+    taken = {line.split(":", 1)[0] for line in (*passwd, *group)}
     name = next((name for name in NAMES if name not in taken), NAMES[-1])
-    shell = "/bin/bash" if bash else "/bin/sh"
-    files = [
-        (
-            passwd,
-            _with(
-                known or ["root:x:0:0:root:/root:/bin/sh"], f"{name}:x:{user}:{user}:{name}:{home}:{shell}"
-            ),
-        )
-    ]
-    if _named(groups, user) is None:
-        files.append((group, _with(groups or ["root:x:0:"], f"{name}:x:{user}:")))
-    return Accounts(name, tuple(files))
+    users = _with(
+        passwd or ["root:x:0:0:root:/root:/bin/sh"], f"{name}:x:{user}:{user}:{name}:{home}:{shell}"
+    )
+    known = _named(group, user) is not None
+    return name, users, None if known else _with(group or ["root:x:0:"], f"{name}:x:{user}:")
 
 
 async def _read(engine: Engine, container: str, path: str) -> tuple[str, list[str]]:

@@ -167,10 +167,12 @@ class BoxProcess:
 
         Raises:
             PathNotFound: the root is missing.
+            PathDenied: its place leads elsewhere by now.
             WorkspaceUnavailable: it did not start; the sentence has its last words.
         """
         if not self.root.is_dir():
             raise PathNotFound(f"no such folder: {self.root}", path=str(self.root))
+        self._confinement.check_folder(self._working_dir or self.root)
         try:
             await self._start()
         except BaseException:

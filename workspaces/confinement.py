@@ -22,7 +22,8 @@ from msgspec import Struct
 from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
 from agent_sdk.local.rights import rights_of
-from agent_sdk.protocol.errors import IsolationUnavailable
+from agent_sdk.protocol.errors import IsolationUnavailable, PathDenied
+from workspaces.accounts import with_user
 from workspaces.box_runtime import MOUNT, BoxRuntime, box_runtime
 
 Isolation = Literal["none", "user", "bwrap"]
@@ -30,12 +31,16 @@ Isolation = Literal["none", "user", "bwrap"]
 NEEDED = {"CHOWN": 0, "KILL": 5, "SETGID": 6, "SETUID": 7, "SETPCAP": 8}
 """What it takes to run and end boxes as another user: capabilities and their numbers."""
 ETC = (
-    *("alternatives", "bash.bashrc", "ca-certificates", "ca-certificates.conf", "gitconfig", "group"),
-    *("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "mime.types", "nsswitch.conf", "passwd"),
+    *("alternatives", "bash.bashrc", "ca-certificates", "ca-certificates.conf", "gitconfig"),
+    *("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "mime.types", "nsswitch.conf"),
     *("profile", "profile.d", "python3", "ssl", "terminfo", "timezone"),
 )
 """What programs need of /etc. The rest may hold what is the server's."""
+OWN_ETC = ("passwd", "group", "hosts")
+HOSTNAME = "sandbox"
+HOSTS = f"127.0.0.1 localhost {HOSTNAME}\n::1 localhost\n"
 TMPFS_BYTES = 256 << 20
+SHM_BYTES = 64 << 20
 PROBE = "from agent_sdk.seccomp import install_filter; install_filter()"
 PROBE_SECONDS = 20.0
 UMASK = 0o022
@@ -52,6 +57,8 @@ class Confinement(Struct, frozen=True):
     """The box runtime: another user need not be able to read how this server is installed."""
     hidden: Path | None = None
     """The folder of the server, of which a box in bwrap sees nothing but what is its own."""
+    etc: Path | None = None
+    """The folder of the files that a box in bwrap sees in /etc in the place of the machine's."""
 
     def command(self, options: list[str], writable: Iterable[Path] = ()) -> list[str]:
         """Return the command line of a box.
@@ -74,7 +81,8 @@ class Confinement(Struct, frozen=True):
             with suppress(KeyError):
                 entry = pwd.getpwuid(self.user)
                 name, home = entry.pw_name, home if self.isolation == "bwrap" else entry.pw_dir
-        return {**kept, "HOME": home, "USER": name, "LOGNAME": name}
+        # Git takes its address from there as long as nobody has configured one.
+        return {**kept, "HOME": home, "USER": name, "LOGNAME": name, "EMAIL": f"{name}@localhost"}
 
     def give(self, folder: Path) -> None:
         """Make a folder that belongs to the boxes; fine when it is there. Blocks.
@@ -85,6 +93,17 @@ class Confinement(Struct, frozen=True):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.user is not None and folder.stat().st_uid != self.user:
             os.chown(folder, self.user, self.user)
+
+    def check_folder(self, folder: Path) -> None:
+        """See that a folder which clients have named is still where it was: a symlink would show what it leads to.
+
+        Raises:
+            PathDenied: it is not.
+        """
+        if self.hidden is not None and not folder.is_relative_to(self.hidden) and folder.resolve() != folder:
+            raise PathDenied(
+                f"the folder of the workspace leads elsewhere by now: {folder}", path=str(folder)
+            )
 
     def take_over(self, folder: Path) -> None:
         """Give the boxes a folder with all that is in it; links are not followed. Blocks.
@@ -142,7 +161,7 @@ class Confinement(Struct, frozen=True):
 
     def _in_namespaces(self, writable: Iterable[Path]) -> list[str]:
         command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--new-session"]
-        command += ["--ro-bind", "/usr", "/usr"]
+        command += ["--hostname", HOSTNAME, "--ro-bind", "/usr", "/usr"]
         for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
             place = Path("/", name)
             if place.is_symlink():
@@ -151,8 +170,11 @@ class Confinement(Struct, frozen=True):
                 command += ["--ro-bind", str(place), str(place)]
         for name in ETC:
             command += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+        for name in OWN_ETC if self.etc is not None else ():
+            command += ["--ro-bind", f"{self.etc}/{name}", f"/etc/{name}"]
         mounts = [(Path(place), ["--size", str(TMPFS_BYTES), "--tmpfs", place]) for place in ("/tmp", "/run")]
         mounts += [(Path("/dev"), ["--dev", "/dev"]), (Path("/proc"), ["--proc", "/proc"])]
+        mounts.append((Path("/dev/shm"), ["--size", str(SHM_BYTES), "--tmpfs", "/dev/shm"]))
         mounts.append((Path(MOUNT), ["--ro-bind", str(self.runtime), MOUNT]))
         if self.hidden is not None:
             mounts.append((self.hidden, ["--tmpfs", str(self.hidden)]))
@@ -161,7 +183,7 @@ class Confinement(Struct, frozen=True):
             command += words
         if self.hidden is not None:
             command += ["--remount-ro", str(self.hidden)]
-        return [*command, "--remount-ro", "/"]
+        return [*command, "--remount-ro", "/dev", "--remount-ro", "/"]
 
     def _refused(self, reason: str, mend: str) -> IsolationUnavailable:
         return IsolationUnavailable(
@@ -210,7 +232,23 @@ async def confinement(isolation: Isolation, user: int, data: Path) -> Confinemen
                 f"box_user {user} is root or the server's own user", "choose another box_user"
             )
     runtime = await box_runtime(data / "runtime", in_place=True)
-    return Confinement(isolation, wanted.user, runtime.path, data)
+    if isolation == "user":
+        return Confinement(isolation, wanted.user, runtime.path, data)
+    etc = data / "runtime" / "etc"
+    await in_thread(_lay_out, etc, os.geteuid() if wanted.user is None else wanted.user)
+    return Confinement(isolation, wanted.user, runtime.path, data, etc)
+
+
+def _lay_out(etc: Path, user: int) -> None:
+    """Write the files in which this user has a name, and its host an address."""
+    etc.mkdir(parents=True, exist_ok=True)
+    own = [Path("/etc", name).read_text(errors="surrogateescape") for name in ("passwd", "group")]
+    _, passwd, group = with_user(own[0].splitlines(), own[1].splitlines(), user, "/tmp", "/bin/bash")
+    told = (passwd or os.fsencode(own[0]), group or os.fsencode(own[1]), HOSTS.encode())
+    for name, content in zip(OWN_ETC, told, strict=True):
+        (etc / name).write_bytes(content)
+        (etc / name).chmod(0o644)
+    etc.chmod(0o755)
 
 
 def _missing_capabilities() -> list[str]:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import IsolationUnavailable
+from agent_sdk.protocol.errors import IsolationUnavailable, PathDenied
 from agent_sdk.remote.workspace import RemoteWorkspace
 from tests.contract.workspace import WorkspaceContract
 from workspaces.box_process import BoxProcess
@@ -369,3 +369,33 @@ async def test_a_data_folder_that_others_cannot_reach_is_named(tmp_path):
 async def test_the_user_of_boxes_is_neither_root_nor_the_servers_own(data, user):
     with pytest.raises(IsolationUnavailable, match="choose another box_user"):
         await confinement("user", user, data)
+
+
+@as_root
+@in_namespaces
+async def test_in_namespaces_the_user_has_a_name_and_the_host_an_address(workspace):
+    said = await workspace.execute(
+        'whoami; getent hosts "$(hostname)"; git init -q; git commit --allow-empty -qm x'
+    )
+    assert said.stdout.split() == ["agent", "127.0.0.1", "localhost", "sandbox"]
+    assert said.exit_code == 0
+
+
+@as_root
+@in_namespaces
+async def test_in_namespaces_nothing_takes_memory_without_limit(workspace):
+    filled = await workspace.execute(
+        "for place in /dev /dev/shm /tmp /run; do "
+        "head -c 300m /dev/zero >$place/big && echo $place; rm -f $place/big; done"
+    )
+    assert filled.stdout == ""
+
+
+@as_root
+@in_namespaces
+async def test_a_folder_that_leads_elsewhere_by_now_is_not_shown(data, confined, tmp_path):
+    (tmp_path / "work").symlink_to(data)
+    box = BoxProcess(tmp_path / "work", data / "boxes" / new_id(), confinement=confined)
+    with pytest.raises(PathDenied, match="leads elsewhere"):
+        await box.start()
+    assert not box.folder.exists()

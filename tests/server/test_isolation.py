@@ -18,6 +18,7 @@ import pytest
 
 import agent_server
 from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import PolicyDenied
 from agent_sdk.protocol.methods import Delete
 from agent_sdk.remote.link import ask
 from agent_sdk.remote.workspace import RemoteWorkspace
@@ -181,3 +182,13 @@ def test_a_server_that_cannot_give_the_isolation_does_not_start(data):
     assert done.returncode == 2
     assert "isolation=user is not available: this server lacks the capabilities" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@as_root
+@both
+async def test_a_working_folder_that_shows_commands_the_data_of_the_server_is_refused(data, isolation):
+    with serving(data, isolation) as (url, _):
+        for folder in (data, data / "workspaces", data.parent, data / ".." / "data"):
+            with pytest.raises(PolicyDenied, match="working_dir: .* data folder of the server"):
+                async with RemoteWorkspace(url, KEY, working_dir=str(folder)) as workspace:
+                    await workspace.execute("true")
