@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from agent_sdk.conversation import Accepted, Cursor, Outcome, Snapshot, Stats
     from agent_sdk.definition import LLM, Agent
     from agent_sdk.local.workspace import LocalWorkspace
+    from agent_sdk.protocol import errors, events
     from agent_sdk.protocol.events import Delta, Event
     from agent_sdk.protocol.specs import ConfirmationPolicy, Sandbox, ScriptedLLM
     from agent_sdk.remote.workspace import RemoteWorkspace
     from agent_sdk.tools import tool
-    from agent_sdk.workspace import ExecResult, Exit, FileInfo, Transferred
+    from agent_sdk.workspace import ExecResult, Exit, FileInfo, Process, Transferred, Workspace
 
 __all__ = [
     "LLM",
@@ -58,13 +59,17 @@ __all__ = [
     "FileInfo",
     "LocalWorkspace",
     "Outcome",
+    "Process",
     "RemoteWorkspace",
     "Sandbox",
     "ScriptedLLM",
     "Snapshot",
     "Stats",
     "Transferred",
+    "Workspace",
     "__version__",
+    "errors",
+    "events",
     "tool",
 ]
 
@@ -88,13 +93,18 @@ _HOME = {
     "ExecResult": "workspace",
     "Exit": "workspace",
     "FileInfo": "workspace",
+    "Process": "workspace",
     "Transferred": "workspace",
+    "Workspace": "workspace",
+    "errors": "protocol.errors",
+    "events": "protocol.events",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    home = import_module(f"{__name__}.{_HOME[name]}")
+    value = getattr(home, name, home)  # `errors` and `events` are the modules themselves
     globals()[name] = value
     return value

@@ -1,100 +1,241 @@
-"""The way of blocking code into one event loop in one daemon thread, and of callbacks back into the caller's thread."""
+"""The way of blocking code into one event loop in one daemon thread, and of callbacks back into its threads."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from queue import Empty, SimpleQueue
-from threading import Event
-from typing import Any, TypeVar
+import sys
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial, wraps
+from inspect import isawaitable
+from queue import SimpleQueue
+from threading import Event, RLock, get_ident
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
+P = ParamSpec("P")
 T = TypeVar("T")
+Inbox = SimpleQueue[Callable[[], object] | None]
+"""What a thread does while it waits for its call; None: the call is over."""
+
 logger = logging.getLogger("agent_sdk")
 
 _portals = BlockingPortalProvider()
-_WAKE = object()
-_END = object()
+_END: Any = object()
 
 
 class Caller:
-    """One object's way into the loop, and the callbacks that come back from it."""
+    """One object's way into the loop, for any number of threads at once; each call has an inbox of its own.
+
+    What is passed to one call (`on_output=`) runs in the thread of that call. What belongs to the object (its
+    callbacks) runs one at a time and in order, in the thread that has waited longest; when nobody waits, it is
+    kept for the next call.
+    """
 
     def __init__(self) -> None:
+        self._lock = RLock()  # the handler of a signal may call while its thread is in here
         self._portal: BlockingPortal | None = None
-        self._inbox: SimpleQueue[Any] = SimpleQueue()
+        self._loop_thread = 0
+        self._calls = 0
+        self._closed = False
+        self._posted: deque[Callable[[], object]] = deque()
+        self._waiting: list[Inbox] = []
+        self._asked: Inbox | None = None
+        """Of the thread that is to run, or runs, the first of what was posted."""
+        self._running: int | None = None
+        """That thread, while it runs it."""
 
-    def open(self) -> BlockingPortal:
-        """Start the loop, where nobody did."""
-        if self._portal is None:
-            self._portal = _portals.__enter__()
-        return self._portal
+    def open(self) -> None:
+        """Keep the loop running, until `close`."""
+        self._closed = False
+        self._enter()
+        self._leave()
 
     def close(self) -> None:
-        """Let go of the loop; it ends with the last who does."""
-        if self._portal is not None:
-            self._portal = None
-            _portals.__exit__(None, None, None)
+        """Let go of the loop when the calls under way are over; it ends with the last who does."""
+        self._closed = True
+        self._leave(0)
 
-    def post(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """From the loop: have the waiting caller run this."""
-        self._inbox.put((function, arguments))
+    def post(self, function: Callable[..., object], *arguments: object) -> None:
+        """From the loop: have a thread that waits run this, after what was posted before."""
+        with self._lock:
+            self._posted.append(partial(function, *arguments))
+            self._ask()
 
-    def call(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine in the loop and wait, running callbacks meanwhile.
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
+        """Run an async function in the loop and wait, running callbacks meanwhile, also those given as `on_…=`.
 
         Ctrl-C cancels it and waits until it has cleaned up; a second one does not wait.
-        """
-        over = Event()
 
-        async def work() -> T:
+        Raises:
+            RuntimeError: this is the loop's own thread, which would wait for itself.
+        """
+        inbox: Inbox = SimpleQueue()
+        over = Event()
+        here = {name: _passed(inbox, name, value) for name, value in kwargs.items()}
+
+        async def work() -> tuple[T | None, BaseException | None]:
+            self._loop_thread = get_ident()
             try:
-                return await start()
+                return await function(*args, **here), None
+            except (KeyboardInterrupt, SystemExit) as exc:  # would end the loop of all others
+                return None, exc
             finally:
                 over.set()
 
-        future = self.open().start_task_soon(work)
-        future.add_done_callback(lambda _: self._inbox.put(_WAKE))
+        portal = self._enter()
         try:
-            while not future.done():
-                self._run(self._inbox.get())
-            self._run_waiting()
-        except BaseException:
-            future.cancel()
-            over.wait()
-            raise
-        result: T = future.result()
-        return result
+            future = portal.start_task_soon(work)
+            future.add_done_callback(lambda _: inbox.put(None))
+            try:
+                self._wait(inbox)
+            except BaseException:
+                future.cancel()
+                over.wait()
+                raise
+            result, failure = future.result()
+            if failure is not None:
+                raise failure
+            return cast(T, result)
+        finally:
+            self._leave()
 
-    def iterate(self, start: Callable[[], AsyncIterator[T]]) -> Iterator[T]:
+    def iterate(self, function: Callable[..., AsyncIterator[T]], *args: Any, **kwargs: Any) -> Iterator[T]:
         """Run an async iterator in the loop, one item at a time."""
-        iterator = start()
-
-        async def following() -> Any:
-            return await anext(iterator, _END)
-
-        async def finish() -> None:
-            await iterator.aclose()  # type: ignore[attr-defined]
-
+        iterator = cast("AsyncGenerator[T, None]", function(*args, **kwargs))
         try:
-            while (item := self.call(following)) is not _END:
+            while (item := self.call(anext, iterator, _END)) is not _END:
                 yield item
         finally:
-            self.call(finish)
+            self._finish(iterator)
 
-    def _run_waiting(self) -> None:
-        try:
-            while True:
-                self._run(self._inbox.get_nowait())
-        except Empty:
-            return
+    def _finish(self, iterator: AsyncGenerator[T, None]) -> None:
+        """Close it in its loop; where that is not possible, the loop does so by itself when it finds it unused."""
+        if self._portal is not None and get_ident() != self._loop_thread and not sys.is_finalizing():
+            self.call(iterator.aclose)
 
-    def _run(self, item: Any) -> None:
-        if item is _WAKE:
-            return
-        function, arguments = item
+    # --- the loop ---
+
+    def _enter(self) -> BlockingPortal:
+        with self._lock:
+            if get_ident() == self._loop_thread:
+                raise RuntimeError(
+                    "a blocking call in the event loop's own thread would wait for itself; "
+                    "async functions use the async API"
+                )
+            if self._portal is None:
+                self._portal = _portals.__enter__()
+            self._calls += 1
+            return self._portal
+
+    def _leave(self, calls: int = 1) -> None:
+        with self._lock:
+            self._calls -= calls
+            if not self._closed or self._calls or self._portal is None:
+                return
+            self._portal, self._loop_thread = None, 0
+        _portals.__exit__(None, None, None)
+
+    # --- callbacks ---
+
+    def _wait(self, inbox: Inbox) -> None:
+        """Run what comes until the call is over, and then what was posted before its end and nobody else will run."""
+        with self._lock:
+            inside = self._running == get_ident()
+            if not inside:  # a callback that calls: the next callback comes after it
+                self._waiting.append(inbox)
+                self._ask()
         try:
-            function(*arguments)
+            while (item := inbox.get()) is not None:
+                self._run(item)
+            with self._lock:
+                left = len(self._posted) if self._waiting == [inbox] else 0
+            for _ in range(left):
+                if (item := inbox.get()) is not None:
+                    self._run(item)
+        finally:
+            with self._lock:
+                if not inside:
+                    self._waiting.remove(inbox)
+                if self._asked is inbox:
+                    self._asked = None
+                self._ask()
+
+    def _ask(self) -> None:
+        if self._posted and self._waiting and self._asked is None:
+            self._asked = self._waiting[0]
+            self._asked.put(self._run_posted)
+
+    def _run_posted(self) -> None:
+        with self._lock:
+            item = self._posted.popleft()
+            self._running = get_ident()
+        try:
+            self._run(item)
+        finally:
+            with self._lock:
+                self._running = self._asked = None
+                self._ask()
+
+    def _run(self, item: Callable[[], object]) -> None:
+        try:
+            result = item()
+            if isawaitable(result):
+                self.call(lambda: result)
         except Exception:  # a callback is the user's; its error must not stop the others
             logger.exception("a callback failed")
+
+
+class Twin:
+    """Something async, blocking; its methods are made by `blocking` and `iterating`."""
+
+    def __init__(self, caller: Caller, asynchronous: Any) -> None:
+        self._caller = caller
+        self.asynchronous = asynchronous
+        """What is behind it."""
+
+
+def blocking(method: Callable[Concatenate[Any, P], Awaitable[T]]) -> Callable[Concatenate[Any, P], T]:
+    """Return the twin of an async method: the same name, arguments and docstring; it blocks."""
+
+    @wraps(method)
+    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        result: T = self._caller.call(getattr(self.asynchronous, method.__name__), *args, **kwargs)
+        return result
+
+    return twin
+
+
+def making(
+    method: Callable[Concatenate[Any, P], Awaitable[Any]], kind: Callable[[Caller, Any], T]
+) -> Callable[Concatenate[Any, P], T]:
+    """Return the twin of an async method whose result has a twin of this kind."""
+    blocks = blocking(method)
+
+    @wraps(method)
+    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return kind(self._caller, blocks(self, *args, **kwargs))
+
+    return twin
+
+
+def iterating(
+    method: Callable[Concatenate[Any, P], AsyncIterator[T]],
+) -> Callable[Concatenate[Any, P], Iterator[T]]:
+    """Return the twin of a method that makes an async iterator."""
+
+    @wraps(method)
+    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        found: Iterator[T] = self._caller.iterate(
+            getattr(self.asynchronous, method.__name__), *args, **kwargs
+        )
+        return found
+
+    return twin
+
+
+def _passed(inbox: Inbox, name: str, value: Any) -> Any:
+    if name.startswith("on_") and callable(value):
+        return lambda *arguments: inbox.put(partial(value, *arguments))
+    return value

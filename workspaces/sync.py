@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from agent_sdk.portal import blocking
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.sync import LocalWorkspace, RemoteWorkspace, Workspace
@@ -79,16 +80,8 @@ class APIRemoteWorkspace(Workspace):
         """See workspaces.runtime_api.APIRemoteWorkspace.runtime_id."""
         return self.asynchronous.runtime_id
 
-    def pause(self) -> None:
-        """See workspaces.runtime_api.APIRemoteWorkspace.pause."""
-        self._caller.call(self.asynchronous.pause)
-
-    def resume(self) -> None:
-        """See workspaces.runtime_api.APIRemoteWorkspace.resume."""
-        self._caller.call(self.asynchronous.resume)
-
-    def _pass_on(self, told: Any, *arguments: Any) -> None:
-        self._caller.post(told, *arguments)
+    pause = blocking(AsyncAPIRemoteWorkspace.pause)
+    resume = blocking(AsyncAPIRemoteWorkspace.resume)
 
 
 class DockerWorkspace(Workspace):
@@ -157,17 +150,6 @@ class DockerWorkspace(Workspace):
         """See workspaces.docker.DockerWorkspace.container."""
         return self.asynchronous.container
 
-    def port_url(self, port: int) -> str:
-        """See workspaces.docker.DockerWorkspace.port_url."""
-        return self._caller.call(lambda: self.asynchronous.port_url(port))
-
-    def pause(self) -> None:
-        """See workspaces.docker.DockerWorkspace.pause."""
-        self._caller.call(self.asynchronous.pause)
-
-    def resume(self) -> None:
-        """See workspaces.docker.DockerWorkspace.resume."""
-        self._caller.call(self.asynchronous.resume)
-
-    def _pass_on(self, told: Any, *arguments: Any) -> None:
-        self._caller.post(told, *arguments)
+    port_url = blocking(AsyncDockerWorkspace.port_url)
+    pause = blocking(AsyncDockerWorkspace.pause)
+    resume = blocking(AsyncDockerWorkspace.resume)

@@ -11,8 +11,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Self
@@ -99,6 +99,7 @@ class LocalWorkspace:
         self._spare_bash = spare_bash
         self._limits = limits
         self._open: _Open | None = None
+        self._closing = AsyncExitStack()
         self._files = LocalFiles(self._root)
         self._git = LocalGit(self._root, self._run_git)
 
@@ -141,27 +142,33 @@ class LocalWorkspace:
         return _Open(children, Processes(children, spool_folder), spool_folder, environment, shell)
 
     async def __aexit__(self, *exc: object) -> None:
-        """End every process tree (TERM, after 5 s KILL) and remove the spool folder."""
-        opened, self._open = self._open, None
-        if opened is not None:
-            closing = asyncio.ensure_future(self._close(opened))
-            cancelled: asyncio.CancelledError | None = None
-            while not closing.done():
-                try:
-                    await asyncio.wait((closing,))
-                except asyncio.CancelledError as interruption:
-                    cancelled = interruption
-            closing.result()
-            if cancelled is not None:
-                raise cancelled
+        """End every process tree (TERM, after 5 s KILL) and remove the spool folder; conversations close before."""
+        closing = asyncio.ensure_future(self._close())
+        cancelled: asyncio.CancelledError | None = None
+        while not closing.done():
+            try:
+                await asyncio.wait((closing,))
+            except asyncio.CancelledError as interruption:
+                cancelled = interruption
+        closing.result()
+        if cancelled is not None:
+            raise cancelled
 
-    @staticmethod
-    async def _close(opened: _Open) -> None:
-        await opened.children.close()
-        for shell in opened.shells.values():
-            await shell.close()
-        await opened.processes.close()
-        await in_thread(_remove_folder, opened.spool_folder)
+    async def _close(self) -> None:
+        try:
+            await self._closing.pop_all().aclose()
+        finally:
+            opened, self._open = self._open, None
+            if opened is not None:
+                await opened.children.close()
+                for shell in opened.shells.values():
+                    await shell.close()
+                await opened.processes.close()
+                await in_thread(_remove_folder, opened.spool_folder)
+
+    def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Call this before it closes; conversations close with it."""
+        self._closing.push_async_callback(close)
 
     def _opened(self) -> _Open:
         if self._open is None:

@@ -102,7 +102,7 @@ class RemoteWorkspace:
         )
         self._stack = AsyncExitStack()
         self._link: Link | None = None
-        self._closing: list[Closing] = []
+        self._closing = AsyncExitStack()
 
     @classmethod
     def over(cls, link: Link) -> Self:
@@ -122,14 +122,12 @@ class RemoteWorkspace:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for close in reversed(self._closing):
-            await close()
-        self._closing.clear()
-        await self._stack.aclose()
+        async with self._stack:  # also where a conversation cannot close properly
+            await self._closing.pop_all().aclose()
 
     def on_close(self, close: Closing) -> None:
         """Call this before the connection closes; conversations let go of their connections with it."""
-        self._closing.append(close)
+        self._closing.push_async_callback(close)
 
     def _forget(self) -> None:
         self._link = None
