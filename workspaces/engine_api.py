@@ -16,6 +16,7 @@ import tenacity
 
 from agent_sdk.local.environment import from_caller
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound
+from workspaces.docker_config import context_host
 from workspaces.engine_failure import FAILURES, failure, is_lost, not_dialled
 
 OLDEST_API = (1, 40)
@@ -189,7 +190,7 @@ def dial(url: str | None, version: str = "auto") -> aiodocker.Docker:
         EngineUnavailable: there is no address, or a wrong one.
     """
     # aiodocker would take the user's current context before it, unlike every other client.
-    url = url or from_caller(["DOCKER_HOST"]).get("DOCKER_HOST") or None
+    url = url or from_caller(["DOCKER_HOST"]).get("DOCKER_HOST") or context_host()
     try:
         return aiodocker.Docker(url, api_version=version)
     except (AssertionError, ValueError, OSError, RuntimeError, ssl.SSLError, aiodocker.DockerError) as exc:

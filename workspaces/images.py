@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import re
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal
 
 import aiodocker
@@ -18,6 +14,7 @@ from msgspec import Struct
 
 from agent_sdk.disk import in_thread
 from agent_sdk.protocol.errors import ImageUnavailable
+from workspaces.docker_config import key_for
 from workspaces.engine_api import EngineApi
 from workspaces.engine_info import EngineInfo
 from workspaces.engine_lines import lines_of
@@ -74,7 +71,7 @@ async def ensure_image(
         why = wrong or f"the image {name} is not on the engine"
         mend = "name another image or platform" if wrong else f"docker pull {name}, or allow to pull it"
         raise ImageUnavailable(f"{why}: {mend}", image=name, phase="image")
-    key = await in_thread(_key_for, name, info.registry)
+    key = await in_thread(key_for, name, info.registry)
     await _pull(api, name, key, platform, on_progress)
     image = await _inspect(api, name)
     if image is None:
@@ -184,23 +181,3 @@ class _Progress:
         if done - self._told[0] >= STEP_BYTES or (done == total and self._told != (done, total)):
             self._told = (done, total)
             self._tell("pull", done, total)
-
-
-def _key_for(name: str, usual: str) -> str:
-    """What `docker login` has left in the user's configuration for the image's registry, or for the usual one.
-    Empty when nothing is there.
-
-    Keys that a credential helper keeps are not asked for: such images have to be pulled before.
-    """
-    first = name.partition("/")[0]
-    is_host = "/" in name and (first == "localhost" or "." in first or ":" in first)
-    registry = first if is_host else usual
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
-        entry = json.loads((Path.home() / ".docker/config.json").read_bytes())["auths"][registry]
-        if entry.get("identitytoken"):
-            key = {"identitytoken": entry["identitytoken"], "serveraddress": registry}
-        else:
-            user, _, password = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
-            key = {"username": user, "password": password, "serveraddress": registry}
-        return base64.urlsafe_b64encode(json.dumps(key).encode()).decode()
-    return ""

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -592,3 +593,65 @@ async def test_what_docker_login_left_is_shown_to_the_registry_it_is_for(
         {"username": "me", "password": "secret", "serveraddress": "host.test:5000"},
         {"identitytoken": "t", "serveraddress": INFO["IndexServerAddress"]},
     ]
+
+
+@pytest.fixture
+def shown(fake, engine, pulls, monkeypatch, tmp_path):
+    """Pull an image with this configuration of `docker`; what the engine was shown for its registry."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "elsewhere").mkdir()
+
+    async def shown(image, config):
+        headers = []
+
+        async def create(request):
+            headers.append(request.headers.get("X-Registry-Auth"))
+            return await pulled({"status": "up to date"})(request)
+
+        pulls(create)
+        (tmp_path / "elsewhere" / "config.json").write_text(json.dumps(config))
+        await engine.image(image, pull="always")
+        return None if headers[0] is None else json.loads(base64.urlsafe_b64decode(headers[0]))
+
+    return shown
+
+
+@pytest.mark.parametrize("image", ["x:1", "org/x", "docker.io/org/x", "index.docker.io/org/x:1"])
+async def test_a_login_to_the_hub_counts_for_every_name_of_it_wherever_docker_keeps_it(shown, image):
+    config = {"auths": {"https://index.docker.io/v1/": {"auth": base64.b64encode(b"me:secret").decode()}}}
+    key = await shown(image, config)
+    assert (key["username"], key["password"]) == ("me", "secret")
+
+
+@pytest.mark.parametrize("address", ["https://host.test:5000/v1/", "http://host.test:5000", "host.test:5000"])
+async def test_a_login_counts_however_its_registry_was_written(shown, address):
+    key = await shown("host.test:5000/a/x", {"auths": {address: {"username": "me", "password": "secret"}}})
+    assert key == {"username": "me", "password": "secret", "serveraddress": "host.test:5000"}
+
+
+@pytest.mark.parametrize(
+    "config", [{"credsStore": "ours"}, {"credHelpers": {"host.test": "ours"}, "credsStore": "none"}]
+)
+async def test_a_credential_helper_is_asked_and_one_that_fails_is_as_if_it_were_not_there(
+    shown, config, tmp_path
+):
+    helper = tmp_path / "docker-credential-ours"
+    helper.write_text(
+        '#!/bin/sh\nread registry\necho "{\\"Username\\": \\"<token>\\", \\"Secret\\": \\"$registry\\"}"\n'
+    )
+    helper.chmod(0o755)
+    assert await shown("host.test/x", config) == {"identitytoken": "host.test", "serveraddress": "host.test"}
+    helper.write_text("#!/bin/sh\necho credentials not found in native keychain; exit 1\n")
+    assert await shown("host.test/x", config) is None
+
+
+async def test_the_current_context_is_looked_for_where_docker_keeps_it(monkeypatch, tmp_path, fake):
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    (tmp_path / "config.json").write_text('{"currentContext": "ours"}')
+    meta = tmp_path / "contexts/meta" / hashlib.sha256(b"ours").hexdigest()
+    meta.mkdir(parents=True)
+    (meta / "meta.json").write_text(json.dumps({"Endpoints": {"docker": {"Host": fake.url}}}))
+    async with Engine() as engine:
+        assert engine.where == fake.url
