@@ -617,7 +617,7 @@ def shown(fake, engine, pulls, monkeypatch, tmp_path):
     return shown
 
 
-@pytest.mark.parametrize("image", ["x:1", "org/x", "docker.io/org/x", "index.docker.io/org/x:1"])
+@pytest.mark.parametrize("image", ["docker.io/org/x", "index.docker.io/org/x:1", "docker.io/x"])
 async def test_a_login_to_the_hub_counts_for_every_name_of_it_wherever_docker_keeps_it(shown, image):
     config = {"auths": {"https://index.docker.io/v1/": {"auth": base64.b64encode(b"me:secret").decode()}}}
     key = await shown(image, config)
