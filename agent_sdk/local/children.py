@@ -8,9 +8,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -34,6 +35,7 @@ class Child:
         popen: subprocess.Popen[bytes],
         tree: Tree,
         started: float,
+        since: int,
         *,
         by_thread: bool = not HAS_PIDFD,
         why: Callable[[Exit], str] | None = None,
@@ -45,6 +47,7 @@ class Child:
             popen: what was started just now.
             tree: how to find what will come of it.
             started: when, on the monotonic clock.
+            since: when, in clock ticks since boot; what came of it is not older.
             by_thread: wait in a thread, as one has to without pidfds.
             why: called at its end, for the reason of its Exit.
         """
@@ -52,12 +55,14 @@ class Child:
         self.pid = popen.pid
         self.started = started
         """On the monotonic clock, right before the spawn."""
+        self.since = since
         self.started_at = time.time()
         self.exit: Exit | None = None
-        self.on_death: Callable[[], None] = _nothing
-        """Called once when the process itself has ended, before `over`."""
+        self.on_death: Callable[[], Coroutine[Any, Any, None] | None] = _nothing
+        """Called once when the process itself has ended; `over` waits for what it returns."""
         self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        """Done when it has ended and, if it is being ended, its whole tree has."""
+        """Done when it has ended, all it said is taken and, if it is being ended, its whole tree has."""
+        self._last_words: asyncio.Task[None] | None = None
         self._popen = popen
         self._tree = tree
         self._ending: asyncio.Task[None] | None = None
@@ -95,12 +100,12 @@ class Child:
         """Begin to end its whole tree; `over` follows. A second call changes nothing.
 
         Args:
-            verdict: the status of its Exit when the process itself still ran; None: what wait() says.
+            verdict: the status of its Exit when it was not over yet; None: what wait() says.
             hang_up: see `end_tree`.
             grace: seconds between TERM and KILL; None: 5.
         """
         if self._ending is None:
-            if self.alive:
+            if not self.over.done():
                 self._verdict = verdict
             options = {} if grace is None else {"grace": grace}
             self._ending = self._loop.create_task(end_tree(self._tree, hang_up=hang_up, **options))
@@ -160,12 +165,15 @@ class Child:
             self._found = Exit(status="exited", exit_code=os.WEXITSTATUS(status), duration=seconds)
         if self._why is not None and (reason := self._why(self._found)):
             self._found = replace(self._found, reason=reason)
-        self.on_death()
+        if (rest := self.on_death()) is not None:
+            self._last_words = self._loop.create_task(rest)
+            self._last_words.add_done_callback(lambda _: self._settle())
         self._settle()
 
     def _settle(self) -> None:
         found = self._found
-        if found is None or self.over.done() or (self._ending is not None and not self._ending.done()):
+        tasks = [task for task in (self._last_words, self._ending) if task is not None]
+        if found is None or self.over.done() or not all(task.done() for task in tasks):
             return
         if self._verdict is not None:
             seconds = time.monotonic() - self.started
@@ -208,7 +216,7 @@ class Children:
             raise WorkspaceUnavailable("the workspace is closed")
         self._count += 1
         name = f"{self._nonce}-{self._count}"
-        started = time.monotonic()
+        started, since = time.monotonic(), tick_now()
         why = None
         if self._limits is not None:
             why = partial(self._limits.why, self._limits.look())
@@ -217,7 +225,7 @@ class Children:
             self._limits.expose(popen.pid)
         self._leaders[popen.pid] = None
         tree = Tree(f"{MARKER}={name}\0".encode(), {popen.pid: None})
-        child = Child(name, popen, tree, started, by_thread=self._by_thread, why=why)
+        child = Child(name, popen, tree, started, since, by_thread=self._by_thread, why=why)
         self._living.add(child)
         child.over.add_done_callback(lambda _: self._ended(child))
         return child
@@ -242,4 +250,4 @@ class Children:
 
 
 def _nothing() -> None:
-    pass
+    return None

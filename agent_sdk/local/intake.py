@@ -15,22 +15,22 @@ _SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", None)
 class Intake:
     """Reads a descriptor whenever something comes, at most 1 MiB per turn of the loop. It owns the descriptor."""
 
-    def __init__(
-        self, fd: int, take: Callable[[bytes], bool], *, at_end: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, fd: int, take: Callable[[bytes], bool]) -> None:
         """Start reading.
 
         Args:
             fd: the reading end of a pipe, or the master of a terminal.
             take: gets each piece; returns whether it wants more now (else `resume` has to be called).
-            at_end: called when nobody can write to it any more.
         """
         self._fd = fd
         self._take = take
-        self._at_end = at_end
         self._amount = SMALLEST_READ
         self._listening = False
         self._loop = asyncio.get_running_loop()
+        self.heard = self._loop.time()
+        """When something came last, on the loop's clock."""
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        """Done when nobody can write to it any more, or when it was closed."""
         os.set_blocking(fd, False)
         self.resume()
 
@@ -38,6 +38,11 @@ class Intake:
     def open(self) -> bool:
         """Whether more may come."""
         return self._fd >= 0
+
+    @property
+    def paused(self) -> bool:
+        """Whether it waits for `resume`, and cannot know what there is to read."""
+        return self.open and not self._listening
 
     def resume(self) -> None:
         """Read on after `take` had enough."""
@@ -60,6 +65,8 @@ class Intake:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+        if not self.ended.done():
+            self.ended.set_result(None)
 
     def _ready(self) -> None:
         data = self._read()
@@ -81,9 +88,9 @@ class Intake:
             data = b""
         if not data:
             self.close()
-            if self._at_end is not None:
-                self._at_end()
-        elif len(data) == self._amount:
+            return b""
+        self.heard = self._loop.time()
+        if len(data) == self._amount:
             self._widen()
         return data
 

@@ -27,9 +27,13 @@ HAS_PIDFD = hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")
 _DEATH_SECONDS = 2.0
 _ROUNDS = 50
 _LOOKS = 50
+_WORKING = (b"R", b"D")
+_FORKED_ONLY = 0x40
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
+    """A living process, as it was when it was looked at."""
+
     pid: int
     parent: int
     session: int
@@ -37,6 +41,10 @@ class _Seen(NamedTuple):
     """Clock ticks since boot."""
     memory: int
     """Bytes; a thread of the kernel has none."""
+    working: bool
+    """It runs or would like to, or waits for a disk."""
+    forked: bool
+    """It may be a copy of its parent still: it has not become another program, as far as one can see."""
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -71,13 +79,13 @@ def started_ticks(pid: int) -> int | None:
 
 def children(pid: int) -> list[int]:
     """Return the living children of a process, the oldest first. Blocks for some milliseconds."""
-    found = [seen for seen in _all_processes() if seen.parent == pid]
+    found = [seen for seen in all_processes() if seen.parent == pid]
     return [seen.pid for seen in sorted(found, key=lambda seen: (seen.started, seen.pid))]
 
 
-def find(tree: Tree) -> set[_Seen]:
+def find(tree: Tree) -> set[Seen]:
     """Return the living processes of a tree. Blocks for some milliseconds."""
-    table = {seen.pid: seen for seen in _all_processes()}
+    table = {seen.pid: seen for seen in all_processes()}
     table.pop(os.getpid(), None)
     with rights_of(tree.user):
         chosen = {pid for pid, seen in table.items() if _belongs(seen, tree)}
@@ -92,7 +100,7 @@ def find(tree: Tree) -> set[_Seen]:
         chosen |= more
 
 
-def _belongs(seen: _Seen, tree: Tree) -> bool:
+def _belongs(seen: Seen, tree: Tree) -> bool:
     if seen.session in tree.leaders:
         ended = tree.leaders[seen.session]
         if ended is None or seen.started <= ended:
@@ -103,7 +111,7 @@ def _belongs(seen: _Seen, tree: Tree) -> bool:
         return False
 
 
-def _environment(seen: _Seen) -> bytes:
+def _environment(seen: Seen) -> bytes:
     """The environment a process was started with. While it changes into another program it seems to have none."""
     environment = b""
     for _ in range(_LOOKS if seen.memory else 0):
@@ -115,15 +123,16 @@ def _environment(seen: _Seen) -> bytes:
     return environment
 
 
-def _all_processes() -> Iterable[_Seen]:
-    for name in os.listdir("/proc"):
+def all_processes() -> Iterable[Seen]:
+    """Yield every living process that can be seen; none without /proc."""
+    for name in os.listdir("/proc") if _has_proc() else ():
         if name.isdigit():
             seen = _look_at(int(name))
             if seen is not None:
                 yield seen
 
 
-def _look_at(pid: int) -> _Seen | None:
+def _look_at(pid: int) -> Seen | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
@@ -133,15 +142,27 @@ def _look_at(pid: int) -> _Seen | None:
     words = text[text.rindex(b")") + 2 :].split()
     if words[0] in (b"Z", b"X"):
         return None
-    return _Seen(pid, int(words[1]), int(words[3]), int(words[19]), int(words[20]))
+    return Seen(
+        pid,
+        int(words[1]),
+        int(words[3]),
+        int(words[19]),
+        int(words[20]),
+        words[0] in _WORKING,
+        _is_copy(int(words[6])),
+    )
+
+
+def _is_copy(flags: int) -> bool:
+    return not flags or bool(flags & _FORKED_ONLY)
 
 
 class _Held:
     """Processes held by pidfds, so that their ends can be awaited."""
 
-    def __init__(self, found: Iterable[_Seen]) -> None:
+    def __init__(self, found: Iterable[Seen]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._fds: dict[int, _Seen] = {}
+        self._fds: dict[int, Seen] = {}
         self._all_gone = self._loop.create_future()
         # Parents first: a shell whose child dies before it would go on with its next command.
         for seen in sorted(found, key=lambda seen: (seen.started, seen.pid)):

@@ -9,7 +9,6 @@ from collections.abc import Coroutine
 from typing import Any
 
 from agent_sdk.local.children import Child, Children
-from agent_sdk.local.feed import Feed
 from agent_sdk.local.launch import Folder, Launch
 from agent_sdk.local.running import Running
 from agent_sdk.local.spool import Spool
@@ -62,7 +61,6 @@ class Processes:
         else:
             running = self._start_on_terminal(command, launch, folder, size)
         child = running.child
-        child.on_death = running.died
         if listed:
             self._running[child.id] = running
             child.over.add_done_callback(lambda _: self._settle(running))
@@ -90,7 +88,7 @@ class Processes:
             _close(theirs)
         running = Running(command, child, None)
         if stdin:
-            running.feed = Feed(ours.pop(0))
+            running.feed_from(ours.pop(0))
         running.listen("stdout", ours[0], self._spool(child, "out"))
         running.listen("stderr", ours[1], self._spool(child, "err"))
         return running
@@ -115,7 +113,7 @@ class Processes:
             os.close(terminal.master)
             raise
         running = Running(command, child, terminal)
-        running.feed = Feed(second)
+        running.feed_from(second)
         running.listen("stdout", terminal.master, self._spool(child, "out"))
         return running
 

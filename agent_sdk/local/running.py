@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from agent_sdk.local.children import Child
 from agent_sdk.local.feed import Feed
 from agent_sdk.local.intake import Intake
+from agent_sdk.local.last_words import End, end_of, last_words
 from agent_sdk.local.spool import Spool
 from agent_sdk.local.terminal import Terminal
-from agent_sdk.protocol.results import ProcessInfo
+from agent_sdk.protocol.results import Exit, ProcessInfo
 from agent_sdk.workspace import OutputName
 
 OnNews = Callable[[OutputName, int], None]
+
+_FILTER_SECONDS = 1.0
+"""So much longer than the command may take what it wrote through, when it ended in time itself."""
 
 
 class Running:
@@ -34,10 +39,20 @@ class Running:
         self.readers = 0
         """Who needs its output at this moment; until then it is not forgotten."""
         self.forgotten = False
+        self._ends: set[End] = set()
+        self._source: End | None = None
+        child.on_death = self._died
+        child.over.add_done_callback(self._over)
+
+    def feed_from(self, fd: int) -> None:
+        """Write its input to `fd`."""
+        self._source = end_of(fd)
+        self.feed = Feed(fd)
 
     def listen(self, name: OutputName, fd: int, spool: Spool) -> None:
         """Keep what comes from `fd` in `spool`."""
         self.spools[name] = spool
+        self._ends.add(end_of(fd if self.terminal is None else self.terminal.slave))
 
         def take(data: bytes) -> bool:
             if self.forgotten:
@@ -50,19 +65,24 @@ class Running:
         intake = self.intakes[name] = Intake(fd, take)
         spool.on_room = intake.resume
 
-    def died(self) -> None:
-        """Take what it said last; what its children say later is kept, but nobody waits for it."""
-        for intake in self.intakes.values():
-            intake.drain()
-        if self.terminal is not None:
-            self.terminal.close_slave()
-            for intake in self.intakes.values():
-                intake.drain()
-        self.on_news = None
-        if self.timer is not None:
-            self.timer.cancel()
+    def _died(self) -> Coroutine[Any, Any, None] | None:
+        """Take what it said last; returns what waits for the rest, when others still have its pipes open.
+
+        What its children in the background say later is kept, but nobody waits for it.
+        """
         if self.feed is not None:
             self.feed.close()
+        self._drain()
+        if self.terminal is not None:
+            self.terminal.close_slave()
+            self._drain()
+        if not self.is_heard:
+            return None
+        return last_words(self.intakes.values(), self._ends, self.child.since, source=self._source)
+
+    def _drain(self) -> None:
+        for intake in self.intakes.values():
+            intake.drain()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -83,6 +103,13 @@ class Running:
         self.child.look()
         if self.child.alive:
             self.child.end("timeout")
+        elif not self.child.over.done():
+            self.timer = asyncio.get_running_loop().call_later(_FILTER_SECONDS, self.child.end, "timeout")
+
+    def _over(self, over: asyncio.Future[Exit]) -> None:
+        self.on_news = None
+        if self.timer is not None:
+            self.timer.cancel()
 
     @property
     def on_disk(self) -> int:
@@ -113,6 +140,8 @@ class Running:
 
     def close(self) -> None:
         """Close its descriptors; its output stays readable."""
-        self.died()
+        if self.feed is not None:
+            self.feed.close()
+        self._drain()
         for intake in self.intakes.values():
             intake.close()
