@@ -27,6 +27,7 @@ import agent_sdk
 from agent_sdk.box import RECORD, SOCKET
 from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
+from agent_sdk.local.launch import with_default_signals
 from agent_sdk.local.process_tree import Tree, children, end_tree, started_ticks
 from agent_sdk.protocol.errors import IsolationUnavailable, PathNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import WorkspaceInfo
@@ -293,6 +294,7 @@ class BoxProcess:
                 start_new_session=True,
                 pass_fds=given,
                 umask=UMASK if confined else -1,
+                preexec_fn=with_default_signals(),
             )
         popen.returncode = 0  # its end is seen here, and it may outlive us: Popen has nothing to wait for
         return popen

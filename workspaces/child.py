@@ -13,6 +13,7 @@ from typing import Self
 
 from msgspec import Struct
 
+from agent_sdk.local.launch import with_default_signals
 from agent_sdk.local.process_tree import started_ticks
 
 
@@ -67,6 +68,7 @@ class Child:
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
+            preexec_fn=with_default_signals(),
         )
         popen.returncode = 0  # its end is seen here, and it may outlive us: Popen has nothing to wait for
         return cls(popen.pid)

@@ -22,13 +22,15 @@ import os
 import re
 import subprocess
 import termios
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from agent_sdk.local.children import Child, Children
 from agent_sdk.local.feed import Feed
 from agent_sdk.local.intake import Intake
+from agent_sdk.local.last_words import end_of, last_words
 from agent_sdk.local.launch import Folder, Interpreter
 from agent_sdk.local.terminal import make_plain, open_terminal
 from agent_sdk.protocol.errors import ProcessNotFound
@@ -129,6 +131,8 @@ class Bash:
         environment = {"TERM": "dumb", **environment, "COLUMNS": str(COLS), "LINES": str(ROWS)}
         status = self._spawn(children, folder, environment, interpreter)
         self.child.on_death = self._died
+        self._end = end_of(self._terminal.slave)
+        self._telling: asyncio.Task[None] | None = None
         self._feed = Feed(os.dup(self._terminal.master))
         self.intake = Intake(self._terminal.master, _Filter(self._nonce, self._shown, self._mark).take)
         self._status_intake = Intake(status, self._take_status)
@@ -212,7 +216,7 @@ class Bash:
 
     # --- what comes back ---
 
-    def _died(self) -> None:
+    def _died(self) -> Coroutine[Any, Any, None] | None:
         self._status_intake.drain()
         self.intake.drain()
         self._terminal.close_slave()
@@ -221,6 +225,11 @@ class Bash:
             self._on_report(self._last)
         self._feed.close()
         self._commands.close()
+        return self._last_words() if self.intake.open else None
+
+    async def _last_words(self, *, lives_on: bool = False) -> None:
+        child = self.child
+        await last_words((self.intake,), {self._end}, child.pid, child.since, lives_on=lives_on)
 
     def _shown(self, data: bytes, queries: bytes) -> bool:
         if self._marked < 0:
@@ -278,7 +287,14 @@ class Bash:
                 report = self._reports.pop(number)
                 if number > self._told:
                     self._told = number
-                    self._on_report(report)
+                    if self._telling is not None:
+                        self._telling.cancel()  # this one says more
+                    self._telling = asyncio.get_running_loop().create_task(self._tell_later(report))
+
+    async def _tell_later(self, report: Report) -> None:
+        """Pass on a report when all has come that the command wrote through a filter."""
+        await self._last_words(lives_on=True)
+        self._on_report(report)
 
 
 class _Filter:

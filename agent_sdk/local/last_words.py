@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from agent_sdk.disk import in_thread
 from agent_sdk.local.intake import Intake
-from agent_sdk.local.process_tree import Seen, all_processes
+from agent_sdk.local.process_tree import Seen, younger
 
 QUIET_SECONDS = 0.05
 """So long after the end and after the last byte, whoever does not work any more is believed to have said all."""
@@ -25,6 +25,8 @@ _UNCERTAIN_SECONDS = 1.0
 """So long after the end at most, a filter is waited for that others in the background write to as well."""
 _WORK_SECONDS = 10.0
 """So long a filter that is bound to end may work without a word."""
+
+_LOOKS = 8
 
 End = tuple[int, int]
 """What the writing end of a pipe is known by in all processes, device and inode; or a terminal, 0 and its number."""
@@ -60,24 +62,26 @@ def end_of(fd: int) -> End:
 async def last_words(
     intakes: Collection[Intake],
     ends: Set[End],
+    pid: int,
     since: int,
     *,
     source: End | None = None,
-    shell: int | None = None,
+    lives_on: bool = False,
 ) -> None:
     """Return when all is taken that a command has said which has ended just now.
 
     Args:
         intakes: what reads its pipes or its terminal.
         ends: where it wrote to.
+        pid: of the process.
         since: clock ticks since boot, before it was started.
         source: its own input, which feeds no filter.
-        shell: the process that ran it and lives on; what only others write is none of the command's.
+        lives_on: it is a shell that ran the command; what only others write is none of the command's.
     """
     loop = asyncio.get_running_loop()
     began, before = loop.time(), _Carriers()
     while listening := [intake for intake in intakes if intake.open]:
-        carriers = await in_thread(_look, ends, since, source, shell)
+        carriers = await in_thread(_look, ends, pid, since, source, pid if lives_on else None)
         now = loop.time()
         quiet = now - max(began, *(now if intake.paused else intake.heard for intake in listening))
         working = carriers.working or carriers.trace != before.trace
@@ -94,9 +98,15 @@ async def last_words(
         intake.drain()
 
 
-def _look(ends: Set[End], since: int, source: End | None, shell: int | None) -> _Carriers:
+def _look(ends: Set[End], pid: int, since: int, source: End | None, shell: int | None) -> _Carriers:
     """Look at every process that was started since then. Blocks for some milliseconds."""
-    processes = [_look_at(seen) for seen in all_processes() if seen.started >= since]
+    by_pid: dict[int, _Process] = {}
+    for _ in range(_LOOKS):  # what was born in the meantime may have what its parent had, which may be gone
+        fresh = [seen for seen in younger(pid, since) if seen.pid not in by_pid]
+        by_pid.update((seen.pid, _look_at(seen)) for seen in fresh)
+        if not fresh:
+            break
+    processes = by_pid.values()
     holders = {process.seen.pid for process in processes if not ends.isdisjoint(process.writes)}
     if not holders:
         return _Carriers(
@@ -146,13 +156,20 @@ def _turns(pid: int) -> bytes:
 
 
 def _look_at(seen: Seen) -> _Process:
-    reads: set[End] = set()
-    writes: set[End] = set()
-    with suppress(OSError):  # it is gone, or somebody else's
-        for name in os.listdir(f"/proc/{seen.pid}/fd"):
-            with suppress(OSError):
-                _sort(seen.pid, name, reads, writes)
-    return _Process(seen, frozenset(reads), frozenset(writes))
+    """Look until nothing has changed meanwhile: a shell moves its descriptors about before a program starts."""
+    before: _Process | None = None
+    for _ in range(_LOOKS):
+        reads: set[End] = set()
+        writes: set[End] = set()
+        with suppress(OSError):  # it is gone, or somebody else's
+            for name in os.listdir(f"/proc/{seen.pid}/fd"):
+                with suppress(OSError):
+                    _sort(seen.pid, name, reads, writes)
+        found = _Process(seen, frozenset(reads), frozenset(writes))
+        if found == before:
+            break
+        before = found
+    return found
 
 
 def _sort(pid: int, name: str, reads: set[End], writes: set[End]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from agent_sdk.disk import path_error
@@ -26,6 +27,8 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 
 # A session leader's terminal is the first one it opens: no code of ours has to run between fork and exec.
 _ON_TERMINAL = b'exec "$@" <"$0" >"$0" 2>&1'
+
+_MENDED_BY_POPEN = (signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE))
 
 
 class SpawnFailed(Exception):
@@ -171,11 +174,34 @@ def spawn(
             stderr=stderr,
             start_new_session=True,
             pass_fds=launch.pass_fds,
+            preexec_fn=with_default_signals(),
         )
     except OSError as exc:
         if exc.filename == cwd:
             raise _folder_failed(exc, folder) from None
         raise _program_failed(exc, os.fsdecode(launch.argv[0])) from None
+
+
+def with_default_signals() -> Callable[[], None] | None:
+    """Return what a new process has to do to begin with default signals; None where it does so anyway.
+
+    A program that is started in the background of a script ignores ^C, and all that it starts would, too.
+    Popen mends what Python itself ignores. The function runs between fork and exec, hence only where it must.
+    """
+    ignored = [number for number in signal.valid_signals() if _is_ignored(number)]
+    if not ignored and not signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        return None
+
+    def begin() -> None:
+        for number in ignored:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    return begin
+
+
+def _is_ignored(number: int) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN and number not in _MENDED_BY_POPEN
 
 
 def _folder_failed(exc: OSError, folder: Folder) -> SpawnFailed:

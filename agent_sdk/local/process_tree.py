@@ -125,11 +125,27 @@ def _environment(seen: Seen) -> bytes:
 
 def all_processes() -> Iterable[Seen]:
     """Yield every living process that can be seen; none without /proc."""
-    for name in os.listdir("/proc") if _has_proc() else ():
-        if name.isdigit():
-            seen = _look_at(int(name))
-            if seen is not None:
-                yield seen
+    return _seen(_numbers())
+
+
+def younger(pid: int, since: int) -> Iterable[Seen]:
+    """Yield the living processes that were started at tick `since` or later, when `pid` was the next free number.
+
+    It looks at few: numbers are given in order, so as long as they did not start anew the others are older.
+    """
+    numbers = _numbers()
+    with suppress(OSError, ValueError), open("/proc/loadavg") as file:
+        if int(file.read().split()[-1]) >= pid:
+            numbers = [number for number in numbers if number >= pid]
+    return (seen for seen in _seen(numbers) if seen.started >= since)
+
+
+def _numbers() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()] if _has_proc() else []
+
+
+def _seen(numbers: Iterable[int]) -> Iterable[Seen]:
+    return (seen for number in numbers if (seen := _look_at(number)) is not None)
 
 
 def _look_at(pid: int) -> Seen | None:

@@ -78,7 +78,9 @@ class Running:
             self._drain()
         if not self.is_heard:
             return None
-        return last_words(self.intakes.values(), self._ends, self.child.since, source=self._source)
+        return last_words(
+            self.intakes.values(), self._ends, self.child.pid, self.child.since, source=self._source
+        )
 
     def _drain(self) -> None:
         for intake in self.intakes.values():

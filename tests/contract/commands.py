@@ -18,6 +18,9 @@ CHARACTERS = "a€😀".encode()
 STUBBORN = "trap '' TERM INT HUP; echo $$ > pid; echo ready; while :; do sleep 1; done"
 OBEDIENT = "echo $$ > pid; echo ready; sleep 1000"
 
+HEARS_SIGNALS = 'for name in INT QUIT HUP TERM USR1; do trap "echo $name" $name; kill -$name $$; done'
+SIGNALS_HEARD = "INT\nQUIT\nHUP\nTERM\nUSR1\n"
+
 
 class Listener:
     """A callback that lets a test wait until a command has said something."""
@@ -117,6 +120,46 @@ class CommandContract:
         results = await asyncio.gather(*(workspace.execute(f"echo {number}") for number in range(20)))
         assert [result.stdout for result in results] == [f"{number}\n" for number in range(20)]
 
+    async def test_signals_mean_to_a_command_what_they_mean_to_others(self, workspace):
+        result = await workspace.execute(HEARS_SIGNALS)
+        assert result.stdout == SIGNALS_HEARD
+
+    # --- filters that a command writes through ---
+
+    @pytest.mark.parametrize(
+        ("command", "output"),
+        [
+            ("exec > >(tee -a log) 2>&1; echo one; echo two >&2", "one\ntwo\n"),
+            ("echo hi > >(cat)", "hi\n"),
+            ("echo hi 2> >(cat >&2) > >(sed s/h/H/ | tee log)", "Hi\n"),
+            (
+                "printf 'exec > >(tee log)\\necho 1\\nseq 2 2000\\n' > script; bash script",
+                "".join(f"{n}\n" for n in range(1, 2001)),
+            ),
+            ('echo hi > >(while read line; do bash -c "echo $line"; done)', "hi\n"),
+            ("mkfifo pipe; tee log < pipe & exec > pipe; echo hi", "hi\n"),
+            ("exec > >(tee log); sleep 1000 & echo hi", "hi\n"),
+        ],
+    )
+    async def test_what_a_command_wrote_through_a_filter_belongs_to_its_output(
+        self, workspace, command, output
+    ):
+        await workspace.files.write("run", command.encode())
+        for _ in range(5):
+            await workspace.execute("rm -f pipe")
+            assert (await workspace.execute(command)).stdout == output
+        process = await workspace.start("rm -f pipe; . ./run")
+        assert b"".join([piece async for piece in process.output()]).decode() == output
+
+    async def test_what_goes_through_a_slow_filter_is_waited_for(self, workspace):
+        works = "sed p | while read line; do for ((i = 0; i < 100000; i++)); do :; done; echo $line; done"
+        result = await workspace.execute(f"exec > >({works}); echo a")
+        assert result.stdout == "a\na\n"
+
+    async def test_the_time_of_a_command_counts_for_what_it_writes_through(self, workspace):
+        result = await workspace.execute("exec > >(while :; do echo x; done)", timeout=0.3)
+        assert result.timed_out
+
     # --- folder and environment ---
 
     async def test_variables_are_added_to_the_environment(self, workspace):
@@ -201,10 +244,21 @@ class CommandContract:
 
     # --- clocks ---
 
-    async def test_a_background_child_does_not_hold_up_the_answer(self, workspace):
+    @pytest.mark.parametrize(
+        "child",
+        [
+            "sleep 100",
+            "setsid sleep 100",
+            "(while :; do echo again; sleep 0.01; done)",
+            "(while :; do :; done)",
+            "(sleep 100 | cat)",
+            "tail -f /dev/null | while read line; do echo $line; done",
+        ],
+    )
+    async def test_a_background_child_does_not_hold_up_the_answer(self, workspace, child):
         async with asyncio.timeout(PATIENCE):
-            result = await workspace.execute("sleep 100 & echo hi")
-        assert result.stdout == "hi\n"
+            result = await workspace.execute(f"{child} & echo hi")
+        assert "hi\n" in result.stdout
 
     async def test_children_in_the_background_live_on(self, workspace):
         await workspace.execute("sleep 1000 & echo $! > pid")

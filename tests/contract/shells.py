@@ -111,6 +111,26 @@ class ShellContract:
         result = await shell.run("touch go; until [ -e said ]; do sleep 0.01; done; echo now")
         assert result.output.text == "late\nnow\n"
 
+    @pytest.mark.parametrize(
+        ("command", "output"),
+        [
+            ("echo hi > >(cat)", "hi\n"),
+            ("seq 3 > >(sed s/3/4/ | tee log)", "1\n2\n4\n"),
+            ("printf 'exec > >(tee log)\\necho hi\\n' > script; bash script", "hi\n"),
+        ],
+    )
+    async def test_what_a_command_wrote_through_a_filter_belongs_to_its_answer(
+        self, workspace, command, output
+    ):
+        for _ in range(5):
+            assert (await workspace.shell().run(command)).output.text == output
+
+    async def test_a_shell_may_write_through_a_filter_for_good(self, workspace):
+        shell = workspace.shell()
+        await shell.run("exec > >(tee log) 2>&1")
+        for _ in range(3):
+            assert (await shell.run("echo hi; echo there")).output.text == "hi\nthere\n"
+
     # --- commands that go on ---
 
     async def test_a_silent_command_is_answered_as_quiet_and_goes_on(self, workspace):

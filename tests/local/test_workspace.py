@@ -4,7 +4,9 @@ import asyncio
 import os
 import resource
 import shutil
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,8 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.workspace import SPOOL_BYTES, TAIL_BYTES
-from tests.contract.commands import PATIENCE, STUBBORN, alive
+from tests.contract.commands import HEARS_SIGNALS, PATIENCE, SIGNALS_HEARD, STUBBORN, alive
+from tests.contract.shells import CTRL_C, begun
 from tests.contract.workspace import OpenWorkspaceContract, WorkspaceContract
 
 MEMORY_BYTES = 64 << 20
@@ -53,6 +56,29 @@ class TestBelowTheRootOfAllFiles(OpenWorkspaceContract):
     async def workspace(self, root):
         async with LocalWorkspace("/", working_dir=root) as workspace:
             yield workspace
+
+
+@pytest.fixture
+def deaf() -> Iterator[None]:
+    """This process is as one that was started in the background of a script, or by a careless supervisor."""
+    numbers = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+async def test_what_the_program_ignores_its_commands_hear(deaf, root):
+    async with LocalWorkspace(root) as workspace:
+        assert (await workspace.execute(HEARS_SIGNALS)).stdout == SIGNALS_HEARD
+        process = await workspace.start(HEARS_SIGNALS, pty=True)
+        said = b"".join([piece async for piece in process.output()])
+        assert said.decode().split() == SIGNALS_HEARD.split()
+        shell = workspace.shell()
+        await begun(shell, "bash -c 'echo ready; exec sleep 1000'")
+        assert (await shell.send(CTRL_C)).exit_code == 130
 
 
 def living(pid: str) -> bool:
