@@ -145,7 +145,7 @@ class CommandContract:
         self, workspace, command, output
     ):
         await workspace.files.write("run", command.encode())
-        for _ in range(5):
+        for _ in range(3):
             await workspace.execute("rm -f pipe")
             assert (await workspace.execute(command)).stdout == output
         process = await workspace.start("rm -f pipe; . ./run")
