@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from agent_sdk.protocol.errors import InvalidParams
 
 if TYPE_CHECKING:
-    from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset
+    from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, OnWaiting
     from agent_sdk.conversation import Conversation as ConversationContract
     from agent_sdk.definition import Agent
     from agent_sdk.protocol.specs import ConfirmationPolicy
@@ -25,6 +25,7 @@ def Conversation(
     callbacks: Sequence[Callback] = (),
     on_delta: OnDelta | None = None,
     on_reset: OnReset | None = None,
+    on_waiting: OnWaiting | None = None,
     persistence_dir: str | PathLike[str] | None = None,
     max_iterations: int = 500,
     confirmation: ConfirmationPolicy | None = None,
@@ -45,6 +46,8 @@ def Conversation(
         on_delta: gets streamed pieces of answers; they may be lost.
         on_reset: called when a remote conversation's history is gone and another follows; without it, every wait
             raises HistoryLost then.
+        on_waiting: told by `run` what the turn waits for (a key, an approval, a tool of a client, the server), once
+            each; `"raise"`: `run` raises TurnWaits instead.
         persistence_dir: folder of the log of a conversation that runs here; None: it lives in memory.
         max_iterations: model calls per turn.
         confirmation: which tool calls wait for approval; None: none.
@@ -60,6 +63,7 @@ def Conversation(
         "id": id,
         "callbacks": callbacks,
         "on_delta": on_delta,
+        "on_waiting": on_waiting,
         "max_iterations": max_iterations,
         "confirmation": confirmation,
         "secrets": secrets,

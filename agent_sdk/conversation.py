@@ -5,13 +5,25 @@ Implementations: `agent_sdk.local.conversation` here, `agent_sdk.remote.conversa
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Literal, Protocol, Self
 
 from msgspec import Struct
 
-from agent_sdk.protocol.events import Delta, Event, RunStatus, TurnEnded
-from agent_sdk.protocol.results import Accepted, PendingRequest, Snapshot, State, Stats
+from agent_sdk.protocol.errors import TimedOut, TurnWaits
+from agent_sdk.protocol.events import (
+    Delta,
+    Event,
+    RequestOpened,
+    RequestResolved,
+    RunStatus,
+    TurnEnded,
+    TurnResumed,
+    TurnStarted,
+    Waiting,
+)
+from agent_sdk.protocol.results import Accepted, PendingRequest, Snapshot, State, Stats, Wait
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model
 
 __all__ = [
@@ -21,11 +33,13 @@ __all__ = [
     "Cursor",
     "OnDelta",
     "OnReset",
+    "OnWaiting",
     "Outcome",
     "PendingRequest",
     "Snapshot",
     "State",
     "Stats",
+    "Wait",
     "outcome_of",
 ]
 
@@ -47,6 +61,73 @@ class Cursor(Struct, frozen=True):
 OnReset = Callable[[Cursor], Awaitable[None] | None]
 """Called, in order with the events, when the history is gone (say, a log was restored from a backup): what was made of
 the events so far is void. Those of another history follow, after the cursor that it is given."""
+
+
+OnWaiting = Callable[[Wait], Awaitable[None] | None] | Literal["raise"]
+"""Called when a turn that `run` waits for needs something, with what that is; what it raises, `run` raises. `"raise"`:
+`run` raises TurnWaits instead. The turn itself is not touched by either."""
+
+
+class Waits:
+    """What a conversation waits for, as far as its events say it. Feed it every event in the order of the log."""
+
+    def __init__(self) -> None:
+        self._now: dict[str, Wait] = {}
+
+    def __iter__(self) -> Iterator[Wait]:
+        return iter(tuple(self._now.values()))
+
+    def begin(self, waits: Iterable[Wait]) -> None:
+        """Take what a server says of it."""
+        self._now = {wait.request_id or wait.what: wait for wait in waits}
+
+    def add(self, event: Event) -> None:
+        """Take in the next event."""
+        match event:
+            case RequestOpened(request_id=id, request=what, tool=tool):
+                wanted = (
+                    f"an answer to request {id}: whether {tool} may run"
+                    if what == "approval"
+                    else f"a client that has the tool {tool} and runs it"
+                )
+                self._now[id] = Wait(what=what, reason=wanted, request_id=id, tool=tool)
+            case RequestResolved(request_id=id):
+                self._now.pop(id, None)
+            case Waiting(what=what, reason=""):
+                self._now.pop(what, None)
+            case Waiting(what=what, reason=reason):
+                self._now[what] = Wait(what=what, reason=reason)
+            case TurnResumed():
+                self._now = {key: wait for key, wait in self._now.items() if wait.request_id}
+            case TurnStarted() | TurnEnded():
+                self._now.clear()
+            case _:
+                pass
+
+
+async def tell_waits(waits: Iterable[Wait], told: set[Wait], on_waiting: OnWaiting | None) -> None:
+    """Tell who called `run` of what is waited for and not `told` yet.
+
+    Raises:
+        TurnWaits: the caller wants that; or wants nothing, and it is a key, which nobody else has to bring.
+    """
+    for wait in waits:
+        if wait in told:
+            continue
+        told.add(wait)
+        if on_waiting == "raise" or (on_waiting is None and wait.what == "key"):
+            raise TurnWaits(f"the turn waits for {wait.reason}", what=wait.what, request_id=wait.request_id)
+        if callable(on_waiting):
+            telling = on_waiting(wait)
+            if inspect.isawaitable(telling):
+                await telling
+
+
+def still_runs(seconds: float | None, waits: Iterable[Wait]) -> TimedOut:
+    """Return what `run` raises when its time is over."""
+    reasons = "; ".join(wait.reason for wait in waits)
+    waiting = f" and waits for {reasons}" if reasons else ""
+    return TimedOut(f"the turn still runs after {seconds} seconds{waiting}", seconds=seconds)
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
@@ -100,13 +181,18 @@ class Conversation(Protocol):
         """
         ...
 
-    async def run(self, timeout: float | None = None) -> Outcome:
+    async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
         """Wait for the end of the turn; a paused, failed or limited one goes on.
 
         With nothing to do it returns the last outcome. Cancelling, and `timeout` seconds, end the waiting only.
 
+        Args:
+            on_waiting: told what the turn waits for; None: what the conversation was made with. Without either,
+                all but a key is waited for.
+
         Raises:
-            TimedOut: the turn still runs.
+            TimedOut: the turn still runs; the message says what it waits for.
+            TurnWaits: it needs a key that nobody has given, or something, and `on_waiting` is `"raise"`.
             StateConflict: there is no message yet.
         """
         ...

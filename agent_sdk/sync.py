@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from agent_sdk import api
 from agent_sdk import conversation as contracts
 from agent_sdk import workspace as contract
-from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset
+from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, OnWaiting
 from agent_sdk.definition import LLM, Agent
 from agent_sdk.local.workspace import LocalWorkspace as AsyncLocalWorkspace
 from agent_sdk.portal import Caller, Twin, blocking, iterating, making
@@ -200,6 +200,7 @@ class Conversation(Twin):
         callbacks: Sequence[Callback] = (),
         on_delta: OnDelta | None = None,
         on_reset: OnReset | None = None,
+        on_waiting: OnWaiting | None = None,
         persistence_dir: str | PathLike[str] | None = None,
         max_iterations: int = 500,
         confirmation: ConfirmationPolicy | None = None,
@@ -221,6 +222,7 @@ class Conversation(Twin):
             callbacks=[partial(self._pass_on, told) for told in callbacks],
             on_delta=on_delta and partial(caller.post, on_delta),
             on_reset=on_reset and partial(self._pass_on, on_reset),
+            on_waiting=partial(caller.post, on_waiting) if callable(on_waiting) else on_waiting,
             persistence_dir=persistence_dir,
             max_iterations=max_iterations,
             confirmation=confirmation,

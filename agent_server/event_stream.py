@@ -9,6 +9,7 @@ import asyncio
 
 from aiohttp import web
 
+from agent_sdk.protocol.errors import AgentServerError
 from agent_server.hosted import Hosted
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -17,10 +18,25 @@ STUCK_SECONDS = 30.0
 RETRY_MS = 1000
 
 
+class Reader:
+    """A hosted.Guest without a Peer."""
+
+    peer = None
+
+    def __init__(self) -> None:
+        self.news = asyncio.Event()
+        self.dismissed = False
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """End the stream."""
+        self.dismissed = True
+        self.news.set()
+
+
 async def stream_events(
     request: web.Request, hosted: Hosted, after: int, ending: asyncio.Event
 ) -> web.StreamResponse:
-    """Send the events after a seq, then live ones, until the client goes or `ending` is set.
+    """Send the events after a seq, then live ones, until the client or the conversation goes, or `ending` is set.
 
     A seq that the log does not have begins with the event `sync.reset`, and then from the start.
     """
@@ -29,13 +45,15 @@ async def stream_events(
     response.force_close()
     await response.prepare(request)
     await response.write(f"retry: {RETRY_MS}\n\n".encode())
-    news = asyncio.Event()
+    reader = Reader()
+    news = reader.news
     stop = hosted.subscribe(lambda seq, event: news.set())
+    hosted.guests.add(reader)
     try:
         if after > hosted.head_seq:
             await response.write(b'event: sync.reset\ndata: {"from_seq":1}\n\n')
             after = 0
-        while not ending.is_set():
+        while not (ending.is_set() or reader.dismissed):
             news.clear()
             for seq, event in await hosted.page(after):
                 after = seq
@@ -46,7 +64,10 @@ async def stream_events(
                 await _write(response, b": still here\n\n")
     except (ConnectionError, TimeoutError):
         pass  # the client is gone, or reads nothing any more
+    except AgentServerError:
+        pass  # the log is gone or cannot be read: whoever asks again is told with a status
     finally:
+        hosted.guests.discard(reader)
         stop()
     return response
 

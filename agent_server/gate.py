@@ -35,6 +35,8 @@ KEY_NAMES = frozenset(
 KEY_SHOWN = web.RequestKey("key_shown", bool)
 """Whether a request carried the key; an upgrade request need not, the first message may."""
 ORIGIN = web.RequestKey("origin", str)
+ANSWERED = web.RequestKey("answered", bool)
+"""The head of an answer is on its way: there cannot be another one."""
 
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST",
@@ -84,6 +86,7 @@ class Gate:
 
     async def label(self, request: web.Request, response: web.StreamResponse) -> None:
         """Put on every answer what browsers and caches should know (aiohttp's on_response_prepare)."""
+        request[ANSWERED] = True
         response.headers.update(_ALWAYS)
         if ORIGIN in request:
             response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = request[ORIGIN]
@@ -104,6 +107,9 @@ class Gate:
             self._logs.bug(exc, incident)
             self._metrics.bugs.inc()
             answer = refusal(InternalError("internal error", incident=incident))
+        if ANSWERED in request:
+            # What was sent breaks off, so that nobody takes it for whole.
+            raise ConnectionError(f"the answer to {request.path} broke off")
         if is_upgrade(request) or not request.content.is_eof():
             # What follows in the stream was meant for something that does not happen now.
             answer.force_close()

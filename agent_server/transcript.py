@@ -33,6 +33,7 @@ from agent_sdk.protocol.events import (
     TurnStarted,
     Unknown,
     UserMessage,
+    Waiting,
     WorkspaceChanged,
 )
 from agent_server.terminal import Style, one_line, visible
@@ -43,6 +44,7 @@ _Notice = (
     | ModelFailed
     | RequestOpened
     | RequestResolved
+    | Waiting
     | Interrupted
     | ErrorRaised
     | TitleChanged
@@ -204,6 +206,8 @@ def _notice_text(event: _Notice) -> tuple[str, Style]:
             return f"waits for the client's tool {tool}", "dim"
         case RequestResolved(answer=answer, reason=reason):
             return f"{answer}{': ' if reason else ''}{reason}", "dim"
+        case Waiting(reason=reason):
+            return f"waits for {reason}" if reason else "goes on", "yellow" if reason else "dim"
         case Interrupted(reason=reason):
             return f"interrupted{': ' if reason else ''}{reason}", "yellow"
         case ErrorRaised(error=error, message=message):

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from agent_sdk.conversation import Conversation
 from agent_sdk.protocol.events import Delta, Event, encode
 from agent_server.outlet import Outlet
-from agent_server.terminal import STDOUT, Terminal, open_terminal
+from agent_server.terminal import STDERR, STDOUT, Terminal, one_line, open_terminal
 from agent_server.transcript import CHARACTERS_SHOWN, Piece, Transcript
 
 T = TypeVar("T")
@@ -64,6 +65,12 @@ class Viewer:
         except OSError as exc:
             if not self._broken.done():
                 self._broken.set_exception(exc)
+
+
+async def tell_waits(conversation: Conversation) -> None:
+    """Say on standard error what the conversation waits for, if anything."""
+    if waiting_for := (await conversation.state()).waiting_for:
+        await open_terminal(STDERR).line(f"agent-server: it waits for {one_line(waiting_for)}")
 
 
 def open_viewer(*, json: bool) -> Viewer:

@@ -7,16 +7,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from agent_sdk.protocol.errors import Overloaded
-from agent_sdk.protocol.methods import Effect, Interrupt, Pause, Respond
+from agent_sdk.protocol.errors import RETRY_AFTER_MS as RETRY_AFTER_MS
+from agent_sdk.protocol.errors import Overloaded, draining
+from agent_sdk.protocol.methods import Effect
 from agent_sdk.rpc.ledger import Ledger
 
 T = TypeVar("T")
-
-ALWAYS_ADMITTED = (Interrupt, Pause, Respond)
-"""They help a server that drains to come to an end."""
-
-RETRY_AFTER_MS = 1000
 
 
 class Work:
@@ -57,11 +53,7 @@ class Work:
             Overloaded: the server drains, or the log has too much to write; details: reason, retry_after_ms.
         """
         if self.draining:
-            raise Overloaded(
-                "the server is stopping; call again in a moment",
-                reason="draining",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
+            raise draining()
         if (waiting := self.pending_writes()) >= self._max_pending_writes:
             raise _too_much("writes wait for the log", self._max_pending_writes, waiting)
 
@@ -136,8 +128,7 @@ class CountedLedger(Ledger):
         """
 
         async def counted() -> T:
-            if not isinstance(call, ALWAYS_ADMITTED):
-                self._work.admit()
+            self._work.admit()
             self.running += 1
             try:
                 with self._work.under_way():

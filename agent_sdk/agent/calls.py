@@ -242,7 +242,8 @@ class Calls:
         call = group[0]
         if call.call_id not in self._deciding or call.call_id in self._results:
             return
-        decision = await self._deciding[call.call_id]
+        # Shielded: an answer may still come when the turn is let go of.
+        decision = await asyncio.shield(self._deciding[call.call_id])
         if decision.written is not None:
             await asyncio.shield(decision.written)
         if not decision.approved:

@@ -146,7 +146,8 @@ class Turn:
         """
         self._calls.leaving = True
         must_end = self._asking or self._calls.must_end
-        if self._task is not None and not self.ending and (now or not must_end):
+        ends = self.ending or self._stopped is not None  # its end in the log must not be broken off
+        if self._task is not None and not ends and (now or not must_end):
             self._task.cancel(GOES_ON)
 
     async def respond(

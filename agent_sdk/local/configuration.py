@@ -18,7 +18,6 @@ from agent_sdk.protocol.events import (
     ConversationCreated,
     Event,
     SecretsChanged,
-    TitleChanged,
 )
 from agent_sdk.protocol.specs import LLM, AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.tools import FunctionTool
@@ -141,11 +140,7 @@ class Configuration:
         """Return the events that say who and what this conversation is, as far as the log does not say it yet."""
         events: list[Event] = [] if fold.created else [ConversationCreated(conversation=self.conversation)]
         events += self.news(fold)
-        title = fold.title if self._title is None else self._title
-        tags = {**fold.tags, **self._tags}
-        if (title, tags) != (fold.title, fold.tags):
-            events.append(TitleChanged(title=title, tags=tags))
-        return events
+        return [*events, *fold.retitled(self._title, self._tags)]
 
     def news(self, fold: Fold) -> list[Event]:
         """Return the events that say of the agent what the log does not say yet."""

@@ -16,19 +16,28 @@ from typing import Literal, Self, TypeVar
 
 from agent_sdk.agent.actor import RunClientTool
 from agent_sdk.agent.place import Place
-from agent_sdk.conversation import Accepted, Callback, Cursor, OnDelta, Outcome, Snapshot, Stats
+from agent_sdk.conversation import (
+    Accepted,
+    Callback,
+    Cursor,
+    OnDelta,
+    OnWaiting,
+    Outcome,
+    Snapshot,
+    Stats,
+    still_runs,
+)
 from agent_sdk.definition import Agent
 from agent_sdk.ids import new_id
 from agent_sdk.local.configuration import Configuration
 from agent_sdk.local.delivery import Delivery, DeltaListener, Listener, Unsubscribe
-from agent_sdk.local.fold import Fold
 from agent_sdk.local.follower import Follower
 from agent_sdk.local.log import EventLog, Operation
 from agent_sdk.local.opened import Opened, open_conversation
 from agent_sdk.local.receipts import answering, check_text, receipt, remembered
 from agent_sdk.local.settings import Settings
-from agent_sdk.protocol.errors import HistoryLost, InvalidParams, RequestNotFound, StateConflict, TimedOut
-from agent_sdk.protocol.events import Event, PauseRequested, TitleChanged, UserMessage
+from agent_sdk.protocol.errors import HistoryLost, InvalidParams, RequestNotFound, StateConflict, draining
+from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
 from agent_sdk.protocol.methods import Done, RunAnswer
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.workspace import Workspace
@@ -61,6 +70,7 @@ class LocalConversation:
         run_client_tool: RunClientTool | None = None,
         since: Cursor | None = None,
         settings: Settings | None = None,
+        on_waiting: OnWaiting | None = None,
     ) -> None:
         """Describe it; it is opened at its first use.
 
@@ -98,6 +108,7 @@ class LocalConversation:
             tags=tags or {},
         )
         self._delivery = Delivery(callbacks, on_delta)
+        self._on_waiting = on_waiting
         self._since = since
         self._settings = settings
         self._opening: asyncio.Task[Opened] | None = None
@@ -191,6 +202,7 @@ class LocalConversation:
         if not opened.turns.ready:
             raise StateConflict("no agent is configured yet", state="idle")
         if mode == "interrupt":
+            opened.turns.check()
             await opened.turns.stop("a new message came", asked=True)
         run_id = opened.turns.run_id
         message = UserMessage(text=text, op_id=op.op_id if op else None)
@@ -203,7 +215,7 @@ class LocalConversation:
             return known
         return Accepted(records[0].event.seq, run_id)
 
-    async def run(self, timeout: float | None = None) -> Outcome:
+    async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
         """See Conversation.run. The callbacks have seen every event of the turn when it returns.
 
         Raises:
@@ -214,11 +226,13 @@ class LocalConversation:
         if turn is None:
             return _last(opened)
         try:
-            async with asyncio.timeout(timeout):
-                await opened.turns.ended(turn)
+            async with asyncio.timeout(timeout) as limit:
+                await opened.ended(turn, on_waiting or self._on_waiting)
                 await self._delivery.drained()
         except TimeoutError:
-            raise TimedOut(f"the turn still runs after {timeout} seconds", seconds=timeout) from None
+            if not limit.expired():
+                raise
+            raise still_runs(timeout, opened.journal.fold.waits) from None
         if turn.failure is not None:
             raise turn.failure
         return turn.outcome or _last(opened)
@@ -226,6 +240,7 @@ class LocalConversation:
     async def begin(self, *, op: Operation | None = None) -> RunAnswer:
         """Like `run`, without waiting: make the turn go on, and say which it is or was."""
         opened = await self._open()
+        opened.turns.check()
         if opened.turns.current is None:
             coming = RunAnswer(run_id=opened.turns.run_id, running=True)
             turn = opened.turns.begin(answering(op, coming))
@@ -233,6 +248,8 @@ class LocalConversation:
             turn = opened.turns.current
         if turn is not None:
             await turn.begun.wait()
+            if opened.journal.fold.run_id != turn.run_id:
+                raise turn.failure or draining()
             answer = RunAnswer(run_id=turn.run_id, running=True)
         else:
             last, ended = _last(opened), opened.journal.fold.ended_seq
@@ -243,6 +260,7 @@ class LocalConversation:
     async def pause(self, *, op: Operation | None = None) -> None:
         """See Conversation.pause. Nothing happens when no turn runs."""
         opened = await self._open()
+        opened.turns.check()
         turn = opened.turns.current
         done = answering(op, Done())
         if turn is not None and not turn.ending and not opened.journal.pause_requested:
@@ -253,6 +271,7 @@ class LocalConversation:
     async def interrupt(self, reason: str = "", *, op: Operation | None = None) -> None:
         """See Conversation.interrupt. Nothing happens when no turn runs."""
         opened = await self._open()
+        opened.turns.check()
         done = answering(op, Done())
         await opened.turns.stop(reason, asked=True, op=done)
         await self._note(done)
@@ -267,6 +286,7 @@ class LocalConversation:
     ) -> None:
         """See Conversation.respond."""
         opened = await self._open()
+        opened.turns.check()
         turn = opened.turns.current
         if turn is None:
             raise RequestNotFound(f"no request {request_id[:64]!r} waits for an answer", request=request_id)
@@ -297,7 +317,7 @@ class LocalConversation:
             opened.journal.epoch,
             working=self.working,
             closed=closed,
-            waiting_for=opened.turns.waiting_for if self.working else "",
+            key=opened.turns.key,
         )
 
     async def stats(self) -> Stats:
@@ -338,7 +358,7 @@ class LocalConversation:
     ) -> None:
         """See Conversation.set_title. What does not change is not written."""
         opened = await self._open()
-        if events := _retitled(opened.journal.fold, title, tags):
+        if events := opened.journal.fold.retitled(title, tags):
             await opened.journal.append(*events, op=answering(op, Done()))
         else:
             await self._note(answering(op, Done()))
@@ -369,7 +389,7 @@ class LocalConversation:
         events = self._configuration.news(fold)
         if secrets:
             events.append(self._configuration.add_secrets(secrets))
-        events += _retitled(fold, title, tags)
+        events += fold.retitled(title, tags)
         opened.turns.actor = self._configuration.actor
         await self._write(opened, events, op)
 
@@ -448,10 +468,13 @@ class LocalConversation:
         opening = self._opening
         try:
             # Shared by all who come first; one of them being cancelled does not stop it.
-            return await asyncio.shield(opening)
+            opened = await asyncio.shield(opening)
         finally:
             if opening.done() and self._opening is opening:
                 self._opening = None
+        if self._closing is not None:  # meanwhile
+            raise StateConflict("the conversation is closed", state="closed")
+        return opened
 
     async def _really_open(self) -> Opened:
         self._opened = await open_conversation(
@@ -470,10 +493,3 @@ def _last(opened: Opened) -> Outcome:
     if opened.journal.fold.outcome is None:
         raise StateConflict("there is no message yet", state="idle")
     return opened.journal.fold.outcome
-
-
-def _retitled(fold: Fold, title: str | None, tags: dict[str, str] | None) -> list[Event]:
-    """What says the new title and the new tags, if they are new."""
-    kept = fold.title if title is None else title
-    merged = {**fold.tags, **(tags or {})}
-    return [] if (kept, merged) == (fold.title, fold.tags) else [TitleChanged(title=kept, tags=merged)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec.structs import replace
 
 from agent_sdk.agent.progress import Progress
-from agent_sdk.conversation import Outcome, outcome_of
+from agent_sdk.conversation import Outcome, Waits, outcome_of
 from agent_sdk.protocol.events import (
     AgentConfigured,
     ConversationCreated,
@@ -25,7 +26,7 @@ from agent_sdk.protocol.events import (
     TurnStarted,
     UserMessage,
 )
-from agent_sdk.protocol.results import PendingRequest, Snapshot, State, Stats
+from agent_sdk.protocol.results import PendingRequest, Snapshot, State, Stats, Wait
 
 
 class Fold:
@@ -46,6 +47,7 @@ class Fold:
         self.outcome: Outcome | None = None
         self.ended_seq = 0
         self.pending: dict[str, RequestOpened] = {}
+        self.waits = Waits()
         self.results: dict[str, dict[str, Any]] = {}
         """The `data` of each tool's last result that was no error."""
         self._created_at = 0.0
@@ -74,6 +76,12 @@ class Fold:
     def paused(self) -> bool:
         """Whether the last turn was paused, and none runs."""
         return self.outcome is not None and self.outcome.status == "paused" and not self.turn_open
+
+    def retitled(self, title: str | None, tags: Mapping[str, str] | None) -> list[Event]:
+        """Return what says a new title and new tags, if they are new; None: it stays."""
+        kept = self.title if title is None else title
+        merged = {**self.tags, **(tags or {})}
+        return [] if (kept, merged) == (self.title, self.tags) else [TitleChanged(title=kept, tags=merged)]
 
     def add(self, event: Event) -> None:
         """Take in the next event of the log."""
@@ -105,17 +113,18 @@ class Fold:
                 self._turn(event)
             case _:
                 pass
+        self.waits.add(event)
         if self.progress is not None:
             self.progress.add(event)
 
-    def snapshot(
-        self, id: str, epoch: str, *, working: bool, closed: bool, waiting_for: str = ""
-    ) -> Snapshot:
-        """Return the state; `working`: a turn runs in this process or is about to."""
+    def snapshot(self, id: str, epoch: str, *, working: bool, closed: bool, key: Wait | None) -> Snapshot:
+        """Return the state; `working`: a turn runs in this process or is about to; `key`: what the agent lacks."""
         configured = self.configured
+        waits = tuple(wait for wait in self.waits if wait.what != "key")
+        waits = (key, *waits) if key else waits
         return Snapshot(
             id=id,
-            state=self._state(working, closed, waiting_for),
+            state=self._state(working, closed, bool(waits)),
             epoch=epoch,
             head_seq=self._seq,
             title=self.title,
@@ -134,14 +143,15 @@ class Fold:
             ),
             run_id=self.run_id,
             model=configured.model if configured else None,
-            waiting_for=waiting_for,
+            waiting_for="; ".join(wait.reason for wait in waits),
+            waits=waits,
         )
 
-    def _state(self, working: bool, closed: bool, waiting_for: str) -> State:
+    def _state(self, working: bool, closed: bool, waits: bool) -> State:
         if closed:
             return "closed"
         if working:
-            return "awaiting" if self.pending or waiting_for else "running"
+            return "awaiting" if waits else "running"
         if self.outcome is not None and self.outcome.status == "failed":
             return "failed"
         return "paused" if self.resumable or self.turn_open else "idle"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from os import PathLike
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from agent_sdk.conversation import Cursor
+from agent_sdk.agent.loop import Turn
+from agent_sdk.conversation import Cursor, OnWaiting, Wait, tell_waits
 from agent_sdk.local.configuration import Configuration
 from agent_sdk.local.delivery import Delivery
 from agent_sdk.local.follower import Follower
@@ -33,6 +35,22 @@ class Opened:
         self.turns = turns
         self.followers: set[Follower] = set()
         self._stack = stack
+
+    async def ended(self, turn: Turn, on_waiting: OnWaiting | None) -> None:
+        """Wait for the end of a turn, and tell what it waits for until then."""
+        told: set[Wait] = set()
+        news = asyncio.Event()
+        stop = self.journal.delivery.subscribe(lambda seq, event: news.set())
+        over = asyncio.ensure_future(turn.over.wait())
+        over.add_done_callback(lambda _: news.set())
+        try:
+            while not over.done():
+                news.clear()
+                await tell_waits(self.journal.fold.waits, told, on_waiting)
+                await news.wait()
+        finally:
+            stop()
+            over.cancel()
 
     async def close(self, *, delete: bool = False, suspend: bool = False) -> None:
         """Stop the turn, wait for the callbacks, let go of everything; `delete` removes the log, too.
@@ -95,7 +113,7 @@ async def open_conversation(
         if events := configuration.introduction(journal.fold):
             await journal.append(*events)
         turns = Turns(journal, survive=settings is not None)
-        turns.waiting_for, turns.obstacle = configuration.missing, configuration.obstacle
+        turns.missing, turns.obstacle = configuration.missing, configuration.obstacle
         turns.actor = configuration.actor
         if settings is not None:
             turns.take_up(await _promised(journal))

@@ -16,7 +16,9 @@ from agent_sdk.agent.progress import Progress
 from agent_sdk.ids import new_id
 from agent_sdk.local.journal import Journal
 from agent_sdk.local.log import Operation
-from agent_sdk.protocol.errors import AgentServerError, StateConflict
+from agent_sdk.protocol.errors import AgentServerError, InternalError, StateConflict, draining
+from agent_sdk.protocol.events import Waiting
+from agent_sdk.protocol.results import Wait
 
 
 class Turns:
@@ -26,8 +28,9 @@ class Turns:
         """Take the log; `survive`: a turn that is open in it is gone on with, not closed."""
         self.accepts = True
         """Whether new turns may start."""
-        self.waiting_for = ""
-        """Why there is no actor although the conversation has an agent; a turn then waits for one."""
+        self._leaving = False
+        self.missing = ""
+        """Why there is no actor although the conversation has an agent, a sentence; a turn then waits for one."""
         self.obstacle: AgentServerError | None = None
         """Why there cannot be one; a turn then fails with it."""
         self._actor: Actor | None = None
@@ -48,14 +51,19 @@ class Turns:
     def actor(self, actor: Actor | None) -> None:
         self._actor = actor
         if actor is not None:
-            self.waiting_for, self.obstacle = "", None
+            self.missing, self.obstacle = "", None
             if self._arrived is not None:
                 self._arrived.set()
 
     @property
     def ready(self) -> bool:
         """Whether a turn may start, even if it has to wait for its actor."""
-        return self._actor is not None or bool(self.waiting_for) or self.obstacle is not None
+        return self._actor is not None or bool(self.missing) or self.obstacle is not None
+
+    @property
+    def key(self) -> Wait | None:
+        """What the agent lacks, working or not."""
+        return Wait(what="key", reason=self.missing) if self.missing else None
 
     @property
     def current(self) -> Turn | None:
@@ -69,6 +77,15 @@ class Turns:
         """The turn that answers a message submitted now."""
         joins = self._turn is not None and not self._turn.ending
         return self._turn.run_id if joins and self._turn else self._coming
+
+    def check(self) -> None:
+        """Accept a call that acts on the turn that runs.
+
+        Raises:
+            Overloaded: it is let go of, for another process: that one takes the call.
+        """
+        if self._leaving:
+            raise draining()
 
     def message_committed(self, future: asyncio.Future[Any], *, run_id: str, wake: bool) -> None:
         """Start the turn that was promised to a message, unless it has started.
@@ -118,7 +135,7 @@ class Turns:
 
     async def let_go(self, *, now: bool) -> None:
         """Start no more turns, end the work of the present one without an end in the log, and wait for that."""
-        self.accepts = False
+        self.accepts, self._leaving = False, True
         turn = self._turn
         if turn is not None:
             turn.let_go(now=now)
@@ -146,11 +163,13 @@ class Turns:
         return turn
 
     async def _present(self) -> Actor:
-        while self._actor is None:
-            if self.obstacle is not None:
-                raise self.obstacle
-            self._arrived = asyncio.Event()
+        if self._actor is None and self.obstacle is None:
+            self._arrived = asyncio.Event()  # made first: somebody may arrive while it is written down
+            await self._journal.append(Waiting(what="key", reason=self.missing))
             await self._arrived.wait()
+            await self._journal.append(Waiting(what="key"))
+        if self._actor is None:
+            raise self.obstacle or InternalError("nobody works in the turn")
         return self._actor
 
     async def _course(self, turn: Turn, before: asyncio.Task[None] | None) -> None:

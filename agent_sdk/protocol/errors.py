@@ -15,7 +15,8 @@ AgentServerError
         PathNotFound (FileNotFoundError)
     Conflict            -32005
         OpMismatch, OpExpired, TurnInProgress, TransferBroken, ChangedDuringRead,
-        PathExists (FileExistsError), StateConflict, HistoryLost, ConversationDamaged
+        PathExists (FileExistsError), HistoryLost, ConversationDamaged, StateConflict
+            TurnWaits
     LimitExceeded       -32006
         StorageFull (OSError)
     TimedOut            -32007 (TimeoutError)
@@ -156,6 +157,17 @@ class Overloaded(AgentServerError, code=-32001, retryable=True):
     """Too much at once. Details: limit, retry_after_ms."""
 
 
+DRAINING = "draining"
+RETRY_AFTER_MS = 1000
+
+
+def draining() -> Overloaded:
+    """Return the refusal of a process that is about to end: nothing was done, and the next one takes the call."""
+    return Overloaded(
+        "the server is stopping; call again in a moment", reason=DRAINING, retry_after_ms=RETRY_AFTER_MS
+    )
+
+
 class NotInitialised(AgentServerError, code=-32002):
     """The first message of a connection must be `initialize`."""
 
@@ -202,6 +214,10 @@ class OpExpired(Conflict):
 
 class StateConflict(Conflict):
     """The conversation is not in a state that allows the call. Details: state."""
+
+
+class TurnWaits(StateConflict):
+    """The turn cannot go on before somebody does something; it goes on then. Details: what, request_id."""
 
 
 class HistoryLost(Conflict):

@@ -155,6 +155,14 @@ class RequestResolved(Base, frozen=True, tag="request_resolved"):
     reason: str = ""
 
 
+class Waiting(Base, frozen=True, tag="waiting"):
+    """The turn cannot go on before somebody does something. Requests have an event of their own, `request_opened`."""
+
+    what: Literal["key", "box"]
+    reason: str = ""
+    """What is missing and what to do about it, in one sentence; empty: the turn goes on."""
+
+
 class PauseRequested(Base, frozen=True, tag="pause_requested"):
     """The turn will stop before its next step."""
 
@@ -240,6 +248,7 @@ KnownEvent = (
     | ModelFailed
     | RequestOpened
     | RequestResolved
+    | Waiting
     | PauseRequested
     | Interrupted
     | TurnEnded

@@ -185,6 +185,18 @@ class PendingRequest(Struct, frozen=True, kw_only=True):
     arguments: str
 
 
+class Wait(Struct, frozen=True, kw_only=True):
+    """Something that the agent needs before it can go on."""
+
+    what: Literal["key", "approval", "client_tool", "box", "server"]
+    reason: str
+    """What is missing and what to do about it, in one sentence."""
+    request_id: str | None = None
+    """Of an approval or a client tool."""
+    tool: str = ""
+    """That is to be approved or run."""
+
+
 class RunningOperation(Struct, frozen=True, kw_only=True):
     """A call that changes the workspace and has begun. Repeating it attaches to it."""
 
@@ -212,4 +224,6 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     operations: tuple[RunningOperation, ...] = ()
     """Calls of clients that are under way in the workspace, oldest first."""
     waiting_for: str = ""
-    """What the agent waits for besides `pending`, e.g. a key that the server does not keep; a sentence."""
+    """What the agent waits for, or would wait for as soon as it works; a sentence each of `waits`."""
+    waits: tuple[Wait, ...] = ()
+    """The same for programs."""

@@ -7,7 +7,7 @@ TurnEnded in the stream, after every callback has seen it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any, Literal, Self, TypeVar
 
@@ -21,10 +21,15 @@ from agent_sdk.conversation import (
     Cursor,
     OnDelta,
     OnReset,
+    OnWaiting,
     Outcome,
     Snapshot,
     Stats,
+    Wait,
+    Waits,
     outcome_of,
+    still_runs,
+    tell_waits,
 )
 from agent_sdk.definition import Agent
 from agent_sdk.ids import new_id
@@ -37,7 +42,7 @@ from agent_sdk.protocol.errors import (
     StateConflict,
     TimedOut,
 )
-from agent_sdk.protocol.events import Delta, Event, RequestResolved, TurnEnded
+from agent_sdk.protocol.events import AgentConfigured, Delta, Event, RequestResolved, TurnEnded
 from agent_sdk.protocol.methods import (
     Configure,
     Delete,
@@ -92,6 +97,7 @@ class RemoteConversation:
         callbacks: Sequence[Callback] = (),
         on_delta: OnDelta | None = None,
         on_reset: OnReset | None = None,
+        on_waiting: OnWaiting | None = None,
         max_iterations: int = 500,
         confirmation: ConfirmationPolicy | None = None,
         secrets: dict[str, str] | None = None,
@@ -107,7 +113,7 @@ class RemoteConversation:
             since: its callbacks get the events after this; None: those from now on.
             on_reset: without it, every wait raises HistoryLost when the history is gone.
         """
-        self._agent = agent
+        self._agent = agent.spec() if agent else None
         self._workspace = workspace
         self._wanted = id
         self._since = since
@@ -117,12 +123,18 @@ class RemoteConversation:
             "max_iterations": max_iterations,
             "confirmation": confirmation or ConfirmationPolicy(),
             "secrets": dict(secrets or {}),
-            "title": title,
-            "tags": dict(tags or {}),
         }
+        self._name = {"title": title, "tags": dict(tags or {})}
+        self._on_waiting = on_waiting
+        self._waits = Waits()
+        self._known_seq = 0
+        """What the state said that came with the connection: events up to this seq change nothing any more."""
+        self._out_of_reach: Wait | None = None
+        self._running = 0
+        """How many wait for the end of a turn."""
         self._delivery = Delivery(tuple(callbacks), on_delta, on_reset)
         self._stack = AsyncExitStack()
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[ServerLink] | None = None
         self._link: ServerLink | None = None
         self._is_new = False
         self._is_configured = agent is None
@@ -152,23 +164,63 @@ class RemoteConversation:
         """See Conversation.send_message."""
         return await self._ask(SendMessage(op_id=new_id(), text=text, mode=mode))
 
-    async def run(self, timeout: float | None = None) -> Outcome:
+    async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
         """See Conversation.run."""
         link = Until(await self._open(), timeout)
+        waiting = asyncio.create_task(self._wait(link))
+        telling = asyncio.create_task(self._tell_waits(on_waiting or self._on_waiting))
         try:
-            while True:
-                answer = await ask(link, Run(op_id=new_id()))
-                self._delivery.check()
-                if answer.ended_seq and answer.ended_seq <= self._delivery.since:
-                    return await self._past_outcome(answer.ended_seq)
-                try:
-                    async with asyncio.timeout(link.left):
-                        return await self._delivery.outcome(answer.run_id)
-                except HistoryLost:
-                    if not self._can_restart:
-                        raise
-        except TimeoutError:
-            raise TimedOut(f"the turn still runs after {timeout} seconds", seconds=timeout) from None
+            await asyncio.wait({waiting, telling}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                await telling
+            return await waiting
+        except TimedOut:
+            raise still_runs(timeout, self._waited_for(turn=True)) from None
+        finally:
+            for task in (waiting, telling):
+                task.cancel()
+            await asyncio.gather(waiting, telling, return_exceptions=True)
+
+    async def _wait(self, link: Until) -> Outcome:
+        while True:
+            answer = await ask(link, Run(op_id=new_id()))
+            self._delivery.check()
+            if answer.ended_seq and answer.ended_seq <= self._delivery.since:
+                return await self._past_outcome(answer.ended_seq)
+            self._running += 1
+            self._delivery.wake()
+            try:
+                async with asyncio.timeout(link.left):
+                    return await self._delivery.outcome(answer.run_id)
+            except TimeoutError:
+                raise TimedOut("the turn still runs") from None
+            except HistoryLost:
+                if not self._can_restart:
+                    raise
+            finally:
+                self._running -= 1
+
+    async def _tell_waits(self, on_waiting: OnWaiting | None) -> None:
+        """Tell what is waited for, again and again; returns only by what `on_waiting` raises."""
+        told: set[Wait] = set()
+        while True:
+            moved = self._delivery.moved  # taken before anybody looks: what happens meanwhile is not missed
+            await tell_waits(self._waited_for(turn=self._running > 0), told, on_waiting)
+            await moved.wait()
+
+    def _waited_for(self, *, turn: bool) -> Iterator[Wait]:
+        """What nobody here brings by himself: not the key of the own agent, nor a call of an own tool.
+
+        Args:
+            turn: whether there is a turn that waits, too.
+        """
+        if self._out_of_reach is not None:
+            yield self._out_of_reach
+        for wait in self._waits if turn else ():
+            own_key = wait.what == "key" and self._agent is not None
+            own_tool = wait.what == "client_tool" and wait.tool in self._tools.names
+            if not (own_key or own_tool):
+                yield wait
 
     async def _past_outcome(self, seq: int) -> Outcome:
         """The end of a turn that was over before this end began to listen."""
@@ -219,6 +271,7 @@ class RemoteConversation:
     async def update_secrets(self, secrets: dict[str, str]) -> None:
         """See Conversation.update_secrets."""
         await self._do(UpdateSecrets(op_id=new_id(), secrets=secrets))
+        self._settings["secrets"] |= secrets
 
     async def set_confirmation_policy(self, policy: ConfirmationPolicy) -> None:
         """See Conversation.set_confirmation_policy."""
@@ -227,6 +280,8 @@ class RemoteConversation:
     async def switch_llm(self, llm: Model) -> None:
         """See Conversation.switch_llm."""
         await self._do(SwitchLlm(op_id=new_id(), llm=llm))
+        if self._agent is not None:
+            self._agent = replace(self._agent, llm=llm)
 
     async def set_title(self, title: str | None = None, *, tags: dict[str, str] | None = None) -> None:
         """See Conversation.set_title."""
@@ -234,10 +289,13 @@ class RemoteConversation:
 
     async def close(self) -> None:
         """See Conversation.close."""
+        await self._delivery.close()
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait({self._opening})
         if self._link is not None:
             self._link.leave(self)
             self._link = None
-        await self._delivery.close()
         await self._tools.close()
         await self._stack.aclose()
 
@@ -257,16 +315,31 @@ class RemoteConversation:
     # --- opening ---
 
     async def _open(self) -> ServerLink:
-        async with self._opening:
-            if self._delivery.closed:
-                raise StateConflict("the conversation is closed", state="closed")
-            if self._link is None:
-                self._link = await self._join()
-                self._workspace.on_close(self.close)
-            if not self._is_configured:
-                await ask(self._link, self._configuration())
-                self._is_configured = True
+        if self._link is not None and self._is_configured:
             return self._link
+        if self._opening is None and not self._delivery.closed:
+            self._workspace.on_close(self.close)
+            self._opening = asyncio.create_task(self._really_open())
+            self._opening.add_done_callback(self._was_opened)
+        if self._opening is not None:
+            # Shared by all who come first; one of them being cancelled does not stop it.
+            await asyncio.wait({opening := self._opening})
+            if not self._delivery.closed:
+                return opening.result()
+        raise StateConflict("the conversation is closed", state="closed")
+
+    async def _really_open(self) -> ServerLink:
+        if self._link is None:
+            self._link = await self._join()
+        if not self._is_configured:
+            await ask(self._link, self._configuration(**self._name))
+            self._is_configured = True
+        return self._link
+
+    def _was_opened(self, opening: asyncio.Task[ServerLink]) -> None:
+        self._opening = None
+        if not opening.cancelled():
+            opening.exception()  # whoever waited for it has it; nobody may have
 
     async def _join(self) -> ServerLink:
         """Take over the workspace's link where it leads to this conversation, else make one."""
@@ -284,9 +357,9 @@ class RemoteConversation:
         target = replace(self._workspace.target, conversation=self._id, workspace=spec)
         return await self._stack.enter_async_context(ServerLink(target, self))
 
-    def _configuration(self) -> Configure:
+    def _configuration(self, **name: Any) -> Configure:
         assert self._agent is not None
-        return Configure(op_id=new_id(), agent=self._agent.spec(), **self._settings)
+        return Configure(op_id=new_id(), agent=self._agent, **self._settings, **name)
 
     # --- what a link tells ---
 
@@ -307,8 +380,14 @@ class RemoteConversation:
             delivery.reset(reason, Cursor(answer.epoch, 0))
         if self._tools.names:
             await peer.call(RegisterTools(tools=self._tools.names), timeout=ANSWER_SECONDS)
-        if answer.state is not None and answer.state.waiting_for and self._agent and self._is_configured:
-            await peer.call(self._configuration(), timeout=ANSWER_SECONDS)  # its server does not keep the key
+        if answer.state is not None:
+            self._waits.begin(answer.state.waits)
+            lacks_key = any(wait.what == "key" for wait in answer.state.waits)
+            if lacks_key and self._agent is not None and self._is_configured:
+                # Its server keeps no keys.
+                await peer.call(self._configuration(), timeout=ANSWER_SECONDS)
+        self._known_seq, self._out_of_reach = answer.head_seq, None
+        delivery.wake()
 
     def _beginning(self, answer: Initialized) -> Cursor:
         match self._since:
@@ -326,6 +405,8 @@ class RemoteConversation:
             for event in self._delivery.take(notice.epoch, notice.events):
                 if isinstance(event, RequestResolved):
                     self._tools.settled(event.request_id)
+                if event.seq > self._known_seq:
+                    self._heed(event)
         elif method == DeltaNotice.method:
             self._delivery.take_delta(
                 msgspec.json.decode(msgspec.json.decode(params, type=DeltaNotice).delta, type=Delta)
@@ -333,6 +414,18 @@ class RemoteConversation:
         elif method == SyncReset.method:
             reset = msgspec.json.decode(params, type=SyncReset)
             self._delivery.reset(reset.reason, Cursor(reset.epoch, reset.from_seq - 1))
+
+    def _heed(self, event: Event) -> None:
+        """Keep up with what holds now: what is waited for, and what others have changed of the agent."""
+        self._waits.add(event)
+        if isinstance(event, AgentConfigured) and self._is_configured:
+            self._settings["max_iterations"] = event.max_iterations
+            self._settings["confirmation"] = event.confirmation
+
+    def unreachable(self, error: AgentServerError) -> None:
+        """See Resident."""
+        self._out_of_reach = Wait(what="server", reason=f"the server: {error}")
+        self._delivery.wake()
 
     def ended(self, error: AgentServerError) -> None:
         """See Resident."""

@@ -41,7 +41,8 @@ class Delivery:
         self._on_delta = on_delta
         self._on_reset = on_reset
         self._queue: asyncio.Queue[Event | Delta | _Reset | AgentServerError] = asyncio.Queue()
-        self._moved = asyncio.Event()
+        self.moved = asyncio.Event()
+        """Set when something has happened; then there is another one."""
         self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
         self._error: AgentServerError | None = None
@@ -145,7 +146,7 @@ class Delivery:
         if task is not None and task is not asyncio.current_task():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        self._wake()
+        self.wake()
 
     def check(self) -> None:
         """Raise what ended the stream, if anything did."""
@@ -156,17 +157,18 @@ class Delivery:
         self.check()
         if self.closed:
             raise ConnectionLost("the conversation was closed meanwhile")
-        await self._moved.wait()
+        await self.moved.wait()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let everybody who waits look again."""
         # Whoever waits has the old event object; the next wait gets a fresh one.
-        moved, self._moved = self._moved, asyncio.Event()
+        moved, self.moved = self.moved, asyncio.Event()
         moved.set()
 
     def _fail(self, error: AgentServerError) -> None:
         if self._error is None:
             self._error = error
-        self._wake()
+        self.wake()
 
     async def _deliver(self) -> None:
         while self._error is None and not self.closed:
@@ -193,7 +195,7 @@ class Delivery:
         self._outcomes.clear()
         self._resets += 1
         await _tell(self._on_reset, reset.start)
-        self._wake()
+        self.wake()
 
     def _delivered(self, event: Event) -> None:
         self.seen = event.seq
@@ -201,7 +203,7 @@ class Delivery:
             self._outcomes[event.run_id] = outcome_of(event)
             if len(self._outcomes) > OUTCOMES_KEPT:
                 self._outcomes.popitem(last=False)
-        self._wake()
+        self.wake()
 
 
 async def _tell(callback: Callable[..., Awaitable[None] | None], item: object) -> None:

@@ -12,14 +12,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple, Protocol, TypeVar
 
-from agent_sdk.protocol.errors import ConnectionLost, OutcomeUnknown, Overloaded, TimedOut
+from agent_sdk.protocol.errors import DRAINING, ConnectionLost, OutcomeUnknown, Overloaded, TimedOut
 from agent_sdk.protocol.methods import Effect, Method
 from agent_sdk.rpc.peer import Peer
 
 T = TypeVar("T")
-
-DRAINING = "draining"
-"""The reason of a server that is about to stop."""
 
 
 class Linked(NamedTuple):

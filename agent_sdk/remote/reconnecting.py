@@ -88,6 +88,10 @@ class Resident(Protocol):
         """Take a notice of the server."""
         ...
 
+    def unreachable(self, error: AgentServerError) -> None:
+        """The connection is lost, or cannot be made; it is being tried."""
+        ...
+
     def ended(self, error: AgentServerError) -> None:
         """There will be no further connection."""
         ...
@@ -326,6 +330,8 @@ class ServerLink:
 
     async def _tell(self, error: AgentServerError | None) -> None:
         self._complained = error is not None
+        if error is not None and self._resident is not None:
+            self._resident.unreachable(error)
         if self._target.on_connection is not None:
             try:
                 waiting = self._target.on_connection(error)

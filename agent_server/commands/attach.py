@@ -17,7 +17,7 @@ from agent_sdk.protocol.events import RequestOpened, RequestResolved, TurnEnded,
 from agent_server.client import find_server
 from agent_server.inlet import STDIN, Inlet
 from agent_server.terminal import STDERR, one_line, open_terminal
-from agent_server.viewer import Viewer, open_viewer
+from agent_server.viewer import Viewer, open_viewer, tell_waits
 
 HELP = "a line is a message; /approve, /reject [reason], /pause, /run, /interrupt; Ctrl-C leaves, the agent goes on"
 
@@ -32,6 +32,7 @@ async def main(given: argparse.Namespace) -> int:
             typed = os.isatty(STDIN)
             if typed:
                 await open_terminal(STDERR).line(f"[{HELP}]", "dim")
+            await tell_waits(conversation)
             visit = Visit(conversation, open_viewer(json=False), typed=typed)
             await _first(visit.watch(given.since), visit.listen(), left.wait())
     return 0

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from agent_sdk import Conversation, Event
 from agent_server.client import find_server
-from agent_server.viewer import Viewer, open_viewer
+from agent_server.viewer import Viewer, open_viewer, tell_waits
 
 
 async def main(given: argparse.Namespace) -> int:
@@ -16,6 +16,7 @@ async def main(given: argparse.Namespace) -> int:
     async with find_server(given).workspace(conversation=given.id) as workspace:
         conversation = Conversation(None, workspace, id=given.id)
         async with conversation:
+            await tell_waits(conversation)
             await viewer.watch(_show(conversation.events(given.since, given.follow), viewer))
     return 0
 

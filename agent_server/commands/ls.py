@@ -73,12 +73,18 @@ def _row(snapshot: Snapshot) -> tuple[str, ...]:
     title = one_line(snapshot.title or "")
     return (
         one_line(snapshot.id),
-        snapshot.state,
+        _state(snapshot),
         updated,
         str(snapshot.head_seq),
         one_line(snapshot.model or "-"),
         title if len(title) <= 60 else f"{title[:59]}…",
     )
+
+
+def _state(snapshot: Snapshot) -> str:
+    """The state, and in a word each what the agent lacks."""
+    waits = ", ".join(dict.fromkeys(wait.what for wait in snapshot.waits))
+    return f"{snapshot.state} ({waits})" if waits else snapshot.state
 
 
 def _line(row: tuple[str, ...], widths: list[int]) -> str:

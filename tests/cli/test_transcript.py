@@ -152,6 +152,7 @@ def test_every_kind_of_event_can_be_shown(kind):
         "attempt": 1,
         "request_id": "q",
         "request": "approval",
+        "what": "key",
         "answer": "void",
         "status": "finished",
         "classification": "tool",

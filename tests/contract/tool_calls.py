@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from agent_sdk.conversation import Conversation
-from agent_sdk.protocol.errors import InvalidParams, RequestNotFound
+from agent_sdk.conversation import Conversation, Wait
+from agent_sdk.protocol.errors import InvalidParams, RequestNotFound, TimedOut, TurnWaits
 from agent_sdk.protocol.events import (
     Event,
     RequestOpened,
@@ -20,6 +20,8 @@ from agent_sdk.protocol.specs import ConfirmationPolicy
 from agent_sdk.testing import call, calls, say
 from agent_sdk.tools import tool
 from tests.contract.vocabulary import PATIENCE, Open, acting, last_result, past, these, until
+
+ALWAYS = ConfirmationPolicy(mode="always")
 
 
 class ToolCallsContract:
@@ -139,6 +141,48 @@ class ToolCallsContract:
         await conversation.respond(request.request_id, "approve")
         assert (await conversation.run(timeout=PATIENCE)).status == "finished"
         assert (await last_result(conversation)).text.startswith("ran\n")
+
+    async def test_run_tells_its_caller_that_an_approval_is_waited_for(self, open: Open) -> None:
+        conversation = await open(
+            acting(call("terminal", command="echo hi"), say("done")), confirmation=ALWAYS
+        )
+        await conversation.send_message("go")
+        waits: list[Wait] = []
+
+        async def approve(wait: Wait) -> None:
+            waits.append(wait)
+            assert wait in (await conversation.state()).waits
+            assert wait.request_id
+            await conversation.respond(wait.request_id, "approve")
+
+        assert (await conversation.run(timeout=PATIENCE, on_waiting=approve)).final_text == "done"
+        [request] = await these(conversation, RequestOpened)
+        assert [(wait.what, wait.tool, wait.request_id) for wait in waits] == [
+            ("approval", "terminal", request.request_id)
+        ]
+
+    async def test_run_ends_instead_of_waiting_for_somebody_where_its_caller_wants_that(
+        self, open: Open
+    ) -> None:
+        conversation = await open(
+            acting(call("terminal", command="echo hi"), say("done")), confirmation=ALWAYS, on_waiting="raise"
+        )
+        await conversation.send_message("go")
+        with pytest.raises(TurnWaits, match="whether terminal may run") as waits:
+            await conversation.run(timeout=PATIENCE)
+        await conversation.respond(waits.value.details["request_id"], "approve")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "done"
+
+    async def test_what_is_raised_when_the_time_of_run_is_over_says_what_the_turn_waits_for(
+        self, open: Open
+    ) -> None:
+        conversation = await open(
+            acting(call("terminal", command="echo hi"), say("done")), confirmation=ALWAYS
+        )
+        await conversation.send_message("go")
+        await until(conversation, RequestOpened)
+        with pytest.raises(TimedOut, match="whether terminal may run"):
+            await conversation.run(timeout=0.05)
 
     async def test_an_approval_is_in_the_log_before_the_call_runs(self, open: Open) -> None:
         conversations: list[Conversation] = []

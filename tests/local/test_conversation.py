@@ -69,6 +69,18 @@ class TestLocal(ConversationContract):
 # --- opening and closing ---
 
 
+async def test_a_conversation_that_is_closed_while_it_opens_accepts_nothing(workspace, tmp_path):
+    conversation = LocalConversation(acting(say("done")), workspace, id="one", persistence_dir=tmp_path)
+    sending = [asyncio.create_task(conversation.send_message(text)) for text in "12"]
+    await asyncio.sleep(0)
+    await conversation.close()
+    for task in sending:
+        with pytest.raises(StateConflict):
+            await task
+    async with LocalConversation(acting(say("done")), workspace, id="one", persistence_dir=tmp_path) as again:
+        assert await these(again, UserMessage) == []
+
+
 async def test_a_folder_is_workspace_enough(tmp_path):
     conversation = LocalConversation(
         acting(call("file_editor", command="view", path="."), say("done")), tmp_path

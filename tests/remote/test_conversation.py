@@ -1,11 +1,13 @@
 """The contract of a conversation holds on a server, too; and several clients share one conversation."""
 
-from contextlib import AsyncExitStack
+import asyncio
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 
 from agent_sdk import Agent, Conversation, RemoteWorkspace
-from agent_sdk.protocol.errors import ConversationNotFound
+from agent_sdk.protocol.errors import ConversationNotFound, StateConflict
+from agent_sdk.protocol.events import UserMessage
 from agent_sdk.testing import ScriptedLLM, call, say
 from tests.contract.conversation import ConversationContract
 
@@ -54,6 +56,27 @@ async def test_a_second_conversation_shares_the_folder_and_has_its_own_log(runni
         await second.run()
         assert first.id != second.id
         assert (await workspace.files.read("it.txt")) == b"made\n"
+
+
+@pytest.mark.parametrize("rounds", [1, 5, 20, 60])
+async def test_a_conversation_that_is_closed_while_it_opens_accepts_nothing(running_server, rounds):
+    async with RemoteWorkspace(running_server.url, running_server.api_key) as workspace:
+        first = Conversation(AGENT, workspace)
+        await first.state()
+        before = asyncio.all_tasks()
+        conversation = Conversation(AGENT, workspace)
+        sending = [asyncio.create_task(conversation.send_message(text)) for text in "12"]
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        await conversation.close()
+        for task in sending:
+            with pytest.raises(StateConflict):
+                await task
+        assert asyncio.all_tasks() == before  # nothing of its connection lives on
+        if conversation.id:
+            again = Conversation(None, workspace, id=conversation.id)
+            with suppress(ConversationNotFound):
+                assert not [event async for event in again.events() if isinstance(event, UserMessage)]
 
 
 async def test_another_client_attaches_by_id_and_sees_the_same_events(running_server):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 
 import pytest
 
 from agent_sdk import Agent, ConfirmationPolicy, Conversation, RemoteWorkspace, tool
-from agent_sdk.protocol.events import RequestOpened, ToolCalled, ToolReturned
-from agent_sdk.testing import ScriptedLLM, call, say
+from agent_sdk.protocol.errors import TurnWaits
+from agent_sdk.protocol.events import RequestOpened, ToolCalled, ToolReturned, Waiting
+from agent_sdk.testing import ScriptedLLM, call, hang, say
 from tests.chaos.server import KEY, Server
 
 
@@ -122,3 +124,146 @@ async def test_what_waits_for_the_client_waits_on_and_is_asked_once(server, work
     assert (await conversation.run()).final_text == "done"
     returned = [event.text async for event in conversation.events() if isinstance(event, ToolReturned)]
     assert (asked, returned) == (["what?"], ["forty-two"])
+
+
+# --- calls that come while a server drains ---
+
+
+async def test_calls_that_come_during_a_drain_take_effect_on_the_next_server(tmp_path):
+    """The model of one agent does not answer, which holds the drain up; another waits for an approval."""
+    async with Server(tmp_path, boxes_on_stop="keep", drain_seconds=3) as server:
+        await server.start()
+        async with RemoteWorkspace(f"http://127.0.0.1:{server.port}", KEY) as workspace:
+            asked, opened = asyncio.Event(), asyncio.Event()
+            requests: list[str] = []
+
+            def see(event) -> None:
+                if isinstance(event, RequestOpened):
+                    requests.append(event.request_id)
+                    opened.set()
+
+            steps = [say("a word"), hang()]
+            silent = Conversation(
+                Agent(llm=ScriptedLLM(steps), tools=[]), workspace, on_delta=lambda _: asked.set()
+            )
+            careful = Conversation(
+                Agent(llm=ScriptedLLM([call("terminal", command="echo yes"), say("done")])),
+                workspace,
+                callbacks=[see],
+                confirmation=ConfirmationPolicy(mode="always"),
+            )
+            await silent.send_message("go")
+            await silent.run()
+            await silent.send_message("on")
+            await careful.send_message("go")
+            await opened.wait()
+            server.signal(signal.SIGTERM)
+            await server.said("server_draining")
+            calls = [
+                silent.pause(),
+                silent.interrupt("enough"),
+                silent.set_title("stopped"),
+                careful.respond(requests[0], "approve"),
+                careful.send_message("and then?"),
+            ]
+            tasks = [asyncio.create_task(call) for call in calls]
+            assert await server.ended() == 0
+            assert not any(task.done() for task in tasks)
+            await server.start()
+            await asyncio.gather(*tasks)
+            outcome = await silent.run()
+            assert (outcome.status, outcome.reason) == ("interrupted", "enough")
+            assert (await silent.state()).title == "stopped"
+            assert (await careful.run()).final_text == "done"
+
+
+# --- a server that keeps no keys: what an agent had of secrets is gone with it ---
+
+
+def secretive(*steps) -> Agent:
+    """An agent whose command shows how long its secret is."""
+    return Agent(llm=ScriptedLLM([call("terminal", command="echo ${#TOKEN}"), *steps] * 3))
+
+
+async def said(conversation) -> list[str]:
+    events = [event async for event in conversation.events()]
+    return [event.text.splitlines()[0] for event in events if isinstance(event, ToolReturned)]
+
+
+@ENDS
+async def test_an_agent_that_was_idle_goes_on_with_its_key_after_a_restart(server, workspace, end):
+    conversation = Conversation(secretive(say("done")), workspace, secrets={"TOKEN": "12345678"})
+    for turn in range(3):
+        await conversation.send_message("go")
+        assert (await conversation.run()).final_text == "done"
+        if turn < 2:
+            await again(server, end)
+    assert await said(conversation) == ["8", "8", "8"]
+    assert (await conversation.state()).waits == ()
+
+
+async def test_an_agent_goes_on_after_a_restart_as_it_was_changed_meanwhile(server, workspace):
+    conversation = Conversation(
+        Agent(llm=ScriptedLLM([say("never said")])), workspace, secrets={"TOKEN": "1234"}, title="first"
+    )
+    await conversation.switch_llm(secretive(say("done")).llm)
+    await conversation.update_secrets({"TOKEN": "12345678"})
+    await conversation.set_title("second")
+    async with RemoteWorkspace(
+        f"http://127.0.0.1:{server.port}", KEY, conversation=conversation.id
+    ) as elsewhere:
+        await Conversation(None, elsewhere, id=conversation.id).set_confirmation_policy(
+            ConfirmationPolicy(mode="always")
+        )
+    await again(server, "SIGKILL")
+    await conversation.send_message("go")
+
+    async def approve(wait) -> None:
+        await conversation.respond(wait.request_id, "approve")
+
+    assert (await conversation.run(on_waiting=approve)).final_text == "done"
+    assert await said(conversation) == ["8"]
+    assert (await conversation.state()).title == "second"
+
+
+async def test_who_does_not_hold_the_agent_is_told_that_its_key_is_missing(server, workspace):
+    conversation = Conversation(secretive(say("done")), workspace, secrets={"TOKEN": "12345678"})
+    await conversation.send_message("go")
+    await conversation.run()
+    await conversation.close()
+    await again(server, "SIGKILL")
+    watcher = Conversation(None, workspace, id=conversation.id)
+    state = await watcher.state()
+    assert (state.state, [wait.what for wait in state.waits]) == ("idle", ["key"])
+    assert "configure the conversation again" in state.waiting_for
+    await watcher.send_message("more")
+    with pytest.raises(TurnWaits, match="TOKEN"):
+        await watcher.run()
+    [waits] = [event async for event in watcher.events() if isinstance(event, Waiting)]
+    assert (waits.what, "TOKEN" in waits.reason) == ("key", True)
+    told = []
+    running = asyncio.create_task(watcher.run(on_waiting=told.append))
+    async with RemoteWorkspace(
+        f"http://127.0.0.1:{server.port}", KEY, conversation=conversation.id
+    ) as elsewhere:
+        owner = Conversation(
+            secretive(say("done")), elsewhere, id=conversation.id, secrets={"TOKEN": "12345678"}
+        )
+        async with owner:
+            assert (await running).status == "finished"
+    assert [wait.what for wait in told] == ["key"]
+    assert (await watcher.state()).waits == ()
+
+
+async def test_run_tells_that_the_server_is_away(server, workspace):
+    away = asyncio.Event()
+    agent = Agent(llm=ScriptedLLM([call("terminal", command="sleep 1"), say("done")]))
+    conversation = Conversation(
+        agent, workspace, on_waiting=lambda wait: wait.what == "server" and away.set()
+    )
+    await conversation.send_message("go")
+    running = asyncio.create_task(conversation.run())
+    await server.kill()
+    await away.wait()
+    assert await server.start()
+    assert (await running).final_text == "done"

@@ -266,6 +266,18 @@ async def test_a_stream_from_the_future_begins_with_a_reset(server):
         assert text.index("event: sync.reset") < text.index("id: 1")
 
 
+async def test_a_stream_ends_well_formed_when_its_conversation_is_deleted(server):
+    async with server.session() as wire, server.http() as http:
+        id = wire.answered["conversation"]
+        url, headers = f"/v1/conversations/{id}/events", {"Accept": "text/event-stream"}
+        async with asyncio.timeout(GUARD), http.get(url, headers=headers) as answer:
+            while b"conversation_created" not in await answer.content.readline():
+                pass
+            await wire.call("conversation.delete", op_id=new_id())
+            assert b"HTTP/1.1" not in await answer.content.read()
+        assert (await http.get(url, headers=headers)).status == 404
+
+
 async def test_a_stream_ends_when_the_server_does(start):
     async with AsyncExitStack() as client, asyncio.timeout(GUARD):
         async with start() as server:
