@@ -10,6 +10,8 @@ that never closes, and what is typed reaches the running program and nothing els
 The last exit status is in `$?` when the next command begins: the two arms of an `if` see the status of its
 condition, and unlike a plain command that fails, a condition sets off no ERR trap.
 
+Its EXIT trap reports, too, and then does what the user's would; `trap` is a function that sees to it.
+
 After each report a marker with a nonce is printed to the terminal: what came before it was said before
 the command had ended. Commands run without the three descriptors of this machinery.
 """
@@ -38,40 +40,54 @@ from agent_sdk.protocol.errors import ProcessNotFound
 ROWS, COLS = 50, 200
 INTERRUPT = b"\x03"
 
-# Numbers a script hardly uses itself.
+# In bash's own hands they move to low numbers, which stay valid when the limit on descriptors is lowered.
 _HIGH = 200
 
 _DRIVER = r"""
-exec RC<&- {__tty}>&1
+exec RC<&- {__tty}>&1 {__commands}<&COMMANDS COMMANDS<&- {__status}>&STATUS STATUS>&-
 PS1= PS2=
 unset HISTFILE
 set +o history
 __n=0 __operation=$AGENT_SERVER_OP
 __report() {
-  builtin printf 'NONCE %s %s %s\0' "$1" "$2" "$PWD" >&STATUS
-  builtin declare -px >&STATUS
-  builtin printf '\0' >&STATUS
+  builtin printf 'NONCE %s %s %s\0' "$1" "$2" "$PWD" >&$__status || builtin return
+  builtin declare -px >&$__status
+  builtin printf '\0' >&$__status
 }
 __next() {
   __last=$1
-  __report "$__n" "$1"
+  __report "$__n" "$1" || builtin exit
   builtin printf '\033]133;D;NONCE;%s\007' "$__n" >&$__tty
   builtin set +e
   builtin jobs >/dev/null
   PROMPT_COMMAND='builtin eval "$__loop"'
-  IFS= TMOUT= builtin read -r -d '' -u COMMANDS __command || builtin exit
+  IFS= TMOUT= builtin read -r -d '' -u $__commands __command || builtin exit
   __n=$((__n + 1))
-  builtin printf 'NONCE begin %s \0\0' "$__n" >&STATUS
+  builtin printf 'NONCE begin %s \0\0' "$__n" >&$__status
 }
 __keep() { builtin return "$__last"; }
 __loop='while { __next "$?"; } 2>/dev/null; do
 if { __keep; } 2>/dev/null
-then builtin eval "$__command" COMMANDS<&- STATUS>&- {__tty}>&-
-else builtin eval "$__command" COMMANDS<&- STATUS>&- {__tty}>&-
+then builtin eval "$__command" {__commands}<&- {__status}>&- {__tty}>&-
+else builtin eval "$__command" {__commands}<&- {__status}>&- {__tty}>&-
 fi
 done; builtin eval "$__loop"'
 PROMPT_COMMAND='builtin eval "$__loop"'
-trap '__report end "$?"' EXIT
+__leave() {
+  [[ $BASHPID != "$$" ]] || __report end "$1"
+  builtin return "$1"
+}
+trap() {
+  builtin trap "$@" || builtin return
+  [[ $BASHPID == "$$" ]] || builtin return 0
+  builtin local __own
+  __own=$(builtin trap -p EXIT)
+  [[ $__own != "trap -- 'if __leave"* ]] || builtin return 0
+  builtin eval "builtin set -- ${__own#trap -- }"
+  builtin printf -v __own %q "${1-}"
+  builtin trap "if __leave \"\$?\"; then builtin eval $__own; else builtin eval $__own; fi" EXIT
+}
+trap - EXIT
 """
 
 # What programs ask a terminal, and what one without a screen answers; most wait for it without a limit.
@@ -133,6 +149,7 @@ class Bash:
         self.child.on_death = self._died
         self._end = end_of(self._terminal.slave)
         self._telling: asyncio.Task[None] | None = None
+        self._untold: Report | None = None
         self._feed = Feed(os.dup(self._terminal.master))
         self.intake = Intake(self._terminal.master, _Filter(self._nonce, self._shown, self._mark).take)
         self._status_intake = Intake(status, self._take_status)
@@ -221,6 +238,7 @@ class Bash:
         self.intake.drain()
         self._terminal.close_slave()
         self.intake.drain()
+        self._tell_now()
         if self._last is not None:
             self._on_report(self._last)
         self._feed.close()
@@ -281,20 +299,25 @@ class Bash:
             early.set_result(None)
 
     def _tell(self) -> None:
-        """Pass on the reports whose markers have been seen."""
+        """Pass on the reports whose markers have been seen, once all has come that went through a filter."""
         for number in sorted(self._reports):
             if number <= self._marked:
                 report = self._reports.pop(number)
                 if number > self._told:
                     self._told = number
+                    self._untold = report  # a newer one says more
                     if self._telling is not None:
-                        self._telling.cancel()  # this one says more
-                    self._telling = asyncio.get_running_loop().create_task(self._tell_later(report))
+                        self._telling.cancel()
+                    self._telling = asyncio.get_running_loop().create_task(self._tell_later())
 
-    async def _tell_later(self, report: Report) -> None:
-        """Pass on a report when all has come that the command wrote through a filter."""
+    async def _tell_later(self) -> None:
         await self._last_words(lives_on=True)
-        self._on_report(report)
+        self._tell_now()
+
+    def _tell_now(self) -> None:
+        report, self._untold = self._untold, None
+        if report is not None:
+            self._on_report(report)
 
 
 class _Filter:

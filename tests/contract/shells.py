@@ -241,6 +241,41 @@ class ShellContract:
         await shell.run("export LAST=1; exit")
         assert (await shell.run("echo $LAST")).output.text == "1\n"
 
+    @pytest.mark.parametrize(
+        ("command", "said", "exit_code"),
+        [
+            ("trap 'echo bye' EXIT; exit 4", "bye\n", 4),
+            ("set -e; trap 'echo bye $?' EXIT; false", "bye 1\n", 1),
+            ("trap 'echo bye; exit 9' 0; exit 4", "bye\n", 9),
+            ("trap 'echo bye' EXIT; trap - EXIT; exit 4", "", 4),
+            ("(trap 'echo inner' EXIT; exit 2); exit 4", "inner\n", 4),
+            (
+                "trap 'echo one' EXIT; old=$(trap -p EXIT); trap 'echo two' EXIT; eval \"$old\"; exit 4",
+                "one\n",
+                4,
+            ),
+        ],
+    )
+    async def test_what_a_shell_does_at_its_exit_costs_neither_folder_nor_variables(
+        self, workspace, command, said, exit_code
+    ):
+        shell = workspace.shell()
+        result = await shell.run(f"mkdir sub; cd sub; export KEPT='a b'; {command}")
+        assert (result.status, result.output.text, result.exit_code) == ("ended", said, exit_code)
+        assert (await shell.run('echo "$KEPT"; basename "$PWD"')).output.text == "a b\nsub\n"
+
+    @pytest.mark.parametrize("limit", [64, 32, 16])
+    async def test_a_low_limit_of_descriptors_leaves_a_shell_that_works(self, workspace, limit):
+        shell = workspace.shell()
+        await shell.run(f"name=kept; ulimit -n {limit}")
+        assert (await shell.run("echo $name; ulimit -n")).output.text == f"kept\n{limit}\n"
+
+    async def test_a_shell_that_can_open_nothing_any_more_is_replaced(self, workspace):
+        shell = workspace.shell()
+        await shell.run("mkdir sub; cd sub")
+        assert (await shell.run("ulimit -n 8")).status == "ended"
+        assert (await shell.run("basename $PWD")).output.text == "sub\n"
+
     async def test_a_reset_ends_everything_and_starts_afresh(self, workspace):
         shell = workspace.shell()
         await shell.run(
