@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import cast
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from agent_server.config import ServerConfig
 from agent_server.connection import Connection, Crowd
@@ -41,6 +42,7 @@ async def listening(
     routes: Routes,
     crowd: Crowd,
     own_keys: Sequence[web.RouteDef] = (),
+    at: Callable[[str], Handler | None] = lambda host: None,
 ) -> AsyncIterator[int]:
     """Serve HTTP for the length of the block; yields the port.
 
@@ -50,6 +52,7 @@ async def listening(
     Args:
         config, lobby, routes, crowd: what is served, and to whom.
         own_keys: further routes, which check keys of their own.
+        at: what serves all that is asked of another host name; None: this server does.
 
     Raises:
         StartRefused: the address or the port cannot be had.
@@ -61,6 +64,7 @@ async def listening(
         lobby.logs,
         lobby.metrics,
         [route.handler for route in own_keys],
+        at,
     )
     app = web.Application(middlewares=gate.middlewares(), client_max_size=config.limits.message_bytes)
     app.on_response_prepare.append(gate.label)

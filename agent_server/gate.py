@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -62,8 +62,10 @@ class Gate:
         logs: Logs,
         metrics: Metrics,
         own_keys: Collection[Handler] = (),
+        at: Callable[[str], Handler | None] = lambda host: None,
     ) -> None:
-        """Take the rules, and the handlers that check keys of their own."""
+        """Take the rules, the handlers that check keys of their own, and what serves other names than this server's."""
+        self._at = at
         self._hosts = hosts
         self._origins = origins
         self._authority = authority
@@ -121,7 +123,11 @@ class Gate:
         return refusal(error)
 
     async def _admit(self, request: web.Request, route: Handler) -> web.StreamResponse:
-        self._hosts.check(request.headers.getall(hdrs.HOST, []), request.raw_path)
+        hosts = request.headers.getall(hdrs.HOST, [])
+        elsewhere = self._at(hosts[0]) if len(hosts) == 1 else None
+        if elsewhere is not None:
+            return await elsewhere(request)  # an origin of its own, with its own rules
+        self._hosts.check(hosts, request.raw_path)
         origin = self._origins.check(request.headers.getall(hdrs.ORIGIN, []))
         if origin is not None:
             request[ORIGIN] = origin

@@ -17,12 +17,20 @@ class PodSpec(Struct, frozen=True, kw_only=True):
     """What its clients need."""
     image: str
     environment: Mapping[str, str]
-    """For the commands in it."""
+    """For the server in it, and in our own images for the commands, too."""
     cpus: float
     memory: int
     """Bytes."""
     runtime_class: str | None
     image_pull_policy: str
+    command: str | list[str] | None = None
+    """What is run instead of what the image says: a server of somebody else; a text is split as a shell does it."""
+    working_dir: str | None = None
+    """Of that command."""
+    run_as_user: int | None = None
+    """Its user; in our own images, without a command, the one of the commands."""
+    fs_group: int | None = None
+    """A further group of that command."""
     folder: Path
     """On this machine, its own."""
 

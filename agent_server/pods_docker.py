@@ -6,19 +6,13 @@ The container stays when its server ends or is paused, and is started again; its
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+import shlex
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-import aiohttp
-from tenacity import (
-    AsyncRetrying,
-    retry_if_exception,
-    retry_if_exception_type,
-    stop_before_delay,
-    wait_random_exponential,
-)
+from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
@@ -29,13 +23,16 @@ from agent_server.refusal import TRY_LATER, StartRefused
 from workspaces.engine import Engine
 from workspaces.labels import INSTANCE, ROLE, SERVER
 from workspaces.server_container import ServerContainer
-from workspaces.server_spec import ServerSpec, Volume
+from workspaces.server_spec import KEY_NAME, SERVER_PORT, ServerSpec, Volume
 from workspaces.sweep import Sweep
 
 INSTANCE_FILE = "instance"
+OUR_START = "/opt/agent-server/bin/start"
+"""How the command of our own image begins."""
+KEY_NAMES = (KEY_NAME, "SESSION_API_KEY", "OH_SESSION_API_KEYS_0")
+"""Where servers look for their key, ours and others."""
 DATA = "/data"
 """Where the server in the image keeps what lasts."""
-ANSWER_SECONDS = 2.0
 TAKEN_SECONDS = 15.0
 """How long the name of a container may be taken by one that cannot be seen yet."""
 PULL: Mapping[str, Literal["missing", "always", "never"]] = {
@@ -124,12 +121,23 @@ class DockerPod:
     async def _make(self, seconds: float) -> None:
         spec = self._spec
         await self._engine.create_volume(self._volume, {"Labels": {**self._labels, ROLE: SERVER}})
+        words = spec.command if isinstance(spec.command, list) else shlex.split(spec.command or "")
+        ours = not words or words[0] == OUR_START
+        # In our own image the server keeps its user, and it is commands that run as another one.
         self._container = ServerContainer(
             self._engine,
             ServerSpec(
                 image=spec.image,
                 name=self._name,
-                command_env=spec.environment,
+                env=spec.environment,
+                command_env=spec.environment if ours else {},
+                command=tuple(words) or None,
+                port=_port(words),
+                working_dir=spec.working_dir,
+                group=spec.fs_group,
+                key_names=KEY_NAMES,
+                user=None if ours else spec.run_as_user,
+                box_user=spec.run_as_user if ours else None,
                 volumes=(Volume(self._volume, DATA),),
                 network=self._network,
                 memory=f"{spec.memory}b",
@@ -138,6 +146,7 @@ class DockerPod:
                 labels=self._labels,
                 pull=PULL[spec.image_pull_policy],
             ),
+            foreign=True,
         )
         self._container.api_key = spec.api_key
         await self._container.start(seconds)
@@ -146,26 +155,11 @@ class DockerPod:
         try:
             async with asyncio.timeout(seconds):
                 await container.attach(seconds)
-                await self._answers(container)
+                await container.answers()
         except TimeoutError:
             raise WorkspaceUnavailable(
                 f"the server in {self._name} did not answer within {seconds:g} s", phase="ready"
             ) from None
-
-    async def _answers(self, container: ServerContainer) -> None:
-        """Wait until the server accepts connections; what it said when it did so the last time is no sign of it.
-
-        Raises:
-            WorkspaceUnavailable: it ended.
-        """
-        asking = asyncio.create_task(_healthy(container.url))
-        container.died.add_done_callback(lambda _: asking.cancel())
-        try:
-            await asking
-        except asyncio.CancelledError:
-            if not container.died.done():
-                raise
-            raise WorkspaceUnavailable(await container.epitaph(), phase="ready") from None
 
 
 class DockerPods:
@@ -228,6 +222,17 @@ def _names(runtime_id: str) -> tuple[str, str]:
     return f"agent-server-{runtime_id}", f"agent-data-{runtime_id}"
 
 
+def _port(command: Sequence[str]) -> int:
+    """Where the server that this command starts listens: what follows `--port`, as all of them call it."""
+    for at, word in enumerate(command):
+        name, _, value = word.partition("=")
+        if name == "--port":
+            value = value or next(iter(command[at + 1 :]), "")
+            if value.isdecimal() and 0 < int(value) <= 65535:
+                return int(value)
+    return SERVER_PORT
+
+
 def _instance(folder: Path) -> str:
     """The owner of what is made for the runtimes in this folder; chosen once."""
     file = folder / INSTANCE_FILE
@@ -243,18 +248,3 @@ def _instance(folder: Path) -> str:
 
 def _is_taken(error: BaseException) -> bool:
     return isinstance(error, WorkspaceUnavailable) and error.details.get("status") == 409
-
-
-async def _healthy(url: str) -> None:
-    """Ask a server until it answers; whoever waits for that says how long."""
-    retrying = AsyncRetrying(
-        wait=wait_random_exponential(multiplier=0.05, max=0.5),
-        retry=retry_if_exception_type((aiohttp.ClientError, OSError, TimeoutError)),
-    )
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_SECONDS)) as http:
-        await retrying(_ask, http, f"{url}/health")
-
-
-async def _ask(http: aiohttp.ClientSession, url: str) -> None:
-    async with http.get(url, raise_for_status=True):
-        pass

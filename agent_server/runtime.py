@@ -45,6 +45,10 @@ class Record(Struct, kw_only=True):
     memory: int
     runtime_class: str | None
     image_pull_policy: str
+    command: str | list[str] | None = None
+    working_dir: str | None = None
+    run_as_user: int | None = None
+    fs_group: int | None = None
     created: float
     """Seconds since the Unix epoch."""
     wanted: Literal["running", "paused", "gone"] = "running"
@@ -124,13 +128,13 @@ class Runtime:
             return "error"
         return "running" if self.record.wanted == "running" else "paused"
 
-    def shown(self, base: str) -> Shown:
-        """Return what clients are told; `base` is what they reach this server by."""
+    def shown(self, url: str) -> Shown:
+        """Return what clients are told; `url` is what they reach it by."""
         record, ready = self.record, self.pod_status == "ready"
         return Shown(
             session_id=record.session_id,
             runtime_id=record.runtime_id,
-            url=f"{base}/runtimes/{record.runtime_id}",
+            url=url,
             session_api_key=record.api_key,
             status=self.status,
             pod_status=self.pod_status,

@@ -6,11 +6,12 @@ See docs/runtime_api.md. Its parts: `tenants` says who may have what, `runtimes`
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from agent_server.config import ServerConfig
 from agent_server.logs import Logs
@@ -26,14 +27,16 @@ from agent_server.work import Work
 @asynccontextmanager
 async def runtime_api(
     config: ServerConfig, folder: Path, logs: Logs, work: Work, own_key: str
-) -> AsyncIterator[list[web.RouteDef]]:
-    """Run it for the length of the block; yields its routes, none when it is off.
+) -> AsyncIterator[tuple[list[web.RouteDef], Callable[[str], Handler | None]]]:
+    """Run it for the length of the block; yields its routes, and what serves the name of a runtime.
+
+    When it is off there are no routes and no names.
 
     Raises:
         StartRefused: its configuration is wrong, or there is no engine.
     """
     if config.runtime_api == "off":
-        yield []
+        yield [], lambda host: None
         return
     tenants = Tenants(config.runtimes, own_key)
     logs.redactor.add(tenants.secrets)
@@ -41,16 +44,17 @@ async def runtime_api(
     async with (
         _pods(config, folder, logs) as pods,
         Runtimes(config.runtimes, folder, pods, logs, end=end) as runtimes,
-        RuntimeProxy(runtimes.find) as proxy,
+        RuntimeProxy(runtimes.find, config.runtimes.url) as proxy,
     ):
-        yield RuntimeRoutes(
+        routes = RuntimeRoutes(
             runtimes,
             tenants,
             proxy,
             work,
             url=config.runtimes.url,
             body_seconds=config.body_seconds,
-        ).table()
+        )
+        yield routes.table(), proxy.at
 
 
 @asynccontextmanager

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 GIB = 1 << 30
+CLASSES = {"gvisor": "runsc", "kata": "kata-runtime", "sysbox-runc": "sysbox-runc"}
+"""Names that clients know, and how these are usually called in the engine's configuration; all of them isolate more
+than its default."""
 
 Cpus = Annotated[float, Meta(gt=0, le=100_000, description="a number of processors, above 0")]
 Bytes = Annotated[int, Meta(ge=64 << 20, le=1 << 50, description="a number of bytes, at least 67108864")]
@@ -32,12 +35,15 @@ class TenantConfig(Struct, frozen=True, kw_only=True):
 class RuntimeConfig(Struct, frozen=True, kw_only=True):
     """The table `[runtime_api]`."""
 
-    images: tuple[str, ...] = ()
-    """Images that may be started, with `*` and `?`; none: all."""
+    images: tuple[str, ...] = ("agent-server:*",)
+    """Images that may be started, with `*` and `?`; `*` allows all."""
+    runtime_classes: dict[str, str] = field(default_factory=lambda: dict(CLASSES))
+    """What tenants may ask for as `runtime_class`, and the engine's runtime that it means; empty: its default."""
     network: str = ""
     """Of containers; one that exists. Empty: the engine's default."""
     url: str = ""
-    """What clients reach this server by, e.g. `https://agents.example`; empty: the Host that they asked for."""
+    """What clients reach this server by, e.g. `https://agents.example`; empty: the Host that they asked for.
+    With `{id}`, e.g. `https://{id}.agents.example`, each runtime has a name of its own."""
     unit_cpus: Cpus = 1.0
     """Of a runtime whose resource_factor is 1."""
     unit_memory: Bytes = 2 * GIB

@@ -1,7 +1,8 @@
 """The way through this server to a runtime: HTTP and WebSocket, so that one port serves all of them.
 
 A request goes on as it came, without what belongs to one connection alone; the answer likewise. The
-runtime's own key protects it, which is the runtime's to check.
+runtime's own key protects it, which is the runtime's to check. Where a runtime has no name of its own, its
+answers cannot act for all that this server's name stands for: no cookies, no workers, no scripts.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Self
+from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from agent_sdk.protocol.errors import NotFound, WorkspaceUnavailable
+from agent_sdk.protocol.errors import HostNotAllowed, NotFound, WorkspaceUnavailable
 from agent_server.connection import Connection
+from agent_server.refusal import StartRefused
 from agent_server.runtime import Runtime
 from agent_server.tenants import HEADER
 from agent_server.tunnel import Tunnel
@@ -46,15 +50,47 @@ _NOT_PASSED_ON = frozenset(
         HEADER,
     )
 )
+# What a browser would take for the whole of this server's name.
+_FOR_THE_ORIGIN = frozenset(
+    name.lower()
+    for name in (
+        hdrs.SET_COOKIE,
+        "Set-Cookie2",
+        "Service-Worker-Allowed",
+        "Clear-Site-Data",
+        "Strict-Transport-Security",
+        "Public-Key-Pins",
+        "Alt-Svc",
+        "NEL",
+        "Report-To",
+        "Reporting-Endpoints",
+        hdrs.ACCESS_CONTROL_ALLOW_ORIGIN,
+        hdrs.ACCESS_CONTROL_ALLOW_CREDENTIALS,
+        hdrs.ACCESS_CONTROL_ALLOW_METHODS,
+        hdrs.ACCESS_CONTROL_ALLOW_HEADERS,
+        hdrs.ACCESS_CONTROL_EXPOSE_HEADERS,
+        hdrs.ACCESS_CONTROL_MAX_AGE,
+        "Access-Control-Allow-Private-Network",
+    )
+)
+_SANDBOX = ("Content-Security-Policy", "sandbox")
 _SWITCHING = 101
+ID = "{id}"
+"""Stands for the id of a runtime in the option `url`."""
 
 
 class RuntimeProxy:
     """See the module's docstring. Entering opens it, leaving closes its connections to runtimes."""
 
-    def __init__(self, find: Callable[[str], Runtime | None]) -> None:
-        """Take what finds a runtime by its id."""
+    def __init__(self, find: Callable[[str], Runtime | None], url: str = "") -> None:
+        """Take what finds a runtime by its id, and the option `url`.
+
+        Raises:
+            StartRefused: the id in the URL is not the first part of its host.
+        """
         self._find = find
+        self.suffix = _suffix(url)
+        """What follows the id in the names of runtimes, e.g. `.agents.example`; empty: they have none."""
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -71,23 +107,48 @@ class RuntimeProxy:
         assert self._session is not None
         await self._session.close()
 
+    def at(self, host: str) -> Handler | None:
+        """Return what serves the name of a runtime, whatever the path; None: it is not the name of any."""
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        name = name.lower()
+        if not self.suffix or not name.endswith(self.suffix) or "." in name.removesuffix(self.suffix):
+            return None
+
+        async def serve(request: web.Request) -> web.StreamResponse:
+            if not request.raw_path.startswith("/"):  # it would become a part of the address
+                raise HostNotAllowed("the request target must start with /", status=400)
+            return await self._pass_on(request, name.removesuffix(self.suffix), request.raw_path)
+
+        return serve
+
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """Pass a request on.
+        """Pass a request on that names its runtime in the path.
 
         Raises:
             NotFound: there is no such runtime.
             WorkspaceUnavailable: it is paused, it failed, or it does not answer; with the HTTP status.
         """
-        runtime = await self._ready(request.match_info["runtime_id"])
-        async with self._answer(runtime, request) as answer:
+        # The address goes on as it was written: `%2F` and `..` are the runtime's to understand.
+        path = f"/{request.raw_path.split('/', 3)[3]}"
+        return await self._pass_on(request, request.match_info["runtime_id"], path, shared=True)
+
+    async def _pass_on(
+        self, request: web.Request, runtime_id: str, path: str, *, shared: bool = False
+    ) -> web.StreamResponse:
+        runtime = await self._ready(runtime_id)
+        headers = _passed_on(request.headers)
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin is not None and not shared and urlsplit(origin).netloc.lower() != request.host.lower():
+            headers[hdrs.ORIGIN] = origin  # whether other pages may use it is the runtime's to say
+        async with self._answer(runtime, request, path, headers) as answer:
             if answer.status < 400:
                 assert isinstance(request.protocol, Connection)
                 request.protocol.recognise()
             if answer.status == _SWITCHING:
                 if not is_upgrade(request):
                     raise _no_answer("it switches to a protocol that nobody asked for")
-                return await _join(request, answer)
-            return await _pass_back(request, answer)
+                return await _join(request, answer, shared)
+            return await _pass_back(request, answer, shared)
 
     async def _ready(self, runtime_id: str) -> Runtime:
         runtime = self._find(runtime_id)
@@ -104,17 +165,16 @@ class RuntimeProxy:
         return runtime
 
     @asynccontextmanager
-    async def _answer(self, runtime: Runtime, request: web.Request) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _answer(
+        self, runtime: Runtime, request: web.Request, path: str, headers: CIMultiDict[str]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         assert self._session is not None
-        headers = _passed_on(request.headers)
         if is_upgrade(request):
             headers.update({hdrs.CONNECTION: "Upgrade", hdrs.UPGRADE: "websocket"})
-        # The address goes on as it was written: `%2F` and `..` are the runtime's to understand.
-        rest = request.raw_path.split("/", 3)[3]
         try:
             answer = await self._session.request(
                 request.method,
-                URL(f"{runtime.url}/{rest}", encoded=True),
+                URL(f"{runtime.url}{path}", encoded=True),
                 headers=headers,
                 data=request.content if request.body_exists else None,
                 allow_redirects=False,
@@ -142,9 +202,33 @@ def _passed_on(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     )
 
 
-async def _pass_back(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+def _passed_back(answer: aiohttp.ClientResponse, shared: bool) -> CIMultiDict[str]:
+    headers = _passed_on(answer.headers)
+    if shared:
+        for name in {name for name in headers if name.lower() in _FOR_THE_ORIGIN}:
+            del headers[name]
+        headers.add(*_SANDBOX)
+    return headers
+
+
+def _suffix(url: str) -> str:
+    host = url.partition("://")[2].partition("/")[0]
+    if ID not in url:
+        return ""
+    name, _, port = host.partition(":")
+    rest = name.removeprefix(ID)
+    if rest == name or not rest.startswith(".") or ID in rest or ID in port or ID in url.partition(host)[2]:
+        raise StartRefused(
+            f"runtime_api.url: {ID} must be the first part of the host, like https://{ID}.agents.example (got {url})"
+        )
+    return rest.lower()
+
+
+async def _pass_back(
+    request: web.Request, answer: aiohttp.ClientResponse, shared: bool
+) -> web.StreamResponse:
     response = web.StreamResponse(
-        status=answer.status, reason=answer.reason, headers=_passed_on(answer.headers)
+        status=answer.status, reason=answer.reason, headers=_passed_back(answer, shared)
     )
     await response.prepare(request)
     try:
@@ -156,8 +240,8 @@ async def _pass_back(request: web.Request, answer: aiohttp.ClientResponse) -> we
     return response
 
 
-async def _join(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
-    headers = _passed_on(answer.headers)
+async def _join(request: web.Request, answer: aiohttp.ClientResponse, shared: bool) -> web.StreamResponse:
+    headers = _passed_back(answer, shared)
     headers.update({hdrs.CONNECTION: "Upgrade", hdrs.UPGRADE: "websocket"})
     response = web.StreamResponse(status=_SWITCHING, reason=answer.reason, headers=headers)
     await response.prepare(request)

@@ -14,7 +14,7 @@ from agent_sdk.protocol.errors import InvalidParams, InvalidRequest, LimitExceed
 from agent_server.answers import as_json
 from agent_server.connection import Connection
 from agent_server.runtime import Runtime
-from agent_server.runtime_proxy import RuntimeProxy
+from agent_server.runtime_proxy import ID, RuntimeProxy
 from agent_server.runtimes import Runtimes, Wanted
 from agent_server.tenants import HEADER, Tenant, Tenants
 from agent_server.work import Work
@@ -60,7 +60,7 @@ class RuntimeRoutes:
         self._body_seconds = body_seconds
 
     def table(self) -> list[web.RouteDef]:
-        """Return all routes."""
+        """Return all routes. What is at the name of a runtime is not among them, see RuntimeProxy.at."""
         return [
             web.post("/start", self.start),
             web.post("/stop", self.stop),
@@ -106,10 +106,12 @@ class RuntimeRoutes:
 
     async def list(self, request: web.Request) -> web.Response:
         """Tell of all runtimes of the tenant, the oldest first."""
-        base = self._base(request)
-        return as_json(
-            {"runtimes": [runtime.shown(base) for runtime in self._runtimes.of(self._tenant(request))]}
-        )
+        tenant = self._tenant(request)
+        found = [
+            runtime.shown(self._address(request, runtime.record.runtime_id))
+            for runtime in self._runtimes.of(tenant)
+        ]
+        return as_json({"runtimes": found})
 
     # --- what they share ---
 
@@ -142,10 +144,12 @@ class RuntimeRoutes:
         return self._shown(request, runtime)
 
     def _shown(self, request: web.Request, runtime: Runtime) -> web.Response:
-        return as_json(runtime.shown(self._base(request)))
+        return as_json(runtime.shown(self._address(request, runtime.record.runtime_id)))
 
-    def _base(self, request: web.Request) -> str:
-        return self._url or f"{request.scheme}://{request.host}"
+    def _address(self, request: web.Request, runtime_id: str) -> str:
+        if ID in self._url:
+            return self._url.replace(ID, runtime_id)
+        return f"{self._url or f'{request.scheme}://{request.host}'}/runtimes/{runtime_id}"
 
 
 def _seconds(text: str) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -43,8 +44,15 @@ RETRY_AFTER_MS = 5000
 REMOVED = ".removed-"
 
 
-_Name = Annotated[str, Meta(pattern=r"^(?!AGENT_SERVER_)[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
+_OURS = ("AGENT_SERVER_COMMAND_ENV", "AGENT_SERVER_ALLOW_HOSTS")
+"""What clients set for other Runtime APIs, which hand variables to the server alone, and pass on its Host."""
+_Name = Annotated[
+    str,
+    Meta(pattern=rf"^(({'|'.join(_OURS)})$|(?!AGENT_SERVER_)[A-Za-z_][A-Za-z0-9_]*$)", max_length=256),
+]
 _Value = Annotated[str, Meta(pattern=r"^[^\0]*$")]
+_TEXT = Meta(pattern=r"^[^\0]+$", max_length=65_536)
+_User = Annotated[int, Meta(ge=0, le=2_147_483_647)]
 
 
 class Wanted(Struct, frozen=True, kw_only=True):
@@ -53,10 +61,16 @@ class Wanted(Struct, frozen=True, kw_only=True):
     image: Annotated[str, Meta(min_length=1, max_length=512)]
     session_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     environment: dict[_Name, _Value] = {}
-    """For the commands in it."""
+    """See PodSpec, also for what follows."""
     resource_factor: int = 1
     runtime_class: str | None = None
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
+    command: Annotated[str, _TEXT] | Annotated[list[Annotated[str, _TEXT]], Meta(max_length=256)] | None = (
+        None
+    )
+    working_dir: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)] | None = None
+    run_as_user: _User | None = None
+    fs_group: _User | None = None
 
 
 class Runtimes:
@@ -139,7 +153,7 @@ class Runtimes:
         Raises:
             InvalidParams: the factor is none.
             ImageUnavailable: the image may not be started.
-            PolicyDenied: the tenant may never have that much.
+            PolicyDenied: the tenant may never have that much, or the class is none that may be asked for.
             Overloaded: it may, when it has ended something else; details: retry_after_ms.
         """
         runtime = self._sessions.get((tenant.name, wanted.session_id))
@@ -149,6 +163,8 @@ class Runtimes:
         if wanted.resource_factor not in FACTORS:
             raise InvalidParams(f"resource_factor must be 1, 2, 4 or 8 (got {wanted.resource_factor})")
         self._check_image(wanted.image)
+        _check_command(wanted.command)
+        self._engines_runtime(wanted.runtime_class)
         record = self._record(tenant, wanted)
         self._admit_another(tenant)
         self._admit(tenant, record)
@@ -182,13 +198,22 @@ class Runtimes:
 
     def _check_image(self, image: str) -> None:
         patterns = self._config.images
-        if patterns and not any(fnmatchcase(image, pattern) for pattern in patterns):
+        if not any(fnmatchcase(image, pattern) for pattern in patterns):
             raise ImageUnavailable(
-                f"the image {image} may not be started here; allowed are {', '.join(patterns)}",
+                f"the image {image} may not be started here; allowed are {', '.join(patterns) or 'none'}",
                 image=image,
                 phase="image",
                 status=403,
             )
+
+    def _engines_runtime(self, name: str | None) -> str | None:
+        classes = self._config.runtime_classes
+        if name is not None and name not in classes:
+            raise PolicyDenied(
+                f"runtime_class: there is no {name[:128]!r} here; allowed are {', '.join(classes) or 'none'}",
+                status=403,
+            )
+        return classes[name] or None if name is not None else None
 
     def _admit_another(self, tenant: Tenant) -> None:
         count = sum(runtime.record.tenant == tenant.name for runtime in self._all.values())
@@ -229,8 +254,10 @@ class Runtimes:
 
     def _record(self, tenant: Tenant, wanted: Wanted) -> Record:
         factor = wanted.resource_factor
+        given = {name: getattr(wanted, name) for name in wanted.__struct_fields__}
+        given["environment"] = {name: text for name, text in wanted.environment.items() if name not in _OURS}
         return Record(
-            **{name: getattr(wanted, name) for name in wanted.__struct_fields__},
+            **given,
             runtime_id=new_id(),
             tenant=tenant.name,
             api_key=secrets.token_urlsafe(32),
@@ -241,7 +268,11 @@ class Runtimes:
 
     def _add(self, record: Record) -> Runtime:
         folder = self._folder / record.runtime_id
-        spec = PodSpec(folder=folder, **{name: getattr(record, name) for name in _SHARED})
+        given = {name: getattr(record, name) for name in _SHARED}
+        # A class that the operator has taken away meanwhile is nothing that may be guessed.
+        with suppress(PolicyDenied):
+            given["runtime_class"] = self._engines_runtime(record.runtime_class)
+        spec = PodSpec(folder=folder, **given)
         runtime = Runtime(
             record, self._pods.pod(spec), folder, self._logs, start_seconds=self._config.start_seconds
         )
@@ -285,6 +316,21 @@ class Runtimes:
 
 
 _SHARED = tuple(name for name in PodSpec.__struct_fields__ if name != "folder")
+
+
+def _check_command(command: str | list[str] | None) -> None:
+    """See that a text can be split into words.
+
+    Raises:
+        InvalidParams: it cannot, or there is no word.
+    """
+    try:
+        if command is None or (shlex.split(command) if isinstance(command, str) else command):
+            return
+        problem = "it has no word"
+    except ValueError as exc:
+        problem = str(exc)
+    raise InvalidParams(f"command: {problem}; write a program and its arguments, as for a shell")
 
 
 def _remove(folder: Path) -> None:

@@ -130,7 +130,7 @@ async def serving(
             lobby = Lobby(config, conversations, Authority(key), opened, metrics, work)
             routes = Routes(lobby)
             crowd = Crowd(_room(config, descriptors), config.max_strangers, metrics)
-            async with listening(config, lobby, routes, crowd, runtime_routes) as port:
+            async with listening(config, lobby, routes, crowd, *runtime_routes) as port:
                 ready = Ready(
                     url=_url(config.host, port),
                     api_key_file=str(key.file) if key.file else None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import msgspec
 
 from agent_sdk.ids import new_id
-from agent_sdk.local.environment import from_caller
+from agent_sdk.local.environment import from_caller, packed
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, RemoteApiError
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink
@@ -40,6 +40,12 @@ _ALWAYS: Mapping[str, Any] = {
 
 OnProgress = Callable[[str, int, int | None], object]
 """Called with the phase (`attach`, `start`, `resume`, `ready`), 0 or 1, and 1."""
+
+
+def _environment(for_commands: Mapping[str, str]) -> dict[str, str]:
+    """What a Runtime API is to set. Others set it for the server alone, which hands on what is packed; and they
+    pass on the Host that clients ask for, which the server cannot know."""
+    return {**for_commands, **(packed(for_commands) if for_commands else {}), "AGENT_SERVER_ALLOW_HOSTS": "*"}
 
 
 class APIRemoteWorkspace(RemoteWorkspace):
@@ -116,7 +122,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
         self._body = {
             **_ALWAYS,
             "image": server_image,
-            "environment": {**from_caller(forward_env), **(env or {})},
+            "environment": _environment({**from_caller(forward_env), **(env or {})}),
             "session_id": self.session_id,
             "image_pull_policy": image_pull_policy,
             **({"runtime_class": runtime_class} if runtime_class else {}),

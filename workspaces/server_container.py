@@ -22,9 +22,9 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.rpc.shield import to_its_end
 from workspaces.engine import Death, Engine, Watch
-from workspaces.labels import ROLE, SERVER
+from workspaces.labels import PORT, ROLE, SERVER
 from workspaces.reach import Reach, find_reach
-from workspaces.server_spec import SERVER_PORT, ServerSpec
+from workspaces.server_spec import KEY_NAME, SERVER_PORT, ServerSpec
 
 logger = logging.getLogger("workspaces")
 
@@ -34,7 +34,8 @@ OnLog = Callable[[str], Awaitable[None] | None]
 """Called with each line that the server writes."""
 LAST_LINES = 20
 OWN_IMAGE = "agent-server"
-_KEY = "AGENT_SERVER_API_KEY="
+_KEY = f"{KEY_NAME}="
+ANSWER_SECONDS = 2.0
 
 
 class _Ready(Struct):
@@ -55,8 +56,16 @@ class ServerContainer:
         *,
         on_progress: OnProgress | None = None,
         on_log: OnLog | None = None,
+        foreign: bool = False,
     ) -> None:
         """Describe it; nothing is made before `start`.
+
+        Args:
+            engine: where it runs.
+            spec: what it is.
+            on_progress: told how far its start is.
+            on_log: told each line that the server writes.
+            foreign: it may be somebody else's server, which is ready when its `/health` answers.
 
         Raises:
             InvalidParams: the description makes no sense.
@@ -74,6 +83,7 @@ class ServerContainer:
         self._engine = engine
         self._on_progress = on_progress
         self._on_log = on_log
+        self._foreign = foreign
         self._reach: Reach | None = None
         self._watch: Watch | None = None
         self._following: asyncio.Task[None] | None = None
@@ -104,6 +114,7 @@ class ServerContainer:
             name=found["Name"].strip("/"),
             labels=config["Labels"],
             network=None if network in ("default", "bridge") else network,
+            port=int((config["Labels"] or {}).get(PORT, SERVER_PORT)),
         )
         container = cls(engine, spec, on_log=on_log)
         container.id, container.api_key = found["Id"], keys[0]
@@ -187,13 +198,36 @@ class ServerContainer:
         await self._engine.start(self.id)
         self._tell("start", 1, 1)
         self._tell("ready", 0, 1)
+        if self._foreign:
+            await self._reached()
+            await self.answers()
+        else:
+            await self._is_ready()
+            await self._reached()
+        self._tell("ready", 1, 1)
+
+    async def _is_ready(self) -> None:
+        """Wait until the server says that it accepts connections."""
         ready = asyncio.get_running_loop().create_future()
         self._following = asyncio.create_task(self._follow(ready))
         await asyncio.wait({ready, self.died}, return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
             raise WorkspaceUnavailable(await self._ended(self.died.result()), phase="ready")
-        await self._reached()
-        self._tell("ready", 1, 1)
+
+    async def answers(self) -> None:
+        """Wait until `/health` answers; what it said when it was ready the last time is no sign of it.
+
+        Raises:
+            WorkspaceUnavailable: it ended; with its last words.
+        """
+        asking = asyncio.create_task(_healthy(self.url))
+        self.died.add_done_callback(lambda _: asking.cancel())
+        try:
+            await asking
+        except asyncio.CancelledError:
+            if not self.died.done():
+                raise
+            raise WorkspaceUnavailable(await self.epitaph(), phase="ready") from None
 
     async def _go_on(self) -> None:
         state = (await self._engine.inspect(self.id))["State"]
@@ -210,7 +244,11 @@ class ServerContainer:
 
     async def _reached(self) -> None:
         assert self._reach is not None
-        self.url = self._reach.url(await self._engine.inspect(self.id), SERVER_PORT)
+        found = await self._engine.inspect(self.id)
+        if not found["State"]["Running"]:
+            await asyncio.wait({self.died})
+            raise WorkspaceUnavailable(await self.epitaph(), phase="ready")
+        self.url = self._reach.url(found, self.spec.port)
 
     async def _or_nothing(self, work: Coroutine[Any, Any, None], seconds: float) -> None:
         try:
@@ -325,12 +363,12 @@ class ServerContainer:
         with suppress(AgentServerError):  # there is an error already that says more
             await self.stop()
 
-    async def _ended(self, death: Death) -> str:
-        return f"the server in {self.spec.image} ended: {death.reason}{_said(await self.last_words())}"
-
     async def epitaph(self) -> str:
         """Return why it ended, and its last words, as one sentence. Only when `died` is done."""
         return await self._ended(self.died.result())
+
+    async def _ended(self, death: Death) -> str:
+        return f"the server in {self.spec.image} ended: {death.reason}{_said(await self.last_words())}"
 
 
 def _is_ready(line: str) -> bool:
@@ -343,3 +381,25 @@ def _is_ready(line: str) -> bool:
 
 def _said(words: str) -> str:
     return f"; it said: {words}" if words else "; it said nothing"
+
+
+async def _healthy(url: str) -> None:
+    """Ask a server until it answers; whoever waits for that says how long."""
+    import aiohttp  # noqa: PLC0415  costs 0.3 s; see RuntimeClient
+    from tenacity import (  # noqa: PLC0415
+        AsyncRetrying,
+        retry_if_exception_type,
+        wait_random_exponential,
+    )
+
+    retrying = AsyncRetrying(
+        wait=wait_random_exponential(multiplier=0.05, max=0.5),
+        retry=retry_if_exception_type((aiohttp.ClientError, OSError, TimeoutError)),
+    )
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_SECONDS)) as http:
+
+        async def ask() -> None:
+            async with http.get(f"{url}/health", raise_for_status=True, allow_redirects=False):
+                pass
+
+        await retrying(ask)

@@ -11,10 +11,11 @@ from msgspec import Struct
 from agent_sdk.local.arguments import check_environment
 from agent_sdk.local.environment import packed
 from agent_sdk.protocol.errors import InvalidParams
-from workspaces.labels import ROLE, SERVER
+from workspaces.labels import PORT, ROLE, SERVER
 from workspaces.sizes import parse_size
 
 SERVER_PORT = 8000
+KEY_NAME = "AGENT_SERVER_API_KEY"
 LEAST_MEMORY = "64m"
 PIDS = 4096
 """Processes and threads at a time, where nobody says otherwise."""
@@ -85,6 +86,18 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     pull: Literal["missing", "always", "never"] = "missing"
     box_user: int | None = None
     """The user whose commands run; None: the image's."""
+    port: int = SERVER_PORT
+    """Where the server in it listens."""
+    command: tuple[str, ...] | None = None
+    """Run instead of what the image says."""
+    working_dir: str | None = None
+    """Of that command."""
+    user: int | None = None
+    """Of that command; None: the image's."""
+    group: int | None = None
+    """A further group of its process."""
+    key_names: tuple[str, ...] = (KEY_NAME,)
+    """The variables in which the server finds its key."""
 
     def check(self) -> None:
         """See that it makes sense, without asking anybody.
@@ -118,7 +131,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
             api_key: what clients will need.
             bind: the address on which ports are published; None: none is.
         """
-        options = {**self.env, "AGENT_SERVER_API_KEY": api_key}
+        options = {**self.env, **dict.fromkeys(self.key_names, api_key)}
         if self.command_env:
             options.update(packed(self.command_env))
         if self.box_user is not None:
@@ -126,10 +139,16 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
         body: dict[str, Any] = {
             "Image": self.image,
             "Env": [f"{name}={value}" for name, value in options.items()],
-            "Labels": {**self.labels, ROLE: SERVER},
-            "ExposedPorts": {f"{port}/tcp": {} for port in (SERVER_PORT, *self.ports)},
+            "Labels": {**self.labels, ROLE: SERVER, PORT: str(self.port)},
+            "ExposedPorts": {f"{port}/tcp": {} for port in (self.port, *self.ports)},
             "HostConfig": self._host_config(bind),
         }
+        if self.command is not None:
+            body |= {"Entrypoint": list(self.command), "Cmd": []}
+        if self.working_dir is not None:
+            body["WorkingDir"] = self.working_dir
+        if self.user is not None:
+            body["User"] = str(self.user)
         return body
 
     def _host_config(self, bind: str | None) -> dict[str, Any]:
@@ -148,13 +167,14 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
             "DeviceRequests": [] if self.gpus is None else [_gpus(self.gpus)],
             "LogConfig": {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}},
             "RestartPolicy": {"Name": "no"},
+            "GroupAdd": [] if self.group is None else [str(self.group)],
             **({"Runtime": self.runtime} if self.runtime else {}),
         }
 
     def _published(self, bind: str) -> dict[str, Any]:
         own = "" if self.host_port is None else str(self.host_port)
         further = {f"{port}/tcp": [{"HostIp": bind, "HostPort": ""}] for port in self.ports}
-        return {**further, f"{SERVER_PORT}/tcp": [{"HostIp": bind, "HostPort": own}]}
+        return {**further, f"{self.port}/tcp": [{"HostIp": bind, "HostPort": own}]}
 
 
 def _gpus(wanted: str) -> dict[str, Any]:

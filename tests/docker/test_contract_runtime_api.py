@@ -21,7 +21,7 @@ def runtime(tmp_path_factory, engine_is_there) -> Iterator[Target]:
     """One runtime for all; every workspace and conversation on it is fresh."""
     folder = tmp_path_factory.mktemp("api")
     with (
-        serving(folder, AGENT_SERVER_RUNTIME_API="docker") as server,
+        serving(folder, AGENT_SERVER_RUNTIME_API="docker", AGENT_SERVER_RUNTIME_API_IMAGES="*") as server,
         APIRemoteWorkspace(server.url, server.api_key, SERVER) as workspace,
     ):
         yield workspace.asynchronous.target

@@ -1,6 +1,8 @@
 """The Runtime API with containers behind it."""
 
 import asyncio
+import json
+import shlex
 
 import pytest
 
@@ -8,6 +10,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import RemoteApiError
 from agent_server.runtime_config import RuntimeConfig, TenantConfig
 from tests.chaos.server import KEY, Server
+from tests.docker import images
 from tests.docker.conftest import remove_all
 from tests.docker.held_engine import HeldEngine
 from tests.docker.servers import SERVER, state
@@ -31,7 +34,9 @@ POINTS = [
 @pytest.fixture
 async def server(start, engine, tmp_path):  # noqa: F811
     bob = TenantConfig(key=BOB, memory=256 << 20)
-    runtimes = RuntimeConfig(tenants={**TENANTS, "bob": bob}, unit_memory=256 << 20, unit_cpus=0.5)
+    runtimes = RuntimeConfig(
+        tenants={**TENANTS, "bob": bob}, images=("*",), unit_memory=256 << 20, unit_cpus=0.5
+    )
     async with start(runtime_api="docker", runtimes=runtimes) as server:
         yield server
     instance = (tmp_path / "data" / "runtimes" / "instance").read_text().strip()
@@ -107,10 +112,58 @@ async def test_an_image_without_a_server_is_an_error_with_its_last_words(server)
             pass
 
 
-async def test_an_isolation_that_is_not_there_is_an_error(there):
-    with pytest.raises(RemoteApiError, match="no-such-runtime"):
-        async with there(runtime_class="no-such-runtime"):
+async def test_a_class_that_the_engine_does_not_have_is_an_error(there):
+    with pytest.raises(RemoteApiError, match="kata-runtime"):
+        async with there(runtime_class="kata"):
             pass
+
+
+FOREIGN = """
+import http.server, json, os, sys
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        found = {"path": self.path, "key": self.headers.get("X-Session-API-Key"), "env": dict(os.environ)}
+        found |= {"cwd": os.getcwd(), "user": os.getuid(), "groups": os.getgroups()}
+        body = json.dumps(found).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+http.server.HTTPServer(("0.0.0.0", int(sys.argv[2])), Server).serve_forever()
+"""
+
+
+async def test_a_server_of_somebody_else_runs_as_its_starter_says(server):
+    """As the clients of other servers ask for them, which know nothing of ours."""
+    async with client(server) as api:
+        command = f"python3 -c {shlex.quote(FOREIGN)} --port 60000"
+        more = {"working_dir": "/usr", "run_as_user": 10003, "fs_group": 10004}
+        runtime = await api.start(image=images.FULL, command=command, environment={"COLOUR": "blue"}, **more)
+        assert runtime["pod_status"] == "ready", runtime
+        headers = {"X-Session-API-Key": runtime["session_api_key"]}
+        async with api.http.get(f"{runtime['url']}/api/bash", headers=headers) as answer:
+            found = json.loads(await answer.read())
+        assert (found["path"], found["cwd"], found["user"]) == ("/api/bash", "/usr", 10003)
+        assert (found["key"], 10004 in found["groups"]) == (runtime["session_api_key"], True)
+        assert {found["env"][name] for name in ("SESSION_API_KEY", "OH_SESSION_API_KEYS_0")} == {
+            runtime["session_api_key"]
+        }
+        assert found["env"]["COLOUR"] == "blue"
+        await api.verb("pause", runtime)
+        resumed = await api.verb("resume", runtime)
+        await api.session(wait=30)
+        async with api.http.get(f"{resumed['url']}/again", headers=headers) as answer:
+            assert json.loads(await answer.read())["path"] == "/again"
+        await api.verb("stop", runtime)
+
+
+async def test_a_server_of_somebody_else_that_ends_at_once_is_an_error_with_its_last_words(server):
+    async with client(server) as api:
+        runtime = await api.start(image=images.FULL, command=["sh", "-c", "echo no; exit 3"])
+        assert (runtime["status"], runtime["pod_status"]) == ("error", "failed")
+        (event,) = runtime["events"]
+        assert event.endswith("; it said: no")
+        await api.verb("stop", runtime)
 
 
 async def test_what_a_killed_start_has_left_is_swept_up_and_nothing_else(start, engine, tmp_path, instance):  # noqa: F811
@@ -122,7 +175,9 @@ async def test_what_a_killed_start_has_left_is_swept_up_and_nothing_else(start, 
     await engine.create_volume(f"agent-data-{new_id()}", {"Labels": {labels.INSTANCE: instance}})
     foreign = await engine.create(f"test-{new_id()}", {"Image": SERVER})
     try:
-        async with start(runtime_api="docker", runtimes=RuntimeConfig(tenants=TENANTS)) as server:
+        async with start(
+            runtime_api="docker", runtimes=RuntimeConfig(tenants=TENANTS, images=("*",))
+        ) as server:
             await server.log.until("leftover_removed")
             async with client(server) as api:
                 await api.ask("GET", "/list")
@@ -148,7 +203,8 @@ async def test_the_example_runs_against_containers(server, tmp_path):
 @pytest.fixture
 async def killable(engine, tmp_path):
     """A server as a process of its own."""
-    async with Server(tmp_path, runtime_api="docker", runtime_api_unit_memory=256 << 20) as server:
+    limits = {"runtime_api_unit_memory": 256 << 20, "runtime_api_images": "*"}
+    async with Server(tmp_path, runtime_api="docker", **limits) as server:
         assert await server.start()
         server.url = f"http://127.0.0.1:{server.port}"
         server.instance = (tmp_path / "data" / "runtimes" / "instance").read_text().strip

@@ -93,7 +93,11 @@ async def test_a_start_asks_what_every_runtime_api_understands(api):
     assert body == {
         "image": "image:1",
         "working_dir": "/",
-        "environment": {"A": "b"},
+        "environment": {
+            "A": "b",
+            "AGENT_SERVER_COMMAND_ENV": '{"A":"b"}',
+            "AGENT_SERVER_ALLOW_HOSTS": "*",
+        },
         "session_id": workspace.session_id,
         "run_as_user": 10001,
         "fs_group": 10001,

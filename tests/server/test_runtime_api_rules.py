@@ -132,6 +132,15 @@ async def test_what_runs_together_stays_within_the_quota(start, quota):
         ({"environment": {"AGENT_SERVER_API_KEY": "mine"}}, "$.environment"),
         ({"environment": {"A": "b\0c"}}, "$.environment"),
         ({"image_pull_policy": "Sometimes"}, "$.image_pull_policy"),
+        ({"command": "sh -c 'x"}, "command: No closing quotation; write a program and its arguments"),
+        ({"command": " "}, "command: it has no word"),
+        ({"command": []}, "command: it has no word"),
+        ({"command": ["x", 1]}, "$.command"),
+        ({"command": "a\0b"}, "$.command"),
+        ({"working_dir": "etc"}, "$.working_dir"),
+        ({"run_as_user": -1}, "$.run_as_user"),
+        ({"run_as_user": "root"}, "$.run_as_user"),
+        ({"fs_group": 1 << 31}, "$.fs_group"),
     ],
 )
 async def test_a_body_that_does_not_fit_is_refused_and_starts_nothing(start, body, sentence):
@@ -162,14 +171,21 @@ async def test_a_wait_that_is_none_is_refused(start, wait):
 
 async def test_what_others_ask_for_besides_is_not_looked_at(start):
     async with start(**options()) as server, client(server) as api:
-        more = {
-            "command": "x --port 60000",
-            "working_dir": "/",
-            "run_as_user": 10001,
-            "fs_group": 10001,
-            "new": [],
-        }
-        assert (await api.start(wait=0, **more))["status"] == "running"
+        assert (await api.start(wait=0, new=[]))["status"] == "running"
+
+
+async def test_only_the_classes_that_the_operator_names_may_be_asked_for(start):
+    classes = {"safe": "runsc", "usual": ""}
+    async with start(**options(runtime_classes=classes)) as server, client(server) as api:
+        refused = await api.start(status=403, runtime_class="runc")
+        assert said(refused) == "runtime_class: there is no 'runc' here; allowed are safe, usual"
+        await api.start("one", wait=0, runtime_class="safe")
+        await api.start("two", wait=0, runtime_class="usual")
+
+
+async def test_images_of_others_are_not_started_unless_the_operator_names_them(start):
+    async with start(**options()) as server, client(server) as api:
+        assert "may not be started here" in said(await api.start(status=403, image="registry.example/x:1"))
 
 
 async def test_only_the_images_that_are_allowed_are_started(start):
@@ -179,6 +195,16 @@ async def test_only_the_images_that_are_allowed_are_started(start):
             f"the image {IMAGE} may not be started here; allowed are mine/*, agent-server:?"
         )
         await api.start(wait=0, image="mine/server:2")
+
+
+async def test_each_runtime_may_have_a_name_of_its_own(start):
+    async with start(**options(url="https://{id}.agents.example")) as server, client(server) as api:
+        runtime = await api.start(wait=0)
+        assert runtime["url"] == f"https://{runtime['runtime_id']}.agents.example"
+        headers = {"Host": f"{runtime['runtime_id']}.agents.example"}
+        await api.start()
+        async with api.http.get("/list", headers=headers) as answer:
+            assert answer.status in (401, 404)  # of the runtime, which has no such address
 
 
 async def test_urls_are_those_that_the_operator_gave(start):

@@ -16,6 +16,7 @@ from agent_server.gate import Gate
 from agent_server.hosts import HostRules, OriginRules
 from agent_server.logs import opened
 from agent_server.metrics import Metrics
+from agent_server.refusal import StartRefused
 from agent_server.runtime import Record, Runtime
 from agent_server.runtime_proxy import RuntimeProxy
 
@@ -84,6 +85,10 @@ class Behind:
     async def redirect(self, request):
         raise web.HTTPFound("http://elsewhere.example/", headers={"Set-Cookie": "a=b"})
 
+    async def own(self, request):
+        headers = {**FOR_THE_ORIGIN, "Content-Security-Policy": "default-src *"}
+        return web.Response(text="<script>alert(1)</script>", content_type="text/html", headers=headers)
+
     async def socket(self, request):
         socket = web.WebSocketResponse(protocols=("spoken",), max_msg_size=0)
         await socket.prepare(request)
@@ -116,6 +121,7 @@ class Behind:
         app.router.add_get("/zipped", self.zipped)
         app.router.add_get("/broken", self.broken)
         app.router.add_get("/redirect", self.redirect)
+        app.router.add_get("/own", self.own)
         app.router.add_get("/socket", self.socket)
         app.router.add_route("*", "/{rest:.*}", self.echo)
         return app
@@ -139,6 +145,10 @@ def runtime(tmp_path, logs, url):
     return Runtime(record, StandingPod(url), tmp_path, logs, start_seconds=5)
 
 
+async def health(request):
+    return web.Response(text="of the server itself")
+
+
 @pytest.fixture
 def behind():
     return Behind()
@@ -152,10 +162,13 @@ async def proxied(behind, aiohttp_server, tmp_path):
         it = runtime(tmp_path, logs, str(server.make_url("")).rstrip("/"))
         await it.start()
         async with AsyncExitStack() as stack:
-            proxy = await stack.enter_async_context(RuntimeProxy(lambda id: it if id == "r" else None))
+            proxy = await stack.enter_async_context(
+                RuntimeProxy(lambda id: it if id == "r" else None, "http://{id}.agents.example:8443")
+            )
             rules = (HostRules("127.0.0.1"), OriginRules(), Authority(ApiKey("x" * 20)), logs, Metrics())
-            gate = Gate(*rules, [proxy.serve])
+            gate = Gate(*rules, [proxy.serve], proxy.at)
             app = web.Application(middlewares=gate.middlewares())
+            app.router.add_get("/health", health)
             app.router.add_route("*", r"/runtimes/{runtime_id}/{rest:.*}", proxy.serve)
             runner = web.AppRunner(app)
             await runner.setup()
@@ -244,7 +257,72 @@ async def test_compressed_content_goes_through_as_it_is(proxied):
 async def test_a_redirect_of_the_runtime_is_its_clients_to_follow(proxied):
     async with proxied.get("/runtimes/r/redirect", allow_redirects=False) as answer:
         assert (answer.status, answer.headers["Location"]) == (302, "http://elsewhere.example/")
-        assert answer.headers["Set-Cookie"] == "a=b"
+
+
+FOR_THE_ORIGIN = {
+    "Set-Cookie": "token=theirs; Path=/",
+    "Service-Worker-Allowed": "/",
+    "Clear-Site-Data": '"*"',
+    "Strict-Transport-Security": "max-age=1",
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Credentials": "true",
+    "Access-Control-Allow-Headers": "*",
+    "Alt-Svc": 'h3="elsewhere.example:443"',
+    "Report-To": "{}",
+}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["by path", "by name"])
+async def test_only_under_a_name_of_its_own_a_runtime_may_act_for_the_whole_name(proxied, named):
+    url, headers = ("/own", {"Host": "r.agents.example:8443"}) if named else ("/runtimes/r/own", {})
+    async with proxied.get(url, headers=headers) as answer:
+        assert await answer.text() == "<script>alert(1)</script>"
+        passed = {name: answer.headers[name] for name in FOR_THE_ORIGIN if name in answer.headers}
+        policies = answer.headers.getall("Content-Security-Policy")
+    assert passed == (FOR_THE_ORIGIN if named else {})
+    assert policies == ["default-src *", *([] if named else ["sandbox"])]
+
+
+async def test_the_name_of_a_runtime_leads_to_it_whatever_the_path(proxied):
+    for path in ("/health", "/runtimes/r/x", "/v1/conversations?a=1"):
+        async with proxied.get(path, headers={"Host": "R.agents.example"}) as answer:
+            assert (await answer.json())["path"] == path
+    async with proxied.get("/health") as answer:
+        assert await answer.text() == "of the server itself"
+    async with proxied.get("/health", headers={"Host": "other.agents.example"}) as answer:
+        assert answer.status == 404
+    for host in ("r.r.agents.example", "agents.example", "r.agents.example.evil", "r-agents.example"):
+        async with proxied.get("/health", headers={"Host": host}) as answer:
+            assert answer.status == 421
+    async with proxied.ws_connect("/socket", headers={"Host": "r.agents.example"}) as socket:
+        assert await socket.receive_str() == "first"
+
+
+async def test_a_target_that_would_lead_elsewhere_goes_nowhere(proxied):
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxied.port)
+    writer.write(
+        b"GET http://elsewhere.example/ HTTP/1.1\r\nHost: r.agents.example\r\nConnection: close\r\n\r\n"
+    )
+    assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("origin", "passed"),
+    [("https://r.agents.example:8443", None), ("https://elsewhere.example", "https://elsewhere.example")],
+)
+async def test_pages_of_others_are_the_runtimes_to_admit(proxied, origin, passed):
+    headers = {"Host": "r.agents.example:8443", "Origin": origin}
+    async with proxied.get("/x", headers=headers) as answer:
+        assert (await answer.json())["headers"].get("Origin") == passed
+
+
+@pytest.mark.parametrize(
+    "url", ["https://agents.example/{id}", "https://a.{id}.example", "https://{id}", "https://x{id}.example"]
+)
+def test_an_id_that_is_not_the_first_part_of_the_host_is_refused(url):
+    with pytest.raises(StartRefused, match="must be the first part of the host"):
+        RuntimeProxy(lambda id: None, url)
 
 
 async def test_an_answer_that_breaks_off_does_not_look_whole(proxied):
