@@ -21,6 +21,8 @@ class PodSpec(Struct, frozen=True, kw_only=True):
     cpus: float
     memory: int
     """Bytes."""
+    disk: int | None = None
+    """Bytes that its data may take, where that can be limited; None: no limit."""
     runtime_class: str | None
     image_pull_policy: str
     command: str | list[str] | None = None
@@ -90,6 +92,10 @@ class Pods(Protocol):
 
     def pod(self, spec: PodSpec) -> Pod:
         """Describe one; nothing happens before it is started, or ended."""
+        ...
+
+    def disk(self, wanted: int | None) -> int | None:
+        """Return the limit that the data of a pod has when this one is asked for; None: none."""
         ...
 
     async def sweep(self, known: Callable[[], Collection[str]]) -> None:

@@ -20,7 +20,9 @@ from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, Works
 from agent_server.logs import Logs
 from agent_server.pods import PodSpec
 from agent_server.refusal import TRY_LATER, StartRefused
+from workspaces.disks import Disks
 from workspaces.engine import Engine
+from workspaces.host_paths import HostPaths
 from workspaces.labels import INSTANCE, ROLE, SERVER
 from workspaces.server_container import ServerContainer
 from workspaces.server_spec import KEY_NAME, SERVER_PORT, ServerSpec, Volume
@@ -45,9 +47,12 @@ PULL: Mapping[str, Literal["missing", "always", "never"]] = {
 class DockerPod:
     """See pods.Pod."""
 
-    def __init__(self, engine: Engine, spec: PodSpec, instance: str, network: str | None) -> None:
+    def __init__(
+        self, engine: Engine, spec: PodSpec, instance: str, network: str | None, disks: Disks
+    ) -> None:
         self._engine = engine
         self._spec = spec
+        self._disks = disks
         self._labels = {INSTANCE: instance}
         self._network = network
         self._name, self._volume = _names(spec.runtime_id)
@@ -79,6 +84,13 @@ class DockerPod:
             await self._make(seconds)
             return
         self._container = found
+        if self._disks.has(self._spec.runtime_id):
+            async with self._disks.at_hand(self._spec.runtime_id):
+                await self._start_again(found, seconds)
+        else:
+            await self._start_again(found, seconds)
+
+    async def _start_again(self, found: ServerContainer, seconds: float) -> None:
         try:
             await self._go_on(found, seconds)
         except BaseException:
@@ -105,6 +117,7 @@ class DockerPod:
         if found is not None:
             await found.stop()
         await self._engine.remove_volume(self._volume)
+        await self._disks.remove(self._spec.runtime_id)
 
     async def let_go(self) -> None:
         """See pods.Pod."""
@@ -119,8 +132,17 @@ class DockerPod:
         return ""
 
     async def _make(self, seconds: float) -> None:
+        async with AsyncExitStack() as stack:
+            data = self._volume
+            if self._spec.disk is not None and self._disks.mechanism != "none":
+                await self._disks.make(self._spec.runtime_id, self._spec.disk)
+                data = str(await stack.enter_async_context(self._disks.at_hand(self._spec.runtime_id)))
+            else:
+                await self._engine.create_volume(self._volume, {"Labels": {**self._labels, ROLE: SERVER}})
+            await self._make_with(data, seconds)
+
+    async def _make_with(self, data: str, seconds: float) -> None:
         spec = self._spec
-        await self._engine.create_volume(self._volume, {"Labels": {**self._labels, ROLE: SERVER}})
         words = spec.command if isinstance(spec.command, list) else shlex.split(spec.command or "")
         ours = not words or words[0] == OUR_START
         # In our own image the server keeps its user, and it is commands that run as another one.
@@ -138,7 +160,7 @@ class DockerPod:
                 key_names=KEY_NAMES,
                 user=None if ours else spec.run_as_user,
                 box_user=spec.run_as_user if ours else None,
-                volumes=(Volume(self._volume, DATA),),
+                volumes=(Volume(data, DATA),),
                 network=self._network,
                 memory=f"{spec.memory}b",
                 cpus=spec.cpus,
@@ -167,9 +189,10 @@ class DockerPods:
 
     paused_keeps_memory = True
 
-    def __init__(self, engine: Engine, instance: str, network: str | None, logs: Logs) -> None:
-        """Take the engine, the label of everything that is made on it, and the network of the containers."""
+    def __init__(self, engine: Engine, instance: str, network: str | None, logs: Logs, disks: Disks) -> None:
+        """Take the engine, the label of everything that is made on it, the network of the containers, their disks."""
         self._engine = engine
+        self._disks = disks
         self._instance = instance
         self._network = network
         self._log = logs.log
@@ -193,11 +216,19 @@ class DockerPods:
                 engine = await stack.enter_async_context(Engine())
             except EngineUnavailable as exc:
                 raise StartRefused(f"runtime_api is docker: {exc}", exit_code=TRY_LATER) from None
-            yield cls(engine, instance, network, logs)
+            disks = Disks(folder.with_name("runtime-disks"))
+            await disks.prepare(visible=not (await HostPaths.find(engine)).inside)
+            if disks.mechanism == "none":
+                logs.log.warning("runtime_disks_unlimited", reason=disks.why)
+            yield cls(engine, instance, network, logs, disks)
 
     def pod(self, spec: PodSpec) -> DockerPod:
         """See pods.Pods."""
-        return DockerPod(self._engine, spec, self._instance, self._network)
+        return DockerPod(self._engine, spec, self._instance, self._network, self._disks)
+
+    def disk(self, wanted: int | None) -> int | None:
+        """See pods.Pods."""
+        return None if self._disks.mechanism == "none" else wanted
 
     async def sweep(self, known: Callable[[], Collection[str]]) -> None:
         """See pods.Pods."""
@@ -209,6 +240,7 @@ class DockerPods:
             on_problem=self._problem,
         )
         await sweep.once()
+        await self._disks.keep(lambda owner: owner in known())
 
     def _removed(self, kind: str, name: str) -> None:
         self._log.warning("leftover_removed", kind=kind, name=name)

@@ -81,5 +81,9 @@ class ProcessPods:
         """See pods.Pods."""
         return ProcessPod(spec, self._environment)
 
+    def disk(self, wanted: int | None) -> int | None:
+        """See pods.Pods."""
+        return None
+
     async def sweep(self, known: Callable[[], Collection[str]]) -> None:
         """Nothing is to be found: the folder of a process is written down before it starts."""

@@ -43,6 +43,7 @@ class Record(Struct, kw_only=True):
     resource_factor: int
     cpus: float
     memory: int
+    disk: int | None = None
     runtime_class: str | None
     image_pull_policy: str
     command: str | list[str] | None = None
@@ -76,6 +77,8 @@ class Shown(Struct, kw_only=True, omit_defaults=False):
     pod_logs: str
     image: str
     resource_factor: int
+    disk: int | None
+    """Bytes that its data may take; None: there is no limit here."""
     created_at: float
 
 
@@ -152,6 +155,7 @@ class Runtime:
             pod_logs=self._words,
             image=record.image,
             resource_factor=record.resource_factor,
+            disk=record.disk,
             created_at=record.created,
         )
 

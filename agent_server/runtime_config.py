@@ -47,6 +47,8 @@ class RuntimeConfig(Struct, frozen=True, kw_only=True):
     unit_cpus: Cpus = 1.0
     """Of a runtime whose resource_factor is 1."""
     unit_memory: Bytes = 2 * GIB
+    unit_disk: Annotated[int, Meta(ge=0, le=1 << 50, description="a number of bytes, 0: no limit")] = 8 * GIB
+    """What the data of such a runtime may take, where this machine can limit it: as root, with loop devices."""
     start_seconds: StartSeconds = 120.0
     """How long a runtime may take until it is ready."""
     sandboxes: Runtimes | None = None

@@ -263,6 +263,7 @@ class Runtimes:
             api_key=secrets.token_urlsafe(32),
             cpus=self._config.unit_cpus * factor,
             memory=self._config.unit_memory * factor,
+            disk=self._pods.disk(self._config.unit_disk * factor if self._config.unit_disk else None),
             created=time.time(),
         )
 

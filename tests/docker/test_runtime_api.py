@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import os
 import shlex
+import shutil
 
 import pytest
 
+from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import RemoteApiError
 from agent_server.runtime_config import RuntimeConfig, TenantConfig
@@ -35,7 +38,11 @@ POINTS = [
 async def server(start, engine, tmp_path):  # noqa: F811
     bob = TenantConfig(key=BOB, memory=256 << 20)
     runtimes = RuntimeConfig(
-        tenants={**TENANTS, "bob": bob}, images=("*",), unit_memory=256 << 20, unit_cpus=0.5
+        tenants={**TENANTS, "bob": bob},
+        images=("*",),
+        unit_memory=256 << 20,
+        unit_cpus=0.5,
+        unit_disk=64 << 20,
     )
     async with start(runtime_api="docker", runtimes=runtimes) as server:
         yield server
@@ -59,6 +66,24 @@ async def test_a_runtime_is_a_container_of_its_own_within_its_limits(there, engi
         limits = (await engine.inspect(container(workspace)))["HostConfig"]
         assert (limits["Memory"], limits["NanoCpus"]) == (512 << 20, 1e9)
     assert await state(engine, container(workspace)) is None
+
+
+async def test_the_data_of_a_runtime_is_limited_and_survives_its_container(server, engine, tmp_path):
+    if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
+        pytest.skip("limits take root and e2fsprogs")
+    async with client(server) as api:
+        shown = await api.start(image=SERVER, resource_factor=2)
+        assert shown["disk"] == 128 << 20
+        async with RemoteWorkspace(shown["url"], shown["session_api_key"]) as workspace:
+            full = await workspace.execute(
+                "head -c 200M /dev/zero > much; rm much; df --output=size -B1M . | tail -1; echo kept > file"
+            )
+            assert "No space left" in full.stderr
+            assert int(full.stdout) <= 128
+            await engine.kill(f"agent-server-{shown['runtime_id']}")  # and started again
+            assert (await workspace.execute("cat file")).stdout == "kept\n"
+        await api.verb("stop", shown)
+        assert not list((tmp_path / "data" / "runtime-disks" / "disks").iterdir())
 
 
 async def test_a_paused_runtime_is_frozen_and_goes_on_where_it_was(there, engine):
@@ -203,7 +228,7 @@ async def test_the_example_runs_against_containers(server, tmp_path):
 @pytest.fixture
 async def killable(engine, tmp_path):
     """A server as a process of its own."""
-    limits = {"runtime_api_unit_memory": 256 << 20, "runtime_api_images": "*"}
+    limits = {"runtime_api_unit_memory": 256 << 20, "runtime_api_images": "*", "runtime_api_unit_disk": 0}
     async with Server(tmp_path, runtime_api="docker", **limits) as server:
         assert await server.start()
         server.url = f"http://127.0.0.1:{server.port}"

@@ -28,6 +28,9 @@ class SteppedPods:
         self.made.append(SteppedPod(spec.folder / RECORD))
         return self.made[-1]
 
+    def disk(self, wanted):
+        return wanted
+
     async def sweep(self, known):
         pass
 
