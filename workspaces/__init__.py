@@ -1,9 +1,10 @@
 """Places to work, and starting them.
 
+accounts:    users and groups of an image, with the one of commands
 box_process: a box as a child process of a server
 box_runtime: what a box needs to run in any image, made once
 box_docker:  a box in a hardened container; box_folder, what of it is on this machine; container_body, what it is to
-             the engine; verification, whether it is that; box_ending, why it is no more
+             the engine; box_parts, what it is put together from; verification, whether it is that; box_ending, why it is no more
 child:       a process that may outlive whoever started it
 confinement: how a box on this machine is kept apart
 disks:       the workspaces of sandboxes, with a limit where this machine can make one
@@ -13,7 +14,8 @@ docker:      DockerWorkspace, a server in a container that is started for one cl
 engine:      the container engine: containers made, run, watched and removed; what it is made of:
              engine_api, its calls; engine_events, what happens to containers; engine_failure, what went
              wrong and the mend; engine_info, engine_logs and engine_lines, what it says of itself and of them;
-             engine_runtimes, which of its runtimes a sandbox can have
+             engine_runtimes, which of its runtimes a sandbox can have; engine_archive, files of containers;
+             docker_config, what the `docker` command keeps for its user
 host_paths:  what the engine calls the folders of a server that is in a container itself
 images:      images, looked at and pulled
 labels:      how containers, networks and volumes of ours are known

@@ -36,6 +36,7 @@ running:      a process with its streams
 process:      a process as its users see it
 intake:       bytes from a process
 feed:         bytes into a process
+last_words:   when the output of a command is whole
 spool:        what a process said, by offset
 herald:       telling a caller what a process says
 terminal:     pseudo terminals
