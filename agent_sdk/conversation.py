@@ -172,12 +172,19 @@ class Conversation(Protocol):
         """
         ...
 
-    async def send_message(self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue") -> Accepted:
+    async def send_message(
+        self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op_id: str | None = None
+    ) -> Accepted:
         """Append a user message. An idle agent starts to work; a running one reads it before its next step.
 
         Args:
             text: any length up to the connection's message limit (64 MiB).
             mode: `interrupt` stops the running turn first and starts another.
+            op_id: a UUID that names the call: repeated under it, by whichever process, it returns what the first
+                returned, and there is one message. None: a fresh one.
+
+        Raises:
+            OpMismatch: the op_id was used for another call.
         """
         ...
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+
+from agent_sdk.protocol.errors import InvalidParams
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 
 
 def new_id() -> str:
@@ -14,3 +19,22 @@ def new_id() -> str:
     value |= 2 << 62 | random & (2**62 - 1)
     text = f"{value:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def checked_op_id(op_id: str) -> str:
+    """Return the op_id that a caller has chosen for a call.
+
+    Raises:
+        InvalidParams: it is no UUID in lower case.
+    """
+    if not isinstance(op_id, str) or not _UUID.match(op_id):
+        got = repr(op_id)
+        raise InvalidParams(
+            f"op_id: expected a UUID as lower-case text, like str(uuid.uuid4()), got {got[:64]}"
+        )
+    return op_id
+
+
+def op_id_or_new(op_id: str | None) -> str:
+    """Return the op_id that a caller has chosen, or a fresh one; see `checked_op_id`."""
+    return new_id() if op_id is None else checked_op_id(op_id)

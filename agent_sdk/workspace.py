@@ -316,6 +316,7 @@ class Workspace(Protocol):
         timeout: float | None = None,
         yield_after: float | None = None,
         on_output: OnOutput | None = None,
+        op_id: str | None = None,
     ) -> ExecResult:
         """Run a command and wait for its end.
 
@@ -330,9 +331,12 @@ class Workspace(Protocol):
                 `timed_out` and what it had said. None: no limit.
             yield_after: seconds after which the call answers with status `running` and a process id.
             on_output: called in order with each piece of output; a slow one delays the answer, not the command.
+            op_id: a UUID that names the call: repeated under it, also by another process where the workspace is
+                another machine's, it attaches to the first one, or returns what that returned. None: a fresh one.
 
         Raises:
             InvalidParams, OutsideWorkspace, PolicyDenied: the arguments are not acceptable.
+            OpMismatch: the op_id was used for another call.
             WorkspaceUnavailable: the place is gone.
         """
         ...
@@ -347,8 +351,9 @@ class Workspace(Protocol):
         rows: int = 24,
         cols: int = 80,
         timeout: float | None = None,
+        op_id: str | None = None,
     ) -> Process:
-        """Start a command and return at once; it runs until it ends or the workspace closes.
+        """Start a command and return at once; it runs until it ends or the workspace closes. `op_id`: as in `execute`.
 
         Raises:
             PathNotFound, PathDenied: the program or folder is missing or not executable.

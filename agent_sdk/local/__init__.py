@@ -32,6 +32,7 @@ children:     started programs, and their ends
 process_tree: all processes of an operation, found and ended
 rights:       the rights of another user, for a block
 processes:    the processes of a workspace
+repeats:      calls that are carried out once, however often they come
 running:      a process with its streams
 process:      a process as its users see it
 intake:       bytes from a process

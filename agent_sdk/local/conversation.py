@@ -28,17 +28,17 @@ from agent_sdk.conversation import (
     still_runs,
 )
 from agent_sdk.definition import Agent
-from agent_sdk.ids import new_id
+from agent_sdk.ids import checked_op_id, new_id
 from agent_sdk.local.configuration import Configuration
 from agent_sdk.local.delivery import Delivery, DeltaListener, Listener, Unsubscribe
 from agent_sdk.local.follower import Follower
 from agent_sdk.local.log import EventLog, Operation
 from agent_sdk.local.opened import Opened, open_conversation
-from agent_sdk.local.receipts import answering, check_text, receipt, remembered
+from agent_sdk.local.receipts import answering, check_text, operation, receipt, remembered
 from agent_sdk.local.settings import Settings
 from agent_sdk.protocol.errors import HistoryLost, InvalidParams, RequestNotFound, StateConflict, draining
 from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
-from agent_sdk.protocol.methods import Done, RunAnswer
+from agent_sdk.protocol.methods import Done, RunAnswer, SendMessage
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.workspace import Workspace
 
@@ -184,7 +184,12 @@ class LocalConversation:
         await (await self._open()).journal.append(*events)
 
     async def send_message(
-        self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op: Operation | None = None
+        self,
+        text: str,
+        *,
+        mode: Literal["enqueue", "interrupt"] = "enqueue",
+        op_id: str | None = None,
+        op: Operation | None = None,
     ) -> Accepted:
         """See Conversation.send_message. A paused conversation stays so until `run`, or a message that interrupts.
 
@@ -197,6 +202,8 @@ class LocalConversation:
         """
         opened = await self._open()
         check_text(text)
+        if op_id is not None:
+            op = operation(checked_op_id(op_id), SendMessage.method, {"text": text, "mode": mode})
         if known := await self.answered(op, Accepted):
             return known
         if not opened.turns.ready:
@@ -312,13 +319,8 @@ class LocalConversation:
         """See Conversation.state; a closed conversation has one, too."""
         closed = self._closing is not None
         opened = self._opened if closed and self._opened is not None else await self._open()
-        return opened.journal.fold.snapshot(
-            self.id,
-            opened.journal.epoch,
-            working=self.working,
-            closed=closed,
-            key=opened.turns.key,
-        )
+        fold, epoch = opened.journal.fold, opened.journal.epoch
+        return fold.snapshot(self.id, epoch, working=self.working, closed=closed, key=opened.turns.key)
 
     async def stats(self) -> Stats:
         """See Conversation.stats."""

@@ -14,8 +14,9 @@ import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
-from typing import Self
+from typing import Any, Self
 
 from agent_sdk.disk import atomic_file, in_thread, open_source, path_error
 from agent_sdk.limits import LimitWatch
@@ -30,6 +31,7 @@ from agent_sdk.local.launch import Folder, Interpreter, Launch, SpawnFailed, fin
 from agent_sdk.local.paths import Root
 from agent_sdk.local.process import LocalProcess
 from agent_sdk.local.processes import Processes
+from agent_sdk.local.repeats import Repeats
 from agent_sdk.local.running import Running
 from agent_sdk.local.shell import LocalShell
 from agent_sdk.protocol.errors import (
@@ -57,6 +59,7 @@ class _Open:
     environment: dict[str, str]
     shell: Interpreter
     shells: dict[str, LocalShell] = field(default_factory=dict)
+    repeats: Repeats = field(default_factory=Repeats)
 
     def running(self) -> int:
         """How many processes run and shells are open."""
@@ -160,6 +163,7 @@ class LocalWorkspace:
         finally:
             opened, self._open = self._open, None
             if opened is not None:
+                await opened.repeats.close()
                 await opened.children.close()
                 for shell in opened.shells.values():
                     await shell.close()
@@ -213,9 +217,16 @@ class LocalWorkspace:
         timeout: float | None = None,
         yield_after: float | None = None,
         on_output: OnOutput | None = None,
+        op_id: str | None = None,
         on_start: Callable[[LocalProcess], None] | None = None,
     ) -> ExecResult:
         """See Workspace.execute; `on_start` gets the process as soon as it runs."""
+        if op_id is not None:
+            options: dict[str, Any] = {"cwd": cwd, "env": env, "timeout": timeout, "yield_after": yield_after}
+            work = partial(
+                self.execute, command, stdin=stdin, on_output=on_output, on_start=on_start, **options
+            )
+            return await self._opened().repeats.run(op_id, ("execute", command, options), work)
         timeout, yield_after = _clocks(timeout, yield_after)
         data = _input(stdin)
         try:
@@ -316,8 +327,13 @@ class LocalWorkspace:
         rows: int = 24,
         cols: int = 80,
         timeout: float | None = None,
+        op_id: str | None = None,
     ) -> LocalProcess:
         """See Workspace.start."""
+        if op_id is not None:
+            options: dict[str, Any] = {"pty": pty, "rows": rows, "cols": cols, "timeout": timeout}
+            work = partial(self.start, command, cwd=cwd, env=env, **options)
+            return await self._opened().repeats.run(op_id, ("start", command, cwd, env, options), work)
         timeout = check_seconds(timeout, "timeout")
         size = check_size(rows, cols)
         try:

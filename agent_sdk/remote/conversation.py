@@ -32,7 +32,7 @@ from agent_sdk.conversation import (
     tell_waits,
 )
 from agent_sdk.definition import Agent
-from agent_sdk.ids import new_id
+from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol import events as event_types
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -160,9 +160,11 @@ class RemoteConversation:
         """See Conversation.cursor."""
         return self._delivery.given
 
-    async def send_message(self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue") -> Accepted:
+    async def send_message(
+        self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op_id: str | None = None
+    ) -> Accepted:
         """See Conversation.send_message."""
-        return await self._ask(SendMessage(op_id=new_id(), text=text, mode=mode))
+        return await self._ask(SendMessage(op_id=op_id_or_new(op_id), text=text, mode=mode))
 
     async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
         """See Conversation.run."""

@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any, Self
 
 from agent_sdk.disk import atomic_file, open_source
-from agent_sdk.ids import new_id
+from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, OutcomeUnknown
 from agent_sdk.protocol.methods import (
     Describe,
@@ -205,6 +205,7 @@ class RemoteWorkspace:
         timeout: float | None = None,
         yield_after: float | None = None,
         on_output: OnOutput | None = None,
+        op_id: str | None = None,
     ) -> ExecResult:
         """See Workspace.execute.
 
@@ -212,7 +213,7 @@ class RemoteWorkspace:
         returns at once, and the command goes on. Where the place was lost the status is `unknown`.
         """
         call = Execute(
-            op_id=new_id(),
+            op_id=op_id_or_new(op_id),
             **_command(command),
             cwd=cwd,
             env=dict(env or {}),
@@ -240,12 +241,13 @@ class RemoteWorkspace:
         rows: int = 24,
         cols: int = 80,
         timeout: float | None = None,
+        op_id: str | None = None,
     ) -> Process:
         """See Workspace.start."""
         started = await ask(
             self.link,
             ProcessStart(
-                op_id=new_id(),
+                op_id=op_id_or_new(op_id),
                 **_command(command),
                 cwd=cwd,
                 env=dict(env or {}),

@@ -6,10 +6,11 @@ its commands run; the fixture closes what was opened.
 """
 
 import asyncio
+import uuid
 
 import pytest
 
-from agent_sdk.protocol.errors import InvalidParams, StateConflict, TimedOut
+from agent_sdk.protocol.errors import InvalidParams, OpMismatch, StateConflict, TimedOut
 from agent_sdk.protocol.events import (
     AgentMessage,
     ErrorRaised,
@@ -113,6 +114,17 @@ class ConversationContract(ToolCallsContract):
         conversation = await open(acting(say("one")))
         with pytest.raises(StateConflict):
             await conversation.run(timeout=PATIENCE)
+
+    async def test_a_message_that_is_repeated_under_its_op_id_is_one_message(self, open: Open) -> None:
+        conversation, op_id = await open(acting(say("one"), say("two"))), str(uuid.uuid4())
+        first = await conversation.send_message("1", op_id=op_id)
+        await conversation.run(timeout=PATIENCE)
+        assert await conversation.send_message("1", op_id=op_id) == first
+        with pytest.raises(OpMismatch):
+            await conversation.send_message("2", op_id=op_id)
+        with pytest.raises(InvalidParams, match="op_id: expected a UUID"):
+            await conversation.send_message("2", op_id="mine")
+        assert [event.text for event in await these(conversation, UserMessage)] == ["1"]
 
     async def test_an_empty_message_is_refused(self, open: Open) -> None:
         conversation = await open(acting(say("one")))

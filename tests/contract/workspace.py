@@ -8,13 +8,20 @@ from tests.contract.commands import CommandContract
 from tests.contract.confinement import ConfinementContract
 from tests.contract.files import FileContract
 from tests.contract.processes import ProcessContract
+from tests.contract.repeats import RepeatContract
 from tests.contract.repository import RepositoryContract
 from tests.contract.shells import ShellContract
 from tests.contract.transfers import TransferContract
 
 
 class OpenWorkspaceContract(
-    CommandContract, ProcessContract, ShellContract, FileContract, TransferContract, RepositoryContract
+    CommandContract,
+    ProcessContract,
+    ShellContract,
+    FileContract,
+    TransferContract,
+    RepositoryContract,
+    RepeatContract,
 ):
     """Subclass it and provide a `workspace` fixture: where paths may lead to all files, as in a container."""
 
