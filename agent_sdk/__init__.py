@@ -13,6 +13,7 @@ rpc:          the protocol, moving
 agent:        thinking: loop, models, tools
 local:        here
 remote:       there
+outbound:     HTTP to others: proxies, certificates, why it does not work
 disk:         files of this machine as streams
 digest:       the SHA-256 of files that move
 serve:        a workspace behind a Peer

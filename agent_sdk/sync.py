@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from os import PathLike
+from ssl import SSLContext
 from typing import Any, Literal, Self
 
 from agent_sdk import api
@@ -158,6 +159,7 @@ class RemoteWorkspace(Workspace):
         url: str,
         api_key: str | None = None,
         *,
+        ssl: SSLContext | None = None,
         sandbox: Sandbox | None = None,
         working_dir: str | None = None,
         conversation: str | None = None,
@@ -170,6 +172,7 @@ class RemoteWorkspace(Workspace):
             AsyncRemoteWorkspace(
                 url,
                 api_key,
+                ssl=ssl,
                 sandbox=sandbox,
                 working_dir=working_dir,
                 conversation=conversation,

@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 from agent_server.config import ServerConfig
 from agent_server.connection import Connection, Crowd
 from agent_server.gate import Gate
-from agent_server.hosts import HostRules, OriginRules
+from agent_server.hosts import HostRules, OriginRules, ProxyRules
 from agent_server.lobby import Lobby
 from agent_server.refusal import TRY_LATER, StartRefused
 from agent_server.routes import Routes
@@ -66,6 +66,7 @@ async def listening(
         [route.handler for route in own_keys],
         at,
     )
+    proxies = ProxyRules(config.trusted_proxies)
     app = web.Application(middlewares=gate.middlewares(), client_max_size=config.limits.message_bytes)
     app.on_response_prepare.append(gate.label)
     app.add_routes([*routes.table(), *own_keys])
@@ -81,6 +82,7 @@ async def listening(
                 server,
                 crowd,
                 longest_message=config.limits.frame_bytes,
+                proxies=proxies,
                 access_log=None,
                 auto_decompress=False,  # what is passed on goes as it came
                 keepalive_timeout=config.handshake_seconds,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import os
 import secrets
 import stat
@@ -22,6 +21,7 @@ from pathlib import Path
 from agent_sdk.protocol.errors import Overloaded, Unauthorized, UseHeader
 from agent_server.config import ServerConfig
 from agent_server.config_sources import MINIMUM_KEY
+from agent_server.hosts import network_of
 from agent_server.refusal import CANNOT_CREATE, StartRefused
 
 KEY_FILE = "api_key"
@@ -109,7 +109,7 @@ def _make_key(file: Path) -> str:
 
 
 class Attempts:
-    """Wrong keys per address in the last minute. Networks of IPv6 customers (/64) count as one address."""
+    """Wrong keys per network in the last minute, see `network_of`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -117,15 +117,15 @@ class Attempts:
 
     def failed(self, address: str) -> None:
         """Count one wrong key."""
-        times = self._wrong.setdefault(_network(address), deque(maxlen=WRONG_KEYS))
+        times = self._wrong.setdefault(network_of(address), deque(maxlen=WRONG_KEYS))
         times.append(self._clock())
-        self._wrong.move_to_end(_network(address))
+        self._wrong.move_to_end(network_of(address))
         if len(self._wrong) > ADDRESSES:
             self._wrong.popitem(last=False)
 
     def wait(self, address: str) -> float:
         """Return the seconds until another wrong key gets an ordinary answer; 0: now."""
-        times = self._wrong.get(_network(address))
+        times = self._wrong.get(network_of(address))
         if times is None or len(times) < WRONG_KEYS:
             return 0.0
         return max(0.0, times[0] + WINDOW_SECONDS - self._clock())
@@ -160,13 +160,12 @@ class Authority:
         raise Unauthorized("wrong API key")
 
 
-def bearer(headers: Sequence[str], *, query: bool = False, cookie: bool = False) -> str | None:
+def bearer(headers: Sequence[str], *, query: bool = False) -> str | None:
     """Return the key in the Authorization headers; None when there is no such header.
 
     Args:
         headers: all values of Authorization.
         query: whether the address carries something that looks like a key; it would end up in logs.
-        cookie: whether a cookie does; web pages of others would send it along.
 
     Raises:
         UseHeader: the key came some other way, or the header is not of the form `Bearer KEY`.
@@ -174,8 +173,6 @@ def bearer(headers: Sequence[str], *, query: bool = False, cookie: bool = False)
     if query:
         raise UseHeader("a key in the address ends up in logs; use the header Authorization: Bearer KEY")
     if not headers:
-        if cookie:
-            raise UseHeader("cookies are not looked at; use the header Authorization: Bearer KEY")
         return None
     scheme, _, key = headers[0].partition(" ")
     if len(headers) > 1 or len(headers[0]) > LONGEST_HEADER:
@@ -183,15 +180,3 @@ def bearer(headers: Sequence[str], *, query: bool = False, cookie: bool = False)
     if scheme.lower() != "bearer":
         raise UseHeader("this scheme is not supported; use the header Authorization: Bearer KEY")
     return key
-
-
-def _network(address: str) -> str:
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return str(ipaddress.ip_network((parsed, 64), strict=False))
-    return address

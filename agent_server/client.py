@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, PathDenied, PathNotFound
+from agent_sdk.remote.address import checked_key, checked_url
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server.config import ClientEnvironment, client_environment
 from agent_server.hosts import is_loopback
@@ -55,36 +56,33 @@ def find_server(given: argparse.Namespace, url: str | None = None) -> Server:
     data folder of this user.
 
     Raises:
-        InvalidParams: the URL makes no sense.
+        InvalidParams: the URL or the key makes no sense.
         PathNotFound, PathDenied: the given key file cannot be read.
     """
     environment = client_environment()
-    address = url or given.url or environment.url or DEFAULT_URL
-    try:
-        host = urlsplit(address).hostname
-    except ValueError:
-        host = None
-    if not address.startswith(("http://", "https://")) or not host:
+    address = (url or given.url or environment.url or DEFAULT_URL).strip()
+    if not address.startswith(("http://", "https://")):
         raise InvalidParams(f"{address!r} is no URL of a server; it looks like {DEFAULT_URL}")
-    return Server(url=address.rstrip("/"), api_key=_key(given, environment, host))
+    address = checked_url(address)
+    return Server(url=address, api_key=_key(given, environment, urlsplit(address).hostname or ""))
 
 
 def _key(given: argparse.Namespace, environment: ClientEnvironment, host: str) -> str | None:
     if given.api_key:
-        return str(given.api_key)
+        return checked_key(given.api_key, "--api-key")
     if given.api_key_file:
         return _read_key(Path(given.api_key_file))
     if environment.api_key:
-        return environment.api_key
+        return checked_key(environment.api_key, "AGENT_SERVER_API_KEY")
     if environment.api_key_file:
         return _read_key(Path(environment.api_key_file))
     own = environment.data / KEY_FILE
     return _read_key(own) if is_loopback(host) and own.exists() else None
 
 
-def _read_key(file: Path) -> str:
+def _read_key(file: Path) -> str | None:
     try:
-        return file.expanduser().read_text(encoding="ascii").strip()
+        return checked_key(file.expanduser().read_text(encoding="ascii"), str(file))
     except FileNotFoundError:
         raise PathNotFound(f"{file}: no such API key file", path=str(file)) from None
     except (OSError, UnicodeDecodeError) as exc:

@@ -55,6 +55,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """Names, besides those of the loopback, that the Host header may have; `*` allows all."""
     allow_origins: Names = ()
     """Origins of web pages that may connect, e.g. `https://console.example`. Programs send none and need none."""
+    trusted_proxies: Names = ()
+    """Addresses and networks of proxies in front of this server, e.g. `10.0.0.0/8`: what they say of their clients in
+    X-Forwarded-For counts where addresses are told apart."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """`auto`: console on a terminal, else one JSON object per line."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -91,7 +94,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     max_pending_writes: Count = 10_000
     """Writes that may wait for the log before further ones are refused."""
     max_strangers: Count = 64
-    """Connections of one address that have not shown a key yet."""
+    """Connections of one network (an IPv4 address, an IPv6 /64, the loopback) that have not shown a key yet; for a
+    further one the oldest of them gives way."""
     runtime_api: Literal["off", "process", "docker"] = "off"
     """Whether it starts further servers for tenants, see docs/runtime_api.md: in processes of its own user, or in
     containers."""

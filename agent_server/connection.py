@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 
 import msgspec
 from aiohttp import web
@@ -15,44 +15,88 @@ from aiohttp.http_exceptions import LineTooLong
 from agent_sdk.protocol.errors import Overloaded, to_wire
 from agent_server.answers import http_error
 from agent_server.frames import POLICY, FrameWatch, Violation
+from agent_server.hosts import ProxyRules, network_of
 from agent_server.metrics import Metrics
 
 RETRY_AFTER_MS = 1000
+CLOSE_LIMIT = 4429
 STRANGER_BYTES = 64 << 10
 """What a WebSocket may send before it has shown the key: enough for `initialize`, too little to fill memory."""
 
 
+class Guest(Protocol):
+    """Somebody who is connected."""
+
+    def give_way(self, refusal: Overloaded) -> None:
+        """End the connection, which has not shown a key, for the sake of a newer one."""
+        ...
+
+
 class Crowd:
-    """Who is connected: everybody, and the strangers (who have not shown a key) of each address."""
+    """Who is connected: everybody, and the strangers (who have not shown a key) of each network.
+
+    Where strangers are too many the one that came first gives way: whoever has a key shows it at once, so who
+    still has not is the one to go. A quarter of all places is for those with a key.
+    """
 
     def __init__(self, limit: int, strangers: int, metrics: Metrics) -> None:
+        """Take how many there may be, and how many strangers of one network."""
         self._limit = limit
         self._strangers_limit = strangers
         self._all = 0
-        self._strangers: Counter[str] = Counter()
+        self._strangers: dict[Guest, str] = {}
+        """And their networks, those who came first first."""
+        self._networks: Counter[str] = Counter()
         self._metrics = metrics
 
-    def arrive(self, address: str) -> Overloaded | None:
-        """Count a new connection, or say why it has to go."""
-        if self._all >= self._limit:
+    def arrive(self, guest: Guest, network: str) -> Overloaded | None:
+        """Count a new stranger, for whom an older one may give way, or say why it has to go.
+
+        Args:
+            guest: who came.
+            network: where from; empty: that shows with its first request.
+        """
+        if self._all >= self._limit and not self._strangers:
             return self._refusal("connections", self._limit)
-        if self._strangers[address] >= self._strangers_limit:
-            return self._refusal("connections without a key from one address", self._strangers_limit)
+        if self._all >= self._limit or len(self._strangers) >= max(self._limit * 3 // 4, 1):
+            self._make_room("connections", self._limit)
         self._all += 1
-        self._strangers[address] += 1
         self._metrics.connections.set(self._all)
+        self._strangers[guest] = ""
+        self.move(guest, network)
         return None
 
-    def recognise(self, address: str) -> None:
-        """One of this address has shown the key."""
-        self._strangers -= Counter([address])
+    def move(self, guest: Guest, network: str) -> None:
+        """A stranger turns out to be of this network."""
+        before = self._strangers.get(guest, network)
+        if before == network:
+            return
+        if self._networks[network] >= self._strangers_limit:
+            self._make_room("connections without a key from one network", self._strangers_limit, network)
+        self._forget(before)
+        self._strangers[guest] = network
+        self._networks[network] += 1
 
-    def leave(self, address: str, *, stranger: bool) -> None:
-        """One of this address is gone."""
+    def recognise(self, guest: Guest) -> None:
+        """This one has shown the key."""
+        self._forget(self._strangers.pop(guest, ""))
+
+    def leave(self, guest: Guest) -> None:
+        """This one is gone."""
+        self.recognise(guest)
         self._all -= 1
         self._metrics.connections.set(self._all)
-        if stranger:
-            self.recognise(address)
+
+    def _make_room(self, what: str, limit: int, network: str | None = None) -> None:
+        oldest = next(
+            guest for guest, its_network in self._strangers.items() if network in (None, its_network)
+        )
+        self.leave(oldest)
+        oldest.give_way(self._refusal(what, limit))
+
+    def _forget(self, network: str) -> None:
+        if network:
+            self._networks -= Counter([network])
 
     def _refusal(self, what: str, limit: int) -> Overloaded:
         self._metrics.refused.labels("overloaded").inc()
@@ -62,23 +106,63 @@ class Crowd:
 class Connection(web.RequestHandler):
     """One connection. What aiohttp calls `request.protocol` is one of these."""
 
-    def __init__(self, server: web.Server, crowd: Crowd, *, longest_message: int, **options: Any) -> None:
+    def __init__(
+        self,
+        server: web.Server,
+        crowd: Crowd,
+        *,
+        longest_message: int,
+        proxies: ProxyRules | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self.address = ""
+        """Who asks: the other end, or for whom a trusted proxy does."""
         self.violation: asyncio.Future[Violation] | None = None
         """Done when the client has broken the rules of WebSocket; made when it becomes one."""
         self._crowd = crowd
+        self._proxies = proxies or ProxyRules()
         self._longest_message = longest_message
+        self._peer = ""
         self.is_stranger = True
         """Whether it has not shown the key yet."""
         self._refused = False
+        """Whether it is not taken up at all."""
+        self._counted = False
         self._tcp: asyncio.Transport | None = None
 
     def recognise(self) -> None:
         """It has shown the key."""
-        if self.is_stranger and not self._refused:
+        if self.is_stranger and self._counted:
             self.is_stranger = False
-            self._crowd.recognise(self.address)
+            self._crowd.recognise(self)
+
+    def speaks_for(self, headers: Sequence[str]) -> None:
+        """Take who asks from X-Forwarded-For, if a trusted proxy is at the other end.
+
+        Args:
+            headers: all values of it in the request that came.
+        """
+        if self._proxies.trusts(self._peer):
+            self.address = self._proxies.client(self._peer, headers)
+            if self.is_stranger and self._counted:
+                self._crowd.move(self, network_of(self.address))
+
+    def give_way(self, refusal: Overloaded) -> None:
+        """See Guest. It is told why, where that is still possible."""
+        self._counted = False
+        if self._tcp is None:
+            return
+        if self.violation is not None:
+            if not self.violation.done():
+                self.violation.set_result(Violation(CLOSE_LIMIT, str(refusal)))
+            return
+        request = self._current_request
+        if request is None or request.writer.output_size == 0:
+            self._tcp.write(_raw_answer(refusal))
+            self._tcp.close()
+        else:
+            self._tcp.abort()
 
     def abort(self) -> None:
         """Give up what has not been sent yet, unlike `force_close`."""
@@ -89,9 +173,11 @@ class Connection(web.RequestHandler):
         """See asyncio.Protocol."""
         self._tcp = cast(asyncio.Transport, transport)  # other event loops have classes of their own
         peer = transport.get_extra_info("peername")
-        self.address = str(peer[0]) if isinstance(peer, tuple) else "local"
-        refusal = self._crowd.arrive(self.address)
+        self.address = self._peer = str(peer[0]) if isinstance(peer, tuple) else "local"
+        network = "" if self._proxies.trusts(self._peer) else network_of(self._peer)
+        refusal = self._crowd.arrive(self, network)
         if refusal is None:
+            self._counted = True
             super().connection_made(transport)
             return
         self._refused = True
@@ -101,8 +187,10 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """See asyncio.Protocol."""
         self._tcp = None
+        if self._counted:
+            self._counted = False
+            self._crowd.leave(self)
         if not self._refused:
-            self._crowd.leave(self.address, stranger=self.is_stranger)
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

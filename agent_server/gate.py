@@ -40,7 +40,7 @@ ANSWERED = web.RequestKey("answered", bool)
 
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, X-API-Key, X-Session-API-Key",
     "Access-Control-Max-Age": "600",
 }
 _ALWAYS = {
@@ -123,6 +123,8 @@ class Gate:
         return refusal(error)
 
     async def _admit(self, request: web.Request, route: Handler) -> web.StreamResponse:
+        assert isinstance(request.protocol, Connection)
+        request.protocol.speaks_for(request.headers.getall(hdrs.X_FORWARDED_FOR, []))
         hosts = request.headers.getall(hdrs.HOST, [])
         elsewhere = self._at(hosts[0]) if len(hosts) == 1 else None
         if elsewhere is not None:
@@ -142,7 +144,6 @@ class Gate:
         key = bearer(
             request.headers.getall(hdrs.AUTHORIZATION, []),
             query=any(name.lower() in KEY_NAMES for name in request.query),
-            cookie=any(name.lower() in KEY_NAMES for name in request.cookies),
         )
         if key is None and is_upgrade(request):
             return False

@@ -1,10 +1,15 @@
-"""Which Host and Origin headers are acceptable. A web page must never reach a server that trusts its own machine.
+"""Which Host, Origin and X-Forwarded-For headers are acceptable.
+
+A web page must never reach a server that trusts its own machine.
 
 Host: against DNS rebinding, where a page's own name suddenly points here. Loopback names and what the
 operator lists are fine. On a server that listens beyond the loopback so is every literal address,
 because a rebound page has a name, never an address.
 
 Origin: browsers send it, programs do not. Absent is fine, listed is fine, all else is refused, `null` included.
+
+X-Forwarded-For: counts only from proxies that the operator lists, and only as far as they wrote it themselves: from
+the right, the first address that is none of theirs.
 """
 
 from __future__ import annotations
@@ -17,6 +22,9 @@ from agent_sdk.protocol.errors import HostNotAllowed, OriginNotAllowed
 
 LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost", "ip6-loopback"})
 _NAME_AND_PORT = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
+# `2001:db8::1`, `[2001:db8::1]:443`, `192.0.2.1`, `192.0.2.1:443`
+_FORWARDED = re.compile(r"\[(?P<six>[^\]]+)\](?::\d+)?|(?P<four>[0-9.]+):\d+|(?P<bare>[^\[\]]+)")
+LONGEST_FORWARDED = 4096
 _SHOWN = 100
 
 
@@ -94,6 +102,65 @@ class OriginRules:
             f"web pages of {shown} may not connect; the operator can add the origin to allow_origins",
             origin=shown,
         )
+
+
+class ProxyRules:
+    """Which proxies are believed about whom they speak for."""
+
+    def __init__(self, trusted: Sequence[str] = ()) -> None:
+        """Take addresses and networks, like `10.0.0.0/8`.
+
+        Raises:
+            ValueError: one of them is none; the text is a sentence.
+        """
+        self._networks = []
+        for text in trusted:
+            try:
+                self._networks.append(ipaddress.ip_network(text.strip()))
+            except ValueError as exc:
+                raise ValueError(f"{exc}; write addresses and networks like 10.0.0.1 or 10.0.0.0/8") from None
+
+    def trusts(self, address: str) -> bool:
+        """Whether it is one of them."""
+        parsed = _plain(address) if self._networks else None
+        return parsed is not None and any(parsed in network for network in self._networks)
+
+    def client(self, peer: str, forwarded: Sequence[str]) -> str:
+        """Return for whom a trusted proxy speaks.
+
+        Args:
+            peer: its address.
+            forwarded: all values of X-Forwarded-For.
+        """
+        client = peer
+        for entry in reversed(",".join(forwarded)[-LONGEST_FORWARDED:].split(",")):
+            found = _FORWARDED.fullmatch(entry.strip())
+            parsed = _plain(found["six"] or found["four"] or found["bare"]) if found else None
+            if parsed is None:
+                break  # whoever wrote that is not to be believed any further
+            client = str(parsed)
+            if not self.trusts(client):
+                break
+        return client
+
+
+def network_of(address: str) -> str:
+    """Return what counts as one: all of the loopback, the network of an IPv6 customer (/64), an IPv4 address."""
+    parsed = _plain(address)
+    if parsed is None:
+        return address
+    if parsed.is_loopback:
+        return "loopback"
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed)
+
+
+def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address without its zone; one of IPv4 in the clothes of IPv6 is one of IPv4."""
+    parsed = _address(address.partition("%")[0])
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return mapped or parsed
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -140,10 +140,15 @@ class Lines:
 class Logs:
     """A logger and what belongs to it."""
 
-    def __init__(self, log: Log, redactor: Redactor, lines: Lines) -> None:
+    def __init__(self, log: Log, redactor: Redactor, lines: Lines, seldom: _Seldom) -> None:
         self.log = log
         self.redactor = redactor
         self._lines = lines
+        self._seldom = seldom
+
+    def refused(self, problem: str) -> None:
+        """Log that somebody was refused who has not shown a key: at most one line a second."""
+        self._seldom.tell(problem)
 
     def end(self) -> None:
         """Write what waits (1 s at most), then nothing more: for a process that ends without leaving `opened`."""
@@ -187,8 +192,9 @@ def opened(
             wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
             context_class=dict,
         )
-        with _foreign_records(log, clock):
-            yield Logs(log, redactor, lines)
+        seldom = _Seldom(log, clock)
+        with _foreign_records(log, seldom):
+            yield Logs(log, redactor, lines, seldom)
 
 
 def _stamp(logger: Any, method: str, event: Event) -> Event:
@@ -215,6 +221,24 @@ def shown(text: str) -> str:
     return _TRICKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+class _Seldom:
+    """Tells of what strangers can cause at will: one line a second, with how many were left out."""
+
+    def __init__(self, log: Log, clock: Callable[[], float]) -> None:
+        self._log = log
+        self._clock = clock
+        self._next = 0.0
+        self._held = 0
+
+    def tell(self, problem: str) -> None:
+        now = self._clock()
+        if now < self._next:
+            self._held += 1
+            return
+        self._log.warning("request_refused", problem=problem, unreported=self._held)
+        self._next, self._held = now + 1.0, 0
+
+
 class _Records(logging.Handler):
     """Passes the standard library's log records on.
 
@@ -222,30 +246,20 @@ class _Records(logging.Handler):
     of those one line a second is enough.
     """
 
-    def __init__(self, log: Log, clock: Callable[[], float]) -> None:
+    def __init__(self, log: Log, seldom: _Seldom) -> None:
         super().__init__(logging.WARNING)
         self._log = log
-        self._clock = clock
-        self._next = 0.0
-        self._held = 0
+        self._seldom = seldom
 
     def emit(self, record: logging.LogRecord) -> None:
         bug = record.exc_info[1] if record.exc_info else None
         if record.name.startswith("aiohttp") and not _is_ours(bug):
-            self._malformed(type(bug).__name__ if bug else record.name)
+            self._seldom.tell(type(bug).__name__ if bug else record.name)
             return
         facts: dict[str, Any] = {"logger": record.name, "message": record.getMessage()}
         if bug is not None:
             facts["traceback"] = "".join(traceback.format_exception(bug))
         self._log.log(record.levelno, "library_spoke", **facts)
-
-    def _malformed(self, problem: str) -> None:
-        now = self._clock()
-        if now < self._next:
-            self._held += 1
-            return
-        self._log.warning("request_refused", problem=problem, unreported=self._held)
-        self._next, self._held = now + 1.0, 0
 
 
 def _is_ours(bug: BaseException | None) -> bool:
@@ -256,8 +270,8 @@ def _is_ours(bug: BaseException | None) -> bool:
 
 
 @contextmanager
-def _foreign_records(log: Log, clock: Callable[[], float]) -> Iterator[None]:
-    handler = _Records(log, clock)
+def _foreign_records(log: Log, seldom: _Seldom) -> Iterator[None]:
+    handler = _Records(log, seldom)
     root = logging.getLogger()
     root.addHandler(handler)
     try:

@@ -169,6 +169,7 @@ class DockerPod:
                 pull=PULL[spec.image_pull_policy],
             ),
             foreign=True,
+            patience="start_seconds",
         )
         self._container.api_key = spec.api_key
         await self._container.start(seconds)

@@ -7,6 +7,7 @@ answers cannot act for all that this server's name stands for: no cookies, no wo
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Self
@@ -19,6 +20,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from agent_sdk.protocol.errors import HostNotAllowed, NotFound, WorkspaceUnavailable
+from agent_server.auth import ApiKey
 from agent_server.connection import Connection
 from agent_server.refusal import StartRefused
 from agent_server.runtime import Runtime
@@ -29,6 +31,9 @@ from agent_server.upgrade import is_upgrade
 CONNECT_SECONDS = 5.0
 READY_SECONDS = 30.0
 """How long a request waits for a runtime that is being started."""
+ACCEPTED_SECONDS = 30.0
+"""After which a WebSocket that a runtime still keeps counts as one of somebody with a key."""
+SESSION_HEADER = "X-Session-API-Key"
 RETRY_AFTER = {hdrs.RETRY_AFTER: "1"}
 
 # Of one connection alone (RFC 9110 section 7.6.1), and what this server adds or has looked at by itself.
@@ -141,8 +146,8 @@ class RuntimeProxy:
         if origin is not None and not shared and urlsplit(origin).netloc.lower() != request.host.lower():
             headers[hdrs.ORIGIN] = origin  # whether other pages may use it is the runtime's to say
         async with self._answer(runtime, request, path, headers) as answer:
-            if answer.status < 400:
-                assert isinstance(request.protocol, Connection)
+            assert isinstance(request.protocol, Connection)
+            if answer.status < 400 and _shows_key(request.headers, runtime):
                 request.protocol.recognise()
             if answer.status == _SWITCHING:
                 if not is_upgrade(request):
@@ -183,6 +188,14 @@ class RuntimeProxy:
             raise _no_answer(str(exc) or type(exc).__name__) from None
         async with answer:
             yield answer
+
+
+def _shows_key(headers: CIMultiDictProxy[str], runtime: Runtime) -> bool:
+    """Whether a request carries the key of the runtime, whose own answer says nothing: some paths need none."""
+    shown = [value.removeprefix("Bearer ") for value in headers.getall(hdrs.AUTHORIZATION, [])]
+    shown += headers.getall(SESSION_HEADER, [])
+    key = ApiKey(runtime.record.api_key)
+    return any(key.is_same(value) for value in shown)
 
 
 def _no_answer(reason: str) -> WorkspaceUnavailable:
@@ -246,10 +259,13 @@ async def _join(request: web.Request, answer: aiohttp.ClientResponse, shared: bo
     response = web.StreamResponse(status=_SWITCHING, reason=answer.reason, headers=headers)
     await response.prepare(request)
     tunnel = Tunnel()
-    assert answer.connection is not None
+    assert answer.connection is not None and isinstance(request.protocol, Connection)
+    # A server ends WebSockets that do not show the key in time; what goes on after that has shown it.
+    accepted = asyncio.get_running_loop().call_later(ACCEPTED_SECONDS, request.protocol.recognise)
     tunnel.join(request.protocol, answer.connection.protocol)
     try:
         await tunnel.over
     finally:
+        accepted.cancel()
         tunnel.close()
     return response

@@ -18,7 +18,7 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.methods import Initialize, Initialized, Subscribe, Subscribed
 from agent_sdk.rpc.peer import SLOW_READER, Peer
 from agent_sdk.rpc.pipe import Pipe
-from agent_server.connection import Connection
+from agent_server.connection import CLOSE_LIMIT, Connection
 from agent_server.feed import Feed
 from agent_server.frames import Violation
 from agent_server.hosted import CLOSE_GONE, Hosted
@@ -26,7 +26,6 @@ from agent_server.introduction import NEW, check_initialize, initialized, named_
 from agent_server.lobby import Lobby
 
 CLOSE_UNAUTHORISED = 4401
-CLOSE_LIMIT = 4429
 CLOSE_DRAINING = 4503
 SHOWN = 64
 
@@ -89,7 +88,10 @@ class Session:
                 code, reason = await self._verdict
                 if self.peer.lost is None:
                     await self.peer.close(code, reason)
-                lobby.logs.log.info("session_ended", code=code)
+                if self.hosted is not None:
+                    lobby.logs.log.info("session_ended", code=code)
+                else:
+                    lobby.logs.refused(f"a connection ended with {code} before it had initialised: {reason}")
         finally:
             self._leave()
 
@@ -100,7 +102,8 @@ class Session:
     def _violated(self, seen: asyncio.Future[Violation]) -> None:
         violation = seen.result()
         self._lobby.metrics.refused.labels("bad_frame").inc()
-        self._lobby.logs.log.warning("frames_refused", code=violation.code, problem=violation.reason)
+        if not self._connection.is_stranger:
+            self._lobby.logs.log.warning("frames_refused", code=violation.code, problem=violation.reason)
         self.dismiss(violation.code, violation.reason)
 
     def _too_late(self, reason: str) -> None:

@@ -220,7 +220,7 @@ class DockerWorkspace(RemoteWorkspace):
         telling = asyncio.create_task(_tell_end(container, gone))
         self._stack.push_async_callback(_cancelled, telling)
         self._target = msgspec.structs.replace(
-            self._target, url=container.url, api_key=container.api_key, gone=gone
+            self._target, url=container.url, api_key=container.api_key, direct=True, gone=gone
         )
 
     async def _kept(self, engine: Engine) -> ServerContainer | None:

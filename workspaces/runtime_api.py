@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from ssl import SSLContext
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import msgspec
@@ -62,6 +63,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
         runtime_api_key: str,
         server_image: str,
         *,
+        ssl: SSLContext | None = None,
         session_id: str | None = None,
         resource_factor: int = 1,
         runtime_class: str | None = None,
@@ -89,16 +91,14 @@ class APIRemoteWorkspace(RemoteWorkspace):
             resource_factor: 1, 2, 4 or 8 times what the Runtime API gives a runtime.
             runtime_class: e.g. `gvisor`; None: what the Runtime API prefers.
             image_pull_policy: when the image is fetched.
-            env: variables of the commands.
-            forward_env: names of variables of this process that the commands get, too, where they are set.
+            env, forward_env: variables of the commands, and names of those of this process that they get as well.
             keep_alive: leave the runtime as it is at the end.
             pause_on_close: pause it at the end, so that the session can be resumed later.
             startup_timeout: seconds for everything until it can be used.
-            connect_timeout: seconds in which a Runtime API is tried again that has never answered.
-            api_timeout: seconds for one call of the Runtime API.
+            connect_timeout, api_timeout: seconds in which one that never answered is tried again, and for each call.
             working_dir: an existing folder there; None: a fresh one.
             conversation: id of an existing conversation in that runtime, whose workspace this is then.
-            heartbeat, on_connection: see RemoteWorkspace.
+            ssl, heartbeat, on_connection: see RemoteWorkspace.
             on_progress: called with phase, done and total.
 
         Raises:
@@ -106,6 +106,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
         """
         super().__init__(
             runtime_api_url,
+            ssl=ssl,
             working_dir=working_dir,
             conversation=conversation,
             connect_timeout=startup_timeout,
@@ -118,7 +119,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
             raise InvalidParams("keep_alive and pause_on_close contradict each other; set one of them")
         self.session_id = session_id or f"agent-server-{new_id()}"
         """Give it to another workspace, and that one attaches to the same runtime."""
-        self._api = RuntimeClient(runtime_api_url, runtime_api_key, timeout=api_timeout)
+        self._api = RuntimeClient(runtime_api_url, runtime_api_key, timeout=api_timeout, ssl=ssl)
         self._body = {
             **_ALWAYS,
             "image": server_image,

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from ssl import SSLContext
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from msgspec import Struct
 
+from agent_sdk.outbound import failure, proxy_for, tls_problem, trusted
 from agent_sdk.protocol.errors import InvalidParams, RemoteApiError
+from agent_sdk.remote.address import checked_key, checked_trust, checked_url
 
 if TYPE_CHECKING:
     import aiohttp
@@ -49,28 +52,27 @@ class Session(Struct, frozen=True, kw_only=True):
 class RuntimeClient:
     """See the module's docstring. `async with` opens it."""
 
-    def __init__(self, url: str, key: str, *, timeout: float) -> None:
+    def __init__(self, url: str, key: str, *, timeout: float, ssl: SSLContext | None = None) -> None:
         """Describe it.
 
         Args:
             url: where the Runtime API is.
             key: sent as X-API-Key.
             timeout: seconds for one call.
+            ssl: which certificates count; None: those that this machine trusts, or that SSL_CERT_FILE names.
 
         Raises:
             InvalidParams: the URL or the key makes no sense.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidParams(
-                f"runtime_api_url must start with http:// or https:// and name a host (got {url!r})"
-            )
-        if not key or not key.isascii() or not key.isprintable():
-            raise InvalidParams("runtime_api_key must be printable ASCII characters")
-        self.url = url.rstrip("/")
+        self.url = checked_url(url, "runtime_api_url")
+        sent = checked_key(key, "runtime_api_key")
+        if sent is None:
+            raise InvalidParams("runtime_api_key is empty; pass the key that the Runtime API gave you")
         self.has_answered = False
         """Whether there is a Runtime API, as far as anybody has seen."""
-        self._headers = {"X-API-Key": key}
+        self._headers = {"X-API-Key": sent}
+        self._ssl = checked_trust(ssl)
+        self._trusted: SSLContext | bool | None = None
         self._timeout = timeout
         self._http: aiohttp.ClientSession | None = None
 
@@ -153,6 +155,8 @@ class RuntimeClient:
                 json=body,
                 headers=self._headers,
                 allow_redirects=False,
+                proxy=proxy_for(self.url),
+                ssl=await self._trust(),
                 timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS),
             ) as answer:
                 text = await _text(answer.content)
@@ -161,16 +165,20 @@ class RuntimeClient:
                 f"{self.url} did not answer within {seconds:g} s", phase=phase, unanswered=True
             ) from None
         except (aiohttp.ClientError, OSError, ValueError) as exc:
-            reason = (
-                getattr(getattr(exc, "os_error", None), "strerror", None) or str(exc) or type(exc).__name__
-            )
+            # What is wrong with the encryption does not get better by trying again.
+            details = {} if tls_problem(exc, self.url) else {"unanswered": True}
             raise RemoteApiError(
-                f"cannot reach the Runtime API {self.url}: {reason}", phase=phase, unanswered=True
+                f"cannot reach the Runtime API {self.url}: {failure(exc, self.url)}", phase=phase, **details
             ) from None
         self.has_answered = True
         if 200 <= answer.status < 300:
             return self._object(text, answer.status, phase)
         raise self._refused(answer.status, answer.headers, text, phase)
+
+    async def _trust(self) -> SSLContext | bool:
+        if self._trusted is None:
+            self._trusted = await trusted(self.url, self._ssl)
+        return self._trusted
 
     def _object(self, text: str, status: int, phase: str) -> dict[str, Any]:
         if not text.strip():

@@ -57,6 +57,7 @@ class ServerContainer:
         on_progress: OnProgress | None = None,
         on_log: OnLog | None = None,
         foreign: bool = False,
+        patience: str = "startup_timeout",
     ) -> None:
         """Describe it; nothing is made before `start`.
 
@@ -66,6 +67,7 @@ class ServerContainer:
             on_progress: told how far its start is.
             on_log: told each line that the server writes.
             foreign: it may be somebody else's server, which is ready when its `/health` answers.
+            patience: the option that gives it more time to start, for the error that it was not enough.
 
         Raises:
             InvalidParams: the description makes no sense.
@@ -78,6 +80,7 @@ class ServerContainer:
         self.url = ""
         """Where the server is reached; empty before `start` has returned."""
         self.api_key = secrets.token_urlsafe(32)
+        self.patience = patience
         self.phase = "engine"
         """How far its start is."""
         self._engine = engine
@@ -261,7 +264,7 @@ class ServerContainer:
             await self._stop_quietly()
             raise WorkspaceUnavailable(
                 f"the server of {self.spec.image} was not ready in time (phase {self.phase}){_said(words)}; "
-                "give it more with startup_timeout",
+                f"give it more with {self.patience}",
                 phase=self.phase,
             ) from exc
         except BaseException:

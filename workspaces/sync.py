@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from ssl import SSLContext
 from typing import TYPE_CHECKING, Literal
 
 from agent_sdk.portal import blocking
@@ -28,6 +29,7 @@ class APIRemoteWorkspace(Workspace):
         runtime_api_key: str,
         server_image: str,
         *,
+        ssl: SSLContext | None = None,
         session_id: str | None = None,
         resource_factor: int = 1,
         runtime_class: str | None = None,
@@ -51,6 +53,7 @@ class APIRemoteWorkspace(Workspace):
                 runtime_api_url,
                 runtime_api_key,
                 server_image,
+                ssl=ssl,
                 session_id=session_id,
                 resource_factor=resource_factor,
                 runtime_class=runtime_class,

@@ -1,6 +1,8 @@
 """There: the contracts over a connection.
 
 connection:   reach a server or a box and authenticate
+address:      URL and key of a server, checked
+refusal:      why a server, or somebody in its place, lets nobody in
 link:         a connection that may be lost and found again
 reconnecting: a client's link to its server
 workspace:    commands, and files up and down

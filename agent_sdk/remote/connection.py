@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from ssl import SSLContext
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from msgspec import Raw
 
-from agent_sdk.protocol.errors import (
-    AgentServerError,
-    ConnectionLost,
-    ConversationNotFound,
-    InvalidParams,
-    Overloaded,
-    PolicyDenied,
-    Unauthorized,
-)
+from agent_sdk.outbound import proxy_for, trusted
+from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, InvalidParams, Unauthorized
 from agent_sdk.protocol.methods import ClientInfo, Initialize, Initialized, Method
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, SUBPROTOCOL, Limits, WorkspaceSpec
+from agent_sdk.remote.address import checked_key, checked_url
+from agent_sdk.remote.refusal import (
+    LONGEST_BODY,
+    check_no_tls,
+    other_version,
+    refused,
+    unauthorised,
+    unreachable,
+)
 from agent_sdk.rpc.peer import Handler, Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_sdk.rpc.unix import connect_unix
@@ -34,15 +36,8 @@ OnNotice = Callable[[str, Raw], None]
 HEARTBEAT_SECONDS = 20.0
 ANSWER_SECONDS = 30.0
 """For the upgrade, and again for the answer to `initialize`."""
+SWITCHING = 101
 CLIENT = ClientInfo(name="agent-sdk", version=__version__)
-
-_REFUSALS: Mapping[int, Callable[[str], AgentServerError]] = {
-    401: lambda url: Unauthorized(f"{url} does not accept the API key; pass the server's key as api_key"),
-    403: lambda url: PolicyDenied(f"{url} refuses this origin"),
-    404: lambda url: ConversationNotFound(f"{url}: no such conversation"),
-    421: lambda url: PolicyDenied(f"{url} is not a name this server answers to"),
-}
-_BUSY = {429: "refuses further connections for now", 503: "is shutting down"}
 
 
 class Connection:
@@ -63,6 +58,8 @@ async def connect(
     url: str,
     api_key: str | None = None,
     *,
+    ssl: SSLContext | None = None,
+    direct: bool = False,
     conversation: str = "new",
     workspace: WorkspaceSpec | None = None,
     handlers: Mapping[type[Method[Any]], Handler] | None = None,
@@ -74,6 +71,8 @@ async def connect(
 
     Args:
         url: `http://host:port` or `https://…` of a server, or `unix:///path` of a box.
+        ssl: which certificates count; None: those that this machine trusts, and SSL_CERT_FILE names.
+        direct: go there without the proxy that the environment names.
         conversation: id of an existing one; `new` makes one with `workspace`.
         new_id: the id that the new one gets; repeated, it leads to the one that was made.
         heartbeat: seconds of silence after which a server is asked whether it is alive; one that does
@@ -85,88 +84,93 @@ async def connect(
         InvalidParams: the URL makes no sense.
     """
     async with AsyncExitStack() as stack:
-        pipe = await _reach(stack, url, api_key, conversation, heartbeat)
+        if urlsplit(url).scheme == "unix":
+            pipe = await _reach_box(urlsplit(url).path)
+        else:
+            pipe = await _reach_server(
+                stack, checked_url(url), checked_key(api_key), ssl, direct, conversation, heartbeat
+            )
         peer = Peer(pipe, handlers or {}, opener=True, on_notice=on_notice)
         await stack.enter_async_context(peer)
-        answer = await peer.call(
-            Initialize(
-                protocol_version=PROTOCOL_VERSION,
-                client=CLIENT,
-                limits=Limits(),
-                workspace=workspace if conversation == "new" else None,
-                conversation=new_id if conversation == "new" else None,
-            ),
-            timeout=ANSWER_SECONDS,
+        initialize = Initialize(
+            protocol_version=PROTOCOL_VERSION,
+            client=CLIENT,
+            limits=Limits(),
+            workspace=workspace if conversation == "new" else None,
+            conversation=new_id if conversation == "new" else None,
         )
+        try:
+            answer = await peer.call(initialize, timeout=ANSWER_SECONDS)
+        except InvalidParams as exc:
+            raise other_version(url, exc) from None
+        except Unauthorized as exc:
+            raise unauthorised(url, api_key) from exc
         peer.other_limits = answer.limits
         yield Connection(peer, answer)
 
 
-async def _reach(
-    stack: AsyncExitStack, url: str, api_key: str | None, conversation: str, heartbeat: float
-) -> Pipe:
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        try:
-            return await connect_unix(parts.path)
-        except OSError as exc:
-            raise ConnectionLost(f"no box listens on {parts.path}: {exc.strerror or exc}") from None
-    if parts.scheme not in ("http", "https", "ws", "wss") or not parts.hostname:
-        raise InvalidParams(f"url must start with http://, https:// or unix:// and name a host (got {url!r})")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    return await _reach_server(stack, url.rstrip("/"), headers, conversation, heartbeat)
+class _Refused(Exception):
+    """Carries an error through aiohttp, which takes those that are an OSError for its own."""
+
+    def __init__(self, error: AgentServerError) -> None:
+        self.error = error
+
+
+async def _reach_box(path: str) -> Pipe:
+    try:
+        return await connect_unix(path)
+    except OSError as exc:
+        raise ConnectionLost(f"no box listens on {path}: {exc.strerror or exc}") from None
 
 
 async def _reach_server(
-    stack: AsyncExitStack, url: str, headers: dict[str, str], conversation: str, heartbeat: float
+    stack: AsyncExitStack,
+    url: str,
+    api_key: str | None,
+    ssl: SSLContext | None,
+    direct: bool,
+    conversation: str,
+    heartbeat: float,
 ) -> Pipe:
     import aiohttp  # noqa: PLC0415  costs 0.3 s; local work does without
 
     from agent_sdk.rpc.websocket import WebSocketPipe  # noqa: PLC0415
 
-    session = await stack.enter_async_context(aiohttp.ClientSession())
+    async def only_upgraded(
+        request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        """Refuse every other answer while its body can be read; so no redirect is followed either."""
+        answer = await send(request)
+        if answer.status == SWITCHING:
+            return answer
+        with suppress(aiohttp.ClientError):
+            body = await answer.content.read(LONGEST_BODY)
+        answer.close()
+        raise _Refused(refused(url, answer.status, answer.headers, body, api_key=api_key))
+
+    session = await stack.enter_async_context(
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), middlewares=(only_upgraded,))
+    )
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            socket = await _upgrade(session, f"{url}/v1/conversations/{conversation}", headers, heartbeat)
-    except aiohttp.WSServerHandshakeError as exc:
-        raise _refused(url, exc) from None
-    except (aiohttp.ClientError, OSError, TimeoutError) as exc:
-        raise unreachable(url, exc) from None
+            socket = await session.ws_connect(
+                f"{url}/v1/conversations/{conversation}",
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+                protocols=(SUBPROTOCOL,),
+                max_msg_size=Limits().frame_bytes,
+                heartbeat=heartbeat,
+                compress=0,
+                autoclose=True,
+                decode_text=False,
+                proxy=None if direct else proxy_for(url),
+                ssl=await trusted(url, ssl),
+            )
+    except _Refused as exc:
+        raise exc.error from None
+    except aiohttp.ServerDisconnectedError as exc:
+        if exc.message is None or isinstance(exc.message, str):  # not a byte came
+            await check_no_tls(url)
+        raise unreachable(url, exc, direct=direct) from None
+    except (aiohttp.ClientError, OSError, ValueError) as exc:
+        raise unreachable(url, exc, direct=direct) from None
     return WebSocketPipe(socket)
-
-
-def _refused(url: str, exc: aiohttp.WSServerHandshakeError) -> AgentServerError:
-    refusal = _REFUSALS.get(exc.status)
-    if refusal is not None:
-        return refusal(url)
-    if exc.status in _BUSY:
-        seconds = exc.headers.get("Retry-After", "1") if exc.headers else "1"
-        after = min(int(seconds), 60) * 1000 if seconds.isdecimal() else 1000
-        return Overloaded(f"{url} {_BUSY[exc.status]}", retry_after_ms=after)
-    says = f"it answered {exc.status} {exc.message}"
-    if exc.status >= 500:
-        return ConnectionLost(f"{url} cannot be reached for now: {says}")
-    return ConnectionLost(f"{url} is no agent server: {says}", status=exc.status)
-
-
-def unreachable(url: str, exc: Exception) -> ConnectionLost:
-    """Return what there is to say when nobody answers at an address."""
-    number = getattr(getattr(exc, "os_error", exc), "errno", None)
-    reason = os.strerror(number) if number and number > 0 else str(exc) or type(exc).__name__
-    return ConnectionLost(f"cannot reach {url}: {reason}; is the server running there?")
-
-
-def _upgrade(
-    session: aiohttp.ClientSession, url: str, headers: dict[str, str], heartbeat: float
-) -> Awaitable[aiohttp.ClientWebSocketResponse[Literal[False]]]:
-    # A redirect to another origin loses the Authorization header (aiohttp drops it), so the key stays here.
-    return session.ws_connect(
-        url.replace("http", "ws", 1) if url.startswith("http") else url,
-        headers=headers,
-        protocols=(SUBPROTOCOL,),
-        max_msg_size=Limits().frame_bytes,
-        heartbeat=heartbeat,
-        compress=0,
-        autoclose=True,
-        decode_text=False,
-    )

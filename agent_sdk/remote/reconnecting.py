@@ -13,6 +13,7 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
+from ssl import SSLContext
 from typing import TYPE_CHECKING, Protocol, Self
 
 import msgspec
@@ -64,6 +65,9 @@ class Target(Struct, frozen=True, kw_only=True):
 
     url: str
     api_key: str | None = None
+    ssl: SSLContext | None = None
+    direct: bool = False
+    """Whether no proxy of the environment leads there: it is a server that this process started itself."""
     conversation: str
     workspace: WorkspaceSpec | None = None
     """For a conversation that has to be made, under the id given; None: there is one."""
@@ -269,6 +273,8 @@ class ServerLink:
                 connect(
                     target.url,
                     target.api_key,
+                    ssl=target.ssl,
+                    direct=target.direct,
                     conversation=target.conversation if self._is_made else "new",
                     workspace=target.workspace,
                     new_id=target.conversation,
@@ -301,6 +307,8 @@ class ServerLink:
         """Whether a failed try is worth another one."""
         if self._target.url.startswith("unix:"):
             return False  # nobody starts that box again
+        if self._reached and isinstance(error, ConnectionLost) and _is_misled(error):
+            return True  # the server was there: what answers in its place now is on its way to be mended
         return isinstance(error, AgentServerError) and final_error(error) is None
 
     def _pause_after(self, lost: ConnectionLost) -> float:
@@ -374,7 +382,12 @@ def final_error(error: AgentServerError) -> AgentServerError | None:
     code = int(error.details.get("close_code", 0))
     if code in _FINAL:
         return _FINAL[code](str(error.details.get("reason") or error))
-    return error if code in _BROKEN_RULES or "status" in error.details else None
+    return error if code in _BROKEN_RULES or _is_misled(error) else None
+
+
+def _is_misled(error: ConnectionLost) -> bool:
+    """Whether somebody else than a server is at the address, or none that is to be trusted."""
+    return "status" in error.details or "tls" in error.details
 
 
 def _failure(state: RetryCallState) -> AgentServerError:

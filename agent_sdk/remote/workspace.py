@@ -6,6 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, M
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from os import PathLike
+from ssl import SSLContext
 from typing import Any, Self
 
 from agent_sdk.disk import atomic_file, open_source
@@ -24,6 +25,7 @@ from agent_sdk.protocol.methods import (
     Upload,
 )
 from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
+from agent_sdk.remote.address import checked_key, checked_trust
 from agent_sdk.remote.command import Heard, executed, followed
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.files import RemoteFiles, RemoteGit
@@ -59,6 +61,7 @@ class RemoteWorkspace:
         url: str,
         api_key: str | None = None,
         *,
+        ssl: SSLContext | None = None,
         sandbox: Sandbox | None = None,
         working_dir: str | None = None,
         conversation: str | None = None,
@@ -71,7 +74,9 @@ class RemoteWorkspace:
 
         Args:
             url: `http://host:port`, `https://…`, or `unix:///path` of a box.
-            api_key: the server's key.
+            api_key: the server's key; spaces and line ends around it do not count.
+            ssl: which certificates count, and what is shown to a server that wants one; None: those that this
+                machine trusts, or that SSL_CERT_FILE names. There is no way to do without.
             sandbox: run the commands in a container the server manages.
             working_dir: an existing folder of the server's machine; None: a fresh one.
             conversation: id of an existing conversation, whose workspace this is then; None: a new one.
@@ -83,7 +88,7 @@ class RemoteWorkspace:
                 None when there is one again.
 
         Raises:
-            InvalidParams: an existing conversation has its workspace already.
+            InvalidParams: an existing conversation has its workspace already, or the key or `ssl` is none.
         """
         if conversation is not None and (sandbox is not None or working_dir is not None):
             raise InvalidParams(
@@ -92,7 +97,8 @@ class RemoteWorkspace:
         spec = WorkspaceSpec(sandbox=sandbox, working_dir=working_dir)
         self._target = Target(
             url=url,
-            api_key=api_key,
+            api_key=checked_key(api_key),
+            ssl=checked_trust(ssl),
             conversation=conversation or new_id(),
             workspace=spec if conversation is None else None,
             connect_timeout=connect_timeout,

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import ConnectionLost, PathNotFound
-from agent_sdk.remote.connection import unreachable
+from agent_sdk.remote.refusal import unreachable
 from agent_server.config import load
 from agent_server.data_folder import address_in
 from agent_server.terminal import one_line, open_terminal
@@ -46,8 +46,8 @@ async def ask(url: str) -> _Health:
             session.get(f"{url.rstrip('/')}/health", allow_redirects=False) as answer,
         ):
             body = await answer.read()
-    except (aiohttp.ClientError, OSError, TimeoutError) as exc:
-        raise unreachable(url, exc) from None
+    except (aiohttp.ClientError, OSError, ValueError) as exc:
+        raise unreachable(url, exc, direct=True) from None
     try:
         if answer.status == 200 and answer.headers.get("Server") == "agent-server":
             return msgspec.json.decode(body, type=_Health)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from datetime import datetime
 
 import aiohttp
 import msgspec
-from msgspec import Struct
 
-from agent_sdk.protocol.errors import ConnectionLost, ErrorObject, from_wire
+from agent_sdk.outbound import proxy_for, trusted
 from agent_sdk.protocol.results import Snapshot
-from agent_sdk.remote.connection import unreachable
+from agent_sdk.remote.refusal import LONGEST_BODY, refused, unreachable
 from agent_server.client import Server, find_server
 from agent_server.outlet import Outlet
 from agent_server.terminal import STDOUT, Style, one_line, open_terminal
@@ -46,26 +46,25 @@ async def conversations(server: Server) -> list[Snapshot]:
         ConnectionLost: nobody answers there, or it is no agent server.
         Unauthorized, Overloaded, …: the server refuses.
     """
-    headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+    url, key = server.url, server.api_key
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session,
-            session.get(f"{server.url}/v1/conversations?limit=1000", headers=headers) as answer,
+            session.get(
+                f"{url}/v1/conversations?limit=1000",
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                allow_redirects=False,
+                proxy=proxy_for(url),
+                ssl=await trusted(url),
+            ) as answer,
         ):
             body = await answer.read()
-    except (aiohttp.ClientError, OSError, TimeoutError) as exc:
-        raise unreachable(server.url, exc) from None
-    try:
-        if answer.status == 200:
+    except (aiohttp.ClientError, OSError, ValueError) as exc:
+        raise unreachable(url, exc) from None
+    if answer.status == 200:
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
             return msgspec.json.decode(body, type=list[Snapshot])
-        refusal = msgspec.json.decode(body, type=_Refusal)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise ConnectionLost(f"{server.url} is no agent server: it answered {answer.status}") from None
-    raise from_wire(refusal.error)
-
-
-class _Refusal(Struct):
-    error: ErrorObject
+    raise refused(url, answer.status, answer.headers, body[:LONGEST_BODY], api_key=key)
 
 
 def _row(snapshot: Snapshot) -> tuple[str, ...]:

@@ -335,7 +335,7 @@ async def test_a_conversation_is_made_once_although_the_answer_to_the_first_requ
     [
         (401, Unauthorized),
         (403, PolicyDenied),
-        (404, ConversationNotFound),
+        (404, ConnectionLost),
         (421, PolicyDenied),
         (400, ConnectionLost),
         (302, ConnectionLost),

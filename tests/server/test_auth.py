@@ -146,7 +146,6 @@ def test_the_key_comes_from_the_header():
         (["Bearer " + "x" * 5000], {}),
         ([], {"query": True}),
         ([f"Bearer {KEY}"], {"query": True}),
-        ([], {"cookie": True}),
     ],
 )
 def test_a_key_anywhere_else_is_told_where_it_belongs(headers, flags):

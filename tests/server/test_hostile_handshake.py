@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -62,7 +63,11 @@ REFUSED: dict[str, tuple[bytes, int, str]] = {
         "use_header",
     ),
     "06 key in header and query": (up(RIGHT, f"{NEW}?access_token={KEY}"), 401, "use_header"),
-    "06 key in a cookie": (up([*STRANGER, ("Cookie", f"token={KEY}")]), 401, "use_header"),
+    "06 key in a cookie": (
+        get([("Host", "localhost"), ("Cookie", f"token={KEY}")], "/v1/conversations"),
+        401,
+        "unauthorized",
+    ),
     "06 basic": (up([*STRANGER, ("Authorization", "Basic dXNlcjpwYXNz")]), 401, "use_header"),
     "06 two keys": (up([*RIGHT, ("Authorization", f"Bearer {KEY}")]), 401, "use_header"),
     "07 wrong key": (up(upgrade_headers("wrong")), 401, "unauthorized"),
@@ -222,14 +227,66 @@ async def test_a_body_that_is_too_long_is_answered_with_413(start):
         assert (answer.status, answer.kind) == (413, "limit_exceeded")
 
 
-async def test_too_many_strangers_of_one_address_are_turned_away(start):
+async def test_a_cookie_of_a_page_changes_nothing_about_a_connection(server):
+    async with await server.wire() as wire:
+        answer = await wire.ask(up([*STRANGER, ("Cookie", "token=of-another-page; session_api_key=x")]))
+        assert answer.status == 101
+        assert "result" in await wire.initialize(auth=KEY)
+
+
+async def test_of_too_many_strangers_of_one_network_the_oldest_gives_way(start):
     async with start(max_strangers=4) as server:
         strangers = [await server.wire() for _ in range(4)]
-        async with await server.wire() as fifth:
-            answer = await fifth.answer()
-            assert (answer.status, answer.kind, answer.headers["retry-after"]) == (429, "overloaded", "1")
+        await strangers[0].upgrade(None)
+        async with server.session():  # whoever has a key gets in as if nobody else were there
+            assert (await strangers[0].ended()).code == 4429
+        strangers += [await server.wire() for _ in range(2)]
+        answer = await strangers[1].answer()
+        assert (answer.status, answer.kind, answer.headers["retry-after"]) == (429, "overloaded", "1")
+        assert "limit 4 connections without a key from one network" in answer.json["error"]["message"]
+        assert (await strangers[2].ask(get(PLAIN))).status == 200
         for wire in strangers:
             await wire.__aexit__()
+
+
+async def test_strangers_leave_a_quarter_of_the_places_to_those_with_a_key(start):
+    async with start(max_connections=8) as server, AsyncExitStack() as stack:
+        friends = [await stack.enter_async_context(server.session()) for _ in range(2)]
+        strangers = [await stack.enter_async_context(await server.wire()) for _ in range(7)]
+        assert (await strangers[0].answer()).status == 429
+        friends += [await stack.enter_async_context(server.session()) for _ in range(6)]
+        for friend in friends:
+            assert "result" in await friend.call("ping", 7)
+        async with await server.wire() as late:  # nobody is left who could give way
+            assert (await late.answer()).status == 429
+
+
+async def test_strangers_behind_a_trusted_proxy_are_told_apart_by_what_it_says_of_them(start):
+    async def from_client(server, address: str):
+        wire = await server.wire()
+        headers = [("Host", "localhost"), ("X-Forwarded-For", f"203.0.113.9, {address}")]
+        assert (await wire.ask(request("GET", "/health", headers))).status == 200
+        return wire
+
+    async with start(max_strangers=2, trusted_proxies=("127.0.0.0/8",)) as server:
+        others = [await from_client(server, f"192.0.2.{number}") for number in range(5)]
+        same = [await from_client(server, "198.51.100.1") for _ in range(3)]
+        assert (await same[0].answer()).status == 429
+        for wire in (*others, *same[1:]):
+            assert (await wire.ask(request("GET", "/health", [("Host", "localhost")]))).status == 200
+        for wire in (*others, *same):
+            await wire.__aexit__()
+
+
+async def test_strangers_cannot_fill_the_log(start):
+    async with start(log_level="info") as server:
+        for _ in range(20):
+            async with await server.wire() as wire:
+                await wire.upgrade(None)
+                assert (await wire.initialize(auth="wrong"))["error"]["code"] in (-32003, -32001)
+                await wire.ended()
+        lines = server.log.getvalue().splitlines()
+    assert len([line for line in lines if "request_refused" in line or "session_ended" in line]) < 20
 
 
 async def test_who_has_shown_the_key_is_no_stranger(start):

@@ -1,7 +1,7 @@
 import pytest
 
 from agent_sdk.protocol.errors import HostNotAllowed, OriginNotAllowed
-from agent_server.hosts import HostRules, OriginRules, is_loopback
+from agent_server.hosts import HostRules, OriginRules, ProxyRules, is_loopback, network_of
 
 LOCAL = HostRules("127.0.0.1")
 PUBLIC = HostRules("0.0.0.0", ["box.example"])
@@ -118,3 +118,57 @@ def test_any_other_origin_is_refused(origins):
 )
 def test_which_addresses_are_reached_from_this_machine_only(host, answer):
     assert is_loopback(host) is answer
+
+
+PROXIES = ProxyRules(["10.0.0.0/8", "2001:db8:1::/48"])
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "client"),
+    [
+        ([], "10.0.0.1"),
+        (["192.0.2.1"], "192.0.2.1"),
+        (["1.1.1.1, 192.0.2.1"], "192.0.2.1"),  # whoever the client says it speaks for is not believed
+        (["1.1.1.1", "192.0.2.1, 10.2.3.4"], "192.0.2.1"),
+        (["10.9.9.9, 10.2.3.4"], "10.9.9.9"),
+        (["192.0.2.1:4711"], "192.0.2.1"),
+        (["[2001:db8::1]:4711, 2001:db8:1::5"], "2001:db8::1"),
+        (["2001:db8::1"], "2001:db8::1"),
+        (["::ffff:192.0.2.1"], "192.0.2.1"),
+        (["192.0.2.1, unknown, 10.2.3.4"], "10.2.3.4"),
+        (["192.0.2.1,"], "10.0.0.1"),
+        (["x" * 10_000], "10.0.0.1"),
+        (["300.1.1.1"], "10.0.0.1"),
+    ],
+)
+def test_the_client_is_the_rightmost_address_that_is_no_trusted_proxy(forwarded, client):
+    assert PROXIES.client("10.0.0.1", forwarded) == client
+
+
+def test_only_listed_proxies_are_trusted():
+    assert PROXIES.trusts("10.255.0.1") and PROXIES.trusts("::ffff:10.0.0.1")
+    assert not PROXIES.trusts("192.0.2.1") and not PROXIES.trusts("local")
+    assert not ProxyRules().trusts("127.0.0.1")
+
+
+def test_what_is_no_network_is_refused_in_one_sentence():
+    with pytest.raises(
+        ValueError, match=r"'proxy' does not appear .*; write addresses and networks like 10\.0\.0\.1"
+    ):
+        ProxyRules(["proxy"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("127.0.0.1", "127.9.9.9", True),
+        ("127.0.0.1", "::1", True),
+        ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("fe80::1%eth0", "fe80::2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+    ],
+)
+def test_which_addresses_count_as_one(one, other, same):
+    assert (network_of(one) == network_of(other)) is same

@@ -72,7 +72,7 @@ def failure_of(status: int, headers: Mapping[str, str], body: bytes, address: Ad
     hint = ""
     if status == 404:
         hint = " (is the model's name right, and does base_url end with the version, such as /v1?)"
-    elif cls is ModelUnauthorized and not address.secrets:
+    elif cls is ModelUnauthorized and not address.sends_key:
         hint = " (no API key is set)"
     return cls(
         f"{address.provider} answered with HTTP {status}: {said or 'no reason given'}{hint}", **details

@@ -55,6 +55,7 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 _ENDS = {"openai": "/chat/completions", "anthropic": "/messages"}
+_KEY_HEADERS = {"authorization", *(provider.key_header.lower() for provider in PROVIDERS.values())}
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
@@ -74,6 +75,11 @@ class Address(Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"Address({self.provider}/{self.model} at {self.host})"
+
+    @property
+    def sends_key(self) -> bool:
+        """Whether a request carries something to show who asks."""
+        return any(name.lower() in _KEY_HEADERS for name in self.headers)
 
     @property
     def host(self) -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
 
 from agent_sdk.agent.llm.failure import broken, shown
 from agent_sdk.agent.llm.provider import Address
+from agent_sdk.outbound import failure, proxy_for, tls_problem, trusted
 from agent_sdk.protocol.errors import AgentServerError, ModelError, ModelRefused, ModelUnavailable
 
 CONNECT_SECONDS = 30.0
@@ -74,6 +76,7 @@ class Transport:
     def __init__(self, address: Address, timeout: float) -> None:
         self._address = address
         self._timeout = timeout
+        self._trusted: ssl.SSLContext | bool | None = None
         self._session = aiohttp.ClientSession(
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(
@@ -90,16 +93,26 @@ class Transport:
         Raises:
             ModelUnavailable: no connection, or silence for `timeout` seconds.
             ModelAnswerBroken: the connection broke within the answer, or it is no HTTP.
+            ModelRefused: its certificate is not accepted, or it speaks no TLS.
         """
         begun = False
+        if self._trusted is None:
+            self._trusted = await trusted(self._address.url)
         try:
             async with self._session.post(
-                self._address.url, data=body, headers=self._address.headers, allow_redirects=False
+                self._address.url,
+                data=body,
+                headers=self._address.headers,
+                allow_redirects=False,
+                proxy=proxy_for(self._address.url),
+                ssl=self._trusted,
             ) as response:
                 begun = True
                 yield Reply(response)
-        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+        except (aiohttp.ClientError, OSError, ValueError) as exc:
             if isinstance(exc, AgentServerError):  # ModelUnauthorized is an OSError, too
+                raise
+            if begun and isinstance(exc, ValueError):  # of who reads the answer, not of HTTP
                 raise
             raise self._failure(exc, begun=begun) from exc
 
@@ -118,9 +131,11 @@ class Transport:
             return ModelRefused(
                 "base_url is no address: it looks like https://host/v1", provider=address.provider
             )
-        if isinstance(exc, aiohttp.ClientResponseError):
+        if isinstance(exc, aiohttp.ClientResponseError) and not tls_problem(exc, address.url):
             return broken(f"is no proper HTTP ({type(exc).__name__})", address)
-        reason = shown(str(exc), address) or type(exc).__name__
+        reason = shown(failure(exc, address.url), address)
+        if not begun and tls_problem(exc, address.url) is not None:
+            return ModelRefused(f"{host} cannot be reached: {reason}", provider=address.provider)
         if begun:
             return broken(f"stopped in the middle ({reason})", address)
         return ModelUnavailable(f"{host} cannot be reached: {reason}", provider=address.provider)
