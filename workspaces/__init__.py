@@ -4,7 +4,8 @@ accounts:    users and groups of an image, with the one of commands
 box_process: a box as a child process of a server
 box_runtime: what a box needs to run in any image, made once
 box_docker:  a box in a hardened container; box_folder, what of it is on this machine; container_body, what it is to
-             the engine; box_parts, what it is put together from; verification, whether it is that; box_ending, why it is no more
+             the engine; box_parts, what it is put together from; verification, whether it is that; box_ending, why
+             it is no more
 child:       a process that may outlive whoever started it
 confinement: how a box on this machine is kept apart
 disks:       the workspaces of sandboxes, with a limit where this machine can make one

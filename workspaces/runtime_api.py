@@ -95,7 +95,8 @@ class APIRemoteWorkspace(RemoteWorkspace):
             keep_alive: leave the runtime as it is at the end.
             pause_on_close: pause it at the end, so that the session can be resumed later.
             startup_timeout: seconds for everything until it can be used.
-            connect_timeout, api_timeout: seconds in which one that never answered is tried again, and for each call.
+            connect_timeout: seconds in which a Runtime API is tried again that has never answered.
+            api_timeout: seconds for one call of the Runtime API.
             working_dir: an existing folder there; None: a fresh one.
             conversation: id of an existing conversation in that runtime, whose workspace this is then.
             ssl, heartbeat, on_connection: see RemoteWorkspace.
@@ -135,10 +136,8 @@ class APIRemoteWorkspace(RemoteWorkspace):
         self._seen: Session | None = None
         self._problem: RemoteApiError | None = None
         """Why it is tried again."""
-        self._startup_timeout = startup_timeout
-        self._api_patience = connect_timeout
-        self._on_progress = on_progress
-        self._on_connection = on_connection
+        self._startup_timeout, self._api_patience = startup_timeout, connect_timeout
+        self._on_progress, self._on_connection = on_progress, on_connection
         self._inquiry: asyncio.Task[None] | None = None
         """Asks what became of the runtime, while there is no connection to it."""
 
