@@ -138,6 +138,8 @@ class Outcome(Struct, frozen=True, kw_only=True):
     final_text: str = ""
     run_id: str = ""
     error: str | None = None
+    finish_reason: str = ""
+    """Of the model's last answer: `stop`, `length`, `refused`, `filtered`, …; see events.AgentMessage."""
 
 
 def outcome_of(ended: TurnEnded) -> Outcome:
@@ -148,6 +150,7 @@ def outcome_of(ended: TurnEnded) -> Outcome:
         final_text=ended.final_text,
         run_id=ended.run_id,
         error=ended.error,
+        finish_reason=ended.finish_reason,
     )
 
 

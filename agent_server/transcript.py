@@ -135,7 +135,10 @@ class Transcript:
 
     def _end(self, event: TurnEnded) -> list[Piece]:
         pieces = []
-        if event.final_text and event.final_text != self._last_text:
+        shown = self._last_text and event.final_text.endswith(
+            self._last_text
+        )  # the rest of it was shown before
+        if event.final_text and not shown:
             pieces += [Piece("agent: ", "cyan"), Piece(f"{_indented(visible(event.final_text))}\n")]
         why = f": {one_line(event.reason)}" if event.reason else ""
         steps = f"{event.iterations} step{'' if event.iterations == 1 else 's'}"

@@ -1,6 +1,7 @@
 """Thinking: from a user's message to the end of a turn. Knows the Workspace contract and no place in particular.
 
 loop:     one turn, from start to end
+ending:   how an answer of the model ended, and what the turn does then
 calls:    the tool calls of a turn: order, approvals, results
 actor:    an agent at work: model client, tools, secrets
 place:    where its tools act, and whether that is the same place as before

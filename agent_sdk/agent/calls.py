@@ -10,6 +10,7 @@ import msgspec
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.clip import clip_result
+from agent_sdk.agent.ending import CUT_CALL
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.progress import Progress
@@ -188,7 +189,7 @@ class Calls:
     async def _run_call(self, call: ToolCalled) -> None:
         """Put the call's result into `_results`."""
         toolbox = self._present().toolbox
-        result = self._results.get(call.call_id) or toolbox.refusal(call.tool, call.arguments)
+        result = self._results.get(call.call_id) or self._refusal(call)
         if result is None and toolbox.runs_in_client(call.tool):
             result = await self._run_in_client(call)
         if result is None:
@@ -215,6 +216,11 @@ class Calls:
         self._resolved[call.call_id] = RequestResolved(request_id=opened.request_id, answer="answered")
         return result
 
+    def _refusal(self, call: ToolCalled) -> ToolResult | None:
+        if call.cut:
+            return ToolResult(text=CUT_CALL, is_error=True)
+        return self._present().toolbox.refusal(call.tool, call.arguments)
+
     def _may_be_left(self, call: ToolCalled) -> bool:
         toolbox = self._present().toolbox
         return toolbox.runs_in_client(call.tool) or toolbox.may_be_left(call.tool)
@@ -227,7 +233,7 @@ class Calls:
 
     def _waits(self, call: ToolCalled) -> bool:
         actor = self._present()
-        return actor.toolbox.refusal(call.tool, call.arguments) is None and actor.needs_approval(call.tool)
+        return self._refusal(call) is None and actor.needs_approval(call.tool)
 
     def _expect(self, request: RequestOpened, answer: RequestResolved | None = None) -> None:
         decision: asyncio.Future[_Decision] = asyncio.get_running_loop().create_future()

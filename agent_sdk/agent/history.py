@@ -7,6 +7,7 @@ had read, so a message that came while it wrote stands after its answer, here an
 from __future__ import annotations
 
 from agent_sdk.agent.clip import MODEL_CHARS, clip_chars
+from agent_sdk.agent.ending import ending_of, nudge
 from agent_sdk.agent.llm.contract import AssistantTurn, ToolTurn, ToolUse, Turn, UserTurn
 from agent_sdk.protocol.events import AgentMessage, Event, ToolCalled, ToolReturned, UserMessage
 
@@ -21,6 +22,10 @@ class History:
         self.head_seq = 0
         self._unread: list[UserMessage] = []
         self._answer: AgentMessage | None = None
+        self._last: AgentMessage | None = None
+        """The last answer, if it called no tool and nobody has said anything since."""
+        self._said: list[str] = []
+        """Its text, and before it that of the answers which it continues."""
         self._uses: list[ToolUse] = []
         self._call_ids: set[str] = set()
 
@@ -39,9 +44,14 @@ class History:
 
     @property
     def answered(self) -> str | None:
-        """The model's last answer when it called no tool and nobody has said anything since, else None."""
-        last = self.turns[-1] if self.turns and not self._unread else None
-        return last.text if isinstance(last, AssistantTurn) and not last.tool_calls else None
+        """The model's last answer when it came to its end, called no tool and nobody has said anything since."""
+        done = self._last is not None and not self._unread and ending_of(self._last) == "done"
+        return self.said if done else None
+
+    @property
+    def said(self) -> str:
+        """What the model said last, as one text where the output limit had cut it and it was continued."""
+        return "".join(self._said)
 
     def add(self, event: Event) -> None:
         """Take in the next event of the log."""
@@ -52,9 +62,7 @@ class History:
             case AgentMessage():
                 self._close_answer()
                 self.read(event.seen_seq)
-                self._answer = event
-                if event.tool_calls == 0:
-                    self._close_answer()
+                self._take(event)
             case ToolCalled():
                 self.open_calls[event.call_id] = event
                 self._call_ids.add(event.call_id)
@@ -67,10 +75,33 @@ class History:
                 text = clip_chars(event.text, MODEL_CHARS, hint=more)
                 self.turns.append(ToolTurn(call_id=event.call_id, text=text, is_error=event.is_error))
 
+    def _take(self, answer: AgentMessage) -> None:
+        ending = ending_of(answer)
+        if ending == "calls":
+            self._answer, self._last, self._said = answer, None, []
+            return
+        if self._last is None or ending_of(self._last) != "cut":
+            self._said = []
+        self._said.append(answer.text)
+        self._last = answer
+        if ending != "withheld":  # a model that sees its refusal refuses again
+            self._answer = answer
+            self._close_answer()
+
     def read(self, seq: int | None = None) -> int:
-        """Show the model the messages up to `seq` (None: all), from the next request on; return the head's seq."""
+        """Show the model the messages up to `seq` (None: all), from the next request on; return the head's seq.
+
+        Without any, a model that has answered is told why it is asked again.
+        """
         while self._unread and (seq is None or self._unread[0].seq <= seq):
             self.turns.append(UserTurn(self._unread.pop(0).text))
+            self._last = None
+        if (
+            self._last is not None
+            and (words := nudge(self._last))
+            and not isinstance(self.turns[-1], UserTurn)
+        ):
+            self.turns.append(UserTurn(words))
         return self.head_seq
 
     def fresh_call_id(self, wanted: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
+from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, ending_of, failure, is_whole
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.llm.contract import Completion, ModelRequest
 from agent_sdk.agent.llm.retry import complete_with_retries
@@ -109,6 +110,9 @@ class Turn:
             self._iterations = progress.iterations
             self._calls.take_up(progress)
             self.begun.set()
+        self._in_vain = 0
+        """How many answers in a row the output limit has cut, or were empty."""
+        self._finish_reason = ""
         self._asking = False
         """The model is asked: what it costs is not to be lost when the turn is let go of."""
         self._task: asyncio.Task[None] | None = None
@@ -214,15 +218,29 @@ class Turn:
                 return self._end("paused")
             if self._iterations >= limit:
                 return self._end("limit", reason=f"the turn has made {limit} model calls, which is its limit")
+            if self._in_vain > CONTINUED:
+                return self._end(
+                    "limit",
+                    final_text=journal.history.said,
+                    reason=f"the output limit of the model cut {self._in_vain} answers in a row; "
+                    "raise max_output_tokens, or run again to have the answer continued",
+                )
             self._iterations += 1
             final = await self._step()
 
     async def _step(self) -> str | None:
-        """Ask once and run what is called; return the final text when the agent is done."""
+        """Ask once and do what follows from the answer; return the final text when the agent is done."""
         with self._unbroken():
             message, calls = await self._ask()
-        if not calls:
-            return message.text
+        ending = ending_of(message)
+        if ending == "done":
+            return self._journal.history.said
+        in_vain = ending in ("cut", "empty") or (ending == "calls" and all(call.cut for call in calls))
+        self._in_vain = self._in_vain + 1 if in_vain else 0
+        if ending == "withheld" or (ending == "empty" and self._in_vain > ASKED_AGAIN):
+            raise failure(message)
+        if ending != "calls":
+            return None
         self._calls.leave()
         return await self._calls.run()
 
@@ -238,12 +256,14 @@ class Turn:
             on_delta=lambda text, thinking: self._journal.delta(self.run_id, text, thinking),
             on_failure=self._model_failed,
         )
+        self._finish_reason = _utf8(completion.finish_reason)
         calls = self._called(completion)
         message = AgentMessage(
             run_id=self.run_id,
             text=_utf8(completion.text),
             thinking=_utf8(completion.thinking),
             tool_calls=len(calls),
+            finish_reason=self._finish_reason,
             seen_seq=seen,
             provider=completion.provider,
         )
@@ -266,13 +286,16 @@ class Turn:
         return self._actor
 
     def _called(self, completion: Completion) -> list[ToolCalled]:
-        place = self._mine.place.instance
+        if self._finish_reason in ("refused", "filtered"):
+            return []
+        place, limited = self._mine.place.instance, self._finish_reason == "length"
         return [
             ToolCalled(
                 run_id=self.run_id,
                 call_id=self._journal.history.fresh_call_id(_utf8(use.call_id)),
                 tool=_utf8(use.tool),
                 arguments=_utf8(use.arguments),
+                cut=limited and not is_whole(use.arguments),
                 place=place,
             )
             for use in completion.tool_calls
@@ -312,6 +335,7 @@ class Turn:
         if known is not exc:
             logger.error("turn %s failed", self.run_id, exc_info=exc)
         message = _utf8(self._masked(known.message))
+        self._finish_reason = str(known.details.get("finish_reason", self._finish_reason))
         raised = ErrorRaised(
             error=known.kind,
             message=message,
@@ -340,6 +364,7 @@ class Turn:
             error=error,
             retryable=retryable,
             iterations=self._iterations,
+            finish_reason=self._finish_reason,
         )
         self.outcome = outcome_of(ended)
         return ended

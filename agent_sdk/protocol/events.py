@@ -16,7 +16,8 @@ from agent_sdk.protocol.errors import InvalidRequest
 from agent_sdk.protocol.specs import ConfirmationPolicy, ToolSpec
 
 RunStatus = Literal["finished", "paused", "interrupted", "failed", "limit"]
-"""How a turn ended. `finished`: the agent is done; `limit`: max_iterations; `failed`: see `error`."""
+"""How a turn ended. `finished`: the agent is done; `limit`: max_iterations, or the model's output
+limit cut its answers; `failed`: see `error`."""
 
 
 class Base(Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -80,6 +81,9 @@ class AgentMessage(Base, frozen=True, tag="agent_message"):
     provider: Any = None
     """What the provider wants to see again unchanged in later requests (signed thinking); opaque.
     A Raw or None: msgspec cannot decode the union of the two."""
+    finish_reason: str = ""
+    """Why it ended: `stop`, `tool_calls`, `length` (cut by the output limit), `refused` (by the model), `filtered`
+    (by the provider), or the provider's own word; empty in logs of older versions."""
 
     def __post_init__(self) -> None:
         if self.provider is not None and not isinstance(self.provider, Raw):
@@ -96,6 +100,8 @@ class ToolCalled(Base, frozen=True, tag="tool_called"):
     """The arguments exactly as the model wrote them: JSON text, possibly malformed."""
     place: str = ""
     """The box that lived when this was written: what began in it is not begun again in another one."""
+    cut: bool = False
+    """The output limit cut the arguments: the call is not run, and the model is told."""
 
 
 class ToolReturned(Base, frozen=True, tag="tool_returned"):
@@ -184,6 +190,8 @@ class TurnEnded(Base, frozen=True, tag="turn_ended"):
     """With status `failed`: the kind of the error, as in `data.kind` on the wire."""
     retryable: bool = False
     iterations: int = 0
+    finish_reason: str = ""
+    """Of the model's last answer, as in `agent_message`; empty: there was none."""
 
 
 class ErrorRaised(Base, frozen=True, tag="error_raised"):

@@ -7,9 +7,10 @@ import math
 from msgspec import Raw
 
 from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ModelRequest, OnDelta, ToolUse, Usage
-from agent_sdk.agent.llm.failure import broken
+from agent_sdk.agent.llm.failure import broken, failure_in, says_something
 from agent_sdk.agent.llm.provider import Address
 from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import ModelError
 from agent_sdk.protocol.specs import LLM
 
 ANSWER_BYTES = 32 << 20
@@ -23,6 +24,42 @@ TOOL_CALLS = 64
 
 PLACES = 4096
 """Blocks of content, or pieces of signed reasoning, in one answer."""
+
+_REASONS = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "eos": "stop",
+    "eos_token": "stop",
+    "tool_use": "tool_calls",
+    "tool_call": "tool_calls",
+    "function_call": "tool_calls",
+    "max_tokens": "length",
+    "max_output_tokens": "length",
+    "model_length": "length",
+    "model_context_window_exceeded": "length",
+    "refusal": "refused",
+    "content_filter": "filtered",
+    "content_filtered": "filtered",
+    "guardrail_intervened": "filtered",
+    "safety": "filtered",
+    "recitation": "filtered",
+    "blocklist": "filtered",
+    "prohibited_content": "filtered",
+    "sensitive": "filtered",
+    "spii": "filtered",
+}
+"""What providers call it, in lower case, and what we do."""
+
+_FAILED = (
+    "error",
+    "abort",
+    "aborted",
+    "cancelled",
+    "engine_error",
+    "malformed_function_call",
+    "network_error",
+)
+"""Finish reasons of answers that came to no end."""
 
 _ID_CHARACTERS = 128
 _NAME_CHARACTERS = 256
@@ -58,6 +95,7 @@ class Answer:
         self._on_delta = on_delta
         self._text: list[str] = []
         self._thinking: list[str] = []
+        self._noted = b""
 
     def __repr__(self) -> str:
         return f"<Answer of {self.address.model} [{len(self._text)} pieces, {len(self.calls)} calls]>"
@@ -71,6 +109,20 @@ class Answer:
     def thinking(self) -> str:
         """What was thought so far."""
         return "".join(self._thinking)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of it has come."""
+        return bool(self._text or self._thinking or self.calls)
+
+    def note(self, data: bytes) -> None:
+        """Remember JSON that is no piece of an answer, for the case that no answer comes."""
+        if says_something(data):
+            self._noted = data
+
+    def failure(self, reason: str) -> ModelError:
+        """Return why this is no answer: what the provider said instead of one, else the reason."""
+        return failure_in(self._noted, self.address) if self._noted else broken(reason, self.address)
 
     def say(self, piece: str) -> None:
         """Add to the text."""
@@ -113,6 +165,11 @@ class Answer:
             )
         draft.pieces.append(piece)
 
+    def finish(self, reason: str | None) -> None:
+        """Take the provider's word for why the answer ends; a refusal stays one."""
+        if reason and self.finish_reason != "refused":
+            self.finish_reason = _REASONS.get(reason.lower(), reason)
+
     def count(self, *, given: int, said: int, cached: int = 0, written: int = 0) -> None:
         """Set the usage: all tokens given, said (with reasoning), read from and written into the prompt cache.
 
@@ -129,8 +186,15 @@ class Answer:
         )
 
     def completion(self, provider: Raw | None) -> Completion:
-        """Return the whole answer."""
+        """Return the whole answer.
+
+        Raises:
+            ModelAnswerBroken: its finish reason is an error.
+        """
         reason = self.finish_reason
+        if reason.lower() in _FAILED:
+            said = f" after {self.text!r}" if self.text else ""
+            raise broken(f"ended with the finish reason {reason!r}{said}", self.address, finish_reason=reason)
         if reason in ("", "stop", "tool_calls"):  # some servers say `stop` after calling tools
             reason = "tool_calls" if self.calls else "stop"
         return Completion(

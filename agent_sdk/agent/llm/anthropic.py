@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Raw
 
 from agent_sdk.agent.llm.contract import AssistantTurn, ModelRequest, ToolTurn, ToolUse, Turn
-from agent_sdk.agent.llm.history import fitting_arguments, fitting_id, fitting_name, kept
+from agent_sdk.agent.llm.history import fitting_arguments, fitting_id, fitting_name, is_blank, kept
 from agent_sdk.agent.llm.provider import Address
 from agent_sdk.protocol.specs import LLM, Json
 
@@ -53,6 +53,8 @@ def _messages(turns: Iterable[Turn], address: Address) -> list[Json]:
     """Turns as alternating messages: what stands between two answers is one message, tool results first."""
     messages: list[Json] = []
     for turn in turns:
+        if is_blank(turn):
+            continue
         said_by_model = isinstance(turn, AssistantTurn)
         blocks = _said(turn, address) if isinstance(turn, AssistantTurn) else [_given(turn, address)]
         if not blocks:

@@ -11,19 +11,10 @@ from msgspec import Raw, Struct
 
 from agent_sdk.agent.llm.answer import PLACES, Answer, ToolDraft
 from agent_sdk.agent.llm.contract import Completion
-from agent_sdk.agent.llm.failure import broken, failure_in, unreadable
+from agent_sdk.agent.llm.failure import broken, failure_in, is_nothing, unreadable
 from agent_sdk.agent.llm.history import keep
 from agent_sdk.agent.llm.sse import ServerSentEvent
 from agent_sdk.protocol.specs import Json
-
-_FINISHED = {
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "tool_use": "tool_calls",
-    "max_tokens": "length",
-    "model_context_window_exceeded": "length",
-    "refusal": "refused",
-}
 
 
 class _Usage(Struct, gc=False):
@@ -63,7 +54,7 @@ class _Message(Struct, gc=False):
 class _Event(Struct, gc=False):
     """Any event of a stream; which members are set depends on its type."""
 
-    type: str
+    type: str = ""
     index: int = 0
     message: _Message | None = None
     content_block: _Block | None = None
@@ -117,11 +108,15 @@ class Reading:
         Raises:
             ModelError: it makes no sense, or says that the model failed.
         """
+        if event.data.strip() == b"[DONE]":
+            return  # of a proxy that speaks both dialects
         try:
             taken = _event.decode(event.data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise unreadable(exc, event.data, self._answer.address) from None
         kind = taken.type
+        if event.name == b"error" or not is_nothing(taken.error):
+            raise failure_in(event.data, self._answer.address)
         if kind == "content_block_delta" and taken.delta is not None:
             self._extend(self._place(taken.index, None), taken.delta)
         elif kind == "content_block_start" and taken.content_block is not None:
@@ -129,12 +124,14 @@ class Reading:
         elif kind == "message_start" and taken.message is not None:
             self._count(taken.message.usage)
         elif kind == "message_delta":
-            self._finish(taken.delta.stop_reason if taken.delta else None)
+            self._answer.finish(taken.delta.stop_reason if taken.delta else None)
             self._count(taken.usage)
         elif kind == "message_stop":
             self.done = True
-        elif kind == "error":
-            raise failure_in(taken.error, self._answer.address)
+        elif kind == "message":
+            self.whole(event.data)
+        elif not kind:
+            self._answer.note(event.data)
 
     def whole(self, body: bytes) -> None:
         """Take an answer that was not streamed. Raises as `event`."""
@@ -143,12 +140,11 @@ class Reading:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise unreadable(exc, body, self._answer.address) from None
         if message.content is None:
-            if bytes(message.error):
-                raise failure_in(message.error, self._answer.address)
-            raise broken("has no content", self._answer.address)
+            self._answer.note(body)
+            raise self._answer.failure("has no content")
         for index, block in enumerate(message.content):
             self._place(index, block)
-        self._finish(message.stop_reason)
+        self._answer.finish(message.stop_reason)
         self._count(message.usage)
         self.done = True
 
@@ -159,10 +155,14 @@ class Reading:
             ModelAnswerBroken: the stream stopped before its end.
         """
         answer = self._answer
-        if not self.done:
-            raise broken("stopped in the middle", answer.address)
+        if not self.done and not answer.finish_reason:
+            raise answer.failure("stopped in the middle")
+        last = next(reversed(self._places.values()), None)
         for place in self._places.values():
-            if place.draft and not place.draft.pieces:  # a call without arguments, or not streamed
+            cut = answer.finish_reason == "length" and place is last and place.given in (b"", b"{}")
+            if (
+                place.draft and not place.draft.pieces and not cut
+            ):  # a call without arguments, or not streamed
                 answer.add_arguments(place.draft, place.given.decode(errors="replace") or "{}")
         counts = self._counts
         read, written = counts.get("cache_read_input_tokens", 0), counts.get("cache_creation_input_tokens", 0)
@@ -210,10 +210,6 @@ class Reading:
             self._answer.think(delta.thinking)
         if delta.signature:
             place.signature += delta.signature
-
-    def _finish(self, reason: str | None) -> None:
-        if reason:
-            self._answer.finish_reason = _FINISHED.get(reason, reason)
 
     def _count(self, raw: Raw) -> None:
         """Later counts replace earlier ones: the API gives running totals."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from agent_sdk.agent.llm import anthropic, openai
@@ -11,12 +12,14 @@ from agent_sdk.agent.llm.contract import Completion, ModelRequest, OnDelta
 from agent_sdk.agent.llm.failure import ERROR_BYTES, broken, failure_of
 from agent_sdk.agent.llm.openai_answer import Reading as OpenAIReading
 from agent_sdk.agent.llm.provider import address_of
-from agent_sdk.agent.llm.sse import EventParser
+from agent_sdk.agent.llm.sse import BOM, EventParser, is_whole
 from agent_sdk.protocol.errors import ModelRefused
 from agent_sdk.protocol.specs import LLM
 
 if TYPE_CHECKING:
     from agent_sdk.agent.llm.transport import Reply, Transport
+
+Reading = AnthropicReading | OpenAIReading
 
 
 class ProviderClient:
@@ -66,27 +69,47 @@ class ProviderClient:
             self._transport = Transport(self._address, self._llm.timeout)
         return self._transport
 
-    async def _read(self, reply: Reply, reading: AnthropicReading | OpenAIReading) -> None:
-        """Feed the body to `reading`. How it is sent decides, not how it was asked for: not every server can stream."""
-        kind = reply.content_type
-        if kind in ("text/html", "application/xhtml+xml"):
-            raise broken("is a web page; is base_url right?", self._address, status=reply.status)
-        streamed = kind == "text/event-stream" or (self._llm.stream and not kind.endswith("json"))
-        if not streamed:
-            body = await reply.head(ANSWER_BYTES + 1)
-            self._check_size(len(body))
-            reading.whole(body)
-            return
-        parser, size = EventParser(), 0
-        async for piece in reply.pieces():
-            size += len(piece)
-            self._check_size(size)
+    async def _read(self, reply: Reply, reading: Reading) -> None:
+        """Feed the body to `reading`. Its first bytes say what it is, not what it is called or how it was asked for."""
+        body, head = self._limited(reply.pieces()), b""
+        async for piece in body:
+            head += piece
+            if head.strip() and not BOM.startswith(head):
+                break
+        match head.removeprefix(BOM).lstrip()[:1]:
+            case b"":
+                raise broken("is empty", self._address)
+            case b"<":
+                raise broken("is a web page; is base_url right?", self._address, status=reply.status)
+            case b"{" | b"[":
+                rest = [piece async for piece in body]
+                reading.whole(b"".join((head.removeprefix(BOM), *rest)))
+            case _:
+                await self._read_events(head, body, reading)
+                await reply.drain()
+
+    async def _read_events(self, head: bytes, body: AsyncIterator[bytes], reading: Reading) -> None:
+        parser, heard = EventParser(), False
+        piece: bytes | None = head
+        while piece is not None:
             for event in parser.feed(piece):
+                heard = True
                 reading.event(event)
                 if reading.done:
-                    await reply.drain()
                     return
+            piece = await anext(body, None)
+        for event in parser.end():
+            if is_whole(event.data):  # else the stream broke off within it
+                heard = True
+                reading.event(event)
+        if not heard:
+            said = head[:200].decode(errors="replace")
+            raise broken(f"is neither JSON nor a stream of events: {said}", self._address)
 
-    def _check_size(self, size: int) -> None:
-        if size > ANSWER_BYTES:
-            raise broken(f"has more than {ANSWER_BYTES} bytes", self._address, limit=ANSWER_BYTES)
+    async def _limited(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        size = 0
+        async for piece in pieces:
+            size += len(piece)
+            if size > ANSWER_BYTES:
+                raise broken(f"has more than {ANSWER_BYTES} bytes", self._address, limit=ANSWER_BYTES)
+            yield piece

@@ -73,7 +73,8 @@ class Completion(Struct, frozen=True, kw_only=True):
     tool_calls: tuple[ToolUse, ...] = ()
     usage: Usage = Usage()
     finish_reason: str = "stop"
-    """`stop`, `tool_calls`, `length` (cut by the token limit), `refused`, or the provider's own word."""
+    """`stop`, `tool_calls`, `length` (cut by the output limit), `refused` (by the model), `filtered` (by the
+    provider), or the provider's own word."""
     provider: Raw | None = None
 
 

@@ -32,6 +32,23 @@ ERROR_BYTES = 64 << 10
 
 _MESSAGE_CHARACTERS = 500
 
+_WORDS = (
+    "error",
+    "message",
+    "error_message",
+    "errorMessage",
+    "error_msg",
+    "err_msg",
+    "errors",
+    "detail",
+    "details",
+    "msg",
+    "reason",
+    "base_resp",
+    "status_msg",
+)
+"""Where providers put what they have to say, the likeliest first."""
+
 _BY_STATUS: dict[int, type[ModelError]] = {
     401: ModelUnauthorized,
     403: ModelUnauthorized,
@@ -80,7 +97,7 @@ def failure_of(status: int, headers: Mapping[str, str], body: bytes, address: Ad
 
 
 def failure_in(raw: bytes | Raw, address: Address) -> ModelError:
-    """Return the error for the JSON of an error object in an answer with status 200.
+    """Return the error for JSON in an answer with status 200 that is, or holds, an error object.
 
     A number that is an HTTP status, or one of Anthropic's types, says which; anything else means a
     broken answer.
@@ -90,13 +107,13 @@ def failure_in(raw: bytes | Raw, address: Address) -> ModelError:
         error = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         error = None
-    members = error if isinstance(error, dict) else {}
-    code, kind = members.get("code"), members.get("type")
+    members = _innermost(error)
+    code, kind = _code(members), members.get("type")
     cls: type[ModelError] = ModelAnswerBroken
-    if isinstance(code, int) and 400 <= code < 600:
+    if code is not None:
         details["status"] = code
         cls = _BY_STATUS.get(code) or (ModelUnavailable if code >= 500 else ModelRefused)
-    elif isinstance(kind, str) and address.kind.dialect == "anthropic":
+    elif isinstance(kind, str):
         cls = _BY_TYPE.get(kind, ModelAnswerBroken)
     said = shown(_said(error), address)
     return cls(f"{address.provider} stopped with an error: {said or 'no reason given'}", **details)
@@ -161,15 +178,52 @@ def _message(body: bytes) -> str:
     return "a web page instead of an answer" if text[:1] == "<" else text
 
 
+def is_nothing(raw: Raw) -> bool:
+    """Whether a member of an object is missing, or as good as that."""
+    return bytes(raw) in (b"", b"null", b"false", b"{}", b'""', b"[]")
+
+
+def says_something(data: bytes) -> bool:
+    """Whether this is JSON with a sentence for people in it, in one of the shapes in use."""
+    try:
+        said = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    if isinstance(said, list) and said:
+        said = said[0]
+    return isinstance(said, dict) and any(said.get(word) for word in _WORDS)
+
+
+def _innermost(error: object) -> dict[str, Any]:
+    """The error object itself, out of `{"error": {…}}` and `[{…}]`."""
+    for _ in range(4):
+        if isinstance(error, list) and error:
+            error = error[0]
+        elif isinstance(error, dict) and isinstance(error.get("error"), dict | list):
+            error = error["error"]
+        else:
+            break
+    return error if isinstance(error, dict) else {}
+
+
+def _code(members: Mapping[str, Any]) -> int | None:
+    """The HTTP status that an error object names."""
+    for name in ("code", "status", "status_code"):
+        code = members.get(name)
+        if isinstance(code, str) and code.isdecimal() and len(code) == 3:
+            code = int(code)
+        if isinstance(code, int) and 400 <= code < 600:
+            return code
+    return None
+
+
 def _said(error: object) -> str:
     """The text of `{"error": {"message": …}}`, `[{…}]`, `{"message": …}`, `{"detail": …}` and the like."""
     for _ in range(4):
         if isinstance(error, list) and error:
             error = error[0]
         elif isinstance(error, dict):
-            inner = next(
-                (error[key] for key in ("error", "message", "detail", "msg") if error.get(key)), None
-            )
+            inner = next((error[word] for word in _WORDS if error.get(word)), None)
             if inner is None:
                 break
             error = inner

@@ -14,13 +14,18 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from agent_sdk.agent.llm.contract import AssistantTurn
+from agent_sdk.agent.llm.contract import AssistantTurn, Turn
 from agent_sdk.agent.llm.provider import Address
 
 _object: msgspec.json.Decoder[dict[str, Raw]] = msgspec.json.Decoder(dict[str, Raw])
 _kept: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 
 _NO_NAME = re.compile(r"[^a-zA-Z0-9_-]")
+
+
+def is_blank(turn: Turn) -> bool:
+    """Whether it is an answer without text and calls, which providers refuse to be shown again."""
+    return isinstance(turn, AssistantTurn) and not turn.tool_calls and not turn.text.strip()
 
 
 def fitting_id(call_id: str, address: Address) -> str:

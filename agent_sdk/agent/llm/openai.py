@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from agent_sdk.agent.llm.contract import AssistantTurn, ModelRequest, ToolTurn, Turn
-from agent_sdk.agent.llm.history import fitting_arguments, fitting_id, fitting_name, kept
+from agent_sdk.agent.llm.history import fitting_arguments, fitting_id, fitting_name, is_blank, kept
 from agent_sdk.agent.llm.provider import Address
 from agent_sdk.protocol.specs import LLM, Json, ToolSpec
 
@@ -17,7 +17,7 @@ from agent_sdk.protocol.specs import LLM, Json, ToolSpec
 def encode(request: ModelRequest, llm: LLM, address: Address) -> bytes:
     """Return the body of the request."""
     messages: list[Json] = [{"role": "system", "content": request.system}] if request.system else []
-    messages.extend(_message(turn, address) for turn in request.turns)
+    messages.extend(_message(turn, address) for turn in request.turns if not is_blank(turn))
     body: Json = {"model": address.model, "messages": messages, "stream": llm.stream}
     if llm.stream and address.kind.asks_for_usage:
         body["stream_options"] = {"include_usage": True}

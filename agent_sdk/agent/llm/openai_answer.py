@@ -13,14 +13,10 @@ from msgspec import Raw, Struct
 
 from agent_sdk.agent.llm.answer import PLACES, Answer, ToolDraft
 from agent_sdk.agent.llm.contract import Completion
-from agent_sdk.agent.llm.failure import broken, failure_in, unreadable
+from agent_sdk.agent.llm.failure import broken, failure_in, is_nothing, unreadable
 from agent_sdk.agent.llm.history import keep
 from agent_sdk.agent.llm.sse import ServerSentEvent
 from agent_sdk.protocol.specs import Json
-
-_NOTHING = (b"", b"null")
-
-_FINISHED = {"function_call": "tool_calls", "content_filter": "refused"}
 
 
 class _Function(Struct, gc=False):
@@ -119,9 +115,9 @@ class Reading:
         """
         answer = self._answer
         if not self.done and not answer.finish_reason:
-            raise broken("stopped in the middle", answer.address)
+            raise answer.failure("stopped in the middle")
         if not (answer.finish_reason or answer.calls or answer.text):
-            raise broken("is empty", answer.address)
+            raise answer.failure("is empty")
         members: Json = {}
         if self._details:
             members["message"] = {"reasoning_details": self._details}
@@ -132,25 +128,26 @@ class Reading:
         return answer.completion(keep(answer.address, **members) if members else None)
 
     def _take(self, data: bytes, *, whole: bool, failed: bool = False) -> None:
-        address = self._answer.address
+        answer, address = self._answer, self._answer.address
         try:
             chunk = _chunk.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise unreadable(exc, data, address) from None
-        if failed or chunk.object == "error":
+        if failed or chunk.object == "error" or not is_nothing(chunk.error):
             raise failure_in(data, address)
-        if bytes(chunk.error) not in _NOTHING:
-            raise failure_in(chunk.error, address)
         if chunk.choices:
             choice = chunk.choices[0]
-            message = choice.message if whole else choice.delta
+            message = (choice.message or choice.delta) if whole else choice.delta
+            if message is None and not answer.has_begun:
+                message, whole = choice.message, True  # a whole answer as the only event of a stream
             if message is not None:
                 self._read(message, whole=whole)
-            if choice.finish_reason and self._answer.finish_reason != "refused":
-                self._answer.finish_reason = _FINISHED.get(choice.finish_reason, choice.finish_reason)
-        elif whole:
-            raise broken("has no choices", address)
-        if bytes(chunk.usage) not in _NOTHING:
+            answer.finish(choice.finish_reason)
+        else:
+            answer.note(data)
+            if whole:
+                raise answer.failure("has no choices")
+        if not is_nothing(chunk.usage):
             self._count(chunk.usage)
 
     def _read(self, message: _Message, *, whole: bool) -> None:

@@ -6,13 +6,14 @@ a JSON decoder takes them as they are. `id` and `retry` are ignored: a model's a
 
 from __future__ import annotations
 
+import msgspec
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import ModelAnswerBroken
 
 EVENT_BYTES = 8 << 20
 
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
 class ServerSentEvent(Struct, frozen=True, gc=False):
@@ -38,7 +39,7 @@ class EventParser:
         self._first_line = True
 
     def feed(self, piece: bytes) -> list[ServerSentEvent]:
-        """Return the events that end in this piece, in order. One without its blank line never comes.
+        """Return the events that end in this piece, in order. One without its blank line comes at the `end`.
 
         Raises:
             ModelAnswerBroken: an event is longer than the limit; nothing can be fed any more.
@@ -55,6 +56,13 @@ class EventParser:
             piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         return self._lines(piece.split(b"\n"))
 
+    def end(self) -> list[ServerSentEvent]:
+        """Return the event that nothing but its blank line is missing of, or the end of its last line, if there is one.
+
+        The standard throws it away; providers leave the blank line out, and their answer is whole.
+        """
+        return self._lines([b"", b"", b""])
+
     def _lines(self, lines: list[bytes]) -> list[ServerSentEvent]:
         events: list[ServerSentEvent] = []
         rest = lines.pop()
@@ -65,7 +73,7 @@ class EventParser:
                 self._rest.clear()
             if self._first_line:
                 self._first_line = False
-                line = line.removeprefix(_BOM)
+                line = line.removeprefix(BOM)
             if line:
                 self._field(line)
                 continue
@@ -79,6 +87,9 @@ class EventParser:
 
     def _field(self, line: bytes) -> None:
         self._count(len(line))
+        if line[:1] == b"{":  # an error that a proxy wrote into the stream
+            self._data.append(line)
+            return
         name, _, value = line.partition(b":")
         if value[:1] == b" ":
             value = value[1:]
@@ -93,3 +104,12 @@ class EventParser:
             raise ModelAnswerBroken(
                 f"the model's answer has an event of more than {self._limit} bytes", limit=self._limit
             )
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether the data of an event that ends with its stream came whole."""
+    try:
+        msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return data.strip() == b"[DONE]"
+    return True

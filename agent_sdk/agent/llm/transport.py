@@ -41,11 +41,6 @@ class Reply:
         """Case does not matter."""
         return self._response.headers
 
-    @property
-    def content_type(self) -> str:
-        """In lower case, without parameters; `application/octet-stream` when the provider does not say."""
-        return self._response.content_type
-
     def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes."""
         return self._response.content.iter_any()

@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestServer
 
 from agent_sdk.agent.llm.contract import ModelClient, ModelRequest, UserTurn
 from agent_sdk.agent.llm.open import open_model
-from agent_sdk.protocol.errors import ModelRefused
+from agent_sdk.protocol.errors import ModelError, ModelRefused
 from agent_sdk.protocol.specs import LLM
 from tests.agent.llm.provider import HELLO, JSON, STREAM, Ask, events, sending
 
@@ -37,6 +37,53 @@ async def test_a_whole_answer_is_read_although_a_stream_was_asked_for(ask: Ask, 
 
 async def test_a_stream_is_read_although_a_whole_answer_was_asked_for(ask: Ask, dialect: str):
     assert (await ask(sending([events(dialect, "Hi")], STREAM), stream=False)).text == "Hi"
+
+
+WHOLE = {
+    "openai": {"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]},
+    "anthropic": {"type": "message", "content": [{"type": "text", "text": "Hi"}], "stop_reason": "end_turn"},
+}
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json", "text/plain", "text/html", "x/y"])
+@pytest.mark.parametrize("streams", [True, False])
+async def test_the_bytes_of_a_body_say_what_it_is(ask: Ask, dialect: str, kind: str, streams: bool):
+    whole = json.dumps(WHOLE[dialect]).encode()
+    stream = events(dialect, "Hi")
+    bodies = [whole, b"\xef\xbb\xbf \n" + whole, stream, b": busy\n\n" + stream, b"data: " + whole + b"\n\n"]
+    for body in bodies:
+        answer = await ask(sending([body], {"Content-Type": kind}), stream=streams)
+        assert (answer.text, answer.finish_reason) == ("Hi", "stop"), body
+
+
+async def test_a_stream_is_taken_whose_last_line_or_blank_line_is_missing(ask: Ask, dialect: str):
+    stream = events(dialect, "Hi")
+    marks = [b"\n\ndata: [DONE]\n\n", b"event: message_stop"]
+    without_mark = next(stream[: stream.index(mark)] for mark in marks if mark in stream)
+    for end in (b"", b"\n", b"\n\ndata: [DONE]", b"\n\ndata: [DONE]\n", b"\n\ndata: [DO"):
+        assert (await ask(sending([without_mark.rstrip() + end], STREAM))).text == "Hi"
+    assert (await ask(sending([stream.rstrip()], STREAM))).text == "Hi"
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json", "text/html"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error": {"message": "context too long"}}',
+        b'[{"error": {"message": "context too long"}}]',
+        b'{"error": "context too long"}',
+        b'{"detail": "context too long"}',
+        b'data: {"choices": null, "error_message": "context too long"}\n\n',
+        b'data: {"choices": null, "error": {"message": "context too long"}}',
+        b'{"choices": null, "base_resp": {"status_code": 1, "status_msg": "context too long"}}',
+        b'event: error\ndata: {"message": "context too long"}\n\n',
+        b': busy\n\n{"error": {"message": "context too long"}}\n',
+        b"context too long",
+    ],
+)
+async def test_the_providers_own_words_arrive_whatever_they_are_wrapped_in(ask: Ask, kind: str, body: bytes):
+    with pytest.raises(ModelError, match="context too long"):
+        await ask(sending([body], {"Content-Type": kind}))
 
 
 async def test_a_compressed_answer_is_read(ask: Ask, dialect: str):

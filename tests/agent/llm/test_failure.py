@@ -154,8 +154,9 @@ def test_only_errors_worth_repeating_carry_the_pause():
         (b'{"code": 502, "message": "m"}', ModelUnavailable),
         (b'{"code": 400, "message": "m"}', ModelRefused),
         (b'{"code": 200, "message": "m"}', ModelAnswerBroken),
-        (b'{"code": "429", "message": "m"}', ModelAnswerBroken),
-        (b'{"type": "overloaded_error", "message": "m"}', ModelAnswerBroken),
+        (b'{"code": "429", "message": "m"}', ModelRateLimited),
+        (b'{"type": "overloaded_error", "message": "m"}', ModelUnavailable),
+        (b'{"error": {"code": 503, "message": "m"}}', ModelUnavailable),
         (b'"m"', ModelAnswerBroken),
     ],
 )

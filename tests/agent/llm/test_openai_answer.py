@@ -116,7 +116,7 @@ def test_empty_chunks_say_nothing(chunk: dict[str, Any]):
         ("tool_calls", False, "stop"),
         ("function_call", True, "tool_calls"),
         ("length", True, "length"),
-        ("content_filter", False, "refused"),
+        ("content_filter", False, "filtered"),
         ("something_new", False, "something_new"),
     ],
 )
