@@ -149,6 +149,12 @@ def _health(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="its TOML file")
 
 
+def _backup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("destination", metavar="DEST", help="a folder that does not exist yet")
+    parser.add_argument("--data", metavar="DIR", help="the data folder of the server")
+    parser.add_argument("--config", metavar="FILE", help="its TOML file")
+
+
 def _config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address a server would listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port a server would listen on (default: 8000)")
@@ -165,6 +171,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "ls": ("list the conversations of a server", _ls),
     "events": ("show the events of a conversation", _events),
     "attach": ("watch a conversation and talk to it; Ctrl-C leaves, the agent goes on", _attach),
+    "backup": ("copy the data folder of a server, also while it works", _backup),
     "doctor": ("say what works on this machine, and how to mend what does not", _config),
     "health": ("ask whether a server answers; exit code 0 when it does", _health),
     "config": ("show every option of the server, its value and where it was set", _config),

@@ -40,7 +40,7 @@ FOR_WORK = 0.95
 FAREWELL_SECONDS = 1.0
 KEPT_DESCRIPTORS = 64
 KEPT_TO_ITSELF = 0o077
-"""The umask of a server whose boxes are other users."""
+"""The umask of a server: others see nothing of what it makes."""
 OPEN_FILES = 65_536
 """Commands inherit the limit, and some programs walk through all of it: not more than needed."""
 
@@ -106,11 +106,14 @@ async def serving(
     stop = stop or Stop()
     with (
         logs.opened(style=config.log_format, level=config.log_level, stream=log_to) as opened,
+        _kept_to_itself() as before,
         data_folder.locked(Path(config.data)) as folder,
     ):
-        if config.isolation != "none":
-            os.umask(KEPT_TO_ITSELF)
-        await folder.confine(config.isolation, config.box_user)
+        await folder.confine(config.isolation, config.box_user, umask=before)
+        if folder.copied:
+            opened.log.warning(
+                "data_folder_copied", advice="boxes and runtimes of the original are left alone"
+            )
         key, text = obtain_key(config)
         sealer, secrets_keys = obtain_sealer(config)
         opened.redactor.add([text, *secrets_keys])
@@ -208,6 +211,16 @@ async def _event_log(path: Path) -> AsyncIterator[EventLog]:
                 f"the event log {path} cannot be opened: {exc}", exit_code=CANNOT_CREATE
             ) from None
         yield log
+
+
+@contextmanager
+def _kept_to_itself() -> Iterator[int]:
+    """Have the umask of a server; yields the one of before, which its commands go on with."""
+    before = os.umask(KEPT_TO_ITSELF)
+    try:
+        yield before
+    finally:
+        os.umask(before)
 
 
 @contextmanager

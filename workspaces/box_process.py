@@ -32,7 +32,7 @@ from agent_sdk.local.process_tree import Tree, children, end_tree, started_ticks
 from agent_sdk.protocol.errors import IsolationUnavailable, PathNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.rpc.unix import listen_unix
-from workspaces.confinement import NOT_CONFINED, UMASK, Confinement, Isolation
+from workspaces.confinement import NOT_CONFINED, Confinement, Isolation
 
 MARKER = "AGENT_BOX"
 """Names a box in its environment, which its commands inherit: so they are found when it could not end them."""
@@ -293,7 +293,7 @@ class BoxProcess:
                 stderr=log,
                 start_new_session=True,
                 pass_fds=given,
-                umask=UMASK if confined else -1,
+                umask=self._confinement.umask,
                 preexec_fn=with_default_signals(),
             )
         popen.returncode = 0  # its end is seen here, and it may outlive us: Popen has nothing to wait for

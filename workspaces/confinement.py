@@ -7,13 +7,15 @@ namespaces of its own: no network, no other processes, the system read-only, and
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import shutil
+import stat
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +61,8 @@ class Confinement(Struct, frozen=True):
     """The folder of the server, of which a box in bwrap sees nothing but what is its own."""
     etc: Path | None = None
     """The folder of the files that a box in bwrap sees in /etc in the place of the machine's."""
+    umask: int = UMASK
+    """Of the boxes, whatever the server's is; -1: that of whoever starts them."""
 
     def command(self, options: list[str], writable: Iterable[Path] = ()) -> list[str]:
         """Return the command line of a box.
@@ -92,7 +96,8 @@ class Confinement(Struct, frozen=True):
         """
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.user is not None and folder.stat().st_uid != self.user:
-            os.chown(folder, self.user, self.user)
+            with _named(folder) as descriptor:
+                os.chown(descriptor, self.user, self.user)
 
     def check_folder(self, folder: Path) -> None:
         """See that a folder which clients have named is still where it was: a symlink would show what it leads to.
@@ -106,17 +111,32 @@ class Confinement(Struct, frozen=True):
             )
 
     def take_over(self, folder: Path) -> None:
-        """Give the boxes a folder with all that is in it; links are not followed. Blocks.
+        """Give the boxes a folder with all that is in it; links stay what they are. Blocks.
 
         Raises:
-            OSError: it cannot be done.
+            OSError: it cannot be done; or a file has names outside of the folder, and is not changed.
         """
         if self.user is None:
             return
-        for _, folders, files, place in os.fwalk(folder):
+        shared: dict[int, list[str]] = {}
+        for where, folders, files, place in os.fwalk(folder):
             for name in (*folders, *files):
-                os.chown(name, self.user, self.user, dir_fd=place, follow_symlinks=False)
-        os.chown(folder, self.user, self.user)
+                with _named(name, place) as descriptor:
+                    found = os.stat(descriptor)
+                    if stat.S_ISLNK(found.st_mode):
+                        continue
+                    if found.st_nlink == 1 or stat.S_ISDIR(found.st_mode):
+                        os.chown(descriptor, self.user, self.user)
+                        continue
+                    names = shared.setdefault(found.st_ino, [])
+                    names.append(os.path.join(where, name))
+                    if len(names) == found.st_nlink:
+                        os.chown(descriptor, self.user, self.user)
+                        del shared[found.st_ino]
+        for names in shared.values():
+            raise OSError(errno.EMLINK, "it has other names outside of the workspace; remove one", names[0])
+        with _named(folder) as descriptor:
+            os.chown(descriptor, self.user, self.user)
 
     def remove(self, folder: Path) -> None:
         """Remove a folder that belongs to the boxes, as far as it can be done. Blocks."""
@@ -199,7 +219,17 @@ class Confinement(Struct, frozen=True):
         return f"{who}choose another isolation"
 
 
-NOT_CONFINED = Confinement()
+NOT_CONFINED = Confinement(umask=-1)
+
+
+@contextmanager
+def _named(path: str | Path, place: int | None = None) -> Iterator[str]:
+    """A way to what has this name now, that leads to nothing else whatever happens to the name."""
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 async def confinement(isolation: Isolation, user: int, data: Path) -> Confinement:

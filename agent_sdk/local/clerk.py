@@ -25,6 +25,8 @@ logger = logging.getLogger("agent_sdk")
 T = TypeVar("T")
 
 JOBS_PER_COMMIT = 512
+LOOK_SECONDS = 5.0
+"""Without a write, the files are looked at this often: somebody may have removed them."""
 
 
 class _Job(Generic[T]):
@@ -122,7 +124,7 @@ class Clerk:
             return
         self._tell(self._ready.set_result, None)
         try:
-            while batch := self._next():
+            while batch := self._next(database):
                 self._do(database, batch)
                 self._tell(self._answer_all, batch)
                 if database.broken is not None:
@@ -133,11 +135,11 @@ class Clerk:
         finally:
             self._tell(self._ended.set_result, None)
 
-    def _next(self) -> list[_Job[Any]]:
+    def _next(self, database: Database) -> list[_Job[Any]]:
         """Return what is done next, one job of each lane in turn; nothing when this is the end."""
         with suppress(queue.Empty):
             while True:
-                job = self._jobs.get_nowait() if self._lanes or self._ending else self._jobs.get()
+                job = self._jobs.get_nowait() if self._lanes or self._ending else self._wait(database)
                 if job is None:
                     self._ending = True
                 else:
@@ -149,6 +151,15 @@ class Clerk:
             if jobs:
                 self._lanes[lane] = jobs
         return batch
+
+    def _wait(self, database: Database) -> _Job[Any] | None:
+        while True:
+            try:
+                return self._jobs.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                database.look()
+                if database.broken is not None:
+                    self._tell(self._fail, database.broken)
 
     def _do(self, database: Database, batch: list[_Job[Any]]) -> None:
         writes = [job for job in batch if job.writes]

@@ -107,6 +107,7 @@ class Database(Storage):
         except BaseException:
             self._tails.clear()
             raise
+        self.look()
         self.reserve.after_commit()
 
     # --- conversations ---

@@ -61,12 +61,41 @@ class Storage:
         self.path = path
         self.broken: AgentServerError | None = None
         """The device failed; nothing that is written from here on can be trusted to arrive."""
+        self._names: tuple[str, ...] = ()
+        self._seen: dict[str, tuple[int, int] | None] = {}
+        """What the file and its WAL were when they were seen first: device and inode."""
+        if path is not None and not read_only:
+            _make_file(path)
         flags = (
             apsw.SQLITE_OPEN_READONLY if read_only else apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         )
         with self.translated():
             self.connection = apsw.Connection(str(path) if path else ":memory:", flags=flags)
         self.connection.set_busy_timeout(int(BUSY_SECONDS * 1000))
+        if path is not None:
+            self._names = (os.path.abspath(path),)
+            self.look()
+            self._names += (f"{self._names[0]}-wal",)
+
+    def look(self) -> None:
+        """See that the files still have their names; what is written to one that has none is lost for everybody."""
+        for name in self._names:
+            try:
+                found = os.stat(name)
+            except FileNotFoundError:
+                if name not in self._seen:
+                    continue  # the WAL comes with the first write
+                now = None
+            except OSError:  # says nothing about the name
+                continue
+            else:
+                now = found.st_dev, found.st_ino
+            if now != self._seen.setdefault(name, now):
+                self.broken = self.broken or WorkspaceUnavailable(
+                    f"{name} was removed or replaced while it was in use; what was written last may be lost: "
+                    "start the program anew",
+                    phase="storage",
+                )
 
     def close(self) -> None:
         """Close the connection; the last one moves what is left in the WAL into the file."""
@@ -131,6 +160,18 @@ class Storage:
         if isinstance(exc, apsw.IOError) and getattr(exc, "extendedresult", 0) not in _ONLY_READING:
             self.broken = error
         return error
+
+
+def _make_file(path: Path) -> None:
+    """Make it, readable by its owner only; SQLite gives what it makes beside it the same rights.
+
+    Raises:
+        PathDenied, PathError, StorageFull: it cannot be made.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as exc:
+        raise path_error(exc.errno, path) from exc
 
 
 def path_error(number: int | None, path: Path) -> AgentServerError:

@@ -20,7 +20,7 @@ from agent_sdk.protocol.errors import IsolationUnavailable, PathDenied
 from agent_sdk.remote.workspace import RemoteWorkspace
 from tests.contract.workspace import WorkspaceContract
 from workspaces.box_process import BoxProcess
-from workspaces.confinement import NOT_CONFINED, confinement
+from workspaces.confinement import NOT_CONFINED, Confinement, confinement
 
 BOX_USER = 10_001
 
@@ -399,3 +399,24 @@ async def test_a_folder_that_leads_elsewhere_by_now_is_not_shown(data, confined,
     with pytest.raises(PathDenied, match="leads elsewhere"):
         await box.start()
     assert not box.folder.exists()
+
+
+@as_root
+def test_a_file_with_a_name_outside_of_the_workspace_is_not_given_to_boxes(tmp_path):
+    secret, workspace = tmp_path / "api_key", tmp_path / "workspace"
+    secret.write_text("secret")
+    (workspace / "deep").mkdir(parents=True)
+    for name in ("one", "deep/two"):
+        (workspace / name).write_text("")
+    os.link(workspace / "one", workspace / "deep" / "one_again")
+    (workspace / "link").symlink_to(secret)
+    given = Confinement(isolation="user", user=BOX_USER)
+    given.take_over(workspace)
+    owners = {path.name: path.lstat().st_uid for path in (workspace, *workspace.rglob("*"))}
+    assert owners.pop("link") == 0
+    assert set(owners.values()) == {BOX_USER}
+    os.link(secret, workspace / "deep" / "innocent")
+    with pytest.raises(OSError, match="it has other names outside of the workspace") as refused:
+        given.take_over(workspace)
+    assert refused.value.filename == str(workspace / "deep" / "innocent")
+    assert secret.stat().st_uid == 0

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 import psutil
@@ -55,13 +57,14 @@ def command(*options: str) -> list[str]:
 
 @asynccontextmanager
 async def started(
-    data: Path, *, through: Sequence[str] = (), **environment: str
+    data: Path, *, through: Sequence[str] = (), stderr: IO[bytes] | None = None, **environment: str
 ) -> AsyncIterator[ServerProcess]:
     """Start one, `through` a command that runs another, e.g. with less of something."""
     process = await asyncio.create_subprocess_exec(
         *through,
         *command("--port", "0", "--data", str(data)),
         stdout=asyncio.subprocess.PIPE,
+        stderr=stderr,
         env={**os.environ, **SHORT_LIVED, **environment},
     )
     try:
@@ -312,3 +315,51 @@ async def last_event(wire) -> tuple[str, str]:
         for event in message.get("params", {}).get("events", []):
             if event["type"] == "turn_ended":
                 return event["status"], event["final_text"]
+
+
+async def test_a_server_on_a_copy_leaves_the_boxes_of_the_original_alone(tmp_path):
+    async with started(tmp_path / "data") as server, server.session() as wire:
+        await wire.call("execute", op_id=new_id(), shell="true")
+        [box] = server.boxes()
+        shutil.copytree(tmp_path / "data", tmp_path / "copy", ignore=shutil.ignore_patterns("*.sock"))
+        async with (
+            started(tmp_path / "copy") as other,
+            other.session(f"/v1/conversations/{wire.answered['conversation']}") as copy,
+        ):
+            assert "result" in await copy.call("execute", op_id=new_id(), shell="true")
+            assert other.boxes() != [box]
+        assert box.is_running()
+        assert "result" in await wire.call("execute", 2, op_id=new_id(), shell="true")
+
+
+@pytest.mark.parametrize("lost", ["log.db", "log.db-wal"])
+async def test_a_server_whose_log_was_removed_ends_with_74_instead_of_acknowledging(tmp_path, lost):
+    log = tmp_path / "server.log"
+    with log.open("wb") as stderr:
+        async with started(tmp_path / "data", stderr=stderr) as server, server.session() as wire:
+            assert "result" in await wire.call("set_title", 1, op_id=new_id(), title="kept")
+            (tmp_path / "data" / lost).unlink()
+            with suppress(AssertionError, asyncio.IncompleteReadError, ConnectionError):
+                answer = await wire.call("set_title", 2, op_id=new_id(), title="lost")
+                assert answer["error"]["data"]["kind"] == "workspace_unavailable"
+            assert await server.ended() == 74
+    assert f"{lost} was removed or replaced while it was in use" in log.read_text()
+
+
+async def test_an_idle_server_whose_log_was_replaced_ends_with_74(tmp_path):
+    async with started(tmp_path / "data") as server:
+        (tmp_path / "data" / "log.db").rename(tmp_path / "data" / "log.old")
+        (tmp_path / "data" / "log.db").touch()
+        assert await server.ended() == 74
+
+
+async def test_what_a_server_makes_is_its_users_alone_and_its_commands_keep_their_umask(tmp_path):
+    async with started(tmp_path / "data") as server, server.session() as wire:
+        await wire.call("execute", op_id=new_id(), shell="touch made")
+        files = [path for path in (tmp_path / "data").rglob("*") if "workspaces" not in path.parts]
+        assert {path.name for path in files} >= {"log.db", "log.db-wal", "place"}
+        assert [path for path in files if path.lstat().st_mode & 0o077] == []
+        [made] = (tmp_path / "data" / "workspaces").glob("*/made")
+        before = os.umask(0)
+        os.umask(before)
+        assert stat.S_IMODE(made.stat().st_mode) == 0o666 & ~before
