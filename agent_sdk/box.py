@@ -59,6 +59,7 @@ async def serve(given: argparse.Namespace) -> None:
     limits = LimitWatch(given.working_dir or given.root) if given.unclaimed else None
     if limits is not None:
         loop.set_default_executor(_threads())
+    isolated = given.seccomp or given.unclaimed
     async with LocalWorkspace(
         given.root,
         working_dir=given.working_dir,
@@ -67,13 +68,14 @@ async def serve(given: argparse.Namespace) -> None:
         spool_dir=given.spool,
         spare_bash=shlex.split(given.spare_bash),
         limits=limits,
+        isolated=isolated,
     ) as workspace:
         box = BoxService(
             workspace,
             linger=given.linger,
             instance=given.instance or new_id(),
             limits=limits,
-            isolated=given.seccomp or given.unclaimed,
+            isolated=isolated,
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, box.over.set)

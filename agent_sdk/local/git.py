@@ -1,14 +1,15 @@
 """The git repository of a workspace, asked by the git program.
 
-A repository is untrusted input: no hook, no fsmonitor, no external diff, no pager and no configuration
-of the machine takes part, paths stand behind `--` and are taken literally, and a revision cannot be an
-option. What git says is read NUL-separated.
+A repository is untrusted input: no hook, filter, fsmonitor, external diff or pager of it is run, nothing is
+fetched, and no configuration of the machine takes part. Paths stand behind `--` and are taken literally, and a
+revision cannot be an option. What git says is read NUL-separated. What a diff looks like is ours, so that
+`git apply` takes it. Submodules are repositories of their own, and are looked into one after the other.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Literal
 
 from agent_sdk.disk import in_thread
@@ -32,6 +33,9 @@ _ENVIRONMENT = {
     "GIT_CONFIG_GLOBAL": "/dev/null",
     "GIT_CONFIG_COUNT": "0",
     "GIT_CONFIG_PARAMETERS": "",
+    "GIT_ATTR_NOSYSTEM": "1",
+    "GIT_ALLOW_PROTOCOL": "none",
+    "GIT_NO_LAZY_FETCH": "1",
     "GIT_OPTIONAL_LOCKS": "0",
     "GIT_LITERAL_PATHSPECS": "1",
     "GIT_TERMINAL_PROMPT": "0",
@@ -45,10 +49,22 @@ _SAFE = (
     *("-c", "core.quotePath=false"),
     *("-c", "diff.external="),
     *("-c", "submodule.recurse=false"),
-    # The folder may belong to somebody else (a mounted volume); nothing of it is executed.
-    *("-c", "safe.directory=*"),
+    *("-c", "diff.suppressBlankEmpty=false"),
 )
-_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--ignore-submodules=dirty", "-M")
+_DIFF = (
+    *(
+        "diff",
+        "--no-ext-diff",
+        "--no-textconv",
+        "--no-color",
+        "--ignore-submodules=dirty",
+        "--submodule=short",
+    ),
+    *("--find-renames", "--no-relative", "-O/dev/null", "--unified=3", "--inter-hunk-context=0"),
+)
+_FILTERS_MAX = 200
+_SUBMODULES_MAX = 200
+_GITLINK = b"160000 "
 _STATUS: dict[str, Literal["added", "modified", "deleted", "renamed"]] = {
     "A": "added",
     "C": "added",
@@ -64,38 +80,59 @@ RunGit = Callable[[list[str], str, dict[str, str], int], Awaitable[tuple[int | N
 class LocalGit:
     """Implements `workspace.Git`."""
 
-    def __init__(self, root: Root, run: RunGit) -> None:
+    def __init__(self, root: Root, run: RunGit, *, isolated: bool = False) -> None:
+        """Take where and how git is run.
+
+        Args:
+            root: of the workspace.
+            run: runs git.
+            isolated: nothing but the workspace is at stake here, so that repositories of other users are read, too.
+        """
         self._root = root
         self._run = run
+        self._isolated = isolated
 
     async def changes(self, path: str = ".", *, base: str | None = None) -> list[GitChange]:
         """See Git.changes."""
-        place = await self._place(path)
-        tree = await place.tree(base)
-        tracked = await place.git(*_DIFF, "--name-status", "-z", tree, "--", *place.spec)
-        found = {change.path: change for change in _tracked(tracked, place.shown)}
-        for name in await place.untracked():
-            shown = place.shown(name)
-            found[shown] = GitChange(path=shown, status="untracked")
+        found: dict[str, GitChange] = {}
+        async for place, tree in self._places(path, base):
+            tracked = await place.git(*_DIFF, "--name-status", "-z", tree, "--", *place.spec)
+            found |= {change.path: change for change in _tracked(tracked, place.shown)}
+            for name in await place.untracked():
+                shown = place.shown(name)
+                found[shown] = GitChange(path=shown, status="untracked")
         return sorted(found.values(), key=lambda change: change.path)
 
     async def diff(self, path: str = ".", *, base: str | None = None) -> str:
         """See Git.diff; untracked files are shown as new ones."""
-        place = await self._place(path)
-        tree = await place.tree(base)
-        text = await place.git(*_DIFF, tree, "--", *place.spec, limit=DIFF_BYTES + 1)
-        untracked = await place.untracked()
-        for name in untracked[:UNTRACKED_SHOWN]:
+        text = b""
+        async for place, tree in self._places(path, base):
+            text += await place.git(*_DIFF, *place.prefixes, tree, "--", *place.spec, limit=DIFF_BYTES + 1)
+            untracked = await place.untracked()
+            for name in untracked[:UNTRACKED_SHOWN]:
+                if len(text) > DIFF_BYTES:
+                    break
+                text += await place.as_new(name)
+            if len(untracked) > UNTRACKED_SHOWN and len(text) <= DIFF_BYTES:
+                text += f"[... {len(untracked) - UNTRACKED_SHOWN} more untracked files ...]\n".encode()
             if len(text) > DIFF_BYTES:
                 break
-            text += await place.as_new(name)
-        if len(untracked) > UNTRACKED_SHOWN and len(text) <= DIFF_BYTES:
-            text += f"[... {len(untracked) - UNTRACKED_SHOWN} more untracked files ...]\n".encode()
         return _cut(text)
+
+    async def _places(self, path: str, base: str | None) -> AsyncIterator[tuple[_Place, str]]:
+        """Yield the repository of a path and the submodules below it, each with the tree to compare it with."""
+        place = await self._place(path)
+        left = [(place, await place.tree(base))]
+        for _ in range(_SUBMODULES_MAX):
+            if not left:
+                return
+            place, tree = left.pop(0)
+            yield place, tree
+            left += [(inner, await inner.tree_of(commit)) async for inner, commit in place.submodules(tree)]
 
     async def _place(self, path: str) -> _Place:
         folder, rest = await in_thread(self._deepest_folder, path)
-        place = _Place(self._run, self._root.home, folder, rest)
+        place = _Place(self._run, self._root.home, folder, rest, isolated=self._isolated)
         await place.find_top(path)
         return place
 
@@ -119,28 +156,112 @@ class LocalGit:
 class _Place:
     """A folder in a repository."""
 
-    def __init__(self, run: RunGit, home: str, folder: str, rest: str) -> None:
+    def __init__(
+        self, run: RunGit, home: str, folder: str, rest: str = "", *, isolated: bool, within: str = ""
+    ) -> None:
+        """Describe it.
+
+        Args:
+            run: runs git.
+            home: of the workspace, to which paths are relative.
+            folder: where git is asked.
+            rest: of the path that is asked about.
+            isolated: see LocalGit.
+            within: the path to this submodule from the top of the outermost repository, with a slash at its end.
+        """
         self._run = run
         self._home = home
         self._folder = folder
         self.spec = (rest or ".",)
+        self._within = within
+        self.prefixes = (f"--src-prefix=a/{within}", f"--dst-prefix=b/{within}")
+        self._isolated = isolated
+        self._safe = _SAFE + (("-c", "safe.directory=*") if isolated else ())
         self._top = ""
 
     async def find_top(self, path: str) -> None:
-        """Find the repository.
+        """Find the repository, and what of its configuration has to be overridden.
 
         Raises:
-            StateConflict: there is none.
+            StateConflict: there is none, or it belongs to somebody else.
             WorkspaceUnavailable: there is no git.
         """
         code, out, err = await self._ask("rev-parse", "--show-toplevel")
+        if code not in (0, 127) and "dubious ownership" in err:
+            self._safe += await self._trusted()
+            code, out, err = await self._ask("rev-parse", "--show-toplevel")
         if code == 127:
             raise WorkspaceUnavailable("git is needed for this, and is not installed")
+        if code != 0 and "dubious ownership" in err:
+            raise StateConflict(
+                f"the repository belongs to another user: {path}; if you trust it: "
+                "git config --global --add safe.directory FOLDER",
+                state="not trusted",
+            )
         if code != 0:
             raise StateConflict(
                 f"not a git repository: {path}", state="no repository", reason=err.strip()[:200]
             )
         self._top = os.fsdecode(out.rstrip(b"\n"))
+        self._safe += await self._without_filters()
+
+    async def _trusted(self) -> tuple[str, ...]:
+        """Which folders of others the user of this machine has said to trust."""
+        found: list[str] = []
+        for scope in ("--system", "--global"):
+            _, out, _ = await self._run(
+                ["git", "config", scope, "-z", "--get-all", "safe.directory"], "/", {}, LISTING_BYTES
+            )
+            found += [os.fsdecode(value) for value in out.split(b"\0")[:-1]]
+        return tuple(word for value in found for word in ("-c", f"safe.directory={value}"))
+
+    async def _without_filters(self) -> tuple[str, ...]:
+        """What makes the filters that the repository configures do nothing.
+
+        Raises:
+            StateConflict: one has a name that cannot be overridden, or they are too many.
+        """
+        listing = ("config", "-z", "--name-only", "--get-regexp", r"^filter\.")
+        _, out, _ = await self._ask(*listing)
+        names = {name.rpartition(b".")[0] for name in out.split(b"\0")[:-1]} - {b"filter"}
+        if len(names) > _FILTERS_MAX or any(b"=" in name for name in names):
+            raise StateConflict(
+                f"the repository configures {len(names)} filters, or one whose name has a `=`; remove them "
+                "from its configuration",
+                state="not trusted",
+            )
+        off = [
+            f"{os.fsdecode(name)}.{key}"
+            for name in sorted(names)
+            for key in ("clean=", "smudge=", "process=", "required=false")
+        ]
+        return tuple(word for setting in off for word in ("-c", setting))
+
+    async def submodules(self, tree: str) -> AsyncIterator[tuple[_Place, str]]:
+        """Yield the submodules that are there, each with its commit in the tree (empty: none)."""
+        listing = await self.git("ls-files", "--stage", "-z", "--full-name", "--", *self.spec)
+        names = [entry.partition(b"\t")[2] for entry in listing.split(b"\0") if entry.startswith(_GITLINK)]
+        for name in dict.fromkeys(map(os.fsdecode, names)):
+            folder = os.path.join(self._top, name)
+            if not await in_thread(_is_checked_out, folder):
+                continue
+            within = f"{self._within}{name}/"
+            inner = _Place(self._run, self._home, folder, isolated=self._isolated, within=within)
+            try:
+                await inner.find_top(folder)
+            except StateConflict:  # what it was is told by the repository around it
+                continue
+            if await in_thread(os.path.samefile, inner._top, folder):
+                code, out, _ = await self._ask("rev-parse", "--verify", "--quiet", f"{tree}:{name}")
+                yield inner, out.decode().strip() if code == 0 else ""
+
+    async def tree_of(self, commit: str) -> str:
+        """Return the id of a commit's tree; that of HEAD when it is not here."""
+        if commit:
+            code, out, _ = await self._ask("rev-parse", "--verify", "--quiet", f"{commit}^{{tree}}")
+            if code == 0:
+                return out.decode().strip()
+        return await self.tree(None)
 
     async def tree(self, base: str | None) -> str:
         """Return the id of the tree to compare with.
@@ -158,7 +279,7 @@ class _Place:
             return out.decode().strip()
         if base is not None:
             raise InvalidParams(f"base: no such revision: {base}")
-        return (await self.git("hash-object", "-t", "tree", "/dev/null")).decode().strip()
+        return (await self.git("hash-object", "--no-filters", "-t", "tree", "/dev/null")).decode().strip()
 
     async def untracked(self) -> list[bytes]:
         """Return the untracked files, relative to the top of the repository, sorted."""
@@ -167,7 +288,7 @@ class _Place:
 
     async def as_new(self, name: bytes) -> bytes:
         """Return the diff that would add an untracked file."""
-        pair = ("--no-index", "--", "/dev/null", os.fsdecode(name))
+        pair = (*self.prefixes, "--no-index", "--", "/dev/null", os.fsdecode(name))
         return await self.git("-C", self._top, *_DIFF, *pair, limit=DIFF_BYTES + 1, fine=(0, 1))
 
     async def git(
@@ -184,13 +305,17 @@ class _Place:
         return out
 
     async def _ask(self, *arguments: str, limit: int = LISTING_BYTES) -> tuple[int | None, bytes, str]:
-        return await self._run(["git", *_SAFE, *arguments], self._folder, _ENVIRONMENT, limit)
+        return await self._run(["git", *self._safe, *arguments], self._folder, _ENVIRONMENT, limit)
 
     def shown(self, name: bytes) -> str:
         """Return a path of the repository as a path of the workspace."""
         path = os.path.join(os.fsencode(self._top), name)
         relative = os.path.relpath(path, os.fsencode(self._home))
         return relative.decode("utf-8", "backslashreplace")
+
+
+def _is_checked_out(folder: str) -> bool:
+    return not os.path.islink(folder) and os.path.lexists(os.path.join(folder, ".git"))
 
 
 def _tracked(listing: bytes, shown: Callable[[bytes], str]) -> Iterator[GitChange]:

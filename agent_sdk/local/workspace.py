@@ -80,6 +80,7 @@ class LocalWorkspace:
         env: Mapping[str, str] | None = None,
         spare_bash: Sequence[str] = (),
         limits: LimitWatch | None = None,
+        isolated: bool = False,
     ) -> None:
         """Describe it; nothing happens before it is entered.
 
@@ -91,6 +92,8 @@ class LocalWorkspace:
             env: added to the environment of every command.
             spare_bash: words that start a bash, for a machine that has none.
             limits: looked at whenever a command has ended.
+            isolated: whether what runs here is kept apart from all else, so that also git repositories of other
+                users may be looked at.
         """
         home = None if working_dir is None else os.fspath(working_dir)
         self._root = Root(os.fspath(dir), home=home, confined=confined)
@@ -104,7 +107,7 @@ class LocalWorkspace:
         self._open: _Open | None = None
         self._closing = AsyncExitStack()
         self._files = LocalFiles(self._root)
-        self._git = LocalGit(self._root, self._run_git)
+        self._git = LocalGit(self._root, self._run_git, isolated=isolated)
 
     def __repr__(self) -> str:
         return f"<LocalWorkspace {self.root} {'open' if self._open else 'not open'}>"
@@ -274,7 +277,8 @@ class LocalWorkspace:
         self, argv: list[str], folder: str, environment: dict[str, str], limit: int
     ) -> tuple[int | None, bytes, str]:
         opened = self._opened()
-        launch = Launch(check_argv(argv), {**opened.environment, **environment})
+        inherited = {name: value for name, value in opened.environment.items() if name[:4] != "GIT_"}
+        launch = Launch(check_argv(argv), {**inherited, **environment})
         try:
             place = open_folder(self._root, folder)
             try:

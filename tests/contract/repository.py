@@ -92,6 +92,96 @@ class RepositoryContract:
         assert "+x" in await workspace.git.diff()
         assert (await workspace.execute("ls pwned")).exit_code != 0
 
+    async def test_no_filter_of_the_repository_is_run(self, workspace):
+        await workspace.execute(START)
+        await workspace.files.write("evil", b"#!/bin/sh\ntouch $(dirname $0)/pwned; cat", mode=0o755)
+        for configured in (
+            'git config filter.evil.clean "$PWD/evil"',
+            'git config filter.evil.process "$PWD/evil"; git config filter.evil.required true',
+            'git config "filter.evil.i\'l.clean" "$PWD/evil"; name=".i\'l"',
+            'git config -f more filter.evil.clean "$PWD/evil"; git config include.path ../more',
+            'git config extensions.worktreeConfig true; git config --worktree filter.evil.clean "$PWD/evil"',
+        ):
+            await workspace.execute(
+                f"cp .git/config kept; {configured}; echo \"* filter=evil$name\" > .gitattributes; echo x >> changed"
+            )
+            assert "changed" in [change.path for change in await workspace.git.changes()]
+            assert "+x" in await workspace.git.diff()
+            assert (await workspace.execute("mv kept .git/config; ls pwned")).exit_code != 0, configured
+
+    async def test_a_filter_whose_name_cannot_be_overridden_is_refused(self, workspace):
+        await workspace.execute(f"{START}; git config filter.a=b.clean 'touch pwned; cat'")
+        await workspace.execute("echo '* filter=a=b' > .gitattributes; echo x >> changed")
+        with pytest.raises(StateConflict, match="one whose name has a `=`"):
+            await workspace.git.changes()
+        assert (await workspace.execute("ls pwned")).exit_code != 0
+
+    async def test_nothing_is_fetched_for_a_repository_that_misses_objects(self, workspace):
+        command = "touch $PWD/ran #"
+        await workspace.execute(
+            f"{START}; git config core.repositoryFormatVersion 1; git config extensions.partialClone origin; "
+            f"git config remote.origin.promisor true; git config remote.origin.uploadpack '{command}'; "
+            f"git config core.sshCommand '{command}'; git config protocol.allow always; "
+            "rm -f .git/objects/$(git rev-parse HEAD:changed | sed 's,^..,&/,'); echo x >> changed"
+        )
+        for url in ("ext::touch ran", ".", "ssh://nowhere/x"):
+            await workspace.execute(f"git config remote.origin.url '{url}'")
+            with pytest.raises(StateConflict, match="git diff: "):
+                await workspace.git.diff()
+            assert (await workspace.execute("ls ran")).exit_code != 0, url
+
+    async def test_a_diff_can_be_applied_whatever_the_repository_likes(self, workspace):
+        await workspace.execute(
+            f"{START}; sed -i 's/^7$/seven/; s/^40$//' old; echo two >> sub/gone; echo new > sub/n"
+        )
+        before = (await workspace.execute("cat old sub/gone sub/n")).stdout
+        plain = await workspace.git.diff()
+        assert plain.startswith("diff --git a/old b/old\n")
+        undone = await workspace.execute("git checkout -q . && rm sub/n && git apply", stdin=plain)
+        assert (undone.stderr, undone.exit_code) == ("", 0)
+        assert (await workspace.execute("cat old sub/gone sub/n")).stdout == before
+        await workspace.execute("echo sub > order; echo order >> .git/info/exclude")
+        for tastes in (
+            "diff.noprefix=true color.diff=always diff.relative=true diff.context=0 diff.submodule=log",
+            "diff.mnemonicPrefix=true color.ui=always diff.renames=copies diff.interHunkContext=100",
+            "diff.orderFile=order diff.wordRegex=. diff.colorMoved=zebra diff.suppressBlankEmpty=true",
+        ):
+            await workspace.execute(
+                f'for taste in {tastes}; do git config ${{taste%=*}} "${{taste#*=}}"; done'
+            )
+            assert await workspace.git.diff() == plain, tastes
+
+    async def test_edits_in_a_submodule_are_told(self, workspace):
+        await workspace.execute(
+            f"{START}; mkdir inner; cd inner; git init -q; echo 1 > file; mkdir deep; cd deep; git init -q; "
+            f"echo 1 > low; {COMMIT}; cd ..; {COMMIT}; cd ..; {COMMIT}"
+        )
+        assert (await workspace.git.changes(), await workspace.git.diff()) == ([], "")
+        await workspace.execute("echo 2 >> inner/file; echo 2 >> inner/deep/low; echo n > inner/deep/new")
+        assert await workspace.git.changes() == [
+            GitChange(path="inner/deep/low", status="modified"),
+            GitChange(path="inner/deep/new", status="untracked"),
+            GitChange(path="inner/file", status="modified"),
+        ]
+        diff = await workspace.git.diff()
+        for name in ("inner/file", "inner/deep/low", "inner/deep/new"):
+            assert f"diff --git a/{name} b/{name}" in diff
+        await workspace.execute(f"cd inner/deep; {COMMIT}")
+        told = [change.path for change in await workspace.git.changes()]
+        assert told == ["inner/deep", "inner/deep/low", "inner/deep/new", "inner/file"]
+
+    async def test_nothing_that_a_submodule_configures_is_run(self, workspace):
+        await workspace.execute(
+            f"{START}; mkdir inner; cd inner; git init -q; echo 1 > f; {COMMIT}; cd ..; {COMMIT}"
+        )
+        await workspace.execute(
+            "cd inner; echo '* filter=x' > .gitattributes; echo 2 >> f; "
+            'for key in filter.x.clean core.fsmonitor diff.external; do git config $key "touch $PWD/ran; cat"; done'
+        )
+        assert "inner/f" in [change.path for change in await workspace.git.changes()]
+        assert "+2" in await workspace.git.diff()
+        assert (await workspace.execute("ls inner/ran")).exit_code != 0
+
     async def test_a_very_long_diff_is_cut(self, workspace):
         await workspace.execute("git init -q; seq 1 300000 > long")
         diff = await workspace.git.diff()
