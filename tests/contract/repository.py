@@ -103,7 +103,7 @@ class RepositoryContract:
             'git config extensions.worktreeConfig true; git config --worktree filter.evil.clean "$PWD/evil"',
         ):
             await workspace.execute(
-                f"cp .git/config kept; {configured}; echo \"* filter=evil$name\" > .gitattributes; echo x >> changed"
+                f'cp .git/config kept; {configured}; echo "* filter=evil$name" > .gitattributes; echo x >> changed'
             )
             assert "changed" in [change.path for change in await workspace.git.changes()]
             assert "+x" in await workspace.git.diff()
