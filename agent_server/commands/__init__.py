@@ -10,6 +10,7 @@ attach: watch a conversation and talk to it
 doctor: what works on this machine
 health: whether a server answers
 config: every option of a server, and where it was set
+backup: a copy of a data folder
 
 Each is imported when it is used.
 """
