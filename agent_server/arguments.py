@@ -171,10 +171,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "ls": ("list the conversations of a server", _ls),
     "events": ("show the events of a conversation", _events),
     "attach": ("watch a conversation and talk to it; Ctrl-C leaves, the agent goes on", _attach),
-    "backup": ("copy the data folder of a server, also while it works", _backup),
     "doctor": ("say what works on this machine, and how to mend what does not", _config),
     "health": ("ask whether a server answers; exit code 0 when it does", _health),
     "config": ("show every option of the server, its value and where it was set", _config),
+    "backup": ("copy the data folder of a server, also while it works", _backup),
 }
 
 
