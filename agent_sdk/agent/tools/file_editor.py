@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from agent_sdk.agent.tools.textfile import TextFile, decode_text, encode_text
 from agent_sdk.agent.tools.undo import Undo
-from agent_sdk.protocol.errors import IsADirectory, PathNotFound, ToolError
+from agent_sdk.protocol.errors import AgentServerError, IsADirectory, PathNotFound, ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import ToolContext, ToolResult, decode_arguments, parameters_of
 from agent_sdk.workspace import Workspace
@@ -98,6 +98,11 @@ class FileEditorTool:
         except PathNotFound:
             pass
         else:
+            if found.type == "symlink" and await _leads_nowhere(workspace, path):
+                # What it points to is made; to take that back does not take the link away.
+                return await self._create(
+                    workspace, posixpath.join(posixpath.dirname(path), found.target or ""), wanted
+                )
             kind = "a folder" if found.type == "dir" else "a file"
             raise ToolError(f"path: {path} is {kind} already; change it with str_replace or insert")
         await workspace.files.write(path, wanted.file_text.encode())
@@ -179,6 +184,17 @@ class FileEditorTool:
         snippet = _clipped(_numbered(shown, start + 1), start + 1, len(lines))
         note = "Check that it is what you meant."
         return _told(command, path, f"Changed {path}. Now it reads:\n{snippet}\n{note}")
+
+
+async def _leads_nowhere(workspace: Workspace, path: str) -> bool:
+    """Whether what a symlink points to does not exist."""
+    try:
+        await workspace.files.read(path, limit=1)
+    except PathNotFound:
+        return True
+    except AgentServerError:  # it is a folder, or may not be read
+        return False
+    return False
 
 
 def _found(file: TextFile, old: str, new: str) -> tuple[int, str, str]:

@@ -136,6 +136,26 @@ async def test_a_new_file_needs_a_text(edit, tmp_path):
     assert not (tmp_path / "a.txt").exists()
 
 
+async def test_a_link_to_nothing_can_be_followed_to_make_what_it_points_to(edit, tmp_path):
+    (tmp_path / "link").symlink_to("second")
+    (tmp_path / "second").symlink_to("sub/missing.txt")
+    with pytest.raises(ToolError, match="use create"):
+        await edit("str_replace", "link", old_str="x", new_str="y")
+    await edit("create", "link", file_text="x\n")
+    await edit("str_replace", "link", old_str="x", new_str="y")
+    assert (tmp_path / "sub/missing.txt").read_text() == "y\n"
+    with pytest.raises(ToolError, match="already"):
+        await edit("create", "link", file_text="again")
+
+
+async def test_taking_back_what_was_made_behind_a_link_leaves_the_link(edit, tmp_path):
+    (tmp_path / "link").symlink_to("missing.txt")
+    made = await edit("create", "link", file_text="x\n")
+    assert "missing.txt" in made
+    await edit("undo_edit", "missing.txt")
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "missing.txt").exists()
+
+
 # --- str_replace ---
 
 
