@@ -257,12 +257,16 @@ class _Served:
 
     async def shell_send(self, params: ShellSend, call: Inbound) -> ShellAnswer:
         shell = self._workspace.shell(params.name)
-        return await self._in_shell(params, call, partial(shell.send, _keys(params.keys)))
+        return await self._in_shell(params, call, partial(shell.send, _keys(params.keys), enter=params.enter))
 
     async def _in_shell(
         self, params: ShellRun | ShellSend, call: Inbound, act: Callable[..., Awaitable[ShellResult]]
     ) -> ShellAnswer:
-        limits = {"timeout": _seconds(params.timeout_ms), "quiet": _seconds(params.quiet_ms)}
+        limits = {
+            "timeout": _seconds(params.timeout_ms),
+            "quiet": _seconds(params.quiet_ms),
+            "until": _keys(params.until) or None,
+        }
         async with AsyncExitStack() as stack:
             writer = None
             if params.channel:
@@ -275,12 +279,14 @@ class _Served:
                 exit_code=result.exit_code,
                 cwd=result.cwd,
                 full_output=result.full_output,
+                full_output_lacks=result.full_output_lacks,
                 output_bytes=result.output.size,
                 text=None if params.channel else result.output.text,
             )
 
     async def shell_reset(self, params: ShellReset, call: Inbound) -> Done:
-        return await self._done(params, lambda: self._workspace.shell(params.name).reset())
+        shell = self._workspace.shell(params.name)
+        return await self._done(params, shell.reset if params.fresh else shell.close)
 
     # --- files ---
 

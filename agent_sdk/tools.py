@@ -22,6 +22,8 @@ class ToolResult(Struct, frozen=True, kw_only=True):
     is_error: bool = False
     data: dict[str, Any] = {}
     """JSON-able facts for programs, e.g. exit_code."""
+    bytes_cut: int = 0
+    """Bytes of it that `text` lacks already."""
 
 
 class ToolContext(Struct, frozen=True, kw_only=True):

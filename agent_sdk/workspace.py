@@ -51,6 +51,8 @@ OnOutput = Callable[[OutputName, bytes], Awaitable[None] | None]
 HEAD_BYTES = 64 << 10
 TAIL_BYTES = 1 << 20
 SPOOL_BYTES = 256 << 20
+UNTIL_BYTES = 1024
+"""The longest text that a shell can be asked to wait for."""
 KILL_GRACE_SECONDS = 5.0
 
 
@@ -117,16 +119,19 @@ class ExecResult(Struct, frozen=True, kw_only=True):
 class ShellResult(Struct, frozen=True, kw_only=True):
     """What a persistent shell answered."""
 
-    status: Literal["done", "quiet", "timeout", "busy", "ended", "unknown"]
+    status: Literal["done", "quiet", "timeout", "busy", "ended", "unknown", "said"]
     """`done`: the command ended; `quiet`: it runs but has said nothing for a while; `timeout`: it runs and
-    its time is over; `busy`: an earlier command still runs, this one was not started; `ended`: the shell itself
-    ended, a fresh one with the same folder and environment is ready; `unknown`: its place was lost meanwhile."""
+    its time is over; `said`: it runs and has said what was waited `until`; `busy`: an earlier command still runs,
+    this one was not started; `ended`: the shell itself ended, a fresh one with the same folder and environment is
+    ready; `unknown`: its place was lost meanwhile."""
     output: Output = Output()
     """What was printed since the last answer."""
     exit_code: int | None = None
     cwd: str = ""
     full_output: str | None = None
-    """Path in the workspace's machine of the whole output, when `output` lacks bytes."""
+    """Path in the workspace's machine of a file with the output, where it is long."""
+    full_output_lacks: int = 0
+    """Bytes that even this file lacks in its middle, where a line says so."""
 
 
 class FileStream(Protocol):
@@ -207,13 +212,15 @@ class Shell(Protocol):
         *,
         timeout: float | None = None,
         quiet: float | None = 30.0,
+        until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
         """Run one command (any bash text) and wait until it ends, is quiet, or the time is over.
 
         Neither limit ends the command. Cancelling interrupts it (^C). `timeout` and `quiet` are seconds;
-        None waits for ever. `op_id` names the call where the shell is in another process: a call that is
-        repeated under it attaches to the first.
+        None waits for ever. With `until` the call returns as well when that is in what was printed since the
+        last answer, such as the prompt of an interpreter; 1..1024 bytes. `op_id` names the call where the shell
+        is in another process: a call that is repeated under it attaches to the first.
         """
         ...
 
@@ -221,11 +228,25 @@ class Shell(Protocol):
         self,
         data: bytes,
         *,
+        enter: bool | None = False,
         timeout: float | None = None,
         quiet: float | None = 30.0,
+        until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
-        """Type into the running command (empty: only look), then wait like `run`."""
+        """Type exactly these bytes into the running command (empty: only look), then wait like `run`.
+
+        Args:
+            data: what is typed.
+            enter: press Enter after it. None: as a person would, unless it ends with a newline: where the program
+                reads lines, and after more than one character where it edits lines itself, but never where it
+                reads single keys (`read -n1`).
+            timeout, quiet, until, op_id: see `run`.
+        """
+        ...
+
+    async def close(self, *, op_id: str | None = None) -> None:
+        """End the shell with all it runs and forget it; its next use begins anew, in the working folder."""
         ...
 
     async def reset(self, *, op_id: str | None = None) -> None:

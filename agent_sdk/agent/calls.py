@@ -288,7 +288,7 @@ class Calls:
             text=text,
             is_error=result.is_error,
             data=_json_able(mask.data(result.data)),
-            bytes_cut=cut,
+            bytes_cut=result.bytes_cut + cut,
         )
 
 

@@ -13,13 +13,17 @@ MODEL_CHARS = 30_000
 ARGUMENT_BYTES = 1 << 20
 
 
-def clip_chars(text: str, limit: int, hint: str = "") -> str:
-    """Return at most `limit` characters of the text plus a line that says how many are left out."""
+def clip_chars(text: str, limit: int, cut: int = 0) -> str:
+    """Return the text, or `limit` characters of it and a line that says how many bytes are left out.
+
+    Args:
+        cut: bytes that are left out of `text` already, in its middle.
+    """
     if len(text) <= limit:
         return text
     half = limit // 2
-    note = f"\n[... {len(text) - 2 * half} characters left out{hint} ...]\n"
-    return text[:half] + note + text[len(text) - half :]
+    left_out = cut + len(text[half : len(text) - half].encode(errors="replace"))
+    return f"{text[:half]}\n[... {left_out} bytes left out ...]\n{text[len(text) - half :]}"
 
 
 def clip_result(text: str) -> tuple[str, int]:

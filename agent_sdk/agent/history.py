@@ -71,8 +71,7 @@ class History:
                     self._close_answer()
             case ToolReturned():
                 self.open_calls.pop(event.call_id, None)
-                more = f", and {event.bytes_cut} bytes before that" if event.bytes_cut else ""
-                text = clip_chars(event.text, MODEL_CHARS, hint=more)
+                text = clip_chars(event.text, MODEL_CHARS, event.bytes_cut)
                 self.turns.append(ToolTurn(call_id=event.call_id, text=text, is_error=event.is_error))
 
     def _take(self, answer: AgentMessage) -> None:

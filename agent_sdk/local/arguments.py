@@ -37,8 +37,6 @@ def check_argument(text: object, field: str) -> bytes:
 def check_command(command: str | Sequence[str]) -> bytes | list[bytes]:
     """Return shell text as bytes, or an argument list as a list of bytes."""
     if isinstance(command, str):
-        if not command.strip():
-            raise InvalidParams("command: empty")
         return check_argument(command, "command")
     if not isinstance(command, list | tuple):
         raise InvalidParams(f"command: expected text or a list of texts, got {type(command).__name__}")

@@ -34,7 +34,7 @@ from agent_sdk.local.feed import Feed
 from agent_sdk.local.intake import Intake
 from agent_sdk.local.last_words import end_of, last_words
 from agent_sdk.local.launch import Folder, Interpreter
-from agent_sdk.local.terminal import make_plain, open_terminal
+from agent_sdk.local.terminal import Reading, make_plain, open_terminal, reading
 from agent_sdk.protocol.errors import ProcessNotFound
 
 ROWS, COLS = 50, 200
@@ -207,8 +207,8 @@ class Bash:
         else:
             self._type_now(INTERRUPT)
 
-    async def type(self, data: bytes) -> None:
-        """Type, once the command has begun; waits while nobody reads.
+    async def type(self, data: bytes, enter: bool | None = False) -> None:
+        """Type, once the command has begun; waits while nobody reads. For `enter` see Shell.send.
 
         Raises:
             ProcessNotFound: bash has ended.
@@ -219,6 +219,10 @@ class Bash:
             await asyncio.wait((self._early, self.child.over), return_when=asyncio.FIRST_COMPLETED)
             if self.child.over.done():
                 raise ProcessNotFound("the shell has ended")
+        with suppress(termios.error):  # it hangs up at this moment
+            reads = reading(self._terminal.slave)
+            if enter or (enter is None and _wants_enter(data, reads)):
+                data += b"\n" if reads == "lines" else b"\r"
         await self._feed.write(data)
 
     def _type_now(self, data: bytes) -> None:
@@ -358,6 +362,12 @@ class _Filter:
                     answers += _answer_to(query[0])
         self._before = text[-_LONGEST_QUERY:]
         return self._shown(data, answers)
+
+
+def _wants_enter(data: bytes, reads: Reading) -> bool:
+    if not data or data.endswith((b"\n", b"\r")):
+        return False
+    return reads == "lines" or (reads == "edited" and len(data.decode(errors="replace")) > 1)
 
 
 def _answer_to(query: bytes) -> bytes:

@@ -170,7 +170,7 @@ class Processes:
             await running.child.ended()
         self._forget(running)
 
-    def hold(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def hold(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something in the background; the workspace waits for it when it closes."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)

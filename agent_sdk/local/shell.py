@@ -15,15 +15,15 @@ from agent_sdk.local.bash import Bash, Report, restoring
 from agent_sdk.local.processes import SPOOL_KEPT_BYTES
 from agent_sdk.local.spool import Spool
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, ProcessNotFound
-from agent_sdk.workspace import Output, ShellResult
+from agent_sdk.workspace import TAIL_BYTES, UNTIL_BYTES, Output, ShellResult
 
-OUTPUT_IN_MEMORY = 30_000
+OUTPUT_IN_MEMORY = 24_000
 """Longer outputs are in a file, too, because whoever reads the answer may not want all of it."""
 FILES_KEPT = 32
 _PRESSES = 3
 _PATIENCE_SECONDS = 0.3
 
-Status = Literal["done", "quiet", "timeout", "busy", "ended"]
+Status = Literal["done", "quiet", "timeout", "busy", "ended", "said"]
 StartBash = Callable[[Callable[[bytes], bool], Callable[[Report], None]], Bash]
 
 
@@ -65,13 +65,13 @@ class LocalShell:
         *,
         timeout: float | None = None,
         quiet: float | None = 30.0,
+        until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
         """See Shell.run."""
         limits = _limits(timeout, quiet)
         text = encode(command, "command")
-        if not text.strip():
-            raise InvalidParams("command: empty")
+        sought = _Sought(until)
         bash = await self._ready()
         if self._command is not None:
             return await self._answer("busy")
@@ -82,7 +82,7 @@ class LocalShell:
         try:
             for spool in dropped:
                 await spool.close()
-            return await self._wait(bash, *limits)
+            return await self._wait(bash, *limits, sought)
         except asyncio.CancelledError:
             await self._interrupt(bash)
             raise
@@ -91,18 +91,21 @@ class LocalShell:
         self,
         data: bytes,
         *,
+        enter: bool | None = False,
         timeout: float | None = None,
         quiet: float | None = 30.0,
+        until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
         """See Shell.send. When no command runs, nothing is typed and the answer is `done`."""
         limits = _limits(timeout, quiet)
+        sought = _Sought(until)
         bash = await self._ready()
         if self._command is None:
             return await self._answer("done")
-        typing = asyncio.ensure_future(_type(bash, data))
+        typing = asyncio.ensure_future(_type(bash, data, enter))
         try:
-            return await self._wait(bash, *limits)
+            return await self._wait(bash, *limits, sought)
         finally:
             typing.cancel()
             with suppress(asyncio.CancelledError):
@@ -111,27 +114,31 @@ class LocalShell:
     async def reset(self, *, op_id: str | None = None) -> None:
         """See Shell.reset."""
         async with self._starting:
-            bash, self._bash = self._bash, None
-            self._report = self._command = self._exit_code = None
-            if bash is not None:
-                bash.child.end(hang_up=True)
-                await bash.child.ended()
-                bash.close()
-            if self._spool is not None:
-                self._answered = self._spool.size
+            await self._end()
             self._begin()
             self._wake()
 
-    async def close(self) -> None:
-        """Close all descriptors and remove the files; bash has to be ended already."""
+    async def close(self, *, op_id: str | None = None) -> None:
+        """See Shell.close; the files of its long outputs are removed."""
+        async with self._starting:
+            await self._end()
+            self._wake()
+            spools = (*self._files, *((self._spool,) if self._spool is not None else ()))
+            self._files.clear()
+            self._spool, self._answered = None, 0
+            for spool in spools:
+                await spool.close()
+
+    async def _end(self) -> None:
         bash, self._bash = self._bash, None
+        self._report = self._command = self._exit_code = None
         if bash is not None:
+            if not bash.child.over.done():
+                bash.child.end(hang_up=True)
+                await bash.child.ended()
             bash.close()
-        self._wake()
-        for spool in (*self._files, *((self._spool,) if self._spool is not None else ())):
-            await spool.close()
-        self._files.clear()
-        self._spool = None
+        if self._spool is not None:
+            self._answered = self._spool.size
 
     # --- bash ---
 
@@ -200,13 +207,17 @@ class LocalShell:
 
     # --- answers ---
 
-    async def _wait(self, bash: Bash, timeout: float | None, quiet: float | None) -> ShellResult:
+    async def _wait(
+        self, bash: Bash, timeout: float | None, quiet: float | None, sought: _Sought
+    ) -> ShellResult:
         began = time.monotonic()
         while True:
             if bash.child.over.done():
                 return await self._ended(bash)
             if self._command is None:
                 return await self._answer("done")
+            if self._spool is not None and await sought.is_in(self._spool, self._answered):
+                return await self._answer("said")
             now = time.monotonic()
             left_quiet = None if quiet is None else max(began, self._heard) + quiet - now
             left = None if timeout is None else began + timeout - now
@@ -226,14 +237,14 @@ class LocalShell:
         return result
 
     async def _answer(self, status: Status) -> ShellResult:
-        output, path = Output(), None
+        output, path, lacks = Output(), None, 0
         spool = self._spool
         if spool is not None:
             start = self._answered
             output = await spool.slice(start)
             self._answered = start + output.size  # only now: a cancelled answer has told nobody
             if spool.has_file:
-                await spool.settle(final=False)
+                lacks = await spool.settle(final=False)
                 path = spool.path
         return ShellResult(
             status=status,
@@ -241,6 +252,7 @@ class LocalShell:
             exit_code=self._exit_code if status in ("done", "ended") else None,
             cwd="" if self._report is None else self._report.cwd,
             full_output=path,
+            full_output_lacks=lacks,
         )
 
     def _turn_page(self) -> list[Spool]:
@@ -278,9 +290,34 @@ class LocalShell:
                 waiter.set_result(None)
 
 
-async def _type(bash: Bash, data: bytes) -> None:
+class _Sought:
+    """What a caller waits for in the output; each byte is looked at once."""
+
+    def __init__(self, text: bytes | None) -> None:
+        if text is not None and (not isinstance(text, bytes) or not 1 <= len(text) <= UNTIL_BYTES):
+            raise InvalidParams(f"until: 1..{UNTIL_BYTES} bytes (got {text!r:.40})")
+        self._text = text
+        self._from = 0
+
+    async def is_in(self, spool: Spool, since: int) -> bool:
+        """Whether it has come since this offset."""
+        if self._text is None:
+            return False
+        self._from = max(self._from, since)
+        while True:
+            found, data = await spool.read(self._from, TAIL_BYTES)
+            if self._text in data:
+                return True
+            if found + len(data) >= spool.size:
+                # Its beginning may be there already.
+                self._from = max(self._from, found + len(data) - len(self._text) + 1)
+                return False
+            self._from = max(found + len(data) - len(self._text) + 1, self._from + 1)
+
+
+async def _type(bash: Bash, data: bytes, enter: bool | None) -> None:
     with suppress(ProcessNotFound):
-        await bash.type(data)
+        await bash.type(data, enter)
 
 
 def _limits(timeout: float | None, quiet: float | None) -> tuple[float | None, float | None]:

@@ -157,8 +157,10 @@ class Spool:
         first = bytes(self._ring[at : at + length])
         return first + bytes(self._ring[: length - len(first)])
 
-    async def settle(self, *, final: bool = False) -> None:
+    async def settle(self, *, final: bool = False) -> int:
         """Bring the file up to date: the last 1 MiB goes behind the rest, after a line on what is missing.
+
+        Returns how many bytes the file lacks.
 
         Args:
             final: nothing will be fed any more; memory is given back.
@@ -167,8 +169,10 @@ class Spool:
         while self._writing is not None and self._written < wanted:
             await asyncio.wait((self._writing,))
             wanted = min(wanted, self._capacity)
-        if not self._ring or self._fd < 0:
-            return
+        if not self._ring:
+            return 0
+        if self._fd < 0:
+            return self.size
         first = self.first_kept(self._capacity)
         missing = first - self._capacity
         note = f"\n[... {missing} bytes left out ...]\n".encode() if missing else b""
@@ -176,10 +180,11 @@ class Spool:
         try:
             await in_thread(os.pwrite, self._fd, note + tail, self._capacity)
         except OSError:
-            return  # the disk is full: the memory stays the only place
+            return self.size - self._capacity  # the disk is full: the memory stays the only place
         if final:
             self._sealed = (first, self._capacity + len(note))
             self._ring = bytearray()
+        return missing
 
     # --- reading ---
 

@@ -7,6 +7,9 @@ import os
 import struct
 import termios
 from dataclasses import dataclass
+from typing import Literal
+
+Reading = Literal["lines", "keys", "edited"]
 
 
 @dataclass
@@ -42,6 +45,17 @@ def open_terminal(rows: int, cols: int) -> Terminal:
 def resize(master: int, rows: int, cols: int) -> None:
     """Set the size in characters; the programs on the terminal get WINCH."""
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+
+def reading(fd: int) -> Reading:
+    """Return how the program on a terminal reads: `lines`, single `keys`, or keys of a line that is `edited`.
+
+    Who edits a line (or a whole screen) takes Enter as the key that it is; who asks for a key (`read -n1`) does not.
+    """
+    modes = termios.tcgetattr(fd)
+    if modes[3] & termios.ICANON:
+        return "lines"
+    return "keys" if modes[0] & termios.ICRNL else "edited"
 
 
 def make_plain(fd: int) -> None:

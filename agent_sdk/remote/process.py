@@ -26,7 +26,7 @@ from agent_sdk.remote.streams import milliseconds, pass_failure, with_output
 from agent_sdk.remote.transfers import NO_CHANNEL
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteReader, Chunk
-from agent_sdk.workspace import Exit, OutputName, ShellResult
+from agent_sdk.workspace import UNTIL_BYTES, Exit, OutputName, ShellResult
 
 
 class RemoteProcess:
@@ -124,11 +124,10 @@ class RemoteShell:
         *,
         timeout: float | None = None,
         quiet: float | None = 30.0,
+        until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
         """See Shell.run."""
-        if not command:
-            raise InvalidParams("command must not be empty")
         return await self._ask(
             ShellRun(
                 op_id=op_id or new_id(),
@@ -136,6 +135,7 @@ class RemoteShell:
                 command=command,
                 timeout_ms=milliseconds("timeout", timeout),
                 quiet_ms=milliseconds("quiet", quiet),
+                until=_keys(until),
             )
         )
 
@@ -143,8 +143,10 @@ class RemoteShell:
         self,
         data: bytes,
         *,
+        enter: bool | None = False,
         timeout: float | None = None,
         quiet: float | None = 30.0,
+        until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
         """See Shell.send."""
@@ -153,8 +155,10 @@ class RemoteShell:
                 op_id=op_id or new_id(),
                 name=self._name,
                 keys=data.decode("latin-1"),
+                enter=enter,
                 timeout_ms=milliseconds("timeout", timeout),
                 quiet_ms=milliseconds("quiet", quiet),
+                until=_keys(until),
             )
         )
 
@@ -162,12 +166,22 @@ class RemoteShell:
         """See Shell.reset."""
         await ask(self._link, ShellReset(op_id=op_id or new_id(), name=self._name))
 
+    async def close(self, *, op_id: str | None = None) -> None:
+        """See Shell.close."""
+        await ask(self._link, ShellReset(op_id=op_id or new_id(), name=self._name, fresh=False))
+
     async def _ask(self, call: ShellRun | ShellSend) -> ShellResult:
         async def answered(peer: Peer) -> ShellResult:
             async with peer.open_reader() as reader:
                 return await _shell_result(peer.call(replace(call, channel=reader.channel)), reader)
 
         return await persistent(self._link, answered)
+
+
+def _keys(until: bytes | None) -> str:
+    if until is not None and not 1 <= len(until) <= UNTIL_BYTES:
+        raise InvalidParams(f"until: 1..{UNTIL_BYTES} bytes (got {len(until)})")
+    return (until or b"").decode("latin-1")
 
 
 async def _shell_result(call: Awaitable[ShellAnswer], reader: ByteReader) -> ShellResult:
@@ -178,4 +192,5 @@ async def _shell_result(call: Awaitable[ShellAnswer], reader: ByteReader) -> She
         exit_code=answer.exit_code,
         cwd=answer.cwd,
         full_output=answer.full_output,
+        full_output_lacks=answer.full_output_lacks,
     )

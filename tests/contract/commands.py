@@ -230,7 +230,6 @@ class CommandContract:
     @pytest.mark.parametrize(
         ("command", "field"),
         [
-            ("", "shell|command"),
             ([], "argv"),
             ([""], "argv"),
             (["echo", "a\0b"], r"argv\[1\]"),
@@ -241,6 +240,12 @@ class CommandContract:
     async def test_an_impossible_command_is_refused_by_its_field(self, workspace, command, field):
         with pytest.raises(InvalidParams, match=field):
             await workspace.execute(command)
+
+    @pytest.mark.parametrize("command", ["", "\n", "  ", "# nothing", "\n# nothing\n"])
+    async def test_a_command_without_words_is_nothing_and_succeeds(self, workspace, command):
+        result = await workspace.execute(command)
+        assert (result.status, result.exit_code, result.stdout, result.stderr) == ("exited", 0, "", "")
+        assert (await (await workspace.start(command)).wait(PATIENCE)).exit_code == 0
 
     # --- clocks ---
 

@@ -93,9 +93,12 @@ class ShellContract:
         result = await workspace.shell().run(f"printf '{every}'")
         assert result.output.head == bytes(range(256))
 
-    async def test_an_empty_command_is_refused(self, workspace):
-        with pytest.raises(InvalidParams):
-            await workspace.shell().run("")
+    @pytest.mark.parametrize("command", ["", "\n", "  \t", "# nothing", "\n# nothing\n\n"])
+    async def test_a_command_without_words_is_done_at_once(self, workspace, command):
+        shell = workspace.shell()
+        await shell.run("false")
+        result = await shell.run(command)
+        assert (result.status, result.exit_code, result.output.text) == ("done", 0, "")
 
     async def test_a_background_job_does_not_hold_up_the_answer(self, workspace):
         shell = workspace.shell()
@@ -139,6 +142,47 @@ class ShellContract:
         assert (result.status, result.exit_code) == ("quiet", None)
         result = await shell.send(b"something\n")
         assert (result.status, result.output.text, result.exit_code) == ("done", "got something\n", 0)
+
+    async def test_a_call_may_wait_until_a_text_comes(self, workspace):
+        shell = workspace.shell()
+        ask = "printf 'na'; sleep 0.1; printf 'me? '; read name; echo $name; printf 'name? '; read name; echo $name"
+        result = await shell.run(ask, until=b"name? ")
+        assert (result.status, result.output.text, result.exit_code) == ("said", "name? ", None)
+        result = await shell.send(b"Ada\n", until=b"name? ")
+        assert (result.status, result.output.text) == ("said", "Ada\nname? ")
+        result = await shell.send(b"Bob\n", until=b"never")
+        assert (result.status, result.output.text, result.exit_code) == ("done", "Bob\n", 0)
+
+    async def test_a_text_is_found_in_long_output_and_where_it_was_cut(self, workspace):
+        result = await workspace.shell().run(
+            "seq 1 200000; printf 'the '; sleep 0.1; echo end; read", until=b"the end"
+        )
+        assert result.status == "said"
+        assert result.output.text.endswith("200000\nthe end\n")
+
+    @pytest.mark.parametrize("until", [b"", b"x" * 1025])
+    async def test_a_text_that_cannot_be_waited_for_is_refused(self, workspace, until):
+        with pytest.raises(InvalidParams, match="until"):
+            await workspace.shell().run("true", until=until)
+
+    @pytest.mark.parametrize(
+        ("reads", "typed", "enter", "got"),
+        [
+            ("read a; read b", b"y", None, "y|"),
+            ("read a; read b", b"y\n", None, "y|"),
+            ("read a; read b", b"y\n", True, "y||"),
+            ("read -n1 a; read b", b"y", None, "y|"),
+            ("read -n1 a; read b", b"y", True, "y||"),
+            ("stty raw; read -n1 a; stty sane; read b", b"y", None, "y|"),
+        ],
+    )
+    async def test_enter_is_pressed_as_the_program_reads_or_as_one_says(
+        self, workspace, reads, typed, enter, got
+    ):
+        shell = workspace.shell()
+        first, second = reads.rsplit("; ", 1)
+        await shell.run(f'{first}; echo -n "$a|"; {second}; echo -n "$b|"', quiet=0.3)
+        assert (await shell.send(typed, enter=enter, quiet=0.3)).output.text == got
 
     async def test_a_timeout_answers_and_the_command_goes_on(self, workspace):
         shell = workspace.shell()
@@ -275,6 +319,17 @@ class ShellContract:
         await shell.run("mkdir sub; cd sub")
         assert (await shell.run("ulimit -n 8")).status == "ended"
         assert (await shell.run("basename $PWD")).output.text == "sub\n"
+
+    async def test_a_closed_shell_ends_everything_and_begins_anew_at_its_next_use(self, workspace):
+        shell = workspace.shell()
+        await shell.run(
+            "export LOST=1; sleep 1000 & echo $! > pid; cd /; seq 1 20000; sleep 1000", timeout=0.5
+        )
+        await shell.close()
+        assert not await alive(workspace)
+        await shell.close()
+        result = await shell.run("echo [$LOST]")
+        assert (result.output.text, result.cwd) == ("[]\n", (await workspace.describe()).working_dir)
 
     async def test_a_reset_ends_everything_and_starts_afresh(self, workspace):
         shell = workspace.shell()

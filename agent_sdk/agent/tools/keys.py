@@ -27,12 +27,9 @@ _NAMED = {
 _CONTROL = re.compile(r"C-([A-Za-z@\[\\\]^_])\Z")
 
 
-def keystrokes(text: str) -> bytes:
-    """Return the bytes of a named key (`C-c`, `UP`, `ENTER`, …), or else the text and Enter."""
+def keystroke(text: str) -> bytes | None:
+    """Return what a terminal sends for a named key (`C-c`, `UP`, `ENTER`, …); None: the text names none."""
     control = _CONTROL.match(text)
     if control:
         return bytes([ord(control[1].upper()) & 0x1F])
-    named = _NAMED.get(text.upper())
-    if named is not None and text in (text.upper(), text.capitalize()):
-        return named
-    return text.rstrip("\n").encode() + b"\n"
+    return _NAMED.get(text.upper()) if text in (text.upper(), text.capitalize()) else None

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+from codecs import getincrementaldecoder
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from agent_sdk.agent.clip import MODEL_CHARS, clip_chars
-from agent_sdk.agent.tools.keys import keystrokes
+from agent_sdk.agent.clip import MODEL_CHARS
+from agent_sdk.agent.tools.keys import keystroke
 from agent_sdk.agent.tools.screen import plain
 from agent_sdk.digest import sha256
 from agent_sdk.protocol.errors import GOES_ON, AgentServerError, OutcomeUnknown, ToolError
@@ -29,6 +30,9 @@ LONGEST_SECONDS = 600.0
 """Until the call returns although output goes on, when no timeout is given."""
 MOMENT_SECONDS = 0.001
 """Long enough to ask a shell whether its command still runs."""
+_NOTE_CHARS = 600
+"""Room for the line that says what is left out, with the path of a file."""
+_CONTINUATIONS = bytes(range(0x80, 0xC0))
 
 _DESCRIPTION = """\
 Run a command in a bash that stays open: the folder, variables, functions and background jobs are still there in the
@@ -36,8 +40,10 @@ next call. Several lines, pipes, loops and here-documents are fine.
 
 - The result ends with the exit code and the folder you are in.
 - A command that says nothing for 30 seconds is left running and the call returns. Then: an empty command waits on and
-  shows new output; is_input=true with text types a line; is_input=true with a key name presses it: C-c stops the
-  command, C-d ends its input, C-z suspends it, UP, DOWN, LEFT, RIGHT, TAB, ENTER and ESC work, too.
+  shows new output; is_input=true with text types it, exactly, with a newline at its end for Enter; without one Enter
+  is pressed as well where the program reads lines, and not after a single key for one that asks for keys. enter=true
+  and enter=false decide that. is_input=true with a key name presses that key alone: C-c stops the command, C-d ends
+  its input, C-z suspends it, UP, DOWN, LEFT, RIGHT, TAB, ENTER and ESC work, too.
 - While a command runs no other one can be started.
 - timeout: seconds to wait at most, for commands that are known to be long or to ask something. They go on afterwards.
 - Long output is cut in its middle; the whole is in the file that is named there.
@@ -57,6 +63,9 @@ class TerminalArguments(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         str, Meta(description="Bash text; or, with is_input, text or a key for the running one.")
     ] = ""
     is_input: Annotated[bool, Meta(description="The command is input for the running program.")] = False
+    enter: (
+        Annotated[bool, Meta(description="With is_input: whether Enter is pressed after the text.")] | None
+    ) = None
     timeout: Annotated[float, Meta(gt=0, le=86_400, description="Seconds to wait at most.")] | None = None
     reset: Annotated[bool, Meta(description="Open a fresh shell first.")] = False
 
@@ -103,8 +112,8 @@ class TerminalTool:
         if wanted.timeout is None:
             limits = {"timeout": LONGEST_SECONDS, "quiet": QUIET_SECONDS}
         if wanted.is_input or not wanted.command.strip():
-            keys = keystrokes(wanted.command) if wanted.command else b""
-            result = await shell.send(keys, **limits, op_id=_op_id(context, "send"))
+            keys, enter = _typed(wanted)
+            result = await shell.send(keys, enter=enter, **limits, op_id=_op_id(context, "send"))
             if result.status == "done" and not self._running and not begun:
                 text = "No command is running, so nothing was typed." if keys else "No command is running."
                 return ToolResult(text=f"[{text}]", is_error=True, data={"status": "done", "cwd": result.cwd})
@@ -154,16 +163,48 @@ def _op_id(context: ToolContext, step: str) -> str | None:
     return f"{text[:8]}-{text[8:12]}-8{text[13:16]}-a{text[17:20]}-{text[20:32]}"
 
 
+def _typed(wanted: TerminalArguments) -> tuple[bytes, bool | None]:
+    """Return what to type, and whether to press Enter after it (None: as the program reads)."""
+    if not wanted.is_input or not wanted.command:
+        return b"", bool(wanted.enter)
+    key = keystroke(wanted.command)
+    if key is not None:
+        return key, bool(wanted.enter)
+    return wanted.command.encode(errors="surrogateescape"), wanted.enter
+
+
 def _told(result: ShellResult, wanted: TerminalArguments) -> ToolResult:
     """The result in words for the model and facts for programs."""
-    text = plain(result.output.text).rstrip()
-    where = f"; the whole output is in {result.full_output}" if result.full_output else ""
-    text = clip_chars(text, MODEL_CHARS, hint=where)
-    notes = _notes(result, wanted)
+    notes = "\n".join(_notes(result, wanted))
+    text, cut = _shown(result, MODEL_CHARS - len(notes) - 1)
     data: dict[str, Any] = {"exit_code": result.exit_code, "cwd": result.cwd, "status": result.status}
     if result.full_output:
         data["full_output"] = result.full_output
-    return ToolResult(text="\n".join(part for part in (text, *notes) if part), data=data)
+    return ToolResult(text="\n".join(part for part in (text, notes) if part), data=data, bytes_cut=cut)
+
+
+def _shown(result: ShellResult, limit: int) -> tuple[str, int]:
+    """What was printed as a reader would see it, in at most `limit` characters, and how many bytes are left out."""
+    output = result.output
+    if not output.omitted and len(text := plain(output.text).rstrip()) <= limit:
+        return text, 0
+    half = (limit - _NOTE_CHARS) // 2
+    printed = output.head + output.tail
+    head = _whole_characters(printed[:half])
+    tail = printed[-half:].lstrip(_CONTINUATIONS)
+    cut = output.size - len(head) - len(tail)
+    where = f"; the whole output is in {result.full_output}" if result.full_output else ""
+    if result.full_output_lacks:
+        where = f"; all but {result.full_output_lacks} bytes of the output are in {result.full_output}"
+    shown = [plain(part.decode(errors="replace")) for part in (head, tail)]
+    return f"{shown[0]}\n[... {cut} bytes left out{where} ...]\n{shown[1].rstrip()}", cut
+
+
+def _whole_characters(data: bytes) -> bytes:
+    """Leave out the beginning of a character whose rest is cut off."""
+    decoder = getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data)
+    return data[: len(data) - len(decoder.getstate()[0])]
 
 
 def _notes(result: ShellResult, wanted: TerminalArguments) -> list[str]:
@@ -188,7 +229,7 @@ def _notes(result: ShellResult, wanted: TerminalArguments) -> list[str]:
                 f"[The shell itself ended{code}; a fresh one is open.]",
                 f"[Current folder: {result.cwd}]",
             ]
-        case "done":
+        case _:
             return [
                 f"[The command completed with exit code {result.exit_code}.]",
                 f"[Current working directory: {result.cwd}]",

@@ -29,6 +29,9 @@ from agent_sdk.protocol.results import (
     WorkspaceInfo,
 )
 
+Keys = Annotated[str, Meta(max_length=1024, pattern="^[\\u0000-\\u00ff]*$")]
+"""Bytes of a terminal, one character U+0000..U+00FF per byte."""
+
 
 class Describe(Method[WorkspaceInfo], frozen=True, kw_only=True):
     """Say what and where the workspace is."""
@@ -57,7 +60,7 @@ class Execute(Effect[Executed], frozen=True, kw_only=True):
 
     method = "execute"
     argv: Annotated[list[Argument], Meta(min_length=1, max_length=4096)] | None = None
-    shell: Annotated[str, Meta(min_length=1)] | None = None
+    shell: str | None = None
     cwd: Path | None = None
     env: Annotated[dict[str, Argument], Meta(max_length=1024)] = {}
     timeout_ms: Ms | None = None
@@ -84,7 +87,7 @@ class ProcessStart(Effect[Started], frozen=True, kw_only=True):
 
     method = "process.start"
     argv: Annotated[list[Argument], Meta(min_length=1, max_length=4096)] | None = None
-    shell: Annotated[str, Meta(min_length=1)] | None = None
+    shell: str | None = None
     cwd: Path | None = None
     env: Annotated[dict[str, Argument], Meta(max_length=1024)] = {}
     pty: bool = False
@@ -154,10 +157,11 @@ class ProcessResize(Method[Done], frozen=True, kw_only=True):
 class ShellAnswer(Struct, frozen=True, kw_only=True):
     """See workspace.ShellResult; the output went over the channel."""
 
-    status: Literal["done", "quiet", "timeout", "busy", "ended", "unknown"]
+    status: Literal["done", "quiet", "timeout", "busy", "ended", "unknown", "said"]
     exit_code: int | None = None
     cwd: str = ""
     full_output: str | None = None
+    full_output_lacks: int = 0
     output_bytes: int = 0
     text: str | None = None
 
@@ -167,9 +171,11 @@ class ShellRun(Effect[ShellAnswer], frozen=True, kw_only=True):
 
     method = "shell.run"
     name: Name = "default"
-    command: Annotated[str, Meta(min_length=1)]
+    command: str
     timeout_ms: Ms | None = None
     quiet_ms: Ms | None = 30_000
+    until: Keys = ""
+    """Answer also when this was printed since the last answer, with `said`; empty: nothing is looked for."""
     channel: Channel = 0
 
 
@@ -180,8 +186,12 @@ class ShellSend(Effect[ShellAnswer], frozen=True, kw_only=True):
     name: Name = "default"
     keys: str = ""
     """The bytes to type, one character U+0000..U+00FF per byte."""
+    enter: bool | None = False
+    """Press Enter after them; null: where the program reads lines and they do not end with one."""
     timeout_ms: Ms | None = None
     quiet_ms: Ms | None = 30_000
+    until: Keys = ""
+    """See `shell.run`."""
     channel: Channel = 0
 
 
@@ -190,6 +200,8 @@ class ShellReset(Effect[Done], frozen=True, kw_only=True):
 
     method = "shell.reset"
     name: Name = "default"
+    fresh: bool = True
+    """False: its next use starts the fresh one."""
 
 
 class Upload(Effect[Transferred], frozen=True, kw_only=True):

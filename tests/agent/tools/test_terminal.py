@@ -3,14 +3,18 @@
 import asyncio
 import json
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
+from agent_sdk.agent.clip import MODEL_CHARS
 from agent_sdk.agent.tools.terminal import TerminalTool
 from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.protocol.errors import ToolError
 from agent_sdk.tools import ToolContext, ToolResult
+from agent_sdk.workspace import SPOOL_BYTES, TAIL_BYTES
 
 
 class Terminal:
@@ -30,6 +34,13 @@ class Terminal:
         """What the command printed, without the notes."""
         result = await self(command, **more)
         return result.text.partition("[The command completed")[0].strip()
+
+
+def cut_apart(text: str) -> tuple[str, int, str, str]:
+    """Head, number of bytes left out, where they are, and tail of a cut output."""
+    found = re.search(r"(?s)^(.*)\n\[\.\.\. (\d+) bytes left out; (.*?) \.\.\.\]\n(.*)\n\[The command", text)
+    assert found is not None
+    return found[1], int(found[2]), found[3], found[4]
 
 
 @pytest.fixture
@@ -93,6 +104,42 @@ async def test_a_program_can_be_answered(terminal):
     assert result.data["exit_code"] == 0
 
 
+@pytest.mark.parametrize(
+    ("asks", "answers", "got"),
+    [
+        ("read -n1 -p 'go? ' a; echo; read -p 'name: ' b", ["y", "Bob"], "a=y b=Bob."),
+        ("read -n3 a; read b", ["yes", "Bob"], "a=yes b=Bob."),
+        ("read -s a; read b", ["y", "Bob"], "a=y b=Bob."),
+        ("read a; read b", ["y\nBob\n"], "a=y b=Bob."),
+        ("read a; read b", ["y", "ENTER"], "a=y b=."),
+    ],
+)
+async def test_what_is_typed_answers_one_question_and_not_the_next(terminal, asks, answers, got):
+    await terminal(f"{asks}; echo a=$a b=$b.", timeout=0.3)
+    for answer in answers[:-1]:
+        await terminal(answer, is_input=True, timeout=0.3)
+    assert got in (await terminal(answers[-1], is_input=True)).text
+
+
+async def test_text_without_enter_stays_on_its_line(terminal):
+    await terminal("read a; echo got $a.", timeout=0.3)
+    assert (await terminal("on", is_input=True, enter=False, timeout=0.3)).data["status"] == "timeout"
+    assert "got once." in (await terminal("ce", is_input=True, enter=True)).text
+
+
+async def test_lines_that_end_a_block_are_typed_as_they_are(terminal, tmp_path):
+    (tmp_path / "repl.py").write_text("import code\ncode.interact(banner='', exitmsg='')\n")
+    await terminal(f"{sys.executable} {tmp_path}/repl.py", timeout=2)
+    result = await terminal("for n in range(2):\n    print('n is', n)\n\n", is_input=True, timeout=0.5)
+    assert "n is 0\nn is 1" in result.text
+    await terminal("C-d", is_input=True)
+
+
+async def test_a_line_may_be_the_name_of_a_key(terminal):
+    await terminal("read word; echo got $word.", timeout=0.3)
+    assert "got END." in (await terminal("END\n", is_input=True)).text
+
+
 async def test_keys_stop_suspend_and_end_input(terminal):
     await terminal("sleep 3600", timeout=0.1)
     assert (await terminal("C-c", is_input=True)).data["exit_code"] == 130
@@ -143,12 +190,37 @@ async def test_colours_and_progress_bars_are_plain_text(terminal):
 
 async def test_long_output_is_cut_in_its_middle_and_kept_in_a_file(terminal):
     result = await terminal("seq 100000")
-    assert len(result.text) < 31_000
-    assert result.text.startswith("1\n2\n")
-    assert "\n100000\n[The command completed" in result.text
-    file = result.data["full_output"]
-    assert f"the whole output is in {file}" in result.text
-    assert Path(file).read_text().replace("\r", "") == "".join(f"{n}\n" for n in range(1, 100_001))
+    whole = "".join(f"{n}\n" for n in range(1, 100_001))
+    assert len(result.text) <= MODEL_CHARS
+    head, cut, where, tail = cut_apart(result.text)
+    assert whole.startswith(head) and whole.endswith(tail + "\n")
+    assert cut == result.bytes_cut == len(whole) - len(head) - len(tail) - 1
+    assert where == f"the whole output is in {result.data['full_output']}"
+    assert Path(result.data["full_output"]).read_text() == whole
+
+
+async def test_the_bytes_that_are_left_out_are_counted_once_and_exactly(terminal):
+    result = await terminal("yes aä€😀 | head -c 3000000")
+    head, cut, _, tail = cut_apart(result.text)
+    assert "�" not in head
+    assert cut + len((head + tail).encode()) in (3_000_000, 3_000_000 - 1)
+    assert result.bytes_cut == cut
+
+
+async def test_what_even_the_file_lacks_is_said(terminal):
+    size = SPOOL_BYTES + TAIL_BYTES + 1000
+    result = await terminal(f"head -c {size} /dev/zero | tr '\\0' x")
+    head, cut, where, tail = cut_apart(result.text)
+    assert cut == result.bytes_cut == size - len(head) - len(tail)
+    assert where == f"all but 1000 bytes of the output are in {result.data['full_output']}"
+
+
+@pytest.mark.parametrize("size", [23_000, 25_000, 28_000, 29_000, 29_500, 30_000, 31_000])
+async def test_a_cut_result_always_has_a_file_and_is_cut_only_once(terminal, size):
+    result = await terminal(f"head -c {size} /dev/zero | tr '\\0' x")
+    assert len(result.text) <= MODEL_CHARS
+    assert result.text.count("left out") == bool(result.bytes_cut)
+    assert not result.bytes_cut or Path(result.data["full_output"]).stat().st_size == size
 
 
 async def test_endless_output_does_not_stop_the_terminal(terminal):
