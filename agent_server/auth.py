@@ -15,12 +15,12 @@ import secrets
 import stat
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from agent_sdk.protocol.errors import Overloaded, Unauthorized, UseHeader
 from agent_server.config import ServerConfig
-from agent_server.config_sources import MINIMUM_KEY
+from agent_server.config_sources import MINIMUM_KEY, is_key
 from agent_server.hosts import network_of
 from agent_server.refusal import CANNOT_CREATE, StartRefused
 
@@ -32,19 +32,47 @@ ADDRESSES = 10_000
 
 
 class ApiKey:
-    """The one key of a server. Only its digest is kept; `file` is where people find it."""
+    """The key of a server, or any of several. Only digests are kept; `file` is where people find it."""
 
     def __init__(self, value: str, file: Path | None = None) -> None:
-        self._digest = hashlib.sha256(value.encode()).digest()
+        self._digests = [digest_of(value)]
         self.file = file
 
     def __repr__(self) -> str:
         return f"<ApiKey of {self.file or 'the configuration'}>"
 
+    def replace(self, values: Iterable[str]) -> None:
+        """From now on it is any of these."""
+        self._digests = [digest_of(value) for value in values]
+
     def is_same(self, given: str) -> bool:
         """Compare in a time that tells nothing about the key, its length included."""
-        digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
-        return hmac.compare_digest(digest, self._digest)
+        return self.has(digest_of(given))
+
+    def has(self, digest: bytes) -> bool:
+        """Whether the digest is that of a key that counts."""
+        return any([hmac.compare_digest(digest, each) for each in self._digests])
+
+
+def digest_of(key: str) -> bytes:
+    """Return what is kept of a key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def obtain_keys(config: ServerConfig) -> tuple[ApiKey, list[str]]:
+    """Return what counts as the key, and the texts, which no log line may show.
+
+    Raises:
+        StartRefused: see `obtain_key` and `read_keys`.
+    """
+    if not config.api_keys_file:
+        key, text = obtain_key(config)
+        return key, [text]
+    file = Path(config.api_keys_file).expanduser()
+    texts = read_keys(file)
+    key = ApiKey(texts[0], file)
+    key.replace(texts)
+    return key, texts
 
 
 def obtain_key(config: ServerConfig) -> tuple[ApiKey, str]:
@@ -70,17 +98,41 @@ def read_key(file: Path) -> str:
     Raises:
         StartRefused: it cannot be read, or holds none.
     """
-    try:
-        text = file.read_text(encoding="ascii").strip()
-    except UnicodeDecodeError:
-        raise StartRefused(f"{file}: holds no API key: it is not ASCII text") from None
-    except OSError as exc:
-        raise StartRefused(f"{file}: the API key cannot be read: {exc.strerror}") from None
-    if len(text) < MINIMUM_KEY or not text.isprintable() or " " in text:
+    text = _read(file).strip()
+    if not is_key(text):
         raise StartRefused(
             f"{file}: holds no API key of at least {MINIMUM_KEY} characters; remove it and the server makes one"
         )
     return text
+
+
+def read_keys(file: Path) -> list[str]:
+    """Return the keys in a file, one in a line; empty lines and those that begin with # do not count.
+
+    Raises:
+        StartRefused: it cannot be read, holds none, or something that is none.
+    """
+    lines = [(number, line.strip()) for number, line in enumerate(_read(file).splitlines(), 1)]
+    keys = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise StartRefused(
+            f"{file}: holds no API key; write one of at least {MINIMUM_KEY} characters in a line"
+        )
+    for number, line in keys:
+        if not is_key(line):
+            raise StartRefused(
+                f"{file}:{number}: an API key is at least {MINIMUM_KEY} printable ASCII characters without spaces"
+            )
+    return [line for _, line in keys]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii")
+    except UnicodeDecodeError:
+        raise StartRefused(f"{file}: holds no API key: it is not ASCII text") from None
+    except OSError as exc:
+        raise StartRefused(f"{file}: the API key cannot be read: {exc.strerror}") from None
 
 
 def _read_own_key(file: Path) -> str:
@@ -134,12 +186,21 @@ class Attempts:
 class Authority:
     """Says yes or no to a key."""
 
-    def __init__(self, key: ApiKey, attempts: Attempts | None = None) -> None:
+    def __init__(
+        self, key: ApiKey, attempts: Attempts | None = None, *, for_metrics: ApiKey | None = None
+    ) -> None:
+        """Take what counts as the key; `for_metrics` opens `/metrics` and nothing else."""
         self._key = key
+        self._for_metrics = for_metrics
         self._attempts = attempts or Attempts()
 
-    def check(self, given: str | None, address: str) -> None:
-        """Accept a key.
+    def check(self, given: str | None, address: str, *, metrics: bool = False) -> bytes:
+        """Accept a key; returns its digest, see `ApiKey.has`.
+
+        Args:
+            given: what was shown.
+            address: who shows it.
+            metrics: whether it is shown for `/metrics`.
 
         Raises:
             Unauthorized: there is none, or a wrong one.
@@ -147,8 +208,11 @@ class Authority:
         """
         if given is None:
             raise Unauthorized("an API key is needed: Authorization: Bearer KEY")
-        if self._key.is_same(given):
-            return
+        digest = digest_of(given)
+        if self._key.has(digest):
+            return digest
+        if metrics and self._for_metrics is not None and self._for_metrics.has(digest):
+            return digest
         wait = self._attempts.wait(address)
         if wait > 0:
             raise Overloaded(

@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 from agent_sdk.local.environment import packed
 from agent_sdk.protocol.specs import Limits
 from agent_server.config_sources import PREFIX, Counts, Names, Sources, Variables, check_key, is_secret
+from agent_server.hosts import ProxyRules
 from agent_server.refusal import StartRefused
 from agent_server.runtime_config import RuntimeConfig, TenantConfig
 
@@ -46,6 +47,11 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """The key that clients need. Without one, and without `api_key_file`, the server makes one in the data folder."""
     api_key_file: str | None = None
     """A file that holds the key."""
+    api_keys_file: str | None = None
+    """A file that holds any number of keys, one in a line, `#` begins a comment. SIGHUP has it read again: new keys
+    count from then on, and connections that showed one that is gone are closed."""
+    metrics_key: str | None = None
+    """A further key, which opens `/metrics` and nothing else."""
     secrets_key: Names = ()
     """Seals models' keys and secrets in the data folder, so that conversations that need them go on after a restart.
     The first of several seals, all unseal; 16 characters each, or more. Without one nothing secret is kept."""
@@ -208,8 +214,9 @@ def load(
     sources.read_arguments(overrides or {})
     options, runtimes = sources.values["server"], sources.values["runtime_api"]
     options["data"] = str(_data_folder(options.get("data", ""), environ))
-    if options.get("api_key") and options.get("api_key_file"):
-        raise StartRefused("api_key and api_key_file are both set; set one of them")
+    keys = [name for name in ("api_key", "api_key_file", "api_keys_file") if options.get(name)]
+    if len(keys) > 1:
+        raise StartRefused(f"{keys[0]} and {keys[1]} are both set; set one of them")
     if options.get("secrets_key") and options.get("secrets_key_file"):
         raise StartRefused("secrets_key and secrets_key_file are both set; set one of them")
     if options.get("files_root") and options.get("isolation") == "bwrap":
@@ -217,6 +224,15 @@ def load(
             "files_root and isolation bwrap are both set; bwrap shows commands their workspace alone"
         )
     check_key(options.get("api_key"))
+    check_key(options.get("metrics_key"), "metrics_key")
+    if options.get("metrics_key") and options.get("metrics_key") == options.get("api_key"):
+        raise StartRefused(
+            "metrics_key and api_key are the same; metrics_key is for those who may not have api_key"
+        )
+    try:
+        ProxyRules(options.get("trusted_proxies", ()))
+    except ValueError as exc:
+        raise StartRefused(f"trusted_proxies: {exc}") from None
     tenants = {name: TenantConfig(**values) for name, values in runtimes.pop("tenants", {}).items()}
     return ServerConfig(
         **options,

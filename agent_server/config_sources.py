@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import stat
 import tomllib
@@ -65,7 +66,7 @@ class Sources:
         """
         try:
             raw = file.read_bytes()
-            mode = file.stat().st_mode
+            status = file.stat()
         except OSError as exc:
             raise StartRefused(f"{file}: cannot be read: {exc.strerror}") from None
         try:
@@ -89,8 +90,11 @@ class Sources:
         secret = next((name for name in sorted(self.values["server"]) if name.endswith("_key")), None)
         if any(tenant.get("key") for tenant in self.values["runtime_api"].get("tenants", {}).values()):
             secret = "key of a tenant"
-        if secret is not None and mode & (stat.S_IROTH | stat.S_IWOTH):
+        if secret is not None and status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
             raise StartRefused(f"{file}: holds the {secret} and everybody can read it; run: chmod 600 {file}")
+        # Of somebody else's file the group may be our only way to it, say where a cluster mounts a secret.
+        if secret is not None and status.st_mode & stat.S_IRWXG and status.st_uid == os.geteuid():
+            raise StartRefused(f"{file}: holds the {secret} and its group can read it; run: chmod 600 {file}")
 
     def read_environment(self, environ: Mapping[str, str]) -> None:
         """Take what `AGENT_SERVER_*` variables set; those that are set to nothing do not count.
@@ -168,15 +172,18 @@ class Sources:
         return f"{where} is no table; there are {tables}{_suggestion(name, self._tables)}"
 
 
+def is_key(text: str) -> bool:
+    """Return whether it is long enough to be a key, and can be sent in a header."""
+    return len(text) >= MINIMUM_KEY and text.isascii() and text.isprintable() and " " not in text
+
+
 def check_key(key: str | None, name: str = "") -> None:
     """Refuse a key that is too short, or that no header could carry.
 
     Raises:
         StartRefused: it is; the sentence does not repeat it.
     """
-    if key is not None and (
-        len(key) < MINIMUM_KEY or not key.isascii() or not key.isprintable() or " " in key
-    ):
+    if key is not None and not is_key(key):
         raise StartRefused(
             f"{name or 'api_key'} must be at least {MINIMUM_KEY} printable ASCII characters without spaces"
             f"{'' if name else '; leave it out and the server makes a good one'}"
@@ -192,6 +199,8 @@ def _checked(known: Options, name: str, value: Any, where: str, *, text: bool = 
     if name not in known:
         raise StartRefused(f"{where} is no option{_suggestion(name, known)}")
     kind = known[name]
+    if isinstance(value, str) and is_secret(name):
+        value = value.strip()  # files and variables often end in a line end
     if text and kind == Names:
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:

@@ -19,7 +19,7 @@ from agent_server.hosts import ProxyRules, network_of
 from agent_server.metrics import Metrics
 
 RETRY_AFTER_MS = 1000
-CLOSE_LIMIT = 4429
+CLOSE_UNAUTHORISED, CLOSE_LIMIT = 4401, 4429
 STRANGER_BYTES = 64 << 10
 """What a WebSocket may send before it has shown the key: enough for `initialize`, too little to fill memory."""
 
@@ -29,6 +29,10 @@ class Guest(Protocol):
 
     def give_way(self, refusal: Overloaded) -> None:
         """End the connection, which has not shown a key, for the sake of a newer one."""
+        ...
+
+    def look_again(self, counts: Callable[[bytes], bool]) -> None:
+        """End the connection if the key that it has shown does not count any more."""
         ...
 
 
@@ -44,6 +48,7 @@ class Crowd:
         self._limit = limit
         self._strangers_limit = strangers
         self._all = 0
+        self._known: set[Guest] = set()
         self._strangers: dict[Guest, str] = {}
         """And their networks, those who came first first."""
         self._networks: Counter[str] = Counter()
@@ -80,10 +85,17 @@ class Crowd:
     def recognise(self, guest: Guest) -> None:
         """This one has shown the key."""
         self._forget(self._strangers.pop(guest, ""))
+        self._known.add(guest)
+
+    def look_again(self, counts: Callable[[bytes], bool]) -> None:
+        """Have everybody go whose key, told by its digest, does not count any more."""
+        for guest in list(self._known):
+            guest.look_again(counts)
 
     def leave(self, guest: Guest) -> None:
         """This one is gone."""
-        self.recognise(guest)
+        self._forget(self._strangers.pop(guest, ""))
+        self._known.discard(guest)
         self._all -= 1
         self._metrics.connections.set(self._all)
 
@@ -124,6 +136,7 @@ class Connection(web.RequestHandler):
         self._proxies = proxies or ProxyRules()
         self._longest_message = longest_message
         self._peer = ""
+        self._shown: bytes | None = None
         self.is_stranger = True
         """Whether it has not shown the key yet."""
         self._refused = False
@@ -131,11 +144,21 @@ class Connection(web.RequestHandler):
         self._counted = False
         self._tcp: asyncio.Transport | None = None
 
-    def recognise(self) -> None:
-        """It has shown the key."""
+    def recognise(self, digest: bytes | None = None) -> None:
+        """It has shown the key; `digest`: which, where it may be revoked."""
+        self._shown = digest or self._shown
         if self.is_stranger and self._counted:
             self.is_stranger = False
             self._crowd.recognise(self)
+
+    def look_again(self, counts: Callable[[bytes], bool]) -> None:
+        """See Guest."""
+        if self._shown is None or counts(self._shown) or self._tcp is None:
+            return
+        if self.violation is None:
+            self._tcp.abort()
+        elif not self.violation.done():
+            self.violation.set_result(Violation(CLOSE_UNAUTHORISED, "the API key does not count any more"))
 
     def speaks_for(self, headers: Sequence[str]) -> None:
         """Take who asks from X-Forwarded-For, if a trusted proxy is at the other end.

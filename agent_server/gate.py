@@ -19,6 +19,7 @@ from agent_server.upgrade import is_upgrade
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """What may be asked without a key: whether the server lives, nothing about what it does."""
+METRICS_PATH = "/metrics"
 KEY_NAMES = frozenset(
     {
         "token",
@@ -148,6 +149,6 @@ class Gate:
         if key is None and is_upgrade(request):
             return False
         assert isinstance(request.protocol, Connection)
-        self._authority.check(key, request.protocol.address)
-        request.protocol.recognise()
+        digest = self._authority.check(key, request.protocol.address, metrics=request.path == METRICS_PATH)
+        request.protocol.recognise(digest)
         return True

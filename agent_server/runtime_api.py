@@ -13,6 +13,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from agent_server.auth import ApiKey
 from agent_server.config import ServerConfig
 from agent_server.logs import Logs
 from agent_server.pods import Pods
@@ -26,7 +27,7 @@ from agent_server.work import Work
 
 @asynccontextmanager
 async def runtime_api(
-    config: ServerConfig, folder: Path, logs: Logs, work: Work, own_key: str
+    config: ServerConfig, folder: Path, logs: Logs, work: Work, own_key: ApiKey
 ) -> AsyncIterator[tuple[list[web.RouteDef], Callable[[str], Handler | None]]]:
     """Run it for the length of the block; yields its routes, and what serves the name of a runtime.
 

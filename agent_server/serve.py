@@ -19,7 +19,7 @@ from agent_sdk.local.settings import Settings
 from agent_sdk.protocol.errors import AgentServerError
 from agent_server import data_folder, logs
 from agent_server.app import listening
-from agent_server.auth import Authority, obtain_key
+from agent_server.auth import ApiKey, Authority, obtain_keys, read_keys
 from agent_server.config import ServerConfig
 from agent_server.connection import Crowd
 from agent_server.conversations import Conversations
@@ -114,26 +114,29 @@ async def serving(
             opened.log.warning(
                 "data_folder_copied", advice="boxes and runtimes of the original are left alone"
             )
-        key, text = obtain_key(config)
+        key, texts = obtain_keys(config)
         sealer, secrets_keys = obtain_sealer(config)
-        opened.redactor.add([text, *secrets_keys])
+        opened.redactor.add([*texts, config.metrics_key, *secrets_keys])
         descriptors = _set_limits()
         metrics = Metrics()
         work = Work(max_turns=config.max_turns, max_pending_writes=config.max_pending_writes)
         async with (
             _event_log(folder.log) as log,
             Conversations(config, folder, log, opened, metrics, work, Settings(sealer)) as conversations,
-            runtime_api(config, folder.runtimes, opened, work, text) as runtime_routes,
+            runtime_api(config, folder.runtimes, opened, work, key) as runtime_routes,
         ):
             for sentence in log.recovered:
                 opened.log.warning("log_recovered", problem=sentence)
             work.pending_writes, work.disk_full = log.pending_writes, lambda: log.full
             if on_failure is not None:
                 log.failed.add_done_callback(partial(_failed, opened, on_failure))
-            lobby = Lobby(config, conversations, Authority(key), opened, metrics, work)
+            for_metrics = ApiKey(config.metrics_key) if config.metrics_key else None
+            authority = Authority(key, for_metrics=for_metrics)
+            lobby = Lobby(config, conversations, authority, opened, metrics, work)
             routes = Routes(lobby)
             crowd = Crowd(_room(config, descriptors), config.max_strangers, metrics)
             async with listening(config, lobby, routes, crowd, *runtime_routes) as port:
+                _read_again_at_hangup(config, key, crowd, opened)
                 ready = Ready(
                     url=_url(config.host, port),
                     api_key_file=str(key.file) if key.file else None,
@@ -146,7 +149,28 @@ async def serving(
                     try:
                         yield
                     finally:
-                        await _drain(config, lobby, conversations, routes, stop, opened)
+                        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+                    await _drain(config, lobby, conversations, routes, stop, opened)
+
+
+def _read_again_at_hangup(config: ServerConfig, key: ApiKey, crowd: Crowd, opened: Logs) -> None:
+    """Have SIGHUP read the file of keys again. Where there is no such file the signal means what it always does."""
+    if not config.api_keys_file:
+        return
+    file = Path(config.api_keys_file).expanduser()
+
+    def read() -> None:
+        try:
+            texts = read_keys(file)
+        except StartRefused as exc:
+            opened.log.error("keys_not_read", problem=str(exc), advice="those from before go on counting")
+            return
+        opened.redactor.add(texts)
+        key.replace(texts)
+        crowd.look_again(key.has)
+        opened.log.info("keys_read", count=len(texts))
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read)
 
 
 async def _drain(

@@ -18,14 +18,13 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.methods import Initialize, Initialized, Subscribe, Subscribed
 from agent_sdk.rpc.peer import SLOW_READER, Peer
 from agent_sdk.rpc.pipe import Pipe
-from agent_server.connection import CLOSE_LIMIT, Connection
+from agent_server.connection import CLOSE_LIMIT, CLOSE_UNAUTHORISED, Connection
 from agent_server.feed import Feed
 from agent_server.frames import Violation
 from agent_server.hosted import CLOSE_GONE, Hosted
 from agent_server.introduction import NEW, check_initialize, initialized, named_or_new
 from agent_server.lobby import Lobby
 
-CLOSE_UNAUTHORISED = 4401
 CLOSE_DRAINING = 4503
 SHOWN = 64
 
@@ -152,7 +151,7 @@ class Session:
         if self._key_shown:
             return
         try:
-            self._lobby.authority.check(given, self._connection.address)
+            digest = self._lobby.authority.check(given, self._connection.address)
         except Unauthorized:
             self.dismiss(CLOSE_UNAUTHORISED, "wrong or missing API key")
             raise
@@ -160,7 +159,7 @@ class Session:
             self.dismiss(CLOSE_LIMIT, "too many wrong API keys")
             raise
         self._key_shown = True
-        self._connection.recognise()
+        self._connection.recognise(digest)
 
     async def _bind(self, params: Initialize) -> Hosted:
         lobby = self._lobby

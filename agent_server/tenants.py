@@ -30,7 +30,7 @@ class Tenant(Struct, frozen=True, kw_only=True):
 class Tenants:
     """All of them, by their keys."""
 
-    def __init__(self, config: RuntimeConfig, own_key: str) -> None:
+    def __init__(self, config: RuntimeConfig, own_key: str | ApiKey) -> None:
         """Read the keys.
 
         Args:
@@ -63,9 +63,11 @@ class Tenants:
                 Tenant(name=DEFAULT, sandboxes=config.sandboxes, cpus=config.cpus, memory=config.memory),
             )
 
-    def _add(self, key: str, tenant: Tenant) -> None:
-        self.secrets.append(key)
-        self._keys.append((ApiKey(key), tenant))
+    def _add(self, key: str | ApiKey, tenant: Tenant) -> None:
+        if isinstance(key, str):
+            self.secrets.append(key)
+            key = ApiKey(key)
+        self._keys.append((key, tenant))
 
     def check(self, given: Sequence[str], address: str) -> Tenant:
         """Return whose key it is.

@@ -22,7 +22,7 @@ import msgspec
 from agent_sdk import LLM, RemoteWorkspace
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.protocol.errors import AgentServerError
-from agent_server.auth import obtain_key
+from agent_server.auth import obtain_keys
 from agent_server.check import Check, State
 from agent_server.client import KEY_FILE
 from agent_server.config import ServerConfig, client_environment, load
@@ -211,11 +211,11 @@ def disk(config: ServerConfig) -> Check:
 
 def server_key(config: ServerConfig) -> Check:
     """The API key of the server."""
-    file = Path(config.api_key_file or Path(config.data) / KEY_FILE).expanduser()
-    if not config.api_key and not config.api_key_file and not os.path.lexists(file):
+    file = Path(config.data) / KEY_FILE
+    if not (config.api_key or config.api_key_file or config.api_keys_file or os.path.lexists(file)):
         return Check(name="server key", state="ok", found=f"will be made at the first start: {file}")
     try:
-        key, _ = obtain_key(config)
+        key, _ = obtain_keys(config)
     except StartRefused as exc:
         return _refused("server key", exc)
     return Check(name="server key", state="ok", found=str(key.file or "set by the configuration"))

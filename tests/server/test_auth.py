@@ -1,9 +1,11 @@
+import os
+import signal
 import stat
 
 import pytest
 
 from agent_sdk.protocol.errors import Overloaded, Unauthorized, UseHeader
-from agent_server.auth import ApiKey, Attempts, Authority, bearer, obtain_key
+from agent_server.auth import ApiKey, Attempts, Authority, bearer, obtain_key, obtain_keys
 from agent_server.config import ServerConfig
 from agent_server.refusal import StartRefused
 
@@ -157,3 +159,68 @@ def test_the_sentence_does_not_repeat_what_was_given():
     with pytest.raises(UseHeader) as refused:
         bearer(["Basic c2VjcmV0"])
     assert "c2VjcmV0" not in str(refused.value)
+
+
+OLD, NEW = "old-key-0123456789", "new-key-0123456789"
+
+
+async def ask(server, key: str, path: str = "/v1/conversations") -> int:
+    async with server.http(key) as http, http.get(path) as answer:
+        return answer.status
+
+
+async def test_keys_of_a_file_are_read_again_at_sighup_and_who_has_one_that_is_gone_is_sent_away(
+    start, tmp_path
+):
+    file = tmp_path / "keys"
+    file.write_text(f"# of the team\n{KEY}\n\n {OLD} \n")
+    async with start(api_key=None, api_keys_file=str(file)) as server:
+        assert [await ask(server, key) for key in (KEY, OLD, NEW)] == [200, 200, 401]
+        async with await server.wire() as stays, await server.wire() as goes:
+            await stays.upgrade(KEY)
+            await stays.initialize()
+            await goes.upgrade(None)
+            await goes.initialize(auth=OLD)
+            file.write_text("short")
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert "keys:1: an API key is at least 16" in (await server.log.until("keys_not_read"))["problem"]
+            assert await ask(server, OLD) == 200
+            file.write_text(f"{KEY}\n{NEW}\n")
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert (await goes.ended()).code == 4401
+            assert (await server.log.until("keys_read"))["count"] == 2
+            assert [await ask(server, key) for key in (KEY, OLD, NEW)] == [200, 401, 200]
+            assert "result" in await stays.call("ping")
+        assert OLD not in server.log.getvalue() and NEW not in server.log.getvalue()
+
+
+async def test_the_key_of_metrics_opens_metrics_and_nothing_else(start):
+    reader = "read-only-0123456789"
+    async with start(metrics_key=reader) as server:
+        assert [await ask(server, key, "/metrics") for key in (reader, server.key, "wrong")] == [
+            200,
+            200,
+            401,
+        ]
+        assert [await ask(server, reader, path) for path in ("/v1/conversations", "/openrpc.json")] == [
+            401,
+            401,
+        ]
+        async with await server.wire() as wire:
+            await wire.upgrade(None)
+            assert (await wire.initialize(auth=reader))["error"]["data"]["kind"] == "unauthorized"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "holds no API key"),
+        ("# none\n", "holds no API key"),
+        (f"{KEY}\ntwo words 0123456789", "keys:2: an API key"),
+    ],
+)
+def test_a_file_of_keys_with_something_else_in_it_is_refused(tmp_path, content, says):
+    file = tmp_path / "keys"
+    file.write_text(content)
+    with pytest.raises(StartRefused, match=says):
+        obtain_keys(ServerConfig(data=str(tmp_path), api_keys_file=str(file)))

@@ -220,6 +220,7 @@ def test_a_short_key_is_refused(tmp_path):
 def test_a_file_with_a_key_must_not_be_readable_by_everybody(tmp_path):
     text = f'[server]\napi_key = "{KEY}"\n'
     assert "chmod 600" in refusal(tmp_path, text, mode=0o644)
+    assert "its group can read it; run: chmod 600" in refusal(tmp_path, text, mode=0o640)
     assert loaded(tmp_path, text, mode=0o600).api_key == KEY
 
 
@@ -317,3 +318,27 @@ def test_a_wrong_tenant_is_told_with_its_place(tmp_path, text, sentence):
 def test_a_tenants_key_that_everybody_can_read_is_refused(tmp_path):
     text = f'[runtime_api.tenants.alice]\nkey = "{KEY}"\n'
     assert "holds the key of a tenant and everybody can read it" in refusal(tmp_path, text, mode=0o644)
+
+
+def test_a_key_may_have_a_line_end_behind_it(tmp_path):
+    given = {
+        "AGENT_SERVER_API_KEY": "0123456789abcdef\r\n",
+        "AGENT_SERVER_METRICS_KEY": " fedcba9876543210\n",
+    }
+    config = load(environ=given)
+    assert (config.api_key, config.metrics_key) == ("0123456789abcdef", "fedcba9876543210")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"API_KEY": "0123456789abcdef", "API_KEYS_FILE": "/keys"}, "api_key and api_keys_file are both set"),
+        ({"API_KEY_FILE": "/key", "API_KEYS_FILE": "/keys"}, "api_key_file and api_keys_file are both set"),
+        ({"METRICS_KEY": "short"}, "metrics_key must be at least 16 printable ASCII characters"),
+        ({"API_KEY": "0123456789abcdef", "METRICS_KEY": "0123456789abcdef"}, "are the same"),
+        ({"TRUSTED_PROXIES": "10.0.0.0/8,proxy"}, "trusted_proxies: 'proxy' does not appear"),
+    ],
+)
+def test_keys_and_proxies_that_contradict_each_other_or_are_none_are_refused(given, sentence):
+    with pytest.raises(StartRefused, match=sentence):
+        load(environ={f"AGENT_SERVER_{name}": value for name, value in given.items()})
