@@ -56,6 +56,11 @@ class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tags: dict[str, str] = {}
     model: str | None = None
 
+    @property
+    def workspace(self) -> str:
+        """See Snapshot.workspace."""
+        return self.working_dir or self.owner
+
 
 class Conversations:
     """See the module's docstring. Entering lets turns go on that the last server left; leaving ends all boxes."""
@@ -321,6 +326,7 @@ class Conversations:
                 id,
                 self._log,
                 self._link(note),
+                workspace=note.workspace,
                 logs=self._logs,
                 metrics=self._metrics,
                 work=self._work,
@@ -399,6 +405,7 @@ def _snapshot(row: ConversationRow, note: Note) -> Snapshot:
         created_at=row.created_at,
         updated_at=row.updated_at,
         model=note.model,
+        workspace=note.workspace,
     )
 
 

@@ -51,6 +51,7 @@ class Hosted:
         log: EventLog,
         link: BoxLink,
         *,
+        workspace: str,
         settings: Settings,
         logs: Logs,
         metrics: Metrics,
@@ -58,6 +59,7 @@ class Hosted:
     ) -> None:
         self.id = id
         self.link = link
+        self._workspace = workspace
         self.relay = Relay(id, link, log, work)
         self.tools = ClientTools()
         self.ledger = CountedLedger(work)
@@ -135,7 +137,8 @@ class Hosted:
 
     async def state(self) -> Snapshot:
         """Return its present state."""
-        return replace(await self.local.state(), operations=await self.relay.operations())
+        operations = await self.relay.operations()
+        return replace(await self.local.state(), operations=operations, workspace=self._workspace)
 
     def subscribe(self, listener: Callable[[int, bytes], None]) -> Callable[[], None]:
         """See feed.Source."""

@@ -221,6 +221,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     run_id: str | None = None
     """The running or last turn."""
     model: str | None = None
+    workspace: str = ""
+    """Tells workspaces apart: conversations that share one say the same here. Empty: it is not on a server."""
     operations: tuple[RunningOperation, ...] = ()
     """Calls of clients that are under way in the workspace, oldest first."""
     waiting_for: str = ""

@@ -36,6 +36,7 @@ from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol import events as event_types
 from agent_sdk.protocol.errors import (
     AgentServerError,
+    ConnectionLost,
     ConversationNotFound,
     HistoryLost,
     InternalError,
@@ -109,7 +110,8 @@ class RemoteConversation:
         Args:
             agent: None attaches to an existing conversation as it is.
             workspace: entered already. Its first conversation shares its connection.
-            id: of an existing conversation.
+            id: of an existing conversation, or, where an agent is given, of one that is to be made. A workspace that
+                nobody has used yet becomes that of the conversation.
             since: its callbacks get the events after this; None: those from now on.
             on_reset: without it, every wait raises HistoryLost when the history is gone.
         """
@@ -207,6 +209,8 @@ class RemoteConversation:
         told: set[Wait] = set()
         while True:
             moved = self._delivery.moved  # taken before anybody looks: what happens meanwhile is not missed
+            if self._delivery.closed:
+                raise ConnectionLost("the conversation was closed meanwhile")
             await tell_waits(self._waited_for(turn=self._running > 0), told, on_waiting)
             await moved.wait()
 
@@ -317,7 +321,7 @@ class RemoteConversation:
     # --- opening ---
 
     async def _open(self) -> ServerLink:
-        if self._link is not None and self._is_configured:
+        if self._link is not None and self._is_configured and not self._delivery.closed:
             return self._link
         if self._opening is None and not self._delivery.closed:
             self._workspace.on_close(self.close)
@@ -332,7 +336,8 @@ class RemoteConversation:
 
     async def _really_open(self) -> ServerLink:
         if self._link is None:
-            self._link = await self._join()
+            async with self._workspace.joining:
+                self._link = await self._join()
         if not self._is_configured:
             await ask(self._link, self._configuration(**self._name))
             self._is_configured = True
@@ -344,20 +349,37 @@ class RemoteConversation:
             opening.exception()  # whoever waited for it has it; nobody may have
 
     async def _join(self) -> ServerLink:
-        """Take over the workspace's link where it leads to this conversation, else make one."""
-        shared = self._workspace.link
-        if not isinstance(shared, ServerLink) or self._workspace.conversation is None:
+        """Take over the workspace's link where it leads to this conversation or can be led there, else make one."""
+        workspace = self._workspace
+        shared = workspace.untouched_link
+        if not isinstance(shared, ServerLink) or workspace.conversation is None:
             raise ConversationNotFound("the workspace is not on an agent server; use agent_runs='here'")
+        if self._wanted not in (None, shared.conversation):
+            shared = await workspace.become(self._wanted, make=self._agent is not None) or shared
         if not shared.claimed and self._wanted in (None, shared.conversation):
-            self._is_new = self._wanted is None and not self._workspace.attached
+            self._is_new = self._wanted is None and not workspace.attached
             self._id = shared.conversation
             await shared.settle(self)
             return shared
         self._is_new = self._wanted is None
         self._id = self._wanted or new_id()
-        spec = WorkspaceSpec(share=shared.conversation) if self._is_new else None
-        target = replace(self._workspace.target, conversation=self._id, workspace=spec)
-        return await self._stack.enter_async_context(ServerLink(target, self))
+        share = WorkspaceSpec(share=shared.conversation)
+        target = replace(workspace.target, conversation=self._id, workspace=share if self._is_new else None)
+        try:
+            link = await self._stack.enter_async_context(ServerLink(target))
+        except ConversationNotFound:
+            if self._is_new or self._agent is None:
+                raise
+            link = await self._stack.enter_async_context(ServerLink(replace(target, workspace=share)))
+        theirs, ours = await link.bound_to(), await shared.bound_to()
+        if theirs is not None and ours is not None and theirs.workspace != ours.workspace:
+            raise StateConflict(
+                f"conversation {self._id} has another workspace than this one, which is in use: enter "
+                f"RemoteWorkspace(url, api_key, conversation={self._id!r}) for it",
+                state=theirs.state,
+            )
+        await link.settle(self)
+        return link
 
     def _configuration(self, **name: Any) -> Configure:
         assert self._agent is not None
@@ -396,7 +418,8 @@ class RemoteConversation:
             case Cursor():
                 return self._since
             case None:
-                return Cursor("", 0 if self._is_new else answer.head_seq)
+                is_new = self._is_new or answer.head_seq <= 1  # nothing but its creation
+                return Cursor("", 0 if is_new else answer.head_seq)
             case seq:
                 return Cursor("", seq)
 

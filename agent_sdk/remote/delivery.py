@@ -51,8 +51,6 @@ class Delivery:
         """Of the last event that came; where the next connection goes on."""
         self.given = Cursor("", 0)
         """Of the last event that the callbacks were given."""
-        self.seen = 0
-        """Seq of the last event that all callbacks are done with."""
         self.since = 0
         """Events up to this seq are not delivered."""
         self.closed = False
@@ -64,7 +62,7 @@ class Delivery:
 
     def start(self, cursor: Cursor) -> None:
         """Begin after this cursor; an empty epoch stands for that of the log."""
-        self.since = self.seen = cursor.seq
+        self.since = cursor.seq
         self.taken = self.given = cursor
         self._task = asyncio.create_task(self._deliver())
 
@@ -92,6 +90,8 @@ class Delivery:
             self.taken = Cursor(epoch, event.seq)
             self._queue.put_nowait(event)
             new.append(event)
+        if new:
+            self.wake()
         return new
 
     def take_delta(self, delta: Delta) -> None:
@@ -130,10 +130,10 @@ class Delivery:
         return self._outcomes[run_id]
 
     async def wait_beyond(self, seq: int) -> bool:
-        """Wait for an event after `seq`; False when there will be none because the conversation was closed."""
+        """Wait until an event after `seq` has come, whatever callbacks do; False: it was closed, there will be none."""
         self.check()
         resets = self._resets
-        while self.seen <= seq and resets == self._resets:
+        while self.taken.seq <= seq and resets == self._resets:
             if self.closed:
                 return False
             await self._wait()
@@ -191,14 +191,13 @@ class Delivery:
             self._fail(reset.error)
             return
         self.given = reset.start
-        self.since = self.seen = reset.start.seq
+        self.since = reset.start.seq
         self._outcomes.clear()
         self._resets += 1
         await _tell(self._on_reset, reset.start)
         self.wake()
 
     def _delivered(self, event: Event) -> None:
-        self.seen = event.seq
         if isinstance(event, TurnEnded):
             self._outcomes[event.run_id] = outcome_of(event)
             if len(self._outcomes) > OUTCOMES_KEPT:

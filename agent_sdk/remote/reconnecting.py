@@ -29,6 +29,7 @@ from agent_sdk.protocol.errors import (
     Unauthorized,
 )
 from agent_sdk.protocol.methods import Draining
+from agent_sdk.protocol.results import Snapshot
 from agent_sdk.protocol.specs import WorkspaceSpec
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS, Connection, connect
 from agent_sdk.remote.link import Linked
@@ -104,10 +105,10 @@ class Resident(Protocol):
 class ServerLink:
     """See link.Link and the module's docstring. Entering makes the first connection, leaving closes the last."""
 
-    def __init__(self, target: Target, resident: Resident | None = None) -> None:
+    def __init__(self, target: Target) -> None:
         self._target = target
         self._is_made = target.workspace is None
-        self._resident = resident
+        self._resident: Resident | None = None
         self._greeting = asyncio.Lock()
         self._greeted: Connection | None = None
         self._connection: Connection | None = None
@@ -121,7 +122,7 @@ class ServerLink:
         self._hurry = asyncio.Event()
         self._complained = False
         self._reached = False
-        self.claimed = resident is not None
+        self.claimed = False
         """Whether somebody lives on it, or did."""
 
     def __repr__(self) -> str:
@@ -140,6 +141,10 @@ class ServerLink:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; there will be no other."""
         self._resident = None
         self._end(ConnectionLost("the connection was closed here"))
         await self._stop()
@@ -148,6 +153,10 @@ class ServerLink:
     def conversation(self) -> str:
         """Id of the conversation it is bound to."""
         return self._target.conversation
+
+    async def bound_to(self) -> Snapshot | None:
+        """Return what the conversation was when the present connection was made; raises as `linked` does."""
+        return (await self._connected()).answer.state
 
     async def linked(self) -> Linked:
         """See Link.

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from os import PathLike
 from ssl import SSLContext
 from typing import Any, Self
 
+from msgspec.structs import replace
+
 from agent_sdk.disk import atomic_file, open_source
 from agent_sdk.ids import new_id, op_id_or_new
-from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, OutcomeUnknown
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ConnectionLost,
+    ConversationNotFound,
+    InvalidParams,
+    OutcomeUnknown,
+)
 from agent_sdk.protocol.methods import (
+    Delete,
     Describe,
     Download,
     Execute,
@@ -108,6 +118,9 @@ class RemoteWorkspace:
         )
         self._stack = AsyncExitStack()
         self._link: Link | None = None
+        self._used = False
+        self.joining = asyncio.Lock()
+        """Held by the conversation that is about to take it over or to share it."""
         self._closing = AsyncExitStack()
 
     @classmethod
@@ -160,9 +173,46 @@ class RemoteWorkspace:
         Raises:
             ConnectionLost: the workspace is not entered.
         """
+        self._used = True
+        return self.untouched_link
+
+    @property
+    def untouched_link(self) -> Link:
+        """The same, for who does not use the files or the processes."""
         if self._link is None:
             raise ConnectionLost("the workspace is not open; enter it with `async with`")
         return self._link
+
+    async def become(self, conversation: str, *, make: bool) -> ServerLink | None:
+        """Be the workspace of this conversation from now on, if nobody has used the present one; None: somebody has.
+
+        What was made by entering is removed again.
+
+        Args:
+            conversation: its id.
+            make: whether it is made where there is none of the id.
+
+        Raises:
+            ConversationNotFound: there is none.
+            OpMismatch: it has another workspace than the options of this one say.
+        """
+        before, spec = self._link, self._target.workspace
+        if self._used or spec is None or not isinstance(before, ServerLink) or before.claimed:
+            return None
+        made = replace(self._target, conversation=conversation)
+        existing = replace(made, workspace=None)
+        link = ServerLink(made if make and spec != WorkspaceSpec() else existing)
+        try:
+            await self._stack.enter_async_context(link)
+        except ConversationNotFound:
+            if not make:
+                raise
+            link = await self._stack.enter_async_context(ServerLink(made))
+        self._link, self._target = link, existing
+        with suppress(AgentServerError):
+            await ask(before, Delete(op_id=new_id()))
+        await before.close()
+        return link
 
     @property
     def files(self) -> RemoteFiles:

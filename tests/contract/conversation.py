@@ -194,6 +194,19 @@ class ConversationContract(ToolCallsContract):
         assert (await conversation.run(timeout=PATIENCE)).status == "finished"
         assert heard == await past(conversation)
 
+    async def test_a_callback_that_waits_does_not_hold_up_who_reads_the_events(self, open: Open) -> None:
+        read = asyncio.Event()
+
+        async def wait(event: Event) -> None:
+            if isinstance(event, UserMessage):
+                await read.wait()
+
+        conversation = await open(acting(say("Done.")), callbacks=[wait])
+        await conversation.send_message("go")
+        await until(conversation, TurnEnded)
+        read.set()
+        assert (await conversation.run(timeout=PATIENCE)).status == "finished"
+
     async def test_streamed_pieces_add_up_to_the_answer(self, open: Open) -> None:
         pieces: list[str] = []
         conversation = await open(
