@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
 
 from agent_sdk.box_service import BoxService
+from agent_sdk.cgroup import Cgroup
 from agent_sdk.ids import new_id
 from agent_sdk.limits import LimitWatch
 from agent_sdk.local.environment import unpacked
@@ -56,8 +57,10 @@ class BoundedLog(logging.StreamHandler):  # type: ignore[type-arg]
 async def serve(given: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT comes or nobody is connected for `linger` seconds."""
     loop = asyncio.get_running_loop()
-    limits = LimitWatch(given.working_dir or given.root) if given.unclaimed else None
-    if limits is not None:
+    limits = None
+    if given.unclaimed or Cgroup().memory_max is not None:
+        limits = LimitWatch(given.working_dir or given.root)
+    if given.unclaimed:
         loop.set_default_executor(_threads())
     isolated = given.seccomp or given.unclaimed
     async with LocalWorkspace(
@@ -76,6 +79,8 @@ async def serve(given: argparse.Namespace) -> None:
             instance=given.instance or new_id(),
             limits=limits,
             isolated=isolated,
+            unclaimed=given.unclaimed,
+            token=_token(given.token_fd),
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, box.over.set)
@@ -84,6 +89,13 @@ async def serve(given: argparse.Namespace) -> None:
                 os.chmod(os.path.join(given.folder, SOCKET), 0o666)
             _say_ready(given.ready)
             await box.over.wait()
+
+
+def _token(descriptor: int | None) -> str:
+    if descriptor is None:
+        return ""
+    with os.fdopen(descriptor) as file:
+        return file.read()
 
 
 def _threads() -> ThreadPoolExecutor:
@@ -130,6 +142,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--unconfined", action="store_true", help="file calls may leave the root")
     parser.add_argument("--linger", type=float, default=3600.0, help="seconds to live without a connection")
     parser.add_argument("--instance", help="what it calls itself; default: a random name")
+    parser.add_argument(
+        "--token-fd", type=int, metavar="FD", help="holds what connections have to show; default: nothing"
+    )
     parser.add_argument(
         "--unclaimed",
         action="store_true",

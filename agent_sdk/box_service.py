@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from hmac import compare_digest
 from typing import Any
 
 from msgspec.structs import replace
@@ -11,7 +12,7 @@ from msgspec.structs import replace
 from agent_sdk.limits import LimitWatch
 from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.profile import present_profile
-from agent_sdk.protocol.errors import StateConflict, StorageFull
+from agent_sdk.protocol.errors import StateConflict, StorageFull, Unauthorized
 from agent_sdk.protocol.methods import (
     Claim,
     ClientInfo,
@@ -28,11 +29,14 @@ from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound, Peer
 from agent_sdk.rpc.pipe import Pipe
+from agent_sdk.seccomp import hide_memory
 from agent_sdk.serve import weight, without_output, workspace_handlers
 from agent_sdk.version import __version__
 
 FIRST_SECONDS = 30.0
 """How long it waits for its first company at least, however short it lingers later."""
+
+_STRANGER = "this box serves whoever has started it, and nobody else: show its token in initialize"
 
 logger = logging.getLogger("agent_sdk.box")
 
@@ -48,6 +52,8 @@ class BoxService:
         instance: str,
         limits: LimitWatch | None = None,
         isolated: bool = False,
+        unclaimed: bool = False,
+        token: str = "",
     ) -> None:
         """Begin to wait for company.
 
@@ -55,12 +61,16 @@ class BoxService:
             workspace: what it serves.
             linger: seconds it stays without a connection.
             instance: its name; of one that is claimed until then.
-            limits: of the container it is alone in; it has to be claimed then.
-            isolated: whether it tells what is in force.
+            limits: those of its control group, where there are some.
+            isolated: whether it tells what is in force, and hides from what it runs.
+            unclaimed: whether it has to be claimed before anything runs in it.
+            token: what connections have to show; empty: nothing, or what it is claimed with.
         """
         self._isolated = isolated
         self._limits = limits
         self._peers: set[Peer] = set()
+        """Those that may use it. The others are no company: a command of its own may be at the other end."""
+        self._token = token
         self._workspace = workspace
         self._ledger = Ledger(weigh=weight, strip=without_output)
         self._claimed: Claim | None = None
@@ -68,13 +78,14 @@ class BoxService:
         self._described = served[Describe]
         if limits is not None:
             limits.on_reached = self._tell
-            served = {method: self._in_container(handler, limits) for method, handler in served.items()}
+            served = {method: _watched(handler, limits) for method, handler in served.items()}
+        if unclaimed:
+            served = {method: self._once_claimed(handler) for method, handler in served.items()}
             served[Claim] = self._claim
+        served |= {Describe: self._describe, Ping: self._ping}
         self._handlers: dict[type, Handler] = {
-            **served,
-            Describe: self._describe,
+            **{method: self._for_company(handler) for method, handler in served.items()},
             Initialize: self._initialize,
-            Ping: self._ping,
         }
         self._linger = linger
         self._instance = instance
@@ -84,22 +95,37 @@ class BoxService:
 
     async def serve(self, pipe: Pipe) -> None:
         """Serve one connection until it ends."""
-        if self._alone is not None:
-            self._alone.cancel()
         peer = Peer(pipe, self._handlers, opener=False, strict=True, on_bug=_log_bug)
-        self._peers.add(peer)
+        if not self._token:
+            self._welcome(peer)
         try:
             async with peer:
                 await peer.wait_closed()
         finally:
-            self._peers.discard(peer)
-            if not self._peers:
-                self._wait_for_company(self._linger)
+            if peer in self._peers:
+                self._peers.discard(peer)
+                if not self._peers:
+                    self._wait_for_company(self._linger)
+
+    def _welcome(self, peer: Peer) -> None:
+        if self._alone is not None:
+            self._alone.cancel()
+        self._peers.add(peer)
+
+    def _hide(self) -> None:
+        """From now on commands may run. Until then whoever has started it finds it by its environment."""
+        if self._isolated:
+            hide_memory()
 
     def _wait_for_company(self, seconds: float) -> None:
         self._alone = asyncio.get_running_loop().call_later(seconds, self.over.set)
 
     async def _initialize(self, params: Initialize, call: Inbound) -> Initialized:
+        if self._token and call.peer not in self._peers:
+            if not compare_digest((params.auth or "").encode(), self._token.encode()):
+                raise Unauthorized(_STRANGER)
+            self._welcome(call.peer)
+            self._hide()
         call.peer.other_limits = params.limits
         return Initialized(
             protocol_version=PROTOCOL_VERSION,
@@ -113,17 +139,19 @@ class BoxService:
         info: WorkspaceInfo = await self._described(params, call)
         return replace(info, profile=present_profile()) if self._isolated else info
 
-    def _in_container(self, handler: Handler, limits: LimitWatch) -> Handler:
+    def _for_company(self, handler: Handler) -> Handler:
+        async def handle(params: Any, call: Inbound) -> Any:
+            if call.peer not in self._peers:
+                raise Unauthorized(_STRANGER)
+            return await handler(params, call)
+
+        return handle
+
+    def _once_claimed(self, handler: Handler) -> Handler:
         async def handle(params: Any, call: Inbound) -> Any:
             if self._claimed is None:
                 raise StateConflict("the box is not claimed yet: nothing runs in it before box.claim")
-            try:
-                return await handler(params, call)
-            except StorageFull:
-                limits.found_full()
-                raise
-            finally:
-                limits.look()
+            return await handler(params, call)
 
         return handle
 
@@ -136,7 +164,10 @@ class BoxService:
             if self._claimed is None:
                 self._workspace.add_environment(params.env)
                 self._claimed, self._instance = params, params.instance
-            elif (self._claimed.instance, self._claimed.env) != (params.instance, params.env):
+                if params.token:
+                    self._token, self._peers = params.token, {call.peer}
+                self._hide()
+            elif replace(self._claimed, op_id="") != replace(params, op_id=""):
                 raise StateConflict(f"the box is claimed already, by {self._instance}; start another one")
             return Done()
 
@@ -146,6 +177,19 @@ class BoxService:
 
     async def _ping(self, params: Ping, call: Inbound) -> Pong:
         return Pong()
+
+
+def _watched(handler: Handler, limits: LimitWatch) -> Handler:
+    async def handle(params: Any, call: Inbound) -> Any:
+        try:
+            return await handler(params, call)
+        except StorageFull:
+            limits.found_full()
+            raise
+        finally:
+            limits.look()
+
+    return handle
 
 
 def _log_bug(bug: BaseException, incident: str) -> None:

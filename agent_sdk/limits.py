@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 
 from agent_sdk.cgroup import Cgroup
 from agent_sdk.protocol.methods import LimitReached
-from agent_sdk.protocol.results import Exit
 
 FULL_BYTES = 1 << 20
 """A disk with less room than this, and than an eighth of it, is full: programs write in large pieces."""
@@ -59,14 +58,17 @@ class LimitWatch:
     def _reached(self, limit: Limit) -> None:
         self.on_reached(LimitReached(limit=limit, detail=self._detail(limit)))
 
-    def why(self, before: Counts, exit: Exit) -> str:
-        """Say which limit may be why a process that was started at `before` failed; empty: none."""
+    def why(self, before: Counts, exit_code: int | None) -> str:
+        """Say which limit may be why a process that was started at `before` failed; empty: none.
+
+        None: it was killed.
+        """
         now = self.look()
-        if exit.exit_code == 0:
-            return ""
         killed, refused, _ = self._since(before)
-        if killed:
+        if killed:  # maybe a part of it alone: then its exit code says nothing
             return f"killed: {self._detail('memory')}"
+        if exit_code == 0:
+            return ""
         if refused:
             return self._detail("pids")
         return self._detail("disk") if now.disk_full else ""

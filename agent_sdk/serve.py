@@ -282,6 +282,7 @@ class _Served:
                 full_output_lacks=result.full_output_lacks,
                 output_bytes=result.output.size,
                 text=None if params.channel else result.output.text,
+                reason=result.reason,
             )
 
     async def shell_reset(self, params: ShellReset, call: Inbound) -> Done:

@@ -132,6 +132,8 @@ class ShellResult(Struct, frozen=True, kw_only=True):
     """Path in the workspace's machine of a file with the output, where it is long."""
     full_output_lacks: int = 0
     """Bytes that even this file lacks in its middle, where a line says so."""
+    reason: str = ""
+    """What went wrong besides, e.g. `killed: out of memory (limit 512 MiB)`."""
 
 
 class FileStream(Protocol):

@@ -353,7 +353,7 @@ class BoxLink:
         """Connect; a box that does not answer is killed, because nothing can be had from it any more."""
         hanging = asyncio.get_running_loop().call_later(self._patience, box.kill)
         try:
-            reached = connect(box.url, on_notice=self._heed)
+            reached = connect(box.url, box.token, on_notice=self._heed)
             return (await stack.enter_async_context(reached)).peer
         finally:
             hanging.cancel()

@@ -27,6 +27,11 @@ class Box(Protocol):
         ...
 
     @property
+    def token(self) -> str:
+        """What connections to it have to show, so that its own commands are no company to it; kept on record."""
+        ...
+
+    @property
     def ended(self) -> asyncio.Future[int | None]:
         """Done when it has ended by itself or was ended, with its exit code where that is known."""
         ...

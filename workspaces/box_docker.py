@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -128,6 +129,11 @@ class BoxContainer:
         return f"unix:///proc/self/fd/{self._socket}"
 
     @property
+    def token(self) -> str:
+        """See Box."""
+        return self._record.token if self._record else ""
+
+    @property
     def ended(self) -> asyncio.Future[int | None]:
         """Done when it has ended, with its exit code where the engine knows it."""
         return self._ended
@@ -219,7 +225,12 @@ class BoxContainer:
         self._image = await engine.image(self.spec.image, pull=self.spec.pull, platform=self.spec.platform)
         name = f"agent-box-{self.instance}"
         record = Record(
-            instance=self.instance, container=name, spec=self.spec, image=self._image.id, runtime=runtime
+            instance=self.instance,
+            container=name,
+            spec=self.spec,
+            image=self._image.id,
+            runtime=runtime,
+            token=secrets.token_urlsafe(24),
         )
         self._folder.make()
         self._accounts = await self._site.accounts(self._image)
@@ -263,6 +274,7 @@ class BoxContainer:
         call = Claim(
             op_id=new_id(),
             instance=self.instance,
+            token=self.token,
             env={
                 **ENVIRONMENT,
                 **image,

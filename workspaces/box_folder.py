@@ -34,6 +34,8 @@ class Record(Struct, frozen=True, kw_only=True):
     spec: Sandbox
     image: str
     runtime: str
+    token: str = ""
+    """What connections have to show once it is claimed."""
     claimed: bool = False
     """Whether it was found as it should be, and got its identity."""
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -28,7 +29,7 @@ from agent_sdk.box import RECORD, SOCKET
 from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
 from agent_sdk.local.launch import with_default_signals
-from agent_sdk.local.process_tree import Tree, children, end_tree, started_ticks
+from agent_sdk.local.process_tree import Tree, children, end_tree, started_ticks, tick_now
 from agent_sdk.protocol.errors import IsolationUnavailable, PathNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.rpc.unix import listen_unix
@@ -56,6 +57,8 @@ class Record(Struct, frozen=True):
     """Seconds since the Unix epoch."""
     pid: int = 0
     """0: it was about to start."""
+    token: str = ""
+    """What connections have to show."""
     ticks: int = 0
     """When the process started, as the kernel counts: tells it from a later one of the same number."""
     isolation: Isolation = "none"
@@ -105,6 +108,9 @@ class BoxProcess:
         self._confinement = confinement
         self._pid: int | None = None
         self._pidfd = -1
+        self._leaders: dict[int, int | None] = {}
+        self.token = secrets.token_urlsafe(24)
+        """See Box."""
         self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -129,6 +135,7 @@ class BoxProcess:
             with suppress(OSError):
                 box._watch(record.pid)
                 if record.ticks and started_ticks(record.pid) == record.ticks:
+                    box.token, box._leaders = record.token, {record.pid: None}
                     if (started.isolation, started.user) == (confinement.isolation, confinement.user):
                         return box
                     await box.end()
@@ -239,6 +246,7 @@ class BoxProcess:
             started=time.time(),
             isolation=self._confinement.isolation,
             user=self._confinement.user,
+            token=self.token,
         )
         reading, writing = os.pipe()
         try:
@@ -253,6 +261,7 @@ class BoxProcess:
             os.close(writing)
         try:
             self._watch(popen.pid)
+            self._leaders[popen.pid] = None
             ticks = started_ticks(popen.pid) or 0
             _write(self.folder, msgspec.structs.replace(record, pid=popen.pid, ticks=ticks))
         except OSError as exc:
@@ -275,7 +284,7 @@ class BoxProcess:
         with ExitStack() as stack:
             log = os.open(self.folder / LOG, flags, 0o600)
             stack.callback(os.close, log)
-            given = []
+            given = [stack.enter_context(_pipe_with(self.token))]
             if confined:
                 given.append(stack.enter_context(listen_unix(str(self.folder / SOCKET))).fileno())
                 if self._spool is not None:
@@ -299,9 +308,9 @@ class BoxProcess:
         popen.returncode = 0  # its end is seen here, and it may outlive us: Popen has nothing to wait for
         return popen
 
-    def _command(self, listening: int | None = None) -> list[str]:
+    def _command(self, token: int, listening: int | None = None) -> list[str]:
         place = ["--folder", str(self.folder)] if listening is None else ["--listen", str(listening)]
-        options = [*place, "--root", str(self.root), "--instance", self.instance]
+        options = [*place, "--root", str(self.root), "--instance", self.instance, "--token-fd", str(token)]
         if self._working_dir is not None:
             options += ["--working-dir", str(self._working_dir)]
         if self._spool is not None:
@@ -320,6 +329,7 @@ class BoxProcess:
 
     def _gone(self, pid: int) -> None:
         self.let_go()
+        self._leaders[pid] = tick_now()
         code = None
         with suppress(ChildProcessError):  # another server started it
             code = os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG)[1])
@@ -329,7 +339,8 @@ class BoxProcess:
 
     @property
     def _tree(self) -> Tree:
-        return Tree(f"{MARKER}={self.instance}\0".encode(), user=self._confinement.user)
+        # Its environment may be hidden; then its session leads to it.
+        return Tree(f"{MARKER}={self.instance}\0".encode(), self._leaders, self._confinement.user)
 
     async def _end(self) -> None:
         """A box that crashes or does not end by itself does not end what it runs, and removes nothing: so we do."""
@@ -351,6 +362,18 @@ class BoxProcess:
                         os.kill(box, signal.SIGTERM)
         elif self._pidfd >= 0:
             signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+
+
+@contextmanager
+def _pipe_with(text: str) -> Iterator[int]:
+    """The end of a pipe from which this text can be read, and nothing more."""
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, text.encode())
+        os.close(writing)
+        yield reading
+    finally:
+        os.close(reading)
 
 
 def _write(folder: Path, record: Record) -> None:

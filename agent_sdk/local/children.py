@@ -38,7 +38,7 @@ class Child:
         since: int,
         *,
         by_thread: bool = not HAS_PIDFD,
-        why: Callable[[Exit], str] | None = None,
+        why: Callable[[int | None], str] | None = None,
     ) -> None:
         """Begin to wait for the end of `popen`.
 
@@ -163,7 +163,7 @@ class Child:
             self._found = Exit(status="killed", signal=os.WTERMSIG(status), duration=seconds)
         else:
             self._found = Exit(status="exited", exit_code=os.WEXITSTATUS(status), duration=seconds)
-        if self._why is not None and (reason := self._why(self._found)):
+        if self._why is not None and (reason := self._why(self._found.exit_code)):
             self._found = replace(self._found, reason=reason)
         if (rest := self.on_death()) is not None:
             self._last_words = self._loop.create_task(rest)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal
 
+from agent_sdk.limits import Counts, LimitWatch
 from agent_sdk.local.arguments import check_seconds, encode
 from agent_sdk.local.bash import Bash, Report, restoring
 from agent_sdk.local.processes import SPOOL_KEPT_BYTES
@@ -30,11 +31,16 @@ StartBash = Callable[[Callable[[bytes], bool], Callable[[Report], None]], Bash]
 class LocalShell:
     """Implements `workspace.Shell`."""
 
-    def __init__(self, name: str, spool_folder: str, start_bash: StartBash) -> None:
+    def __init__(
+        self, name: str, spool_folder: str, start_bash: StartBash, limits: LimitWatch | None = None
+    ) -> None:
         """Describe it; bash starts at the first use."""
         self._name = name
         self._spool_folder = spool_folder
         self._start_bash = start_bash
+        self._limits = limits
+        self._counts = Counts()
+        """How often limits were run into when the command began."""
         self._starting = asyncio.Lock()
         self._bash: Bash | None = None
         self._report: Report | None = None
@@ -77,6 +83,8 @@ class LocalShell:
             return await self._answer("busy")
         dropped = self._turn_page()
         self._exit_code = None
+        if self._limits is not None:
+            self._counts = self._limits.look()
         with suppress(ProcessNotFound):  # it ended just now, as the answer will say
             self._command = bash.run(text)
         try:
@@ -246,10 +254,12 @@ class LocalShell:
             if spool.has_file:
                 lacks = await spool.settle(final=False)
                 path = spool.path
+        over = status in ("done", "ended")
         return ShellResult(
             status=status,
             output=output,
-            exit_code=self._exit_code if status in ("done", "ended") else None,
+            exit_code=self._exit_code if over else None,
+            reason=self._limits.why(self._counts, self._exit_code) if over and self._limits else "",
             cwd="" if self._report is None else self._report.cwd,
             full_output=path,
             full_output_lacks=lacks,

@@ -365,7 +365,7 @@ class LocalWorkspace:
         if not _SHELL_NAME.fullmatch(name):
             raise InvalidParams(f"name: 1..64 letters, digits, _ . or - (got {name!r:.80})")
         if name not in opened.shells:
-            opened.shells[name] = LocalShell(name, opened.spool_folder, self._start_bash)
+            opened.shells[name] = LocalShell(name, opened.spool_folder, self._start_bash, self._limits)
         return opened.shells[name]
 
     def _start_bash(self, take: Callable[[bytes], bool], on_report: Callable[[Report], None]) -> Bash:

@@ -71,6 +71,7 @@ async def connect(
 
     Args:
         url: `http://host:port` or `https://…` of a server, or `unix:///path` of a box.
+        api_key: the key of a server, or the token of a box.
         ssl: which certificates count; None: those that this machine trusts, and SSL_CERT_FILE names.
         direct: go there without the proxy that the environment names.
         conversation: id of an existing one; `new` makes one with `workspace`.
@@ -96,6 +97,7 @@ async def connect(
             protocol_version=PROTOCOL_VERSION,
             client=CLIENT,
             limits=Limits(),
+            auth=api_key if url.startswith("unix:") else None,
             workspace=workspace if conversation == "new" else None,
             conversation=new_id if conversation == "new" else None,
         )

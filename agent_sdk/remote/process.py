@@ -193,4 +193,5 @@ async def _shell_result(call: Awaitable[ShellAnswer], reader: ByteReader) -> She
         cwd=answer.cwd,
         full_output=answer.full_output,
         full_output_lacks=answer.full_output_lacks,
+        reason=answer.reason,
     )

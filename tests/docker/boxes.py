@@ -54,7 +54,7 @@ async def box(sandboxes, owner="one", image=BUSYBOX, **wanted):
 
 
 async def said(box, command):
-    async with RemoteWorkspace(box.url) as workspace:
+    async with RemoteWorkspace(box.url, box.token) as workspace:
         return (await workspace.execute(command)).stdout
 
 

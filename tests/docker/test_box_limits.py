@@ -12,8 +12,7 @@ from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import StorageFull
 from agent_sdk.protocol.methods import Execute, LimitReached
-from agent_sdk.rpc.peer import Peer
-from agent_sdk.rpc.unix import connect_unix
+from agent_sdk.remote.connection import connect
 from tests.docker.boxes import box
 from tests.docker.images import BARE
 from tests.server.wire import GUARD
@@ -28,7 +27,7 @@ FILL = "while (defined($p = fork)) { if (!$p) { sleep 600; exit } } $| = 1; prin
 async def workspace_in(sandboxes, owner="one", **wanted):
     async with (
         box(sandboxes, owner, BARE, **wanted) as started,
-        RemoteWorkspace(started.url) as workspace,
+        RemoteWorkspace(started.url, started.token) as workspace,
     ):
         yield workspace
 
@@ -131,6 +130,5 @@ async def heard_from(started):
         notice = msgspec.json.decode(params, type=LimitReached)
         heard.put_nowait((notice.limit, notice.detail))
 
-    pipe = await connect_unix(started.url.removeprefix("unix://"))
-    async with Peer(pipe, opener=True, on_notice=hear) as peer:
-        yield peer, heard
+    async with connect(started.url, started.token, on_notice=hear) as connection:
+        yield connection.peer, heard

@@ -25,7 +25,7 @@ async def workspace(request, opened):
     async with (
         opened() as sandboxes,
         box(sandboxes, image=request.param) as started,
-        RemoteWorkspace(started.url) as workspace,
+        RemoteWorkspace(started.url, started.token) as workspace,
     ):
         yield workspace
 
@@ -78,13 +78,21 @@ async def test_relative_paths_are_below_the_working_folder(workspace):
 
 @pytest.mark.parametrize("path", ["/proc/1/environ", "/proc/self/mem", "/sys/kernel/notes", "/dev/zero"])
 async def test_what_only_looks_like_a_file_does_not_leave_it(opened, path, tmp_path):
-    async with opened() as sandboxes, box(sandboxes) as started, RemoteWorkspace(started.url) as workspace:
+    async with (
+        opened() as sandboxes,
+        box(sandboxes) as started,
+        RemoteWorkspace(started.url, started.token) as workspace,
+    ):
         with pytest.raises(OSError, match="not a regular file"):
             await workspace.download(path, tmp_path / "copy")
 
 
 async def test_an_idle_box_takes_little_memory(opened):
-    async with opened() as sandboxes, box(sandboxes) as started, RemoteWorkspace(started.url) as workspace:
+    async with (
+        opened() as sandboxes,
+        box(sandboxes) as started,
+        RemoteWorkspace(started.url, started.token) as workspace,
+    ):
         pid = (await workspace.describe()).pid
         status = (await workspace.execute(["cat", f"/proc/{pid}/status"])).stdout
     resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))

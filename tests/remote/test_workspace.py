@@ -41,7 +41,7 @@ class TestOverAUnixSocketToABox(WorkspaceContract):
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
         async with (
             BoxProcess(root, tmp_path / "box", environment=environment) as box,
-            RemoteWorkspace(box.url) as workspace,
+            RemoteWorkspace(box.url, box.token) as workspace,
         ):
             yield workspace
 
@@ -79,6 +79,9 @@ async def test_a_workspace_that_is_not_entered_says_so():
 
 
 async def test_an_idle_box_is_small(tmp_path):
-    async with BoxProcess(tmp_path, tmp_path / "box") as box, RemoteWorkspace(box.url) as workspace:
+    async with (
+        BoxProcess(tmp_path, tmp_path / "box") as box,
+        RemoteWorkspace(box.url, box.token) as workspace,
+    ):
         await workspace.describe()
         assert rss_mib(box.pid) <= 25

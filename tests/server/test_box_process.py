@@ -39,7 +39,7 @@ def gone(pid: int) -> bool:
 
 async def test_a_box_runs_commands_until_the_block_ends(root, folder):
     async with BoxProcess(root, folder, environment=ENVIRONMENT) as box:
-        async with RemoteWorkspace(box.url) as workspace:
+        async with RemoteWorkspace(box.url, box.token) as workspace:
             assert (await workspace.execute("pwd")).stdout.strip() == str(root)
         pid = box.pid
     assert gone(pid)
@@ -72,7 +72,7 @@ async def test_a_box_has_a_session_of_its_own(root, folder):
 async def test_its_folder_may_have_a_path_that_is_too_long_for_a_socket(root, tmp_path):
     async with (
         BoxProcess(root, tmp_path / ("x" * 120), environment=ENVIRONMENT) as box,
-        RemoteWorkspace(box.url) as workspace,
+        RemoteWorkspace(box.url, box.token) as workspace,
     ):
         assert (await workspace.execute("true")).exit_code == 0
 
@@ -118,7 +118,7 @@ async def test_a_box_that_was_killed_shows_how_it_ended(root, folder):
 async def test_what_runs_in_a_box_that_crashes_is_ended(root, folder):
     async with (
         BoxProcess(root, folder, environment=ENVIRONMENT) as box,
-        RemoteWorkspace(box.url) as workspace,
+        RemoteWorkspace(box.url, box.token) as workspace,
     ):
         await workspace.start(["setsid", "sleep", "600"])
         running = [info.pid for info in await workspace.processes()]
@@ -129,7 +129,7 @@ async def test_what_runs_in_a_box_that_crashes_is_ended(root, folder):
 async def test_what_runs_in_a_box_ends_with_it(root, folder):
     async with (
         BoxProcess(root, folder, environment=ENVIRONMENT) as box,
-        RemoteWorkspace(box.url) as workspace,
+        RemoteWorkspace(box.url, box.token) as workspace,
     ):
         process = await workspace.start(["sleep", "600"])
         running = [info.pid for info in await workspace.processes() if info.id == process.id]
@@ -139,11 +139,11 @@ async def test_what_runs_in_a_box_ends_with_it(root, folder):
 async def test_a_box_that_is_let_go_of_is_found_with_what_runs_in_it(root, folder):
     box = BoxProcess(root, folder, environment=ENVIRONMENT)
     await box.start()
-    async with RemoteWorkspace(box.url) as workspace:
+    async with RemoteWorkspace(box.url, box.token) as workspace:
         process = await workspace.start(["cat"])
         await process.write(b"one ")
     box.let_go()
-    async with await BoxProcess.find(folder) as found, RemoteWorkspace(found.url) as workspace:
+    async with await BoxProcess.find(folder) as found, RemoteWorkspace(found.url, found.token) as workspace:
         assert (found.pid, found.instance) == (box.pid, box.instance)
         assert [info.id for info in await workspace.processes()] == [process.id]
     assert gone(box.pid)
@@ -154,7 +154,7 @@ async def test_a_box_without_company_ends_itself_and_leaves_nothing(root, folder
     spool = tmp_path / "output" / "box"
     box = BoxProcess(root, folder, spool=spool, linger=0.0, environment=ENVIRONMENT)
     await box.start()
-    async with RemoteWorkspace(box.url) as workspace:
+    async with RemoteWorkspace(box.url, box.token) as workspace:
         await workspace.execute("head -c 100000 /dev/zero; setsid sleep 600 >/dev/null 2>&1 & echo $! >pid")
         assert any(spool.iterdir())
     async with asyncio.timeout(GUARD):
@@ -167,7 +167,7 @@ async def test_a_box_without_company_ends_itself_and_leaves_nothing(root, folder
 async def test_what_a_dead_box_left_is_ended_and_removed_by_whoever_looks(root, folder, tmp_path):
     box = BoxProcess(root, folder, spool=tmp_path / "spool", environment=ENVIRONMENT)
     await box.start()
-    async with RemoteWorkspace(box.url) as workspace:
+    async with RemoteWorkspace(box.url, box.token) as workspace:
         await workspace.start(["setsid", "sleep", "600"])
         running = [info.pid for info in await workspace.processes()]
         os.kill(box.pid, signal.SIGKILL)

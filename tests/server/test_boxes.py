@@ -220,7 +220,7 @@ async def abandoned(folder, **options):
         **options,
     )
     await box.start()
-    async with RemoteWorkspace(box.url) as there:
+    async with RemoteWorkspace(box.url, box.token) as there:
         await there.start(["cat"], pty=True)
     box.let_go()
     return box

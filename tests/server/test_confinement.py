@@ -72,7 +72,7 @@ async def box(data, confined):
 
 @pytest.fixture
 async def workspace(box):
-    async with box, RemoteWorkspace(box.url) as workspace:
+    async with box, RemoteWorkspace(box.url, box.token) as workspace:
         yield workspace
 
 
@@ -161,7 +161,7 @@ async def test_the_environment_of_the_server_does_not_lead_its_boxes_to_its_own_
     given = {"PATH": os.defpath, "HOME": "/root", "USER": "root", "TMPDIR": "/root/tmp"}
     async with (
         BoxProcess(root, data / "boxes" / root.name, environment=given, confinement=confined) as box,
-        RemoteWorkspace(box.url) as workspace,
+        RemoteWorkspace(box.url, box.token) as workspace,
     ):
         said = await workspace.execute('echo "$HOME $USER ${TMPDIR-none}"; touch "$HOME/file" && umask')
     assert said.stdout.split() == [str(root), "agent", "none", "0022"]
@@ -177,7 +177,7 @@ async def test_it_says_how_it_is_confined(box, workspace, isolation):
 @as_root
 @both
 async def test_what_runs_in_a_confined_box_that_is_killed_is_ended(box):
-    async with box, RemoteWorkspace(box.url) as workspace:
+    async with box, RemoteWorkspace(box.url, box.token) as workspace:
         await workspace.execute("setsid sleep 600 >/dev/null 2>&1 & setsid -f sleep 601")
         inside = psutil.Process(box.pid).children(recursive=True)
         running = [found.pid for found in psutil.process_iter() if found.uids().real == BOX_USER]
@@ -199,7 +199,7 @@ def psutil_marked(pid: int, instance: str) -> bool:
 async def test_in_namespaces_nothing_escapes_its_end(box, confined):
     """Not even what has another session, another parent and no environment."""
     hide = "env -i setsid sh -c 'sleep 600 & exec sleep 600' >/dev/null 2>&1 &"
-    async with box, RemoteWorkspace(box.url) as workspace:
+    async with box, RemoteWorkspace(box.url, box.token) as workspace:
         await workspace.execute(f"{hide} until [ $(pgrep -c sleep) = 2 ]; do :; done")
         inside = psutil.Process(box.pid).children(recursive=True)
         assert sum(child.name() == "sleep" for child in inside) == 2
@@ -223,7 +223,7 @@ async def test_a_confined_box_whose_starter_was_killed_before_it_wrote_the_pid_i
 @as_root
 @both
 async def test_commands_of_a_confined_box_are_asked_to_end_before_they_are_killed(box):
-    async with box, RemoteWorkspace(box.url) as workspace:
+    async with box, RemoteWorkspace(box.url, box.token) as workspace:
         process = await workspace.start("trap 'echo asked >asked; exit' HUP TERM; echo set; sleep 600 & wait")
         async for _ in process.output():
             break
@@ -235,11 +235,11 @@ async def test_commands_of_a_confined_box_are_asked_to_end_before_they_are_kille
 @both
 async def test_a_confined_box_that_is_let_go_of_is_found_with_what_runs_in_it(box, data, confined):
     await box.start()
-    async with RemoteWorkspace(box.url) as workspace:
+    async with RemoteWorkspace(box.url, box.token) as workspace:
         process = await workspace.start(["cat"])
     box.let_go()
     found = await BoxProcess.find(box.folder, data / "output" / box.folder.name, confined)
-    async with found, RemoteWorkspace(found.url) as workspace:
+    async with found, RemoteWorkspace(found.url, found.token) as workspace:
         assert (found.pid, found.instance) == (box.pid, box.instance)
         assert [info.id for info in await workspace.processes()] == [process.id]
     assert gone(box.pid)

@@ -175,7 +175,8 @@ def _typed(wanted: TerminalArguments) -> tuple[bytes, bool | None]:
 
 def _told(result: ShellResult, wanted: TerminalArguments) -> ToolResult:
     """The result in words for the model and facts for programs."""
-    notes = "\n".join(_notes(result, wanted))
+    told = [f"[{result.reason}]"] if result.reason else []
+    notes = "\n".join([*told, *_notes(result, wanted)])
     text, cut = _shown(result, MODEL_CHARS - len(notes) - 1)
     data: dict[str, Any] = {"exit_code": result.exit_code, "cwd": result.cwd, "status": result.status}
     if result.full_output:

@@ -164,6 +164,7 @@ class ShellAnswer(Struct, frozen=True, kw_only=True):
     full_output_lacks: int = 0
     output_bytes: int = 0
     text: str | None = None
+    reason: str = ""
 
 
 class ShellRun(Effect[ShellAnswer], frozen=True, kw_only=True):
@@ -319,6 +320,8 @@ class Claim(Effect[WorkspaceInfo], frozen=True, kw_only=True):
     """What it calls itself from now on."""
     env: dict[str, str] = {}
     """Added to the environment of its commands."""
+    token: str = ""
+    """What later connections have to give as `auth` of their `initialize`; commands in the box do not know it."""
 
 
 class LimitReached(Notice, frozen=True, kw_only=True):
