@@ -36,7 +36,7 @@ from agent_sdk.local.environment import unpacked
 from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.rpc.unix import serve_socket, serve_unix
-from agent_sdk.seccomp import install_filter
+from agent_sdk.seccomp import hide_memory, install_filter
 
 SOCKET, RECORD = "box.sock", "box.json"
 LOG_BYTES = 1 << 20
@@ -123,12 +123,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.seccomp:
             install_filter()
+        if given.init:
+            _begin_below()
         asyncio.run(serve(given))
     except (AgentServerError, OSError) as exc:
         sys.stderr.write(f"box: {exc}\n")
         return 1
     _remove(given.folder, given.spool)
     return 0
+
+
+def _begin_below() -> None:
+    """Go on in a child. This process passes signals on to it and reaps what commands leave, as the first one has to."""
+    box = os.fork()
+    if box == 0:
+        return
+    hide_memory()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os.kill(box, number))
+    while True:
+        ended, status = os.wait()
+        if ended == box:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
 
 
 def _options() -> argparse.ArgumentParser:
@@ -153,6 +170,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seccomp", action="store_true", help="filter the system calls of all that runs in it"
     )
+    parser.add_argument("--init", action="store_true", help="be the first process of a container, too")
     parser.add_argument("--ready", help="a FIFO somebody reads, to write `ready` to")
     parser.add_argument("--spare-bash", default="", help="how bash is started where there is none")
     return parser

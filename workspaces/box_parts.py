@@ -38,7 +38,7 @@ def box_parts(
         runtime: of the engine.
     """
     options = ["--folder", FOLDER, "--root", "/", "--working-dir", WORKSPACE, "--spool", OUTPUT]
-    options += ["--linger", str(linger), "--ready", f"{FOLDER}/{READY}", "--seccomp"]
+    options += ["--linger", str(linger), "--ready", f"{FOLDER}/{READY}", "--seccomp", "--init"]
     own = [(places.workspace, WORKSPACE), (places.folder, FOLDER), (places.output, OUTPUT), *temporary]
     fixed = [(places.runtime, RUNTIME)]
     fixed += [(f"{places.etc}/{number}", target) for number, (target, _) in enumerate(accounts.files)]

@@ -128,7 +128,7 @@ def _host_config(spec: Sandbox, parts: Parts) -> dict[str, Any]:
             _limit("memlock", 64 << 10),
             _limit("msgqueue", 0),
         ],
-        "Init": True,
+        "Init": False,  # ours is in the box, where no mount can take its place
         "AutoRemove": False,
         "RestartPolicy": {"Name": "no"},
         "LogConfig": {"Type": "json-file", "Config": {"max-size": "1m", "max-file": "2"}},

@@ -15,9 +15,6 @@ _FROM_THE_ENGINE = (
     "/etc/resolv.conf",
     "/etc/hostname",
     "/etc/hosts",
-    "/sbin/docker-init",
-    "/usr/sbin/docker-init",  # where /sbin is a symlink
-    "/dev/init",
 )
 _OWN_KERNEL = frozenset({"runsc"})
 """Runtimes with a kernel of their own, which says other things of itself."""

@@ -9,10 +9,12 @@ import msgspec
 import pytest
 
 from agent_sdk import RemoteWorkspace
+from agent_sdk.agent.tools.terminal import TerminalTool
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import StorageFull
 from agent_sdk.protocol.methods import Execute, LimitReached
 from agent_sdk.remote.connection import connect
+from agent_sdk.tools import ToolContext
 from tests.docker.boxes import box
 from tests.docker.images import BARE
 from tests.server.wire import GUARD
@@ -39,6 +41,19 @@ async def test_a_command_that_is_killed_for_want_of_memory_says_so(opened):
         assert result.reason == "killed: out of memory (limit 64 MiB)"
         result = await workspace.execute("tail /dev/zero; exit 3")
         assert (result.exit_code, result.reason) == (3, "killed: out of memory (limit 64 MiB)")
+
+
+async def test_a_memory_kill_is_told_in_shells_and_to_the_model(opened):
+    told = "killed: out of memory (limit 64 MiB)"
+    async with opened() as sandboxes, workspace_in(sandboxes, memory="64m") as workspace:
+        shell = workspace.shell()
+        assert (await shell.run("true")).reason == ""
+        killed = await shell.run("tail /dev/zero")
+        assert (killed.status, killed.exit_code, killed.reason) == ("done", 137, told)
+        assert (await shell.run("tail /dev/zero | cat")).reason == told  # its exit code says nothing
+        arguments = '{"command": "tail /dev/zero"}'
+        result = await TerminalTool("model").run(arguments, ToolContext(workspace=workspace, secrets={}))
+        assert f"[{told}]\n[The command completed with exit code 137.]" in result.text
 
 
 async def test_many_small_processes_that_take_all_memory_die_before_the_box(opened):
@@ -80,7 +95,7 @@ async def test_a_fork_bomb_is_ended_when_its_time_is_over(opened):
         )
         async with asyncio.timeout(GUARD):
             left = await workspace.execute("cat /proc/[0-9]*/comm")
-        assert sorted(left.stdout.split()) == ["cat", "docker-init", "ld.so"]
+        assert sorted(left.stdout.split()) == ["cat", "ld.so", "ld.so"]
 
 
 async def test_processes_of_one_sandbox_do_not_count_in_another(opened):

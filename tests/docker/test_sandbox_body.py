@@ -133,7 +133,7 @@ def test_what_an_engine_leaves_out_or_writes_as_nothing_is_no_difference():
         ("PortBindings", {"22/tcp": [{"HostPort": "22"}]}),
         ("Devices", [{"PathOnHost": "/dev/sda"}]),
         ("Ulimits", []),
-        ("Init", False),
+        ("Init", True),
         ("Runtime", "other"),
         ("LogConfig", {"Type": "journald", "Config": {}}),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -92,17 +93,15 @@ async def test_a_health_check_is_not_run(server, engine, image):
         assert "Health" not in held["State"]
 
 
-async def test_variables_are_for_commands_and_do_not_reach_the_box(server, image):
+async def test_variables_are_for_commands_and_do_not_reach_the_box(server, engine, image):
     odd = image(
         "ENV LD_PRELOAD=/no/such.so PYTHONPATH=/evil PATH=/bin:/opt/its/own HOME=/root GREETING='hello you'"
     )
     async with sandbox(server, odd, env={"MORE": "1", "GREETING": "mine"}) as workspace:
         result = await workspace.execute('echo "$PYTHONPATH $PATH $HOME $MORE $GREETING"')
         assert result.stdout == "/evil /bin:/opt/its/own /workspace 1 mine\n"
-        box = (await workspace.describe()).pid
-        own = (
-            await workspace.execute(f"tr '\\0' '\\n' </proc/{box}/environ || cat /proc/{box}/environ")
-        ).stdout
+        held = await container(engine, workspace)
+        own = Path(f"/proc/{held['State']['Pid']}/environ").read_text()
     assert "HOME=/workspace" in own
     assert "LD_PRELOAD" not in own
     assert "PYTHONPATH" not in own

@@ -11,7 +11,7 @@ import pytest
 
 from agent_sdk.ids import new_id
 from agent_sdk.profile import present_profile
-from agent_sdk.protocol.errors import OpMismatch, StateConflict
+from agent_sdk.protocol.errors import OpMismatch, StateConflict, Unauthorized
 from agent_sdk.protocol.methods import Claim, ClientInfo, Describe, Execute, FilesList, Initialize
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import Peer
@@ -114,3 +114,22 @@ def test_a_profile_names_the_mounts_and_the_network_of_this_machine():
     assert {"/", "/proc"} <= {mount.target for mount in profile.mounts}
     assert "lo" in profile.interfaces
     assert profile.kernel.startswith("Linux version ")
+
+
+async def test_whoever_does_not_show_the_token_is_served_nothing_and_is_no_company(connect):
+    async with connect() as keeper, connect() as early:
+        await keeper.call(Claim(op_id=new_id(), instance=new_id(), token="a token"))
+        async with connect() as stranger:
+            for call in (Describe(), Execute(op_id=new_id(), shell="true"), hello("guessed"), hello(None)):
+                for peer in (stranger, early):
+                    with pytest.raises(Unauthorized, match="nobody else"):
+                        await peer.call(call)
+        async with connect() as other:
+            await other.call(hello("a token"))
+            assert await ran(other, "echo $((6 * 7))") == "42\n"
+        assert await ran(keeper, "echo still") == "still\n"
+
+
+def hello(token):
+    client = ClientInfo(name="test", version="1")
+    return Initialize(protocol_version=1, client=client, limits=Limits(), auth=token)

@@ -1,5 +1,6 @@
 """Whom one can talk to."""
 
+import json
 import os
 import socket
 import struct
@@ -148,6 +149,23 @@ def datagram(host, port, data, answered=False):
             return bool(one.recv(512)) if answered else True
     except OSError:
         return False
+
+
+@attack
+def use_the_socket_of_the_box():
+    """Ask it for what it tells those who keep it, and be company to it for ever."""
+    with socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(5)
+        one.connect("/run/agent/box.sock")
+        client = {"name": "attack", "version": "1"}
+        hello = {"protocol_version": 1, "client": client, "auth": "guessed"}
+        for id, method, params in ((1, "initialize", hello), (2, "workspace.describe", {})):
+            call_ = json.dumps({"jsonrpc": "2.0", "id": id, "method": method, "params": params}).encode()
+            one.sendall(struct.pack(">IB", len(call_), 1) + call_)
+        answer = b""
+        while b'"id":2' not in answer.replace(b" ", b"") and (more := one.recv(1 << 16)):
+            answer += more
+    return enough([answer] if b'"result"' in answer else [])
 
 
 def speaks(path):

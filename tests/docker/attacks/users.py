@@ -5,7 +5,7 @@ import signal
 import stat
 import struct
 
-from .attempt import GIVEN, RefusedError, attack, content, enough, lines, opens, pids, readable
+from .attempt import GIVEN, RefusedError, attack, call, content, enough, lines, opens, pids, readable
 
 ELSEWHERE = ("/proc", "/sys", "/dev", "/usr", "/lib", "/opt")
 SETUID = [
@@ -87,8 +87,38 @@ def set_a_trusted_attribute():
 
 def strangers():
     """Processes of other users."""
-    mine = os.getuid()
-    return [pid for pid in pids() if os.stat(f"/proc/{pid}").st_uid != mine]
+    return [pid for pid in pids() if user_of(pid) != os.getuid()]
+
+
+def user_of(pid):
+    """Whoever owns its files in /proc may be another one: nobody, of a process that hides."""
+    found = [line.split()[1] for line in lines(f"/proc/{pid}/status") if line.startswith("Uid:")]
+    return int(found[0]) if found else -1
+
+
+def boxes():
+    """The processes that keep this one: they see that it has a terminal, and what it says."""
+    return [pid for pid in pids() if b"agent_sdk.box" in content(f"/proc/{pid}/cmdline")]
+
+
+@attack
+def open_memory_of_the_box():
+    return enough([pid for pid in boxes() if opens(f"/proc/{pid}/mem")])
+
+
+@attack
+def read_environment_of_the_box():
+    return enough([pid for pid in boxes() if readable(f"/proc/{pid}/environ")])
+
+
+@attack
+def list_descriptors_of_the_box():
+    return enough([pid for pid in boxes() if os.listdir(f"/proc/{pid}/fd")])
+
+
+@attack
+def take_a_descriptor_of_the_box():
+    return enough([call(438, os.pidfd_open(pid), 3, 0) for pid in boxes()])
 
 
 @attack
