@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from hmac import compare_digest
+from _operator import _compare_digest as compare_digest  # hmac would load OpenSSL, 3.6 MB
 from typing import Any
 
 from msgspec.structs import replace

@@ -1,8 +1,10 @@
-"""The SHA-256 of files that move, loaded when the first one does."""
+"""SHA-256, of files that move and of calls that may come again, loaded when the first one does."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -13,3 +15,10 @@ def sha256() -> _Hash:
     import hashlib  # noqa: PLC0415  it loads OpenSSL, 3.6 MB that a box without transfers does not need
 
     return hashlib.sha256()
+
+
+def digest_of(*params: Any) -> bytes:
+    """Return the SHA-256 of values that JSON can say: the same for the same values."""
+    digest = sha256()
+    digest.update(msgspec.json.encode(params, order="sorted"))
+    return digest.digest()

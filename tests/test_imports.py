@@ -28,6 +28,16 @@ def test_a_box_needs_no_http_library_no_database_and_no_openssl_to_start():
     assert not loaded("import agent_sdk.box") & (HEAVY | {"anyio", "hashlib"})
 
 
+def test_a_box_takes_nothing_along_that_its_runtime_has_not():
+    code = (
+        "import sys, agent_sdk.box; print(*[name for name in sys.modules if name.startswith('agent_sdk.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [
+        name for name in done.stdout.split() if name.startswith(("agent_sdk.agent", "agent_sdk.remote"))
+    ] == []
+
+
 def test_a_workspace_in_a_container_loads_no_heavy_package_before_it_is_entered():
     assert not loaded("from workspaces import DockerWorkspace; DockerWorkspace()") & HEAVY
     assert not loaded("import workspaces.reaper") & (HEAVY | {"msgspec", "anyio", "asyncio"})

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from agent_sdk.digest import sha256
+from agent_sdk.digest import digest_of
 from agent_sdk.local.journal import Journal
 from agent_sdk.local.log import Operation
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch
@@ -33,9 +33,7 @@ def check_text(text: str) -> None:
 
 def operation(op_id: str, *params: Any) -> Operation:
     """Return the ledger's row for a call with these params, which JSON can say; its result comes later."""
-    digest = sha256()
-    digest.update(msgspec.json.encode(params, order="sorted"))
-    return Operation(op_id, digest.digest(), b"null")
+    return Operation(op_id, digest_of(*params), b"null")
 
 
 def answering(op: Operation | None, result: Any) -> Operation | None:

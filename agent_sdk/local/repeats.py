@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from agent_sdk.digest import digest_of
 from agent_sdk.ids import checked_op_id
-from agent_sdk.local.receipts import operation
 from agent_sdk.protocol.errors import AgentServerError, OpMismatch
 
 KEPT = 1000
@@ -44,7 +44,8 @@ class Repeats:
             InvalidParams: the op_id is no UUID.
             OpMismatch: it was used for another call.
         """
-        digest = operation(checked_op_id(op_id), *call).digest
+        checked_op_id(op_id)
+        digest = digest_of(*call)
         known = self._calls.get(op_id)
         if known is None or not known.counts:
             known = self._calls[op_id] = _Call(digest, asyncio.create_task(_run(action)))
