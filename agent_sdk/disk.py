@@ -38,6 +38,8 @@ PIECE_BYTES = 64 << 10
 BLOCK_BYTES = 1 << 20
 """Disk is read and written in blocks of this size: one visit to a thread costs as much as copying 100 KiB."""
 PERMISSIONS = 0o777
+_NO_TMPFILE = (None, errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
+"""What a system says that has no files without a name; None: Python knows of none."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -97,10 +99,19 @@ def refuse_irregular(mode: int, path: str) -> None:
 class Source:
     """An open file and its bytes from `offset` on, in pieces of at most 64 KiB. It owns the descriptor."""
 
-    def __init__(self, fd: int, path: str, *, offset: int = 0, length: int | None = None) -> None:
-        """Takes over `fd`; it has to be open on a regular file."""
+    def __init__(
+        self, fd: int, path: str, *, offset: int = 0, length: int | None = None, as_is: bool = False
+    ) -> None:
+        """Takes over `fd`; it has to be open on a regular file.
+
+        Args:
+            offset: where to begin.
+            length: how much at most.
+            as_is: take what is there, also when the file changes meanwhile.
+        """
         self._fd = fd
         self._path = path
+        self._as_is = as_is
         self._first = os.fstat(fd)
         self.size = self._first.st_size
         self.mode = self._first.st_mode & PERMISSIONS
@@ -115,16 +126,19 @@ class Source:
         """
         while self._position < self._end:
             block = memoryview(await in_thread(self._read_block))
+            if not block:
+                return
             for start in range(0, len(block), PIECE_BYTES):
                 yield bytes(block[start : start + PIECE_BYTES])
-        await in_thread(self._check_unchanged)
+        if not self._as_is:
+            await in_thread(self._check_unchanged)
 
     def _read_block(self) -> bytes:
         try:
             data = os.pread(self._fd, min(BLOCK_BYTES, self._end - self._position), self._position)
         except OSError as exc:
             raise path_error(exc, self._path) from exc
-        if not data:
+        if not data and not self._as_is:
             raise ChangedDuringRead(f"the file became shorter: {self._path}", path=self._path)
         self._position += len(data)
         return data
@@ -170,32 +184,57 @@ class AtomicFile:
         if len(self._buffer) >= BLOCK_BYTES:
             await in_thread(self._flush)
 
-    async def commit(self, *, size: int | None = None, mode: int | None = None) -> Transferred:
+    @property
+    def size(self) -> int:
+        """How many bytes came so far."""
+        return self._size + len(self._buffer)
+
+    async def commit(
+        self, *, size: int | None = None, digest: bytes | None = None, mode: int | None = None
+    ) -> Transferred:
         """Make the file durable and put it in the target's place.
 
         Args:
             size: bytes that should have come.
+            digest: their SHA-256.
             mode: as in the constructor, for those who learn it late.
 
         Raises:
-            TransferBroken: `size` differs from what came; nothing is kept.
+            TransferBroken: what came differs from what should have come; nothing is kept.
         """
         if mode is not None:
             self._mode = mode
-        return await in_thread(self._commit, size)
+        return await in_thread(self._commit, size, digest)
 
     def open(self) -> None:
         """Make the temporary file. Blocks."""
         try:
             self._replaced = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
             refuse_irregular(self._replaced.st_mode, self._path)
+            self._ask()
         except FileNotFoundError:
             pass
-        # A hidden name, short whatever the target's is: the file system's limit is 255 bytes for both.
-        self._temporary = f".{os.urandom(8).hex()}.part".encode()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         private = self._mode is not None or self._replaced is not None
-        self._fd = os.open(self._temporary, flags, 0o600 if private else 0o644, dir_fd=self._folder)
+        mode = 0o600 if private else 0o644
+        try:  # Without a name: whatever kills this process, nothing is left.
+            if not os.path.exists(_OPEN_FILES):
+                raise OSError(errno.ENOSYS, "no /proc, where it gets its name in the end")
+            self._fd = os.open(b".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, mode, dir_fd=self._folder)
+        except (OSError, AttributeError) as exc:
+            if getattr(exc, "errno", None) not in _NO_TMPFILE:
+                raise
+            self._temporary = _hidden_name()
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._fd = os.open(self._temporary, flags, mode, dir_fd=self._folder)
+
+    def _ask(self) -> None:
+        """Refuse to replace a file that may not be written: a rename asks for nothing but the folder's permission."""
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            os.close(os.open(self._name, flags, dir_fd=self._folder))
+        except OSError as exc:
+            if exc.errno != errno.ETXTBSY:  # a program that runs can be replaced, though not written
+                raise
 
     def close(self) -> None:
         """Remove what was not committed. Blocks; harmless when repeated."""
@@ -221,15 +260,24 @@ class AtomicFile:
             raise path_error(exc, self._path) from exc
         self._buffer = bytearray()
 
-    def _commit(self, size: int | None) -> Transferred:
+    def _commit(self, size: int | None, digest: bytes | None) -> Transferred:
         self._flush()
         if size is not None and size != self._size:
             raise TransferBroken(
                 f"{size} bytes were announced and {self._size} came: {self._path}", path=self._path
             )
+        if digest is not None and digest != self._digest.digest():
+            raise TransferBroken(
+                f"the SHA-256 of the {self._size} bytes that came differs from the sender's: {self._path}",
+                path=self._path,
+            )
         try:
             mode = self._settle_mode()
             os.fsync(self._fd)
+            if not self._temporary:
+                name = _hidden_name()
+                os.link(f"{_OPEN_FILES}/{self._fd}", name, dst_dir_fd=self._folder, follow_symlinks=True)
+                self._temporary = name
             os.rename(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             self._temporary = b""
             _sync_folder(self._folder)
@@ -247,6 +295,14 @@ class AtomicFile:
         elif old is not None:
             os.fchmod(self._fd, old.st_mode & PERMISSIONS)
         return os.fstat(self._fd).st_mode & PERMISSIONS
+
+
+_OPEN_FILES = "/proc/self/fd"
+
+
+def _hidden_name() -> bytes:
+    """A name that is short whatever the target's is: the file system's limit is 255 bytes for both."""
+    return f".{os.urandom(8).hex()}.part".encode()
 
 
 def _sync_folder(folder: int) -> None:

@@ -6,7 +6,7 @@ It knows no transport and no policy; each handler is the contract's call plus th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
@@ -16,7 +16,13 @@ from msgspec.structs import replace
 from agent_sdk.digest import sha256
 from agent_sdk.local.process import LocalProcess
 from agent_sdk.local.workspace import LocalWorkspace
-from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, ProcessNotFound, TransferBroken
+from agent_sdk.protocol.errors import (
+    ChangedDuringRead,
+    ConnectionLost,
+    InvalidParams,
+    ProcessNotFound,
+    TransferBroken,
+)
 from agent_sdk.protocol.methods import (
     Count,
     Describe,
@@ -47,6 +53,7 @@ from agent_sdk.protocol.methods import (
     ShellSend,
     Started,
     Upload,
+    UploadOffset,
 )
 from agent_sdk.protocol.results import (
     Exit,
@@ -59,7 +66,7 @@ from agent_sdk.protocol.results import (
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound
 from agent_sdk.rpc.pipe import DISCONNECTED
-from agent_sdk.rpc.stream import ByteReader, ByteWriter
+from agent_sdk.rpc.stream import ByteWriter
 from agent_sdk.workspace import ExecResult, Output, OutputName, ShellResult
 
 STDIN_BYTES = 64 << 20
@@ -87,6 +94,7 @@ def workspace_handlers(workspace: LocalWorkspace, ledger: Ledger) -> dict[type[M
         ShellSend: served.shell_send,
         ShellReset: served.shell_reset,
         Upload: served.upload,
+        UploadOffset: served.upload_offset,
         Download: served.download,
         FilesList: served.files_list,
         FilesStat: served.files_stat,
@@ -293,30 +301,49 @@ class _Served:
 
     async def upload(self, params: Upload, call: Inbound) -> Transferred:
         async with call.reading(params.channel) as reader:
-            return await self._ledger.run(
-                params,
-                lambda: self._workspace.write_stream(
-                    params.path, _verified(reader), size=params.size, mode=params.mode
-                ),
+            await self._give_way(params.op_id)
+            receive = partial(
+                self._workspace.uploads.receive,
+                *(params.op_id, params.path, reader, lambda: reader.trailer),
+                since=params.since,
+                size=params.size,
+                mode=params.mode,
             )
+            return await self._ledger.run(params, receive)
+
+    async def upload_offset(self, params: UploadOffset, call: Inbound) -> Count:
+        await self._give_way(params.op_id)
+        return Count(self._workspace.uploads.size(params.op_id))
+
+    async def _give_way(self, op_id: str) -> None:
+        if self._workspace.uploads.give_way(op_id):
+            await self._ledger.settled(op_id)
 
     async def download(self, params: Download, call: Inbound) -> Transferred:
+        files = self._workspace.files
         async with (
             call.writing(params.channel) as writer,
-            self._workspace.read_stream(params.path, offset=params.offset, length=params.length) as source,
+            files.read_stream(
+                params.path, offset=params.offset, length=params.length, as_is=params.as_is
+            ) as source,
         ):
-            digest = sha256()
+            digest, size = sha256(), 0
+            await writer.skip_to(params.since)
             async for data in source:
                 digest.update(data)
-                await writer.write(data)
+                size += len(data)
+                if size > writer.offset:
+                    await writer.write(data[writer.offset - size :])
+            if size < params.since:
+                raise ChangedDuringRead(f"the file became shorter: {params.path}", path=params.path)
             await writer.finish(digest.digest())
-            return Transferred(writer.offset, digest.hexdigest(), source.mode)
+            return Transferred(size, digest.hexdigest(), source.mode)
 
     async def files_list(self, params: FilesList, call: Inbound) -> list[FileInfo]:
         return await self._workspace.files.list(params.path, depth=params.depth, hidden=params.hidden)
 
     async def files_stat(self, params: FilesStat, call: Inbound) -> FileInfo:
-        return await self._workspace.files.stat(params.path)
+        return await self._workspace.files.stat(params.path, follow=params.follow)
 
     async def files_remove(self, params: FilesRemove, call: Inbound) -> Done:
         remove = self._workspace.files.remove
@@ -412,13 +439,3 @@ async def _finish(writer: ByteWriter, output: Output, since: int = 0) -> None:
                 await writer.write(rest)
         await writer.skip_to(max(writer.offset, output.size))
         await writer.finish()
-
-
-async def _verified(reader: ByteReader) -> AsyncIterator[bytes]:
-    """The bytes of an upload; breaks before its end when the digest of the sender differs."""
-    digest = sha256()
-    async for chunk in reader:
-        digest.update(chunk.data)
-        yield chunk.data
-    if reader.trailer != digest.digest():
-        raise TransferBroken(f"the SHA-256 of the {reader.size} bytes that came differs from the sender's")

@@ -7,6 +7,7 @@ the root unless another one was chosen, or absolute and below the root. Bytes ar
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from os import PathLike
@@ -136,13 +137,34 @@ class ShellResult(Struct, frozen=True, kw_only=True):
     """What went wrong besides, e.g. `killed: out of memory (limit 512 MiB)`."""
 
 
+OnProgress = Callable[[int, int], Awaitable[None] | None]
+"""Called with how many bytes of a file have moved, and how many there are."""
+
+
+class Progress:
+    """How far a file has come, for who wants to know; over a second connection it is told from where it was."""
+
+    def __init__(self, on_progress: OnProgress | None, total: int) -> None:
+        self._on_progress = on_progress
+        self._total = total
+        self._reached = -1
+
+    async def reach(self, position: int) -> None:
+        """So many bytes have moved."""
+        if self._on_progress is not None and position > self._reached:
+            self._reached = position
+            waiting = self._on_progress(position, self._total)
+            if inspect.isawaitable(waiting):
+                await waiting
+
+
 class FileStream(Protocol):
     """A file being read: its bytes in order, in one iteration."""
 
     size: int
-    """Bytes of the whole file; final once the iteration has ended."""
+    """Bytes of the whole file, whatever part of it is read."""
     mode: int
-    """Permission bits; final once the iteration has ended."""
+    """Permission bits."""
 
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
@@ -395,14 +417,24 @@ class Workspace(Protocol):
         """Return the persistent shell of this name; it starts at its first use."""
         ...
 
-    async def upload(self, source: str | PathLike[str], target: str) -> Transferred:
+    async def upload(
+        self, source: str | PathLike[str], target: str, *, on_progress: OnProgress | None = None
+    ) -> Transferred:
         """Copy a file of this machine into the workspace: whole and verified, or not at all.
 
-        Constant memory, any size; parents are made, mode bits kept.
+        Constant memory, any size; parents are made, mode bits kept. `on_progress` is called with the bytes
+        that have moved and their number in all; a slow one delays the transfer. Where a connection is lost
+        it goes on over the next one behind what has come.
+
+        Raises:
+            PathNotFound, PathDenied, IsADirectory, NotARegularFile, StorageFull: as the paths deserve.
+            ChangedDuringRead: the file changes meanwhile.
         """
         ...
 
-    async def download(self, source: str, target: str | PathLike[str]) -> Transferred:
+    async def download(
+        self, source: str, target: str | PathLike[str], *, on_progress: OnProgress | None = None
+    ) -> Transferred:
         """Copy a file of the workspace to this machine; the mirror image of `upload`."""
         ...
 

@@ -136,9 +136,13 @@ class Passage:
         """Pass the caller's bytes on. Where they break off, the box hears of it at once."""
         async with both:
             with suppress(TransferBroken, ConnectionLost):
-                async for chunk in reader:
-                    await writer.skip_to(chunk.offset)
-                    await writer.write(chunk.data)
+                try:
+                    async for chunk in reader:
+                        await writer.skip_to(chunk.offset)
+                        await writer.write(chunk.data)
+                except (TransferBroken, ConnectionLost):
+                    await writer.flushed()  # what came before counts
+                    raise
                 await writer.skip_to(reader.size)
                 await writer.finish(reader.trailer)
 

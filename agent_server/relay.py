@@ -39,6 +39,7 @@ from agent_sdk.protocol.methods import (
     ShellRun,
     ShellSend,
     Upload,
+    UploadOffset,
 )
 from agent_sdk.protocol.results import Exit, RunningOperation, WorkspaceInfo
 from agent_sdk.remote.link import Linked
@@ -72,7 +73,7 @@ class Relay:
     def handlers(self) -> dict[type[Method[Any]], Handler]:
         """Return who answers the workspace methods."""
         relayed = {method: self._effect if issubclass(method, Effect) else self._look for method in WORKSPACE}
-        return {**relayed, Describe: self._describe}
+        return {**relayed, Describe: self._describe, UploadOffset: self._offset}
 
     async def open(self) -> None:
         """Find out what a former server has begun."""
@@ -99,15 +100,11 @@ class Relay:
 
     async def close(self) -> None:
         """Let go of what runs; it goes on in the box, and whoever repeats it attaches to it."""
-        for run in self._runs():
+        if runs := [run for runs in self._running.values() for run in runs]:
             self._link.owing = True
-            run.passage.let_go = True
-            run.task.cancel()
-        if tasks := [run.task for run in self._runs()]:
-            await asyncio.wait(tasks)
-
-    def _runs(self) -> list[_Run]:
-        return [run for runs in self._running.values() for run in runs]
+            for run in runs:
+                run.passage.let_go = True
+            await _end([run.task for run in runs])
 
     # --- what changes nothing ---
 
@@ -124,6 +121,10 @@ class Relay:
 
     async def _describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
         return await self._link.describe(await self._look(params, call))
+
+    async def _offset(self, params: UploadOffset, call: Inbound) -> Any:
+        await self._end_upload(params.op_id)
+        return await self._look(params, call)
 
     async def _through(self, passage: Passage, linked: Linked) -> Any:
         """Pass a call on, and again when the connection to the box broke.
@@ -171,12 +172,14 @@ class Relay:
             if receipt.whole or known.instance != instance:  # else the box still has the bytes
                 return await receipt.give(params, passage.ways)
         if isinstance(params, Upload):
-            await self._stop(op_id, lambda run: True)  # its bytes come anew
+            await self._end_upload(op_id)  # the rest of its bytes comes over this call
         if known is not None:
             runs = self._running.get(op_id)
             instance = runs[0].instance if runs else known.instance
         run = _Run(params, call, instance, passage)
-        run.task = asyncio.create_task(self._operate(run, streams.pop_all(), fresh=known is None))
+        run.task = asyncio.create_task(
+            self._operate(run, streams.pop_all(), fresh=known is None or isinstance(params, Upload))
+        )
         run.work.enter_context(self._work.under_way())
         self._running.setdefault(op_id, []).append(run)
         run.task.add_done_callback(lambda _: self._ended(run))
@@ -241,12 +244,17 @@ class Relay:
         if run.params.op_id not in self._running and run.task.cancelled():
             await self._finish(run, Receipt.of_error(Cancelled("the call was cancelled")))
 
+    async def _end_upload(self, op_id: str) -> None:
+        """Let go of the bytes that still come for it. Where their caller is gone, what has come goes in first."""
+        runs = [run for run in self._running.get(op_id, ()) if isinstance(run.params, Upload)]
+        for run in runs:
+            run.passage.let_go = True
+        await _end([run.task for run in runs if run.call.peer.lost is None])
+        if runs:
+            await asyncio.wait({run.task for run in runs})
+
     async def _stop(self, op_id: str, which: Callable[[_Run], bool]) -> None:
-        tasks = [run.task for run in self._running.get(op_id, ()) if which(run)]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await _end([run.task for run in self._running.get(op_id, ()) if which(run)])
 
 
 class _Run:
@@ -262,6 +270,13 @@ class _Run:
         self.work = ExitStack()
         self.in_vain = False
         """Whether it failed so that the box has forgotten it."""
+
+
+async def _end(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 def _digest(params: Effect[Any]) -> bytes:

@@ -128,7 +128,12 @@ class Routes:
         assert isinstance(request.protocol, Connection)
         session = Session(
             lobby,
-            WebSocketPipe(socket, patience=CLOSE_SECONDS, linger=LINGER_SECONDS),
+            WebSocketPipe(
+                socket,
+                heartbeat=config.heartbeat_seconds,
+                patience=CLOSE_SECONDS,
+                linger=LINGER_SECONDS,
+            ),
             request.protocol,
             wanted=wanted,
             key_shown=request[KEY_SHOWN],

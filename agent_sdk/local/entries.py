@@ -34,30 +34,40 @@ def open_atomic(root: Root, path: str, mode: int | None, opened: list[AtomicFile
         file.open()
 
 
-def open_source(root: Root, path: str, offset: int, length: int | None, opened: list[Source]) -> None:
-    """Open a regular file for reading, into `opened`."""
+def open_source(
+    root: Root, path: str, offset: int, length: int | None, as_is: bool, opened: list[Source]
+) -> None:
+    """Open a regular file for reading, into `opened`; with `as_is` as `read` does."""
     with root.entry(path) as entry:
         fd = _open_file(root, entry)
-        opened.append(Source(fd, path, offset=offset, length=length))
+        opened.append(Source(fd, path, offset=offset, length=length, as_is=as_is))
+        if as_is:
+            _readable(fd, path, offset, length)
 
 
 def read(root: Root, path: str, offset: int, limit: int | None) -> bytes:
-    """Return bytes of a regular file."""
+    """Return bytes of a regular file, as they are."""
     with root.entry(path) as entry:
         fd = _open_file(root, entry)
         try:
-            wanted = READ_BYTES + 1 if limit is None else min(limit, READ_BYTES + 1)
-            data = _read_up_to(fd, offset, wanted)
+            return _read_up_to(fd, offset, _readable(fd, path, offset, limit))
         finally:
             os.close(fd)
-    if len(data) > READ_BYTES:
+
+
+def _readable(fd: int, path: str, offset: int, limit: int | None) -> int:
+    """Return how many bytes there are to read."""
+    left = max(0, os.fstat(fd).st_size - offset)
+    wanted = left if limit is None else min(left, limit)
+    if wanted > READ_BYTES:
         raise LimitExceeded(
-            f"limit: at most {READ_BYTES} bytes at once: {path}",
+            f"limit: at most {READ_BYTES} bytes at once, and these are {wanted}; read a part, or download it: {path}",
             field="limit",
             limit=READ_BYTES,
+            got=wanted,
             path=path,
         )
-    return data
+    return wanted
 
 
 def listing(root: Root, path: str, depth: int, hidden: bool) -> list[FileInfo]:
@@ -97,9 +107,9 @@ class _Listing:
                 os.close(below)
 
 
-def describe(root: Root, path: str) -> FileInfo:
-    """Describe a path, a symlink itself."""
-    with root.entry(path, follow=False) as entry:
+def describe(root: Root, path: str, follow: bool) -> FileInfo:
+    """Describe a path, a symlink itself or what it leads to."""
+    with root.entry(path, follow=follow) as entry:
         found = entry.stat()
         if found is None:
             raise PathNotFound(f"no such file or folder: {path}", path=path)

@@ -33,9 +33,9 @@ class LocalFiles:
             await file.write(data)
             return await file.commit()
 
-    async def stat(self, path: str) -> FileInfo:
-        """See Files.stat."""
-        return await in_thread(entries.describe, self._root, path)
+    async def stat(self, path: str, *, follow: bool = False) -> FileInfo:
+        """See Files.stat; with `follow` what a symlink leads to."""
+        return await in_thread(entries.describe, self._root, path, follow)
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """See Files.remove; a folder with content and no `recursive` is a PathError ENOTEMPTY."""
@@ -51,15 +51,15 @@ class LocalFiles:
 
     @asynccontextmanager
     async def read_stream(
-        self, path: str, *, offset: int = 0, length: int | None = None
+        self, path: str, *, offset: int = 0, length: int | None = None, as_is: bool = False
     ) -> AsyncIterator[Source]:
-        """See Workspace.read_stream."""
+        """See Workspace.read_stream; with `as_is` what `read` returns."""
         _check_count(offset, "offset")
         if length is not None:
             _check_count(length, "length")
         opened: list[Source] = []
         try:
-            await in_thread(entries.open_source, self._root, path, offset, length, opened)
+            await in_thread(entries.open_source, self._root, path, offset, length, as_is, opened)
             yield opened[0]
         finally:
             for source in opened:
@@ -78,15 +78,19 @@ class LocalFiles:
 
     @asynccontextmanager
     async def _atomic(self, path: str, mode: int | None) -> AsyncIterator[AtomicFile]:
-        if mode is not None and not 0 <= mode <= 0o777:
-            raise InvalidParams(f"mode: 0..0o777 (got {mode:#o})")
         opened: list[AtomicFile] = []
         try:
-            await in_thread(entries.open_atomic, self._root, path, mode, opened)
+            await self.open_atomic(path, mode, opened)
             yield opened[0]
         finally:
             for file in opened:
                 await in_thread(file.close)
+
+    async def open_atomic(self, path: str, mode: int | None, opened: list[AtomicFile]) -> None:
+        """Open a file to be replaced as a whole, into `opened`, from where it has to be closed; parents are made."""
+        if mode is not None and not 0 <= mode <= 0o777:
+            raise InvalidParams(f"mode: 0..0o777 (got {mode:#o})")
+        await in_thread(entries.open_atomic, self._root, path, mode, opened)
 
     async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
         """See Files.list; a symlink to a folder below `path` is listed, not entered."""

@@ -11,14 +11,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from typing import Any, Self
 
-from agent_sdk.disk import atomic_file, in_thread, open_source, path_error
+from agent_sdk.disk import Source, atomic_file, in_thread, open_source, path_error
 from agent_sdk.limits import LimitWatch
 from agent_sdk.local.arguments import check_argv, check_command, check_environment, check_seconds, check_size
 from agent_sdk.local.bash import Bash, Report
@@ -34,6 +34,7 @@ from agent_sdk.local.processes import Processes
 from agent_sdk.local.repeats import Repeats
 from agent_sdk.local.running import Running
 from agent_sdk.local.shell import LocalShell
+from agent_sdk.local.uploads import Uploads
 from agent_sdk.protocol.errors import (
     InvalidParams,
     NotADirectory,
@@ -44,7 +45,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.results import ProcessInfo, Transferred, WorkspaceInfo
-from agent_sdk.workspace import ExecResult, FileStream, OnOutput
+from agent_sdk.workspace import ExecResult, FileStream, OnOutput, OnProgress, Progress
 
 _SHELL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -107,6 +108,8 @@ class LocalWorkspace:
         self._open: _Open | None = None
         self._closing = AsyncExitStack()
         self._files = LocalFiles(self._root)
+        self.uploads = Uploads(self._files)
+        """Files that come in parts, over connections that are lost."""
         self._git = LocalGit(self._root, self._run_git, isolated=isolated)
 
     def __repr__(self) -> str:
@@ -167,6 +170,7 @@ class LocalWorkspace:
             opened, self._open = self._open, None
             if opened is not None:
                 await opened.repeats.close()
+                await self.uploads.close()
                 await opened.children.close()
                 for shell in opened.shells.values():
                     await shell.close()
@@ -381,18 +385,25 @@ class LocalWorkspace:
         except SpawnFailed as failed:
             raise failed.error from None
 
-    async def upload(self, source: str | PathLike[str], target: str) -> Transferred:
+    async def upload(
+        self, source: str | PathLike[str], target: str, *, on_progress: OnProgress | None = None
+    ) -> Transferred:
         """See Workspace.upload."""
         self._opened()
         async with open_source(source) as opened:
-            return await self._files.write_stream(target, opened, size=opened.size, mode=opened.mode)
+            progress = Progress(on_progress, opened.size)
+            async with aclosing(_watched(opened, progress)) as chunks:
+                return await self._files.write_stream(target, chunks, size=opened.size, mode=opened.mode)
 
-    async def download(self, source: str, target: str | PathLike[str]) -> Transferred:
+    async def download(
+        self, source: str, target: str | PathLike[str], *, on_progress: OnProgress | None = None
+    ) -> Transferred:
         """See Workspace.download."""
         self._opened()
         async with self._files.read_stream(source) as opened, atomic_file(target, opened.mode) as file:
-            async for data in opened:
-                await file.write(data)
+            async with aclosing(_watched(opened, Progress(on_progress, opened.size))) as chunks:
+                async for data in chunks:
+                    await file.write(data)
             return await file.commit(size=opened.size)
 
     def read_stream(
@@ -428,6 +439,15 @@ def _input(stdin: bytes | str | None) -> bytes:
         case bytes():
             return stdin
     raise InvalidParams(f"stdin: expected bytes or text, got {type(stdin).__name__}")
+
+
+async def _watched(source: Source, progress: Progress) -> AsyncGenerator[bytes, None]:
+    position = 0
+    await progress.reach(0)
+    async for data in source:
+        yield data
+        position += len(data)
+        await progress.reach(position)
 
 
 async def _wait(running: Running, yield_after: float | None, on_output: OnOutput | None) -> None:

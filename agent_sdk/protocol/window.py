@@ -89,14 +89,15 @@ class ReceiveWindow:
         self.position = offset
         self.ended = True
 
-    def consumed(self, length: int) -> int | None:
+    def consumed(self, length: int, *, any_room: bool = False) -> int | None:
         """Bytes were used up; returns the new total to publish, or None while that is not worth a frame.
 
-        It is worth one when half a window became free, and not any more when the sender is done.
+        It is worth one when half a window became free (`any_room`: anything), and not any more when the
+        sender is done.
         """
         self._consumed += length
         allowed = self._consumed + self._size
-        if self.ended or allowed - self._allowed < self._size // 2:
+        if self.ended or (allowed - self._allowed < self._size // 2 and not any_room):
             return None
         self._allowed = allowed
         return allowed

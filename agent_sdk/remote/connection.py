@@ -175,4 +175,4 @@ async def _reach_server(
         raise unreachable(url, exc, direct=direct) from None
     except (aiohttp.ClientError, OSError, ValueError) as exc:
         raise unreachable(url, exc, direct=direct) from None
-    return WebSocketPipe(socket)
+    return WebSocketPipe(socket, heartbeat=heartbeat)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import LimitExceeded
+from agent_sdk.protocol.errors import ChangedDuringRead
 from agent_sdk.protocol.methods import (
     Download,
     FilesList,
@@ -17,12 +17,9 @@ from agent_sdk.protocol.methods import (
     GitDiff,
     Upload,
 )
-from agent_sdk.remote.link import Link, ask, persistent
-from agent_sdk.remote.transfers import NO_CHANNEL, incoming, outgoing
-from agent_sdk.rpc.peer import Peer
-from agent_sdk.workspace import FileInfo, GitChange, Transferred
-
-READ_BYTES = 64 << 20
+from agent_sdk.remote.link import Link, ask
+from agent_sdk.remote.transfers import NO_CHANNEL, Repeatable, incoming, outgoing
+from agent_sdk.workspace import FileInfo, GitChange, Progress, Transferred
 
 
 class RemoteFiles:
@@ -33,29 +30,25 @@ class RemoteFiles:
 
     async def read(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
         """See Files.read."""
-        wanted = READ_BYTES + 1 if limit is None else min(limit, READ_BYTES)
-        call = Download(path=path, channel=NO_CHANNEL, offset=offset, length=wanted)
-
-        async def read(peer: Peer) -> bytearray:
+        call = Download(path=path, channel=NO_CHANNEL, offset=offset, length=limit, as_is=True)
+        while True:
             data = bytearray()
-            async with incoming(peer, call) as stream:
-                async for piece in stream:
-                    data += piece
-            return data
-
-        data = await persistent(self._link, read, changes_something=False)
-        if limit is None and len(data) > READ_BYTES:
-            raise LimitExceeded(
-                f"{path} is longer than {READ_BYTES} bytes; give a limit, or download it",
-                field="path",
-                limit=READ_BYTES,
-            )
-        return bytes(data)
+            try:
+                async with incoming(self._link, call) as stream:
+                    async for piece in stream:
+                        data += piece
+                return bytes(data)
+            except ChangedDuringRead:  # while there was no connection: what came is of two states
+                continue
 
     async def write(self, path: str, data: bytes, *, mode: int | None = None) -> Transferred:
         """See Files.write."""
+
+        async def content() -> AsyncGenerator[bytes, None]:
+            yield data
+
         call = Upload(op_id=new_id(), path=path, channel=NO_CHANNEL, size=len(data), mode=mode)
-        return await outgoing(self._link, call, lambda: _whole(data))
+        return await outgoing(self._link, call, Repeatable(content), Progress(None, len(data)))
 
     async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
         """See Files.list."""
@@ -91,7 +84,3 @@ class RemoteGit:
     async def diff(self, path: str = ".", *, base: str | None = None) -> str:
         """See Git.diff."""
         return (await ask(self._link, GitDiff(path=path, base=base))).text
-
-
-async def _whole(data: bytes) -> AsyncIterator[bytes]:
-    yield data

@@ -12,7 +12,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple, Protocol, TypeVar
 
-from agent_sdk.protocol.errors import DRAINING, ConnectionLost, OutcomeUnknown, Overloaded, TimedOut
+from agent_sdk.protocol.errors import (
+    DRAINING,
+    AgentServerError,
+    ConnectionLost,
+    OutcomeUnknown,
+    Overloaded,
+    TimedOut,
+)
 from agent_sdk.protocol.methods import Effect, Method
 from agent_sdk.rpc.peer import Peer
 
@@ -101,16 +108,20 @@ async def persistent(
     while True:
         try:
             return await work(linked.peer)
-        except ConnectionLost:
-            if linked.peer.lost is None:
-                raise  # the other end says it, of a connection of its own
-        except Overloaded as exc:
-            if exc.details.get("reason") != DRAINING:
-                raise
-            await linked.peer.wait_closed()  # it was refused; the next server will not
+        except AgentServerError as exc:
+            await passed(linked.peer, exc)
         linked = await link.linked()
         if changes_something and linked.instance != first.instance:
             raise OutcomeUnknown("the place where it ran was lost; whether it was done is not known")
+
+
+async def passed(peer: Peer, error: AgentServerError) -> None:
+    """Return when what failed so over this connection is to be tried over the next one; else raise the error."""
+    if isinstance(error, ConnectionLost) and peer.lost is not None:
+        return  # else the other end says it, of a connection of its own
+    if not (isinstance(error, Overloaded) and error.details.get("reason") == DRAINING):
+        raise error
+    await peer.wait_closed()  # it was refused; the next server will not
 
 
 async def ask(link: Link, call: Method[T]) -> T:

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from agent_sdk.protocol.errors import AgentServerError, InvalidParams, TransferBroken
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams
 from agent_sdk.rpc.stream import ByteReader, Chunk
 from agent_sdk.workspace import HEAD_BYTES, TAIL_BYTES, Output
 
 A = TypeVar("A")
-B = TypeVar("B")
-
-
-async def together(call: Awaitable[A], bytes_: Coroutine[Any, Any, B]) -> tuple[A, B]:
-    """Await a call and the moving of its bytes; whichever fails ends the other.
-
-    Where both fail, the call's error is raised: broken bytes are mostly its consequence.
-    """
-    calling = asyncio.ensure_future(call)
-    moving = asyncio.ensure_future(bytes_)
-    try:
-        await asyncio.wait({calling, moving}, return_when=asyncio.FIRST_EXCEPTION)
-        if moving.done() and isinstance(moving.exception(), TransferBroken):
-            await calling
-        for task in (calling, moving):
-            if task.done() and (error := task.exception()) is not None:
-                raise error
-        return calling.result(), moving.result()
-    finally:
-        calling.cancel()
-        moving.cancel()
-        await asyncio.gather(calling, moving, return_exceptions=True)
 
 
 class Collector:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from os import PathLike
@@ -16,6 +16,7 @@ from agent_sdk.disk import atomic_file, open_source
 from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol.errors import (
     AgentServerError,
+    ChangedDuringRead,
     ConnectionLost,
     ConversationNotFound,
     InvalidParams,
@@ -43,14 +44,15 @@ from agent_sdk.remote.link import Link, ask, persistent
 from agent_sdk.remote.process import RemoteProcess, RemoteShell
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink, Target
 from agent_sdk.remote.streams import milliseconds
-from agent_sdk.remote.transfers import NO_CHANNEL, incoming, once, outgoing
-from agent_sdk.rpc.peer import Peer
+from agent_sdk.remote.transfers import NO_CHANNEL, Once, Repeatable, incoming, outgoing
 from agent_sdk.workspace import (
     ExecResult,
     FileStream,
     OnOutput,
+    OnProgress,
     Process,
     ProcessInfo,
+    Progress,
     Transferred,
     WorkspaceInfo,
 )
@@ -327,29 +329,37 @@ class RemoteWorkspace:
         """See Workspace.shell."""
         return RemoteShell(self.link, name)
 
-    async def upload(self, source: str | PathLike[str], target: str) -> Transferred:
+    async def upload(
+        self, source: str | PathLike[str], target: str, *, on_progress: OnProgress | None = None
+    ) -> Transferred:
         """See Workspace.upload."""
         async with open_source(source) as opened:
             size, mode = opened.size, opened.mode
 
-        async def content() -> AsyncIterator[bytes]:
+        async def content() -> AsyncGenerator[bytes, None]:
             async with open_source(source) as opened:
+                if opened.size != size:
+                    raise ChangedDuringRead(f"the file changed: {source}", path=str(source))
                 async for data in opened:
                     yield data
 
-        return await outgoing(self.link, _upload(target, size, mode), content)
+        progress = Progress(on_progress, size)
+        return await outgoing(self.link, _upload(target, size, mode), Repeatable(content), progress)
 
-    async def download(self, source: str, target: str | PathLike[str]) -> Transferred:
-        """See Workspace.download. Over another connection it begins anew."""
-
-        async def fetch(peer: Peer) -> Transferred:
-            call = Download(path=source, channel=NO_CHANNEL)
-            async with atomic_file(target) as file, incoming(peer, call) as stream:
-                async for data in stream:
-                    await file.write(data)
-                return await file.commit(mode=stream.mode)
-
-        return await persistent(self.link, fetch, changes_something=False)
+    async def download(
+        self, source: str, target: str | PathLike[str], *, on_progress: OnProgress | None = None
+    ) -> Transferred:
+        """See Workspace.download."""
+        call = Download(path=source, channel=NO_CHANNEL)
+        async with atomic_file(target) as file, incoming(self.link, call) as stream:
+            if on_progress is not None:
+                await stream.look()
+            progress = Progress(on_progress, stream.size)
+            await progress.reach(0)
+            async for data in stream:
+                await file.write(data)
+                await progress.reach(file.size)
+            return await file.commit(mode=stream.mode)
 
     @asynccontextmanager
     async def read_stream(
@@ -357,11 +367,13 @@ class RemoteWorkspace:
     ) -> AsyncIterator[FileStream]:
         """See Workspace.read_stream; the SHA-256 of the other end is checked at the end.
 
-        The bytes come over one connection: when it is lost the iteration raises ConnectionLost.
+        When the connection is lost it goes on over the next one. A file that was changed meanwhile raises
+        ChangedDuringRead at the end.
         """
-        peer = (await self.link.linked()).peer
-        call = Download(path=path, channel=NO_CHANNEL, offset=offset, length=length)
-        async with incoming(peer, call) as stream:
+        async with incoming(
+            self.link, Download(path=path, channel=NO_CHANNEL, offset=offset, length=length)
+        ) as stream:
+            await stream.look()
             yield stream
 
     async def write_stream(
@@ -369,10 +381,11 @@ class RemoteWorkspace:
     ) -> Transferred:
         """See Workspace.write_stream; the other end checks the SHA-256.
 
-        `chunks` is read once: when the connection is lost meanwhile this raises ConnectionLost, and
-        nothing was written.
+        `chunks` is read once. When the connection is lost it goes on over the next one, as long as the other
+        end has all but the last 4 MiB; else, where its box was lost, this raises ConnectionLost, and nothing
+        was written.
         """
-        return await outgoing(self.link, _upload(path, size, mode), once(chunks))
+        return await outgoing(self.link, _upload(path, size, mode), Once(chunks), Progress(None, size or 0))
 
 
 def _upload(path: str, size: int | None, mode: int | None) -> Upload:

@@ -102,6 +102,11 @@ class Ledger:
         """Whether this operation is under way."""
         return op_id in self._running
 
+    async def settled(self, op_id: str) -> None:
+        """Wait until this operation is not under way."""
+        while (entry := self._running.get(op_id)) is not None and entry.task is not None:
+            await asyncio.wait({entry.task})
+
     async def run(self, call: Effect[Any], action: Callable[[], Awaitable[T]]) -> T:
         """Run `action` for this call, or attach to its run, or return what it returned, or raise what it raised.
 

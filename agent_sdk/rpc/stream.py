@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Self
@@ -14,6 +15,11 @@ from agent_sdk.rpc.lanes import Frame, Lanes, Line
 from agent_sdk.rpc.pipe import wake
 
 QUEUED_FRAMES = 4
+FIRST_BYTES = 4 << 10
+"""The first frame of a stream; each one may be twice as long as the one before it, so that something arrives also
+over a connection that is thin and does not live long."""
+CREDIT_SECONDS = 0.25
+"""After so long a reader tells how far it is, however little that is: a sign of life on a thin line."""
 
 
 class Chunk(NamedTuple):
@@ -43,6 +49,7 @@ class ByteReader:
         self._chunks: deque[Chunk] = deque()
         self._error: AgentServerError | None = None
         self._arrived: asyncio.Future[None] | None = None
+        self._told = time.monotonic()
 
     @property
     def size(self) -> int:
@@ -61,21 +68,21 @@ class ByteReader:
         """The next chunk. Cancelling loses nothing.
 
         Raises:
-            TransferBroken: the other end gave up; details hold no bytes, what came before is void.
-            ConnectionLost: the connection ended.
+            TransferBroken: the other end gave up, after what it had sent.
+            ConnectionLost: the connection ended, after what had come.
         """
-        while True:
+        while not self._chunks:
             if self._error is not None:
                 raise self._error
-            if self._chunks:
-                break
             if self.window.ended:
                 raise StopAsyncIteration
             self._arrived = asyncio.get_running_loop().create_future()
             await self._arrived
         chunk = self._chunks.popleft()
-        allowed = self.window.consumed(len(chunk.data))
-        if allowed is not None:
+        now = time.monotonic()
+        allowed = self.window.consumed(len(chunk.data), any_room=now - self._told > CREDIT_SECONDS)
+        if allowed is not None and self._error is None:
+            self._told = now
             self._lanes.put_control(frames.credit(self.channel, allowed))
         return chunk
 
@@ -89,6 +96,8 @@ class ByteReader:
         """
         parts: list[bytes] = []
         got = 0
+        if self._error is not None:
+            raise self._error
         async for chunk in self:
             if chunk.offset != got:
                 raise TransferBroken(f"{chunk.offset - got} bytes are missing at {got}")
@@ -113,10 +122,9 @@ class ByteReader:
         wake(self._arrived)
 
     def fail(self, error: AgentServerError) -> None:
-        """Nothing more comes, and what came is void; without effect when all of it has come."""
+        """Nothing more comes; without effect when all of it has come."""
         if not self.over:
             self._error = error
-            self._chunks.clear()
             wake(self._arrived)
 
 
@@ -137,6 +145,7 @@ class ByteWriter:
         self.finished = False
         self.in_turn = False
         self._window = SendWindow(window_bytes)
+        self._longest = FIRST_BYTES
         self._lanes = lanes
         self._on_end = on_end
         self._frames: Line[bytes] = Line()
@@ -160,13 +169,15 @@ class ByteWriter:
                 return
             taken = 0
             if len(self._frames) < QUEUED_FRAMES:
-                taken = self._window.take(min(len(view), self._lanes.payload_bytes))
+                self._longest = min(self._longest, self._lanes.payload_bytes)
+                taken = self._window.take(min(len(view), self._longest))
             if not taken:
                 self._room = asyncio.get_running_loop().create_future()
                 await self._room
                 continue
             self._put(frames.data(self.channel, self.offset, view[:taken]))
             self.offset += taken
+            self._longest *= 2
             view = view[taken:]
 
     async def skip_to(self, offset: int) -> None:
@@ -192,6 +203,12 @@ class ByteWriter:
         if not self.finished:
             self.finished = True
             self._put(frames.end(self.channel, self.offset, trailer))
+
+    async def flushed(self) -> None:
+        """Wait until what was written is on its way, or never will be."""
+        while self._frames:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
 
     def has_frames(self) -> bool:
         """See lanes.Source."""

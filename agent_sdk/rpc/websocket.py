@@ -53,10 +53,20 @@ class WebSocket(Protocol):
 class WebSocketPipe:
     """See Pipe."""
 
-    def __init__(self, ws: WebSocket, *, patience: float = CLOSE_SECONDS, linger: float = 0.0) -> None:
+    def __init__(
+        self,
+        ws: WebSocket,
+        *,
+        heartbeat: float | None = None,
+        patience: float = CLOSE_SECONDS,
+        linger: float = 0.0,
+    ) -> None:
         """Take over an open WebSocket.
 
         Args:
+            heartbeat: the seconds of silence after which the other end asks whether this one is alive. Half of
+                that without a word, and it says so unasked: on a thin line the question may be stuck behind
+                bytes that move, and the answer with it.
             patience: seconds for the other end to agree to a close.
             linger: seconds for which what was on its way, the close frame too, stays there for an other end
                 that did not agree; nobody waits for that.
@@ -65,11 +75,17 @@ class WebSocketPipe:
         self._patience = patience
         self._linger = linger
         self._lost: ConnectionLost | None = None
+        self._silent = 0.0 if heartbeat is None else heartbeat / 2
+        self._has_spoken = False
+        self._speaking: asyncio.Task[None] | None = None
+        self._unasked: asyncio.TimerHandle | None = None
+        self._wait_to_speak()
 
     async def send(self, frame: bytes | bytearray | memoryview, *, text: bool) -> None:
         """See Pipe."""
         if self._lost is not None:
             raise self._lost
+        self._has_spoken = True
         try:
             await self._ws.send_frame(frame, WSMsgType.TEXT if text else WSMsgType.BINARY)  # type: ignore[arg-type]
         except (ClientError, ConnectionError) as exc:
@@ -113,6 +129,20 @@ class WebSocketPipe:
                 raise
             self._let_linger(transport)
 
+    def _wait_to_speak(self) -> None:
+        if self._silent and self._lost is None:
+            self._unasked = asyncio.get_running_loop().call_later(self._silent, self._speak)
+
+    def _speak(self) -> None:
+        if not self._has_spoken and (self._speaking is None or self._speaking.done()):
+            self._speaking = asyncio.create_task(self._pong())
+        self._has_spoken = False
+        self._wait_to_speak()
+
+    async def _pong(self) -> None:
+        with suppress(ClientError, ConnectionError):  # whoever sends or receives next hears of it
+            await self._ws.send_frame(b"", WSMsgType.PONG)
+
     def _let_linger(self, transport: Any) -> None:
         if self._linger:
             asyncio.get_running_loop().call_later(self._linger, _shut_down, transport)
@@ -134,6 +164,10 @@ class WebSocketPipe:
     def _end(self, code: int, reason: str) -> ConnectionLost:
         if self._lost is None:
             self._lost = lost(code, reason)
+            if self._unasked is not None:
+                self._unasked.cancel()
+            if self._speaking is not None:
+                self._speaking.cancel()
         return self._lost
 
 

@@ -56,13 +56,15 @@ async def over_websocket(folder: Path, accept: Callable[[Pipe], Awaitable[None]]
 
 
 @asynccontextmanager
-async def web_server(accept: Callable[[Pipe], Awaitable[None]], *, patience: float = 5) -> AsyncIterator[str]:
+async def web_server(
+    accept: Callable[[Pipe], Awaitable[None]], *, patience: float = 5, heartbeat: float | None = None
+) -> AsyncIterator[str]:
     """A web server whose every path is a WebSocket."""
 
     async def upgrade(request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse(decode_text=False, compress=False, max_msg_size=(1 << 20) + 1)
         await socket.prepare(request)
-        await accept(WebSocketPipe(socket, patience=patience))
+        await accept(WebSocketPipe(socket, patience=patience, heartbeat=heartbeat))
         return socket
 
     app = web.Application()

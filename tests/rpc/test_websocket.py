@@ -45,6 +45,17 @@ async def test_text_that_is_not_utf8_ends_the_connection():
         assert (await ending.lost).details["close_code"] == 1007
 
 
+async def test_an_end_that_has_nothing_to_send_says_unasked_that_it_is_alive():
+    """The question may be stuck behind bytes that move slowly."""
+    async with (
+        web_server(Ending(), heartbeat=0.02) as url,
+        aiohttp.ClientSession() as session,
+        session.ws_connect(url, autoping=False) as ws,
+    ):
+        for _ in range(2):
+            assert (await ws.receive(timeout=10)).type is aiohttp.WSMsgType.PONG
+
+
 async def test_a_frame_that_is_too_long_ends_the_connection():
     ending = Ending()
     async with (

@@ -97,6 +97,7 @@ from agent_sdk.protocol.methods.workspace import (
     SnapshotWorkspace,
     Started,
     Upload,
+    UploadOffset,
 )
 
 __all__ = [
@@ -177,6 +178,7 @@ __all__ = [
     "ToolOutput",
     "UpdateSecrets",
     "Upload",
+    "UploadOffset",
     "WORKSPACE",
     "all_methods",
     "result_type",
@@ -197,6 +199,7 @@ WORKSPACE: tuple[type[Method[Any]], ...] = (
     ShellSend,
     ShellReset,
     Upload,
+    UploadOffset,
     Download,
     FilesList,
     FilesStat,

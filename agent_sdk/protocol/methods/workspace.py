@@ -206,23 +206,41 @@ class ShellReset(Effect[Done], frozen=True, kw_only=True):
 
 
 class Upload(Effect[Transferred], frozen=True, kw_only=True):
-    """Write a file from a channel of the caller. The channel's end frame carries the SHA-256 (32 bytes)."""
+    """Write a file from a channel of the caller, whole or not at all.
+
+    The channel's end frame carries the SHA-256 (32 bytes) of the whole. What has come when it breaks off is kept
+    for ten minutes: ask `upload.offset`, and repeat the call from there.
+    """
 
     method = "upload"
     path: Path
     channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
     size: Offset | None = None
+    """Of the whole."""
     mode: Annotated[int, Meta(ge=0, le=0o777)] | None = None
+    since: Offset = 0
+    """What came of it over other channels; this one begins at that offset."""
+
+
+class UploadOffset(Method[Count], frozen=True, kw_only=True):
+    """Let go of the channel that an upload may still come over, and say how much of it has come; 0 when unknown."""
+
+    method = "upload.offset"
+    op_id: OpId
 
 
 class Download(Method[Transferred], frozen=True, kw_only=True):
-    """Send a regular file over a channel; the end frame carries the SHA-256 of what was sent."""
+    """Send a regular file over a channel; the end frame carries the SHA-256 of all from `offset` on."""
 
     method = "download"
     path: Path
     channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
     offset: Offset = 0
     length: Offset | None = None
+    since: Offset = 0
+    """What of it came over other channels, counted from `offset`; this one begins at that offset."""
+    as_is: bool = False
+    """Take what is there, also when the file changes meanwhile; 64 MiB at most."""
 
 
 class FilesList(Method[list[FileInfo]], frozen=True, kw_only=True):
@@ -239,6 +257,8 @@ class FilesStat(Method[FileInfo], frozen=True, kw_only=True):
 
     method = "files.stat"
     path: Path
+    follow: bool = False
+    """Describe what a symlink leads to."""
 
 
 class FilesRemove(Effect[Done], frozen=True, kw_only=True):
