@@ -43,6 +43,7 @@ herald:       telling a caller what a process says
 terminal:     pseudo terminals
 paths:        paths that cannot leave the root
 files:        files of a workspace
+uploads:      files that come in parts, over connections that are lost
 entries:      what can be done with one of them; blocks
 bash:         one bash in a terminal, driven over pipes of its own
 shell:        persistent shells

@@ -57,13 +57,15 @@ class Uploads:
             path: of the file.
             pieces: what comes.
             digest: the SHA-256 of the whole, asked for when all has come.
-            since: where the pieces begin.
+            since: where the pieces begin; 0: anew.
             size: of the whole.
             mode: permission bits.
 
         Raises:
             TransferBroken: it broke off, and what has come is kept; or what came is not what was sent.
         """
+        if not since and op_id in self._waiting:
+            self._drop(op_id)
         file = await self._take(op_id, path, mode)
         try:
             await self._append(op_id, file, pieces, since)
