@@ -8,7 +8,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import AgentServerError, InternalError
+from agent_sdk.protocol.errors import AgentServerError, InternalError, NotFound, UseHeader
 from agent_server.answers import http_error, refusal
 from agent_server.auth import Authority, bearer
 from agent_server.connection import Connection
@@ -39,6 +39,8 @@ ORIGIN = web.RequestKey("origin", str)
 ANSWERED = web.RequestKey("answered", bool)
 """The head of an answer is on its way: there cannot be another one."""
 
+RUNTIME_KEY = "X-API-Key"
+_SHOWN = 100
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, X-API-Key, X-Session-API-Key",
@@ -140,6 +142,19 @@ class Gate:
             request[KEY_SHOWN] = self._check_key(request)
         return await route(request)
 
+    def _not_of_the_runtime_api(self, request: web.Request) -> AgentServerError:
+        """What to tell whose header shows that the Runtime API is meant."""
+        if not self._own_keys:
+            return NotFound("this server runs no Runtime API; its operator can set runtime_api")
+        if request.match_info.http_exception is None:
+            return UseHeader(
+                f"{RUNTIME_KEY} is for the Runtime API; use the header Authorization: Bearer KEY"
+            )
+        return NotFound(
+            f"the Runtime API has no {request.method} {request.path[:_SHOWN]}; it has POST /start, /stop, /pause and "
+            "/resume, GET /sessions/ID and /list"
+        )
+
     def _check_key(self, request: web.Request) -> bool:
         """Whether the key was shown; False only for an upgrade request, whose first message may show it."""
         key = bearer(
@@ -148,6 +163,8 @@ class Gate:
         )
         if key is None and is_upgrade(request):
             return False
+        if key is None and RUNTIME_KEY in request.headers:
+            raise self._not_of_the_runtime_api(request)
         assert isinstance(request.protocol, Connection)
         digest = self._authority.check(key, request.protocol.address, metrics=request.path == METRICS_PATH)
         request.protocol.recognise(digest)

@@ -27,6 +27,8 @@ from typing import Any, Literal, TextIO
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from agent_sdk.protocol.visible import shown
+
 LINES_WAITING = 10_000
 SHORTEST_SECRET = 8
 MASK = "[secret]"
@@ -34,9 +36,6 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 Event = MutableMapping[str, Any]
 Log = FilteringBoundLogger
-
-# C0, DEL, C1, and the characters that reorder or hide text: a log line must show what it holds.
-_TRICKS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 class Redactor:
@@ -214,11 +213,6 @@ def _as_text(logger: Any, method: str, event: Event) -> str:
     facts = " ".join(f"{key}={shown(str(value))}" for key, value in event.items())
     line = f"{moment[11:19]} {level:<7} {shown(str(name))} {facts}".rstrip()
     return line + "".join(f"\n    {shown(part)}" for part in story.splitlines())
-
-
-def shown(text: str) -> str:
-    """Return the text with control characters and characters that reorder or hide text escaped."""
-    return _TRICKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _Seldom:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from typing import Literal
 
+from agent_sdk.protocol.visible import visible, visible_json
 from agent_server.outlet import Outlet
 
 STDOUT, STDERR = 1, 2
+__all__ = ["STDERR", "STDOUT", "Style", "Terminal", "json_line", "one_line", "open_terminal", "visible"]
 
 Style = Literal["", "bold", "dim", "red", "green", "yellow", "cyan"]
 Paint = Callable[[str, Style], str]
 
-# C0 but tab and newline, DEL, C1, and what reorders or hides text: output of commands must not drive the terminal.
-_TRICKS = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
 
-
-def visible(text: str) -> str:
-    """Return the text with control characters escaped; tabs and newlines stay, CR LF becomes a newline."""
-    return _TRICKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+def json_line(text: bytes) -> bytes:
+    """Return JSON as a line for programs, which a terminal may show as well."""
+    return visible_json(text) + b"\n"
 
 
 def one_line(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from agent_sdk.conversation import Conversation
 from agent_sdk.protocol.events import Delta, Event, encode
 from agent_server.outlet import Outlet
-from agent_server.terminal import STDERR, STDOUT, Terminal, one_line, open_terminal
+from agent_server.terminal import STDERR, STDOUT, Terminal, json_line, one_line, open_terminal
 from agent_server.transcript import CHARACTERS_SHOWN, Piece, Transcript
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Viewer:
     async def event(self, event: Event) -> None:
         """Show an event."""
         if self._terminal is None:
-            await self._try(self._lines.write(encode(event) + b"\n"))
+            await self._try(self._lines.write(json_line(encode(event))))
         else:
             await self._try(self._write(self._transcript.event(event)))
 

@@ -9,6 +9,7 @@ results:  what calls return
 events:   the tagged union of events
 specs:    plain data that describes agents, models, sandboxes
 errors:   the exception tree, which is the error table
+visible:  text of others where people read it
 openrpc:  the OpenRPC document, made from the classes
 document: docs/protocol.md and docs/openrpc.json, printed from the classes
 """

@@ -49,6 +49,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from agent_sdk.protocol.visible import visible
+
 _BY_KIND: dict[str, type[AgentServerError]] = {}
 _BY_CODE: dict[int, type[AgentServerError]] = {}
 
@@ -87,6 +89,7 @@ class AgentServerError(Exception):
             raise TypeError(f"kind {cls.kind} already belongs to another class")
 
     def __init__(self, message: str = "", **details: Any) -> None:
+        message = visible(message)  # it may quote what a container or a stranger said
         super().__init__(message)
         self.message = message or self.kind
         self.details = details

@@ -9,7 +9,7 @@ import msgspec
 
 from agent_server.config import Setting, load, settings
 from agent_server.outlet import Outlet
-from agent_server.terminal import STDERR, STDOUT, one_line, open_terminal
+from agent_server.terminal import STDERR, STDOUT, json_line, one_line, open_terminal
 
 HEAD = ("OPTION", "VALUE", "SOURCE")
 
@@ -20,7 +20,7 @@ async def main(given: argparse.Namespace) -> int:
     config = load(Path(given.config) if given.config else None, overrides=overrides)
     found = settings(config)
     if given.json:
-        await Outlet(STDOUT).write(b"".join(msgspec.json.encode(setting) + b"\n" for setting in found))
+        await Outlet(STDOUT).write(b"".join(json_line(msgspec.json.encode(setting)) for setting in found))
         return 0
     terminal = open_terminal()
     rows = [_row(setting) for setting in found]

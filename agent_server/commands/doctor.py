@@ -31,7 +31,7 @@ from agent_server.outlet import Outlet
 from agent_server.refusal import StartRefused
 from agent_server.sealing import obtain_sealer
 from agent_server.tenants import Tenants
-from agent_server.terminal import STDOUT, Style, one_line, open_terminal
+from agent_server.terminal import STDOUT, Style, json_line, one_line, open_terminal
 from workspaces.box_process import BoxProcess
 from workspaces.confinement import confinement
 
@@ -51,7 +51,7 @@ async def main(given: argparse.Namespace) -> int:
     async for check in examine(given):
         worst = max(worst, int(check.state == "problem"))
         if given.json:
-            await lines.write(msgspec.json.encode(check) + b"\n")
+            await lines.write(json_line(msgspec.json.encode(check)))
             continue
         await terminal.write(f"{check.state:<9}", _STYLES[check.state])
         mend = f" -> {check.mend}" if check.mend else ""

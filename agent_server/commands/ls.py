@@ -14,7 +14,7 @@ from agent_sdk.protocol.results import Snapshot
 from agent_sdk.remote.refusal import LONGEST_BODY, refused, unreachable
 from agent_server.client import Server, find_server
 from agent_server.outlet import Outlet
-from agent_server.terminal import STDOUT, Style, one_line, open_terminal
+from agent_server.terminal import STDOUT, Style, json_line, one_line, open_terminal
 
 HEAD = ("CONVERSATION", "STATE", "UPDATED", "EVENTS", "MODEL", "TITLE")
 ANSWER_SECONDS = 30.0
@@ -25,7 +25,7 @@ async def main(given: argparse.Namespace) -> int:
     """Show them: a table, or one JSON object per line."""
     found = await conversations(find_server(given))
     if given.json:
-        await Outlet(STDOUT).write(b"".join(msgspec.json.encode(snapshot) + b"\n" for snapshot in found))
+        await Outlet(STDOUT).write(b"".join(json_line(msgspec.json.encode(snapshot)) for snapshot in found))
         return 0
     terminal = open_terminal()
     if not found:

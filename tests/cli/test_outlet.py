@@ -3,11 +3,14 @@
 import asyncio
 import os
 
+import msgspec
 import pytest
 
+from agent_sdk.protocol.errors import WorkspaceUnavailable
+from agent_sdk.protocol.visible import shown
 from agent_server.inlet import Inlet
 from agent_server.outlet import Outlet
-from agent_server.terminal import Terminal, one_line, visible
+from agent_server.terminal import Terminal, json_line, one_line, visible
 
 
 @pytest.fixture
@@ -99,3 +102,26 @@ def test_control_characters_are_shown_and_lines_stay():
 
 def test_many_lines_become_one():
     assert one_line(" a\n\n  b\x07 ") == "a b\\x07"
+
+
+HIDDEN = [
+    "\x1b[2J",
+    "\x7f",
+    "\x9b31m",
+    "\u202e",
+    "\u2066",
+    "\u200b",
+    "\u00ad",
+    "\u2028",
+    "\U000e0041",
+    "\U000e0100",
+]
+
+
+@pytest.mark.parametrize("text", HIDDEN)
+def test_what_drives_a_terminal_or_hides_is_shown_everywhere_the_same(text):
+    line = json_line(msgspec.json.encode({"a": text, "b": "\u00fc \U0001f600"}))
+    assert msgspec.json.decode(line) == {"a": text, "b": "\u00fc \U0001f600"}
+    for what in (visible(text), shown(text), line.decode(), str(WorkspaceUnavailable(f"it said {text}"))):
+        assert not set(text) & set(what) - set("[2J31m")
+    assert "\u00fc \U0001f600" in line.decode()

@@ -40,6 +40,15 @@ async def test_nothing_is_told_without_a_key(start, path):
         assert "X-API-Key" in said(await api.ask(method, path, 401))
 
 
+async def test_a_wrong_address_is_told_with_those_that_there_are(start):
+    async with start(**options()) as server, client(server) as api:
+        for method, path in (("POST", "/starts"), ("GET", "/session/one"), ("GET", "/start")):
+            assert f"the Runtime API has no {method} {path}" in said(await api.ask(method, path, 404))
+        assert "Authorization: Bearer KEY" in said(await api.ask("GET", "/v1/conversations", 401))
+    async with start() as server, client(server) as api:
+        assert "runs no Runtime API" in said(await api.ask("POST", "/start", 404))
+
+
 async def test_the_key_of_a_tenant_opens_nothing_else(start):
     async with start(**options()) as server, client(server) as api:
         await api.ask("GET", "/v1/conversations", 401)
