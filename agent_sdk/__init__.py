@@ -5,6 +5,7 @@ definition:   Agent and LLM
 tools:        @tool and the contract of a tool
 workspace:    the contract of a Workspace
 conversation: the contract of a Conversation
+callbacks:    calling what users gave us
 sync:         the same names, blocking
 portal:       from blocking code into the event loop, and back
 testing:      a model without a model

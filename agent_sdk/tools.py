@@ -10,13 +10,17 @@ from typing import Any, Protocol, get_type_hints, runtime_checkable
 import msgspec
 from msgspec import Struct
 
+from agent_sdk.callbacks import is_cancelled
 from agent_sdk.protocol.errors import ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.workspace import Workspace
 
 
 class ToolResult(Struct, frozen=True, kw_only=True):
-    """What the model, and programs, get to see of a call."""
+    """What the model, and programs, get to see of a call: text that is UTF-8, and data that is JSON.
+
+    What a tool gives otherwise is made so: `?` for what UTF-8 cannot say, text for bytes and for data.
+    """
 
     text: str
     is_error: bool = False
@@ -24,6 +28,16 @@ class ToolResult(Struct, frozen=True, kw_only=True):
     """JSON-able facts for programs, e.g. exit_code."""
     bytes_cut: int = 0
     """Bytes of it that `text` lacks already."""
+
+    def __post_init__(self) -> None:
+        set_now = msgspec.structs.force_setattr
+        if not isinstance(self.text, str) or not self.text.isascii():
+            set_now(self, "text", as_utf8(self.text))
+        if self.data:
+            try:
+                msgspec.json.encode(self.data)
+            except (TypeError, ValueError, RecursionError, OverflowError):
+                set_now(self, "data", {"repr": as_utf8(repr(self.data)[:1000])})
 
 
 class ToolContext(Struct, frozen=True, kw_only=True):
@@ -108,14 +122,29 @@ class FunctionTool:
         """
         values = decode_arguments(arguments, self._arguments)
         given = {name: getattr(values, name) for name in self._arguments.__struct_fields__}
+        if not inspect.iscoroutinefunction(self.function):
+            return await asyncio.to_thread(self._block, given)
         try:
-            if inspect.iscoroutinefunction(self.function):
-                result = await self.function(**given)
-            else:
-                result = await asyncio.to_thread(self.function, **given)
-            return ToolResult(text=_as_text(result))
-        except Exception as exc:  # noqa: BLE001  the function is the user's: whatever it raises, the model reads
-            return ToolResult(text=f"{type(exc).__name__}: {exc}", is_error=True)
+            return ToolResult(text=_as_text(await self.function(**given)))
+        except BaseException as exc:
+            if isinstance(exc, asyncio.CancelledError) and is_cancelled():
+                raise
+            return failed(exc)
+
+    def _block(self, given: dict[str, Any]) -> ToolResult:
+        try:
+            return ToolResult(text=_as_text(self.function(**given)))
+        except BaseException as exc:  # noqa: BLE001  a thread could not even pass on a StopIteration
+            return failed(exc)
+
+
+def failed(exc: BaseException) -> ToolResult:
+    """Return the result of a call that raised, `SystemExit` included: what the model reads instead."""
+    try:
+        said = str(exc)
+    except Exception:  # noqa: BLE001  the exception is the user's, too
+        said = ""
+    return ToolResult(text=f"{type(exc).__name__}: {said}", is_error=True)
 
 
 def tool(
@@ -191,9 +220,16 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
     return {**definitions[root], **({"$defs": others} if others else {})}
 
 
+def as_utf8(text: object) -> str:
+    """Return text, or bytes as text, with a mark for what UTF-8 cannot say: lone surrogates, wrong bytes."""
+    if isinstance(text, bytes | bytearray | memoryview):
+        return bytes(text).decode(errors="replace")
+    return str(text).encode(errors="replace").decode()
+
+
 def _as_text(result: object) -> str:
-    if isinstance(result, str):
-        return result
+    if isinstance(result, str | bytes | bytearray | memoryview):
+        return as_utf8(result)
     if result is None:
         return "done"
     return msgspec.json.encode(result).decode()

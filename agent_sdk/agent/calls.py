@@ -6,15 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-import msgspec
-
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.clip import clip_result
 from agent_sdk.agent.ending import CUT_CALL
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.progress import Progress
-from agent_sdk.agent.toolbox import failed
+from agent_sdk.agent.toolbox import failed_call
 from agent_sdk.agent.tools.finish import FINISH
 from agent_sdk.digest import sha256
 from agent_sdk.ids import new_id
@@ -209,8 +207,8 @@ class Calls:
             await self._journal.append(opened)
         try:
             result = await runner(opened)
-        except Exception as exc:  # noqa: BLE001  part of the turn's boundary, like Toolbox.run
-            result = failed(call.tool, exc)
+        except BaseException as exc:  # noqa: BLE001  part of the turn's boundary, like Toolbox.run
+            result = failed_call(call.tool, exc)
         del self._client_requests[call.call_id]
         # Written with the result: a request that is answered in the log has its answer there, too.
         self._resolved[call.call_id] = RequestResolved(request_id=opened.request_id, answer="answered")
@@ -287,7 +285,7 @@ class Calls:
             tool=call.tool,
             text=text,
             is_error=result.is_error,
-            data=_json_able(mask.data(result.data)),
+            data=mask.data(result.data),
             bytes_cut=result.bytes_cut + cut,
         )
 
@@ -303,12 +301,3 @@ def _request(call: ToolCalled, kind: Literal["approval", "client_tool"]) -> Requ
     return RequestOpened(
         request_id=new_id(), call_id=call.call_id, request=kind, tool=call.tool, arguments=call.arguments
     )
-
-
-def _json_able(data: dict[str, Any]) -> dict[str, Any]:
-    """The data as it is, or as text when a tool returned what JSON cannot say."""
-    try:
-        msgspec.json.encode(data)
-    except (TypeError, ValueError, RecursionError, OverflowError):
-        return {"repr": repr(data)[:1000].encode(errors="replace").decode()}
-    return data

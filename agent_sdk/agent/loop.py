@@ -49,6 +49,7 @@ from agent_sdk.protocol.events import (
     TurnResumed,
     TurnStarted,
 )
+from agent_sdk.tools import as_utf8
 
 logger = logging.getLogger("agent_sdk")
 
@@ -256,12 +257,12 @@ class Turn:
             on_delta=lambda text, thinking: self._journal.delta(self.run_id, text, thinking),
             on_failure=self._model_failed,
         )
-        self._finish_reason = _utf8(completion.finish_reason)
+        self._finish_reason = as_utf8(completion.finish_reason)
         calls = self._called(completion)
         message = AgentMessage(
             run_id=self.run_id,
-            text=_utf8(completion.text),
-            thinking=_utf8(completion.thinking),
+            text=as_utf8(completion.text),
+            thinking=as_utf8(completion.thinking),
             tool_calls=len(calls),
             finish_reason=self._finish_reason,
             seen_seq=seen,
@@ -292,9 +293,9 @@ class Turn:
         return [
             ToolCalled(
                 run_id=self.run_id,
-                call_id=self._journal.history.fresh_call_id(_utf8(use.call_id)),
-                tool=_utf8(use.tool),
-                arguments=_utf8(use.arguments),
+                call_id=self._journal.history.fresh_call_id(as_utf8(use.call_id)),
+                tool=as_utf8(use.tool),
+                arguments=as_utf8(use.arguments),
                 cut=limited and not is_whole(use.arguments),
                 place=place,
             )
@@ -306,7 +307,7 @@ class Turn:
             ModelFailed(
                 run_id=self.run_id,
                 error=error.kind,
-                message=_utf8(self._masked(error.message)),
+                message=as_utf8(self._masked(error.message)),
                 attempt=attempt,
                 retry_in=retry_in,
             )
@@ -334,7 +335,7 @@ class Turn:
         known = exc if isinstance(exc, AgentServerError) else InternalError(f"{type(exc).__name__}: {exc}")
         if known is not exc:
             logger.error("turn %s failed", self.run_id, exc_info=exc)
-        message = _utf8(self._masked(known.message))
+        message = as_utf8(self._masked(known.message))
         self._finish_reason = str(known.details.get("finish_reason", self._finish_reason))
         raised = ErrorRaised(
             error=known.kind,
@@ -388,8 +389,3 @@ def _used(run_id: str, model: str, completion: Completion, seconds: float) -> Mo
         cost=usage.cost,
         seconds=seconds,
     )
-
-
-def _utf8(text: str) -> str:
-    """The text with `?` for what UTF-8 cannot say (lone surrogates, from a model's JSON)."""
-    return text if text.isascii() else text.encode(errors="replace").decode()

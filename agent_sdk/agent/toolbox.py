@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from agent_sdk.agent.clip import ARGUMENT_BYTES
+from agent_sdk.callbacks import is_cancelled
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -15,7 +17,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.specs import ToolSpec
-from agent_sdk.tools import Resumable, Tool, ToolContext, ToolResult
+from agent_sdk.tools import Resumable, Tool, ToolContext, ToolResult, failed
 
 logger = logging.getLogger("agent_sdk")
 
@@ -115,16 +117,22 @@ class Toolbox:
             return UNKNOWN
         except (WorkspaceUnavailable, ConnectionLost):
             raise
-        except Exception as exc:  # noqa: BLE001  part of the turn's boundary: no tool breaks the turn
-            return failed(name, exc)
+        except BaseException as exc:  # noqa: BLE001  part of the turn's boundary: no tool breaks the turn
+            return failed_call(name, exc)
 
 
-def failed(name: str, exc: Exception) -> ToolResult:
-    """Return the result of a call that raised: what the model reads instead."""
+def failed_call(name: str, exc: BaseException) -> ToolResult:
+    """Return the result of a call that raised: what the model reads instead.
+
+    Raises:
+        CancelledError: it was not the tool's, but meant for this task.
+    """
     if isinstance(exc, AgentServerError):
         return ToolResult(text=str(exc), is_error=True, data={"error": exc.kind})
+    if isinstance(exc, asyncio.CancelledError) and is_cancelled():
+        raise exc
     logger.warning("tool %s failed", name, exc_info=exc)
-    return ToolResult(text=f"{type(exc).__name__}: {exc}", is_error=True)
+    return failed(exc)
 
 
 def local_and_remote(

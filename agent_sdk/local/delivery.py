@@ -7,11 +7,11 @@ feeds its connections. Callbacks are the user's and may take their time.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from agent_sdk.callbacks import tell
 from agent_sdk.conversation import Callback, OnDelta
 from agent_sdk.protocol.events import Delta, Event
 
@@ -72,7 +72,10 @@ class Delivery:
     def publish_delta(self, delta: Delta) -> None:
         """Tell everybody of a transient piece; callbacks get it in order with the events."""
         for listener in list(self._delta_listeners.values()):
-            listener(delta)
+            try:
+                listener(delta)
+            except Exception:  # nor the answer from the turn
+                logger.exception("a listener failed")
         if self._on_delta is not None:
             self._enqueue(delta)
 
@@ -107,7 +110,7 @@ class Delivery:
                 if not isinstance(item, Delta):
                     await self._tell_all(item)
                 elif self._on_delta is not None:
-                    await _tell(self._on_delta, item)
+                    await tell(self._on_delta, item)
         except Exception:  # the past could not be read; later events would come out of order
             logger.exception("the events before cannot be delivered")
             self._callbacks = ()
@@ -117,17 +120,8 @@ class Delivery:
     async def _tell_all(self, event: Event) -> None:
         self.seq = event.seq
         for callback in self._callbacks:
-            await _tell(callback, event)
+            await tell(callback, event)
 
 
 def _forget(listeners: dict[object, Listener] | dict[object, DeltaListener], key: object) -> None:
     listeners.pop(key, None)
-
-
-async def _tell(callback: Callback | OnDelta, item: Event | Delta) -> None:
-    try:
-        waiting = callback(item)  # type: ignore[arg-type]
-        if inspect.isawaitable(waiting):
-            await waiting
-    except Exception:  # a callback is the user's; its error must not stop the events
-        logger.exception("a callback failed")

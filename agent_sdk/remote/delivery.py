@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from msgspec import Raw, Struct
 
+from agent_sdk.callbacks import tell
 from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, Outcome, outcome_of
 from agent_sdk.protocol import events as event_types
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, HistoryLost, TransferBroken
@@ -175,7 +175,7 @@ class Delivery:
             match await self._queue.get():
                 case Delta() as delta:
                     if self._on_delta is not None:
-                        await _tell(self._on_delta, delta)
+                        await tell(self._on_delta, delta)
                 case _Reset() as reset:
                     await self._restart(reset)
                 case AgentServerError() as error:
@@ -183,7 +183,7 @@ class Delivery:
                 case event:
                     self.given = Cursor(self.given.epoch, event.seq)
                     for callback in self._callbacks:
-                        await _tell(callback, event)
+                        await tell(callback, event)
                     self._delivered(event)
 
     async def _restart(self, reset: _Reset) -> None:
@@ -194,7 +194,7 @@ class Delivery:
         self.since = reset.start.seq
         self._outcomes.clear()
         self._resets += 1
-        await _tell(self._on_reset, reset.start)
+        await tell(self._on_reset, reset.start)
         self.wake()
 
     def _delivered(self, event: Event) -> None:
@@ -203,12 +203,3 @@ class Delivery:
             if len(self._outcomes) > OUTCOMES_KEPT:
                 self._outcomes.popitem(last=False)
         self.wake()
-
-
-async def _tell(callback: Callable[..., Awaitable[None] | None], item: object) -> None:
-    try:
-        waiting = callback(item)
-        if inspect.isawaitable(waiting):
-            await waiting
-    except Exception:  # a callback is the user's; its error must not stop the events
-        logger.exception("a callback failed")

@@ -9,7 +9,6 @@ try. Only what cannot become better by trying again ends it: see `final_error`.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import msgspec
 from msgspec import Raw, Struct
 
+from agent_sdk.callbacks import tell
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -350,12 +350,7 @@ class ServerLink:
         if error is not None and self._resident is not None:
             self._resident.unreachable(error)
         if self._target.on_connection is not None:
-            try:
-                waiting = self._target.on_connection(error)
-                if inspect.isawaitable(waiting):
-                    await waiting
-            except Exception:  # it is the user's; its error must not end the connection
-                logger.exception("on_connection failed")
+            await tell(self._target.on_connection, error)
 
     def _end(self, error: AgentServerError) -> None:
         if self._error is None:

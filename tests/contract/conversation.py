@@ -183,13 +183,18 @@ class ConversationContract(ToolCallsContract):
         assert heard == events
         assert heard_later == events
 
-    async def test_a_callback_that_raises_stops_nothing(self, open: Open) -> None:
+    @pytest.mark.parametrize("error", [RuntimeError("broken callback"), asyncio.CancelledError()], ids=repr)
+    async def test_a_callback_that_raises_stops_nothing(self, open: Open, error: BaseException) -> None:
         heard: list[Event] = []
 
-        def broken(event: Event) -> None:
-            raise RuntimeError("broken callback")
+        def broken(event: object) -> None:
+            raise error
 
-        conversation = await open(acting(say("Done.")), callbacks=[broken, heard.append])
+        async def broken_later(event: object) -> None:
+            raise error
+
+        callbacks = [broken, broken_later, heard.append]
+        conversation = await open(acting(say("Done.")), callbacks=callbacks, on_delta=broken)
         await conversation.send_message("go")
         assert (await conversation.run(timeout=PATIENCE)).status == "finished"
         assert heard == await past(conversation)

@@ -57,6 +57,55 @@ class ToolCallsContract:
         assert result.is_error
         assert "no such symbol" in result.text
 
+    @pytest.mark.parametrize("plain", [True, False], ids=["plain", "async"])
+    async def test_a_function_can_end_its_call_and_nothing_else_whatever_it_raises(
+        self, open: Open, plain: bool
+    ) -> None:
+        class Silent(Exception):
+            def __str__(self) -> str:
+                raise ValueError
+
+        raised = [
+            SystemExit(2),
+            KeyboardInterrupt(),
+            GeneratorExit(),
+            asyncio.CancelledError(),
+            StopIteration(),
+        ]
+        raised += [BaseExceptionGroup("several", [SystemExit(3)]), Silent(), ValueError("a\ud800")]
+        names = [type(one).__name__ for one in raised]
+
+        def act() -> str:
+            """Fail."""
+            raise raised.pop(0)
+
+        async def act_async() -> str:
+            """Fail."""
+            raise raised.pop(0)
+
+        broken = tool(act, name="broken") if plain else tool(act_async, name="broken")
+        conversation = await open(acting(*[call("broken")] * len(names), say("done"), tools=[broken]))
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "done"
+        results = [event for event in await past(conversation) if isinstance(event, ToolReturned)]
+        assert all(result.is_error for result in results)
+        for result, name in zip(results, names, strict=True):
+            assert name in result.text or (name == "StopIteration" and "StopIteration" in result.text)
+
+    async def test_what_a_function_returns_is_made_text_that_utf8_can_say(self, open: Open) -> None:
+        returned = [os.fsdecode(b"bad\xff.txt"), b"bad\xff", bytearray(b"ok"), {"a": 1}, None]
+
+        @tool
+        def give() -> Any:
+            """Give the next one."""
+            return returned.pop(0)
+
+        conversation = await open(acting(*[call("give")] * len(returned), say("done"), tools=[give]))
+        await conversation.send_message("go")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "done"
+        results = [event for event in await past(conversation) if isinstance(event, ToolReturned)]
+        assert [result.text for result in results] == ["bad?.txt", "bad\ufffd", "ok", '{"a":1}', "done"]
+
     async def test_a_tool_that_does_not_exist_is_answered_with_those_that_do(self, open: Open) -> None:
         conversation = await open(acting(call("browser", url="x"), say("done"), tools=["think", "finish"]))
         await conversation.send_message("go")
