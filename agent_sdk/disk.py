@@ -63,35 +63,34 @@ async def in_thread(work: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
     return future.result()
 
 
-_BY_ERRNO: dict[int, tuple[type[AgentServerError], str]] = {
-    errno.ENOENT: (PathNotFound, "no such file or folder"),
-    errno.ENOTDIR: (NotADirectory, "not a folder"),
-    errno.EISDIR: (IsADirectory, "is a folder"),
-    errno.EEXIST: (PathExists, "exists already"),
-    errno.EACCES: (PathDenied, "permission denied"),
-    errno.EPERM: (PathDenied, "not permitted"),
-    errno.EROFS: (PathDenied, "read-only file system"),
-    errno.ENOSPC: (StorageFull, "no space left"),
-    errno.EDQUOT: (StorageFull, "quota exceeded"),
-    errno.ENAMETOOLONG: (InvalidParams, "name too long"),
-    errno.EFBIG: (LimitExceeded, "file too large for the file system"),
-    errno.ENXIO: (NotARegularFile, "not a regular file"),
+_BY_ERRNO: dict[int, type[AgentServerError]] = {
+    errno.ENOENT: PathNotFound,
+    errno.ENOTDIR: NotADirectory,
+    errno.EISDIR: IsADirectory,
+    errno.EEXIST: PathExists,
+    errno.EACCES: PathDenied,
+    errno.EPERM: PathDenied,
+    errno.EROFS: PathDenied,
+    errno.ENOSPC: StorageFull,
+    errno.EDQUOT: StorageFull,
+    errno.ENAMETOOLONG: InvalidParams,
+    errno.EFBIG: LimitExceeded,
+    errno.ENXIO: NotARegularFile,
 }
 
 
 def path_error(exc: OSError, path: str) -> AgentServerError:
-    """Return the error of the contract for what the system said about a path."""
-    name = errno.errorcode.get(exc.errno or 0, "EIO")
-    cls, words = _BY_ERRNO.get(exc.errno or 0, (PathError, (exc.strerror or "input/output error").lower()))
-    if cls is PathError:
-        return PathError(f"{words}: {path}", path=path, errno=name)
-    return cls(f"{words}: {path}", path=path, errno=name)
+    """Return the error of the contract for what the system said about a path; its words come first."""
+    number = exc.errno or errno.EIO
+    words = "not a regular file" if number == errno.ENXIO else os.strerror(number)
+    cls = _BY_ERRNO.get(number, PathError)
+    return cls(f"{words}: {path}", path=path, errno=errno.errorcode.get(number, "EIO"))
 
 
 def refuse_irregular(mode: int, path: str) -> None:
     """Raise unless `mode` (st_mode) is that of a regular file."""
     if stat.S_ISDIR(mode):
-        raise IsADirectory(f"is a folder: {path}", path=path)
+        raise IsADirectory(f"Is a directory: {path}", path=path)
     if not stat.S_ISREG(mode):
         raise NotARegularFile(f"not a regular file: {path}", path=path)
 
@@ -324,7 +323,7 @@ def _make_folders(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
     except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, "not a folder") from None
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
 
 
 def _local_path(path: str | PathLike[str]) -> str:
@@ -384,7 +383,7 @@ def _open_atomic(path: str, mode: int | None, opened: list[AtomicFile]) -> None:
     folder, name = os.path.split(os.path.realpath(path))
     try:
         if not name or path.endswith("/"):
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         _make_folders(folder)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         file = AtomicFile(fd, os.fsencode(name), path, mode)

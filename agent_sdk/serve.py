@@ -204,6 +204,7 @@ class _Served:
                 stdin=stdin,
                 timeout=_seconds(params.timeout_ms),
                 yield_after=_seconds(params.yield_after_ms),
+                merge=params.merge,
                 on_start=begun.set_result,
             )
         finally:

@@ -15,6 +15,7 @@ from typing import Literal, Protocol, Self
 
 from msgspec import Struct
 
+from agent_sdk.protocol.errors import LimitExceeded, ProcessNotFound
 from agent_sdk.protocol.results import (
     Exit,
     FileInfo,
@@ -94,7 +95,45 @@ class ExecResult(Struct, frozen=True, kw_only=True):
     """Seconds from spawn to the end, or until the answer."""
     process_id: str | None = None
     reason: str = ""
-    """Why it did not start or what went wrong, e.g. `ENOENT: no such folder: src`."""
+    """Why it did not start or what went wrong, e.g. `ENOENT: No such file or directory: src`."""
+    process: Process | None = None
+    """For what it says later; None: it did not start, or its place was lost."""
+
+    @property
+    def returncode(self) -> int | None:
+        """One number, as shells have it: the exit code, 128 + n for signal n, 124 when its time was over, 126 or 127
+        when it did not start (why is in `stderr`). None: it still runs, or nobody knows how it ended."""
+        match self.status:
+            case "killed":
+                return 128 + (self.signal or 0)
+            case "timeout":
+                return 124
+            case "spawn_failed":
+                return self.exit_code or 127
+        return self.exit_code
+
+    async def whole(self, stream: OutputName = "stdout") -> bytes:
+        """Return all that the command said, also what lies between head and tail; of one that runs on, to its end.
+
+        Raises:
+            LimitExceeded: there was more than is kept (256 MiB and the last 1 MiB).
+            ProcessNotFound: only the last processes are kept, and this is none of them any more.
+        """
+        output = self.out if stream == "stdout" else self.err
+        if self.status != "running" and not output.omitted:
+            return output.head + output.tail
+        if self.process is None:
+            raise ProcessNotFound("the process is not known any more")
+        whole = bytearray()
+        async for offset, data in self.process.chunks(stream=stream):
+            if offset > len(whole):
+                raise LimitExceeded(
+                    f"the output is not kept whole: {offset - len(whole)} bytes behind the first {len(whole)} are "
+                    "gone; send it into a file to have it all",
+                    field=stream,
+                )
+            whole += data
+        return bytes(whole if self.status == "running" else whole[: output.size])
 
     @property
     def stdout(self) -> str:
@@ -103,8 +142,8 @@ class ExecResult(Struct, frozen=True, kw_only=True):
 
     @property
     def stderr(self) -> str:
-        """Standard error as text; see Output.text."""
-        return self.err.text
+        """Standard error as text, see Output.text; of a command that did not start the reason."""
+        return f"{self.reason}\n" if self.status == "spawn_failed" else self.err.text
 
     @property
     def timed_out(self) -> bool:
@@ -361,6 +400,7 @@ class Workspace(Protocol):
         timeout: float | None = None,
         yield_after: float | None = None,
         on_output: OnOutput | None = None,
+        merge: bool = False,
         op_id: str | None = None,
     ) -> ExecResult:
         """Run a command and wait for its end.
@@ -376,6 +416,7 @@ class Workspace(Protocol):
                 `timed_out` and what it had said. None: no limit.
             yield_after: seconds after which the call answers with status `running` and a process id.
             on_output: called in order with each piece of output; a slow one delays the answer, not the command.
+            merge: standard error goes into standard output, in the order in which it is written.
             op_id: a UUID that names the call: repeated under it, also by another process where the workspace is
                 another machine's, it attaches to the first one, or returns what that returned. None: a fresh one.
 

@@ -179,7 +179,7 @@ class BoxProcess:
             WorkspaceUnavailable: it did not start; the sentence has its last words.
         """
         if not self.root.is_dir():
-            raise PathNotFound(f"no such folder: {self.root}", path=str(self.root))
+            raise PathNotFound(f"No such file or directory: {self.root}", path=str(self.root))
         self._confinement.check_folder(self._working_dir or self.root)
         try:
             await self._start()

@@ -112,9 +112,9 @@ def describe(root: Root, path: str, follow: bool) -> FileInfo:
     with root.entry(path, follow=follow) as entry:
         found = entry.stat()
         if found is None:
-            raise PathNotFound(f"no such file or folder: {path}", path=path)
+            raise PathNotFound(f"No such file or directory: {path}", path=path)
         if entry.slash and not stat.S_ISDIR(found.st_mode):
-            raise NotADirectory(f"not a folder: {path}", path=path)
+            raise NotADirectory(f"Not a directory: {path}", path=path)
         return _info(root, entry.folder, entry.name, entry.names, found)
 
 
@@ -137,7 +137,7 @@ def remove(root: Root, path: str, recursive: bool) -> None:
         _refuse_home(root, entry)
         found = entry.stat()
         if found is None:
-            raise PathNotFound(f"no such file or folder: {path}", path=path)
+            raise PathNotFound(f"No such file or directory: {path}", path=path)
         if stat.S_ISDIR(found.st_mode):
             if recursive:
                 import shutil  # noqa: PLC0415  1 MB of compression modules, rarely needed
@@ -146,7 +146,7 @@ def remove(root: Root, path: str, recursive: bool) -> None:
             else:
                 os.rmdir(entry.name, dir_fd=entry.folder)
         elif entry.slash:
-            raise NotADirectory(f"not a folder: {path}", path=path)
+            raise NotADirectory(f"Not a directory: {path}", path=path)
         else:
             os.unlink(entry.name, dir_fd=entry.folder)
 
@@ -157,10 +157,10 @@ def move(root: Root, source: str, target: str) -> None:
         _refuse_home(root, old)
         found = old.stat()
         if found is None:
-            raise PathNotFound(f"no such file or folder: {source}", path=source)
+            raise PathNotFound(f"No such file or directory: {source}", path=source)
         is_folder = stat.S_ISDIR(found.st_mode)
         if old.slash and not is_folder:
-            raise NotADirectory(f"not a folder: {source}", path=source)
+            raise NotADirectory(f"Not a directory: {source}", path=source)
         with root.entry(target, follow=False, make_parents=True, field="target") as new:
             _refuse_home(root, new)
             if not is_folder:
@@ -178,7 +178,7 @@ def make_folder(root: Root, path: str) -> None:
         except FileExistsError:
             found = entry.stat()
             if found is None or not stat.S_ISDIR(found.st_mode):
-                raise NotADirectory(f"exists and is not a folder: {path}", path=path) from None
+                raise NotADirectory(f"Not a directory: {path}", path=path) from None
 
 
 def _refuse_home(root: Root, entry: Entry) -> None:
@@ -195,7 +195,7 @@ def _refuse_kernels(root: Root, entry: Entry) -> None:
 def _open_file(root: Root, entry: Entry) -> int:
     found = entry.stat()
     if found is None:
-        raise PathNotFound(f"no such file: {entry.shown}", path=entry.shown)
+        raise PathNotFound(f"No such file or directory: {entry.shown}", path=entry.shown)
     refuse_irregular(found.st_mode, entry.shown)
     _refuse_kernels(root, entry)
     fd = entry.open(os.O_RDONLY)

@@ -85,9 +85,9 @@ def open_folder(root: Root, cwd: str) -> Folder:
     except (InvalidParams, PolicyDenied):
         raise
     except PathNotFound:
-        raise SpawnFailed(PathNotFound(f"no such folder: {cwd}", path=cwd), "ENOENT") from None
+        raise SpawnFailed(PathNotFound(f"No such file or directory: {cwd}", path=cwd), "ENOENT") from None
     except NotADirectory:
-        raise SpawnFailed(NotADirectory(f"not a folder: {cwd}", path=cwd), "ENOTDIR") from None
+        raise SpawnFailed(NotADirectory(f"Not a directory: {cwd}", path=cwd), "ENOTDIR") from None
     except PathError as exc:
         raise SpawnFailed(exc, str(exc.details.get("errno", "EIO"))) from None
 
@@ -207,26 +207,28 @@ def _is_ignored(number: int) -> bool:
 def _folder_failed(exc: OSError, folder: Folder) -> SpawnFailed:
     code = errno.errorcode.get(exc.errno or 0, "EIO")
     if exc.errno == errno.ENOENT:
-        return SpawnFailed(PathNotFound(f"no such folder: {folder.path}", path=folder.path), code)
+        return SpawnFailed(PathNotFound(f"No such file or directory: {folder.path}", path=folder.path), code)
     return SpawnFailed(path_error(exc, folder.path), code)
 
 
 def _program_failed(exc: OSError, name: str) -> SpawnFailed:
     code = errno.errorcode.get(exc.errno or 0, "EIO")
-    words = (exc.strerror or "cannot be started").lower()
+    words = os.strerror(exc.errno or errno.EIO)
     match exc.errno:
         case errno.ENOENT if "/" in name and os.path.exists(name):
-            message = f"the interpreter of this program is missing: {name}"
+            message = f"{words}: the interpreter that {name} names"
             return SpawnFailed(PathNotFound(message, path=name), code, NOT_FOUND)
         case errno.ENOENT | errno.ENOTDIR:
-            return SpawnFailed(PathNotFound(f"no such program: {name}", path=name), code, NOT_FOUND)
+            return SpawnFailed(PathNotFound(f"{words}: {name}", path=name), code, NOT_FOUND)
         case errno.EACCES | errno.EPERM:
-            return SpawnFailed(PathDenied(f"not executable: {name}", path=name), code, NOT_EXECUTABLE)
+            return SpawnFailed(
+                PathDenied(f"{words}: {name} cannot be executed", path=name), code, NOT_EXECUTABLE
+            )
         case errno.E2BIG:
-            message = "the arguments and the environment are too long together"
+            message = f"{words}: the arguments together with the environment"
             return SpawnFailed(LimitExceeded(message, field="argv"), code, NOT_EXECUTABLE)
         case errno.EAGAIN | errno.ENOMEM:
-            message = f"no more processes can be started here: {words}; end some first"
+            message = f"{words}: no more processes can be started here; end some first"
             return SpawnFailed(LimitExceeded(message, field="argv"), code, NOT_EXECUTABLE)
     error = PathError(f"{words}: {name}", path=name, errno=code)
     return SpawnFailed(error, code, NOT_EXECUTABLE)

@@ -71,8 +71,8 @@ class Entry:
         if self.name == b"." or self.slash:
             found = self.stat()
             if found is not None and not stat.S_ISDIR(found.st_mode):
-                raise NotADirectory(f"not a folder: {self.shown}", path=self.shown)
-            raise IsADirectory(f"is a folder: {self.shown}", path=self.shown)
+                raise NotADirectory(f"Not a directory: {self.shown}", path=self.shown)
+            raise IsADirectory(f"Is a directory: {self.shown}", path=self.shown)
 
 
 class Root:

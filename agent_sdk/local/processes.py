@@ -41,6 +41,7 @@ class Processes:
         *,
         stdin: bool,
         size: tuple[int, int] | None = None,
+        merge: bool = False,
         listed: bool = True,
     ) -> Running:
         """Start a program with pipes, or with a terminal of `size` (rows, columns).
@@ -51,13 +52,14 @@ class Processes:
             folder: where; the descriptor stays the caller's.
             stdin: whether it gets input (`feed`), or reads an empty one.
             size: of its terminal; None: pipes.
+            merge: its standard error goes into its standard output.
             listed: whether callers see it in `infos`; if not, it has to be given to `drop`.
 
         Raises:
             SpawnFailed: it did not start.
         """
         if size is None:
-            running = self._start_on_pipes(command, launch, folder, stdin)
+            running = self._start_on_pipes(command, launch, folder, stdin, merge)
         else:
             running = self._start_on_terminal(command, launch, folder, size)
         child = running.child
@@ -69,18 +71,19 @@ class Processes:
         return running
 
     def _start_on_pipes(
-        self, command: str | list[str], launch: Launch, folder: Folder, stdin: bool
+        self, command: str | list[str], launch: Launch, folder: Folder, stdin: bool, merge: bool
     ) -> Running:
         ours: list[int] = []
         theirs: list[int] = []
         try:
             if stdin:
                 _pair(theirs, ours, *os.pipe())
-            for _ in range(2):
-                _pair(ours, theirs, *os.pipe())
             source = theirs[0] if stdin else subprocess.DEVNULL
-            out, err = theirs[-2:]
-            child = self._children.spawn(launch, folder, stdin=source, stdout=out, stderr=err)
+            outputs = []
+            for _ in range(1 if merge else 2):
+                _pair(ours, theirs, *os.pipe())
+                outputs.append(theirs[-1])
+            child = self._children.spawn(launch, folder, stdin=source, stdout=outputs[0], stderr=outputs[-1])
         except BaseException:
             _close(ours)
             raise
@@ -90,7 +93,8 @@ class Processes:
         if stdin:
             running.feed_from(ours.pop(0))
         running.listen("stdout", ours[0], self._spool(child, "out"))
-        running.listen("stderr", ours[1], self._spool(child, "err"))
+        if not merge:
+            running.listen("stderr", ours[1], self._spool(child, "err"))
         return running
 
     def _start_on_terminal(

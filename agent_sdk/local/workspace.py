@@ -45,7 +45,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.results import ProcessInfo, Transferred, WorkspaceInfo
-from agent_sdk.workspace import ExecResult, FileStream, OnOutput, OnProgress, Progress
+from agent_sdk.workspace import ExecResult, FileStream, OnOutput, OnProgress, Output, Progress
 
 _SHELL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -131,9 +131,9 @@ class LocalWorkspace:
     def _make(self) -> _Open:
         for folder in (self.root, self.working_dir):
             if not os.path.exists(folder):
-                raise PathNotFound(f"no such folder: {folder}", path=folder)
+                raise PathNotFound(f"No such file or directory: {folder}", path=folder)
             if not os.path.isdir(folder):
-                raise NotADirectory(f"not a folder: {folder}", path=folder)
+                raise NotADirectory(f"Not a directory: {folder}", path=folder)
         if self._root.confined and os.path.commonpath((self.root, self.working_dir)) != self.root:
             raise OutsideWorkspace(
                 f"the working folder is not below the root: {self.working_dir}", path=self.working_dir
@@ -224,12 +224,19 @@ class LocalWorkspace:
         timeout: float | None = None,
         yield_after: float | None = None,
         on_output: OnOutput | None = None,
+        merge: bool = False,
         op_id: str | None = None,
         on_start: Callable[[LocalProcess], None] | None = None,
     ) -> ExecResult:
         """See Workspace.execute; `on_start` gets the process as soon as it runs."""
         if op_id is not None:
-            options: dict[str, Any] = {"cwd": cwd, "env": env, "timeout": timeout, "yield_after": yield_after}
+            options: dict[str, Any] = {
+                "cwd": cwd,
+                "env": env,
+                "timeout": timeout,
+                "yield_after": yield_after,
+                "merge": merge,
+            }
             work = partial(
                 self.execute, command, stdin=stdin, on_output=on_output, on_start=on_start, **options
             )
@@ -237,12 +244,13 @@ class LocalWorkspace:
         timeout, yield_after = _clocks(timeout, yield_after)
         data = _input(stdin)
         try:
-            running = self._launch(command, cwd, env, stdin=bool(data))
+            running = self._launch(command, cwd, env, stdin=bool(data), merge=merge)
         except SpawnFailed as failed:
             return ExecResult(status="spawn_failed", exit_code=failed.exit_code, reason=failed.reason)
+        process = LocalProcess(self._opened().processes, running.child.id)
         running.limit(timeout)
         if on_start is not None:
-            on_start(LocalProcess(self._opened().processes, running.child.id))
+            on_start(process)
         if data:
             self._feed(running, data)
         with running.reading():
@@ -253,7 +261,7 @@ class LocalWorkspace:
                 running.child.end()
                 await running.child.ended()
                 raise
-            return await _result(running)
+            return await _result(running, process)
 
     def _launch(
         self,
@@ -263,6 +271,7 @@ class LocalWorkspace:
         *,
         stdin: bool,
         size: tuple[int, int] | None = None,
+        merge: bool = False,
     ) -> Running:
         opened = self._opened()
         checked = check_command(command)
@@ -273,7 +282,7 @@ class LocalWorkspace:
             launch = Launch(checked, environment)
         folder = self._folder(cwd)
         try:
-            return opened.processes.start(command, launch, folder, stdin=stdin, size=size)
+            return opened.processes.start(command, launch, folder, stdin=stdin, size=size, merge=merge)
         finally:
             folder.close()
 
@@ -460,7 +469,7 @@ async def _wait(running: Running, yield_after: float | None, on_output: OnOutput
         await Herald(running, on_output).tell(until)
 
 
-async def _result(running: Running) -> ExecResult:
+async def _result(running: Running, process: LocalProcess) -> ExecResult:
     child, spools = running.child, running.spools
     exit = child.exit
     return ExecResult(
@@ -468,9 +477,10 @@ async def _result(running: Running) -> ExecResult:
         exit_code=None if exit is None else exit.exit_code,
         signal=None if exit is None else exit.signal,
         out=await spools["stdout"].output(),
-        err=await spools["stderr"].output(),
+        err=await spools["stderr"].output() if "stderr" in spools else Output(),
         duration=time.monotonic() - child.started if exit is None else exit.duration,
         process_id=child.id,
+        process=process,
         reason="" if exit is None else exit.reason,
     )
 

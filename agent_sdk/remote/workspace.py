@@ -263,6 +263,7 @@ class RemoteWorkspace:
         timeout: float | None = None,
         yield_after: float | None = None,
         on_output: OnOutput | None = None,
+        merge: bool = False,
         op_id: str | None = None,
     ) -> ExecResult:
         """See Workspace.execute.
@@ -277,6 +278,7 @@ class RemoteWorkspace:
             env=dict(env or {}),
             timeout_ms=milliseconds("timeout", timeout),
             yield_after_ms=milliseconds("yield_after", yield_after),
+            merge=merge,
             follow=on_output is not None,
         )
         given = stdin.encode() if isinstance(stdin, str) else stdin
@@ -285,9 +287,12 @@ class RemoteWorkspace:
         else:
             work = partial(followed, call=call, stdin=given, heard=Heard(on_output))
         try:
-            return await persistent(self.link, work)
+            result = await persistent(self.link, work)
         except OutcomeUnknown as exc:
             return ExecResult(status="unknown", reason=str(exc))
+        if result.process_id is None:
+            return result
+        return replace(result, process=RemoteProcess(self.link, result.process_id))
 
     async def start(
         self,

@@ -11,10 +11,6 @@ from agent_server.outlet import Outlet
 from agent_server.places import entered
 from agent_server.terminal import STDERR, STDOUT, one_line
 
-TIMED_OUT = 124
-NOT_FOUND = 127
-SIGNALLED = 128
-
 
 async def main(given: argparse.Namespace) -> int:
     """Run it; return its exit code, 128 + n when signal n ended it, 124 when its time was over."""
@@ -35,17 +31,15 @@ async def main(given: argparse.Namespace) -> int:
 
 def verdict(result: ExecResult, timeout: float | None) -> tuple[int, str]:
     """Return the exit code, and what has to be said about it."""
+    code = result.returncode
+    if code is None:
+        return 1, f"how the command ended is unknown: {result.reason or result.status}"
     match result.status:
-        case "exited":
-            return result.exit_code or 0, ""
-        case "killed":
-            return SIGNALLED + (result.signal or 0), ""
         case "timeout":
-            return TIMED_OUT, f"the command was ended after {timeout} s; --timeout gives it more time"
+            return code, f"the command was ended after {timeout} s; --timeout gives it more time"
         case "spawn_failed":
-            return result.exit_code or NOT_FOUND, f"the command did not start: {result.reason}"
-        case _:
-            return 1, f"how the command ended is unknown: {result.reason or result.status}"
+            return code, f"the command did not start: {result.reason}"
+    return code, ""
 
 
 def _command(given: argparse.Namespace) -> str | list[str]:

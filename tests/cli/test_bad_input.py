@@ -119,7 +119,10 @@ def test_wrong_usage_is_exit_code_2(perform, tmp_path, script, case):
 
 FILES = {
     "a file that is not there": (["cp", "nowhere.txt", ":x"], "nowhere.txt"),
-    "a file that is not in the workspace": (["cp", ":nowhere.txt", "x"], "no such file: nowhere.txt"),
+    "a file that is not in the workspace": (
+        ["cp", ":nowhere.txt", "x"],
+        "No such file or directory: nowhere.txt",
+    ),
     "a folder": (["cp", "folder", ":x"], "cp copies single files: pack a folder with tar first"),
     "a folder in the workspace": (
         ["cp", ":folder", "x"],

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from agent_sdk.protocol.errors import InvalidParams, PolicyDenied
-from agent_sdk.workspace import HEAD_BYTES, TAIL_BYTES, Workspace
+from agent_sdk.protocol.errors import InvalidParams, LimitExceeded, PolicyDenied
+from agent_sdk.workspace import HEAD_BYTES, SPOOL_BYTES, TAIL_BYTES, Workspace
 
 PATIENCE = 30
 """Seconds until a test that hangs fails."""
@@ -116,6 +116,51 @@ class CommandContract:
         result = await workspace.execute("kill -KILL $$")
         assert (result.status, result.exit_code, result.signal) == ("killed", None, 9)
 
+    async def test_both_streams_may_be_one_in_the_order_in_which_they_were_written(self, workspace):
+        listener = Listener()
+        command = 'for n in 1 2 3; do echo out $n; bash -c "echo err $n >&2"; done; cat nothing'
+        for on_output in (None, listener):
+            result = await workspace.execute(command, merge=True, on_output=on_output)
+            assert result.stdout.startswith("out 1\nerr 1\nout 2\nerr 2\nout 3\nerr 3\ncat: nothing: ")
+            assert (result.stderr, result.exit_code) == ("", 1)
+        assert listener.said.decode() == result.stdout
+
+    @pytest.mark.parametrize("merge", [False, True])
+    async def test_the_whole_of_a_long_output_can_be_had(self, workspace, merge):
+        result = await workspace.execute("seq 1 500000; echo end >&2", merge=merge)
+        whole = "".join(f"{number}\n" for number in range(1, 500_001)).encode()
+        assert result.truncated
+        assert await result.whole() == whole + b"end\n" * merge
+        assert await result.whole("stderr") == (b"" if merge else b"end\n")
+
+    async def test_the_whole_output_of_a_command_that_runs_on_is_waited_for(self, workspace):
+        result = await workspace.execute("echo a; sleep 0.5; echo b", yield_after=0.1)
+        assert (result.status, await result.whole()) == ("running", b"a\nb\n")
+
+    async def test_whole_output_that_is_not_kept_is_refused_and_not_cut(self, workspace):
+        result = await workspace.execute(f"head -c {SPOOL_BYTES + TAIL_BYTES + 5} /dev/zero")
+        with pytest.raises(LimitExceeded, match=f"5 bytes behind the first {SPOOL_BYTES} are gone"):
+            await result.whole()
+
+    @pytest.mark.parametrize(
+        ("command", "options", "returncode", "said"),
+        [
+            ("exit 3", {}, 3, ""),
+            ("kill -TERM $$", {}, 143, ""),
+            ("kill -KILL $$", {}, 137, ""),
+            ("sleep 1000", {"timeout": 0.3}, 124, ""),
+            ("sleep 0.5", {"yield_after": 0.1}, None, ""),
+            ("nothing-of-this-name", {}, 127, "not found"),
+            (["nothing-of-this-name"], {}, 127, "nothing-of-this-name"),
+            (["/"], {}, 126, "Permission denied"),
+            (["true"], {"cwd": "nowhere"}, 127, "No such file or directory"),
+        ],
+    )
+    async def test_one_number_says_how_a_command_ended(self, workspace, command, options, returncode, said):
+        result = await workspace.execute(command, **options)
+        assert result.returncode == returncode
+        assert said in result.stderr
+
     async def test_many_commands_run_at_once(self, workspace):
         results = await asyncio.gather(*(workspace.execute(f"echo {number}") for number in range(20)))
         assert [result.stdout for result in results] == [f"{number}\n" for number in range(20)]
@@ -190,7 +235,11 @@ class CommandContract:
 
     @pytest.mark.parametrize(
         ("cwd", "reason"),
-        [("src", "ENOENT: no such folder: src"), ("file", "ENOTDIR: not a folder"), ("loop", "ELOOP: ")],
+        [
+            ("src", "ENOENT: No such file or directory: src"),
+            ("file", "ENOTDIR: Not a directory"),
+            ("loop", "ELOOP: "),
+        ],
     )
     async def test_a_folder_that_cannot_be_entered_is_a_result_with_a_reason(self, workspace, cwd, reason):
         await workspace.execute("touch file; ln -s loop loop")

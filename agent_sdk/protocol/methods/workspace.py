@@ -69,6 +69,8 @@ class Execute(Effect[Executed], frozen=True, kw_only=True):
     """A channel from the caller, or 0: empty."""
     stdout: Channel = 0
     stderr: Channel = 0
+    merge: bool = False
+    """Standard error goes into standard output, in the order in which it is written."""
     follow: bool = False
     """Send output while the command runs."""
     stdout_since: Offset = 0
