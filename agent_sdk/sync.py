@@ -58,6 +58,7 @@ class Shell(Twin):
     run = blocking(contract.Shell.run)
     send = blocking(contract.Shell.send)
     reset = blocking(contract.Shell.reset)
+    close = blocking(contract.Shell.close)
 
 
 class Files(Twin):
