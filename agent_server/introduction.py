@@ -33,8 +33,10 @@ def check_initialize(params: Initialize) -> None:
         InvalidParams: another version, or limits with which nothing could be sent.
     """
     if params.protocol_version != PROTOCOL_VERSION:
+        older = "server" if params.protocol_version > PROTOCOL_VERSION else "client"
         raise InvalidParams(
-            f"$.params.protocol_version: this server speaks {PROTOCOL_VERSION}, got {params.protocol_version}",
+            f"$.params.protocol_version: this server ({SERVER.name} {SERVER.version}) speaks {PROTOCOL_VERSION}, got "
+            f"{params.protocol_version}; the {older} is the older one, update it",
             supported=[PROTOCOL_VERSION],
         )
     for name, value in asdict(_LEAST).items():

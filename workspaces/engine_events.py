@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 import aiohttp
@@ -144,23 +145,32 @@ class EngineEvents:
                 watch._changed(event.Action)
         elif id in self._watches:
             code = event.Actor.Attributes.get("exitCode", "")
-            self._spawn(self._look(id, int(code) if code.isdecimal() else None, ended=True))
+            number = int(code) if code.isdecimal() and len(code) <= 10 else None
+            self._spawn(self._look(id, number, ended=event.timeNano))
 
     def _look_at_all(self) -> None:
         for id in self._watches:
             self._spawn(self._look(id))
 
-    async def _look(self, id: str, exit_code: int | None = None, *, ended: bool = False) -> None:
-        """See whether it lives. What the event said counts when it cannot be looked at any more."""
+    async def _look(self, id: str, exit_code: int | None = None, *, ended: int | None = None) -> None:
+        """See whether it lives.
+
+        Args:
+            id: of the container.
+            exit_code: that an event told.
+            ended: when it ended, as an event says, in nanoseconds; that counts when it cannot be looked at any
+                more, and not when it was started again since then. None: no event said so.
+        """
         state: dict[str, Any] = {}
         try:
             state = (await self._inspect(id)).get("State") or {}
         except NotFound:
-            ended = True
+            state = {"Status": "removed"}
         except WorkspaceUnavailable:
-            if not ended:
+            if ended is None:
                 return  # the stream is lost as well; everything is looked at when it is there again
-        if not ended and (state.get("Running") or state.get("Status") in ("created", "restarting")):
+        lives = state.get("Running") or state.get("Status") in ("created", "restarting")
+        if lives and (ended is None or _since(state) > ended):
             return
         if exit_code is None and not state.get("Running"):
             exit_code = state.get("ExitCode")
@@ -178,6 +188,14 @@ class _Event(Struct):
     Action: str
     Actor: _Actor
     timeNano: int = 0
+
+
+def _since(state: Mapping[str, Any]) -> int:
+    """Since when a container runs, in nanoseconds; 0: the engine does not say."""
+    try:
+        return int(datetime.fromisoformat(str(state.get("StartedAt"))).timestamp() * 1e9)
+    except ValueError:
+        return 0
 
 
 def _reason(exit_code: int | None, oom: bool, error: str) -> str:

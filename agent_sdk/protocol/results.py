@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
+
+# What comes from a box may be of a program that an attacker wrote: numbers are what they can be, or the answer makes
+# no sense.
+Bytes = Annotated[int, Meta(ge=0, le=2**53)]
+ExitCode = Annotated[int, Meta(ge=-(2**31), le=2**32 - 1)]
+Signal = Annotated[int, Meta(ge=0, le=128)]
+Mode = Annotated[int, Meta(ge=0, le=0o7777777)]
+Number = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 
 Status = Literal["exited", "killed", "timeout", "running", "spawn_failed", "unknown"]
 """`killed`: ended by a signal; `timeout`: ended by us when its time was over; `running`: `yield_after`
@@ -19,9 +28,9 @@ class Exit(Struct, frozen=True, kw_only=True):
     """How a process ended."""
 
     status: Status
-    exit_code: int | None = None
-    signal: int | None = None
-    duration: float = 0.0
+    exit_code: ExitCode | None = None
+    signal: Signal | None = None
+    duration: Seconds = 0.0
     reason: str = ""
 
 
@@ -30,26 +39,26 @@ class ProcessInfo(Struct, frozen=True, kw_only=True):
 
     id: str
     command: str | list[str]
-    pid: int
+    pid: Number
     pty: bool
     running: bool
-    started_at: float
+    started_at: Seconds
     """Seconds since the Unix epoch."""
     exit: Exit | None = None
-    stdout_bytes: int = 0
-    stderr_bytes: int = 0
-    stdin_bytes: int = 0
+    stdout_bytes: Bytes = 0
+    stderr_bytes: Bytes = 0
+    stdin_bytes: Bytes = 0
     """What it was given of its input so far; see `process.input`."""
 
 
 class Transferred(Struct, frozen=True):
     """A file that arrived whole."""
 
-    size: int
+    size: Bytes
     """Bytes."""
     sha256: str
     """Lower-case hexadecimal; both ends computed it and agree."""
-    mode: int = 0
+    mode: Mode = 0
     """Permission bits of the written or read file."""
 
 
@@ -59,8 +68,8 @@ class FileInfo(Struct, frozen=True, kw_only=True):
     path: str
     """Relative to the working folder, with `/`; absolute when it is not below that."""
     type: Literal["file", "dir", "symlink", "other"]
-    size: int = 0
-    mode: int = 0
+    size: Bytes = 0
+    mode: Mode = 0
     """Permission bits, e.g. 0o644."""
     modified_at: float = 0.0
     target: str | None = None
@@ -117,15 +126,15 @@ class Profile(Struct, frozen=True, kw_only=True):
 class Usage(Struct, frozen=True, kw_only=True):
     """What a sandbox uses at the moment, as its engine counts; None: not known."""
 
-    cpu_seconds: float | None = None
-    memory: int | None = None
+    cpu_seconds: Seconds | None = None
+    memory: Bytes | None = None
     """Bytes, without the page cache that can be given back."""
-    memory_max: int | None = None
-    pids: int | None = None
-    pids_max: int | None = None
-    disk: int | None = None
+    memory_max: Bytes | None = None
+    pids: Bytes | None = None
+    pids_max: Bytes | None = None
+    disk: Bytes | None = None
     """Bytes that the workspace occupies."""
-    disk_max: int | None = None
+    disk_max: Bytes | None = None
 
 
 class WorkspaceInfo(Struct, frozen=True, kw_only=True):
@@ -147,9 +156,9 @@ class WorkspaceInfo(Struct, frozen=True, kw_only=True):
     """What enforces the limit of the disk: `none`, or the mechanism."""
     profile: Profile | None = None
     usage: Usage | None = None
-    user: int = 0
-    pid: int = 0
-    running: int = 0
+    user: Number = 0
+    pid: Number = 0
+    running: Number = 0
     """How many processes run and shells are open in it."""
     operations: tuple[str, ...] = ()
     """The op_ids of the calls that are carried out in it."""

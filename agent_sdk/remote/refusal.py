@@ -106,6 +106,8 @@ async def check_no_tls(url: str) -> None:
 def other_version(url: str, refusal: InvalidParams) -> InvalidParams:
     """Return what to tell when `initialize`, which is always well-formed, makes no sense to a server."""
     message, supported = refusal.message, refusal.details.get("supported")
+    if "older one" in message:  # it says so itself
+        return InvalidParams(f"{url}: {message}", **refusal.details)
     us = f"this client (agent-sdk {__version__})"
     if isinstance(supported, list) and supported and all(isinstance(version, int) for version in supported):
         older = "server" if max(supported) < PROTOCOL_VERSION else "client"

@@ -377,6 +377,35 @@ async def test_a_stream_of_events_that_ends_is_taken_up_where_it_ended(fake):
     assert since == ["1767225600.500000000", "1767225600.500000008", "1767225600.500000008"]
 
 
+async def test_a_late_event_of_an_earlier_end_is_not_taken_for_one_of_a_container_that_was_started_again(
+    fake,
+):
+    state = {
+        "Running": True,
+        "StartedAt": "2026-01-01T00:00:01.123456789Z",
+    }  # the event is half a second older
+    looked = asyncio.Queue()
+
+    async def inspect(request):
+        looked.put_nowait(dict(state))
+        return web.json_response({"State": state})
+
+    async def events(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await looked.get()
+        await response.write(event("die", exitCode="9"))
+        await looked.get()
+        state.update(Running=False, Status="exited", ExitCode=0)
+        await response.write(b"no event\n")
+        await asyncio.Event().wait()
+
+    fake.on("GET /containers/x/json", inspect)
+    fake.on("GET /events", events)
+    async with Engine(fake.url) as engine:
+        assert (await engine.watch("x").died).exit_code == 0
+
+
 async def test_an_engine_that_dies_with_its_container_does_not_keep_the_death_secret(fake):
     """The event comes, and then nothing can be asked any more."""
     fake.answer("GET /containers/x/json", {"State": {"Running": True}})

@@ -248,3 +248,16 @@ async def test_a_cursor_that_is_no_number_is_refused(server, resume):
         error = (await wire.initialize(resume=resume))["error"]
         assert error["code"] == PARAMS
         assert "$.params.resume.after_seq" in error["message"]
+
+
+async def test_a_client_of_a_later_version_is_let_in_with_what_both_know(server):
+    async with await server.wire() as wire:
+        await wire.upgrade(server.key)
+        answer = await wire.initialize(of_a_later_version={"a": 1})
+        assert answer["result"]["server"]["name"] == "agent-server"
+    async with await server.wire() as wire:
+        await wire.upgrade(server.key)
+        error = (await wire.initialize(protocol_version=2))["error"]
+        assert "this server (agent-server" in error["message"]
+        assert "the server is the older one" in error["message"]
+        assert error["data"]["supported"] == [1]

@@ -42,8 +42,11 @@ class Initialized(Struct, frozen=True, kw_only=True):
     capabilities: dict[str, Any] = {}
 
 
-class Initialize(Method[Initialized], frozen=True, kw_only=True):
-    """The first message of every connection, within 10 s. After its answer come the events after `resume.after_seq`."""
+class Initialize(Method[Initialized], frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """The first message of every connection, within 10 s. After its answer come the events after `resume.after_seq`.
+
+    Fields that a server does not know do not count: it may be older than its client, and says its version.
+    """
 
     method = "initialize"
     protocol_version: int

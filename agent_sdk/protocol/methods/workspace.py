@@ -20,10 +20,14 @@ from agent_sdk.protocol.methods.method import (
     Path,
 )
 from agent_sdk.protocol.results import (
+    Bytes,
     Exit,
+    ExitCode,
     FileInfo,
     GitChange,
     ProcessInfo,
+    Seconds,
+    Signal,
     Status,
     Transferred,
     WorkspaceInfo,
@@ -43,14 +47,14 @@ class Executed(Struct, frozen=True, kw_only=True):
     """What came of a command; its output went over the channels."""
 
     status: Status
-    exit_code: int | None = None
-    signal: int | None = None
-    duration: float = 0.0
+    exit_code: ExitCode | None = None
+    signal: Signal | None = None
+    duration: Seconds = 0.0
     process_id: str | None = None
     reason: str = ""
-    stdout_bytes: int = 0
+    stdout_bytes: Bytes = 0
     """Bytes written in all; the channel carried the first 64 KiB and the last 1 MiB, with `follow` all that is kept."""
-    stderr_bytes: int = 0
+    stderr_bytes: Bytes = 0
     stdout_text: str | None = None
     stderr_text: str | None = None
 
@@ -115,7 +119,7 @@ class ProcessWait(Method[Exit], frozen=True, kw_only=True):
 class Count(Struct, frozen=True):
     """How many bytes."""
 
-    bytes: int
+    bytes: Bytes
 
 
 class ProcessInput(Method[Count], frozen=True, kw_only=True):
@@ -160,11 +164,11 @@ class ShellAnswer(Struct, frozen=True, kw_only=True):
     """See workspace.ShellResult; the output went over the channel."""
 
     status: Literal["done", "quiet", "timeout", "busy", "ended", "unknown", "said"]
-    exit_code: int | None = None
+    exit_code: ExitCode | None = None
     cwd: str = ""
     full_output: str | None = None
-    full_output_lacks: int = 0
-    output_bytes: int = 0
+    full_output_lacks: Bytes = 0
+    output_bytes: Bytes = 0
     text: str | None = None
     reason: str = ""
 
@@ -324,7 +328,7 @@ class SnapshotTaken(Struct, frozen=True, kw_only=True):
     """A copy of the files of a workspace."""
 
     id: str
-    size: int
+    size: Bytes
     """Bytes."""
 
 
