@@ -40,12 +40,18 @@ class ToolResult(Struct, frozen=True, kw_only=True):
                 set_now(self, "data", {"repr": as_utf8(repr(self.data)[:1000])})
 
 
+def _as_they_are(head: str, tail: str) -> tuple[str, str]:
+    return head, tail
+
+
 class ToolContext(Struct, frozen=True, kw_only=True):
     """What a tool may use."""
 
     workspace: Workspace
     secrets: Mapping[str, str] = {}
-    """Environment variables for commands; the loop masks their values in results."""
+    """Environment variables for commands; their values are masked in results."""
+    ends: Callable[[str, str], tuple[str, str]] = _as_they_are
+    """Takes the two ends of a text whose middle is left out, and returns them without what the cut left of secrets."""
     call_key: str = ""
     """Of this call and no other, in whatever process it is run or taken up again."""
     same_place: bool = True

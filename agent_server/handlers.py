@@ -13,6 +13,7 @@ import msgspec
 import structlog
 from msgspec import Raw
 
+from agent_sdk.agent.mask import check_secrets, hidden_in
 from agent_sdk.local.log import Operation
 from agent_sdk.local.receipts import operation
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams
@@ -49,7 +50,6 @@ from agent_sdk.protocol.methods import (
     result_type,
 )
 from agent_sdk.protocol.results import Accepted, Snapshot
-from agent_sdk.protocol.specs import LLM, Model
 from agent_sdk.rpc.peer import Handler, Inbound
 from agent_server.conversations import Conversations
 from agent_server.hosted import Hosted
@@ -115,7 +115,8 @@ class _Answers:
     async def configure(self, params: Configure, call: Inbound) -> Done:
         async def act(op: Operation) -> Done:
             agent = params.agent
-            self._hosted.mask([*_keys(agent.llm), *params.secrets.values()])
+            check_secrets(params.secrets)
+            self._hosted.mask([*hidden_in(agent.llm), *params.secrets.values()])
             await self._local.configure(
                 agent,
                 max_iterations=params.max_iterations,
@@ -177,6 +178,7 @@ class _Answers:
         )
 
     async def update_secrets(self, params: UpdateSecrets, call: Inbound) -> Done:
+        check_secrets(params.secrets)
         self._hosted.mask(params.secrets.values())
         return await self._done(params, lambda op: self._local.update_secrets(params.secrets, op=op))
 
@@ -185,7 +187,7 @@ class _Answers:
 
     async def switch_llm(self, params: SwitchLlm, call: Inbound) -> Done:
         async def act(op: Operation) -> None:
-            self._hosted.mask(_keys(params.llm))
+            self._hosted.mask(hidden_in(params.llm))
             await self._local.switch_llm(params.llm, op=op)
             await self._conversations.note(self._hosted)
 
@@ -300,8 +302,3 @@ class Counter:
         finally:
             self._seconds[method].observe(time.monotonic() - began)
             self._metrics.calls.labels(method.method, outcome).inc()
-
-
-def _keys(llm: Model) -> list[str | None]:
-    """What of a model must not be logged."""
-    return [llm.api_key, *llm.headers.values()] if isinstance(llm, LLM) else []

@@ -94,6 +94,7 @@ class Hosted:
     async def open(self) -> None:
         """Read the log; may be called again."""
         if not self._forget:  # before the log is read: a turn that is open in it goes on at once
+            self._forget.append(self._logs.redactor.of(self.id, self.local.mask))
             self._forget.append(self.local.subscribe(self._follow_turns))
             self._forget.append(self.local.subscribe_deltas(self._pass_delta))
             self._forget.append(self.link.on_change(self._changed))
@@ -104,7 +105,6 @@ class Hosted:
         if not self._opened:
             self._opened = True
             await self.relay.open()
-            self.mask(self.local.hidden)
 
     async def close(self) -> None:
         """Let go of everything but the workspace, which may be shared. A turn that runs stays open in the log."""
@@ -155,8 +155,8 @@ class Hosted:
         return stop
 
     def mask(self, secrets: Iterable[str | None]) -> None:
-        """Keep these values out of the server's log while the conversation is in memory."""
-        self._forget.append(self._logs.redactor.add(secrets))
+        """Keep these values out of all logs while the conversation is in memory."""
+        self.local.mask.hide(secrets)
 
     def dismiss(self, code: int, reason: str, *, but: Peer | None = None) -> None:
         """Close its connections, `but` that one."""

@@ -13,25 +13,28 @@ import json
 import logging
 import math
 import queue
-import re
 import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal, TextIO
 
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from agent_sdk.agent.mask import Mask
 from agent_sdk.protocol.visible import shown
 
 LINES_WAITING = 10_000
-SHORTEST_SECRET = 8
 MASK = "[secret]"
+OURS = frozenset(
+    {"time", "level", "event", "conversation", "connection", "method", "box", "incident", "runtime", "logger"}
+)
+"""What no secret of a client may hide from the operator: when, what, and about which."""
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 Event = MutableMapping[str, Any]
@@ -39,54 +42,67 @@ Log = FilteringBoundLogger
 
 
 class Redactor:
-    """Masks secrets by their value, wherever they turn up. Values of less than 8 characters are let be."""
+    """Masks secrets by their value in what others have written; what is ours (see OURS) stays as it is.
+
+    Those of a conversation are masked in the lines about it, and in lines of which nobody knows whose they are.
+    """
 
     def __init__(self) -> None:
-        self._known: Counter[str] = Counter()
-        self._pattern: re.Pattern[str] | None = None
+        self._own: list[Mask] = []
+        self._masks: dict[str, Mask] = {}
 
     def add(self, values: Iterable[str | None]) -> Callable[[], None]:
-        """Mask these values from now on; returns what makes them ordinary again."""
-        added = [value for value in values if value and len(value) >= SHORTEST_SECRET]
-        self._known.update(added)
-        self._compile()
+        """Mask these values in all lines from now on; returns what makes them ordinary again.
+
+        Values of less than 8 characters are let be.
+        """
+        mask = Mask(bounded=False)
+        mask.hide(values)
+        self._own.append(mask)
+        return lambda: self._own.remove(mask)
+
+    def of(self, conversation: str, mask: Mask) -> Callable[[], None]:
+        """Mask the lines about a conversation with this; returns what ends that."""
+        self._masks[conversation] = mask
 
         def forget() -> None:
-            self._known.subtract(added)
-            self._known = +self._known
-            self._compile()
+            self._masks.pop(conversation, None)
 
         return forget
 
-    def clean(self, text: str) -> str:
-        """Return the text with every secret masked."""
-        return self._pattern.sub(MASK, text) if self._pattern else text
-
-    def _compile(self) -> None:
-        # Longest first: of two secrets, one the start of the other, the whole one is masked.
-        values = sorted(self._known, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, values))) if values else None
+    def clean(self, text: str, conversation: str | None = None) -> str:
+        """Return the text with secrets masked; with those of all conversations, unless one is given."""
+        named = (
+            self._masks.values() if conversation is None else filter(None, [self._masks.get(conversation)])
+        )
+        for mask in (*self._own, *named):
+            text = mask.text(text, MASK)
+        return text
 
     def __call__(self, logger: Any, method: str, event: Event) -> Event:
         """Be a structlog processor."""
-        return {key: self._cleaned(value) for key, value in event.items()}
+        about = event.get("conversation")
+        clean = partial(self.clean, conversation=None if about is None else str(about))
+        return {key: _plain(value, str if key in OURS else clean) for key, value in event.items()}
 
-    def _cleaned(self, value: Any) -> Any:
-        match value:
-            case str():
-                return self.clean(value)
-            case float():
-                return value if math.isfinite(value) else str(value)
-            case bool() | int() | None:
-                return value
-            case Mapping():
-                return {self.clean(str(key)): self._cleaned(item) for key, item in value.items()}
-            case list() | tuple() | set() | frozenset():
-                return [self._cleaned(item) for item in value]
-            case bytes():
-                return self.clean(value.decode("utf-8", "backslashreplace"))
-            case _:
-                return self.clean(str(value))
+
+def _plain(value: Any, clean: Callable[[str], str]) -> Any:
+    """What JSON can say, without secrets."""
+    match value:
+        case str():
+            return clean(value)
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case bool() | int() | None:
+            return value
+        case Mapping():
+            return {clean(str(key)): _plain(item, clean) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item, clean) for item in value]
+        case bytes():
+            return clean(value.decode("utf-8", "backslashreplace"))
+        case _:
+            return clean(str(value))
 
 
 class Lines:

@@ -11,7 +11,7 @@ history:  what the model is shown of the log
 prompt:   the system prompt
 toolbox:  the tools of a conversation
 approval: which calls wait for somebody
-mask:     secrets out of results
+mask:     secrets out of logs, streams and results
 clip:     long text, cut in its middle
 tools:    the built-in tools
 llm:      reaching models

@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from agent_sdk.agent.approval import needs_approval
 from agent_sdk.agent.llm.contract import ModelClient
 from agent_sdk.agent.llm.open import open_model
-from agent_sdk.agent.mask import Mask
+from agent_sdk.agent.mask import Mask, check_secrets, hidden_in
 from agent_sdk.agent.place import Passing, Place
 from agent_sdk.agent.prompt import system_prompt
 from agent_sdk.agent.toolbox import Toolbox, local_and_remote
 from agent_sdk.agent.tools.registry import make_tool
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.events import AgentConfigured, RequestOpened
-from agent_sdk.protocol.specs import LLM, AgentSpec, ConfirmationPolicy, Model
+from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.tools import FunctionTool, ToolContext, ToolResult
 from agent_sdk.workspace import Workspace
 
@@ -40,6 +40,7 @@ class Actor:
         functions: Mapping[str, FunctionTool],
         max_iterations: int,
         confirmation: ConfirmationPolicy,
+        mask: Mask | None = None,
     ) -> None:
         if max_iterations < 1:
             raise InvalidParams("max_iterations: it must be at least 1")
@@ -55,6 +56,8 @@ class Actor:
         self.client: ModelClient = open_model(spec.llm)
         self._former: list[ModelClient] = []
         self._secrets: dict[str, str] = {}
+        self.mask = mask or Mask()
+        """What hides them."""
         self._system: str | None = None
         self._remember()
 
@@ -90,6 +93,7 @@ class Actor:
                 raise InvalidParams(f"secrets: {name[:64]!r} cannot name an environment variable")
             if "\0" in value:
                 raise InvalidParams(f"secrets: the value of {name} has a NUL character in it")
+        check_secrets({**self._secrets, **secrets})
         self._secrets = {**self._secrets, **secrets}
         self._remember()
 
@@ -111,6 +115,7 @@ class Actor:
             secrets=self._secrets,
             call_key=call_key,
             same_place=place is not None,
+            ends=self.mask.ends,
         )
 
     def configured(self) -> AgentConfigured:
@@ -131,5 +136,4 @@ class Actor:
         self._former.clear()
 
     def _remember(self) -> None:
-        key = self.llm.api_key if isinstance(self.llm, LLM) else None
-        self.mask = Mask([*self._secrets.values(), *([key] if key else [])])
+        self.mask.hide([*hidden_in(self.llm), *self._secrets.values()])

@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import Awaitable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+from msgspec.structs import replace
+
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.clip import clip_result
 from agent_sdk.agent.ending import CUT_CALL
 from agent_sdk.agent.journal import Journal
-from agent_sdk.agent.mask import Mask
+from agent_sdk.agent.mask import HIDDEN, Mask
 from agent_sdk.agent.progress import Progress
-from agent_sdk.agent.toolbox import failed_call
+from agent_sdk.agent.toolbox import UNKNOWN, failed_call
 from agent_sdk.agent.tools.finish import FINISH
 from agent_sdk.digest import sha256
 from agent_sdk.ids import new_id
@@ -21,6 +23,10 @@ from agent_sdk.protocol.events import Event, RequestOpened, RequestResolved, Too
 from agent_sdk.tools import ToolResult
 
 CALLS_PER_ANSWER = 64
+NOT_KEPT = (
+    "Not run: its arguments held a secret, which the log does not keep, and the process that knew it has ended. "
+    "Call it again."
+)
 
 
 class _Decision(NamedTuple):
@@ -55,6 +61,8 @@ class Calls:
         """By call id."""
         self._unanswered: frozenset[str] = frozenset()
         """Calls whose approval nobody had answered when they were taken up."""
+        self._arguments: dict[str, str] = {}
+        """By call id, as the model wrote them: the log has them without secrets."""
         self._begun: frozenset[str] = frozenset()
         """Calls that another process may have begun."""
         self._before = 0
@@ -63,6 +71,7 @@ class Calls:
     def open(self, calls: Sequence[ToolCalled]) -> list[RequestOpened]:
         """Return the approvals that these calls of one answer need; they are to be written with the calls."""
         self._deciding, self._begun, self._before = {}, frozenset(), 0
+        self._arguments = {call.call_id: call.arguments for call in calls}
         requests = [_request(call, "approval") for call in calls[:CALLS_PER_ANSWER] if self._waits(call)]
         for request in requests:
             self._expect(request)
@@ -193,7 +202,7 @@ class Calls:
         if result is None:
             begun = call.call_id in self._begun
             context = self._present().context(_key(call), call.place if begun else None)
-            result = await toolbox.run(call.tool, call.arguments, context, begun=begun)
+            result = await toolbox.run(call.tool, self._real(call), context, begun=begun)
         self._results[call.call_id] = result
 
     async def _run_in_client(self, call: ToolCalled) -> ToolResult:
@@ -206,7 +215,7 @@ class Calls:
             opened = self._client_requests[call.call_id] = _request(call, "client_tool")
             await self._journal.append(opened)
         try:
-            result = await runner(opened)
+            result = await runner(replace(opened, arguments=self._real(call)))
         except BaseException as exc:  # noqa: BLE001  part of the turn's boundary, like Toolbox.run
             result = failed_call(call.tool, exc)
         del self._client_requests[call.call_id]
@@ -217,7 +226,12 @@ class Calls:
     def _refusal(self, call: ToolCalled) -> ToolResult | None:
         if call.cut:
             return ToolResult(text=CUT_CALL, is_error=True)
+        if call.call_id not in self._arguments and HIDDEN in call.arguments:
+            return UNKNOWN if call.call_id in self._begun else ToolResult(text=NOT_KEPT, is_error=True)
         return self._present().toolbox.refusal(call.tool, call.arguments)
+
+    def _real(self, call: ToolCalled) -> str:
+        return self._arguments.get(call.call_id, call.arguments)
 
     def _may_be_left(self, call: ToolCalled) -> bool:
         toolbox = self._present().toolbox

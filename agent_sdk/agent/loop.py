@@ -360,8 +360,8 @@ class Turn:
         ended = TurnEnded(
             run_id=self.run_id,
             status=status,
-            final_text=final_text,
-            reason=reason,
+            final_text=self._masked(final_text),
+            reason=self._masked(reason),
             error=error,
             retryable=retryable,
             iterations=self._iterations,

@@ -1,33 +1,101 @@
-"""Keeping secrets out of what the model reads and the log keeps."""
+"""Keeping secrets out of what the model reads, the log keeps, clients are streamed and operators see.
+
+A value is found as it is, in the lines it has, and as programs usually write it: escaped for JSON or for a URL, in
+base64 (wherever it begins in there) and in hex. Searching takes time in proportion to the text: a value is cut into
+pieces of bounded length, and what may be hidden is bounded.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from urllib.parse import quote, quote_plus
+
+from msgspec.structs import replace
+
+from agent_sdk.protocol.errors import InvalidParams
+from agent_sdk.protocol.events import Event
+from agent_sdk.protocol.specs import LLM, Model
 
 HIDDEN = "<secret-hidden>"
 SHORTEST = 8
 """Characters; a shorter value would blank out ordinary words."""
+MOST_SECRETS = 100
+MOST_CHARS = 32 << 10
+MOST_LINES = 500
+_PIECE = 256
+_BASE64_LINE = 76
+_HEX_LINE = 60
+_CUT = 4
+"""At a cut, so many characters of a value are enough to be taken for a part of it."""
+_SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password", re.IGNORECASE)
+_OUTSIDE = (
+    *("text", "thinking", "arguments", "final_text", "reason", "message", "instructions"),
+    *("title", "tags", "data"),
+)
+"""Fields of events that others have written. The rest is ours: kinds, ids, names of tools."""
+
+
+def check_secrets(secrets: Mapping[str, str]) -> None:
+    """See that these can be kept out of a log without holding everybody else up.
+
+    Raises:
+        InvalidParams: they are too many or too long.
+    """
+    lines = sum(len(value.splitlines()) for value in secrets.values())
+    chars = sum(map(len, secrets.values()))
+    for what, got, most in (
+        ("secrets", len(secrets), MOST_SECRETS),
+        ("characters in all their values", chars, MOST_CHARS),
+        ("lines in all their values", lines, MOST_LINES),
+    ):
+        if got > most:
+            raise InvalidParams(
+                f"secrets: at most {most} {what} (got {got}); write long ones to a file of the workspace"
+            )
 
 
 class Mask:
-    """Replaces the given values, and each line of a value of several lines, by `<secret-hidden>`."""
+    """Replaces values by `<secret-hidden>`. More can be added; the oldest are forgotten when they are too many."""
 
-    def __init__(self, values: Iterable[str] = ()) -> None:
-        pieces = {
-            piece for value in values for piece in (value, *value.splitlines()) if len(piece) >= SHORTEST
-        }
-        longest_first = sorted(pieces, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if pieces else None
+    def __init__(self, values: Iterable[str] = (), *, bounded: bool = True) -> None:
+        self._bounded = bounded
+        self._values: dict[str, frozenset[str]] = {}
+        """What to look for, by value; the newest last."""
+        self._needles: tuple[str, ...] = ()
+        self.hide(values)
 
-    def text(self, text: str) -> str:
-        """Return the text without the values."""
-        return self._pattern.sub(HIDDEN, text) if self._pattern else text
+    def __repr__(self) -> str:
+        return f"<Mask of {len(self._values)} values>"
+
+    def hide(self, values: Iterable[str | None]) -> None:
+        """Replace these, too. Those of less than 8 characters are let be."""
+        fresh = [value[:MOST_CHARS] for value in values if value and len(value) >= SHORTEST]
+        if not fresh or all(value in self._values for value in fresh):
+            return
+        for value in fresh:
+            known = self._values.pop(value, None)
+            self._values[value] = known or frozenset(n for n in _needles(value) if len(n) >= SHORTEST)
+        while self._bounded and (
+            len(self._values) > 2 * MOST_SECRETS or sum(map(len, self._values)) > 2 * MOST_CHARS
+        ):
+            del self._values[next(iter(self._values))]
+        self._needles = tuple(frozenset().union(*self._values.values()))
+
+    def text(self, text: str, sign: str = HIDDEN) -> str:
+        """Return the text with `sign` in the place of the values."""
+        parts, done = [], 0
+        for start, end in _joined(self._spans(text)):
+            parts += [text[done:start], sign]
+            done = end
+        return "".join((*parts, text[done:])) if parts else text
 
     def data(self, value: Any) -> Any:
         """Return JSON-able data without the values, however deep they are."""
-        if self._pattern is None:
+        if not self._needles:
             return value
         if isinstance(value, str):
             return self.text(value)
@@ -36,3 +104,141 @@ class Mask:
         if isinstance(value, list | tuple):
             return [self.data(item) for item in value]
         return value
+
+    def event(self, event: Event) -> Event:
+        """Return the event without the values."""
+        if not self._needles:
+            return event
+        changed: dict[str, Any] = {}
+        for name in _OUTSIDE:
+            value = getattr(event, name, None)
+            if value and (masked := self.data(value)) != value:
+                changed[name] = masked
+        provider = getattr(event, "provider", None)
+        if provider is not None and any(self._spans(bytes(provider).decode())):
+            changed["provider"] = (
+                None  # it is signed as a whole; without it the provider sees the answer's text
+            )
+        return replace(event, **changed) if changed else event
+
+    def ends(self, head: str, tail: str) -> tuple[str, str]:
+        """Return the two ends of a text whose middle is left out; a value that was cut is not shown in part either."""
+        kept, begun = len(head) - self.unfinished(head, _CUT), self._ended(tail)
+        return (
+            self.text(head[:kept]) + HIDDEN * (kept < len(head)),
+            HIDDEN * (begun > 0) + self.text(tail[begun:]),
+        )
+
+    def unfinished(self, text: str, least: int = 1) -> int:
+        """Return how many characters at the end of a text are the beginning of a value."""
+        longest = 0
+        for needle in self._needles:
+            at = text.find(needle[:least], max(0, len(text) - len(needle) + 1))
+            while at >= 0 and len(text) - at > longest:
+                if needle.startswith(text[at:]):
+                    longest = len(text) - at
+                at = text.find(needle[:least], at + 1)
+        return longest
+
+    def _ended(self, text: str) -> int:
+        """Return how many characters at the beginning of a text are the end of a value."""
+        longest = 0
+        for needle in self._needles:
+            for size in range(min(len(needle) - 1, len(text)), max(longest, _CUT - 1), -1):
+                if needle.endswith(text[:size]):
+                    longest = size
+                    break
+        return longest
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        for needle in self._needles:
+            start = at = text.find(needle)
+            while at >= 0:
+                further = text.find(needle, at + 1)
+                if not at < further <= at + len(needle):
+                    yield start, at + len(needle)
+                    start = further
+                at = further
+
+
+class MaskedStream:
+    """Masks text that comes in pieces: what may be the beginning of a value is held until more is known."""
+
+    def __init__(self, mask: Mask) -> None:
+        self._mask = mask
+        self._held = ""
+        self._known: int | None = None
+        """How much of what is held belongs to a value that was shown as hidden; None: there is none right before."""
+
+    def feed(self, text: str) -> str:
+        """Return what can be shown by now."""
+        text = self._held + text
+        return self._shown(text, len(text) - self._mask.unfinished(text))
+
+    def flush(self) -> str:
+        """Return what is held: no more comes."""
+        return self._shown(self._held, len(self._held))
+
+    def _shown(self, text: str, until: int) -> str:
+        spans = list(self._mask._spans(text))
+        if self._known is not None:
+            spans.append((0, self._known))
+        parts, done = [], 0
+        for start, end in _joined(spans):
+            if start >= until > 0:
+                break
+            parts += [text[done:start], "" if start == 0 and self._known is not None else HIDDEN]
+            done = end
+        parts.append(text[done:until])
+        self._held = text[until:]
+        self._known = done - until if done >= until and done + len(text) > 0 and spans else None
+        return "".join(parts)
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the stretches that these cover, in order; those that touch are one."""
+    start, end = -1, -1
+    for first, last in sorted(spans):
+        if first > end:
+            if start >= 0:
+                yield start, end
+            start = first
+        end = max(end, last)
+    if start >= 0:
+        yield start, end
+
+
+def _needles(value: str) -> Iterator[str]:
+    """Yield what to look for."""
+    yield from value.splitlines()
+    escaped = quote(value, safe="", errors="replace")
+    lower = re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), escaped)
+    words = (quote_plus(value, errors="replace"), quote(value, errors="replace"), escaped, lower)
+    as_json = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
+    for form in (value, *as_json, *words):
+        yield from _pieces(form, _PIECE)
+    plain = value.encode("utf-8", "replace")
+    for shift in range(3):
+        encoded = b64encode(bytes(shift) + plain).decode()
+        # What depends on neighbours is left out, unless it ends there. Programs that begin with it break its lines.
+        first, last = -(-8 * shift // 6), 8 * (shift + len(plain)) // 6
+        for form in (encoded[first:last], encoded[first:]):
+            yield from _pieces(form, _PIECE if shift else _BASE64_LINE)
+            yield from _pieces(form.replace("+", "-").replace("/", "_"), _PIECE)
+    yield from _pieces(plain.hex(), _HEX_LINE)
+    yield from _pieces(plain.hex().upper(), _PIECE)
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Yield the text in pieces, and its end once more, so that it is not too short to be noticed."""
+    for at in range(0, len(text), size):
+        yield text[at : at + size]
+    yield text[-size:]
+
+
+def hidden_in(llm: Model | None) -> list[str]:
+    """Return what nobody may read of how a model is reached: its key, and headers that look like one."""
+    if not isinstance(llm, LLM):
+        return []
+    headers = [value.split(" ")[-1] for name, value in llm.headers.items() if _SECRET_HEADER.search(name)]
+    return [*([llm.api_key] if llm.api_key else []), *headers]

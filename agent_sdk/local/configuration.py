@@ -8,6 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from agent_sdk.agent.actor import Actor, RunClientTool
+from agent_sdk.agent.mask import Mask, check_secrets
 from agent_sdk.agent.place import Passing, Place
 from agent_sdk.definition import Agent
 from agent_sdk.local.fold import Fold
@@ -19,7 +20,7 @@ from agent_sdk.protocol.events import (
     Event,
     SecretsChanged,
 )
-from agent_sdk.protocol.specs import LLM, AgentSpec, ConfirmationPolicy, Model
+from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.tools import FunctionTool
 from agent_sdk.workspace import Workspace
 
@@ -40,6 +41,8 @@ class Configuration:
         tags: Mapping[str, str],
     ) -> None:
         self.actor: Actor | None = None
+        self.mask = Mask(secrets.values())
+        """Hides what nobody may read in a log: keys, headers and secrets, former ones too."""
         self.missing = ""
         """What of the stored agent this process does not know, a sentence."""
         self.obstacle: AgentServerError | None = None
@@ -105,13 +108,6 @@ class Configuration:
             secrets=self._secrets,
         )
 
-    @property
-    def hidden(self) -> list[str]:
-        """What nobody may read in a log: keys, headers and secrets."""
-        llm = self.actor.llm if self.actor else None
-        keys = [llm.api_key or "", *llm.headers.values()] if isinstance(llm, LLM) else []
-        return [*keys, *self._secrets.values()]
-
     def replace(
         self, agent: Agent | AgentSpec, *, max_iterations: int, confirmation: ConfirmationPolicy
     ) -> None:
@@ -154,10 +150,16 @@ class Configuration:
         return events
 
     def add_secrets(self, secrets: Mapping[str, str]) -> SecretsChanged:
-        """Set secrets and return the event that names them."""
+        """Set secrets and return the event that names them.
+
+        Raises:
+            InvalidParams: a name cannot be an environment variable, or they are too many or too long.
+        """
+        check_secrets({**self._secrets, **secrets})
         if self.actor is not None:
             self.actor.add_secrets(secrets)
         self._secrets.update(secrets)
+        self.mask.hide(self._secrets.values())
         return SecretsChanged(names=tuple(sorted(secrets)))
 
     def set_confirmation(self, policy: ConfirmationPolicy) -> AgentConfigured:
@@ -193,6 +195,7 @@ class Configuration:
             functions=self._functions,
             max_iterations=max_iterations,
             confirmation=confirmation,
+            mask=self.mask,
         )
         actor.add_secrets(self._secrets)
         actor.run_client_tool = self._run_client_tool

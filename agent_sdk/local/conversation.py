@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 from agent_sdk.agent.actor import RunClientTool
+from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.place import Place
 from agent_sdk.conversation import (
     Accepted,
@@ -159,9 +160,9 @@ class LocalConversation:
         self._configuration.place = place
 
     @property
-    def hidden(self) -> list[str]:
-        """What of the agent nobody may read in a log line: keys, headers, secrets."""
-        return self._configuration.hidden
+    def mask(self) -> Mask:
+        """Hides what of the agent nobody may read: keys, headers, secrets."""
+        return self._configuration.mask
 
     @property
     def working(self) -> bool:

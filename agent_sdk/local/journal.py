@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from agent_sdk.agent.history import History
+from agent_sdk.agent.mask import Mask, MaskedStream
 from agent_sdk.local.delivery import Delivery
 from agent_sdk.local.fold import Fold
 from agent_sdk.local.log import EventLog, Operation, Record
@@ -29,6 +30,10 @@ class Journal:
         self.history = History()
         self.fold = Fold()
         self.delivery = delivery
+        self.mask = Mask()
+        """Hides secrets in all that is written and published: the one place where that is done for clients."""
+        self._streams: tuple[str, MaskedStream, MaskedStream] | None = None
+        """The turn whose answer is streamed, its text and its thinking."""
         self._under_way: set[asyncio.Future[list[Record]]] = set()
 
     @property
@@ -75,7 +80,9 @@ class Journal:
         settings: tuple[bytes, bytes | None] | None = None,
     ) -> asyncio.Future[list[Record]]:
         """Queue events; the future comes with the commit, after all who follow were told. Do not cancel it."""
-        future = self.log.submit(self.conversation, events, op=op, settings=settings)
+        self._end_streams()
+        masked = [self.mask.event(event) for event in events]
+        future = self.log.submit(self.conversation, masked, op=op, settings=settings)
         self._under_way.add(future)
         future.add_done_callback(self._committed)
         return future
@@ -99,10 +106,24 @@ class Journal:
             await asyncio.wait(self._under_way)
 
     def delta(self, run_id: str, text: str, thinking: str) -> None:
-        """Pass on a transient piece of an answer."""
-        self.delivery.publish_delta(
-            Delta(run_id=run_id, after_seq=self.head_seq, text=text, thinking=thinking)
-        )
+        """Pass on a transient piece of an answer, as far as it can be no part of a secret."""
+        if self._streams is None or self._streams[0] != run_id:
+            self._end_streams()
+            self._streams = run_id, MaskedStream(self.mask), MaskedStream(self.mask)
+        _, texts, thoughts = self._streams
+        self._publish(run_id, texts.feed(text), thoughts.feed(thinking))
+
+    def _end_streams(self) -> None:
+        """Pass on what was held: the answer is written, or goes on no more."""
+        if self._streams is not None:
+            run_id, texts, thoughts = self._streams
+            self._streams = None
+            self._publish(run_id, texts.flush(), thoughts.flush())
+
+    def _publish(self, run_id: str, text: str, thinking: str) -> None:
+        if text or thinking:
+            delta = Delta(run_id=run_id, after_seq=self.head_seq, text=text, thinking=thinking)
+            self.delivery.publish_delta(delta)
 
     def _committed(self, future: asyncio.Future[list[Record]]) -> None:
         self._under_way.discard(future)

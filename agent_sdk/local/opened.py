@@ -102,6 +102,7 @@ async def open_conversation(
             log = await stack.enter_async_context(EventLog.open(log))
         epoch = await log.create(configuration.conversation)
         journal = Journal(log, configuration.conversation, epoch, delivery)
+        journal.mask = configuration.mask
         await journal.replay()
         if since is not None:
             delivery.begin_with(_past(journal, since))

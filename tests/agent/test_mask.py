@@ -1,6 +1,19 @@
 """Secrets do not get into results."""
 
-from agent_sdk.agent.mask import Mask
+import base64
+import json
+import random
+from urllib.parse import quote, quote_plus
+
+import pytest
+from msgspec import Raw
+
+from agent_sdk.agent.mask import HIDDEN, MOST_CHARS, Mask, MaskedStream, check_secrets
+from agent_sdk.protocol.errors import InvalidParams
+from agent_sdk.protocol.events import AgentMessage, ToolCalled, TurnEnded
+
+VALUE = 'p@ss/w"rd with\nlines+\u00e9'
+LONG = base64.b85encode(random.Random(1).randbytes(800)).decode()
 
 
 def test_a_secret_is_hidden_wherever_it_stands():
@@ -35,3 +48,89 @@ def test_data_is_searched_to_its_depth():
 
 def test_without_secrets_nothing_changes():
     assert Mask().text("anything") == "anything"
+
+
+@pytest.mark.parametrize("before", ["", "a", "ab"])
+def test_a_secret_is_hidden_in_the_usual_encodings(before):
+    mask = Mask([VALUE])
+    raw = (before + VALUE).encode()
+    for text in (
+        json.dumps({"key": before + VALUE}),
+        json.dumps({"key": before + VALUE}, ensure_ascii=False),
+        quote(before + VALUE),
+        quote(before + VALUE, safe=""),
+        quote_plus(before + VALUE),
+        raw.hex(),
+        raw.hex().upper(),
+        base64.b64encode(raw + b"after").decode(),
+        base64.urlsafe_b64encode(raw).decode(),
+    ):
+        masked = mask.text(f"<{text}>")
+        assert HIDDEN in masked
+        assert len(masked) < len(before) * 2 + len(HIDDEN) + 22, text
+
+
+def test_a_long_secret_is_hidden_whole_and_in_the_lines_that_base64_makes_of_it():
+    mask = Mask([LONG])
+    assert mask.text(f"a {LONG} b") == f"a {HIDDEN} b"
+    assert set(mask.text(base64.encodebytes(LONG.encode()).decode()).split("\n")[:-2]) == {HIDDEN}
+
+
+def test_what_repeats_itself_leaves_nothing():
+    assert Mask(["abcabcab"]).text("abcabcabcabcab.") == f"{HIDDEN}."
+
+
+def test_pieces_of_a_stream_are_shown_as_the_whole_would_be():
+    mask, chance = Mask(["hunter2-hunter2", LONG]), random.Random(2)
+    words = ["hunter2-hunter2", "hunter2", "hun", "-", " ", "abc", LONG, LONG[:300]]
+    for _ in range(300):
+        text = "".join(chance.choices(words, k=6))
+        stream, shown, left = MaskedStream(mask), "", text
+        while left:
+            size = chance.choice((1, 2, 3, 7, 50, 400))
+            shown, left = shown + stream.feed(left[:size]), left[size:]
+        assert shown + stream.flush() == mask.text(text)
+
+
+def test_a_stream_holds_back_only_what_may_be_a_secret():
+    stream = MaskedStream(Mask(["hunter2-hunter2"]))
+    assert [stream.feed(piece) for piece in ("I hun", "t for ", "hunter2-")] == ["I ", "hunt for ", ""]
+    assert stream.flush() == "hunter2-"
+
+
+def test_a_secret_that_is_cut_in_two_is_not_shown_in_part():
+    mask = Mask(["hunter2-hunter2"])
+    assert mask.ends("head hunter2-h", "nter2 tail") == (f"head {HIDDEN}", f"{HIDDEN} tail")
+    assert mask.ends("head", "tail") == ("head", "tail")
+
+
+def test_in_events_only_what_others_wrote_is_masked():
+    mask = Mask(["hunter2-hunter2"])
+    called = ToolCalled(run_id="hunter2-hunter2", call_id="c", tool="t", arguments='{"a": "hunter2-hunter2"}')
+    masked = mask.event(called)
+    assert (masked.run_id, masked.arguments) == ("hunter2-hunter2", f'{{"a": "{HIDDEN}"}}')
+    ended = TurnEnded(run_id="r", status="failed", final_text="hunter2-hunter2", reason="hunter2-hunter2")
+    assert (mask.event(ended).final_text, mask.event(ended).reason) == (HIDDEN, HIDDEN)
+    signed = AgentMessage(run_id="r", text="", provider=Raw(b'[{"thinking": "hunter2-hunter2"}]'))
+    assert mask.event(signed).provider is None
+
+
+@pytest.mark.parametrize(
+    ("secrets", "words"),
+    [
+        ({f"N{nth}": "x" for nth in range(101)}, r"secrets: at most 100 secrets \(got 101\)"),
+        ({"N": "x" * (MOST_CHARS + 1)}, r"at most 32768 characters in all their values \(got 32769\)"),
+        ({"N": "x\n" * 501}, r"at most 500 lines in all their values \(got 501\)"),
+    ],
+)
+def test_more_than_can_be_hidden_is_refused(secrets, words):
+    with pytest.raises(InvalidParams, match=words):
+        check_secrets(secrets)
+
+
+def test_former_values_are_hidden_until_there_are_too_many():
+    mask = Mask(["the-first-value"])
+    mask.hide(["the-second-value"])
+    assert mask.text("the-first-value the-second-value") == f"{HIDDEN} {HIDDEN}"
+    mask.hide(f"{nth:08}" for nth in range(200))
+    assert mask.text("the-first-value") == "the-first-value"

@@ -308,6 +308,56 @@ class ToolCallsContract:
         assert [event.names for event in await these(conversation, SecretsChanged)] == [("TOKEN",)]
         assert not any(secret.encode() in encode(event) for event in await past(conversation))
 
+    async def test_a_secret_that_the_model_writes_is_used_and_not_kept(self, open: Open) -> None:
+        secret, seen, pieces = 'hunter2-"hunter2"-hunter2', [], []
+
+        @tool
+        async def sign_in(password: str) -> str:
+            """Use a password."""
+            seen.append(password)
+            return "in"
+
+        command = f"printf %s '{secret}' | tee copy | base64; wc -c <copy"
+        script = (
+            call("terminal", command=command),
+            call("sign_in", password=secret),
+            say(f"It is {secret}!"),
+        )
+        conversation = await open(
+            acting(*script, tools=["terminal", sign_in]),
+            secrets={"TOKEN": secret},
+            on_delta=lambda delta: pieces.append(delta.text + delta.thinking),
+        )
+        await conversation.send_message(f"use {secret}")
+        outcome = await conversation.run(timeout=PATIENCE)
+        assert outcome.final_text == "It is <secret-hidden>!"
+        assert seen == [secret]
+        results = [event.text for event in await these(conversation, ToolReturned)]
+        assert results[0].startswith("<secret-hidden>\n25\n")
+        logged = b"".join([encode(event) for event in await past(conversation)]).decode()
+        assert "hunter2" not in logged
+        assert "hunter2" not in "".join(pieces)
+
+    async def test_a_secret_across_the_cut_of_an_output_is_not_shown_in_part(self, open: Open) -> None:
+        secret = "abcdefghij" * 4
+        command = "for i in $(seq 60); do echo $i; printf '%s' $TOKEN$TOKEN$TOKEN$TOKEN$TOKEN$TOKEN$TOKEN$TOKEN$TOKEN; "
+        command += "printf '%s' $TOKEN$TOKEN$TOKEN$TOKEN$TOKEN$TOKEN$TOKEN$TOKEN$TOKEN$TOKEN$TOKEN; done"
+        conversation = await open(
+            acting(call("terminal", command=command), say("done")), secrets={"TOKEN": secret}
+        )
+        await conversation.send_message("go")
+        await conversation.run(timeout=PATIENCE)
+        text = (await last_result(conversation)).text
+        assert "bytes left out" in text
+        assert "abcd" not in text and "ghij" not in text
+
+    async def test_more_secrets_than_can_be_hidden_are_refused(self, open: Open) -> None:
+        conversation = await open(acting(say("done")))
+        with pytest.raises(InvalidParams, match=r"secrets: at most 32768 characters .* \(got 500000\)"):
+            await conversation.update_secrets({"TOKEN": "x" * 500_000})
+        with pytest.raises(InvalidParams, match=r"secrets: at most 100 secrets \(got 120\)"):
+            await conversation.update_secrets({f"N{nth}": "12345678" for nth in range(120)})
+
     async def test_secrets_can_be_changed_between_commands(self, open: Open) -> None:
         script = (call("terminal", command="echo ${#TOKEN}"), say("one"))
         again = (call("terminal", command="echo ${#TOKEN}"), say("two"))

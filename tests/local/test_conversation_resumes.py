@@ -109,6 +109,25 @@ async def test_a_command_of_a_workspace_that_ended_with_its_process_is_unknown_a
     assert (tmp_path / "runs").read_text() == "run\n"
 
 
+async def test_a_call_whose_secret_the_log_does_not_have_is_not_run_with_another_word(opening, tmp_path):
+    counted = Counted(idempotent=False)
+    secret = "hunter2-hunter2"
+    agent = acting(
+        calls(call("count"), call("terminal", command=f"echo {secret} >>ran")),
+        say("done"),
+        tools=["terminal", counted.tool],
+    )
+    first = opening(agent)
+    await first.update_secrets({"TOKEN": secret})
+    await left(first, counted)
+    async with opening(agent) as second:
+        await until(second, TurnEnded)
+        returned = (await these(second, ToolReturned))[-1]
+        assert returned.is_error
+        assert "Not run: its arguments held a secret" in returned.text
+    assert not (tmp_path / "ran").exists()
+
+
 async def test_calls_behind_the_one_that_ran_had_not_begun_and_are_run(opening):
     counted = Counted(idempotent=False)
     agent = acting(calls(call("count"), call("count")), say("done"), tools=[counted.tool])

@@ -7,6 +7,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent_sdk.agent.mask import Mask
 from agent_server.logs import Redactor, opened, shown
 
 SECRET = "sk-0123456789abcdef"
@@ -151,3 +152,25 @@ def test_a_reader_that_is_gone_stops_nothing():
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_every_level_of_the_configuration_works(level):
     assert len(lines(lambda logs: getattr(logs.log, level)("x"), level=level)) == 1
+
+
+def test_a_secret_of_a_client_hides_nothing_that_is_the_operators():
+    def write(logs):
+        logs.redactor.of("c1", Mask(["message_refused", "conversation", "error", "2026", SECRET]))
+        logs.log.error("message_refused", conversation="c1", problem=f"message_refused: {SECRET}")
+        logs.log.error("message_refused", conversation="c2", problem="message_refused")
+        logs.log.error("message_refused", problem=SECRET)
+
+    own, others, nobodys = map(json.loads, lines(write))
+    assert (own["event"], own["level"], own["conversation"]) == ("message_refused", "error", "c1")
+    assert own["problem"] == "[secret]: [secret]"
+    assert others["problem"] == "message_refused"
+    assert nobodys["problem"] == "[secret]"
+
+
+def test_a_conversation_that_is_gone_masks_nothing_more():
+    redactor = Redactor()
+    forget = redactor.of("c1", Mask([SECRET]))
+    assert redactor.clean(SECRET, "c1") == "[secret]"
+    forget()
+    assert redactor.clean(SECRET, "c1") == SECRET

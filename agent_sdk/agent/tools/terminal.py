@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from codecs import getincrementaldecoder
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ LONGEST_SECONDS = 600.0
 """Until the call returns although output goes on, when no timeout is given."""
 MOMENT_SECONDS = 0.001
 """Long enough to ask a shell whether its command still runs."""
+Ends = Callable[[str, str], tuple[str, str]]
 _NOTE_CHARS = 600
 """Room for the line that says what is left out, with the path of a file."""
 _CONTINUATIONS = bytes(range(0x80, 0xC0))
@@ -124,7 +125,7 @@ class TerminalTool:
         self._running = result.status in ("quiet", "timeout", "busy")
         if result.status == "ended":
             self._exported = {}
-        return _told(result, wanted)
+        return _told(result, wanted, context.ends)
 
     async def _run(
         self, shell: Shell, command: str, limits: dict[str, Any], op_id: str | None
@@ -173,18 +174,18 @@ def _typed(wanted: TerminalArguments) -> tuple[bytes, bool | None]:
     return wanted.command.encode(errors="surrogateescape"), wanted.enter
 
 
-def _told(result: ShellResult, wanted: TerminalArguments) -> ToolResult:
+def _told(result: ShellResult, wanted: TerminalArguments, ends: Ends) -> ToolResult:
     """The result in words for the model and facts for programs."""
     told = [f"[{result.reason}]"] if result.reason else []
     notes = "\n".join([*told, *_notes(result, wanted)])
-    text, cut = _shown(result, MODEL_CHARS - len(notes) - 1)
+    text, cut = _shown(result, MODEL_CHARS - len(notes) - 1, ends)
     data: dict[str, Any] = {"exit_code": result.exit_code, "cwd": result.cwd, "status": result.status}
     if result.full_output:
         data["full_output"] = result.full_output
     return ToolResult(text="\n".join(part for part in (text, notes) if part), data=data, bytes_cut=cut)
 
 
-def _shown(result: ShellResult, limit: int) -> tuple[str, int]:
+def _shown(result: ShellResult, limit: int, ends: Ends) -> tuple[str, int]:
     """What was printed as a reader would see it, in at most `limit` characters, and how many bytes are left out."""
     output = result.output
     if not output.omitted and len(text := plain(output.text).rstrip()) <= limit:
@@ -197,8 +198,8 @@ def _shown(result: ShellResult, limit: int) -> tuple[str, int]:
     where = f"; the whole output is in {result.full_output}" if result.full_output else ""
     if result.full_output_lacks:
         where = f"; all but {result.full_output_lacks} bytes of the output are in {result.full_output}"
-    shown = [plain(part.decode(errors="replace")) for part in (head, tail)]
-    return f"{shown[0]}\n[... {cut} bytes left out{where} ...]\n{shown[1].rstrip()}", cut
+    first, last = ends(*(plain(part.decode(errors="replace")) for part in (head, tail)))
+    return f"{first}\n[... {cut} bytes left out{where} ...]\n{last.rstrip()}", cut
 
 
 def _whole_characters(data: bytes) -> bytes:
