@@ -57,6 +57,6 @@ def fail(error: str = "model_unavailable", message: str = "scripted failure") ->
     return Fail(error, message)
 
 
-def hang(seconds: float = 3600.0) -> Hang:
-    """Return a pause before the next answer."""
-    return Hang(seconds)
+def hang(seconds: float = 3600.0, *, saying: str = "") -> Hang:
+    """Return a pause before the next answer; `saying` is streamed first, as the beginning of an answer."""
+    return Hang(seconds, saying)

@@ -6,6 +6,7 @@
 | refused, or filtered by the provider | `withheld` | fails with `model_refused` |
 | has no text (it may have thought) | `empty` | asks once more, then fails with `model_answer_broken` |
 | has text that the output limit cut | `cut` | has it continued three times, then ends as `limit` |
+| was broken off, with the turn | `interrupted` | has ended; when it goes on, the model is told |
 | has text, whatever else its end is called | `done` | ends as `finished` |
 
 An answer whose finish reason is an error has failed before it gets here (see Answer.completion).
@@ -20,7 +21,10 @@ import msgspec
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelError, ModelRefused
 from agent_sdk.protocol.events import AgentMessage
 
-Ending = Literal["calls", "done", "cut", "empty", "withheld"]
+Ending = Literal["calls", "done", "cut", "empty", "withheld", "interrupted"]
+
+INTERRUPTED = "interrupted"
+"""The finish reason of an answer that was broken off: what had come of it."""
 
 CONTINUED = 3
 """How many answers in a row may be cut and continued."""
@@ -35,6 +39,7 @@ CUT_CALL = (
 
 _NUDGES: dict[Ending, str] = {
     "cut": "[The output limit cut your answer. Go on exactly where it stopped, without repeating anything.]",
+    "interrupted": "[Your answer was interrupted before it was complete. Go on with the task.]",
     "empty": "[Your answer had no text and called no tool. Go on with the task, or say that it is done and how.]",
 }
 
@@ -43,6 +48,8 @@ _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 def ending_of(message: AgentMessage) -> Ending:
     """Return what the answer is; see the table."""
+    if message.finish_reason == INTERRUPTED:
+        return "interrupted"
     if message.finish_reason in ("refused", "filtered"):
         return "withheld"
     if message.tool_calls:

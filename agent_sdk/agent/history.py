@@ -83,7 +83,8 @@ class History:
             self._said = []
         self._said.append(answer.text)
         self._last = answer
-        if ending != "withheld":  # a model that sees its refusal refuses again
+        # A model that sees its refusal refuses again; and none takes an answer without a word.
+        if ending != "withheld" and (ending != "interrupted" or answer.text.strip()):
             self._answer = answer
             self._close_answer()
 

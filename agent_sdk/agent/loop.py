@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
-from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, ending_of, failure, is_whole
+from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, INTERRUPTED, ending_of, failure, is_whole
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.llm.contract import Completion, ModelRequest
 from agent_sdk.agent.llm.retry import complete_with_retries
@@ -40,6 +40,7 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.events import (
     AgentMessage,
     ErrorRaised,
+    Event,
     Interrupted,
     ModelFailed,
     ModelUsed,
@@ -114,6 +115,10 @@ class Turn:
         self._in_vain = 0
         """How many answers in a row the output limit has cut, or were empty."""
         self._finish_reason = ""
+        self._pieces: list[tuple[str, str]] = []
+        """Text and thinking that have come of the answer that is being written."""
+        self._seen = 0
+        """The log's last seq when the model was asked for it."""
         self._asking = False
         """The model is asked: what it costs is not to be lost when the turn is let go of."""
         self._task: asyncio.Task[None] | None = None
@@ -250,11 +255,12 @@ class Turn:
         actor, history = self._mine, self._journal.history
         system = await actor.system()
         seen, started, llm = history.read(), time.monotonic(), actor.llm
+        self._seen = seen
         completion = await complete_with_retries(
             actor.client,
             ModelRequest(system=system, turns=history.turns, tools=actor.toolbox.specs),
             llm,
-            on_delta=lambda text, thinking: self._journal.delta(self.run_id, text, thinking),
+            on_delta=self._hear,
             on_failure=self._model_failed,
         )
         self._finish_reason = as_utf8(completion.finish_reason)
@@ -269,9 +275,31 @@ class Turn:
             provider=completion.provider,
         )
         used = _used(self.run_id, llm.model, completion, time.monotonic() - started)
+        self._pieces.clear()
         # In one commit: a call without a request needed none, whatever the policy is after a restart.
         await self._journal.append(message, *calls, used, *self._calls.open(calls))
         return message, calls
+
+    def _hear(self, text: str, thinking: str) -> None:
+        """Take a piece of the answer that is being written."""
+        self._pieces.append((text, thinking))
+        self._journal.delta(self.run_id, text, thinking)
+
+    def _broken_off(self) -> list[Event]:
+        """What had come of an answer, which somebody may have read."""
+        text, thinking = ("".join(as_utf8(piece[part]) for piece in self._pieces) for part in (0, 1))
+        if not (text or thinking):
+            return []
+        self._finish_reason = INTERRUPTED
+        return [
+            AgentMessage(
+                run_id=self.run_id,
+                text=text,
+                thinking=thinking,
+                finish_reason=INTERRUPTED,
+                seen_seq=self._seen,
+            )
+        ]
 
     @contextmanager
     def _unbroken(self) -> Iterator[None]:
@@ -303,6 +331,8 @@ class Turn:
         ]
 
     async def _model_failed(self, error: ModelError, attempt: int, retry_in: float | None) -> None:
+        if retry_in is not None:
+            self._pieces.clear()  # the next try begins from the start
         await self._journal.append(
             ModelFailed(
                 run_id=self.run_id,
@@ -322,7 +352,10 @@ class Turn:
         # A task that is cancelled without `stop` belongs to a program that ends.
         reason, asked, op = self._stopped or ("the program that ran it was stopped", False, None)
         why = f"interrupted before it returned: {reason}" if reason else "interrupted before it returned"
-        events = self._calls.close(f"[{why}; what it had done already stays done]")
+        events = [
+            *self._broken_off(),
+            *self._calls.close(f"[{why}; what it had done already stays done]"),
+        ]
         if asked:
             events.append(Interrupted(reason=reason))
         await self._journal.append(*events, self._end("interrupted", reason=reason), op=op)
@@ -335,7 +368,7 @@ class Turn:
         known = exc if isinstance(exc, AgentServerError) else InternalError(f"{type(exc).__name__}: {exc}")
         if known is not exc:
             logger.error("turn %s failed", self.run_id, exc_info=exc)
-        message = as_utf8(self._masked(known.message))
+        message, come = as_utf8(self._masked(known.message)), self._broken_off()
         self._finish_reason = str(known.details.get("finish_reason", self._finish_reason))
         raised = ErrorRaised(
             error=known.kind,
@@ -344,7 +377,7 @@ class Turn:
             retryable=known.retryable,
         )
         await self._journal.settle()
-        events = self._calls.close(f"[no result: {message}]")
+        events = [*come, *self._calls.close(f"[no result: {message}]")]
         ended = self._end("failed", reason=message, error=known.kind, retryable=known.retryable)
         await self._journal.append(*events, raised, ended)
 

@@ -71,6 +71,8 @@ class Hang(Struct, frozen=True, tag_field="step", tag="hang", forbid_unknown_fie
     """The model does not answer for `seconds`; for tests of interrupt and pause."""
 
     seconds: float = 3600.0
+    text: str = ""
+    """Streamed before: the beginning of an answer. Interrupted then, it is the answer that was due."""
 
 
 Step = Say | Call | Calls | Fail | Hang

@@ -90,3 +90,27 @@ def test_ids_of_calls_never_repeat():
     ids = [history.fresh_call_id("call"), history.fresh_call_id("call"), history.fresh_call_id(" "), "call"]
     assert len(set(ids)) == 4
     assert history.fresh_call_id("mine") == "mine"
+
+
+def broken_off(text: str, *, seen: int) -> AgentMessage:
+    return AgentMessage(run_id="r", text=text, thinking="hm", seen_seq=seen, finish_reason="interrupted")
+
+
+def test_the_model_sees_what_it_had_said_before_it_was_interrupted():
+    history = grown(asks("a"), broken_off("Once", seen=1), asks("b"))
+    history.read()
+    assert history.turns == [UserTurn("a"), AssistantTurn(text="Once"), UserTurn("b")]
+
+
+def test_a_model_that_goes_on_after_an_interruption_is_told_of_it():
+    history = grown(asks("a"), broken_off("Once", seen=1))
+    assert history.answered is None
+    history.read()
+    assert history.turns[:2] == [UserTurn("a"), AssistantTurn(text="Once")]
+    assert "interrupted" in history.turns[2].text
+
+
+def test_of_an_answer_that_was_interrupted_before_its_first_word_the_model_sees_nothing():
+    history = grown(asks("a"), broken_off("", seen=1))
+    history.read()
+    assert history.turns == [UserTurn("a")]

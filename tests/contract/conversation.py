@@ -276,6 +276,26 @@ class ConversationContract(ToolCallsContract):
         await conversation.send_message("again")
         assert (await conversation.run(timeout=PATIENCE)).final_text == "after"
 
+    async def test_what_had_come_of_an_answer_that_is_interrupted_stays(self, open: Open) -> None:
+        begun = asyncio.Event()
+        conversation = await open(
+            acting(hang(saying="Once upon a"), say("never said"), say("after")),
+            on_delta=lambda _: begun.set(),
+        )
+        await conversation.send_message("tell a story")
+        await asyncio.wait_for(begun.wait(), PATIENCE)
+        await conversation.interrupt()
+        [message] = await these(conversation, AgentMessage)
+        assert (message.text, message.finish_reason, message.tool_calls) == ("Once upon a", "interrupted", 0)
+        outcome = await conversation.run(timeout=PATIENCE)
+        assert (outcome.status, outcome.final_text, outcome.finish_reason) == (
+            "interrupted",
+            "",
+            "interrupted",
+        )
+        await conversation.send_message("another one")
+        assert (await conversation.run(timeout=PATIENCE)).final_text == "after"
+
     @pytest.mark.parametrize("first", ["true", "trap '' INT"], ids=["obedient", "stubborn"])
     async def test_an_interrupt_ends_the_command_under_way_with_its_process(
         self, open: Open, places: Places, first: str

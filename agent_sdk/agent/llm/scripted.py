@@ -67,7 +67,7 @@ class ScriptedClient:
         due, characters = _history(request)
         if due != self._due:
             self._due, self._met = due, 0
-        step = await self._step(due)
+        step = await self._step(due, on_delta)
         await asyncio.sleep(0)  # an answer of a real model can be cancelled, too
         answer = _answer(step, due, characters)
         if on_delta is not None:
@@ -78,7 +78,7 @@ class ScriptedClient:
     async def close(self) -> None:
         """Nothing is held."""
 
-    async def _step(self, due: int) -> Say | Call | Calls:
+    async def _step(self, due: int, on_delta: OnDelta | None) -> Say | Call | Calls:
         over = due >= len(self._answers)
         before = self._before[min(due, len(self._answers))]
         while self._met < len(before) or (over and before):
@@ -86,6 +86,8 @@ class ScriptedClient:
             self._met += 1
             if isinstance(obstacle, Fail):
                 raise _FAILURES[obstacle.error](obstacle.message, provider="scripted")
+            if on_delta is not None and obstacle.text:
+                on_delta(obstacle.text, "")
             await asyncio.sleep(obstacle.seconds)
             if over:
                 return THE_END

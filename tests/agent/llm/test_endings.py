@@ -139,7 +139,7 @@ async def test_what_a_turn_makes_of_an_answer(
     assert (outcome.status, outcome.final_text, outcome.finish_reason) == (status, final_text, finish_reason)
     assert len(talk.requests) == asked
     assert talk.all(TurnEnded)[-1].finish_reason == finish_reason
-    written = talk.all(AgentMessage)[-1:] or talk.all(ModelFailed)
+    written = talk.all(ModelFailed) or talk.all(AgentMessage)[-1:]
     assert finish_reason in (getattr(written[0], "finish_reason", "") or written[0].message)
 
 
