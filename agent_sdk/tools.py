@@ -92,6 +92,10 @@ class Resumable(Protocol):
         """
         ...
 
+    async def abandon(self, arguments: str, context: ToolContext) -> None:
+        """End what such a call still runs in the same place; nobody waits for its result any more."""
+        ...
+
 
 class FunctionTool:
     """A Python function as a tool; made by `@tool`, still callable as before."""

@@ -10,22 +10,20 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Raw
 
-from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     AgentServerError,
     EngineUnavailable,
-    OutcomeUnknown,
     StateConflict,
     WorkspaceLost,
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.events import WorkspaceChanged
-from agent_sdk.protocol.methods import Describe, LimitReached
+from agent_sdk.protocol.methods import Describe, LimitReached, ProcessList
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.remote.connection import connect
 from agent_sdk.remote.link import Linked
-from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Peer
+from agent_server.box_name import BoxName
 from workspaces.box import Box
 
 ANSWER_SECONDS = 5.0
@@ -47,29 +45,35 @@ class BoxLink:
         self,
         make: Callable[[str], Box],
         tell: Callable[[Change, str], None],
+        name: BoxName,
         *,
         admit: Callable[[], None] = lambda: None,
         patience: float = ANSWER_SECONDS,
         idle: float | None = None,
+        where: WorkspaceInfo | None = None,
     ) -> None:
         """Describe the way; nothing starts before it is used.
 
         Args:
             make: makes a box of this name (`instance`), not started yet.
             tell: called when a box is there or is not any more; with its last words.
+            name: of the box that lives, or of the next one.
             admit: raises when there are boxes enough.
             patience: seconds after which a box that does not answer counts as hanging.
             idle: of a sandbox: seconds without use until it is stopped. None: it is a plain process; of
                 that, listeners hear of its loss alone.
+            where: what is known of its boxes before there is one.
         """
-        self.instance = new_id()
-        """Of the box that lives, or of the next one."""
+        self.where = where
         self.survived = False
         """Whether the box was there before this server."""
         self.untold: WorkspaceChanged | None = None
         """How the last box ended, when nobody listened; for whoever tells it, once."""
         self.owing = False
-        """Whether a result may be in the box and nowhere else."""
+        """Whether a call has begun in the box whose result is nowhere else."""
+        self.awaited = False
+        """Whether a call is written down that has not begun, for the box of this name."""
+        self._name = name
         self._make = make
         self._tell = tell
         self._admit = admit
@@ -94,6 +98,22 @@ class BoxLink:
 
     def __repr__(self) -> str:
         return f"<BoxLink {self.instance} {'running' if self.is_running else 'at rest'}>"
+
+    @property
+    def instance(self) -> str:
+        """The name of the box that lives, or of the next one."""
+        return self._name.value
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has begun that was written down with this name."""
+        return self._name.promised
+
+    def named(self) -> str:
+        """Return the name to be written down with a call that is about to begin in the box, or in the next one."""
+        if self._linked is None and not self.survived:
+            self._name.promise()
+        return self.instance
 
     @property
     def is_running(self) -> bool:
@@ -145,7 +165,7 @@ class BoxLink:
         Args:
             linger: seconds after which it is ended when nobody has come back to it and no call runs in it.
         """
-        self.instance = box.instance
+        self._name.become(box.instance)
         self._begin(box)
         self._rest(linger)
         await asyncio.wait([self._news])
@@ -153,7 +173,8 @@ class BoxLink:
 
     def expect(self, instance: str) -> None:
         """The box of this name may live, but cannot be looked for now: it is at the next use."""
-        self.instance, self.survived = instance, True
+        self._name.become(instance)
+        self.survived = True
 
     async def operations(self) -> frozenset[str]:
         """Return the op_ids of the calls that run in the box. To ask is not to use it.
@@ -184,15 +205,18 @@ class BoxLink:
             await self.release()
 
     async def idle(self) -> bool:
-        """Whether nothing runs in the box, no call and no shell is open in it, and it owes no result."""
-        if not self.is_running:
-            return True
+        """Whether there is nothing in the box that would be missed: it owes no result, has no shell and no process,
+        not even one that has ended."""
+        if self._linked is None:  # there is none, or nothing has begun in it yet
+            return not self.is_running or not self.survived
+        if self.owing or self._frozen:
+            return False
         try:
-            linked = await self.linked()
-            info = await linked.peer.call(Describe(), timeout=self._patience)
+            info = await self._linked.peer.call(Describe(), timeout=self._patience)
+            ended = await self._linked.peer.call(ProcessList(), timeout=self._patience)
         except AgentServerError:
             return False
-        return not (self.owing or info.running or info.operations)
+        return not (info.running or info.operations or ended)
 
     async def pause(self) -> None:
         """Freeze the box, if one runs, until it is used again.
@@ -287,48 +311,80 @@ class BoxLink:
         self._let_go = asyncio.get_running_loop().create_future()
         self._keeper = asyncio.create_task(self._keep(box))
 
-    async def _keep(self, box: Box | None) -> None:
+    async def _keep(self, found: Box | None) -> None:
+        error: AgentServerError | None = None
         change: Change = "ended"
-        error: Exception | None = None
-        found, box = box is not None, box or self._make(self.instance)
-        self._box = box
-        box.follow(self._set_frozen)
+        words, box = "", found
         try:
-            if not found:
-                await box.start()
-            change = await self._stay(box, "found" if found else "started")
-        except Exception as exc:  # noqa: BLE001  whoever waits for the box gets it, whatever it is
-            lost = self._linked is not None or found or isinstance(exc, WorkspaceLost)
-            change, error = ("lost", None) if lost else ("ended", exc)
-            if change == "lost":  # its connection may break before its end is known
-                await asyncio.wait([box.ended], timeout=self._patience)
-        words = box.last_words() if change == "lost" else ""
-        began = self._linked is not None or found
-        if self._unused is not None:
-            self._unused.cancel()
-        if self._let_go.done() and self._let_go.result():
-            box.let_go()
-            change = "left"
-        else:
-            await box.end()
-        self._linked, self._keeper, self._box, self._frozen = None, None, None, False
-        if not (self.survived and isinstance(error, EngineUnavailable)):  # else it may still be there
-            self.instance, self.survived, self.owing = new_id(), False, False
-        self._turn(error)
+            box = self._box = found or self._make(self.instance)
+            box.follow(self._set_frozen)
+            try:
+                change = await self._until_let_go(box, found is not None)
+            except Exception as exc:  # noqa: BLE001  whoever waits for the box gets it, whatever it is
+                lost = self._linked is not None or found is not None or isinstance(exc, WorkspaceLost)
+                change, error = ("lost", None) if lost else ("ended", _failed(exc))
+            if change == "lost":
+                if not box.ended.done():  # its connection may break before its end is known
+                    await asyncio.wait([box.ended], timeout=self._patience)
+                words = box.last_words()
+            if change == "left":
+                box.let_go()
+            else:
+                await box.end()
+        except Exception as exc:  # noqa: BLE001  as above; and nobody must wait for a box that nobody keeps
+            error = error or _failed(exc)
+            words = words or str(error)
+        finally:
+            began = self._linked is not None or found is not None
+            cause = box.cause if box is not None else ""
+            if self._unused is not None:
+                self._unused.cancel()
+            self._linked, self._keeper, self._box, self._frozen = None, None, None, False
+            if self.awaited and self._closed and not self.owing:
+                self._name.promise()
+            if not (self.survived and isinstance(error, EngineUnavailable)):  # else it may still be there
+                self._name.renew()
+                self.survived = self.owing = False
+            self._turn(error)
         self._tell(change, words)
         if change == "lost":
-            self._publish(WorkspaceChanged(state="lost", reason=words, cause=box.cause))
+            self._publish(WorkspaceChanged(state="lost", reason=words, cause=cause))
         elif began and change == "ended":
             self._publish(
                 WorkspaceChanged(state="stopped", reason="nobody used it; its files stay", cause="idle")
             )
 
-    async def _stay(self, box: Box, begins: Change) -> Change:
-        """Stay connected until the box is not wanted any more or has ended by itself; returns which."""
-        while True:
+    async def _until_let_go(self, box: Box, found: bool) -> Change:
+        """Start it, unless it was found, and stay connected until it is let go of or has ended by itself.
+
+        Let go of while it starts, nothing is left of it.
+        """
+        living = asyncio.create_task(self._live(box, found))
+        reasons: list[asyncio.Future[Any]] = [living, self._let_go]
+        await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+        if not living.done():
+            living.cancel()
+            await asyncio.wait([living])
+        if not self._let_go.done():
+            return living.result()
+        if not living.cancelled():
+            living.exception()
+        return "left" if self._let_go.result() and (found or self._linked is not None) else "ended"
+
+    async def _live(self, box: Box, found: bool) -> Change:
+        if not found:
+            await box.start()
+        await self._stay(box, "found" if found else "started")
+        return "lost"
+
+    async def _stay(self, box: Box, begins: Change) -> None:
+        """Stay connected until the box has ended by itself."""
+        while not box.ended.done():
             async with AsyncExitStack() as stack:
                 peer = await self._connect(stack, box)
                 first = self._linked is None
+                if first:
+                    self._name.redeem()
                 self._linked = Linked(peer, box.instance)
                 if first and self._idle is not None:
                     self._rest(self._idle)
@@ -338,16 +394,12 @@ class BoxLink:
                     if begins == "started":
                         self._publish(WorkspaceChanged(state="ready"))
                 closed = asyncio.ensure_future(peer.wait_closed())
-                reasons: list[asyncio.Future[Any]] = [closed, box.ended, self._let_go]
+                reasons: list[asyncio.Future[Any]] = [closed, box.ended]
                 try:
                     await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     closed.cancel()
                     await asyncio.gather(closed, return_exceptions=True)
-            if self._let_go.done():
-                return "ended"
-            if box.ended.done():
-                return "lost"
 
     async def _connect(self, stack: AsyncExitStack, box: Box) -> Peer:
         """Connect; a box that does not answer is killed, because nothing can be had from it any more."""
@@ -358,7 +410,7 @@ class BoxLink:
         finally:
             hanging.cancel()
 
-    def _turn(self, error: Exception | None = None) -> None:
+    def _turn(self, error: AgentServerError | None = None) -> None:
         """Let all who wait look again."""
         news, self._news = self._news, asyncio.get_running_loop().create_future()
         if error is None:
@@ -412,32 +464,9 @@ class BoxLink:
                 self._publish(WorkspaceChanged(state="limited", cause=limit.limit, reason=reason))
 
 
-class BoxPlace:
-    """A box as an agent's place: see place.Place."""
-
-    def __init__(self, link: BoxLink) -> None:
-        self._link = link
-
-    @property
-    def instance(self) -> str:
-        """Of the box that lives, or of the next one."""
-        return self._link.instance
-
-    def again(self, instance: str) -> RemoteWorkspace | None:
-        """See Place.again."""
-        return RemoteWorkspace.over(_Same(self._link, instance)) if instance == self._link.instance else None
-
-
-class _Same:
-    """A link.Link to one box and no other."""
-
-    def __init__(self, link: BoxLink, instance: str) -> None:
-        self._link = link
-        self._instance = instance
-
-    async def linked(self) -> Linked:
-        """See Link."""
-        linked = await self._link.again(self._instance)
-        if linked is None:
-            raise OutcomeUnknown("the box in which it ran was lost; whether it was done is not known")
-        return linked
+def _failed(exc: Exception) -> AgentServerError:
+    """What those hear who wait for the box; the next call starts another one."""
+    if isinstance(exc, AgentServerError):
+        return exc
+    why = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+    return WorkspaceUnavailable(f"the box could not be kept or ended: {why}; call again", phase="end")

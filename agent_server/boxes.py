@@ -6,6 +6,7 @@ Each has a folder named after its owner, the conversation whose workspace it is.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,17 @@ from typing import Self
 from agent_sdk.box import RECORD
 from agent_sdk.protocol.errors import EngineUnavailable, Overloaded
 from agent_sdk.protocol.events import WorkspaceChanged
+from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.box_link import ANSWER_SECONDS, BoxLink, Change
+from agent_server.box_name import BoxName
 from agent_server.config import ServerConfig
 from agent_server.data_folder import DataFolder
 from agent_server.logs import Logs
 from agent_server.work import RETRY_AFTER_MS
 from workspaces.box_folder import Record
 from workspaces.box_process import BoxProcess
+from workspaces.container_body import WORKSPACE
 from workspaces.sandboxes import Sandboxes, SandboxOptions
 from workspaces.sizes import parse_size
 
@@ -90,7 +94,11 @@ class Boxes:
 
     async def close(self) -> None:
         """End all boxes, or those that run nothing where the others are to be kept."""
-        await asyncio.gather(*(self._stop(link) for link in self._links.values()))
+        for failure in await asyncio.gather(
+            *(self._stop(link) for link in self._links.values()), return_exceptions=True
+        ):
+            if isinstance(failure, Exception):
+                self._logs.log.error("box_not_stopped", problem=str(failure))
         await self.sandboxes.__aexit__()
 
     @property
@@ -106,11 +114,14 @@ class Boxes:
         """Return the way to the box of this owner; `root`: the folder of its workspace."""
         link = self._links.get(owner)
         if link is None:
+            root = root or self._folder.workspace(owner)
             link = self._links[owner] = BoxLink(
-                partial(self._box, owner, root or self._folder.workspace(owner)),
+                partial(self._box, owner, root),
                 partial(self._tell, owner),
+                self._name(owner),
                 admit=self._admit,
                 patience=self._patience,
+                where=_where(os.path.realpath(self._config.files_root or root), os.path.realpath(root)),
             )
         return link
 
@@ -121,9 +132,11 @@ class Boxes:
             link = self._links[owner] = BoxLink(
                 partial(self.sandboxes.box, owner, spec),
                 partial(self._tell, owner),
+                self._name(owner),
                 admit=self._admit,
                 patience=self._patience,
                 idle=self._config.idle_seconds if spec.idle_ttl is None else spec.idle_ttl,
+                where=_where("/", WORKSPACE, spec.platform),
             )
         return link
 
@@ -132,6 +145,10 @@ class Boxes:
         link = self._links.pop(owner, None)
         if link is not None:
             await link.close()
+        self._name(owner).forget()
+
+    def _name(self, owner: str) -> BoxName:
+        return BoxName(self._folder.names / owner)
 
     async def _find(self, place: Path, turn: asyncio.Semaphore) -> None:
         async with turn:
@@ -197,7 +214,19 @@ class Boxes:
 
     def _tell(self, owner: str, change: Change, words: str) -> None:
         self._on_change()
-        if change == "lost":
-            self._logs.log.warning("box_lost", box=owner, last_words=words)
+        if words or change == "lost":
+            self._logs.log.warning(f"box_{change}", box=owner, last_words=words)
         else:
             self._logs.log.info(f"box_{change}", box=owner)
+
+
+def _where(root: str, working_dir: str, platform: str | None = None) -> WorkspaceInfo:
+    """What is known of a box before there is one."""
+    machine = os.uname()
+    return WorkspaceInfo(
+        root=root,
+        working_dir=working_dir,
+        platform=platform or f"{machine.sysname}-{machine.release}-{machine.machine}",
+        python="",
+        confined=True,
+    )

@@ -77,8 +77,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     ] = 10_001
     """The user of boxes that are not the server's; its group has the same number."""
     boxes_on_stop: Literal["keep", "end"] = "keep"
-    """What becomes of boxes in which something runs when the server stops. `keep`: they go on, and the next server
-    finds them; whatever supervises the server must end its main process alone (systemd: `KillMode=process`)."""
+    """What becomes of boxes when the server stops. `keep`: those that hold anything (commands, shells, what ended
+    processes said) go on, and the next server finds them; whatever supervises the server must end its main process
+    alone (systemd: `KillMode=process`)."""
     box_linger_seconds: Seconds = 3600.0
     """How long a box lives when its server is gone; then it ends what runs in it."""
     idle_seconds: Seconds = 1200.0
@@ -95,6 +96,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     max_connections: Count = 16_000
     max_turns: Count = 1000
     """Agent turns at a time; further messages are refused before they are written."""
+    max_turn_restarts: Count = 10
+    """How many servers in a row may end, each within 10 minutes of the one before, while they run a turn and bring it
+    no further; then it is given up, and its command is ended."""
     max_boxes: Count = 500
     """Boxes at a time; a conversation that needs another one is refused what needs it."""
     max_pending_writes: Count = 10_000

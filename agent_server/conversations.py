@@ -131,7 +131,7 @@ class Conversations:
         """Find the boxes that know what became of a call, while the log does not: they must not be ended."""
         for id, note in self._notes.items():
             link = self._boxes.link_of(note.owner)
-            if link is not None and link.is_running:
+            if link is not None and link.is_running and not link.untouched:
                 with suppress(AgentServerError):
                     begun = await self._log.open_operations(id)
                     link.owing = link.owing or any(op.instance == link.instance for op in begun)

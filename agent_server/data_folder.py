@@ -67,6 +67,11 @@ class DataFolder:
         return self.root / "boxes"
 
     @property
+    def names(self) -> Path:
+        """A file per box that calls are written down for while nothing has begun in it, see box_name."""
+        return self.root / "names"
+
+    @property
     def output(self) -> Path:
         """A folder per box: what commands said, for as long as their box lives."""
         return self.root / "output"

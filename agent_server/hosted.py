@@ -19,7 +19,8 @@ from agent_sdk.protocol.methods import Method
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Handler, Peer
-from agent_server.box_link import BoxLink, BoxPlace
+from agent_server.box_link import BoxLink
+from agent_server.box_place import BoxPlace
 from agent_server.client_tools import ClientTools
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
@@ -112,6 +113,9 @@ class Hosted:
         await self.ledger.close()
         await self.local.suspend()
         self._end_turn()
+        left = self.local.left(self.link.instance)
+        self.link.awaited = self.link.awaited or left == "written"
+        self.link.owing = self.link.owing or (left == "begun" and not self.link.untouched)
         for forget in self._forget:
             forget()
         self._forget.clear()

@@ -22,6 +22,7 @@ from agent_sdk.protocol.errors import (
     Cancelled,
     ConnectionLost,
     OutcomeUnknown,
+    ProcessNotFound,
     StorageFull,
     WorkspaceLost,
     WorkspaceUnavailable,
@@ -118,6 +119,15 @@ class Relay:
             if isinstance(params, ProcessWait):
                 return Exit(status="unknown", reason=LOST)
             raise WorkspaceLost("the box was lost") from None
+        except ProcessNotFound:
+            if isinstance(params, ProcessWait) and await self._was_elsewhere(params.process_id):
+                return Exit(status="unknown", reason=LOST)
+            raise
+
+    async def _was_elsewhere(self, process_id: str) -> bool:
+        """Whether a process ran in a box that is gone."""
+        instance = await self._log.instance_of(self._conversation, process_id)
+        return instance not in (None, self._link.instance)
 
     async def _describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
         return await self._link.describe(await self._look(params, call))
@@ -159,7 +169,7 @@ class Relay:
         self, params: Effect[Any], call: Inbound, passage: Passage, streams: AsyncExitStack
     ) -> Any:
         op_id, digest = params.op_id, _digest(params)
-        instance = self._link.instance
+        instance = self._link.named()
         self._beginning[op_id] += 1
         try:
             known = await self._log.begin_operation(

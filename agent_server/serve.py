@@ -38,6 +38,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FOR_WORK = 0.95
 """The part of `drain_seconds` that running calls get; the rest is for ending what they left."""
 FAREWELL_SECONDS = 1.0
+ENDING_SECONDS = 5.0
+"""After `drain_seconds`: what is not ended by then is left as `kill -9` would leave it."""
+AT_ONCE_SECONDS = 1.5
+"""The same after the second signal."""
 KEPT_DESCRIPTORS = 64
 KEPT_TO_ITSELF = 0o077
 """The umask of a server: others see nothing of what it makes."""
@@ -62,8 +66,9 @@ async def serve(config: ServerConfig, *, on_ready: OnReady, log_to: TextIO | Non
     """Run a server until SIGTERM or SIGINT. It prints nothing; its log goes to standard error.
 
     The first signal drains: new work is refused, running calls get `drain_seconds`, then connections are
-    closed with 4503 and boxes ended. The second signal ends it at once. When the disk below the log fails
-    the process exits with 74 in the same moment: nothing more is acknowledged, boxes are left alone.
+    closed with 4503 and boxes kept or ended. The second signal ends it at once. Whatever holds up the end, the
+    process exits with 0 a few seconds after its time. When the disk below the log fails it exits with 74 in the
+    same moment: nothing more is acknowledged, boxes are left alone.
 
     Args:
         on_ready: called once when connections are accepted.
@@ -72,9 +77,26 @@ async def serve(config: ServerConfig, *, on_ready: OnReady, log_to: TextIO | Non
     Raises:
         StartRefused: it cannot start; the text is one sentence for a person.
     """
-    with _signals() as stop:
-        async with serving(config, on_ready=on_ready, stop=stop, log_to=log_to, on_failure=_exit):
-            await stop.asked.wait()
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def ask() -> None:
+        stop.ask()
+        seconds = AT_ONCE_SECONDS if stop.now.is_set() else config.drain_seconds + ENDING_SECONDS
+        loop.call_later(seconds, os._exit, 0)
+        if not started:
+            task.cancel()
+
+    stop, started = Stop(), False
+    with _signals(ask):
+        try:
+            async with serving(config, on_ready=on_ready, stop=stop, log_to=log_to, on_failure=_exit):
+                started = True
+                await stop.asked.wait()
+        except asyncio.CancelledError:
+            if started or not stop.asked.is_set():
+                raise
+            task.uncancel()
 
 
 class Stop:
@@ -119,10 +141,11 @@ async def serving(
         opened.redactor.add([*texts, config.metrics_key, *secrets_keys])
         descriptors = _set_limits()
         metrics = Metrics()
+        settings = Settings(sealer, restarts=config.max_turn_restarts)
         work = Work(max_turns=config.max_turns, max_pending_writes=config.max_pending_writes)
         async with (
             _event_log(folder.log) as log,
-            Conversations(config, folder, log, opened, metrics, work, Settings(sealer)) as conversations,
+            Conversations(config, folder, log, opened, metrics, work, settings) as conversations,
             runtime_api(config, folder.runtimes, opened, work, key) as runtime_routes,
         ):
             for sentence in log.recovered:
@@ -190,6 +213,8 @@ async def _drain(
     waiting = asyncio.ensure_future(work.finished(config.drain_seconds * FOR_WORK))
     await _either(waiting, asyncio.ensure_future(stop.now.wait()))
     finished = not waiting.cancelled() and waiting.result()
+    if stop.now.is_set():
+        opened.log.warning("server_stops_at_once", calls=work.running)
     dismissing = asyncio.ensure_future(
         lobby.dismiss(CLOSE_DRAINING, f"the server is stopping; retry_after_ms={RETRY_AFTER_MS}")
     )
@@ -248,13 +273,12 @@ def _kept_to_itself() -> Iterator[int]:
 
 
 @contextmanager
-def _signals() -> Iterator[Stop]:
-    stop = Stop()
+def _signals(ask: Callable[[], None]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
-        loop.add_signal_handler(number, stop.ask)
+        loop.add_signal_handler(number, ask)
     try:
-        yield stop
+        yield
     finally:
         for number in SIGNALS:
             loop.remove_signal_handler(number)

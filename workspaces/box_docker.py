@@ -173,7 +173,7 @@ class BoxContainer:
         """Find the container that could not be looked for when there was no engine."""
         try:
             await self._attach(record)
-        except EngineUnavailable:
+        except (EngineUnavailable, asyncio.CancelledError):
             self._unknown = True
             raise
         except BaseException:

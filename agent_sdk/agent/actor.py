@@ -72,7 +72,8 @@ class Actor:
     async def system(self) -> str:
         """Return the system prompt; the workspace is asked once."""
         if self._system is None:
-            self._system = system_prompt(await self.workspace.describe(), self.spec.instructions)
+            info = await self.place.describe(self.workspace)
+            self._system = system_prompt(info, self.spec.instructions)
         return self._system
 
     def switch(self, llm: Model) -> None:

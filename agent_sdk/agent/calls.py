@@ -65,8 +65,15 @@ class Calls:
         """By call id, as the model wrote them: the log has them without secrets."""
         self._begun: frozenset[str] = frozenset()
         """Calls that another process may have begun."""
+        self._under_way: frozenset[str] = frozenset()
+        """Calls that have begun here, and whose results are not written yet."""
         self._before = 0
         """How many calls of the same answer have their result already."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether one of the calls without a result may have begun where tools act."""
+        return any(call_id in self._begun | self._under_way for call_id in self._journal.history.open_calls)
 
     def open(self, calls: Sequence[ToolCalled]) -> list[RequestOpened]:
         """Return the approvals that these calls of one answer need; they are to be written with the calls."""
@@ -89,6 +96,7 @@ class Calls:
         self._unanswered = frozenset(
             call_id for call_id, decision in self._deciding.items() if not decision.done()
         )
+        self._begun = frozenset(self._journal.history.open_calls) - self._unanswered
 
     async def resume(self, progress: Progress) -> str | None:
         """Like `run`, for calls that another process may have begun; `take_up` came before.
@@ -98,8 +106,18 @@ class Calls:
         calls = list(self._journal.history.open_calls.values())
         self._before = progress.calls - len(calls)
         first = next(self._groups(calls), [])
-        self._begun = frozenset(call.call_id for call in first) - self._unanswered
+        place = self._present().place
+        begun = {call.call_id for call in first if not place.untouched(call.place)}
+        self._begun = frozenset(begun) - self._unanswered
         return await self.run() or progress.concluded
+
+    async def abandon(self) -> None:
+        """End what another process has begun of the calls, where it still runs: nobody goes on with them."""
+        actor = self._present()
+        for call in self._journal.history.open_calls.values():
+            if call.call_id in self._begun and not actor.place.untouched(call.place):
+                context = actor.context(_key(call), call.place)
+                await actor.toolbox.abandon(call.tool, call.arguments, context)
 
     async def run(self) -> str | None:
         """Run the open calls, neighbours that only read together; return what `finish` said.
@@ -120,6 +138,7 @@ class Calls:
             self.leave()
             try:
                 self.must_end = not all(self._may_be_left(call) for call in group)
+                self._under_way = frozenset(call.call_id for call in group if self._acts_here(call))
                 said = await self._finish(group)
             finally:
                 self.must_end = False
@@ -149,7 +168,8 @@ class Calls:
             request_id=request_id, answer="approved" if approved else "rejected", reason=reason
         )
         written = self._journal.submit(resolved, op=op)
-        waiting.set_result(_Decision(approved, reason, written))
+        if not waiting.done():  # else the turn was let go of, and another process goes on with the answer
+            waiting.set_result(_Decision(approved, reason, written))
         await asyncio.shield(written)
 
     def close(self, why: str) -> list[Event]:
@@ -236,6 +256,10 @@ class Calls:
     def _may_be_left(self, call: ToolCalled) -> bool:
         toolbox = self._present().toolbox
         return toolbox.runs_in_client(call.tool) or toolbox.may_be_left(call.tool)
+
+    def _acts_here(self, call: ToolCalled) -> bool:
+        """Whether it begins in the place of the conversation: neither in a client, nor with its result at hand."""
+        return call.call_id not in self._results and not self._present().toolbox.runs_in_client(call.tool)
 
     def _present(self) -> Actor:
         assert self.actor is not None

@@ -54,8 +54,8 @@ from agent_sdk.tools import as_utf8
 
 logger = logging.getLogger("agent_sdk")
 
-GENERATIONS_IN_VAIN = 10
-"""Processes in a row that may die over a turn before it is given up."""
+RESTARTS = 10
+"""Processes in a row that may end while they run a turn before it is given up, where nothing else is said."""
 
 Classification = Literal["model", "tool", "workspace", "policy", "limit", "internal"]
 
@@ -79,6 +79,7 @@ class Turn:
         journal: Journal,
         *,
         progress: Progress | None = None,
+        restarts: int = RESTARTS,
         op: Any = None,
     ) -> None:
         """Make a turn.
@@ -88,6 +89,7 @@ class Turn:
             present: returns who works in it, and waits as long as nobody is there.
             journal: where it is written down.
             progress: of a turn that another process has begun.
+            restarts: how many in a row may end while they run it, without bringing it further.
             op: the operation that starts it, see Journal.append.
         """
         self.run_id = run_id
@@ -105,6 +107,7 @@ class Turn:
         self._actor: Actor | None = None
         self._journal = journal
         self._progress = progress
+        self._restarts = restarts
         self._op = op
         self._calls = Calls(journal)
         self._iterations = 0
@@ -123,6 +126,11 @@ class Turn:
         """The model is asked: what it costs is not to be lost when the turn is let go of."""
         self._task: asyncio.Task[None] | None = None
         self._stopped: tuple[str, bool, Any] | None = None
+
+    @property
+    def calls_begun(self) -> bool:
+        """Whether a call without a result may have begun."""
+        return self._calls.begun
 
     def __repr__(self) -> str:
         return f"<Turn {self.run_id} after {self._iterations} steps>"
@@ -194,9 +202,11 @@ class Turn:
     async def _resume(self, progress: Progress) -> str | None:
         """Go on where the log ends; return the final text when nothing but the end was missing."""
         await self._enter()
-        if progress.in_vain >= GENERATIONS_IN_VAIN:
+        if progress.in_vain >= self._restarts:
+            await self._calls.abandon()
             raise LimitExceeded(
-                f"the turn was given up: {progress.in_vain} processes in a row ended while they ran it"
+                f"the turn was given up: {progress.in_vain} processes in a row ended while they ran it; "
+                "what it still ran was ended"
             )
         await self._journal.append(TurnResumed(run_id=self.run_id, generation=progress.generation + 1))
         if self._journal.history.open_calls:
@@ -315,7 +325,7 @@ class Turn:
         return self._actor
 
     def _called(self, completion: Completion) -> list[ToolCalled]:
-        if self._finish_reason in ("refused", "filtered"):
+        if not completion.tool_calls or self._finish_reason in ("refused", "filtered"):
             return []
         place, limited = self._mine.place.instance, self._finish_reason == "length"
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.workspace import Workspace
 
 
@@ -13,6 +14,14 @@ class Place(Protocol):
     @property
     def instance(self) -> str:
         """Names what calls begin in from now on, until it is lost. It is written down with every call."""
+        ...
+
+    async def describe(self, workspace: Workspace) -> WorkspaceInfo:
+        """Return what an agent is told of where it is; nothing is started for that."""
+        ...
+
+    def untouched(self, instance: str) -> bool:
+        """Whether it is certain that nothing has begun that was written down with this name."""
         ...
 
     def again(self, instance: str) -> Workspace | None:
@@ -27,6 +36,14 @@ class Passing:
     """A workspace that ends with the process that uses it, or does not know what others have begun in it."""
 
     instance = ""
+
+    async def describe(self, workspace: Workspace) -> WorkspaceInfo:
+        """See Place.describe."""
+        return await workspace.describe()
+
+    def untouched(self, instance: str) -> bool:
+        """See Place.untouched."""
+        return False
 
     def again(self, instance: str) -> Workspace | None:
         """See Place.again."""

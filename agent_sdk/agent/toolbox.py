@@ -120,6 +120,15 @@ class Toolbox:
         except BaseException as exc:  # noqa: BLE001  part of the turn's boundary: no tool breaks the turn
             return failed_call(name, exc)
 
+    async def abandon(self, name: str, arguments: str, context: ToolContext) -> None:
+        """End what another process has begun of a call, if the place is still there and the tool knows how."""
+        tool: object = self._tools.get(name)
+        if isinstance(tool, Resumable) and context.same_place:
+            try:
+                await tool.abandon(arguments, context)
+            except Exception as exc:  # noqa: BLE001  as above: the turn ends in any case
+                failed_call(name, exc)
+
 
 def failed_call(name: str, exc: BaseException) -> ToolResult:
     """Return the result of a call that raised: what the model reads instead.

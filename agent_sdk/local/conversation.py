@@ -37,6 +37,7 @@ from agent_sdk.local.log import EventLog, Operation
 from agent_sdk.local.opened import Opened, open_conversation
 from agent_sdk.local.receipts import answering, check_text, operation, receipt, remembered
 from agent_sdk.local.settings import Settings
+from agent_sdk.local.turns import Left
 from agent_sdk.protocol.errors import HistoryLost, InvalidParams, RequestNotFound, StateConflict, draining
 from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
 from agent_sdk.protocol.methods import Done, RunAnswer, SendMessage
@@ -168,6 +169,10 @@ class LocalConversation:
     def working(self) -> bool:
         """Whether a turn runs, or waits for somebody."""
         return self._opened is not None and self._opened.turns.current is not None
+
+    def left(self, place: str) -> Left:
+        """Return what `suspend` has left in this place."""
+        return self._opened.turns.left(place) if self._opened else "begun"
 
     # --- verbs ---
 
@@ -424,10 +429,7 @@ class LocalConversation:
             await self._opened.turns.let_go(now=False)
 
     async def suspend(self) -> None:
-        """Like `close`, but a turn that runs stays open in the log: the next process goes on with it.
-
-        Commands it has started run on, where the workspace outlives this process.
-        """
+        """Like `close`, but a turn that runs stays open in the log, for the next process; its commands run on."""
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(suspend=True))
         await self._until_closed()

@@ -278,6 +278,15 @@ class EventLog:
 
         return await self._writer.submit(work, lane=conversation, writes=False)
 
+    async def instance_of(self, conversation: str, process_id: str) -> str | None:
+        """Return the box in which an operation of the conversation has started this process, if that is remembered."""
+        words = b'"process_id":%b' % msgspec.json.encode(process_id)
+
+        def work(database: Database) -> str | None:
+            return database.operations.answered(database.key(conversation), words)
+
+        return await self._writer.submit(work, lane=conversation, writes=False)
+
     async def read(
         self,
         conversation: str,

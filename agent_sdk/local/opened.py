@@ -113,7 +113,7 @@ async def open_conversation(
         configuration.recall(journal.fold)
         if events := configuration.introduction(journal.fold):
             await journal.append(*events)
-        turns = Turns(journal, survive=settings is not None)
+        turns = Turns(journal, restarts=settings.restarts if settings else None)
         turns.missing, turns.obstacle = configuration.missing, configuration.obstacle
         turns.actor = configuration.actor
         if settings is not None:

@@ -102,6 +102,14 @@ class Operations:
                 found.append(_whole(*row))
         return found
 
+    def answered(self, key: int, words: bytes) -> str | None:
+        """Return the instance whose operation has these bytes in its answer; None: there is none that is kept."""
+        rows = self._storage.rows(
+            "SELECT instance FROM operations WHERE conversation = ? AND state = ? AND instr(result, ?) LIMIT 1",
+            (key, FINISHED, words),
+        )
+        return str(rows[0][0]) if rows else None
+
     def _insert(
         self, key: int, op_id: str, state: int, digest: bytes, method: str, instance: str, result: bytes
     ) -> None:

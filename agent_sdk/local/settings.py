@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from agent_sdk.agent.loop import RESTARTS
 from agent_sdk.local.sealed import Sealer
 from agent_sdk.protocol.specs import LLM, AgentSpec, ConfirmationPolicy
 
@@ -50,7 +51,15 @@ class Restored(NamedTuple):
 class Settings:
     """Turns an agent into what is stored, and back."""
 
-    def __init__(self, sealer: Sealer | None) -> None:
+    def __init__(self, sealer: Sealer | None, *, restarts: int = RESTARTS) -> None:
+        """Take what seals them.
+
+        Args:
+            sealer: None: keys and secrets are left out.
+            restarts: how many processes in a row may end, one soon after the other, while they run a turn; then it is
+                given up, and what it runs is ended.
+        """
+        self.restarts = restarts
         self._sealer = sealer
 
     def pack(

@@ -8,10 +8,10 @@ to survive their process, the one that is open in the log is gone on with before
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
-from agent_sdk.agent.loop import Turn
+from agent_sdk.agent.loop import RESTARTS, Turn
 from agent_sdk.agent.progress import Progress
 from agent_sdk.ids import new_id
 from agent_sdk.local.journal import Journal
@@ -20,12 +20,19 @@ from agent_sdk.protocol.errors import AgentServerError, InternalError, StateConf
 from agent_sdk.protocol.events import Waiting
 from agent_sdk.protocol.results import Wait
 
+Left = Literal["nothing", "written", "begun"]
+"""Of a turn that was let go of: no call that is open, one that is written down, one that may have begun."""
+
 
 class Turns:
     """The turns of one conversation, one at a time."""
 
-    def __init__(self, journal: Journal, *, survive: bool = False) -> None:
-        """Take the log; `survive`: a turn that is open in it is gone on with, not closed."""
+    def __init__(self, journal: Journal, *, restarts: int | None = None) -> None:
+        """Take the log.
+
+        Args:
+            restarts: a turn that is open in it is gone on with, so often at most; None: it is closed.
+        """
         self.accepts = True
         """Whether new turns may start."""
         self._leaving = False
@@ -37,10 +44,11 @@ class Turns:
         self._arrived: asyncio.Event | None = None
         """For the turn that waits for an actor, if one does."""
         self._journal = journal
-        self._survive = survive
+        self._restarts = restarts
         self._next_run_id = new_id()
         self._turn: Turn | None = None
         self._task: asyncio.Task[None] | None = None
+        self._left: Turn | None = None
 
     @property
     def actor(self) -> Actor | None:
@@ -138,13 +146,21 @@ class Turns:
         self.accepts, self._leaving = False, True
         turn = self._turn
         if turn is not None:
+            self._left = turn
             turn.let_go(now=now)
             await self.ended(turn)
+
+    def left(self, place: str) -> Left:
+        """Return what the turn that was let go of has left here: calls that are written down, or that have begun."""
+        open_calls = self._journal.history.open_calls.values()
+        if not self._journal.fold.turn_open or all(call.place != place for call in open_calls):
+            return "nothing"
+        return "begun" if self._left is None or self._left.calls_begun else "written"
 
     @property
     def _abandoned(self) -> Progress | None:
         """How far the turn came that is open in the log and that nobody runs."""
-        return self._journal.fold.progress if self._survive and self._turn is None else None
+        return self._journal.fold.progress if self._restarts is not None and self._turn is None else None
 
     @property
     def _coming(self) -> str:
@@ -155,7 +171,14 @@ class Turns:
             raise StateConflict("no agent is configured yet", state="idle")
         if not self.accepts:
             raise StateConflict("the conversation is closed", state="closed")
-        turn = Turn(self._coming, self._present, self._journal, progress=self._abandoned, op=op)
+        turn = Turn(
+            self._coming,
+            self._present,
+            self._journal,
+            progress=self._abandoned,
+            restarts=RESTARTS if self._restarts is None else self._restarts,
+            op=op,
+        )
         if turn.run_id == self._next_run_id:
             self._next_run_id = new_id()
         before, self._turn = self._task, turn

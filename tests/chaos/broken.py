@@ -14,7 +14,7 @@ from typing import Any
 from agent_sdk.ids import new_id
 from agent_sdk.local import chain, clerk, database, operations, process_tree
 from agent_sdk.rpc import lanes, ledger
-from agent_server import cli, feed
+from agent_server import boxes, cli, feed
 from workspaces import box_process
 
 
@@ -94,7 +94,20 @@ def children_kept() -> None:
     box_process.end_tree = nothing
 
 
-ALL = (no_fsync, early_ack, no_dedupe, no_proof, no_resume_mark, unbounded_queue, children_kept)
+def boxes_ended() -> None:
+    """A stop ends every box, whatever is written down for it."""
+
+    async def end(self: Any, link: Any) -> None:
+        link.awaited = False
+        await link.close(keep=False)
+
+    boxes.Boxes._stop = end
+
+
+ALL = (
+    *(no_fsync, early_ack, no_dedupe, no_proof, no_resume_mark, unbounded_queue, children_kept),
+    boxes_ended,
+)
 MUTANTS = {function.__name__: function for function in ALL}
 
 

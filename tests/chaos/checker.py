@@ -1,4 +1,4 @@
-"""Judges a run: eight rules over what clients recorded and what the log has in the end.
+"""Judges a run: nine rules over what clients recorded and what the log has in the end.
 
 1. Every acknowledged operation is in the log exactly once, where its answer said.
 2. An operation without an answer is there once or not at all.
@@ -8,10 +8,12 @@
 6. Nothing starts twice or ends twice: commands, tool calls, turns, requests.
 7. The log itself is whole: numbered from 1 without gaps.
 8. Nothing of ours is left without an owner.
+9. Nobody is told of an unknown outcome of what never began; and what has a known one did begin.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -56,6 +58,7 @@ def check(records: Iterable[Record], logs: Logs) -> list[Violation]:
             *_starts_and_ends(records, calls, events),
             *_whole(logs),
             *(Violation(8, record.what) for record in records if isinstance(record, Left)),
+            *_known_outcomes(records, calls, events),
         ]
     )
 
@@ -216,6 +219,34 @@ def _starts_and_ends(records: list[Record], calls: list[Called], events: Events)
             yield Violation(
                 6, f"answered, but started {ran[call.op_id, 'start']} times: command {call.op_id}"
             )
+
+
+_TRACE = re.compile(r"echo (\S+) start >>")
+"""What a command that leaves traces begins with, see conftest.Case.effect."""
+
+
+def _known_outcomes(records: list[Record], calls: list[Called], events: Events) -> Iterator[Violation]:
+    """Rule 9."""
+    ran = {record.op_id for record in records if isinstance(record, Ran)}
+    for call in calls:
+        if call.status == "unknown" and call.kind == "execute" and call.op_id not in ran:
+            yield Violation(9, f"unknown, but never began: command {call.op_id}")
+    for found in events.values():
+        traces = {
+            event.fields["call_id"]: trace[1]
+            for event in found
+            if event.type == "tool_called" and (trace := _TRACE.search(event.fields.get("arguments", "")))
+        }
+        for event in found:
+            trace = traces.get(event.fields.get("call_id", "")) if event.type == "tool_returned" else None
+            if trace is None:
+                continue
+            data = event.fields.get("data", {})
+            unknown = "unknown" in (data.get("outcome"), data.get("status"))
+            if unknown and trace not in ran:
+                yield Violation(9, f"unknown, but never began: tool call {event.fields['call_id']}")
+            elif not event.fields.get("is_error") and not unknown and trace not in ran:
+                yield Violation(9, f"has a result, but never began: tool call {event.fields['call_id']}")
 
 
 def _whole(logs: Logs) -> Iterator[Violation]:

@@ -152,6 +152,12 @@ class Session:
         self.streams[out] = output
         return {"stdout": out, "stderr": err, "follow": True, "stdout_since": len(output.data)}
 
+    def channel(self, output: Output) -> int:
+        """A number for a stream whose bytes this takes."""
+        self._next_channel += 2
+        self.streams[self._next_channel] = output
+        return self._next_channel
+
     async def _upgraded(self, conversation: str) -> dict[str, Any] | None:
         try:
             answer = await self.wire.ask(upgrade(KEY, path=f"/v1/conversations/{conversation}"))
@@ -275,6 +281,7 @@ class Caller:
                     outcome=outcome,
                     error=error,
                     seq=(result or {}).get("seq", 0),
+                    status=(result or {}).get("status", ""),
                 )
             )
         return result

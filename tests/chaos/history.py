@@ -35,6 +35,8 @@ class Called(Struct, frozen=True, kw_only=True, tag="called"):
     """The kind of the error."""
     seq: int = 0
     """Of its event, where the answer names one."""
+    status: str = ""
+    """Of a command, where the answer names one."""
 
 
 class Saw(Struct, frozen=True, kw_only=True, tag="saw"):

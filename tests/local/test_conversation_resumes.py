@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from agent_sdk.agent.loop import GENERATIONS_IN_VAIN
+from agent_sdk.agent.loop import RESTARTS
 from agent_sdk.conversation import Cursor
 from agent_sdk.ids import new_id
 from agent_sdk.local.conversation import FILE_NAME, LocalConversation
@@ -161,14 +161,14 @@ async def test_a_turn_that_ends_its_owner_again_and_again_is_given_up(opening):
     await first.send_message("go")
     await until(first, TurnStarted)
     await first.suspend()
-    for generation in range(GENERATIONS_IN_VAIN):
+    for generation in range(RESTARTS):
         conversation = opening(agent)
         await until(conversation, TurnResumed, generation + 1)
         await conversation.suspend()
     async with opening(agent) as last:
         end = await until(last, TurnEnded)
         assert (end.status, end.error) == ("failed", "limit_exceeded")
-        assert f"{GENERATIONS_IN_VAIN} processes in a row ended" in end.reason
+        assert f"{RESTARTS} processes in a row ended" in end.reason
 
 
 async def test_a_turn_that_waits_for_somebody_is_never_given_up(opening):
@@ -177,7 +177,7 @@ async def test_a_turn_that_waits_for_somebody_is_never_given_up(opening):
     await first.send_message("go")
     asked = await until(first, RequestOpened)
     await first.suspend()
-    for generation in range(GENERATIONS_IN_VAIN + 2):
+    for generation in range(RESTARTS + 2):
         conversation = opening(agent, confirmation=policy)
         await until(conversation, TurnResumed, generation + 1)
         await conversation.suspend()
@@ -338,3 +338,19 @@ async def test_a_cursor_beyond_the_end_is_refused(opening):
         beyond = Cursor(first.epoch, first.head_seq + 1)
     with pytest.raises(HistoryLost):
         await opening(acting(say("one")), since=beyond).state()
+
+
+async def test_an_approval_that_comes_while_the_turn_is_interrupted_is_answered_once(opening):
+    counted = Counted(idempotent=True)
+    agent = acting(call("count"), say("done"), tools=[counted.tool])
+    async with opening(agent, confirmation=ConfirmationPolicy(mode="always")) as conversation:
+        await conversation.send_message("go")
+        asked = await until(conversation, RequestOpened)
+        for _ in range(10):  # the turn goes on from the commit to its wait for the answer
+            await asyncio.sleep(0)
+        stopping = asyncio.create_task(conversation.interrupt())
+        answering = asyncio.create_task(conversation.respond(asked.request_id, "approve"))
+        await asyncio.gather(stopping, answering)
+        assert (await until(conversation, TurnEnded)).status == "interrupted"
+        assert len(await these(conversation, RequestResolved)) == 1
+    assert counted.runs == 0

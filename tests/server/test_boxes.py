@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
 import signal
@@ -15,6 +16,8 @@ from agent_sdk.protocol.methods import Describe
 from agent_sdk.remote.link import persistent
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server import logs
+from agent_server.box_link import BoxLink
+from agent_server.box_name import BoxName
 from agent_server.boxes import Boxes
 from agent_server.config import ServerConfig, load
 from agent_server.data_folder import DataFolder
@@ -47,7 +50,11 @@ async def boxes(folder):
 
 async def ended(pid):
     """Wait until this process has ended."""
-    pidfd, over, loop = os.pidfd_open(pid), asyncio.Event(), asyncio.get_running_loop()
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    over, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_reader(pidfd, over.set)
     try:
         async with asyncio.timeout(GUARD):
@@ -295,3 +302,119 @@ async def test_a_found_box_to_which_nobody_comes_back_is_ended(folder):
     async with opened(folder, box_linger_seconds=0.0) as boxes:
         await ended(box.pid)
         assert boxes.running == 0
+
+
+# --- starts that hang and ends that fail ---
+
+
+class Stubborn:
+    """A box that never comes to be, or cannot be ended."""
+
+    def __init__(self, *, ends: bool) -> None:
+        self.starting, self.ends, self.over = asyncio.Event(), ends, False
+
+    def __call__(self, instance: str):
+        self.instance, self.ended = instance, asyncio.get_running_loop().create_future()
+        return self
+
+    def follow(self, listener) -> None: ...
+
+    async def start(self) -> None:
+        self.starting.set()
+        await asyncio.Event().wait()
+
+    async def end(self) -> None:
+        self.over = True
+        if not self.ends:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    cause = ""
+
+
+def stubborn(folder, *, ends: bool = True) -> tuple[BoxLink, Stubborn]:
+    box = Stubborn(ends=ends)
+    return BoxLink(box, lambda change, words: None, BoxName(folder.names / "c")), box
+
+
+async def test_a_box_that_starts_for_ever_holds_up_no_end(folder):
+    link, box = stubborn(folder)
+    waiting = asyncio.ensure_future(link.linked())
+    await box.starting.wait()
+    async with asyncio.timeout(GUARD):
+        await link.close()
+        with pytest.raises(WorkspaceUnavailable, match="closed"):
+            await waiting
+    assert box.over
+
+
+async def test_a_box_that_cannot_be_ended_is_one_error_and_the_next_call_starts_another(folder):
+    link, box = stubborn(folder, ends=False)
+    waiting = asyncio.ensure_future(link.linked())
+    await box.starting.wait()
+    async with asyncio.timeout(GUARD):
+        await link.release()
+        with pytest.raises(WorkspaceUnavailable, match="Read-only file system; call again"):
+            await waiting
+        box.starting.clear()
+        again = asyncio.ensure_future(link.linked())
+        await box.starting.wait()
+        await link.close()
+    assert isinstance((await asyncio.gather(again, return_exceptions=True))[0], WorkspaceUnavailable)
+
+
+async def test_a_box_that_cannot_be_made_is_one_error_for_each_who_asks(folder):
+    def make(instance):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    link = BoxLink(make, lambda change, words: None, BoxName(folder.names / "c"))
+    for _ in range(2):
+        async with asyncio.timeout(GUARD):
+            with pytest.raises(WorkspaceUnavailable, match="Input/output error"):
+                await link.linked()
+
+
+# --- names that calls are written down with ---
+
+
+async def test_a_name_is_kept_for_the_next_server_until_something_may_begin(folder):
+    async with opened(folder) as boxes:
+        name = boxes.link("c").named()
+    async with opened(folder) as boxes:
+        link = boxes.link("c")
+        assert (link.instance, link.untouched) == (name, True)
+        assert (await link.linked()).instance == name
+        assert not link.untouched
+        assert list(folder.names.iterdir()) == []
+    async with opened(folder) as boxes:
+        assert boxes.link("c").instance != name
+
+
+async def test_what_is_written_down_for_a_box_that_is_ended_is_done_in_the_next_one(folder):
+    async with opened(folder) as boxes:
+        link = boxes.link("c")
+        name = (await link.linked()).instance
+        link.awaited = True
+    async with opened(folder) as boxes:
+        assert (boxes.link("c").instance, boxes.link("c").untouched) == (name, True)
+        await boxes.forget("c")
+    assert list(folder.names.iterdir()) == []
+
+
+async def test_a_name_is_not_kept_where_a_call_has_begun(folder):
+    async with opened(folder) as boxes:
+        link = boxes.link("c")
+        name = (await link.linked()).instance
+        link.awaited = link.owing = True
+    async with opened(folder) as boxes:
+        assert boxes.link("c").instance != name
+
+
+async def test_a_box_whose_processes_have_ended_is_kept_with_what_they_said(folder):
+    async with opened(folder, boxes_on_stop="keep") as boxes:
+        there = RemoteWorkspace.over(boxes.link("c"))
+        process = await there.start("echo said; exit 3")
+        assert (await process.wait()).exit_code == 3
+    async with opened(folder) as boxes:
+        process = RemoteWorkspace.over(boxes.link("c")).process(process.id)
+        assert (await process.wait()).exit_code == 3
+        assert b"".join([data async for data in process.output()]) == b"said\n"

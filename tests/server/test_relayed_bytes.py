@@ -29,6 +29,7 @@ from agent_sdk.remote.connection import connect
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from agent_server.box_link import BoxLink
+from agent_server.box_name import BoxName
 from agent_server.relay import Relay
 from agent_server.work import Work
 from tests.server.test_box_process import ENVIRONMENT
@@ -193,7 +194,7 @@ async def relayed(folder: Path, log: EventLog) -> AsyncIterator[tuple[Peer, BoxL
     def make(instance: str) -> BoxProcess:
         return BoxProcess(root, folder / "box", environment=ENVIRONMENT, instance=instance)
 
-    link = BoxLink(make, lambda change, words: None)
+    link = BoxLink(make, lambda change, words: None, BoxName(folder / "name"))
     relay = Relay("c", link, log, Work())
     here, there = memory_pipes()
     try:

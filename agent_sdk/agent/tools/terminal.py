@@ -136,11 +136,19 @@ class TerminalTool:
             if exc.args == (GOES_ON,):
                 raise
             with suppress(AgentServerError):  # the place may be gone, too
-                left = await shell.send(b"", timeout=MOMENT_SECONDS, quiet=None)
-                if left.status == "timeout":
-                    await shell.reset()
-                    self._exported = {}
+                await self._clear(shell)
             raise
+
+    async def abandon(self, arguments: str, context: ToolContext) -> None:
+        """See Resumable.abandon."""
+        await self._clear(context.workspace.shell(self._shell_name))
+
+    async def _clear(self, shell: Shell) -> None:
+        """End a command that still runs, with its shell."""
+        left = await shell.send(b"", timeout=MOMENT_SECONDS, quiet=None)
+        if left.status == "timeout":
+            await shell.reset()
+            self._exported = {}
 
     async def _export(self, shell: Shell, secrets: Mapping[str, str]) -> None:
         """Bring new secrets into the shell; while a command runs that has to wait for the next one."""

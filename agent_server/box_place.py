@@ -1,0 +1,49 @@
+"""The boxes of a workspace as the place where an agent's tools act."""
+
+from __future__ import annotations
+
+from agent_sdk.protocol.errors import OutcomeUnknown
+from agent_sdk.protocol.results import WorkspaceInfo
+from agent_sdk.remote.link import Linked
+from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_sdk.workspace import Workspace
+from agent_server.box_link import BoxLink
+
+
+class BoxPlace:
+    """See the module's docstring, and place.Place."""
+
+    def __init__(self, link: BoxLink) -> None:
+        self._link = link
+
+    @property
+    def instance(self) -> str:
+        """See Place.instance."""
+        return self._link.named()
+
+    async def describe(self, workspace: Workspace) -> WorkspaceInfo:
+        """See Place.describe."""
+        return self._link.where or await workspace.describe()
+
+    def untouched(self, instance: str) -> bool:
+        """See Place.untouched."""
+        return instance == self._link.instance and self._link.untouched
+
+    def again(self, instance: str) -> RemoteWorkspace | None:
+        """See Place.again."""
+        return RemoteWorkspace.over(_Same(self._link, instance)) if instance == self._link.instance else None
+
+
+class _Same:
+    """A link.Link to one box and no other."""
+
+    def __init__(self, link: BoxLink, instance: str) -> None:
+        self._link = link
+        self._instance = instance
+
+    async def linked(self) -> Linked:
+        """See Link."""
+        linked = await self._link.again(self._instance)
+        if linked is None:
+            raise OutcomeUnknown("the box in which it ran was lost; whether it was done is not known")
+        return linked
