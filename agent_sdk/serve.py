@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from agent_sdk.protocol.errors import (
     TransferBroken,
 )
 from agent_sdk.protocol.methods import (
+    LISTED,
     Count,
     Describe,
     DiffText,
@@ -185,9 +186,10 @@ class _Served:
                 process = self._workspace.process(held)
             if process is not None:
                 with suppress(ProcessNotFound):
-                    async for offset, data in process.chunks(since, stream=stream, until=running):
-                        await writer.skip_to(offset)
-                        await writer.write(data)
+                    async with aclosing(process.chunks(since, stream=stream, until=running)) as chunks:
+                        async for offset, data in chunks:
+                            await writer.skip_to(offset)
+                            await writer.write(data)
                     since = max(since, writer.offset)
             result = await running
             await _finish(writer, result.out if stream == "stdout" else result.err, since)
@@ -241,10 +243,9 @@ class _Served:
 
     async def output(self, params: ProcessOutput, call: Inbound) -> Count:
         process = self._workspace.process(params.process_id)
-        async with call.writing(params.channel) as writer:
-            async for offset, data in process.chunks(
-                params.since, stream=params.stream, follow=params.follow
-            ):
+        said = process.chunks(params.since, stream=params.stream, follow=params.follow)
+        async with call.writing(params.channel) as writer, aclosing(said) as chunks:
+            async for offset, data in chunks:
                 await writer.skip_to(offset)
                 await writer.write(data)
             await writer.finish()
@@ -341,7 +342,8 @@ class _Served:
             return Transferred(size, digest.hexdigest(), source.mode)
 
     async def files_list(self, params: FilesList, call: Inbound) -> list[FileInfo]:
-        return await self._workspace.files.list(params.path, depth=params.depth, hidden=params.hidden)
+        found = await self._workspace.files.list(params.path, depth=params.depth, hidden=params.hidden)
+        return [info for info in found if params.after is None or info.path > params.after][:LISTED]
 
     async def files_stat(self, params: FilesStat, call: Inbound) -> FileInfo:
         return await self._workspace.files.stat(params.path, follow=params.follow)

@@ -333,7 +333,11 @@ class Files(Protocol):
         ...
 
     async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
-        """Return what is in a folder, sorted by path, down to `depth` levels; at most 10 000 entries."""
+        """Return what is in a folder, sorted by path, down to `depth` levels.
+
+        Raises:
+            LimitExceeded: there are more than 100 000 entries; it says how many.
+        """
         ...
 
     async def stat(self, path: str) -> FileInfo:

@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -144,3 +146,67 @@ async def test_many_small_writes_are_one_block_on_the_disk(tmp_path):
             await file.write(DATA[start : start + 1000])
         done = await file.commit()
     assert (tmp_path / "f").read_bytes() == DATA[: done.size]
+
+
+AS_SOMEBODY = """
+import asyncio, os, sys
+from agent_sdk import LocalWorkspace
+from agent_sdk.protocol.errors import PathDenied
+
+async def replace(folder):
+    async with LocalWorkspace(folder, spool_dir=folder) as workspace:
+        await workspace.execute("echo kept > f; chmod 444 f; cp /bin/sleep running; ./running 60 >&- 2>&- &")
+        for write in (
+            lambda: workspace.files.write("f", b"new"),
+            lambda: workspace.upload("/etc/passwd", "f"),
+            lambda: workspace.download("f", folder + "/f"),
+        ):
+            try:
+                await write()
+            except PathDenied as error:
+                print(error)
+        await workspace.execute("chmod 644 f")
+        await workspace.files.write("f", b"new")
+        await workspace.files.write("running", b"")  # the kernel lets nobody write it, but replace it
+
+async def main():
+    await replace(sys.argv[1])  # what is imported late is imported now
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+    await replace(sys.argv[2])
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root, to be somebody else")
+def test_a_file_that_may_not_be_written_is_not_replaced_either(tmp_path):
+    """As the shell of the same user would say; whoever is root may."""
+    for folder in tmp_path.parents[:3]:
+        folder.chmod(0o755)
+    for name in ("root", "f"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(0o777)
+    tmp_path.chmod(0o755)
+    folders = (str(tmp_path / "root"), str(tmp_path / "f"))
+    ended = subprocess.run(
+        [sys.executable, "-c", AS_SOMEBODY, *folders], capture_output=True, text=True, check=True
+    )
+    assert [line.partition(":")[0] for line in ended.stdout.splitlines()] == ["permission denied"] * 3
+    assert (tmp_path / "f" / "f").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root")
+async def test_who_may_write_everything_replaces_a_read_only_file_and_keeps_its_mode(tmp_path):
+    (tmp_path / "f").touch(0o444)
+    async with atomic_file(tmp_path / "f") as file:
+        await file.write(b"new")
+        assert (await file.commit()).mode == 0o444
+
+
+async def test_a_file_in_the_making_has_no_name(tmp_path):
+    async with atomic_file(tmp_path / "f") as file:
+        await file.write(DATA)
+        assert os.listdir(tmp_path) == []
+        await file.commit()
+    assert os.listdir(tmp_path) == ["f"]

@@ -20,7 +20,7 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.results import FileInfo
 
 READ_BYTES = 64 << 20
-ENTRIES = 10_000
+ENTRIES = 100_000
 _KERNELS = ("/proc/", "/sys/")
 
 
@@ -79,6 +79,15 @@ def listing(root: Root, path: str, depth: int, hidden: bool) -> list[FileInfo]:
             listing.add_folder(fd, entry.names, depth)
         finally:
             os.close(fd)
+    if listing.count > ENTRIES:
+        raise LimitExceeded(
+            f"path: {listing.count} entries {depth} levels deep, and at most {ENTRIES} are listed; "
+            f"list a folder in it, or fewer levels: {path}",
+            field="path",
+            limit=ENTRIES,
+            got=listing.count,
+            path=path,
+        )
     return sorted(listing.found, key=lambda info: info.path)
 
 
@@ -87,18 +96,20 @@ class _Listing:
         self._root = root
         self._hidden = hidden
         self.found: list[FileInfo] = []
+        self.count = 0
+        """Also of those that are too many."""
 
     def add_folder(self, fd: int, names: tuple[bytes, ...], depth: int) -> None:
         for name in sorted(map(os.fsencode, os.listdir(fd))):
-            if len(self.found) >= ENTRIES:
-                return
             if self._hidden or not name.startswith(b"."):
                 with suppress(OSError):  # gone meanwhile, or not for us to see into
                     self._add(fd, name, (*names, name), depth)
 
     def _add(self, fd: int, name: bytes, names: tuple[bytes, ...], depth: int) -> None:
         state = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        self.found.append(_info(self._root, fd, name, names, state))
+        self.count += 1
+        if self.count <= ENTRIES:
+            self.found.append(_info(self._root, fd, name, names, state))
         if depth > 1 and stat.S_ISDIR(state.st_mode):
             below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from agent_sdk.disk import AtomicFile, Source, in_thread
 from agent_sdk.local import entries
@@ -71,7 +71,10 @@ class LocalFiles:
         """See Workspace.write_stream."""
         if size is not None:
             _check_count(size, "size")
-        async with self._atomic(path, mode) as file:
+        async with AsyncExitStack() as stack:
+            if isinstance(chunks, AsyncGenerator):
+                stack.push_async_callback(chunks.aclose)
+            file = await stack.enter_async_context(self._atomic(path, mode))
             async for chunk in chunks:
                 await file.write(chunk)
             return await file.commit(size=size)

@@ -17,6 +17,7 @@ from agent_sdk.local.arguments import encode
 from agent_sdk.local.paths import Root
 from agent_sdk.protocol.errors import (
     InvalidParams,
+    LimitExceeded,
     PathNotFound,
     StateConflict,
     WorkspaceUnavailable,
@@ -302,6 +303,9 @@ class _Place:
         code, out, err = await self._ask(*arguments, limit=limit)
         if code not in fine and len(out) < limit:
             raise StateConflict(f"git {arguments[0]}: {err.strip()[:500]}", state="git failed")
+        if len(out) >= LISTING_BYTES:
+            sentence = f"git {arguments[0]} says more than {LISTING_BYTES} bytes; look at a folder in it"
+            raise LimitExceeded(sentence, field="path", limit=LISTING_BYTES)
         return out
 
     async def _ask(self, *arguments: str, limit: int = LISTING_BYTES) -> tuple[int | None, bytes, str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 from typing import Any
 
 from agent_sdk.local.arguments import check_seconds, check_signal, check_size
@@ -67,8 +67,9 @@ class LocalProcess:
         self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncIterator[bytes]:
         """See Process.output."""
-        async for _, data in self.chunks(since, stream=stream, follow=follow):
-            yield data
+        async with aclosing(self.chunks(since, stream=stream, follow=follow)) as chunks:
+            async for _, data in chunks:
+                yield data
 
     async def chunks(
         self,
@@ -77,7 +78,7 @@ class LocalProcess:
         stream: OutputName = "stdout",
         follow: bool = True,
         until: asyncio.Future[Any] | None = None,
-    ) -> AsyncIterator[tuple[int, bytes]]:
+    ) -> AsyncGenerator[tuple[int, bytes], None]:
         """See Process.chunks; `until`: end with what there is when this is done, instead of with the process."""
         running = self._find()
         if stream not in ("stdout", "stderr"):

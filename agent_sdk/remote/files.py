@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ChangedDuringRead
 from agent_sdk.protocol.methods import (
+    LISTED,
     Download,
     FilesList,
     FilesMkdir,
@@ -52,7 +53,13 @@ class RemoteFiles:
 
     async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
         """See Files.list."""
-        return await ask(self._link, FilesList(path=path, depth=depth, hidden=hidden))
+        found: list[FileInfo] = []
+        while True:
+            after = found[-1].path if found else None
+            page = await ask(self._link, FilesList(path=path, depth=depth, hidden=hidden, after=after))
+            found += page
+            if len(page) < LISTED:
+                return found
 
     async def stat(self, path: str) -> FileInfo:
         """See Files.stat."""

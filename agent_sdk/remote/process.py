@@ -52,12 +52,13 @@ class RemoteProcess:
         self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncIterator[bytes]:
         """See Process.output."""
-        async for _, data in self.chunks(since, stream=stream, follow=follow):
-            yield data
+        async with aclosing(self.chunks(since, stream=stream, follow=follow)) as chunks:
+            async for _, data in chunks:
+                yield data
 
     async def chunks(
         self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
-    ) -> AsyncIterator[tuple[int, bytes]]:
+    ) -> AsyncGenerator[tuple[int, bytes], None]:
         """See Process.chunks."""
         position = since
         while True:

@@ -6,6 +6,7 @@ from agent_sdk.protocol.errors import (
     AgentServerError,
     InvalidParams,
     IsADirectory,
+    LimitExceeded,
     NotADirectory,
     NotARegularFile,
     PathError,
@@ -71,6 +72,25 @@ class FileContract:
         assert flat == [(".h", "file"), ("a", "file"), ("b", "dir"), ("l", "symlink"), ("p", "other")]
         deep = [info.path for info in await workspace.files.list("b", depth=2, hidden=False)]
         assert deep == ["b/c", "b/c/g", "b/f"]
+
+    async def test_a_folder_of_very_many_is_listed_whole(self, workspace):
+        await workspace.execute("mkdir many && cd many && seq 10001 20100 | xargs touch")
+        found = await workspace.files.list("many")
+        assert [info.path for info in found] == [f"many/{number}" for number in range(10001, 20101)]
+
+    async def test_more_than_can_be_read_at_once_is_refused_and_never_cut(self, workspace):
+        await workspace.execute("truncate -s 80M f")
+        for limit in (None, 100 << 20, (64 << 20) + 1):
+            with pytest.raises(LimitExceeded, match="at most 67108864 bytes at once"):
+                await workspace.files.read("f", limit=limit)
+        assert len(await workspace.files.read("f", offset=79 << 20, limit=100 << 20)) == 1 << 20
+
+    async def test_a_file_that_grows_meanwhile_is_read_as_it_is(self, workspace):
+        await workspace.execute("head -c 9M /dev/zero > f")
+        growing = await workspace.start("while :; do echo more >> f; done")
+        assert len(await workspace.files.read("f")) >= 9 << 20
+        await growing.signal("KILL")
+        await growing.wait()
 
     async def test_a_path_is_described_a_symlink_itself(self, workspace):
         await workspace.execute("mkdir d; echo 12 > d/f; chmod 640 d/f; ln -s nowhere l")

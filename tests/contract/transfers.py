@@ -131,7 +131,31 @@ class TransferContract:
     async def test_a_part_of_a_file_is_read_in_pieces(self, workspace):
         await workspace.files.write("f", b"0123456789")
         async with workspace.read_stream("f", offset=2, length=5) as stream:
+            assert (stream.size, stream.mode) == (10, 0o644)
             assert b"".join([piece async for piece in stream]) == b"23456"
+
+    async def test_what_cannot_be_read_is_refused_at_the_opening(self, workspace):
+        await workspace.execute("mkdir folder; mkfifo pipe; echo 123 > f; ln -s f link")
+        for path, error in (("nowhere", PathNotFound), ("folder", IsADirectory), ("pipe", NotARegularFile)):
+            with pytest.raises(error):
+                async with workspace.read_stream(path):
+                    pytest.fail("it is open")
+        async with workspace.read_stream("link") as stream:
+            assert stream.size == 4
+
+    async def test_who_wants_to_know_hears_how_far_a_file_has_come(self, workspace, tmp_path):
+        told: list[tuple[int, int]] = []
+
+        async def tell(done: int, total: int) -> None:
+            told.append((done, total))
+
+        (tmp_path / "source").write_bytes(BLOCK)
+        await workspace.upload(tmp_path / "source", "f", on_progress=lambda *so_far: told.append(so_far))
+        await workspace.download("f", tmp_path / "copy", on_progress=tell)
+        ups, downs = told[: told.index((0, len(BLOCK)), 1)], told[told.index((0, len(BLOCK)), 1) :]
+        for way in (ups, downs):
+            assert (way[0], way[-1]) == ((0, len(BLOCK)), (len(BLOCK), len(BLOCK)))
+            assert way == sorted(set(way))
 
     async def test_a_stream_may_be_left_early(self, workspace):
         await workspace.files.write("f", BLOCK * 8)

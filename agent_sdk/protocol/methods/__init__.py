@@ -65,6 +65,7 @@ from agent_sdk.protocol.methods.method import (
     R,
 )
 from agent_sdk.protocol.methods.workspace import (
+    LISTED,
     Claim,
     Count,
     Describe,
@@ -101,6 +102,7 @@ from agent_sdk.protocol.methods.workspace import (
 )
 
 __all__ = [
+    "LISTED",
     "BOX",
     "CLIENT",
     "CONNECTION",

@@ -249,13 +249,19 @@ class Download(Method[Transferred], frozen=True, kw_only=True):
     """Take what is there, also when the file changes meanwhile; 64 MiB at most."""
 
 
+LISTED = 10_000
+"""Entries of a folder in one answer."""
+
+
 class FilesList(Method[list[FileInfo]], frozen=True, kw_only=True):
-    """What is in a folder, sorted by path; at most 10 000 entries."""
+    """What is in a folder, sorted by path, 10 000 entries at once: where so many come there may be more."""
 
     method = "files.list"
     path: Path = "."
     depth: Annotated[int, Meta(ge=1, le=64)] = 1
     hidden: bool = True
+    after: str | None = None
+    """The last path of the entries before."""
 
 
 class FilesStat(Method[FileInfo], frozen=True, kw_only=True):
