@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import os
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from os import PathLike
 from typing import TypeVar, TypeVarTuple, Unpack
@@ -43,6 +44,27 @@ _NO_TMPFILE = (None, errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL,
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+
+OnProgress = Callable[[int, int], Awaitable[None] | None]
+"""Called with how many bytes of a file have moved, and how many there are."""
+
+
+class Progress:
+    """How far a file has come, for who wants to know; over a second connection it is told from where it was."""
+
+    def __init__(self, on_progress: OnProgress | None, total: int) -> None:
+        self._on_progress = on_progress
+        self._total = total
+        self._reached = -1
+
+    async def reach(self, position: int) -> None:
+        """So many bytes have moved."""
+        if self._on_progress is not None and position > self._reached:
+            self._reached = position
+            waiting = self._on_progress(position, self._total)
+            if inspect.isawaitable(waiting):
+                await waiting
 
 
 async def in_thread(work: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:

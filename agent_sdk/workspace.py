@@ -7,7 +7,6 @@ the root unless another one was chosen, or absolute and below the root. Bytes ar
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from os import PathLike
@@ -15,6 +14,7 @@ from typing import Literal, Protocol, Self
 
 from msgspec import Struct
 
+from agent_sdk.disk import OnProgress
 from agent_sdk.protocol.errors import LimitExceeded, ProcessNotFound
 from agent_sdk.protocol.results import (
     Exit,
@@ -174,27 +174,6 @@ class ShellResult(Struct, frozen=True, kw_only=True):
     """Bytes that even this file lacks in its middle, where a line says so."""
     reason: str = ""
     """What went wrong besides, e.g. `killed: out of memory (limit 512 MiB)`."""
-
-
-OnProgress = Callable[[int, int], Awaitable[None] | None]
-"""Called with how many bytes of a file have moved, and how many there are."""
-
-
-class Progress:
-    """How far a file has come, for who wants to know; over a second connection it is told from where it was."""
-
-    def __init__(self, on_progress: OnProgress | None, total: int) -> None:
-        self._on_progress = on_progress
-        self._total = total
-        self._reached = -1
-
-    async def reach(self, position: int) -> None:
-        """So many bytes have moved."""
-        if self._on_progress is not None and position > self._reached:
-            self._reached = position
-            waiting = self._on_progress(position, self._total)
-            if inspect.isawaitable(waiting):
-                await waiting
 
 
 class FileStream(Protocol):

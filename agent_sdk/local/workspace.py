@@ -18,7 +18,7 @@ from functools import partial
 from os import PathLike
 from typing import Any, Self
 
-from agent_sdk.disk import Source, atomic_file, in_thread, open_source, path_error
+from agent_sdk.disk import OnProgress, Progress, Source, atomic_file, in_thread, open_source, path_error
 from agent_sdk.limits import LimitWatch
 from agent_sdk.local.arguments import check_argv, check_command, check_environment, check_seconds, check_size
 from agent_sdk.local.bash import Bash, Report
@@ -45,7 +45,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.results import ProcessInfo, Transferred, WorkspaceInfo
-from agent_sdk.workspace import ExecResult, FileStream, OnOutput, OnProgress, Output, Progress
+from agent_sdk.workspace import ExecResult, FileStream, OnOutput, Output
 
 _SHELL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
+from agent_sdk.disk import Progress
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ChangedDuringRead
 from agent_sdk.protocol.methods import (
@@ -20,7 +21,7 @@ from agent_sdk.protocol.methods import (
 )
 from agent_sdk.remote.link import Link, ask
 from agent_sdk.remote.transfers import NO_CHANNEL, Repeatable, incoming, outgoing
-from agent_sdk.workspace import FileInfo, GitChange, Progress, Transferred
+from agent_sdk.workspace import FileInfo, GitChange, Transferred
 
 
 class RemoteFiles:

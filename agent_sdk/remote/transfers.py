@@ -15,6 +15,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from agent_sdk.digest import sha256
+from agent_sdk.disk import Progress
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ChangedDuringRead,
@@ -31,7 +32,6 @@ from agent_sdk.remote.link import Link, ask, passed, persistent
 from agent_sdk.remote.streams import pass_failure
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteWriter
-from agent_sdk.workspace import Progress
 
 NO_CHANNEL = 1
 """Stands in a call until the connection is known whose channel it will name."""

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from msgspec.structs import replace
 
-from agent_sdk.disk import atomic_file, open_source
+from agent_sdk.disk import OnProgress, Progress, atomic_file, open_source
 from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -49,10 +49,8 @@ from agent_sdk.workspace import (
     ExecResult,
     FileStream,
     OnOutput,
-    OnProgress,
     Process,
     ProcessInfo,
-    Progress,
     Transferred,
     WorkspaceInfo,
 )
