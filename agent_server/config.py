@@ -103,6 +103,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """Boxes at a time; a conversation that needs another one is refused what needs it."""
     max_pending_writes: Count = 10_000
     """Writes that may wait for the log before further ones are refused."""
+    max_incoming_bytes: Annotated[
+        int, Meta(ge=1 << 20, le=1 << 40, description="1048576..1099511627776 bytes")
+    ] = 128 << 20
+    """Bytes of bodies and messages that all clients together may have on their way; one message always fits."""
     max_strangers: Count = 64
     """Connections of one network (an IPv4 address, an IPv6 /64, the loopback) that have not shown a key yet; for a
     further one the oldest of them gives way."""

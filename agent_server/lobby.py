@@ -19,6 +19,7 @@ from agent_sdk.protocol.methods import (
     Subscribed,
 )
 from agent_sdk.rpc.answers import Table
+from agent_sdk.rpc.budget import Budget
 from agent_sdk.rpc.peer import Inbound, Peer
 from agent_server.auth import Authority
 from agent_server.config import ServerConfig
@@ -74,6 +75,8 @@ class Lobby:
         self.logs = logs
         self.metrics = metrics
         self.work = work
+        self.budget = Budget(max(config.max_incoming_bytes, config.limits.message_bytes))
+        """What holds bodies and messages while they arrive."""
         self.counter = Counter(metrics, work)
         # Shared by all connections, because there are thousands and most of them are idle.
         self.handlers: Handlers = {

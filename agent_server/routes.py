@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import msgspec
@@ -145,7 +147,10 @@ class Routes:
 
     async def rpc(self, request: web.Request) -> web.Response:
         """Answer one JSON-RPC call, for the conversation that `?conversation=` names where it concerns one."""
-        body = await self._body(request)
+        async with self._body(request) as body:
+            return await self._answer(body, request.query.get("conversation"))
+
+    async def _answer(self, body: bytearray, id: str | None) -> web.Response:
         endpoint = Endpoint(self._lobby.config.limits, strict=True)
         call: Request | None = None
         try:
@@ -153,7 +158,7 @@ class Routes:
             if not isinstance(message, Request):
                 raise InvalidRequest("a call with an id is needed; there is nobody to send anything else to")
             call = message
-            result = await self._call(call, request.query.get("conversation"))
+            result = await self._call(call, id)
             answer = endpoint.response(call.id, result)
         except AgentServerError as exc:
             answer = endpoint.refusal(exc) if call is None else endpoint.failure(call.id, to_wire(exc))
@@ -165,18 +170,31 @@ class Routes:
             answer = endpoint.failure(call.id if call else None, to_wire(bug))
         return web.Response(body=answer, content_type="application/json")
 
-    async def _body(self, request: web.Request) -> bytes:
+    @asynccontextmanager
+    async def _body(self, request: web.Request) -> AsyncIterator[bytearray]:
+        """The body, which is held for the length of the block.
+
+        Raises:
+            LimitExceeded, InvalidRequest, Overloaded: it is too long, too slow, or there is no room for it now.
+        """
         seconds, limit = self._lobby.config.body_seconds, self._lobby.config.limits.message_bytes
         too_long = LimitExceeded(f"a body of more than {limit} bytes", field="body", limit=limit)
-        if (request.content_length or 0) > limit:
+        announced, body = request.content_length or 0, bytearray()
+        if announced > limit:
             raise too_long
-        try:
-            async with asyncio.timeout(seconds):
-                return await request.read()
-        except TimeoutError:
-            raise InvalidRequest(f"the body did not arrive within {seconds:g} s", status=408) from None
-        except web.HTTPRequestEntityTooLarge:
-            raise too_long from None
+        with closing(self._lobby.budget.share()) as share:
+            share.take(announced)
+            try:
+                async with asyncio.timeout(seconds):
+                    async for piece in request.content.iter_any():
+                        if len(body) + len(piece) > limit:
+                            raise too_long
+                        if not announced:
+                            share.take(len(piece))
+                        body += piece
+            except TimeoutError:
+                raise InvalidRequest(f"the body did not arrive within {seconds:g} s", status=408) from None
+            yield body
 
     async def _call(self, call: Request, id: str | None) -> Any:
         if call.method == Initialize.method:

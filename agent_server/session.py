@@ -59,6 +59,7 @@ class Session:
             limits=lobby.config.limits,
             strict=True,
             on_bug=self._bug,
+            budget=lobby.budget,
         )
 
     def __repr__(self) -> str:

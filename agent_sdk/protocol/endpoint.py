@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -136,14 +136,33 @@ _error = msgspec.json.Decoder(_Error)
 _NOTICES = frozenset(notice.method for notice in NOTICES)
 
 
+class Room(Protocol):
+    """Memory for messages that arrive in pieces."""
+
+    def take(self, size: int) -> None:
+        """Hold so many bytes; raises Overloaded where there is no room."""
+        ...
+
+    def give(self, size: int) -> None:
+        """Give bytes back."""
+        ...
+
+
 class Endpoint:
     """Ids and their fates. See the module's docstring."""
 
-    def __init__(self, limits: Limits = DEFAULTS, *, strict: bool = False) -> None:
-        """Make an end that accepts what `limits` allow; `strict` adds the checks of the accepting side."""
+    def __init__(self, limits: Limits = DEFAULTS, *, strict: bool = False, room: Room | None = None) -> None:
+        """Make an end that accepts what `limits` allow.
+
+        Args:
+            limits: ours.
+            strict: add the checks of the accepting side.
+            room: where messages that arrive in pieces are held; None: where there is always room.
+        """
         self.ignored: Counter[str] = Counter()
         """How often something was ignored, by reason."""
         self._limits = limits
+        self._room = room
         self._strict = strict
         self._last_id = 0
         self._awaiting: set[Id] = set()
@@ -184,16 +203,16 @@ class Endpoint:
         """Nobody waits for the answer to this call of ours any more."""
         self._awaiting.discard(id)
 
-    def receive(self, frame: bytes, *, text: bool) -> Message | frames.BinaryFrame | None:
+    def receive(self, frame: bytes | bytearray, *, text: bool) -> Message | frames.BinaryFrame | None:
         """The message in a frame; None: part of a longer one, or something that is ignored.
 
         Raises:
             ParseError, InvalidRequest, MethodNotFound: a message that is refused; see `refusal`.
-            BadBinaryHeader, LimitExceeded: the connection has to be closed.
+            BadBinaryHeader, LimitExceeded, Overloaded: the connection has to be closed.
         """
         if text:
             return self._message(frame)
-        content = frames.unpack(frame)
+        content = frames.unpack(bytes(frame))
         if not isinstance(content, frames.Piece):
             return content
         whole = self._assemble(content)
@@ -210,8 +229,14 @@ class Endpoint:
             raise LimitExceeded(
                 f"a message of more than {limit} bytes", field="message", limit=limit, got=got
             )
+        if self._room is not None:
+            self._room.take(len(piece.payload))
         parts += piece.payload
-        return self._partial.pop(piece.stream) if piece.last else None
+        if not piece.last:
+            return None
+        if self._room is not None:
+            self._room.give(got)
+        return self._partial.pop(piece.stream)
 
     def _message(self, text: bytes | bytearray) -> Message | None:
         wire = self._parse(text)

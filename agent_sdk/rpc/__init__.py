@@ -11,4 +11,5 @@ answers:   calls of the other end that we answer
 peer:      one end of a connection: calls both ways, notices, events, streams
 ledger:    each op_id runs once
 shield:    finishing what must not be left half done
+budget:    memory for what arrives in pieces
 """

@@ -35,6 +35,7 @@ from agent_sdk.protocol.errors import (
     ConnectionLost,
     InvalidParams,
     LimitExceeded,
+    Overloaded,
 )
 from agent_sdk.protocol.methods import (
     CancelNotice,
@@ -44,6 +45,7 @@ from agent_sdk.protocol.methods import (
 )
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.answers import Answers, Table
+from agent_sdk.rpc.budget import Budget
 from agent_sdk.rpc.calls import Calls
 from agent_sdk.rpc.channels import Channels
 from agent_sdk.rpc.lanes import Lanes
@@ -59,7 +61,7 @@ NOBODY = Table({})
 FLUSH_SECONDS = 2.0
 TURN_FRAMES = 64
 
-PROTOCOL_ERROR, SLOW_READER, TOO_BIG, BUG = 4400, 4408, 4413, 1011
+PROTOCOL_ERROR, SLOW_READER, TOO_BIG, NO_ROOM, BUG = 4400, 4408, 4413, 4429, 1011
 
 
 class Inbound:
@@ -111,6 +113,7 @@ class Peer:
         strict: bool = False,
         on_notice: OnNotice | None = None,
         on_bug: OnBug | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """Make an end that does nothing yet.
 
@@ -124,12 +127,14 @@ class Peer:
                 reader: it must not block. `$/cancelRequest` is not among them.
             on_bug: called with an unexpected exception and the incident id the other end was told;
                 by default the event loop's exception handler gets it.
+            budget: what holds messages that arrive in pieces; None: nobody counts them.
         """
         self._pipe = pipe
         self._limits = limits
         self._on_notice = on_notice
         self._on_bug = on_bug
-        self._endpoint = Endpoint(limits, strict=strict)
+        self._share = None if budget is None else budget.share(self._give_way)
+        self._endpoint = Endpoint(limits, strict=strict, room=self._share)
         self._lanes = Lanes(limits.queue_bytes, self._begin_writing)
         self._channels = Channels(self._lanes, limits, opener=opener)
         self._calls = Calls(self._endpoint, self._lanes, DEFAULTS)
@@ -321,6 +326,8 @@ class Peer:
         if self._lost is not None:
             return
         self._lost = reason
+        if self._share is not None:
+            self._share.close()
         self._lanes.closing = True
         self._lanes.wake_all()
         self._calls.lose(reason)
@@ -328,6 +335,9 @@ class Peer:
         self._answers.lose()
         if self._ended is not None:
             self._ended.set_result(reason)
+
+    def _give_way(self) -> None:
+        self._begin_close(NO_ROOM, "a message took long to arrive, and others need the memory; send it again")
 
     def _begin_writing(self) -> None:
         if self._writer is None and self._reader is not None and self._lost is None:
@@ -363,6 +373,8 @@ class Peer:
             code, reason = PROTOCOL_ERROR, f"bad_binary_header: {exc}"
         except LimitExceeded as exc:
             code, reason = TOO_BIG, str(exc)
+        except Overloaded as exc:
+            code, reason = NO_ROOM, str(exc)
         except Exception as exc:  # noqa: BLE001 - the reader's boundary: a bug must not leave a dead connection open
             code, reason = BUG, f"internal error {self._report(exc)}"
         self._begin_close(code, reason)
@@ -372,7 +384,7 @@ class Peer:
     def _take(self, frame: bytes, text: bool) -> None:
         try:
             message = self._endpoint.receive(frame, text=text)
-        except (BadBinaryHeader, LimitExceeded):
+        except (BadBinaryHeader, LimitExceeded, Overloaded):
             raise
         except AgentServerError as exc:
             self._lanes.put_message(self._endpoint.refusal(exc))
