@@ -72,7 +72,10 @@ async def in_thread(work: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
 
     A thread cannot be stopped: giving up earlier would close descriptors under its hands.
     """
-    future = asyncio.get_running_loop().run_in_executor(None, work, *args)
+    try:
+        future = asyncio.get_running_loop().run_in_executor(None, work, *args)
+    except RuntimeError:  # the program is ending, and there are no threads any more
+        return work(*args)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:

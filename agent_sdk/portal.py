@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 from collections import deque
@@ -33,7 +34,9 @@ class Caller:
     kept for the next call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end: Callable[[], object]) -> None:
+        """Make one; `end` closes the object, and is called when the program ends before somebody did."""
+        self._end = end
         self._lock = RLock()  # the handler of a signal may call while its thread is in here
         self._portal: BlockingPortal | None = None
         self._loop_thread = 0
@@ -126,6 +129,9 @@ class Caller:
                 )
             if self._portal is None:
                 self._portal = _portals.__enter__()
+                atexit.register(
+                    self._at_exit
+                )  # a loop that is frozen in mid-air would hold the program up for ever
             self._calls += 1
             return self._portal
 
@@ -135,7 +141,16 @@ class Caller:
             if not self._closed or self._calls or self._portal is None:
                 return
             self._portal, self._loop_thread = None, 0
+            atexit.unregister(self._at_exit)
         _portals.__exit__(None, None, None)
+
+    def _at_exit(self) -> None:
+        try:
+            self._end()
+        except Exception as exc:  # noqa: BLE001  whatever it is, the program ends
+            logger.warning("what was left open could not be closed: %s", exc)
+        finally:
+            self.close()
 
     # --- callbacks ---
 

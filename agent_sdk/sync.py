@@ -86,7 +86,7 @@ class Workspace(Twin):
     asynchronous: contract.Workspace
 
     def __init__(self, workspace: contract.Workspace) -> None:
-        super().__init__(Caller(), workspace)
+        super().__init__(Caller(self.close), workspace)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -101,6 +101,10 @@ class Workspace(Twin):
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave it: everything that runs in it ends."""
         self._stack.close()
 
     def on_close(self, close: Callable[[], None]) -> None:
@@ -214,7 +218,7 @@ class Conversation(Twin):
         agent_runs: Literal["here"] | None = None,
     ) -> None:
         """See agent_sdk.api.Conversation."""
-        caller = Caller()
+        caller = Caller(self.close)
         self._cursor: Cursor | None = None
         if isinstance(workspace, Workspace):
             workspace.on_close(caller.close)

@@ -1,13 +1,19 @@
 """The examples run, and say what the documents say of them."""
 
+import http.server
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from agent_sdk import testing
+from agent_sdk.testing import Call
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -36,6 +42,39 @@ def runtime_api(data):
             yield {"API_URL": ready["url"], "API_KEY": key, "API_IMAGE": "agent-server:latest"}
         finally:
             server.terminate()
+
+
+@contextmanager
+def provider(script):
+    """An OpenAI-style server that plays a script; its address."""
+    steps = list(script.steps)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            step = steps.pop(0)
+            message = {"content": step.text}
+            if isinstance(step, Call):
+                function = {"name": step.tool, "arguments": json.dumps(step.arguments)}
+                message["tool_calls"] = [{"id": f"call{len(steps)}", "function": function}]
+            body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1"
+        finally:
+            server.shutdown()
 
 
 def there(server):
@@ -68,3 +107,26 @@ def test_a_server_that_a_runtime_api_starts_gives_the_same_events(tmp_path):
 
 def test_the_blocking_snippet_runs(running_server):
     assert run("03_blocking.py", **there(running_server)).endswith("Ada\nGrace\n")
+
+
+@pytest.mark.parametrize("name", ["01_here.py", "02_there.py", "03_blocking.py"])
+def test_an_example_leaves_nothing_open_when_its_model_is_reached_over_http(name, running_server, tmp_path):
+    """The example as it stands, but for its model; and every warning is an error."""
+    program = (EXAMPLES / name).read_text()
+    script = re.search(r"ScriptedLLM\(\s*\[.*?\]\s*\)", program, re.DOTALL)[0]
+    environ = {"EXAMPLE_DIR": str(tmp_path), "PYTHONWARNINGS": "error", "PYTHONPATH": str(EXAMPLES.parent)}
+    with provider(eval(script, vars(testing).copy())) as url:
+        changed = program.replace(script, f"__import__('agent_sdk').LLM(model='vllm/m', base_url={url!r})")
+        (tmp_path / name).write_text(changed)
+        done = subprocess.run(
+            [sys.executable, tmp_path / name],
+            env={**os.environ, **there(running_server), **environ},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        done.stdout == run(name, **there(running_server), EXAMPLE_DIR=str(tmp_path))
+        or name == "03_blocking.py"
+    )

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -191,6 +193,31 @@ def test_an_async_callback_is_run_too(workspace):
         conversation.send_message("go")
         conversation.run()
         assert seen == [event.seq for event in conversation.events()]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "",
+        "it = c.events(follow=True); next(it)",
+        "c.send_message('again')",
+        "w = sync.LocalWorkspace(); w.__enter__(); it = w.start('echo on; exec sleep 600').output(); next(it)",
+    ],
+    ids=["nothing", "an iterator", "a turn", "a workspace with commands"],
+)
+def test_a_program_that_closes_nothing_comes_to_its_end_and_leaves_nothing(tmp_path, left):
+    program = f"""
+from agent_sdk import Agent, sync
+from agent_sdk.testing import ScriptedLLM, call, say
+llm = ScriptedLLM([say("done"), call("terminal", command="sleep 600"), say("never")])
+c = sync.Conversation(Agent(llm=llm), {str(tmp_path)!r})
+c.send_message("go")
+print(c.run().final_text)
+{left}
+"""
+    command = [sys.executable, "-W", "error", "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 
 
 def test_a_call_after_the_end_fails_as_the_async_one_and_leaves_no_thread(workspace):

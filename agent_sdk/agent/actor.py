@@ -131,7 +131,7 @@ class Actor:
         )
 
     async def close(self) -> None:
-        """Let go of the connections to models."""
+        """Let go of the connections to models; the next turn makes new ones."""
         for client in (*self._former, self.client):
             await client.close()
         self._former.clear()

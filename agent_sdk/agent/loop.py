@@ -146,6 +146,8 @@ class Turn:
             logger.error("the end of turn %s could not be written", self.run_id, exc_info=exc)
         finally:
             self.begun.set()
+            if self._actor is not None:
+                await self._actor.close()
 
     def stop(self, reason: str, *, asked: bool = True, op: Any = None) -> None:
         """End it at once: calls under way are cancelled. Not `asked` for by a user: it may be continued."""
