@@ -52,6 +52,24 @@ class Process(Twin):
         return self.asynchronous.id
 
 
+class ExecResult(contract.ExecResult, frozen=True, kw_only=True):
+    """Blocking twin of workspace.ExecResult: the same facts, but `whole` waits."""
+
+    caller: Caller
+    asynchronous: contract.ExecResult
+
+    def whole(self, stream: contract.OutputName = "stdout") -> bytes:  # type: ignore[override]
+        """See workspace.ExecResult.whole."""
+        return self.caller.call(self.asynchronous.whole, stream)
+
+
+def _executed(caller: Caller, result: contract.ExecResult) -> ExecResult:
+    facts = {name: getattr(result, name) for name in result.__struct_fields__}
+    if result.process is not None:
+        facts["process"] = Process(caller, result.process)
+    return ExecResult(**facts, caller=caller, asynchronous=result)
+
+
 class Shell(Twin):
     """Blocking twin of workspace.Shell."""
 
@@ -122,7 +140,7 @@ class Workspace(Twin):
         return Git(self._caller, self.asynchronous.git)
 
     describe = blocking(contract.Workspace.describe)
-    execute = blocking(contract.Workspace.execute)
+    execute = making(contract.Workspace.execute, _executed)
     processes = blocking(contract.Workspace.processes)
     upload = blocking(contract.Workspace.upload)
     download = blocking(contract.Workspace.download)

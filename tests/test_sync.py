@@ -35,6 +35,14 @@ def test_the_twins_agree(blocking, contract):
             assert parameters(getattr(blocking, name)) == parameters(method), name
 
 
+def test_a_result_gives_its_whole_output_and_its_process(tmp_path):
+    with sync.LocalWorkspace(tmp_path) as workspace:
+        result = workspace.execute("seq 1 500000; exit 3")
+        assert result.truncated
+        assert result.whole() == "".join(f"{number}\n" for number in range(1, 500_001)).encode()
+        assert (result.returncode, result.process.wait().exit_code) == (3, 3)
+
+
 def test_a_conversation_takes_the_same_options():
     assert parameters(sync.Conversation.__init__)[1:] == parameters(api.Conversation)
 
