@@ -4,6 +4,7 @@ registry:     name to tool
 terminal:     a persistent bash
 keys:         what a terminal sends for a key
 screen:       terminal output as plain text
+grid:         what programs that move the cursor about leave on the screen
 file_editor:  look at files and change them
 textfile:     text in bytes and back, encoding and line ends kept
 undo:         what files held before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from agent_sdk.agent.tools.grid import LONGEST, moves_about, rendered
+
 # Escape sequences of ECMA-48, also those that break off. A string sequence (title, hyperlink) ends with BEL or ESC \;
 # it is matched up to the next ESC only, so that a hostile flood of beginnings costs linear time.
 _SEQUENCE = re.compile(
@@ -16,7 +18,16 @@ _INVISIBLE = re.compile(r"[\x00-\x07\x0b-\x1f\x7f-\x9f]")
 
 
 def plain(text: str) -> str:
-    """Return the text without escape sequences and control characters; of a progress bar its last state."""
+    """Return the text without escape sequences and control characters; of a progress bar its last state.
+
+    Where a program has moved the cursor about, it is what is left on the screen.
+    """
+    if moves_about(text[-LONGEST:]):
+        return _lines(text[:-LONGEST]) + rendered(text[-LONGEST:])
+    return _lines(text)
+
+
+def _lines(text: str) -> str:
     if "\x1b" in text or "\x9b" in text:
         text = _SEQUENCE.sub("", text)
     text = text.replace("\r\n", "\n")

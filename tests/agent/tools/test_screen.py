@@ -25,6 +25,30 @@ def test_escape_sequences_are_not_seen(sent, seen):
     assert plain(sent) == seen
 
 
+@pytest.mark.parametrize(
+    ("sent", "seen"),
+    [
+        ("\x1b[H\x1b[2Jone \x1b[K\r\ntwo" + " " * 190 + "\r\n\x1b[Hnew\x1b[K\r\n", "new\ntwo"),
+        ("before\r\n\x1b[?1049h\x1b[50;1Hstatus\x1b[1;1Htop\x1b[2;3Hin", "top\n  in\n\nstatus"),
+        ("before\r\n\x1b[?1049hedited\x1b[?1049lafter", "before\nafter"),
+        ("a: 1%\nb: 1%\n\x1b[2Aa: 50%\n\x1b[1Bdone", "a: 50%\nb: 1%\ndone"),
+        ("abc\x1b[2D\x1b[PX\x1b[3;1Hlast", "aX\n\nlast"),
+        ("one\ntwo\nthree\x1b[2;1H\x1b[Mnew", "one\nnewee"),
+        ("one\ntwo\x1b[1;1H\x1bMzero", "zero\none\ntwo"),
+        ("\x1b[3;4r\x1b[3;1Ha\nb\nc\x1b[1;1Hfirst", "first\n\nb\nc"),
+        ("\x1b[H" + "".join(f"{n}\n" for n in range(60)), "".join(f"{n}\n" for n in range(60)).rstrip()),
+        ("\x1b[1;1H" + "x" * 5000, "x" * 5000),
+        ("\x1b[99999999;99999999Hfar", " " * 1000 + "far"),
+    ],
+)
+def test_of_a_program_that_moves_the_cursor_about_its_screen_is_seen(sent, seen):
+    assert plain(sent) == seen
+
+
+def test_what_came_long_before_a_screen_is_kept():
+    assert plain("x" * 1_000_000 + "\x1b[Hy").startswith("x" * 500_000)
+
+
 def test_lines_end_with_newlines():
     assert plain("a\r\nb\r\n") == "a\nb\n"
 
@@ -45,6 +69,6 @@ def test_a_flood_of_unfinished_sequences_takes_linear_time():
     assert plain("\x1b]" * 500_000) == ""
 
 
-@given(st.text(alphabet=st.sampled_from("ab\n\r\b\x1b[]31mK;\x07\\\x9bP")))
+@given(st.text(alphabet=st.sampled_from("ab\n\r\b\t\x1b[]31mK;\x07\\\x9bPHAJLMr?h7")))
 def test_nothing_that_a_terminal_obeys_is_left(sent):
-    assert not set(plain(sent)) - set("ab\n[]31mK;\\P")
+    assert not set(plain(sent)) - set("ab \n\t[]31mK;\\PHAJLMr?h7")
