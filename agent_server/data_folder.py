@@ -261,6 +261,8 @@ def _forget(root: Path) -> None:
     (root / IDENTITY).unlink(missing_ok=True)
     for record in (root / "boxes").glob(f"*/{RECORD}"):
         record.unlink()
+    for promise in (root / "names").glob("*"):  # what has not begun here may have begun there since
+        promise.unlink()
     for mount in (*(root / "mounts").glob("*"), *(root / "spools" / "mounts").glob("*")):
         if not mount.is_mount():
             shutil.rmtree(mount, ignore_errors=True)

@@ -213,6 +213,7 @@ async def test_a_server_that_waits_for_an_engine_at_its_start_ends_when_it_is_as
     record = Record(
         instance="i", container="c", spec=Sandbox(image="x"), image="sha256:1", runtime="runc", claimed=True
     )
+    (tmp_path / "data").mkdir(mode=0o700)
     BoxFolder(tmp_path / "data" / "boxes" / "gone").make()
     BoxFolder(tmp_path / "data" / "boxes" / "gone").write(record)
     async with FakeEngine(tmp_path).listening() as engine:
