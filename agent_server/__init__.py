@@ -12,7 +12,8 @@ feed:           replay, then live                  handlers:      method class t
 relay:          calls to a box, once each          passage:       one of them, with its bytes
 receipt:        what they answered, kept           boxes:         their starts, ends and survival
 box_link:       the way to one of them             box_name:      what it is called, and promised
-box_place:      where an agent's tools act         conversations: all conversations
+box_watch:      whether it answers at all          box_place:     where an agent's tools act
+conversations:  all conversations
 hosted:         one of them, in memory             client_tools:  tools in the client's process
 metrics:        numbers for Prometheus             work:          what runs now; draining
 sealing:        the keys that seal secrets         config:        every option

@@ -24,6 +24,7 @@ from agent_sdk.remote.connection import connect
 from agent_sdk.remote.link import Linked
 from agent_sdk.rpc.peer import Peer
 from agent_server.box_name import BoxName
+from agent_server.box_watch import BoxWatch
 from workspaces.box import Box
 
 ANSWER_SECONDS = 5.0
@@ -89,6 +90,9 @@ class BoxLink:
         self._unused: asyncio.TimerHandle | None = None
         self._looking: asyncio.Task[None] | None = None
         self._frozen = False
+        self._watch: BoxWatch | None = None
+        self._held = False
+        """Whether it is frozen for a moment, for a copy of its files."""
         self._thawing: asyncio.Task[None] | None = None
         self._limited: dict[str, float] = {}
         """When each limit was told of last."""
@@ -209,7 +213,7 @@ class BoxLink:
         not even one that has ended."""
         if self._linked is None:  # there is none, or nothing has begun in it yet
             return not self.is_running or not self.survived
-        if self.owing or self._frozen:
+        if self.owing or self._frozen or (self._watch and not await self._watch.answers(self._patience)):
             return False
         try:
             info = await self._linked.peer.call(Describe(), timeout=self._patience)
@@ -245,11 +249,15 @@ class BoxLink:
         if box is None:  # at rest, or frozen already
             yield
             return
-        await box.freeze()
+        self._held = True
         try:
-            yield
+            await box.freeze()
+            try:
+                yield
+            finally:
+                await asyncio.shield(asyncio.ensure_future(box.thaw()))
         finally:
-            await asyncio.shield(asyncio.ensure_future(box.thaw()))
+            self._held = False
 
     async def release(self, *, keep: bool = False) -> None:
         """End the box with all that runs in it, or leave it to itself; the next use starts another one then."""
@@ -382,6 +390,7 @@ class BoxLink:
         while not box.ended.done():
             async with AsyncExitStack() as stack:
                 peer = await self._connect(stack, box)
+                peer.watch = self._watch = BoxWatch(peer, self._patience, lambda: self._frozen or self._held)
                 first = self._linked is None
                 if first:
                     self._name.redeem()

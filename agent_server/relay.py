@@ -47,6 +47,7 @@ from agent_sdk.remote.link import Linked
 from agent_sdk.rpc.ledger import CHANNELS, did_nothing
 from agent_sdk.rpc.peer import Handler, Inbound
 from agent_server.box_link import BoxLink
+from agent_server.box_watch import is_silent
 from agent_server.passage import Passage
 from agent_server.receipt import Receipt
 from agent_server.work import Work
@@ -215,7 +216,9 @@ class Relay:
                 answer = _unknown(run.params, exc)
                 await run.passage.end_streams()
             except AgentServerError as exc:
-                if did_nothing(run.params, exc):
+                if is_silent(exc):
+                    self._link.owing = True
+                elif did_nothing(run.params, exc):
                     await self._withdraw(run)
                 else:
                     await self._finish(run, Receipt.of_error(exc))

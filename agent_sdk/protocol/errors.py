@@ -265,7 +265,7 @@ class CommandTimeout(TimedOut):
 
 class WorkspaceUnavailable(AgentServerError, code=-32008, retryable=True):
     """The place where commands run cannot be reached or did not start. Details: phase (`engine`, `image`, `pull`,
-    `create`, `start`, `ready`, `profile`, …)."""
+    `create`, `start`, `ready`, `profile`, `silent`, …)."""
 
 
 class WorkspaceLost(WorkspaceUnavailable, ConnectionError):

@@ -10,7 +10,7 @@ are cancelled.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
@@ -56,6 +56,7 @@ from agent_sdk.rpc.stream import ByteReader, ByteWriter
 Handler = Callable[[Any, "Inbound"], Awaitable[Any]]
 OnNotice = Callable[[str, Raw], None]
 OnBug = Callable[[BaseException, str], None]
+Watch = Callable[[Method[Any], Coroutine[Any, Any, Any]], Awaitable[Any]]
 
 NOBODY = Table({})
 FLUSH_SECONDS = 2.0
@@ -101,6 +102,7 @@ class Peer:
         other_limits: what the other end accepts; set it once `initialize` told.
         frames_come: how many frames the other end has sent so far.
         ignored: how often something was ignored, by reason.
+        watch: awaits each call of ours instead of us; may be set at any time.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Peer:
                 by default the event loop's exception handler gets it.
             budget: what holds messages that arrive in pieces; None: nobody counts them.
         """
+        self.watch: Watch | None = None
         self._pipe = pipe
         self._limits = limits
         self._on_notice = on_notice
@@ -212,7 +215,11 @@ class Peer:
             ConnectionLost: the connection ended; whether the call took effect is unknown.
             AgentServerError: what the other end answered, same class as there.
         """
-        return await self._calls.call(params, timeout)
+        calling = self._calls.call(params, timeout)
+        if self.watch is None:
+            return await calling
+        answer: R = await self.watch(params, calling)
+        return answer
 
     def open_reader(self) -> AbstractAsyncContextManager[ByteReader]:
         """A stream the other end writes to; put its `channel` into the params of a call."""

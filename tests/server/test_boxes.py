@@ -373,6 +373,23 @@ async def test_a_box_that_cannot_be_made_is_one_error_for_each_who_asks(folder):
                 await link.linked()
 
 
+# --- boxes that answer nothing ---
+
+
+async def test_a_call_with_a_limit_is_told_when_its_box_was_stopped_and_goes_on_when_that_goes_on(folder):
+    async with opened(folder, patience=0.3) as boxes:
+        link = boxes.link("c")
+        there, pid = RemoteWorkspace.over(link), (await describe(link)).pid
+        os.kill(pid, signal.SIGSTOP)
+        async with asyncio.timeout(GUARD):
+            for asked in (there.execute("sleep 600", timeout=0.1), there.shell().run("true", timeout=0.1)):
+                with pytest.raises(WorkspaceUnavailable, match="the box does not answer"):
+                    await asked
+        os.kill(pid, signal.SIGCONT)
+        assert (await there.execute("echo on")).stdout == "on\n"
+        assert (await describe(link)).pid == pid
+
+
 # --- names that calls are written down with ---
 
 

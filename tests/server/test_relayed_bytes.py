@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.local.log import EventLog
 from agent_sdk.local.operations import KEPT, KEPT_SECONDS
-from agent_sdk.protocol.errors import InvalidParams, OpExpired
+from agent_sdk.protocol.errors import InvalidParams, OpExpired, WorkspaceUnavailable
 from agent_sdk.protocol.methods import (
     Describe,
     Execute,
@@ -186,7 +187,7 @@ async def test_output_that_was_heard_before_the_box_was_killed_is_there_and_the_
 
 
 @asynccontextmanager
-async def relayed(folder: Path, log: EventLog) -> AsyncIterator[tuple[Peer, BoxLink]]:
+async def relayed(folder: Path, log: EventLog, patience: float = 5.0) -> AsyncIterator[tuple[Peer, BoxLink]]:
     """A caller before a relay, and its way to a box."""
     root = folder / "root"
     root.mkdir(exist_ok=True)
@@ -194,7 +195,7 @@ async def relayed(folder: Path, log: EventLog) -> AsyncIterator[tuple[Peer, BoxL
     def make(instance: str) -> BoxProcess:
         return BoxProcess(root, folder / "box", environment=ENVIRONMENT, instance=instance)
 
-    link = BoxLink(make, lambda change, words: None, BoxName(folder / "name"))
+    link = BoxLink(make, lambda change, words: None, BoxName(folder / "name"), patience=patience)
     relay = Relay("c", link, log, Work())
     here, there = memory_pipes()
     try:
@@ -231,6 +232,21 @@ async def test_a_command_does_not_notice_that_the_connection_to_its_box_broke(lo
         answer, output = await running
         assert (answer.status, answer.exit_code, output) == ("exited", 0, b"before\nafter\n")
         assert (root / "runs").read_text() == "run\n"
+
+
+async def test_a_command_of_a_box_that_was_stopped_is_told_in_time_and_answered_when_it_is_repeated(
+    log, tmp_path
+):
+    async with relayed(tmp_path, log, patience=0.5) as (caller, link):
+        info = await caller.call(Describe())
+        os.kill(info.pid, signal.SIGSTOP)
+        call = Execute(op_id=new_id(), shell="echo run >>runs", timeout_ms=100)
+        with pytest.raises(WorkspaceUnavailable, match="does not answer"):
+            await caller.call(call)
+        assert [known.op_id for known in await log.open_operations("c")] == [call.op_id]
+        os.kill(info.pid, signal.SIGCONT)
+        assert (await caller.call(call)).status == "exited"
+        assert (Path(info.root) / "runs").read_text() == "run\n"
 
 
 async def test_a_call_whose_answer_is_not_kept_any_more_is_refused_and_not_sent(tmp_path):
