@@ -32,20 +32,110 @@ from agent_sdk.protocol.specs import PROTOCOL_VERSION, SUBPROTOCOL, Limits
 CLOSE_CODES = (
     (1000, "no", "One side is done."),
     (1006, "yes", "No close frame came: the connection broke."),
+    (1002, "no", "The rules of WebSocket were broken, e.g. by a frame without a mask."),
     (1007, "no", "A text frame was not UTF-8."),
+    (
+        1008,
+        "no",
+        "More than 64 KiB before `initialize`, 4096 fragments in a message, or 100 control frames in a second.",
+    ),
     (1009, "no", "A frame was longer than `limits.frame_bytes`."),
     (1011, "yes", "A bug; the reason names the incident under which it is logged."),
     (4400, "no", "The rules of frames were broken, e.g. `bad_binary_header`."),
-    (4401, "no", "No key, a wrong one, or no `initialize` within 10 s."),
-    (4403, "no", "The key does not allow it."),
-    (4404, "no", "No such conversation."),
+    (4401, "no", "No key, a wrong one, one that does not count any more, or no `initialize` within 10 s."),
+    (4404, "no", "No such conversation, or it was deleted."),
     (4408, "yes", "The reader is too slow; resume after the last `seq`."),
-    (4409, "no", "Another connection replaced this one."),
-    (4410, "yes", "The epoch changed; start anew."),
     (4413, "no", "A message was longer than `limits.message_bytes`."),
-    (4429, "yes", "Too many connections."),
+    (
+        4429,
+        "yes",
+        "Too many connections without a key, too many wrong keys, or no memory for a long message now.",
+    ),
     (4503, "yes", "The server is stopping."),
 )
+
+ADDRESSES = (
+    (
+        "GET",
+        "/health",
+        "no",
+        'It lives: `{"status": "ok"}`, or `degraded` and what it cannot do. `HEAD`, too.',
+    ),
+    ("GET", "/ready", "no", "Whether new work is welcome: 200, or 503 while it stops."),
+    (
+        "GET",
+        "/metrics",
+        "yes",
+        "The text format of Prometheus. `metrics_key` of the server opens this alone.",
+    ),
+    ("GET", "/openrpc.json", "yes", "All methods, as an OpenRPC document."),
+    ("GET", "/v1/conversations", "yes", "Conversations, newest first: a list of [Snapshot](#snapshot)."),
+    (
+        "GET",
+        "/v1/conversations/{id}",
+        "or later",
+        "With an upgrade: the WebSocket, bound to that conversation. `new` makes one, see `initialize`.",
+    ),
+    (
+        "GET",
+        "/v1/conversations/{id}/events",
+        "yes",
+        "Events after `?after=SEQ` (0), at most `?limit=N` (1..1000): `epoch`, `events`, `head_seq`. "
+        "With `Accept: text/event-stream` all of them and live ones, see below.",
+    ),
+    ("POST", "/v1/rpc", "yes", "One call as JSON-RPC; `?conversation=ID` where it concerns one."),
+)
+"""Method, path, whether a key is needed, what is there."""
+
+HTTP = """\
+An error is answered with its status and `{"error": {"code", "message", "data"}}`, the error object of
+JSON-RPC; where it is worth a retry with `Retry-After`.
+
+| status | when |
+| --- | --- |
+| 400 | what came is no HTTP/1.1, no JSON-RPC, or does not fit |
+| 401 | no key or a wrong one |
+| 403 | a web page whose `Origin` is not allowed, or something else that is not |
+| 404, 405 | there is no such conversation, address or method |
+| 408 | the body did not arrive within 30 s |
+| 409 | it contradicts the state |
+| 413, 431 | the body is longer than `limits.message_bytes`; the head is longer than 8 KiB |
+| 421 | `Host` is no name of the server (`allow_hosts`) |
+| 426 | the address is a WebSocket, and the request no upgrade |
+| 429 | too many wrong keys, connections, or bytes that are on their way |
+| 503 | the server is stopping, or the workspace is not there |
+
+### Authentication
+
+`Authorization: Bearer KEY`, in the upgrade request as well. A browser, which cannot set it there, sends the key
+as `auth` of `initialize`, within 10 s. A key in the query is refused, because it ends up in logs; cookies do not
+count. After 5 wrong keys in a minute a network (an IPv4 address, an IPv6 /64, the loopback) is answered 429,
+but for the right key. `Host` must be a name of the server, `Origin` absent or allowed (`allow_origins`).
+The [Runtime API](runtime_api.md) has keys of its own, in `X-API-Key`.
+
+### The WebSocket
+
+Subprotocol `agentrpc.v1` (or none), version 13, no extensions. The server pings after 20 s of silence and gives
+a connection up that does not answer within 10 s. 64 connections of a network may be without a key; for a
+further one the oldest of them is closed (HTTP 429, or 4429). What all clients together have on their way in
+bodies and unfinished messages has a limit (`max_incoming_bytes`, 128 MiB): then 429, or 4429. Redirects are
+not to be followed: the key is for one server.
+
+### Server-Sent Events
+
+```
+retry: 1000
+
+id: 7
+data: {"type":"agent_message","seq":7,…}
+
+: still here
+```
+
+Each event is one message without a name, `id` its `seq`; every 15 s of silence a comment comes. `Last-Event-ID`
+counts before `after`. Where the log has no such `seq` the message `event: sync.reset` with
+`{"from_seq":1}` comes first, and then all events. The stream ends with the server and with the conversation.
+"""
 
 RULES = f"""\
 Version {PROTOCOL_VERSION}, WebSocket subprotocol `{SUBPROTOCOL}`. The same frames travel over a
@@ -126,6 +216,11 @@ def _lines() -> Iterator[str]:
     yield "Printed by `make docs` from the classes in `agent_sdk/protocol`; do not edit."
     yield "For machines: [openrpc.json](openrpc.json).\n"
     yield RULES
+    yield "## HTTP\n"
+    yield "| request | key | |\n| --- | --- | --- |"
+    yield from (f"| `{method} {path}` | {key} | {_cell(what)} |" for method, path, key, what in ADDRESSES)
+    yield ""
+    yield HTTP
     yield "## Limits\n"
     yield "Each end publishes its own in `initialize`.\n"
     yield from _fields(Limits)

@@ -1,0 +1,103 @@
+"""What docs/protocol.md says of addresses, statuses, limits and close codes is what the server does."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from agent_sdk.protocol.document import ADDRESSES, CLOSE_CODES, HTTP, protocol
+from agent_sdk.rpc import peer
+from agent_server import answers, auth, connection, event_stream, frames, upgrade
+from agent_server.config import ServerConfig
+from agent_server.routes import PAGE, Routes
+from tests.server.wire import request
+
+ROOT = Path(__file__).parents[2]
+CODE = re.compile(
+    r"[A-Z_]*(CLOSE|PROTOCOL_ERROR|POLICY|TOO_BIG|SLOW_READER|NO_ROOM|BUG|GONE|UNREADABLE)[A-Z_]*"
+)
+NEVER_SENT = {1000, 1006}
+"""The one is nobody's fault, the other is none."""
+
+
+def assigned(tree: ast.Module):
+    """Names and values of constants, of tuples as well."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            target, value = node.targets[0], node.value
+            pairs = [(target, value)]
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs = list(zip(target.elts, value.elts, strict=True))
+            for name, constant in pairs:
+                if isinstance(name, ast.Name) and isinstance(constant, ast.Constant):
+                    yield name.id, constant.value
+
+
+def sent() -> set[int]:
+    """The close codes that the code has names for, or closes a WebSocket with."""
+    found = set()
+    for file in [*(ROOT / "agent_server").glob("*.py"), *(ROOT / "agent_sdk" / "rpc").glob("*.py")]:
+        text = file.read_text(encoding="utf-8")
+        named = [value for name, value in assigned(ast.parse(text)) if CODE.fullmatch(name)]
+        written = [int(code) for code in re.findall(r"(?:close\(code=|dismiss\(|_end\()(\d{4})\b", text)]
+        found |= {code for code in (*named, *written) if isinstance(code, int) and 1000 < code < 5000}
+    return found
+
+
+def test_every_close_code_that_is_sent_is_documented_and_no_other():
+    assert {code for code, _, _ in CLOSE_CODES} - NEVER_SENT == sent() - NEVER_SENT
+
+
+def test_every_address_is_documented_and_no_other():
+    lobby = SimpleNamespace(counter=SimpleNamespace(around=lambda handlers: handlers), conversations=None)
+    served = {(route.method, route.path) for route in Routes(lobby).table()}
+    assert {(method, path) for method, path, _, _ in ADDRESSES} == served
+    document = protocol()
+    assert all(f"`{method} {path}`" in document for method, path in served)
+
+
+def test_every_status_is_documented():
+    statuses = {status for _, status in answers._STATUS if status < 500} | {503}
+    documented = {
+        int(number) for row in re.findall(r"^\| ([0-9, ]+) \|", HTTP, re.M) for number in row.split(",")
+    }
+    assert statuses <= documented
+
+
+def test_the_numbers_are_those_of_the_server():
+    config = ServerConfig()
+    text = " ".join(HTTP.split())
+    codes = {code: meaning for code, _, meaning in CLOSE_CODES}
+    for sentence in (
+        f"within {config.handshake_seconds:g} s",
+        f"did not arrive within {config.body_seconds:g} s",
+        f"After {auth.WRONG_KEYS} wrong keys in a minute",
+        f"pings after {config.heartbeat_seconds:g} s of silence and gives a connection up that does not answer "
+        f"within {config.heartbeat_seconds / 2:g} s",
+        f"{config.max_strangers} connections of a network",
+        f"{config.max_incoming_bytes >> 20} MiB",
+        f"every {event_stream.KEEP_ALIVE_SECONDS:g} s of silence",
+        f"retry: {event_stream.RETRY_MS}",
+        f"version {upgrade.VERSION}",
+    ):
+        assert sentence in text
+    assert auth.WINDOW_SECONDS == 60
+    assert f"{connection.STRANGER_BYTES >> 10} KiB" in codes[1008]
+    assert f"{frames.FRAGMENTS} fragments" in codes[1008]
+    assert f"{frames.CONTROLS_PER_SECOND} control frames" in codes[1008]
+    assert f"{config.handshake_seconds:g} s" in codes[4401]
+    assert (
+        f"1..{PAGE}" in dict((path, what) for _, path, _, what in ADDRESSES)["/v1/conversations/{id}/events"]
+    )
+    assert peer.NO_ROOM in codes
+
+
+@pytest.mark.parametrize(("method", "path", "key"), [row[:3] for row in ADDRESSES])
+async def test_a_key_is_needed_where_the_document_says_so(server, method, path, key):
+    async with await server.wire() as wire:
+        status = (await wire.ask(request(method, path.replace("{id}", "x"), [("Host", "localhost")]))).status
+    assert (status == 401) is (key != "no")
