@@ -21,6 +21,7 @@ serve:        a workspace behind a Peer
 box:          a workspace behind a Unix socket
 box_service:  what serves its connections
 seccomp:      a filter of system calls for a box
+capabilities: what the box of a task keeps of root
 profile:      what is in force for a box
 limits:       what in a box ran into a limit
 cgroup:       the limits of a control group, and how often they were run into

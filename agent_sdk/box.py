@@ -33,6 +33,7 @@ from agent_sdk.cgroup import Cgroup
 from agent_sdk.ids import new_id
 from agent_sdk.limits import LimitWatch
 from agent_sdk.local.environment import unpacked
+from agent_sdk.local.users import find_user, give_name
 from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.rpc.unix import serve_socket, serve_unix
@@ -67,7 +68,7 @@ async def serve(given: argparse.Namespace) -> None:
         given.root,
         working_dir=given.working_dir,
         confined=not given.unconfined,
-        env=unpacked(),
+        env={**(find_user(given.user).environment if given.user else {}), **unpacked()},
         spool_dir=given.spool,
         spare_bash=shlex.split(given.spare_bash),
         limits=limits,
@@ -121,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _options().parse_args(arguments)
     logging.basicConfig(handlers=[BoundedLog()], level=logging.WARNING)
     try:
+        if given.user is not None:
+            from agent_sdk.capabilities import become  # noqa: PLC0415  only some boxes in containers need it
+
+            become(give_name(find_user(given.user)))
         if given.seccomp:
             install_filter()
         if given.init:
@@ -170,6 +175,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seccomp", action="store_true", help="filter the system calls of all that runs in it"
     )
+    parser.add_argument("--user", help="become this user, and let commands be run as others")
     parser.add_argument("--init", action="store_true", help="be the first process of a container, too")
     parser.add_argument("--ready", help="a FIFO somebody reads, to write `ready` to")
     parser.add_argument("--spare-bash", default="", help="how bash is started where there is none")

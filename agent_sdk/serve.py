@@ -207,6 +207,7 @@ class _Served:
                 timeout=_seconds(params.timeout_ms),
                 yield_after=_seconds(params.yield_after_ms),
                 merge=params.merge,
+                user=params.user,
                 on_start=begun.set_result,
             )
         finally:
@@ -222,6 +223,7 @@ class _Served:
                 rows=params.rows,
                 cols=params.cols,
                 timeout=_seconds(params.timeout_ms),
+                user=params.user,
             )
             return Started(process.id)
 

@@ -385,6 +385,7 @@ class Workspace(Protocol):
         on_output: OnOutput | None = None,
         merge: bool = False,
         op_id: str | None = None,
+        user: str | None = None,
     ) -> ExecResult:
         """Run a command and wait for its end.
 
@@ -402,9 +403,12 @@ class Workspace(Protocol):
             merge: standard error goes into standard output, in the order in which it is written.
             op_id: a UUID that names the call: repeated under it, also by another process where the workspace is
                 another machine's, it attaches to the first one, or returns what that returned. None: a fresh one.
+            user: as whom it runs, by name or number of the workspace's /etc/passwd, `:group` may follow. None: as all
+                commands. Others take a sandbox with profile="task", or a workspace whose commands may change users.
 
         Raises:
             InvalidParams, OutsideWorkspace, PolicyDenied: the arguments are not acceptable.
+            IsolationUnavailable: the commands of this workspace cannot be that user.
             OpMismatch: the op_id was used for another call.
             WorkspaceUnavailable: the place is gone.
         """
@@ -421,8 +425,11 @@ class Workspace(Protocol):
         cols: int = 80,
         timeout: float | None = None,
         op_id: str | None = None,
+        user: str | None = None,
     ) -> Process:
-        """Start a command and return at once; it runs until it ends or the workspace closes. `op_id`: as in `execute`.
+        """Start a command and return at once; it runs until it ends or the workspace closes.
+
+        `op_id`, `user`: as in `execute`.
 
         Raises:
             PathNotFound, PathDenied: the program or folder is missing or not executable.

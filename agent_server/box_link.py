@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from math import inf
 from typing import Any, Literal
 
 import msgspec
@@ -128,6 +129,11 @@ class BoxLink:
     def is_sandbox(self) -> bool:
         """Whether its boxes are containers."""
         return self._idle is not None
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is never stopped because nobody uses it: more than the workspace would be lost."""
+        return self._idle == inf and self.is_running
 
     def on_change(self, listener: Listener) -> Callable[[], None]:
         """Call `listener` with whatever happens to the box; returns how to stop that."""

@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Self
 
@@ -135,10 +136,16 @@ class Boxes:
                 self._name(owner),
                 admit=self._admit,
                 patience=self._patience,
-                idle=self._config.idle_seconds if spec.idle_ttl is None else spec.idle_ttl,
-                where=_where("/", WORKSPACE, spec.platform),
+                idle=self._idle(spec),
+                where=None if spec.profile == "task" else _where("/", WORKSPACE, spec.platform),
             )
         return link
+
+    def _idle(self, spec: Sandbox) -> float:
+        if spec.idle_ttl is not None:
+            return spec.idle_ttl
+        # What commands of a task write into its root goes with the container.
+        return inf if spec.profile == "task" else self._config.idle_seconds
 
     async def forget(self, owner: str) -> None:
         """End the box of this owner for good."""
@@ -179,7 +186,7 @@ class Boxes:
             await box.end()
 
     async def _stop(self, link: BoxLink) -> None:
-        keep = self._config.boxes_on_stop == "keep" and not await link.idle()
+        keep = self._config.boxes_on_stop == "keep" and (link.lasts or not await link.idle())
         await link.close(keep=keep)
 
     def _admit(self) -> None:

@@ -35,6 +35,12 @@ Size = Annotated[
 ]
 
 
+MostSize = Annotated[
+    str,
+    Meta(pattern=r"^([0-9]{1,9}[mgt])?$", description="a size like 8g, or nothing for as much as there is"),
+]
+
+
 class ServerConfig(Struct, frozen=True, kw_only=True):
     """What a server is told. Times are seconds, sizes bytes."""
 
@@ -135,6 +141,17 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     sandbox_disk: Size = "2g"
     """What the workspace of a sandbox may hold whose client names no size, where this machine can limit it: as root,
     with loop devices. `none`: no workspace has a limit."""
+    sandbox_profiles: Names = ("locked",)
+    """Which profiles clients may ask for: `locked`, `task`. That one's root is writable, as large as the engine's disk
+    where it cannot be limited, and its commands may be root in it, without any capability."""
+    sandbox_runtimes: Names = ()
+    """Which runtimes of the engine they may name. Empty: that of `sandbox_runtime`, and `runsc`."""
+    sandbox_max_memory: MostSize = ""
+    """The most memory they may ask for, e.g. `8g`; empty: as much as this machine has."""
+    sandbox_max_cpus: Annotated[float, Meta(ge=0, le=4096, description="0..4096")] = 0.0
+    """The most processors; 0: as many as this machine has."""
+    sandbox_max_pids: Annotated[int, Meta(ge=0, le=65_536, description="0..65536")] = 0
+    """The most processes and threads; 0: an eighth of what this machine can have, at most 4096."""
     sandbox_pool: Counts = {}
     """How many boxes of which image run already and wait for conversations, e.g. `{"python:3.12" = 2}`; in the
     environment as a JSON object. They have the limits that sandboxes have by default."""

@@ -6,19 +6,23 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from msgspec.structs import replace
 
 from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams, IsolationUnavailable, PolicyDenied
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.config import ServerConfig
-from workspaces.container_body import LEAST_MEMORY, RESERVED
+from workspaces.container_body import LEAST_MEMORY, RESERVED, UID
+from workspaces.engine_runtimes import GVISOR
 from workspaces.sizes import parse_size
 
 WHERE = "$.params.workspace.sandbox"
 MOUNTS = 32
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,255}")
 _GPUS = re.compile(r"all|[0-9]{1,3}|[A-Za-z0-9][A-Za-z0-9-]{0,63}(,[A-Za-z0-9][A-Za-z0-9-]{0,63}){0,31}")
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}(:[A-Za-z0-9_.-]{1,31})?")
+MOST_PIDS = 4096
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(/[a-z0-9]+)?")
 
 
@@ -36,7 +40,15 @@ def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
             image=spec.image[:512],
             phase="image",
         )
-    parse_size(f"{WHERE}.memory", spec.memory, least=LEAST_MEMORY)
+    memory = parse_size(f"{WHERE}.memory", spec.memory, least=LEAST_MEMORY)
+    _check_size(spec, memory, config)
+    _check_profile(spec, config)
+    runtimes = config.sandbox_runtimes or tuple(dict.fromkeys((config.sandbox_runtime, GVISOR)))
+    if spec.runtime is not None and spec.runtime not in runtimes:
+        raise PolicyDenied(
+            f"{WHERE}.runtime: this server allows {_listed(runtimes)}, not {spec.runtime}; "
+            "its option sandbox_runtimes says which"
+        )
     for field, size in (("disk", spec.disk), ("tmp", spec.tmp)):
         if size is not None:
             parse_size(f"{WHERE}.{field}", size)
@@ -57,6 +69,58 @@ def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
     mounts = tuple(_mount(mount, config.sandbox_mounts) for mount in spec.mounts)
     _check_targets(spec.writable, [mount.split(":")[1] for mount in mounts])
     return replace(spec, mounts=mounts)
+
+
+def _check_size(spec: Sandbox, memory: int, config: ServerConfig) -> None:
+    most = (
+        parse_size("sandbox_max_memory", config.sandbox_max_memory)
+        if config.sandbox_max_memory
+        else _memory()
+    )
+    limits = (
+        ("memory", memory, most, spec.memory, f"{most >> 20}m"),
+        ("cpus", spec.cpus, config.sandbox_max_cpus or float(os.cpu_count() or 1), f"{spec.cpus:g}", ""),
+        ("pids", spec.pids, config.sandbox_max_pids or _pids(), str(spec.pids), ""),
+    )
+    for name, wanted, limit, given, written in limits:
+        if wanted > limit:
+            raise PolicyDenied(
+                f"{WHERE}.{name}: this server allows at most {written or f'{limit:g}'}, not {given}; "
+                f"its option sandbox_max_{name} says how much"
+            )
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _pids() -> int:
+    """A share of what this machine can have."""
+    with suppress(OSError, ValueError), open("/proc/sys/kernel/pid_max") as file:
+        return max(256, min(MOST_PIDS, int(file.read()) // 8))
+    return MOST_PIDS
+
+
+def _check_profile(spec: Sandbox, config: ServerConfig) -> None:
+    if spec.profile not in config.sandbox_profiles:
+        raise PolicyDenied(
+            f"{WHERE}.profile: this server allows {_listed(config.sandbox_profiles)}, not {spec.profile}; "
+            "its option sandbox_profiles says which"
+        )
+    if spec.profile != "task":
+        if spec.user is not None:
+            raise InvalidParams(
+                f'{WHERE}.user: commands are user {UID} there; another one takes profile="task"'
+            )
+        return
+    if spec.user is not None and not _USER.fullmatch(spec.user):
+        raise InvalidParams(f"{WHERE}.user: a name or a number, like root (got {spec.user[:64]!r})")
+    if spec.writable:
+        raise InvalidParams(f"{WHERE}.writable: with profile task all of the root is; leave it out")
+    if any(not mount.endswith(":ro") for mount in spec.mounts):
+        raise InvalidParams(
+            f"{WHERE}.mounts: with profile task commands may be root, so each has to end in :ro"
+        )
 
 
 def _check_network(wanted: str, allowed: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     AgentServerError,
     EngineUnavailable,
+    IsolationUnavailable,
     NotFound,
     ProfileMismatch,
     WorkspaceLost,
@@ -35,6 +36,7 @@ from workspaces.box_folder import READY_LINE, BoxFolder, Record
 from workspaces.box_parts import box_parts, identity
 from workspaces.container_body import (
     ENVIRONMENT,
+    SEALED,
     create_body,
     temporary,
 )
@@ -233,11 +235,13 @@ class BoxContainer:
             token=secrets.token_urlsafe(24),
         )
         self._folder.make()
-        self._accounts = await self._site.accounts(self._image)
+        is_task = self.spec.profile == "task"
+        self._accounts = Accounts() if is_task else await self._site.accounts(self._image)
         self._folder.lay_out(content for _, content in self._accounts.files)
-        folders = temporary(self.spec, self._image.id, self._image.volumes)
+        folders = temporary(self.spec, self._image.id, self._image.volumes)[: 1 if is_task else None]
         at_hand = self._site.at_hand(self.owner, self.spec, len(folders))
         async with at_hand as places, self._folder.ready() as said:
+            limited = is_task and engine.info.limits_roots and places.size > 0
             parts = box_parts(
                 self._image,
                 self._accounts,
@@ -248,10 +252,13 @@ class BoxContainer:
                 linger=max(self._site.linger, LEAST_LINGER),
                 labels=self._site.labels(self.owner),
                 runtime=runtime,
+                storage={"size": str(places.size)} if limited else {},
             )
             self._body = create_body(self.spec, parts)
-            self._keep(record)
-            self._id = await engine.create(name, self._body, platform=self.spec.platform)
+            self._keep(
+                replace(record, root_quota=engine.info.driver if limited else "none" if is_task else "")
+            )
+            self._id = await self._create(engine, name)
             self._follow(engine)
             try:
                 await engine.start(self._id)
@@ -260,8 +267,19 @@ class BoxContainer:
                     "somebody removed the container of the sandbox while it started; try again", phase="start"
                 ) from None
             await self._listening(said)
-        self._folder.seal()
+        self._folder.seal(SEALED if is_task else None)
         self._socket = self._folder.open_socket()
+
+    async def _create(self, engine: Engine, name: str) -> str:
+        """Create it; where the engine cannot limit its root after all that is so, and said."""
+        try:
+            return await engine.create(name, self._body, platform=self.spec.platform)
+        except IsolationUnavailable:
+            if not self._body["HostConfig"]["StorageOpt"] or self._record is None:
+                raise
+        self._body["HostConfig"]["StorageOpt"] = {}
+        self._keep(replace(self._record, root_quota="none"))
+        return await engine.create(name, self._body, platform=self.spec.platform)
 
     async def claim(self) -> None:
         """Give it its identity, and see that all is in force that was asked for.
@@ -276,9 +294,9 @@ class BoxContainer:
             instance=self.instance,
             token=self.token,
             env={
-                **ENVIRONMENT,
+                **{name: value for name, value in ENVIRONMENT.items() if name != "HOME"},
                 **image,
-                **identity(self._accounts.name),
+                **identity(self._accounts.name, self.spec),
                 **self._site.environment,
                 **self.spec.env,
             },
@@ -456,8 +474,16 @@ class BoxContainer:
             async with asyncio.timeout(USAGE_SECONDS):
                 usage = await (await self._site.engine()).stats(self._running)
         usage = replace(usage, disk=occupied, disk_max=most)
-        runtime = self._record.runtime if self._record else "none"
-        return replace(info, image=self.spec.image, isolation=runtime, disk_quota=mechanism, usage=usage)
+        runtime, root = (self._record.runtime, self._record.root_quota) if self._record else ("none", "")
+        return replace(
+            info,
+            image=self.spec.image,
+            isolation=runtime,
+            sandbox=self.spec.profile,
+            disk_quota=mechanism,
+            root_quota=root,
+            usage=usage,
+        )
 
     def _changed(self, change: str) -> None:
         if self._expected[change]:

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from agent_sdk.box import RECORD, SOCKET
-from agent_sdk.protocol.errors import WorkspaceUnavailable
+from agent_sdk.protocol.errors import IsolationUnavailable, WorkspaceUnavailable
 from agent_sdk.protocol.specs import Sandbox
 
 READY = "ready"
@@ -36,6 +36,8 @@ class Record(Struct, frozen=True, kw_only=True):
     runtime: str
     token: str = ""
     """What connections have to show once it is claimed."""
+    root_quota: str = ""
+    """What limits a root that is writable."""
     claimed: bool = False
     """Whether it was found as it should be, and got its identity."""
 
@@ -77,10 +79,31 @@ class BoxFolder:
             (self.etc / str(number)).write_bytes(content)
             (self.etc / str(number)).chmod(0o644)
 
-    def seal(self) -> None:
-        """Let nothing more be made in what the container sees: its commands could fill our disk."""
+    def seal(self, owner: int | None = None) -> None:
+        """Let nothing more be made in what the container sees: its commands could fill our disk.
+
+        Args:
+            owner: whose the folder is from then on, where commands may be who it belonged to.
+
+        Raises:
+            IsolationUnavailable: this server cannot give it away.
+            WorkspaceUnavailable: there is more in it than the box has made.
+        """
         (self.run / READY).unlink(missing_ok=True)
         self.run.chmod(0o755)
+        if owner is not None:
+            try:
+                os.chown(self.run, owner, owner)
+            except PermissionError:
+                raise IsolationUnavailable(
+                    'sandbox.profile: "task" takes a server that is root, or has the capability CHOWN',
+                    wanted="task",
+                ) from None
+        if more := set(os.listdir(self.run)) - {SOCKET}:
+            raise WorkspaceUnavailable(
+                f"there is something in the folder of the box's socket: {', '.join(sorted(more))[:200]}",
+                phase="ready",
+            )
 
     def remove(self) -> None:
         """Remove all of it. The record goes last: while it is there, something may be left."""

@@ -23,6 +23,7 @@ def box_parts(
     linger: float,
     labels: dict[str, str],
     runtime: str,
+    storage: dict[str, str],
 ) -> Parts:
     """Return the parts of a container.
 
@@ -36,11 +37,17 @@ def box_parts(
         linger: seconds it goes on without any connection.
         labels: of the container.
         runtime: of the engine.
+        storage: options for the root.
     """
-    options = ["--folder", FOLDER, "--root", "/", "--working-dir", WORKSPACE, "--spool", OUTPUT]
+    is_task = spec.profile == "task"
+    begin = (image.working_dir or "/") if is_task else WORKSPACE
+    options = ["--folder", FOLDER, "--root", "/", "--working-dir", begin, "--spool", OUTPUT]
+    if is_task:
+        options += ["--user", spec.user or image.user or "root"]
     options += ["--linger", str(linger), "--ready", f"{FOLDER}/{READY}", "--seccomp", "--init"]
     own = [(places.workspace, WORKSPACE), (places.folder, FOLDER), (places.output, OUTPUT), *temporary]
     fixed = [(places.runtime, RUNTIME)]
+    targets = {target for _, target in own}
     fixed += [(f"{places.etc}/{number}", target) for number, (target, _) in enumerate(accounts.files)]
     return Parts(
         image=image.id,
@@ -56,11 +63,19 @@ def box_parts(
         ),
         labels=labels,
         runtime=runtime,
+        working_dir=begin,
+        volumes=tuple(each for each in image.volumes if each not in targets) if is_task else (),
+        storage=storage,
     )
 
 
-def identity(name: str) -> dict[str, str]:
-    """What commands know of their user. Git takes its address from there as long as nobody has configured one."""
+def identity(name: str, spec: Sandbox) -> dict[str, str]:
+    """What commands know of their user. Git takes its address from there as long as nobody has configured one.
+
+    That of a task finds the rest itself.
+    """
+    if spec.profile == "task":
+        return {"EMAIL": f"{spec.user or name}@{HOSTNAME}"}
     return {"HOME": WORKSPACE, "USER": name, "LOGNAME": name, "EMAIL": f"{name}@{HOSTNAME}"}
 
 

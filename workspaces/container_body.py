@@ -28,6 +28,9 @@ ENVIRONMENT: Mapping[str, str] = {
     "LANG": "C.UTF-8",
 }
 """Of the box; its commands have that of the image as well."""
+TASK_CAPABILITIES = ("KILL", "SETGID", "SETPCAP", "SETUID")
+SEALED = 4_000_000_000
+"""Owns the folder of the socket of a task, whose commands may be anybody with a lower number."""
 RESERVED = (WORKSPACE, FOLDER, OUTPUT, RUNTIME, "/tmp", "/run")
 KERNEL = ("/proc", "/sys", "/dev")
 
@@ -56,6 +59,11 @@ class Parts(Struct, frozen=True, kw_only=True):
     binds: tuple[Bind, ...]
     labels: dict[str, str]
     runtime: str
+    working_dir: str = WORKSPACE
+    volumes: tuple[str, ...] = ()
+    """Of the image, as far as it is to have them."""
+    storage: dict[str, str] = {}
+    """Options for the root, where it is writable and the engine can limit it."""
 
 
 def create_body(spec: Sandbox, parts: Parts) -> dict[str, Any]:
@@ -69,9 +77,10 @@ def create_body(spec: Sandbox, parts: Parts) -> dict[str, Any]:
     environment += [name for name in parts.image_environment if name not in ENVIRONMENT]
     return {
         "Image": parts.image,
-        "User": f"{UID}:{UID}",
+        # The box of a task becomes the user itself, and keeps what it takes to run commands as others.
+        "User": "0:0" if spec.profile == "task" else f"{UID}:{UID}",
         "Hostname": HOSTNAME,
-        "WorkingDir": WORKSPACE,
+        "WorkingDir": parts.working_dir,
         "Entrypoint": list(parts.command),
         "Cmd": [],
         "Env": environment,
@@ -93,11 +102,15 @@ def _host_config(spec: Sandbox, parts: Parts) -> dict[str, Any]:
     return {
         "Privileged": False,
         "CapDrop": ["ALL"],
-        "CapAdd": [],
+        "CapAdd": list(TASK_CAPABILITIES) if spec.profile == "task" else [],
         "SecurityOpt": ["no-new-privileges:true"],
-        "ReadonlyRootfs": True,
+        "ReadonlyRootfs": spec.profile != "task",
+        "StorageOpt": parts.storage,
         "Tmpfs": {"/run": RUN},
-        "Mounts": [_mount(bind) for bind in parts.binds],
+        "Mounts": [
+            *(_mount(bind) for bind in parts.binds),
+            *({"Type": "volume", "Target": volume, "ReadOnly": False} for volume in parts.volumes),
+        ],
         "NetworkMode": spec.network,
         "PublishAllPorts": False,
         "PortBindings": {},

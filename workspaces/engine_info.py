@@ -16,6 +16,9 @@ UNLIMITED = 1 << 62
 """What counts as no limit: engines answer with the largest number, or nearly so."""
 
 
+_LIMITING = ("btrfs", "devicemapper", "zfs")
+
+
 class EngineInfo(Struct, frozen=True, kw_only=True):
     """An engine and the machine it runs on."""
 
@@ -45,6 +48,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     root_dir: str = ""
     driver: str = ""
     """Of images and layers."""
+    limits_roots: bool = False
+    """Whether the driver may limit what a container writes into its root; for one on xfs only trying tells."""
     registry: str = ""
     """Where images come from whose names have no host."""
     logging_driver: str = ""
@@ -79,6 +84,10 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
                 live_restore=said.live_restore,
                 root_dir=said.root_dir,
                 driver=said.driver,
+                limits_roots=said.driver in _LIMITING
+                or (
+                    said.driver == "overlay2" and ["Backing Filesystem", "xfs"] in (said.driver_status or [])
+                ),
                 registry=said.registry,
                 logging_driver=said.logging_driver,
                 unlimited=tuple(name for name, limited in said.limits() if not limited),
@@ -106,6 +115,7 @@ class _Info(Struct):
     live_restore: bool = msgspec.field(name="LiveRestoreEnabled", default=False)
     root_dir: str = msgspec.field(name="DockerRootDir", default="")
     driver: str = msgspec.field(name="Driver", default="")
+    driver_status: list[list[str]] | None = msgspec.field(name="DriverStatus", default=None)
     registry: str = msgspec.field(name="IndexServerAddress", default="")
     logging_driver: str = msgspec.field(name="LoggingDriver", default="")
     memory_limit: bool = msgspec.field(name="MemoryLimit", default=True)

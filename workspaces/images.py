@@ -47,6 +47,7 @@ class Image(Struct, frozen=True, kw_only=True):
     entrypoint: tuple[str, ...]
     command: tuple[str, ...]
     env: tuple[str, ...]
+    working_dir: str = ""
 
 
 async def ensure_image(
@@ -100,6 +101,7 @@ async def _inspect(api: EngineApi, name: str) -> Image | None:
         entrypoint=tuple(config.get("Entrypoint") or ()),
         command=tuple(config.get("Cmd") or ()),
         env=tuple(config.get("Env") or ()),
+        working_dir=str(config.get("WorkingDir") or ""),
     )
 
 

@@ -246,6 +246,9 @@ class Sandboxes:
             self._temporary.at_hand(owner) as around,
         ):
             folders = await in_thread(their_files.make_within, around, temporary)
+            if spec.profile == "task":  # whoever commands are there
+                for place in (workspace, output):
+                    await in_thread(their_files.open_to_all, place)
             yield Places(
                 workspace=ground.paths.of(workspace),
                 output=ground.paths.of(output),
@@ -253,6 +256,7 @@ class Sandboxes:
                 folder=ground.paths.of(self._box_folder(owner).run),
                 etc=ground.paths.of(self._box_folder(owner).etc),
                 runtime=ground.paths.of(runtime.path),
+                size=size,
                 propagation="rslave" if ground.is_the_engines(self._folder) else "rprivate",
             )
 

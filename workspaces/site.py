@@ -30,6 +30,8 @@ class Places(Struct, frozen=True):
     etc: str
     """Of the box: what is mounted over files of the image."""
     runtime: str
+    size: int = 0
+    """Bytes of the workspace; 0: no limit."""
     propagation: Propagation = "rprivate"
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from agent_sdk.local.users import HIGHEST
 from agent_sdk.protocol.results import Profile
 from workspaces.container_body import KERNEL, UID
 
+TASKS = 1 << 5 | 1 << 6 | 1 << 7
+"""What the box of a task keeps, and its commands do not: KILL, SETGID, SETUID."""
 FILTERED = 2
 """Of a process whose system calls are filtered, as /proc/self/status has it."""
 _FROM_THE_ENGINE = (
@@ -62,10 +65,17 @@ def box_differences(body: Mapping[str, Any], profile: Profile | None) -> list[st
 
 
 def _differences(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:
-    if {found.uid, found.gid, *found.groups} != {UID}:
+    is_task = not asked["ReadonlyRootfs"]
+    if not is_task and {found.uid, found.gid, *found.groups} != {UID}:
         yield f"it runs as {found.uid}:{found.gid} with the groups {found.groups}"
-    for name, value in (("effective", found.capabilities), ("bound", found.capabilities_bound)):
-        if value.strip("0"):
+    if is_task and max(found.uid, found.gid, *found.groups) > HIGHEST:
+        yield f"it runs as {found.uid}:{found.gid} with the groups {found.groups}"
+    kept = TASKS if is_task else 0
+    for name, value, most in (
+        ("effective", found.capabilities, kept),
+        ("bound", found.capabilities_bound, 0),
+    ):
+        if not _is_within(value, most):
             yield f"its {name} capabilities are {value[:32]}"
     if asked["Runtime"] not in _OWN_KERNEL:
         if not found.no_new_privileges:
@@ -73,11 +83,19 @@ def _differences(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:
         if found.seccomp != FILTERED or found.seccomp_filters == 1:  # 0: the kernel does not say
             yield "its system calls are not filtered twice, by the engine and by the box"
         yield from _limits(asked, found)
-    if not found.read_only_root:
-        yield "its root is writable"
+    if found.read_only_root != asked["ReadonlyRootfs"]:
+        yield "its root is read-only" if is_task else "its root is writable"
     if asked["NetworkMode"] == "none" and set(found.interfaces) - {"lo"}:
         yield f"it has the networks {', '.join(found.interfaces)[:200]}"
     yield from _mounts(asked, found)
+
+
+def _is_within(capabilities: str, most: int) -> bool:
+    """Whether capabilities as the kernel writes them are none besides these."""
+    try:
+        return not int(capabilities or "0", 16) & ~most
+    except ValueError:
+        return False
 
 
 def _limits(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:

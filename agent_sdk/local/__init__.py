@@ -31,6 +31,7 @@ launch:       starting a program
 children:     started programs, and their ends
 process_tree: all processes of an operation, found and ended
 rights:       the rights of another user, for a block
+users:        as whom a command runs
 processes:    the processes of a workspace
 repeats:      calls that are carried out once, however often they come
 running:      a process with its streams

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from agent_sdk.disk import path_error
 from agent_sdk.local.environment import MARKER
 from agent_sdk.local.paths import Root
+from agent_sdk.local.users import User
 from agent_sdk.protocol.errors import (
     AgentServerError,
     InvalidParams,
@@ -65,6 +66,8 @@ class Launch:
     terminal: str | None = None
     """Path of the terminal that becomes its controlling terminal and its standard streams."""
     pass_fds: Sequence[int] = ()
+    user: User | None = None
+    """None: as this process."""
 
 
 def open_folder(root: Root, cwd: str) -> Folder:
@@ -156,11 +159,13 @@ def spawn(
     environment = {os.fsencode(name): os.fsencode(value) for name, value in launch.environment.items()}
     environment[MARKER.encode()] = operation.encode()
     environment[b"PWD"] = os.fsencode(folder.path)
-    argv, executable = list(launch.argv), launch.executable
+    argv, executable, user = list(launch.argv), launch.executable, launch.user
     if launch.terminal is not None:
         program = executable or _find_program(argv[0], launch.environment, folder)
         opens = (b"-c", _ON_TERMINAL, os.fsencode(launch.terminal), os.fsencode(program))
         argv, executable = [b"sh", *sh.options, *opens, *argv[1:]], sh.path
+        if user is not None:  # it opens the terminal as who it is
+            os.chmod(launch.terminal, 0o666)
     # Through the descriptor the child enters the very folder that was checked.
     cwd = f"/proc/self/fd/{folder.fd}" if os.path.exists("/proc/self/fd") else folder.path
     try:
@@ -174,6 +179,9 @@ def spawn(
             stderr=stderr,
             start_new_session=True,
             pass_fds=launch.pass_fds,
+            user=None if user is None else user.uid,
+            group=None if user is None else user.gid,
+            extra_groups=None if user is None else user.groups,
             preexec_fn=with_default_signals(),
         )
     except OSError as exc:

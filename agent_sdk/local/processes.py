@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 from agent_sdk.local.children import Child, Children
@@ -102,13 +103,8 @@ class Processes:
     ) -> Running:
         terminal = open_terminal(*size)
         none = subprocess.DEVNULL
-        launch = Launch(
-            launch.argv,
-            {"TERM": "xterm-256color", **launch.environment},
-            launch.executable,
-            terminal.name,
-            launch.pass_fds,
-        )
+        environment = {"TERM": "xterm-256color", **launch.environment}
+        launch = replace(launch, environment=environment, terminal=terminal.name)
         try:
             child = self._children.spawn(launch, folder, stdin=none, stdout=none, stderr=none)
             second = os.dup(terminal.master)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from typing import Any, Self
@@ -35,6 +35,7 @@ from agent_sdk.local.repeats import Repeats
 from agent_sdk.local.running import Running
 from agent_sdk.local.shell import LocalShell
 from agent_sdk.local.uploads import Uploads
+from agent_sdk.local.users import other_user
 from agent_sdk.protocol.errors import (
     InvalidParams,
     NotADirectory,
@@ -226,6 +227,7 @@ class LocalWorkspace:
         on_output: OnOutput | None = None,
         merge: bool = False,
         op_id: str | None = None,
+        user: str | None = None,
         on_start: Callable[[LocalProcess], None] | None = None,
     ) -> ExecResult:
         """See Workspace.execute; `on_start` gets the process as soon as it runs."""
@@ -237,6 +239,7 @@ class LocalWorkspace:
                 "yield_after": yield_after,
                 "merge": merge,
             }
+            options |= {} if user is None else {"user": user}
             work = partial(
                 self.execute, command, stdin=stdin, on_output=on_output, on_start=on_start, **options
             )
@@ -244,7 +247,7 @@ class LocalWorkspace:
         timeout, yield_after = _clocks(timeout, yield_after)
         data = _input(stdin)
         try:
-            running = self._launch(command, cwd, env, stdin=bool(data), merge=merge)
+            running = self._launch(command, cwd, env, user, stdin=bool(data), merge=merge)
         except SpawnFailed as failed:
             return ExecResult(status="spawn_failed", exit_code=failed.exit_code, reason=failed.reason)
         process = LocalProcess(self._opened().processes, running.child.id)
@@ -268,6 +271,7 @@ class LocalWorkspace:
         command: str | list[str],
         cwd: str | None,
         env: Mapping[str, str] | None,
+        user: str | None,
         *,
         stdin: bool,
         size: tuple[int, int] | None = None,
@@ -275,11 +279,14 @@ class LocalWorkspace:
     ) -> Running:
         opened = self._opened()
         checked = check_command(command)
-        environment = {**opened.environment, **check_environment(env)}
+        other = other_user(user)
+        own = other.environment if other is not None else {}
+        environment = {**opened.environment, **own, **check_environment(env)}
         if isinstance(checked, bytes):
             launch = opened.shell.launch((b"-c", checked), environment)
         else:
             launch = Launch(checked, environment)
+        launch = replace(launch, user=other)
         folder = self._folder(cwd)
         try:
             return opened.processes.start(command, launch, folder, stdin=stdin, size=size, merge=merge)
@@ -345,16 +352,18 @@ class LocalWorkspace:
         cols: int = 80,
         timeout: float | None = None,
         op_id: str | None = None,
+        user: str | None = None,
     ) -> LocalProcess:
         """See Workspace.start."""
         if op_id is not None:
             options: dict[str, Any] = {"pty": pty, "rows": rows, "cols": cols, "timeout": timeout}
+            options |= {} if user is None else {"user": user}
             work = partial(self.start, command, cwd=cwd, env=env, **options)
             return await self._opened().repeats.run(op_id, ("start", command, cwd, env, options), work)
         timeout = check_seconds(timeout, "timeout")
         size = check_size(rows, cols)
         try:
-            running = self._launch(command, cwd, env, stdin=True, size=size if pty else None)
+            running = self._launch(command, cwd, env, user, stdin=True, size=size if pty else None)
         except SpawnFailed as failed:
             raise failed.error from None
         running.limit(timeout)

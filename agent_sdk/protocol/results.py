@@ -152,6 +152,10 @@ class WorkspaceInfo(Struct, frozen=True, kw_only=True):
     """`none`, `user` (a user of its own), `bwrap`, or the runtime of its container (`runc`, `runsc`)."""
     image: str | None = None
     """Of the container."""
+    sandbox: str | None = None
+    """`locked` or `task`; None: it is no sandbox."""
+    root_quota: str = ""
+    """What limits a root that is writable: the engine's driver, or `none`. Empty: it is read-only, or no sandbox's."""
     disk_quota: str = "none"
     """What enforces the limit of the disk: `none`, or the mechanism."""
     profile: Profile | None = None

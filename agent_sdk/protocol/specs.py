@@ -159,6 +159,12 @@ class Sandbox(Struct, frozen=True, forbid_unknown_fields=True):
     None: as much as the workspace."""
     writable: tuple[str, ...] = ()
     """Further folders that commands may write, absolute; empty at each start of the container."""
+    profile: Literal["locked", "task"] = "locked"
+    """`task`: the root file system is that of the image and writable, commands begin in the image's working folder as
+    its user, and may be run as others. What is written outside of `/workspace` goes with the container. The server has
+    to allow it."""
+    user: Annotated[str, Meta(max_length=64)] | None = None
+    """With `task`: root, or a user of the image by name or number. None: the image's own."""
 
 
 class WorkspaceSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

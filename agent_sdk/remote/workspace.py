@@ -263,6 +263,7 @@ class RemoteWorkspace:
         on_output: OnOutput | None = None,
         merge: bool = False,
         op_id: str | None = None,
+        user: str | None = None,
     ) -> ExecResult:
         """See Workspace.execute.
 
@@ -277,6 +278,7 @@ class RemoteWorkspace:
             timeout_ms=milliseconds("timeout", timeout),
             yield_after_ms=milliseconds("yield_after", yield_after),
             merge=merge,
+            user=user,
             follow=on_output is not None,
         )
         given = stdin.encode() if isinstance(stdin, str) else stdin
@@ -303,6 +305,7 @@ class RemoteWorkspace:
         cols: int = 80,
         timeout: float | None = None,
         op_id: str | None = None,
+        user: str | None = None,
     ) -> Process:
         """See Workspace.start."""
         started = await ask(
@@ -316,6 +319,7 @@ class RemoteWorkspace:
                 rows=rows,
                 cols=cols,
                 timeout_ms=milliseconds("timeout", timeout),
+                user=user,
             ),
         )
         return RemoteProcess(self.link, started.process_id)

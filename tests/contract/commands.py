@@ -62,6 +62,17 @@ async def cancelled_when_ready(work: Awaitable[Any], listener: Listener) -> None
 class CommandContract:
     """Mixed into WorkspaceContract."""
 
+    async def test_a_command_may_be_told_to_run_as_who_it_is_anyway(self, workspace):
+        own = (await workspace.execute("id -u")).stdout.strip()
+        assert (await workspace.execute("id -u", user=own)).stdout.strip() == own
+        process = await workspace.start(["id", "-u"], user=own)
+        assert [data async for data in process.output()] == [f"{own}\n".encode()]
+
+    async def test_a_user_who_is_not_there_is_refused_by_name(self, workspace):
+        for call in (workspace.execute, workspace.start):
+            with pytest.raises(InvalidParams, match="there is no user 'nonesuch'"):
+                await call("true", user="nonesuch")
+
     async def test_a_command_answers_with_its_output_and_exit_code(self, workspace):
         result = await workspace.execute("echo out; echo err >&2; exit 3")
         assert (result.status, result.exit_code) == ("exited", 3)

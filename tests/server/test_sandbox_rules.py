@@ -123,6 +123,53 @@ def test_folders_that_are_nobodys_may_be_mounted(tmp_path, target):
     assert checked(Sandbox(image="x", mounts=(mount,)), allowed).mounts == (mount,)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"memory": "1t"}, "sandbox.memory: this server allows at most .*, not 1t; .*sandbox_max_memory"),
+        ({"cpus": 1000.0}, "sandbox.cpus: this server allows at most .*, not 1000; .*sandbox_max_cpus"),
+        ({"pids": 65536}, "sandbox.pids: this server allows at most .*, not 65536; .*sandbox_max_pids"),
+        ({"profile": "task"}, "sandbox.profile: this server allows locked, not task"),
+    ],
+)
+def test_nobody_gets_more_than_the_machine_has_or_the_server_allows(given, says):
+    with pytest.raises(PolicyDenied, match=says):
+        checked(Sandbox(image="x", **given), config())
+
+
+def test_what_clients_may_ask_for_at_most_is_for_the_server_to_say():
+    allowed = config(sandbox_max_memory="2t", sandbox_max_cpus=0.5, sandbox_max_pids=65536)
+    assert checked(Sandbox(image="x", memory="1t", cpus=0.5, pids=65536), allowed).memory == "1t"
+    with pytest.raises(PolicyDenied, match="sandbox.cpus: this server allows at most 0.5, not 1;"):
+        checked(Sandbox(image="x"), allowed)
+
+
+def test_a_runtime_that_the_server_wants_is_not_changed_for_a_weaker_one():
+    strict = config(sandbox_runtime="runsc")
+    assert checked(Sandbox(image="x", runtime="runsc"), strict).runtime == "runsc"
+    with pytest.raises(PolicyDenied, match="sandbox.runtime: this server allows runsc, not runc"):
+        checked(Sandbox(image="x", runtime="runc"), strict)
+    assert (
+        checked(Sandbox(image="x", runtime="runsc"), config()).runtime == "runsc"
+    )  # stronger than the usual
+    both = config(sandbox_runtime="runsc", sandbox_runtimes=("runsc", "runc"))
+    assert checked(Sandbox(image="x", runtime="runc"), both).runtime == "runc"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"user": "root"}, 'sandbox.user: .* takes profile="task"'),
+        ({"profile": "task", "user": "a b"}, "sandbox.user: a name or a number"),
+        ({"profile": "task", "writable": ("/data",)}, "sandbox.writable: with profile task all"),
+        ({"profile": "task", "mounts": ("/etc:/data",)}, "sandbox.mounts: .* end in :ro"),
+    ],
+)
+def test_what_a_profile_has_not_is_refused_with_what_it_has(given, says):
+    with pytest.raises(InvalidParams, match=says):
+        checked(Sandbox(image="x", **given), config(sandbox_profiles=("locked", "task")))
+
+
 def test_images_are_those_that_the_server_allows():
     allowed = config(sandbox_images=("team/*", "debian:12"))
     for image in ("team/a:1", "debian:12"):

@@ -18,6 +18,7 @@ from agent_sdk.protocol.methods.method import (
     Offset,
     OpId,
     Path,
+    UserName,
 )
 from agent_sdk.protocol.results import (
     Bytes,
@@ -69,6 +70,8 @@ class Execute(Effect[Executed], frozen=True, kw_only=True):
     env: Annotated[dict[str, Argument], Meta(max_length=1024)] = {}
     timeout_ms: Ms | None = None
     yield_after_ms: Ms | None = None
+    user: UserName | None = None
+    """As whom it runs, by name or number, where this workspace may change users; None: as all of its commands."""
     stdin: Channel = 0
     """A channel from the caller, or 0: empty."""
     stdout: Channel = 0
@@ -100,6 +103,8 @@ class ProcessStart(Effect[Started], frozen=True, kw_only=True):
     rows: Annotated[int, Meta(ge=1, le=65535)] = 24
     cols: Annotated[int, Meta(ge=1, le=65535)] = 80
     timeout_ms: Ms | None = None
+    user: UserName | None = None
+    """As in `execute`."""
 
 
 class ProcessList(Method[list[ProcessInfo]], frozen=True, kw_only=True):
