@@ -28,6 +28,8 @@ from agent_server.relay import Relay
 from agent_server.work import CountedLedger, Work
 
 CLOSE_GONE = 4404
+CLOSE_FAILED = 1011
+REASON_CHARACTERS = 100
 
 
 class Guest(Protocol):
@@ -78,6 +80,7 @@ class Hosted:
             settings=settings,
         )
         self.local.place = BoxPlace(link)
+        self.local.on_turn_failed = self._turn_failed
         self._log = log
         self._logs = logs
         self._metrics = metrics
@@ -178,6 +181,11 @@ class Hosted:
             self._begin_turn()
         elif _is(event, TurnEnded):
             self._end_turn()
+
+    def _turn_failed(self, failure: Exception) -> None:
+        """The log took no end of the turn, so nobody hears of it there: let clients come back and see."""
+        self._end_turn()
+        self.dismiss(CLOSE_FAILED, str(failure)[:REASON_CHARACTERS])
 
     @contextmanager
     def turn_admitted(self) -> Iterator[None]:

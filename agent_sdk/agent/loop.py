@@ -143,7 +143,8 @@ class Turn:
         except Exception as exc:  # the turn's boundary: even the log may fail
             self.ending = True
             self.failure = exc
-            logger.error("the end of turn %s could not be written", self.run_id, exc_info=exc)
+            bug = None if isinstance(exc, AgentServerError) else exc
+            logger.error("the end of turn %s could not be written: %s", self.run_id, exc, exc_info=bug)
         finally:
             self.begun.set()
             if self._actor is not None:

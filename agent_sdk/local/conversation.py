@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -111,6 +111,8 @@ class LocalConversation:
         )
         self._delivery = Delivery(callbacks, on_delta)
         self._on_waiting = on_waiting
+        self.on_turn_failed: Callable[[Exception], None] = lambda failure: None
+        """Told when a turn could not even write its end: it is open, and nobody runs it."""
         self._since = since
         self._settings = settings
         self._opening: asyncio.Task[Opened] | None = None
@@ -237,7 +239,7 @@ class LocalConversation:
         opened = await self._open()
         turn = opened.turns.begin()
         if turn is None:
-            return _last(opened)
+            return opened.last
         try:
             async with asyncio.timeout(timeout) as limit:
                 await opened.ended(turn, on_waiting or self._on_waiting)
@@ -248,7 +250,7 @@ class LocalConversation:
             raise still_runs(timeout, opened.journal.fold.waits) from None
         if turn.failure is not None:
             raise turn.failure
-        return turn.outcome or _last(opened)
+        return turn.outcome or opened.last
 
     async def begin(self, *, op: Operation | None = None) -> RunAnswer:
         """Like `run`, without waiting: make the turn go on, and say which it is or was."""
@@ -265,7 +267,7 @@ class LocalConversation:
                 raise turn.failure or draining()
             answer = RunAnswer(run_id=turn.run_id, running=True)
         else:
-            last, ended = _last(opened), opened.journal.fold.ended_seq
+            last, ended = opened.last, opened.journal.fold.ended_seq
             answer = RunAnswer(run_id=last.run_id, running=False, ended_seq=ended)
         await self._note(answering(op, answer))
         return answer
@@ -326,7 +328,7 @@ class LocalConversation:
         closed = self._closing is not None
         opened = self._opened if closed and self._opened is not None else await self._open()
         fold, epoch = opened.journal.fold, opened.journal.epoch
-        return fold.snapshot(self.id, epoch, working=self.working, closed=closed, key=opened.turns.key)
+        return fold.snapshot(self.id, epoch, working=self.working, closed=closed, waits=opened.turns.waits)
 
     async def stats(self) -> Stats:
         """See Conversation.stats."""
@@ -491,10 +493,5 @@ class LocalConversation:
             settings=self._settings,
             since=self._since,
         )
+        self._opened.turns.on_failure = lambda failure: self.on_turn_failed(failure)
         return self._opened
-
-
-def _last(opened: Opened) -> Outcome:
-    if opened.journal.fold.outcome is None:
-        raise StateConflict("there is no message yet", state="idle")
-    return opened.journal.fold.outcome

@@ -117,11 +117,12 @@ class Fold:
         if self.progress is not None:
             self.progress.add(event)
 
-    def snapshot(self, id: str, epoch: str, *, working: bool, closed: bool, key: Wait | None) -> Snapshot:
-        """Return the state; `working`: a turn runs in this process or is about to; `key`: what the agent lacks."""
+    def snapshot(
+        self, id: str, epoch: str, *, working: bool, closed: bool, waits: tuple[Wait, ...]
+    ) -> Snapshot:
+        """Return the state; `working`: a turn runs in this process or is about to; `waits`: beside those of the log."""
         configured = self.configured
-        waits = tuple(wait for wait in self.waits if wait.what != "key")
-        waits = (key, *waits) if key else waits
+        waits = (*waits, *(wait for wait in self.waits if wait.what != "key"))
         return Snapshot(
             id=id,
             state=self._state(working, closed, bool(waits)),

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from agent_sdk.agent.loop import Turn
-from agent_sdk.conversation import Cursor, OnWaiting, Wait, tell_waits
+from agent_sdk.conversation import Cursor, OnWaiting, Outcome, Wait, tell_waits
 from agent_sdk.local.configuration import Configuration
 from agent_sdk.local.delivery import Delivery
 from agent_sdk.local.follower import Follower
@@ -19,7 +19,7 @@ from agent_sdk.local.journal import Journal
 from agent_sdk.local.log import EventLog
 from agent_sdk.local.settings import Settings
 from agent_sdk.local.turns import Turns
-from agent_sdk.protocol.errors import HistoryLost
+from agent_sdk.protocol.errors import HistoryLost, StateConflict
 from agent_sdk.protocol.events import Event, decode
 from agent_sdk.protocol.results import Accepted
 from agent_sdk.workspace import Workspace
@@ -35,6 +35,17 @@ class Opened:
         self.turns = turns
         self.followers: set[Follower] = set()
         self._stack = stack
+
+    @property
+    def last(self) -> Outcome:
+        """How the last turn ended.
+
+        Raises:
+            StateConflict: there was none.
+        """
+        if self.journal.fold.outcome is None:
+            raise StateConflict("there is no message yet", state="idle")
+        return self.journal.fold.outcome
 
     async def ended(self, turn: Turn, on_waiting: OnWaiting | None) -> None:
         """Wait for the end of a turn, and tell what it waits for until then."""

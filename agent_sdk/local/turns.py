@@ -8,6 +8,7 @@ to survive their process, the one that is open in the log is gone on with before
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
@@ -36,6 +37,10 @@ class Turns:
         self.accepts = True
         """Whether new turns may start."""
         self._leaving = False
+        self._failure: Exception | None = None
+        """Why the end of the last turn could not be written: it is open, and nobody runs it."""
+        self.on_failure: Callable[[Exception], None] = lambda failure: None
+        """Told of it: nobody learns it from the log."""
         self.missing = ""
         """Why there is no actor although the conversation has an agent, a sentence; a turn then waits for one."""
         self.obstacle: AgentServerError | None = None
@@ -69,9 +74,11 @@ class Turns:
         return self._actor is not None or bool(self.missing) or self.obstacle is not None
 
     @property
-    def key(self) -> Wait | None:
-        """What the agent lacks, working or not."""
-        return Wait(what="key", reason=self.missing) if self.missing else None
+    def waits(self) -> tuple[Wait, ...]:
+        """What the agent lacks, working or not, as far as the log does not say it."""
+        key = [Wait(what="key", reason=self.missing)] if self.missing else []
+        disk = [Wait(what="disk", reason=f"the log: {self._failure}")] if self._failure else []
+        return (*key, *disk)
 
     @property
     def current(self) -> Turn | None:
@@ -171,6 +178,7 @@ class Turns:
             raise StateConflict("no agent is configured yet", state="idle")
         if not self.accepts:
             raise StateConflict("the conversation is closed", state="closed")
+        self._failure = None
         turn = Turn(
             self._coming,
             self._present,
@@ -201,6 +209,9 @@ class Turns:
                 await asyncio.wait({before})
             await turn.run()
         finally:
+            self._failure = turn.failure
             turn.over.set()
             if self._turn is turn:
                 self._turn = self._task = None
+            if turn.failure is not None:
+                self.on_failure(turn.failure)

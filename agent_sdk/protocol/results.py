@@ -201,7 +201,7 @@ class PendingRequest(Struct, frozen=True, kw_only=True):
 class Wait(Struct, frozen=True, kw_only=True):
     """Something that the agent needs before it can go on."""
 
-    what: Literal["key", "approval", "client_tool", "box", "server"]
+    what: Literal["key", "approval", "client_tool", "box", "disk", "server"]
     reason: str
     """What is missing and what to do about it, in one sentence."""
     request_id: str | None = None

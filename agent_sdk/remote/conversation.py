@@ -406,10 +406,13 @@ class RemoteConversation:
             await peer.call(RegisterTools(tools=self._tools.names), timeout=ANSWER_SECONDS)
         if answer.state is not None:
             self._waits.begin(answer.state.waits)
-            lacks_key = any(wait.what == "key" for wait in answer.state.waits)
-            if lacks_key and self._agent is not None and self._is_configured:
+            lacks = {wait.what for wait in answer.state.waits}
+            if "key" in lacks and self._agent is not None and self._is_configured:
                 # Its server keeps no keys.
                 await peer.call(self._configuration(), timeout=ANSWER_SECONDS)
+            if "disk" in lacks and self._running:
+                # The turn could not be written down. As long as there is no room this is refused, and tried again.
+                await peer.call(Run(op_id=new_id()), timeout=ANSWER_SECONDS)
         self._known_seq, self._out_of_reach = answer.head_seq, None
         delivery.wake()
 
