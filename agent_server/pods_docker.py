@@ -246,7 +246,7 @@ class DockerPods:
     def _removed(self, kind: str, name: str) -> None:
         self._log.warning("leftover_removed", kind=kind, name=name)
 
-    def _problem(self, problem: AgentServerError) -> None:
+    def _problem(self, problem: Exception) -> None:
         self._log.warning("runtimes_not_swept", problem=str(problem))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -281,7 +282,8 @@ class Runtime:
             self._show("pending")
             self.record.restarts += 1
             self.record.reasons = [*self.record.reasons, reason][-REASONS:]
-            await self._save()
+            with suppress(AgentServerError):  # a full disk keeps no runtime from starting again
+                await self._save()
             await asyncio.sleep((len(deaths) - 1) * PAUSE_SECONDS)
 
     async def _ready(self) -> None:
@@ -297,8 +299,9 @@ class Runtime:
         self._log.info("runtime_ready", seconds=round(took, 3))
 
     async def _failed(self, status: PodStatus, problem: str) -> None:
-        self._problem = problem
-        self._words = await self._pod.last_words() or problem
+        self._problem = self._words = problem
+        with suppress(AgentServerError, OSError):
+            self._words = await self._pod.last_words() or problem
         self._log.warning("runtime_failed", problem=problem)
         self._show(status)
 

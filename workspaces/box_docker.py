@@ -426,7 +426,7 @@ class BoxContainer:
 
     async def _learn(self, engine: Engine, death: Death) -> None:
         said = ""
-        with suppress(AgentServerError):
+        with suppress(AgentServerError, OSError):
             said = await engine.logs(self._id or "")
         self._ending = ending_of(death, self.spec, said)
         if not self._ended.done():

@@ -30,7 +30,7 @@ class Pool:
         make: Callable[[Sandbox], BoxContainer],
         *,
         on_ready: Callable[[str], None],
-        on_problem: Callable[[AgentServerError], None],
+        on_problem: Callable[[Exception], None],
     ) -> None:
         """Say what is to wait.
 
@@ -88,7 +88,7 @@ class Pool:
                 for image, count in self._wanted.items():
                     while self.waiting(image) < count:
                         await self._add(Sandbox(image=image))
-            except AgentServerError as exc:
+            except (AgentServerError, OSError) as exc:
                 self._on_problem(exc)
             with suppress(TimeoutError):
                 async with asyncio.timeout(AGAIN_SECONDS):

@@ -305,7 +305,7 @@ class Sandboxes:
         while True:
             try:
                 await self._ground()
-            except AgentServerError as exc:
+            except (AgentServerError, OSError) as exc:
                 self._tell("engine_unavailable", {"problem": str(exc)})
             else:
                 return

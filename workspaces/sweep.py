@@ -26,7 +26,7 @@ AT_REST = ("created", "exited", "dead")
 
 Kind = Literal["container", "network", "volume"]
 OnRemoved = Callable[[Kind, str], None]
-OnProblem = Callable[[AgentServerError], None]
+OnProblem = Callable[[Exception], None]
 
 
 class Found(NamedTuple):
@@ -109,7 +109,7 @@ class Sweep:
     async def _try(self) -> None:
         try:
             await self.once()
-        except AgentServerError as exc:
+        except (AgentServerError, OSError) as exc:
             self._on_problem(exc)
 
     async def _find(self, wanted: Mapping[str, str | None]) -> list[Found]:

@@ -197,3 +197,16 @@ async def test_the_next_server_brings_about_what_was_wanted(made, wanted, step):
     go_on.set()
     await runtime.settled(10)
     assert pod.did[0] == (step, wanted)
+
+
+async def test_a_runtime_that_died_runs_again_although_that_cannot_be_written_down(made, tmp_path):
+    runtime, pod = made
+    await ready(runtime)
+    pod.record = (tmp_path / RECORD).rename(tmp_path / "kept")
+    (tmp_path / RECORD).mkdir()
+    reached, go_on = pod.hold("start")
+    pod.death.set_result("it died")
+    await reached.wait()
+    go_on.set()
+    await runtime.settled(10)
+    assert (runtime.pod_status, runtime.record.restarts) == ("ready", 1)
