@@ -12,7 +12,7 @@ import errno
 import inspect
 import os
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from os import PathLike
 from typing import TypeVar, TypeVarTuple, Unpack
@@ -57,6 +57,15 @@ class Progress:
         self._on_progress = on_progress
         self._total = total
         self._reached = -1
+
+    async def watch(self, source: Source) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes of a file that is on its way."""
+        position = 0
+        await self.reach(0)
+        async for data in source:
+            yield data
+            position += len(data)
+            await self.reach(position)
 
     async def reach(self, position: int) -> None:
         """So many bytes have moved."""
@@ -232,12 +241,7 @@ class AtomicFile:
 
     def open(self) -> None:
         """Make the temporary file. Blocks."""
-        try:
-            self._replaced = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-            refuse_irregular(self._replaced.st_mode, self._path)
-            self._ask()
-        except FileNotFoundError:
-            pass
+        self._refuse()
         private = self._mode is not None or self._replaced is not None
         mode = 0o600 if private else 0o644
         try:  # Without a name: whatever kills this process, nothing is left.
@@ -251,11 +255,15 @@ class AtomicFile:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(self._temporary, flags, mode, dir_fd=self._folder)
 
-    def _ask(self) -> None:
-        """Refuse to replace a file that may not be written: a rename asks for nothing but the folder's permission."""
+    def _refuse(self) -> None:
+        """Refuse to replace what is no file, or may not be written: a rename asks for the folder's permission only."""
         flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
+            self._replaced = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+            refuse_irregular(self._replaced.st_mode, self._path)
             os.close(os.open(self._name, flags, dir_fd=self._folder))
+        except FileNotFoundError:
+            pass
         except OSError as exc:
             if exc.errno != errno.ETXTBSY:  # a program that runs can be replaced, though not written
                 raise
@@ -295,19 +303,38 @@ class AtomicFile:
                 f"the SHA-256 of the {self._size} bytes that came differs from the sender's: {self._path}",
                 path=self._path,
             )
+        return Transferred(self._size, self._digest.hexdigest(), self._put())
+
+    def fill(self, fd: int, offset: int, size: int, mtime: float) -> None:
+        """Be a part of another file, and in the target's place; not durable by itself. Blocks."""
+        while size:
+            data = os.pread(fd, min(size, BLOCK_BYTES), offset)
+            if not data:
+                raise TransferBroken(f"{size} bytes are missing: {self._path}", path=self._path)
+            offset, size = offset + len(data), size - len(data)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+        os.utime(self._fd, (mtime, mtime))
+        self._put(durable=False)
+
+    def _put(self, *, durable: bool = True) -> int:
+        """Take the target's place; returns the mode."""
         try:
             mode = self._settle_mode()
-            os.fsync(self._fd)
+            if durable:
+                os.fsync(self._fd)
             if not self._temporary:
                 name = _hidden_name()
                 os.link(f"{_OPEN_FILES}/{self._fd}", name, dst_dir_fd=self._folder, follow_symlinks=True)
                 self._temporary = name
             os.rename(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             self._temporary = b""
-            _sync_folder(self._folder)
+            if durable:
+                _sync_folder(self._folder)
         except OSError as exc:
             raise path_error(exc, self._path) from exc
-        return Transferred(self._size, self._digest.hexdigest(), mode)
+        return mode
 
     def _settle_mode(self) -> int:
         old = self._replaced
@@ -351,7 +378,8 @@ def _make_folders(folder: str) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
 
 
-def _local_path(path: str | PathLike[str]) -> str:
+def local_path(path: str | PathLike[str]) -> str:
+    """Return a path of this machine as text."""
     text = os.fsdecode(os.fspath(path))
     if not text or "\0" in text:
         raise InvalidParams("the path on this machine is empty or contains a NUL character")
@@ -367,7 +395,7 @@ async def open_source(path: str | PathLike[str]) -> AsyncIterator[Source]:
     """
     opened: list[Source] = []
     try:
-        await in_thread(_open_source, _local_path(path), opened)
+        await in_thread(_open_source, local_path(path), opened)
         yield opened[0]
     finally:
         for source in opened:
@@ -396,7 +424,7 @@ async def atomic_file(path: str | PathLike[str], mode: int | None = None) -> Asy
     """
     opened: list[AtomicFile] = []
     try:
-        await in_thread(_open_atomic, _local_path(path), mode, opened)
+        await in_thread(_open_atomic, local_path(path), mode, opened)
         yield opened[0]
     finally:
         for file in opened:

@@ -6,7 +6,7 @@ It knows no transport and no policy; each handler is the contract's call plus th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from typing import Any
@@ -312,6 +312,7 @@ class _Served:
                 since=params.since,
                 size=params.size,
                 mode=params.mode,
+                unpack=params.unpack,
             )
             return await self._ledger.run(params, receive)
 
@@ -325,23 +326,29 @@ class _Served:
 
     async def download(self, params: Download, call: Inbound) -> Transferred:
         files = self._workspace.files
-        async with (
-            call.writing(params.channel) as writer,
-            files.read_stream(
+        async with call.writing(params.channel) as writer:
+            if params.pack:
+                async with aclosing(files.packed(params.path, params.exclude)) as archive:
+                    return await self._send(params, writer, archive, 0o755)
+            async with files.read_stream(
                 params.path, offset=params.offset, length=params.length, as_is=params.as_is
-            ) as source,
-        ):
-            digest, size = sha256(), 0
-            await writer.skip_to(params.since)
-            async for data in source:
-                digest.update(data)
-                size += len(data)
-                if size > writer.offset:
-                    await writer.write(data[writer.offset - size :])
-            if size < params.since:
-                raise ChangedDuringRead(f"the file became shorter: {params.path}", path=params.path)
-            await writer.finish(digest.digest())
-            return Transferred(size, digest.hexdigest(), source.mode)
+            ) as source:
+                return await self._send(params, writer, source, source.mode)
+
+    async def _send(
+        self, params: Download, writer: ByteWriter, source: AsyncIterable[bytes], mode: int
+    ) -> Transferred:
+        digest, size = sha256(), 0
+        await writer.skip_to(params.since)
+        async for data in source:
+            digest.update(data)
+            size += len(data)
+            if size > writer.offset:
+                await writer.write(data[writer.offset - size :])
+        if size < params.since:
+            raise ChangedDuringRead(f"the file became shorter: {params.path}", path=params.path)
+        await writer.finish(digest.digest())
+        return Transferred(size, digest.hexdigest(), mode)
 
     async def files_list(self, params: FilesList, call: Inbound) -> list[FileInfo]:
         found = await self._workspace.files.list(params.path, depth=params.depth, hidden=params.hidden)

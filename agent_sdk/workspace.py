@@ -7,7 +7,7 @@ the root unless another one was chosen, or absolute and below the root. Bytes ar
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from os import PathLike
 from typing import Literal, Protocol, Self
@@ -467,6 +467,21 @@ class Workspace(Protocol):
         self, source: str, target: str | PathLike[str], *, on_progress: OnProgress | None = None
     ) -> Transferred:
         """Copy a file of the workspace to this machine; the mirror image of `upload`."""
+        ...
+
+    async def upload_dir(
+        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
+    ) -> Transferred:
+        """Copy what is in a folder of this machine into one of the workspace, as one stream; see folders.py.
+
+        `exclude`: patterns (`.git`, `*.pyc`, `build/*`) of names, or of paths where there is a `/` in them.
+        """
+        ...
+
+    async def download_dir(
+        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
+    ) -> Transferred:
+        """Copy what is in a folder of the workspace into one of this machine; the mirror image of `upload_dir`."""
         ...
 
     def read_stream(

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Literal
 
 from agent_sdk.disk import AtomicFile, Source, refuse_irregular
+from agent_sdk.folders import FolderFile
 from agent_sdk.local.paths import Entry, Root
 from agent_sdk.protocol.errors import (
     InvalidParams,
@@ -32,6 +33,21 @@ def open_atomic(root: Root, path: str, mode: int | None, opened: list[AtomicFile
         file = AtomicFile(os.dup(entry.folder), entry.name, path, mode)
         opened.append(file)
         file.open()
+
+
+def open_archive(root: Root, path: str, opened: list[AtomicFile]) -> None:
+    """Open what an archive is written to that comes for this folder, into `opened`; the folder is made."""
+    make_folder(root, path)
+    with root.entry(path) as entry:
+        file = FolderFile(entry.open(os.O_RDONLY | os.O_DIRECTORY), path)
+        opened.append(file)
+        file.open()
+
+
+def open_folder(root: Root, path: str, opened: list[int]) -> None:
+    """Open a folder, into `opened`."""
+    with root.entry(path) as entry:
+        opened.append(entry.open(os.O_RDONLY | os.O_DIRECTORY))
 
 
 def open_source(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+import os
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 from agent_sdk.disk import AtomicFile, Source, in_thread
+from agent_sdk.folders import pack
 from agent_sdk.local import entries
 from agent_sdk.local.paths import Root
 from agent_sdk.protocol.errors import InvalidParams
@@ -66,34 +68,62 @@ class LocalFiles:
                 source.close()
 
     async def write_stream(
-        self, path: str, chunks: AsyncIterable[bytes], *, size: int | None = None, mode: int | None = None
+        self,
+        path: str,
+        chunks: AsyncIterable[bytes],
+        *,
+        size: int | None = None,
+        mode: int | None = None,
+        unpack: bool = False,
     ) -> Transferred:
-        """See Workspace.write_stream."""
+        """See Workspace.write_stream; with `unpack` an archive for a folder."""
         if size is not None:
             _check_count(size, "size")
         async with AsyncExitStack() as stack:
             if isinstance(chunks, AsyncGenerator):
                 stack.push_async_callback(chunks.aclose)
-            file = await stack.enter_async_context(self._atomic(path, mode))
+            file = await stack.enter_async_context(self._atomic(path, mode, unpack=unpack))
             async for chunk in chunks:
                 await file.write(chunk)
             return await file.commit(size=size)
 
     @asynccontextmanager
-    async def _atomic(self, path: str, mode: int | None) -> AsyncIterator[AtomicFile]:
+    async def _atomic(
+        self, path: str, mode: int | None, *, unpack: bool = False
+    ) -> AsyncIterator[AtomicFile]:
         opened: list[AtomicFile] = []
         try:
-            await self.open_atomic(path, mode, opened)
+            await self.open_atomic(path, mode, opened, unpack=unpack)
             yield opened[0]
         finally:
             for file in opened:
                 await in_thread(file.close)
 
-    async def open_atomic(self, path: str, mode: int | None, opened: list[AtomicFile]) -> None:
-        """Open a file to be replaced as a whole, into `opened`, from where it has to be closed; parents are made."""
+    async def open_atomic(
+        self, path: str, mode: int | None, opened: list[AtomicFile], *, unpack: bool = False
+    ) -> None:
+        """Open a file to be replaced as a whole, into `opened`, from where it has to be closed; parents are made.
+
+        With `unpack` it is an archive, and `path` the folder it is for.
+        """
         if mode is not None and not 0 <= mode <= 0o777:
             raise InvalidParams(f"mode: 0..0o777 (got {mode:#o})")
-        await in_thread(entries.open_atomic, self._root, path, mode, opened)
+        if unpack:
+            await in_thread(entries.open_archive, self._root, path, opened)
+        else:
+            await in_thread(entries.open_atomic, self._root, path, mode, opened)
+
+    async def packed(self, path: str, exclude: Sequence[str]) -> AsyncGenerator[bytes, None]:
+        """Yield a folder as an archive; see folders.pack."""
+        opened: list[int] = []
+        try:
+            await in_thread(entries.open_folder, self._root, path, opened)
+            async with aclosing(pack(opened[0], path, exclude)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            for fd in opened:
+                os.close(fd)
 
     async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
         """See Files.list; a symlink to a folder below `path` is listed, not entered."""

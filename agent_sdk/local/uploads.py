@@ -49,6 +49,7 @@ class Uploads:
         since: int,
         size: int | None,
         mode: int | None,
+        unpack: bool,
     ) -> Transferred:
         """Write a file from pieces with their offsets, on behind what has come of it.
 
@@ -60,13 +61,14 @@ class Uploads:
             since: where the pieces begin; 0: anew.
             size: of the whole.
             mode: permission bits.
+            unpack: it is an archive, for a folder.
 
         Raises:
             TransferBroken: it broke off, and what has come is kept; or what came is not what was sent.
         """
         if not since and op_id in self._waiting:
             self._drop(op_id)
-        file = await self._take(op_id, path, mode)
+        file = await self._take(op_id, path, mode, unpack)
         try:
             await self._append(op_id, file, pieces, since)
         except (ConnectionLost, TransferBroken) as exc:
@@ -108,7 +110,7 @@ class Uploads:
             self._drop(op_id)
         await asyncio.gather(*self._closing)
 
-    async def _take(self, op_id: str, path: str, mode: int | None) -> AtomicFile:
+    async def _take(self, op_id: str, path: str, mode: int | None, unpack: bool) -> AtomicFile:
         if (part := self._waiting.pop(op_id, None)) is not None:
             if (part.path, part.mode) != (path, mode):
                 self._waiting[op_id] = part
@@ -117,7 +119,7 @@ class Uploads:
             return part.file
         opened: list[AtomicFile] = []
         try:
-            await self._files.open_atomic(path, mode, opened)
+            await self._files.open_atomic(path, mode, opened, unpack=unpack)
         except BaseException:
             for file in opened:
                 await in_thread(file.close)

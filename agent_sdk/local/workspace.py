@@ -11,14 +11,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from typing import Any, Self
 
-from agent_sdk.disk import OnProgress, Progress, Source, atomic_file, in_thread, open_source, path_error
+from agent_sdk.disk import OnProgress, Progress, atomic_file, in_thread, open_source, path_error
+from agent_sdk.folders import packed, unpacked
 from agent_sdk.limits import LimitWatch
 from agent_sdk.local.arguments import check_argv, check_command, check_environment, check_seconds, check_size
 from agent_sdk.local.bash import Bash, Report
@@ -409,9 +410,8 @@ class LocalWorkspace:
         """See Workspace.upload."""
         self._opened()
         async with open_source(source) as opened:
-            progress = Progress(on_progress, opened.size)
-            async with aclosing(_watched(opened, progress)) as chunks:
-                return await self._files.write_stream(target, chunks, size=opened.size, mode=opened.mode)
+            chunks = Progress(on_progress, opened.size).watch(opened)
+            return await self._files.write_stream(target, chunks, size=opened.size, mode=opened.mode)
 
     async def download(
         self, source: str, target: str | PathLike[str], *, on_progress: OnProgress | None = None
@@ -419,10 +419,24 @@ class LocalWorkspace:
         """See Workspace.download."""
         self._opened()
         async with self._files.read_stream(source) as opened, atomic_file(target, opened.mode) as file:
-            async with aclosing(_watched(opened, Progress(on_progress, opened.size))) as chunks:
+            async with aclosing(Progress(on_progress, opened.size).watch(opened)) as chunks:
                 async for data in chunks:
                     await file.write(data)
             return await file.commit(size=opened.size)
+
+    async def upload_dir(
+        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
+    ) -> Transferred:
+        """See Workspace.upload_dir."""
+        self._opened()
+        return await self._files.write_stream(remote, packed(local, exclude), unpack=True)
+
+    async def download_dir(
+        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
+    ) -> Transferred:
+        """See Workspace.download_dir."""
+        self._opened()
+        return await unpacked(local, self._files.packed(remote, exclude))
 
     def read_stream(
         self, path: str, *, offset: int = 0, length: int | None = None
@@ -457,15 +471,6 @@ def _input(stdin: bytes | str | None) -> bytes:
         case bytes():
             return stdin
     raise InvalidParams(f"stdin: expected bytes or text, got {type(stdin).__name__}")
-
-
-async def _watched(source: Source, progress: Progress) -> AsyncGenerator[bytes, None]:
-    position = 0
-    await progress.reach(0)
-    async for data in source:
-        yield data
-        position += len(data)
-        await progress.reach(position)
 
 
 async def _wait(running: Running, yield_after: float | None, on_output: OnOutput | None) -> None:

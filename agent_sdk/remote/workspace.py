@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Mapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from os import PathLike
@@ -13,6 +21,7 @@ from typing import Any, Self
 from msgspec.structs import replace
 
 from agent_sdk.disk import OnProgress, Progress, atomic_file, open_source
+from agent_sdk.folders import packed, unpacked
 from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -367,6 +376,22 @@ class RemoteWorkspace:
                 await file.write(data)
                 await progress.reach(file.size)
             return await file.commit(mode=stream.mode)
+
+    async def upload_dir(
+        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
+    ) -> Transferred:
+        """See Workspace.upload_dir. Over another connection it goes on where it was, unless a file has changed."""
+        call = Upload(op_id=new_id(), path=remote, channel=NO_CHANNEL, unpack=True)
+        source = Repeatable(lambda: packed(local, exclude))
+        return await outgoing(self.link, call, source, Progress(None, 0))
+
+    async def download_dir(
+        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
+    ) -> Transferred:
+        """See Workspace.download_dir. Over another connection it goes on where it was, unless a file has changed."""
+        call = Download(path=remote, channel=NO_CHANNEL, pack=True, exclude=list(exclude))
+        async with incoming(self.link, call) as stream:
+            return await unpacked(local, aiter(stream))
 
     @asynccontextmanager
     async def read_stream(

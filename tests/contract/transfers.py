@@ -5,13 +5,16 @@ import hashlib
 import os
 import stat
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from agent_sdk.protocol.errors import (
     ChangedDuringRead,
     IsADirectory,
+    NotADirectory,
     NotARegularFile,
+    OutsideWorkspace,
     PathNotFound,
     TransferBroken,
 )
@@ -22,6 +25,15 @@ BLOCK = bytes(range(256)) * 4096
 async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
     for part in parts:
         yield part
+
+
+def tree(folder: Path) -> dict[str, tuple]:
+    """What is in a folder: kind, mode, and content or target of each entry."""
+    found = {}
+    for path in folder.rglob("*"):
+        content = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else ""
+        found[str(path.relative_to(folder))] = (stat.S_IMODE(path.lstat().st_mode), content)
+    return found
 
 
 class TransferContract:
@@ -77,6 +89,70 @@ class TransferContract:
             await workspace.download("nowhere", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == b"old"
         assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
+
+    # --- folders ---
+
+    async def test_a_folder_goes_up_and_comes_down_with_all_that_is_in_it(self, workspace, tmp_path):
+        there = tmp_path / "there"
+        (there / "a" / "empty").mkdir(parents=True)
+        (there / "a" / "tool").write_bytes(BLOCK * 2)
+        (there / "a" / "tool").chmod(0o751)
+        os.utime(there / "a" / "tool", (1e9, 1e9))
+        (there / ("x" * 200)).write_text("a long name")
+        (there / "é\udcff").write_text("no name in UTF-8")
+        (there / "a" / "link").symlink_to("../a/tool")
+        (there / "a" / "dangling").symlink_to("nowhere")
+        await workspace.files.write("goal/stays", b"old")
+        await workspace.files.write("goal/a/tool", b"old")
+        await workspace.upload_dir(there, "goal")
+        assert await workspace.files.read("goal/stays") == b"old"
+        assert (await workspace.execute("stat -c '%a %Y' goal/a/tool")).stdout == "751 1000000000\n"
+        await workspace.files.remove("goal/stays")
+        await workspace.download_dir(tmp_path / "back", "goal")
+        assert tree(tmp_path / "back") == tree(there)
+
+    async def test_what_is_excluded_stays(self, workspace, tmp_path):
+        await workspace.execute(
+            "mkdir -p f/.git f/b/.git f/build/x; touch f/.git/o f/b/c.pyc f/b/c.py f/build/x/y"
+        )
+        await workspace.download_dir(tmp_path / "all", "f", exclude=[".git", "*.pyc", "build/*"])
+        assert sorted(tree(tmp_path / "all")) == ["b", "b/c.py", "build"]
+        await workspace.upload_dir(tmp_path / "all", "up", exclude=("b",))
+        assert [info.path for info in await workspace.files.list("up")] == ["up/build"]
+
+    @pytest.mark.parametrize("target", ["/etc/passwd", "../../x", "d/../../x", ".."])
+    async def test_a_symlink_that_leads_out_of_its_folder_does_not_travel(self, workspace, tmp_path, target):
+        (tmp_path / "up").mkdir()
+        (tmp_path / "up" / "link").symlink_to(target)
+        await workspace.execute(["sh", "-c", "mkdir down; ln -s $0 down/link", target])
+        with pytest.raises(OutsideWorkspace, match="exclude it: link"):
+            await workspace.upload_dir(tmp_path / "up", "goal")
+        with pytest.raises(OutsideWorkspace, match="exclude it: link"):
+            await workspace.download_dir(tmp_path / "goal", "down")
+        await workspace.upload_dir(tmp_path / "up", "goal", exclude=("link",))
+        assert await workspace.files.list("goal") == []
+
+    async def test_nothing_goes_through_a_symlink_that_is_there_already(self, workspace, tmp_path):
+        (tmp_path / "up" / "d").mkdir(parents=True)
+        (tmp_path / "up" / "d" / "f").write_text("stray")
+        await workspace.execute("mkdir goal other; ln -s ../other goal/d")
+        with pytest.raises(NotADirectory):
+            await workspace.upload_dir(tmp_path / "up", "goal")
+        assert await workspace.files.list("other") == []
+
+    async def test_only_a_folder_travels_as_one(self, workspace, tmp_path):
+        (tmp_path / "f").touch()
+        os.makedirs(tmp_path / "d")
+        os.mkfifo(tmp_path / "d" / "pipe")
+        for source, error in (("nowhere", PathNotFound), ("f", NotADirectory), ("d", NotARegularFile)):
+            with pytest.raises(error):
+                await workspace.upload_dir(tmp_path / source, "goal")
+        await workspace.execute("touch f; mkdir d; mkfifo d/pipe")
+        for source, error in (("nowhere", PathNotFound), ("f", NotADirectory), ("d", NotARegularFile)):
+            with pytest.raises(error):
+                await workspace.download_dir(tmp_path / "goal", source)
+        with pytest.raises(NotADirectory):
+            await workspace.upload_dir(tmp_path, "f", exclude=["*"])
 
     # --- byte streams ---
 

@@ -231,6 +231,8 @@ class Upload(Effect[Transferred], frozen=True, kw_only=True):
     mode: Annotated[int, Meta(ge=0, le=0o777)] | None = None
     since: Offset = 0
     """What came of it over other channels; this one begins at that offset."""
+    unpack: bool = False
+    """It is a tar archive, and `path` the folder that it is unpacked into once all of it has come."""
 
 
 class UploadOffset(Method[Count], frozen=True, kw_only=True):
@@ -252,6 +254,10 @@ class Download(Method[Transferred], frozen=True, kw_only=True):
     """What of it came over other channels, counted from `offset`; this one begins at that offset."""
     as_is: bool = False
     """Take what is there, also when the file changes meanwhile; 64 MiB at most."""
+    pack: bool = False
+    """`path` is a folder: send what is in it as a tar archive, files, folders and symlinks."""
+    exclude: Annotated[list[str], Meta(max_length=1000)] = []
+    """With `pack`: patterns of what is left out; with a `/` of paths in the folder, without one of names."""
 
 
 LISTED = 10_000
