@@ -16,6 +16,7 @@ local:        here
 remote:       there
 outbound:     HTTP to others: proxies, certificates, why it does not work
 disk:         files of this machine as streams
+folders:      whole folders as streams
 digest:       the SHA-256 of files that move
 serve:        a workspace behind a Peer
 box:          a workspace behind a Unix socket

@@ -144,6 +144,8 @@ class Workspace(Twin):
     processes = blocking(contract.Workspace.processes)
     upload = blocking(contract.Workspace.upload)
     download = blocking(contract.Workspace.download)
+    upload_dir = blocking(contract.Workspace.upload_dir)
+    download_dir = blocking(contract.Workspace.download_dir)
     start = making(contract.Workspace.start, Process)
 
     def process(self, process_id: str) -> Process:

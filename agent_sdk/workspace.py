@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from os import PathLike
 from typing import Literal, Protocol, Self
 
 from msgspec import Struct
 
-from agent_sdk.disk import OnProgress
+from agent_sdk.disk import LocalPath, OnProgress
 from agent_sdk.protocol.errors import LimitExceeded, ProcessNotFound
 from agent_sdk.protocol.results import (
     Exit,
@@ -449,13 +448,12 @@ class Workspace(Protocol):
         ...
 
     async def upload(
-        self, source: str | PathLike[str], target: str, *, on_progress: OnProgress | None = None
+        self, source: LocalPath, target: str, *, on_progress: OnProgress | None = None
     ) -> Transferred:
         """Copy a file of this machine into the workspace: whole and verified, or not at all.
 
-        Constant memory, any size; parents are made, mode bits kept. `on_progress` is called with the bytes
-        that have moved and their number in all; a slow one delays the transfer. Where a connection is lost
-        it goes on over the next one behind what has come.
+        Constant memory, any size; parents are made, mode bits kept. A slow `on_progress` delays it. Where a
+        connection is lost it goes on over the next one behind what has come.
 
         Raises:
             PathNotFound, PathDenied, IsADirectory, NotARegularFile, StorageFull: as the paths deserve.
@@ -464,22 +462,20 @@ class Workspace(Protocol):
         ...
 
     async def download(
-        self, source: str, target: str | PathLike[str], *, on_progress: OnProgress | None = None
+        self, source: str, target: LocalPath, *, on_progress: OnProgress | None = None
     ) -> Transferred:
         """Copy a file of the workspace to this machine; the mirror image of `upload`."""
         ...
 
-    async def upload_dir(
-        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
-    ) -> Transferred:
+    async def upload_dir(self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()) -> Transferred:
         """Copy what is in a folder of this machine into one of the workspace, as one stream; see folders.py.
 
-        `exclude`: patterns (`.git`, `*.pyc`, `build/*`) of names, or of paths where there is a `/` in them.
+        `exclude`: patterns (`.git`, `*.pyc`, `build/*`) of names, or with a `/` of paths in the folder.
         """
         ...
 
     async def download_dir(
-        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
+        self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()
     ) -> Transferred:
         """Copy what is in a folder of the workspace into one of this machine; the mirror image of `upload_dir`."""
         ...

@@ -104,3 +104,27 @@ def check_signal(name: str) -> signal.Signals:
     if known is None:
         raise InvalidParams(f"name: no such signal: {name!r:.40}")
     return known
+
+
+def check_clocks(timeout: float | None, yield_after: float | None) -> tuple[float | None, float | None]:
+    """Check the times of a command, in seconds."""
+    timeout = check_seconds(timeout, "timeout")
+    yield_after = check_seconds(yield_after, "yield_after")
+    if timeout is not None and yield_after is not None and yield_after > timeout:
+        raise InvalidParams(f"yield_after: {yield_after} s is after the timeout of {timeout} s")
+    return timeout, yield_after
+
+
+def check_input(stdin: bytes | str | None) -> bytes:
+    """Return what a command is to read, as bytes."""
+    match stdin:
+        case None:
+            return b""
+        case str():
+            try:
+                return stdin.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:
+                raise InvalidParams("stdin: contains a lone surrogate") from None
+        case bytes():
+            return stdin
+    raise InvalidParams(f"stdin: expected bytes or text, got {type(stdin).__name__}")

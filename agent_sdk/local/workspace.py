@@ -18,10 +18,18 @@ from functools import partial
 from os import PathLike
 from typing import Any, Self
 
-from agent_sdk.disk import OnProgress, Progress, atomic_file, in_thread, open_source, path_error
+from agent_sdk.disk import LocalPath, OnProgress, Progress, atomic_file, in_thread, open_source, path_error
 from agent_sdk.folders import packed, unpacked
 from agent_sdk.limits import LimitWatch
-from agent_sdk.local.arguments import check_argv, check_command, check_environment, check_seconds, check_size
+from agent_sdk.local.arguments import (
+    check_argv,
+    check_clocks,
+    check_command,
+    check_environment,
+    check_input,
+    check_seconds,
+    check_size,
+)
 from agent_sdk.local.bash import Bash, Report
 from agent_sdk.local.children import Children
 from agent_sdk.local.environment import temporary_folder, workspace_environment
@@ -245,8 +253,8 @@ class LocalWorkspace:
                 self.execute, command, stdin=stdin, on_output=on_output, on_start=on_start, **options
             )
             return await self._opened().repeats.run(op_id, ("execute", command, options), work)
-        timeout, yield_after = _clocks(timeout, yield_after)
-        data = _input(stdin)
+        timeout, yield_after = check_clocks(timeout, yield_after)
+        data = check_input(stdin)
         try:
             running = self._launch(command, cwd, env, user, stdin=bool(data), merge=merge)
         except SpawnFailed as failed:
@@ -405,7 +413,7 @@ class LocalWorkspace:
             raise failed.error from None
 
     async def upload(
-        self, source: str | PathLike[str], target: str, *, on_progress: OnProgress | None = None
+        self, source: LocalPath, target: str, *, on_progress: OnProgress | None = None
     ) -> Transferred:
         """See Workspace.upload."""
         self._opened()
@@ -414,7 +422,7 @@ class LocalWorkspace:
             return await self._files.write_stream(target, chunks, size=opened.size, mode=opened.mode)
 
     async def download(
-        self, source: str, target: str | PathLike[str], *, on_progress: OnProgress | None = None
+        self, source: str, target: LocalPath, *, on_progress: OnProgress | None = None
     ) -> Transferred:
         """See Workspace.download."""
         self._opened()
@@ -424,15 +432,13 @@ class LocalWorkspace:
                     await file.write(data)
             return await file.commit(size=opened.size)
 
-    async def upload_dir(
-        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
-    ) -> Transferred:
+    async def upload_dir(self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()) -> Transferred:
         """See Workspace.upload_dir."""
         self._opened()
         return await self._files.write_stream(remote, packed(local, exclude), unpack=True)
 
     async def download_dir(
-        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
+        self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()
     ) -> Transferred:
         """See Workspace.download_dir."""
         self._opened()
@@ -449,28 +455,6 @@ class LocalWorkspace:
     ) -> Transferred:
         """See Workspace.write_stream."""
         return await self._files.write_stream(path, chunks, size=size, mode=mode)
-
-
-def _clocks(timeout: float | None, yield_after: float | None) -> tuple[float | None, float | None]:
-    timeout = check_seconds(timeout, "timeout")
-    yield_after = check_seconds(yield_after, "yield_after")
-    if timeout is not None and yield_after is not None and yield_after > timeout:
-        raise InvalidParams(f"yield_after: {yield_after} s is after the timeout of {timeout} s")
-    return timeout, yield_after
-
-
-def _input(stdin: bytes | str | None) -> bytes:
-    match stdin:
-        case None:
-            return b""
-        case str():
-            try:
-                return stdin.encode("utf-8", "surrogateescape")
-            except UnicodeEncodeError:
-                raise InvalidParams("stdin: contains a lone surrogate") from None
-        case bytes():
-            return stdin
-    raise InvalidParams(f"stdin: expected bytes or text, got {type(stdin).__name__}")
 
 
 async def _wait(running: Running, yield_after: float | None, on_output: OnOutput | None) -> None:

@@ -14,13 +14,12 @@ from collections.abc import (
 )
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from os import PathLike
 from ssl import SSLContext
 from typing import Any, Self
 
 from msgspec.structs import replace
 
-from agent_sdk.disk import OnProgress, Progress, atomic_file, open_source
+from agent_sdk.disk import LocalPath, OnProgress, Progress, atomic_file, open_source
 from agent_sdk.folders import packed, unpacked
 from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol.errors import (
@@ -346,7 +345,7 @@ class RemoteWorkspace:
         return RemoteShell(self.link, name)
 
     async def upload(
-        self, source: str | PathLike[str], target: str, *, on_progress: OnProgress | None = None
+        self, source: LocalPath, target: str, *, on_progress: OnProgress | None = None
     ) -> Transferred:
         """See Workspace.upload."""
         async with open_source(source) as opened:
@@ -363,7 +362,7 @@ class RemoteWorkspace:
         return await outgoing(self.link, _upload(target, size, mode), Repeatable(content), progress)
 
     async def download(
-        self, source: str, target: str | PathLike[str], *, on_progress: OnProgress | None = None
+        self, source: str, target: LocalPath, *, on_progress: OnProgress | None = None
     ) -> Transferred:
         """See Workspace.download."""
         call = Download(path=source, channel=NO_CHANNEL)
@@ -377,16 +376,14 @@ class RemoteWorkspace:
                 await progress.reach(file.size)
             return await file.commit(mode=stream.mode)
 
-    async def upload_dir(
-        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
-    ) -> Transferred:
+    async def upload_dir(self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()) -> Transferred:
         """See Workspace.upload_dir. Over another connection it goes on where it was, unless a file has changed."""
         call = Upload(op_id=new_id(), path=remote, channel=NO_CHANNEL, unpack=True)
         source = Repeatable(lambda: packed(local, exclude))
         return await outgoing(self.link, call, source, Progress(None, 0))
 
     async def download_dir(
-        self, local: str | PathLike[str], remote: str, *, exclude: Sequence[str] = ()
+        self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()
     ) -> Transferred:
         """See Workspace.download_dir. Over another connection it goes on where it was, unless a file has changed."""
         call = Download(path=remote, channel=NO_CHANNEL, pack=True, exclude=list(exclude))
