@@ -14,7 +14,7 @@ import aiohttp
 
 from agent_sdk.agent.llm.failure import broken, shown
 from agent_sdk.agent.llm.provider import Address
-from agent_sdk.outbound import failure, proxy_for, tls_problem, trusted
+from agent_sdk.outbound import TLS_THERE, failure, proxy_for, speaks_tls, tls_problem, trusted
 from agent_sdk.protocol.errors import AgentServerError, ModelError, ModelRefused, ModelUnavailable
 
 CONNECT_SECONDS = 30.0
@@ -109,6 +109,9 @@ class Transport:
                 raise
             if begun and isinstance(exc, ValueError):  # of who reads the answer, not of HTTP
                 raise
+            if isinstance(exc, aiohttp.ServerDisconnectedError) and await speaks_tls(self._address.url):
+                problem = f"{self._address.host} cannot be reached: {TLS_THERE}"
+                raise ModelRefused(problem, provider=self._address.provider) from exc
             raise self._failure(exc, begun=begun) from exc
 
     async def close(self) -> None:
