@@ -61,6 +61,7 @@ def _mounts() -> tuple[Mount, ...]:
     return tuple(
         Mount(
             target=mount.target,
+            **_what_is_at(mount.target),
             kind=mount.kind,
             options=tuple(
                 each
@@ -70,6 +71,15 @@ def _mounts() -> tuple[Mount, ...]:
         )
         for mount in mount_points()
     )
+
+
+def _what_is_at(target: str) -> dict[str, int]:
+    if target.startswith(("/proc", "/sys", "/dev")):
+        return {}
+    with suppress(OSError):
+        found = os.lstat(target)
+        return {"device": found.st_dev, "inode": found.st_ino}
+    return {}
 
 
 def _limit(number: int) -> int | None:

@@ -74,6 +74,7 @@ class Boxes:
                 disk=None
                 if config.sandbox_disk == "none"
                 else parse_size("sandbox_disk", config.sandbox_disk),
+                mounts=config.sandbox_mounts,
                 pool=config.sandbox_pool,
             ),
             tell=lambda event, facts: logs.log.info(event, **facts),

@@ -9,6 +9,7 @@ box_docker:  a box in a hardened container; box_folder, what of it is on this ma
 child:       a process that may outlive whoever started it
 confinement: how a box on this machine is kept apart
 disks:       the workspaces of sandboxes, with a limit where this machine can make one
+mounts:      what of this machine is mounted into sandboxes, and whether it is still that
 docker:      DockerWorkspace, a server in a container that is started for one client; with
              reaper, the process that removes the container of a client that was killed, owner, whether a
              client still lives, and server_log, the server's lines in the client's log

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import AgentServerError, NotFound
+from agent_sdk.protocol.errors import AgentServerError, ImageUnavailable, NotFound
 from workspaces import labels
 
 if TYPE_CHECKING:
@@ -43,6 +43,47 @@ async def accounts(engine: Engine, image: Image, user: int, home: str) -> Accoun
     Raises:
         EngineUnavailable, ImageUnavailable, WorkspaceUnavailable: no container can be made of the image.
     """
+    async with _looking(engine, image) as container:
+        (passwd, known), (group, groups), bash = await asyncio.gather(
+            _read(engine, container, "/etc/passwd"),
+            _read(engine, container, "/etc/group"),
+            _is_there(engine, container, "/bin/bash"),
+        )
+    name, *contents = with_user(known, groups, user, home, "/bin/bash" if bash else "/bin/sh")
+    paths = zip((passwd, group), contents, strict=True)
+    return Accounts(name, tuple((path, content) for path, content in paths if content is not None))
+
+
+async def check_targets(engine: Engine, image: Image, targets: Iterable[str]) -> None:
+    """See that the image leads no mount elsewhere: the engine would follow a symlink to whatever of ours is there.
+
+    Raises:
+        ImageUnavailable: there is a symlink on the way.
+        EngineUnavailable, WorkspaceUnavailable: no container can be made of the image.
+    """
+    ways = {
+        "/".join(parts[: length + 1]): target
+        for target in targets
+        for parts in [target.split("/")]
+        for length in range(1, len(parts))
+    }
+    if not ways:
+        return
+    async with _looking(engine, image) as container:
+        found = await asyncio.gather(*(_really(engine, container, way) for way in ways))
+    for way, really in zip(ways, found, strict=True):
+        if really != way:
+            raise ImageUnavailable(
+                f"the image has a symlink at {way[:200]}, so nothing can be mounted at {ways[way][:200]}: "
+                "choose another place",
+                image=image.name,
+                phase="create",
+            )
+
+
+@asynccontextmanager
+async def _looking(engine: Engine, image: Image) -> AsyncIterator[str]:
+    """A container of an image that never starts."""
     body = {
         "Image": image.id,
         "Cmd": ["nothing"],
@@ -51,17 +92,16 @@ async def accounts(engine: Engine, image: Image, user: int, home: str) -> Accoun
     }
     container = await engine.create(f"agent-look-{new_id()}", body)
     try:
-        (passwd, known), (group, groups), bash = await asyncio.gather(
-            _read(engine, container, "/etc/passwd"),
-            _read(engine, container, "/etc/group"),
-            _is_there(engine, container, "/bin/bash"),
-        )
+        yield container
     finally:
         with suppress(AgentServerError):  # its time is over in a minute, and then the sweep finds it
             await engine.remove(container)
-    name, *contents = with_user(known, groups, user, home, "/bin/bash" if bash else "/bin/sh")
-    paths = zip((passwd, group), contents, strict=True)
-    return Accounts(name, tuple((path, content) for path, content in paths if content is not None))
+
+
+async def _really(engine: Engine, container: str, path: str) -> str:
+    with suppress(NotFound):
+        return (await engine.read_file(container, path, 0))[0]
+    return path
 
 
 def with_user(

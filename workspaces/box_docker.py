@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from msgspec.structs import replace
 
+from agent_sdk.disk import in_thread
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -30,19 +31,19 @@ from agent_sdk.protocol.methods import Claim
 from agent_sdk.protocol.results import Usage, WorkspaceInfo
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.connection import connect
-from workspaces.accounts import Accounts
+from workspaces.accounts import Accounts, check_targets
 from workspaces.box_ending import Ending, ending_of
 from workspaces.box_folder import READY_LINE, BoxFolder, Record
-from workspaces.box_parts import box_parts, identity
+from workspaces.box_parts import box_parts, command_environment
 from workspaces.container_body import (
-    ENVIRONMENT,
     SEALED,
     create_body,
     temporary,
 )
 from workspaces.engine_runtimes import usable_runtime
+from workspaces.mounts import Source, sources
 from workspaces.site import Site
-from workspaces.verification import box_differences, engine_differences
+from workspaces.verification import OWN_KERNEL, box_differences, engine_differences, mount_differences
 
 if TYPE_CHECKING:
     from workspaces.engine import Death, Engine, Watch
@@ -89,6 +90,7 @@ class BoxContainer:
         self._record: Record | None = None
         self._image: Image | None = None
         self._accounts = Accounts()
+        self._sources: tuple[Source, ...] = ()
         self._body: dict[str, Any] = {}
         self._id: str | None = None
         self._watch: Watch | None = None
@@ -239,6 +241,10 @@ class BoxContainer:
         self._accounts = Accounts() if is_task else await self._site.accounts(self._image)
         self._folder.lay_out(content for _, content in self._accounts.files)
         folders = temporary(self.spec, self._image.id, self._image.volumes)[: 1 if is_task else None]
+        await check_targets(
+            engine, self._image, [*folders[1:], *(each.split(":")[1] for each in self.spec.mounts)]
+        )
+        self._sources = await in_thread(sources, self.spec.mounts, self._site.allowed_mounts)
         at_hand = self._site.at_hand(self.owner, self.spec, len(folders))
         async with at_hand as places, self._folder.ready() as said:
             limited = is_task and engine.info.limits_roots and places.size > 0
@@ -288,19 +294,9 @@ class BoxContainer:
             ProfileMismatch: it is not; details: differences. WorkspaceUnavailable: it is no box.
         """
         assert self._record is not None and self._image is not None and self._id is not None
-        image = dict(line.split("=", 1) for line in self._image.env if "=" in line)
-        call = Claim(
-            op_id=new_id(),
-            instance=self.instance,
-            token=self.token,
-            env={
-                **{name: value for name, value in ENVIRONMENT.items() if name != "HOME"},
-                **image,
-                **identity(self._accounts.name, self.spec),
-                **self._site.environment,
-                **self.spec.env,
-            },
-        )
+        env = command_environment(self._image, self._accounts, self.spec)
+        env = {**env, **self._site.environment, **self.spec.env}
+        call = Claim(op_id=new_id(), instance=self.instance, token=self.token, env=env)
         try:
             async with asyncio.timeout(CLAIM_SECONDS), connect(self.url) as connection:
                 info = await connection.peer.call(call)
@@ -309,6 +305,8 @@ class BoxContainer:
             raise WorkspaceUnavailable(f"the box did not answer: {why}", phase="claim") from None
         inspected = await (await self._site.engine()).inspect(self._id)
         differences = engine_differences(self._body, inspected) + box_differences(self._body, info.profile)
+        if self._record.runtime not in OWN_KERNEL:  # one of those has numbers of its own
+            differences += mount_differences(self._sources, info.profile)
         if differences:
             raise ProfileMismatch(
                 f"the sandbox is not what was asked for and was ended: {'; '.join(differences[:3])}",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from agent_sdk.protocol.specs import Sandbox
 from workspaces.accounts import Accounts
 from workspaces.box_folder import READY
-from workspaces.container_body import FOLDER, HOSTNAME, OUTPUT, RUNTIME, WORKSPACE, Bind, Parts
+from workspaces.container_body import ENVIRONMENT, FOLDER, HOSTNAME, OUTPUT, RUNTIME, WORKSPACE, Bind, Parts
 from workspaces.images import Image
 from workspaces.site import Places
 
@@ -69,14 +69,18 @@ def box_parts(
     )
 
 
-def identity(name: str, spec: Sandbox) -> dict[str, str]:
-    """What commands know of their user. Git takes its address from there as long as nobody has configured one.
+def command_environment(image: Image, accounts: Accounts, spec: Sandbox) -> dict[str, str]:
+    """Return what all commands find in their environment: what the image says, and who they are.
 
-    That of a task finds the rest itself.
+    Git takes its address from there as long as nobody has configured one. The box of a task finds the rest itself.
     """
+    of_image = dict(line.split("=", 1) for line in image.env if "=" in line)
+    usual = {name: value for name, value in ENVIRONMENT.items() if name != "HOME"}
+    name = accounts.name
     if spec.profile == "task":
-        return {"EMAIL": f"{spec.user or name}@{HOSTNAME}"}
-    return {"HOME": WORKSPACE, "USER": name, "LOGNAME": name, "EMAIL": f"{name}@{HOSTNAME}"}
+        return {**usual, **of_image, "EMAIL": f"{spec.user or name}@{HOSTNAME}"}
+    own = {"HOME": WORKSPACE, "USER": name, "LOGNAME": name, "EMAIL": f"{name}@{HOSTNAME}"}
+    return {**usual, **of_image, **own}
 
 
 def _mount(mount: str) -> Bind:

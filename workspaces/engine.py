@@ -95,7 +95,8 @@ class Engine:
             EngineUnavailable: it does not answer, or failed.
         """
         mark = new_id()
-        body = {**body, "Labels": {**(body.get("Labels") or {}), labels.CREATE: mark}}
+        marks = {labels.CREATE: mark, labels.NAME: name}
+        body = {**body, "Labels": {**(body.get("Labels") or {}), **marks}}
         params = {"name": name, **({"platform": platform} if platform else {})}
         async with self._gate:
             call = asyncio.ensure_future(
@@ -197,7 +198,10 @@ class Engine:
     async def containers(
         self, by_label: Mapping[str, str | None], *, name: str | None = None
     ) -> list[dict[str, Any]]:
-        """Return the containers in all states that have these labels, with any value where that is None."""
+        """Return the containers in all states that have these labels, with any value where that is None.
+
+        Those that have them of an image alone are none of ours, and left out.
+        """
         filters = _by_label(by_label)
         if name is not None:
             filters["name"] = [f"^/{name}$"]
@@ -205,7 +209,7 @@ class Engine:
         answer = await self._api.ask(
             "GET", "containers/json", what="list containers", params=params, again=True
         )
-        return list(answer)
+        return [found for found in answer if not by_label or labels.CREATE in by_label or _is_ours(found)]
 
     async def stats(self, id: str) -> Usage:
         """Return what a container uses at this moment; of one that does not run nothing is known.
@@ -386,6 +390,11 @@ def _plain(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise NotFound(f"nothing on an engine can have the name {name[:64]!r}")
     return name
+
+
+def _is_ours(container: Mapping[str, Any]) -> bool:
+    """Whether its labels were made for it: they have its name."""
+    return f"/{(container.get('Labels') or {}).get(labels.NAME)}" in (container.get("Names") or ())
 
 
 def _by_label(by_label: Mapping[str, str | None]) -> dict[str, list[str]]:

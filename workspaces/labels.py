@@ -17,5 +17,8 @@ EXPIRES = "io.agentserver.expires"
 """Seconds since the Unix epoch; after it anybody's sweep may remove it when it does not run."""
 OWNER = "io.agentserver.owner"
 """Of clients: boot id, process id and its start in ticks, to see whether the owner still lives."""
+NAME = "io.agentserver.name"
+"""The container's own name. An image that was made of one of ours hands all of these labels on; a container of it has
+another name, so it is nobody's of us."""
 CREATE = "io.agentserver.create"
 """Names one call of `Engine.create`, so that what it made is found when its answer is lost."""

@@ -64,6 +64,8 @@ class SandboxOptions(Struct, frozen=True, kw_only=True):
     """The folder of box runtimes; None: one in the data folder."""
     disk: int | None = 2 << 30
     """Bytes of a workspace that nobody said a size for, where they can be limited; None: no workspace has a limit."""
+    mounts: tuple[str, ...] = ()
+    """Folders of this machine of which parts may be mounted."""
     pool: Mapping[str, int] = {}
     """How many boxes of which image wait for an owner."""
 
@@ -138,6 +140,11 @@ class Sandboxes:
     def environment(self) -> Mapping[str, str]:
         """See Site."""
         return self._options.environment
+
+    @property
+    def allowed_mounts(self) -> tuple[str, ...]:
+        """See Site."""
+        return self._options.mounts
 
     @property
     def preferred_runtime(self) -> str:

@@ -87,6 +87,11 @@ class Site(Protocol):
         ...
 
     @property
+    def allowed_mounts(self) -> tuple[str, ...]:
+        """Folders of this machine of which parts may be mounted."""
+        ...
+
+    @property
     def preferred_runtime(self) -> str:
         """Of the engine, for sandboxes that name none."""
         ...

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_sdk.local.users import HIGHEST
 from agent_sdk.protocol.results import Profile
 from workspaces.container_body import KERNEL, UID
+from workspaces.mounts import Source
 
 TASKS = 1 << 5 | 1 << 6 | 1 << 7
 """What the box of a task keeps, and its commands do not: KILL, SETGID, SETUID."""
@@ -19,7 +20,7 @@ _FROM_THE_ENGINE = (
     "/etc/hostname",
     "/etc/hosts",
 )
-_OWN_KERNEL = frozenset({"runsc"})
+OWN_KERNEL = frozenset({"runsc"})
 """Runtimes with a kernel of their own, which says other things of itself."""
 
 
@@ -64,6 +65,16 @@ def box_differences(body: Mapping[str, Any], profile: Profile | None) -> list[st
     return list(_differences(body["HostConfig"], profile))
 
 
+def mount_differences(sources: Iterable[Source], profile: Profile | None) -> list[str]:
+    """Return what is mounted of the machine, but is something else than what was allowed, one phrase each."""
+    found = {mount.target: (mount.device, mount.inode) for mount in (profile.mounts if profile else ())}
+    return [
+        f"what is mounted at {source.target} is not what was allowed"
+        for source in sources
+        if found.get(source.target) != (source.device, source.inode)
+    ]
+
+
 def _differences(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:
     is_task = not asked["ReadonlyRootfs"]
     if not is_task and {found.uid, found.gid, *found.groups} != {UID}:
@@ -77,7 +88,7 @@ def _differences(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:
     ):
         if not _is_within(value, most):
             yield f"its {name} capabilities are {value[:32]}"
-    if asked["Runtime"] not in _OWN_KERNEL:
+    if asked["Runtime"] not in OWN_KERNEL:
         if not found.no_new_privileges:
             yield "it may gain privileges"
         if found.seccomp != FILTERED or found.seccomp_filters == 1:  # 0: the kernel does not say

@@ -92,6 +92,9 @@ class Mount(Struct, frozen=True, kw_only=True):
     """Of the file system."""
     options: tuple[str, ...] = ()
     """Of the mount itself: ro, nosuid, nodev, noexec."""
+    device: int = 0
+    """With `inode`: which file or folder is there, as `stat` tells; 0: not known."""
+    inode: int = 0
 
 
 class Profile(Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -176,3 +177,19 @@ async def test_an_engine_that_goes_away_is_told_of_and_swept_when_it_is_back(eng
         async with on_the_way(engine, tmp_path / "engine.sock"):
             await sweep.once()
         assert len(told.removed) == 1
+
+
+async def test_a_container_of_an_image_that_was_made_of_ours_is_a_strangers(engine, instance):
+    mine = {labels.INSTANCE: instance, labels.ROLE: labels.BOX}
+    ours, theirs, image = name(), name(), f"agent-test/committed:{new_id()}"
+    id = await engine.create(ours, body(mine))
+    try:
+        for command in (["commit", id, image], ["create", "--name", theirs, image]):
+            await asyncio.to_thread(subprocess.run, ["docker", *command], check=True, capture_output=True)
+        told = Told()
+        async with told.sweep(engine, instance):
+            assert told.removed == [("container", ours)]
+            assert len(await engine.containers({}, name=theirs)) == 1
+    finally:
+        for command in (["rm", "-f", theirs], ["rmi", image]):
+            await asyncio.to_thread(subprocess.run, ["docker", *command], capture_output=True)
