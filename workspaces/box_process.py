@@ -184,6 +184,7 @@ class BoxProcess:
         try:
             await self._start()
         except BaseException:
+            self.kill()  # nothing runs in it yet that would have to be asked to end
             await self.end()
             raise
 
@@ -194,7 +195,8 @@ class BoxProcess:
     def kill(self) -> None:
         """Kill the box alone; `end` cleans up after it."""
         if self._pidfd >= 0:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def let_go(self) -> None:
         """Leave it to itself: it goes on until its `linger` is over, and can be found again until then."""

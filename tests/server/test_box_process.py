@@ -14,6 +14,7 @@ import pytest
 
 from agent_sdk.protocol.errors import PathNotFound, WorkspaceUnavailable
 from agent_sdk.remote.workspace import RemoteWorkspace
+from tests.chaos.server import environ, processes
 from tests.server.wire import GUARD
 from workspaces.box_process import MARKER, BoxProcess
 
@@ -105,6 +106,24 @@ async def test_cancelling_the_start_leaves_no_process(root, folder, tmp_path):
         await starting
     assert gone(box.pid)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 8, 13])
+async def test_a_start_can_be_cancelled_at_every_step(root, folder, steps):
+    await cancelled_after(steps, BoxProcess(root, folder, environment=ENVIRONMENT))
+
+
+async def cancelled_after(steps: int, box: BoxProcess) -> None:
+    """Cancel its start after so many turns of the loop: nothing is left of it, and that soon."""
+    starting = asyncio.create_task(box.start())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    assert starting.cancelled()
+    assert not box.folder.exists()
+    marked = f"{MARKER}={box.instance}\0".encode()
+    assert [process for process in processes() if marked in environ(process)] == []
 
 
 async def test_a_box_that_was_killed_shows_how_it_ended(root, folder):

@@ -19,6 +19,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import IsolationUnavailable, PathDenied
 from agent_sdk.remote.workspace import RemoteWorkspace
 from tests.contract.workspace import WorkspaceContract
+from tests.server.test_box_process import cancelled_after
 from workspaces.box_process import BoxProcess
 from workspaces.confinement import NOT_CONFINED, Confinement, confinement
 
@@ -185,6 +186,13 @@ async def test_what_runs_in_a_confined_box_that_is_killed_is_ended(box):
     assert running
     assert [gone(pid) for pid in running if psutil_marked(pid, box.instance)] == []
     assert all(gone(child.pid) for child in inside)
+
+
+@as_root
+@both
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 13])
+async def test_the_start_of_a_confined_box_can_be_cancelled_at_every_step(box, steps):
+    await cancelled_after(steps, box)
 
 
 def psutil_marked(pid: int, instance: str) -> bool:
