@@ -176,6 +176,10 @@ Flags have no other meaning and are zero.
   Where the call fails it is reset.
 * Either side may reset a stream: nothing more comes. Frames of streams that are over are ignored for
   a while.
+* A stream begins with a frame of at most 4 KiB, and each may be twice as long as the one before: so something
+  arrives over a connection that does not live long. Credit comes at least every quarter of a second while bytes do.
+* An end that has sent nothing for half of `heartbeat_s` sends a WebSocket pong unasked: on a thin line a ping may
+  be stuck behind bytes that move. Foreign clients that receive much over thin lines should do the same.
 * Streams take turns, one frame each. Answers, calls, notices and credit overtake events; events
   overtake streams.
 * `message` frames use stream 0 for events and stream 1 for everything else, one message after the

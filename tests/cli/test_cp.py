@@ -65,6 +65,17 @@ def test_a_broken_copy_leaves_nothing_behind(client, conversation):
     assert list(client.folder.glob("copy*")) == []
 
 
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [("../stray", b"leads out of the workspace: ../stray"), ("said.txt/x", b"a directory: said.txt/x")],
+)
+def test_a_refused_copy_of_a_long_file_is_one_sentence(client, conversation, target, sentence):
+    (client.folder / "long").write_bytes(bytes(3_000_000))
+    done = client.run("cp", "--conversation", conversation, "long", f":{target}")
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1), done.stderr
+    assert sentence in done.stderr
+
+
 def test_the_list_shows_a_conversation(client, conversation):
     head, *rows = client.run("ls").stdout.decode().splitlines()
     assert head.split() == ["CONVERSATION", "STATE", "UPDATED", "EVENTS", "MODEL", "TITLE"]
