@@ -76,7 +76,8 @@ def _until_stopped(work: Callable[[argparse.Namespace], Awaitable[int]], given: 
             task.cancel()
 
         for number in (signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, stop, number)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                loop.add_signal_handler(number, stop, number)
         return await work(given)
 
     try:

@@ -25,9 +25,17 @@ RUN = f"TESTS_RUN={os.environ['TESTS_RUN']}".encode()
 SHORT_LIVED = {"AGENT_SERVER_BOXES_ON_STOP": "end", "AGENT_SERVER_BOX_LINGER_SECONDS": "120"}
 """For servers of tests: nothing stays for long, also when the run is killed."""
 
+USUAL_SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give this run a place of its own for temporary files, so that it sees only what it left itself."""
+    """Give this run a place of its own for temporary files, so that it sees only what it left itself.
+
+    In the background of a script it ignores some signals, and every program that a test starts would, too.
+    """
+    for number, usual in USUAL_SIGNALS.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="tests-")
     tempfile.tempdir = None
 

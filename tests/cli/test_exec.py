@@ -84,6 +84,15 @@ def test_stopping_it_ends_the_command_with_all_it_started(shell, number):
     assert not runs(child)
 
 
+def test_under_nohup_it_outlives_its_terminal(shell):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        done = shell.run("exec", "kill -HUP $PPID; sleep 0.3; echo end")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (done.stdout, done.returncode) == (b"end\n", 0)
+
+
 def test_stopping_it_ends_a_command_on_a_server_too(client):
     where = client.environ["AGENT_SERVER_URL"]
     with client.start("exec", "--workspace", where, "echo $$; exec sleep 1000") as process:
