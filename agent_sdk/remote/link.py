@@ -16,12 +16,14 @@ from agent_sdk.protocol.errors import (
     DRAINING,
     AgentServerError,
     ConnectionLost,
+    InvalidParams,
     OutcomeUnknown,
     Overloaded,
     TimedOut,
 )
 from agent_sdk.protocol.methods import Effect, Method
 from agent_sdk.rpc.peer import Peer
+from agent_sdk.version import __version__
 
 T = TypeVar("T")
 
@@ -119,6 +121,9 @@ async def passed(peer: Peer, error: AgentServerError) -> None:
     """Return when what failed so over this connection is to be tried over the next one; else raise the error."""
     if isinstance(error, ConnectionLost) and peer.lost is not None:
         return  # else the other end says it, of a connection of its own
+    if isinstance(error, InvalidParams) and "unknown field" in error.message:
+        older = f"the other end is older than this client (agent-sdk {__version__}) and does not know it yet; update it"
+        raise InvalidParams(f"{error.message}: {older}", **error.details)
     if not (isinstance(error, Overloaded) and error.details.get("reason") == DRAINING):
         raise error
     await peer.wait_closed()  # it was refused; the next server will not

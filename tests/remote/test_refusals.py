@@ -15,9 +15,13 @@ from agent_sdk.protocol.errors import (
     NotFound,
     Unauthorized,
 )
+from agent_sdk.protocol.methods import Describe
 from agent_sdk.protocol.specs import PROTOCOL_VERSION
 from agent_sdk.remote.address import checked_key, checked_url
+from agent_sdk.remote.link import Fixed, ask
 from agent_sdk.remote.refusal import other_version
+from agent_sdk.rpc.peer import Peer
+from agent_sdk.rpc.pipe import memory_pipes
 from tests.listeners import answering, certify, response, serving, trusting
 
 KEY = "a-key-of-this-test"
@@ -232,3 +236,14 @@ def test_no_proxy_excepts_hosts(monkeypatch):
     assert [proxy_for(f"http://{host}/") for host in ("127.0.0.1:80", "a.corp.example", "host:8000")] == [
         None
     ] * 3
+
+
+async def test_a_call_with_something_that_an_older_server_does_not_know_says_so():
+    here, there = memory_pipes()
+
+    async def refuse(params, call):
+        raise InvalidParams("$.params: object contains unknown field merge")
+
+    async with Peer(there, {Describe: refuse}, opener=False), Peer(here, opener=True) as peer:
+        with pytest.raises(InvalidParams, match="merge: the other end is older than this client"):
+            await ask(Fixed(peer), Describe())
