@@ -386,9 +386,7 @@ class Workspace(Protocol):
         op_id: str | None = None,
         user: str | None = None,
     ) -> ExecResult:
-        """Run a command and wait for its end.
-
-        Cancelling ends the whole process tree: TERM, after 5 s KILL.
+        """Run a command and wait for its end; cancelling ends the whole process tree (TERM, after 5 s KILL).
 
         Args:
             command: text is run by bash (sh where there is none), a list is run as it is.
@@ -407,8 +405,7 @@ class Workspace(Protocol):
 
         Raises:
             InvalidParams, OutsideWorkspace, PolicyDenied: the arguments are not acceptable.
-            IsolationUnavailable: the commands of this workspace cannot be that user.
-            OpMismatch: the op_id was used for another call.
+            IsolationUnavailable, OpMismatch: no command here can be that user; the op_id was used for another call.
             WorkspaceUnavailable: the place is gone.
         """
         ...
@@ -426,9 +423,7 @@ class Workspace(Protocol):
         op_id: str | None = None,
         user: str | None = None,
     ) -> Process:
-        """Start a command and return at once; it runs until it ends or the workspace closes.
-
-        `op_id`, `user`: as in `execute`.
+        """Start a command and return at once; it runs until it or the workspace ends. `op_id`, `user`: see `execute`.
 
         Raises:
             PathNotFound, PathDenied: the program or folder is missing or not executable.
@@ -448,12 +443,17 @@ class Workspace(Protocol):
         ...
 
     async def upload(
-        self, source: LocalPath, target: str, *, on_progress: OnProgress | None = None
+        self,
+        source: LocalPath,
+        target: str,
+        *,
+        on_progress: OnProgress | None = None,
+        op_id: str | None = None,
     ) -> Transferred:
         """Copy a file of this machine into the workspace: whole and verified, or not at all.
 
         Constant memory, any size; parents are made, mode bits kept. A slow `on_progress` delays it. Where a
-        connection is lost it goes on over the next one behind what has come.
+        connection is lost it goes on over the next one behind what has come. `op_id`: as in `execute`.
 
         Raises:
             PathNotFound, PathDenied, IsADirectory, NotARegularFile, StorageFull: as the paths deserve.

@@ -413,9 +413,17 @@ class LocalWorkspace:
             raise failed.error from None
 
     async def upload(
-        self, source: LocalPath, target: str, *, on_progress: OnProgress | None = None
+        self,
+        source: LocalPath,
+        target: str,
+        *,
+        on_progress: OnProgress | None = None,
+        op_id: str | None = None,
     ) -> Transferred:
         """See Workspace.upload."""
+        if op_id is not None:
+            work = partial(self.upload, source, target, on_progress=on_progress)
+            return await self._opened().repeats.run(op_id, ("upload", os.fspath(source), target), work)
         self._opened()
         async with open_source(source) as opened:
             chunks = Progress(on_progress, opened.size).watch(opened)

@@ -345,9 +345,15 @@ class RemoteWorkspace:
         return RemoteShell(self.link, name)
 
     async def upload(
-        self, source: LocalPath, target: str, *, on_progress: OnProgress | None = None
+        self,
+        source: LocalPath,
+        target: str,
+        *,
+        on_progress: OnProgress | None = None,
+        op_id: str | None = None,
     ) -> Transferred:
         """See Workspace.upload."""
+        call_id = op_id_or_new(op_id)
         async with open_source(source) as opened:
             size, mode = opened.size, opened.mode
 
@@ -359,7 +365,7 @@ class RemoteWorkspace:
                     yield data
 
         progress = Progress(on_progress, size)
-        return await outgoing(self.link, _upload(target, size, mode), Repeatable(content), progress)
+        return await outgoing(self.link, _upload(call_id, target, size, mode), Repeatable(content), progress)
 
     async def download(
         self, source: str, target: LocalPath, *, on_progress: OnProgress | None = None
@@ -414,11 +420,13 @@ class RemoteWorkspace:
         end has all but the last 4 MiB; else, where its box was lost, this raises ConnectionLost, and nothing
         was written.
         """
-        return await outgoing(self.link, _upload(path, size, mode), Once(chunks), Progress(None, size or 0))
+        return await outgoing(
+            self.link, _upload(new_id(), path, size, mode), Once(chunks), Progress(None, size or 0)
+        )
 
 
-def _upload(path: str, size: int | None, mode: int | None) -> Upload:
-    return Upload(op_id=new_id(), path=path, channel=NO_CHANNEL, size=size, mode=mode)
+def _upload(op_id: str, path: str, size: int | None, mode: int | None) -> Upload:
+    return Upload(op_id=op_id, path=path, channel=NO_CHANNEL, size=size, mode=mode)
 
 
 def _command(command: str | list[str]) -> dict[str, Any]:

@@ -32,7 +32,15 @@ class RepeatContract:
         assert (await workspace.start(command, op_id=op_id)).id == first.id
         assert await workspace.files.read("runs") == b"run\n"
 
-    async def test_an_op_id_belongs_to_one_call(self, workspace):
+    async def test_an_upload_that_is_repeated_under_its_op_id_writes_once(self, workspace, tmp_path):
+        op_id, source = op(), tmp_path / "source"
+        source.write_bytes(b"mine")
+        first = await workspace.upload(source, "up", op_id=op_id)
+        await workspace.files.write("up", b"theirs")
+        assert await workspace.upload(source, "up", op_id=op_id) == first
+        assert await workspace.files.read("up") == b"theirs"
+
+    async def test_an_op_id_belongs_to_one_call(self, workspace, tmp_path):
         op_id = op()
         await workspace.execute("echo one", op_id=op_id)
         with pytest.raises(OpMismatch):
@@ -43,10 +51,12 @@ class RepeatContract:
     @pytest.mark.parametrize(
         "op_id", ["", "mine", "A" * 36, f"{uuid.UUID(int=1)}\n", f"{{{uuid.UUID(int=1)}}}", 5]
     )
-    async def test_an_op_id_that_is_no_uuid_is_refused(self, workspace, op_id):
+    async def test_an_op_id_that_is_no_uuid_is_refused(self, workspace, tmp_path, op_id):
+        (tmp_path / "source").write_bytes(b"x")
         for call in (
             workspace.execute("echo ran > ran", op_id=op_id),
             workspace.start("echo ran > ran", op_id=op_id),
+            workspace.upload(tmp_path / "source", "ran", op_id=op_id),
         ):
             with pytest.raises(InvalidParams, match="op_id: expected a UUID"):
                 await call
