@@ -191,6 +191,13 @@ async def test_the_least_memory_is_enough_for_a_server_and_a_command():
         assert (await workspace.execute("echo fits")).stdout == "fits\n"
 
 
+async def test_a_memory_kill_in_it_is_told_as_one():
+    async with DockerWorkspace(SERVER, memory="256m") as workspace:
+        killed = await workspace.execute("tail /dev/zero")
+        assert (killed.signal, killed.reason) == (9, "killed: out of memory (limit 256 MiB)")
+        assert (await workspace.shell().run("tail /dev/zero")).reason == "killed: out of memory (limit 256 MiB)"
+
+
 async def test_it_can_be_entered_again():
     workspace = DockerWorkspace(SERVER)
     for _ in range(2):
