@@ -71,9 +71,9 @@ async def test_a_command_that_takes_all_memory_is_killed_and_nothing_else(sandbo
 
 
 async def test_a_folder_in_memory_is_full_before_the_sandbox_is(sandbox):
-    result = await sandbox.execute("head -c 1G /dev/zero > /tmp/fill")
+    result = await sandbox.execute("head -c 1G /dev/zero > /dev/shm/fill")
     assert (result.exit_code, "No space left" in result.stderr) == (1, True)
-    await sandbox.execute("rm /tmp/fill")
+    await sandbox.execute("rm /dev/shm/fill")
     await still_works(sandbox)
 
 

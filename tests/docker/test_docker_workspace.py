@@ -195,7 +195,9 @@ async def test_a_memory_kill_in_it_is_told_as_one():
     async with DockerWorkspace(SERVER, memory="256m") as workspace:
         killed = await workspace.execute("tail /dev/zero")
         assert (killed.signal, killed.reason) == (9, "killed: out of memory (limit 256 MiB)")
-        assert (await workspace.shell().run("tail /dev/zero")).reason == "killed: out of memory (limit 256 MiB)"
+        assert (
+            await workspace.shell().run("tail /dev/zero")
+        ).reason == "killed: out of memory (limit 256 MiB)"
 
 
 async def test_it_can_be_entered_again():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
+import psutil
 import pytest
 
 from agent_sdk import Conversation, RemoteWorkspace
@@ -235,10 +237,11 @@ async def test_a_command_that_runs_into_a_limit_is_told_and_the_sandbox_goes_on(
 
 async def test_a_box_that_is_killed_for_want_of_memory_is_told_as_that(server, engine):
     async with sandbox(server, FULL, memory="64m") as workspace:
-        box = (await workspace.describe()).pid
+        await workspace.execute("true")
+        first = psutil.Process((await container(engine, workspace))["State"]["Pid"])
         # Its commands are killed first, unless it is as ready to die and larger than any of them.
+        Path(f"/proc/{first.children()[0].pid}/oom_score_adj").write_text("1000")
         eaten = await workspace.execute(
-            f"echo 1000 >/proc/{box}/oom_score_adj; "
             "for i in $(seq 20); do python3 -c 'import time; x = b\"x\" * (4 << 20); time.sleep(60)' & done; wait"
         )
         assert eaten.status == "unknown"
