@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from agent_sdk.protocol import errors, events
     from agent_sdk.protocol.events import Delta, Event
     from agent_sdk.protocol.specs import ConfirmationPolicy, Sandbox, ScriptedLLM
+    from agent_sdk.remote.server import AgentServer
     from agent_sdk.remote.workspace import RemoteWorkspace
     from agent_sdk.tools import tool
     from agent_sdk.workspace import ExecResult, Exit, FileInfo, Process, Transferred, Workspace
@@ -53,6 +54,7 @@ __all__ = [
     "LLM",
     "Accepted",
     "Agent",
+    "AgentServer",
     "ConfirmationPolicy",
     "Conversation",
     "Cursor",
@@ -92,6 +94,7 @@ _HOME = {
     "ConfirmationPolicy": "protocol.specs",
     "Sandbox": "protocol.specs",
     "ScriptedLLM": "protocol.specs",
+    "AgentServer": "remote.server",
     "RemoteWorkspace": "remote.workspace",
     "tool": "tools",
     "ExecResult": "workspace",

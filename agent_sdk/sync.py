@@ -27,10 +27,20 @@ from agent_sdk.protocol.events import Event
 from agent_sdk.protocol.specs import ConfirmationPolicy, Sandbox
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection
+from agent_sdk.remote.server import AgentServer as AsyncAgentServer
 from agent_sdk.remote.workspace import RemoteWorkspace as AsyncRemoteWorkspace
 from agent_sdk.tools import tool
 
-__all__ = ["LLM", "Agent", "Conversation", "LocalWorkspace", "RemoteWorkspace", "Sandbox", "tool"]
+__all__ = [
+    "LLM",
+    "Agent",
+    "AgentServer",
+    "Conversation",
+    "LocalWorkspace",
+    "RemoteWorkspace",
+    "Sandbox",
+    "tool",
+]
 
 
 class Process(Twin):
@@ -211,6 +221,22 @@ class RemoteWorkspace(Workspace):
     pause = blocking(AsyncRemoteWorkspace.pause)
     resume = blocking(AsyncRemoteWorkspace.resume)
     snapshot = blocking(AsyncRemoteWorkspace.snapshot)
+
+
+class AgentServer(Twin):
+    """Blocking twin of AgentServer."""
+
+    asynchronous: AsyncAgentServer
+
+    def __init__(self, url: str, api_key: str | None = None, *, ssl: SSLContext | None = None) -> None:
+        super().__init__(Caller(), AsyncAgentServer(url, api_key, ssl=ssl))
+        self._caller.close()  # nothing is kept between calls: the loop ends with each
+
+    def __repr__(self) -> str:
+        return repr(self.asynchronous)
+
+    conversations = blocking(AsyncAgentServer.conversations)
+    delete = blocking(AsyncAgentServer.delete)
 
 
 class Conversation(Twin):

@@ -20,6 +20,7 @@ sealing:        the keys that seal secrets         config:        every option
 config_sources: where options are set
 data_folder:    where things last, and its lock    refusal:       why a server does not start
 logs:           log lines without secrets          sandbox_rules: which sandboxes clients may have
+retention:      which conversations go by themselves note:          what is kept of all of them in memory
 
 Servers for others, started on request:
 runtime_api:    the Runtime API, as a whole        runtime_config: what it is told

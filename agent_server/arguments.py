@@ -122,7 +122,21 @@ def _cp(parser: argparse.ArgumentParser) -> None:
     _workspace(parser)
 
 
+def _rm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", type=_id, nargs="+", metavar="ID", help="a conversation; `ls` shows them")
+    _server(parser)
+
+
+def _prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--older-than", type=_duration, metavar="D", help="made before that, e.g. 30d, 12h")
+    parser.add_argument("--idle", type=_duration, metavar="D", help="without an event since then")
+    _server(parser)
+
+
 def _ls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--limit", type=_positive, default=1000, metavar="N", help="at most so many (1000)")
+    parser.add_argument("--tag", action="append", default=[], metavar="NAME=VALUE", help="only those with it")
+    parser.add_argument("--state", metavar="STATE", help="only those: idle, running, awaiting, failed, …")
     _server(parser)
     _json(parser, "print conversations as lines of JSON")
 
@@ -169,6 +183,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "exec": ("run a command in a workspace; its exit code is ours", _exec),
     "cp": ("copy a file into or out of a workspace", _cp),
     "ls": ("list the conversations of a server", _ls),
+    "rm": ("remove conversations with their logs and workspaces", _rm),
+    "prune": ("remove the conversations that nobody has used for long", _prune),
     "events": ("show the events of a conversation", _events),
     "attach": ("watch a conversation and talk to it; Ctrl-C leaves, the agent goes on", _attach),
     "doctor": ("say what works on this machine, and how to mend what does not", _config),
@@ -226,6 +242,15 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number between 1 and 1000000")
     return int(text)
+
+
+def _duration(text: str) -> float:
+    from agent_server.retention import duration  # noqa: PLC0415  msgspec is not loaded for --help
+
+    seconds = duration(text)
+    if seconds is None:
+        raise argparse.ArgumentTypeError(f"{text[:64]!r} is no duration; write a number and s, m, h, d or w")
+    return seconds
 
 
 def _seconds(text: str) -> float:

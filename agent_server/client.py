@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, PathDenied, PathNotFound
 from agent_sdk.remote.address import checked_key, checked_url
+from agent_sdk.remote.server import AgentServer
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server.config import ClientEnvironment, client_environment
 from agent_server.hosts import is_loopback
@@ -28,6 +29,10 @@ class Server(Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"Server(url={self.url!r})"
+
+    def administration(self) -> AgentServer:
+        """Return what lists and removes its conversations."""
+        return AgentServer(self.url, self.api_key)
 
     def workspace(
         self, *, conversation: str | None = None, working_dir: str | None = None

@@ -39,6 +39,9 @@ MostSize = Annotated[
     str,
     Meta(pattern=r"^([0-9]{1,9}[mgt])?$", description="a size like 8g, or nothing for as much as there is"),
 ]
+Duration = Annotated[
+    str, Meta(pattern=r"^(none|[0-9]{1,6}[smhdw])$", description="a duration like 90d or 12h, or none")
+]
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -91,6 +94,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     idle_seconds: Seconds = 1200.0
     """How long a conversation that nobody uses keeps its box and its place in memory; its box at least while a
     call runs in it."""
+    retention: Duration = "none"
+    """How long a conversation without an event is kept, like 90d; then it is removed with its log and workspace."""
     handshake_seconds: Timeout = 10.0
     """How long a connection may take to send its request, and then its `initialize`."""
     body_seconds: Timeout = 30.0

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Self
 
 import msgspec
-from msgspec import Struct
 from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
-from agent_sdk.local.log import ConversationRow, EventLog
+from agent_sdk.local.log import EventLog
 from agent_sdk.local.settings import Settings
 from agent_sdk.protocol.errors import (
     AgentServerError,
+    ConversationDamaged,
     ConversationNotFound,
     InvalidParams,
     IsolationUnavailable,
@@ -25,9 +25,9 @@ from agent_sdk.protocol.errors import (
     PathNotFound,
     PolicyDenied,
 )
-from agent_sdk.protocol.methods import SnapshotTaken
-from agent_sdk.protocol.results import Snapshot
-from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
+from agent_sdk.protocol.methods import ListConversations, SnapshotTaken
+from agent_sdk.protocol.results import Snapshot, State
+from agent_sdk.protocol.specs import WorkspaceSpec
 from agent_sdk.rpc.peer import Peer
 from agent_server.box_link import BoxLink
 from agent_server.boxes import Boxes
@@ -36,30 +36,13 @@ from agent_server.data_folder import DataFolder
 from agent_server.hosted import CLOSE_GONE, Hosted
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
+from agent_server.note import Note, note_of, snapshot_of
+from agent_server.retention import Retention, duration
 from agent_server.sandbox_rules import checked
 from agent_server.work import Work
 
 SHOWN_ID = 64
 RESUMED_AT_ONCE = 8
-
-
-class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the server notes about a conversation beside its log."""
-
-    owner: str
-    """The conversation whose workspace it uses; its own id, or that of the one it shares with."""
-    working_dir: str | None = None
-    """An existing folder instead of one in the data folder."""
-    sandbox: Sandbox | None = None
-    """What its workspace is, if that is a container."""
-    title: str | None = None
-    tags: dict[str, str] = {}
-    model: str | None = None
-
-    @property
-    def workspace(self) -> str:
-        """See Snapshot.workspace."""
-        return self.working_dir or self.owner
 
 
 class Conversations:
@@ -83,9 +66,13 @@ class Conversations:
         self._work = work
         self._settings = settings
         self._notes: dict[str, Note] = {}
+        """By id, the oldest first."""
+        self._left: dict[str, State] = {}
+        """The states of those that the last server did not leave idle, until they are in memory."""
         self._hosted: dict[str, Hosted] = {}
         self._boxes = Boxes(config, folder, logs, self._count_boxes)
         self._stopping = False
+        self._retention = Retention(self, log, logs, duration(config.retention))
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._letting_go: set[asyncio.Task[None]] = set()
@@ -96,8 +83,10 @@ class Conversations:
 
     async def __aenter__(self) -> Self:
         rows = await self._log.list()
-        for row in rows:
-            self._notes[row.id] = _note(row)
+        for row in reversed(rows):
+            self._notes[row.id] = note_of(row)
+            if row.damaged or row.open_turn is not None:
+                self._left[row.id] = "damaged" if row.damaged else "running"
         await self._boxes.__aenter__()
         await self._finish_removals()
         for row in rows:
@@ -107,6 +96,7 @@ class Conversations:
                 )
         abandoned = [row.id for row in rows if row.open_turn is not None and not row.damaged]
         self._resuming = asyncio.create_task(self._resume(abandoned))
+        self._retention.begin()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -115,6 +105,7 @@ class Conversations:
     async def close(self) -> None:
         """Let go of everything, leave turns and boxes to the next server; may be called again."""
         self._stopping = True
+        await self._retention.end()
         if self._resuming is not None:
             self._resuming.cancel()
             await asyncio.wait([self._resuming])
@@ -190,28 +181,55 @@ class Conversations:
         hosted = await self._get(id)
         try:
             await hosted.open()
-        except BaseException:
+        except BaseException as exc:
+            if isinstance(exc, ConversationDamaged):
+                self._left[id] = "damaged"
             self.let_go(hosted)
             raise
+        self._left.pop(id, None)
         return hosted
 
-    def let_go(self, hosted: Hosted) -> None:
-        """One user less; the last leaves it in memory for a while."""
+    def let_go(self, hosted: Hosted, *, for_good: bool = False) -> None:
+        """One user less; the last leaves it in memory for a while. `for_good`: that user does not come back."""
         hosted.users -= 1
+        if not hosted.users and for_good and not self._stopping:
+            self._retention.left(hosted.id, hosted.head_seq)
         if not hosted.users and self._hosted.get(hosted.id) is hosted:
             loop = asyncio.get_running_loop()
             delay = self._config.idle_seconds if hosted.id in self._notes else 0.0
             self._timers[hosted.id] = loop.call_later(delay, self._evict, hosted)
 
-    async def snapshots(self, limit: int) -> list[Snapshot]:
-        """Return the conversations, newest first. Those that are not in memory have no stats."""
+    async def snapshots(self, wanted: ListConversations) -> list[Snapshot]:
+        """Return a page of conversations, newest first. Those that are not in memory have no stats.
+
+        Of the log nothing is read but what is returned.
+        """
+        ids = list(reversed(self._notes))
+        if wanted.before in self._notes:
+            ids = ids[ids.index(wanted.before) + 1 :]
+        elif wanted.before is not None:  # gone since; our own ids grow with time
+            ids = [id for id in ids if id < wanted.before]
+        ids = [id for id in ids if self._may_be(id, wanted)]
+        found: list[Snapshot] = []
+        while ids and (room := wanted.limit - len(found)):
+            page, ids = ids[:room], ids[room:]
+            found += [each for each in await self._read(page) if wanted.state in (None, each.state)]
+        return found
+
+    def _may_be(self, id: str, wanted: ListConversations) -> bool:
+        if not wanted.tags.items() <= self._notes[id].tags.items():
+            return False
+        return wanted.state is None or id in self._hosted or self._left.get(id, "idle") == wanted.state
+
+    async def _read(self, ids: list[str]) -> list[Snapshot]:
+        rows = {row.id: row for row in await self._log.list(ids)}
         found = []
-        for row in (await self._log.list())[:limit]:
-            hosted = self._hosted.get(row.id)
+        for id in ids:
+            hosted = self._hosted.get(id)
             if hosted is not None and hosted.epoch:
                 found.append(await hosted.state())
-            elif row.id in self._notes:
-                found.append(_snapshot(row, self._notes[row.id]))
+            elif id in rows and id in self._notes:
+                found.append(snapshot_of(rows[id], self._notes[id]))
         return found
 
     async def note(self, hosted: Hosted) -> None:
@@ -245,8 +263,36 @@ class Conversations:
         async with hosted.link.still():
             return await self._boxes.sandboxes.snapshot(note.owner)
 
-    async def delete_damaged(self, id: str) -> None:
-        """Remove a conversation that cannot be opened any more."""
+    def in_memory(self, id: str) -> bool:
+        """Whether somebody uses it, or did a short while ago."""
+        return id in self._hosted
+
+    async def is_empty(self, id: str) -> bool:
+        """Whether nothing would be missed: no file in its workspace, nothing that runs, and nobody who shares it."""
+        note = self._notes.get(id)
+        if note is None or note != Note(owner=note.owner, working_dir=note.working_dir, sandbox=note.sandbox):
+            return False
+        if any(other.owner == id for name, other in self._notes.items() if name != id):
+            return False
+        link = self._boxes.link_of(note.owner)
+        if link is not None and note.owner == id and not await link.idle():
+            return False
+        if note.owner != id or note.working_dir is not None:
+            return True
+        if note.sandbox is not None:
+            return not await asyncio.to_thread(self._boxes.sandboxes.has_files, id)
+        return await asyncio.to_thread(self._folder.confinement.is_empty, self._folder.workspace(id))
+
+    async def remove(self, id: str, *, unless_used: bool = False) -> None:
+        """Remove a conversation that may be damaged, or that nobody uses; `unless_used`: see to that."""
+        hosted = self._hosted.get(id)
+        used = id in self._closing or (hosted is not None and (hosted.users or hosted.busy))
+        if unless_used and used:
+            return
+        if hosted is not None and hosted.epoch:
+            async with self.using(id):
+                await self.delete(hosted)
+            return
         note = self._notes.pop(id, None)
         await self._condemn(note)
         await self._log.delete(id)
@@ -385,28 +431,6 @@ class Conversations:
 
     def _count_boxes(self) -> None:
         self._metrics.boxes.set(self._boxes.running)
-
-
-def _note(row: ConversationRow) -> Note:
-    try:
-        return msgspec.convert(row.meta, Note)
-    except msgspec.ValidationError:
-        return Note(owner=row.id)
-
-
-def _snapshot(row: ConversationRow, note: Note) -> Snapshot:
-    return Snapshot(
-        id=row.id,
-        state="damaged" if row.damaged else "running" if row.open_turn else "idle",
-        epoch=row.epoch,
-        head_seq=row.head_seq,
-        title=note.title,
-        tags=note.tags,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-        model=note.model,
-        workspace=note.workspace,
-    )
 
 
 def _existing_folder(given: str | None, folder: DataFolder) -> str | None:

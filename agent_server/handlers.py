@@ -256,7 +256,7 @@ def server_handlers(conversations: Conversations) -> Handlers:
     """Return who answers what concerns no particular conversation."""
 
     async def list_conversations(params: ListConversations, call: Inbound) -> list[Snapshot]:
-        return await conversations.snapshots(params.limit)
+        return await conversations.snapshots(params)
 
     async def ping(params: Ping, call: Inbound) -> Pong:
         return Pong()

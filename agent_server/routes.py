@@ -24,7 +24,7 @@ from agent_sdk.protocol.errors import (
     LimitExceeded,
     to_wire,
 )
-from agent_sdk.protocol.methods import Delete, Done, EventPage, Initialize, Method
+from agent_sdk.protocol.methods import Delete, Done, EventPage, Initialize, ListConversations, Method
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from agent_sdk.rpc.websocket import WebSocketPipe
@@ -100,7 +100,7 @@ class Routes:
 
     async def conversations(self, request: web.Request) -> web.Response:
         """List the conversations, newest first."""
-        return as_json(await self._lobby.conversations.snapshots(_number(request, "limit", 100, 1, PAGE)))
+        return as_json(await self._lobby.conversations.snapshots(_wanted(request)))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Give a page of events as JSON, or all of them and live ones as Server-Sent Events."""
@@ -213,7 +213,7 @@ class Routes:
             if call.method != Delete.method:
                 raise
             decode_params(Delete, call.params)
-            await conversations.delete_damaged(id)
+            await conversations.remove(id)
             return Done()
 
     async def _initialize(self, call: Request, wanted: str) -> Any:
@@ -236,6 +236,18 @@ async def _run(handlers: Handlers, call: Request) -> Any:
     inbound = HttpCall(Peer(memory_pipes()[0], opener=False), call.id)
     with structlog.contextvars.bound_contextvars(call=call.id):
         return await handlers[method](decode_params(method, call.params), inbound)
+
+
+def _wanted(request: web.Request) -> ListConversations:
+    """What the query asks for: limit, before, state, and any number of `tag=NAME=VALUE`."""
+    given: dict[str, Any] = {
+        name: request.query[name] for name in ("before", "state") if name in request.query
+    }
+    tags = dict(tag.partition("=")[::2] for tag in request.query.getall("tag", []))
+    return decode_params(
+        ListConversations,
+        Raw(msgspec.json.encode({"limit": _number(request, "limit", 100, 1, PAGE), "tags": tags, **given})),
+    )
 
 
 def _number(request: web.Request, name: str, default: int, least: int, most: int) -> int:

@@ -25,6 +25,7 @@ from agent_server.hosted import CLOSE_GONE, Hosted
 from agent_server.introduction import NEW, check_initialize, initialized, named_or_new
 from agent_server.lobby import Lobby
 
+CLOSE_NORMAL = 1000
 CLOSE_DRAINING = 4503
 SHOWN = 64
 
@@ -47,6 +48,8 @@ class Session:
         self._connection = connection
         self._wanted = wanted
         self._key_shown = key_shown
+        self._code = 0
+        """With which the connection ended."""
         self._begun = False
         self._late: asyncio.TimerHandle | None = None
         self.hosted: Hosted | None = None
@@ -86,6 +89,7 @@ class Session:
             async with self.peer:
                 self.peer.ended.add_done_callback(self._lost)
                 code, reason = await self._verdict
+                self._code = code
                 if self.peer.lost is None:
                     await self.peer.close(code, reason)
                 if self.hosted is not None:
@@ -119,7 +123,7 @@ class Session:
             self.hosted.guests.discard(self)
             self.hosted.tools.forget(self.peer)
             self._lobby.metrics.sessions.dec()
-            self._lobby.conversations.let_go(self.hosted)
+            self._lobby.conversations.let_go(self.hosted, for_good=self._code == CLOSE_NORMAL)
         self._lobby.leave(self.peer)
         self.ended.set_result(None)
 

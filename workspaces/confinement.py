@@ -138,6 +138,12 @@ class Confinement(Struct, frozen=True):
         with _named(folder) as descriptor:
             os.chown(descriptor, self.user, self.user)
 
+    def is_empty(self, folder: Path) -> bool:
+        """Whether there is nothing in a folder that belongs to the boxes; True also when it is not there. Blocks."""
+        with rights_of(self.user), suppress(FileNotFoundError), os.scandir(folder) as entries:
+            return next(entries, None) is None
+        return True
+
     def remove(self, folder: Path) -> None:
         """Remove a folder that belongs to the boxes, as far as it can be done. Blocks."""
         with rights_of(self.user):

@@ -190,6 +190,16 @@ class Sandboxes:
         """Remove the workspace of an owner for good; nothing runs in it any more."""
         await self._disks.remove(owner)
 
+    def has_files(self, owner: str) -> bool:
+        """Whether something may be in the workspace of an owner; what is on a disk is not looked at. Blocks."""
+        if self._disks.image(owner).exists():
+            return True
+        folder = self._disks.folder(owner)
+        try:
+            return folder.exists() and their_files.size(folder) > 0
+        except OSError:
+            return True
+
     async def snapshot(self, owner: str) -> SnapshotTaken:
         """Copy the files of an owner; nothing may write them meanwhile. See Snapshots.take."""
         return await self._snapshots.take(owner)

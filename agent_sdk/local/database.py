@@ -16,6 +16,8 @@ from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
 
 WAL_BYTES_KEPT = 64 << 20
 TAILS_KNOWN = 10_000
+PAGES_GIVEN_BACK = 1000
+"""In one commit: 4 MiB, which others wait for."""
 
 _FIELDS = "id, epoch, created, meta, origin, open_turn, damaged, recovered"
 
@@ -161,13 +163,15 @@ class Database(Storage):
             with suppress(ConversationDamaged):
                 self.change(id, epoch=epoch, recovered=reason)
 
-    def conversations(self) -> list[Listed]:
-        """Return all conversations, newest first."""
+    def conversations(self, ids: Sequence[str] | None = None) -> list[Listed]:
+        """Return all conversations, or those of these ids, newest first; nothing of others is read."""
         fields = ", ".join(f"c.{name}" for name in Conversation._fields)
+        wanted = "" if ids is None else f"WHERE c.id IN ({', '.join('?' * len(ids))})"
         rows = self.rows(
             f"SELECT {fields}, c.sum, coalesce(e.id & {LAST_SEQ}, 0), coalesce(e.at, c.created) "
             "FROM conversations c LEFT JOIN events e ON e.id = (SELECT max(id) FROM events "
-            f"WHERE id BETWEEN c.key << 36 AND (c.key << 36) | {LAST_SEQ}) ORDER BY c.key DESC"
+            f"WHERE id BETWEEN c.key << 36 AND (c.key << 36) | {LAST_SEQ}) {wanted} ORDER BY c.key DESC",
+            tuple(ids or ()),
         )
         return [Listed(Conversation(*row), sum_of(*row) == sum, head, at) for *row, sum, head, at in rows]
 
@@ -179,6 +183,12 @@ class Database(Storage):
         for table in ("operations", "settings"):
             self.rows(f"DELETE FROM {table} WHERE conversation = ?", (key,))
         self.rows("DELETE FROM conversations WHERE key = ?", (key,))
+
+    def shrink(self) -> bool:
+        """Give some of the room that deletions left in the file back to the disk; return whether there is more."""
+        before = self.value("PRAGMA freelist_count")
+        self.rows(f"PRAGMA incremental_vacuum({PAGES_GIVEN_BACK})")
+        return bool(0 < self.value("PRAGMA freelist_count") < before)
 
     # --- events ---
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
 from agent_sdk.local.chain import ChainBroken
-from agent_sdk.protocol.errors import ConversationDamaged, LeaseLost
+from agent_sdk.protocol.errors import ConversationDamaged, LeaseLost, StorageFull
 from agent_sdk.protocol.events import (
     Event,
     LogRecovered,
@@ -329,9 +329,9 @@ class EventLog:
         """Return the seq of the last event, 0 when there is none."""
         return await self._reader.submit(lambda database: database.head(conversation), writes=False)
 
-    async def list(self) -> builtins.list[ConversationRow]:
-        """Return all conversations, newest first."""
-        found = await self._reader.submit(lambda database: database.conversations(), writes=False)
+    async def list(self, ids: Sequence[str] | None = None) -> builtins.list[ConversationRow]:
+        """Return all conversations, or those of these ids, newest first; what does not exist is left out."""
+        found = await self._reader.submit(lambda database: database.conversations(ids), writes=False)
         return [_row(listed) for listed in found]
 
     async def set_meta(self, conversation: str, meta: dict[str, Any]) -> None:
@@ -350,13 +350,16 @@ class EventLog:
         )
 
     async def delete(self, conversation: str) -> None:
-        """Remove a conversation with all that belongs to it."""
+        """Remove a conversation with all that belongs to it, and give its room back to the disk."""
 
         def work(database: Database) -> None:
             self._heads.pop(conversation, None)
             database.delete(conversation)
 
         await self._writer.submit(work, lane=conversation, writes=True, frees=True)
+        with suppress(StorageFull):  # what is free in the file is used by what is written next
+            while await self._write(conversation, lambda database: database.shrink()):
+                pass
 
     def _write(self, conversation: str, work: Callable[[Database], T]) -> asyncio.Future[T]:
         return self._writer.submit(work, lane=conversation, writes=True)

@@ -2,6 +2,7 @@
 
 connection:   reach a server or a box and authenticate
 address:      URL and key of a server, checked
+server:       the conversations of a server, listed and removed
 refusal:      why a server, or somebody in its place, lets nobody in
 link:         a connection that may be lost and found again
 reconnecting: a client's link to its server

@@ -5,6 +5,8 @@ run:    one conversation to its end
 exec:   a command in a workspace
 cp:     a file into or out of a workspace
 ls:     the conversations of a server
+rm:     conversations, removed
+prune:  those that nobody has used for long, removed
 events: the events of a conversation
 attach: watch a conversation and talk to it
 doctor: what works on this machine

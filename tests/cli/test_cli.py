@@ -31,7 +31,22 @@ def test_the_version_is_that_of_the_package(shell):
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "run", "exec", "cp", "ls", "events", "attach", "doctor", "health", "config"]
+    "command",
+    [
+        "serve",
+        "run",
+        "exec",
+        "cp",
+        "ls",
+        "rm",
+        "prune",
+        "events",
+        "attach",
+        "doctor",
+        "health",
+        "config",
+        "backup",
+    ],
 )
 def test_every_command_explains_itself(shell, command):
     done = shell.run(command, "--help")

@@ -477,3 +477,25 @@ async def test_a_log_knows_which_conversations_have_something_to_do(path):
             await log.append("c", events)
             seen += [row.open_turn for row in await log.list()]
         assert seen == ["", "r", "r", None, ""]
+
+
+async def test_what_a_deleted_conversation_took_is_given_back_to_the_disk(file):
+    async with EventLog.open(file, sole=True) as log:
+        for name in ("kept", "gone"):
+            await log.create(name)
+            await log.append(name, said(*["x" * 100_000] * 100))
+        assert len(await log.list(["gone", "unknown"])) == 1
+        await log.delete("gone")
+        assert [row.id for row in await log.list()] == ["kept"]
+    assert file.stat().st_size < 12_000_000
+
+
+@pytest.mark.parametrize("lost", ["", "-wal"])
+async def test_nothing_is_acknowledged_into_a_file_that_was_removed(file, lost):
+    async with EventLog.open(file) as log:
+        await log.create("c")
+        await log.append("c", said("kept"))
+        Path(f"{file}{lost}").unlink()
+        with pytest.raises(WorkspaceUnavailable, match="was removed or replaced while it was in use"):
+            await log.append("c", said("lost"))
+        assert log.failed.done()

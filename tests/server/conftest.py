@@ -33,14 +33,16 @@ class ServerLog(io.StringIO):
         self._loop.call_soon_threadsafe(self._more.set)
         return written
 
-    async def until(self, event: str) -> dict[str, Any]:
-        """Wait for a line that tells of this."""
+    async def until(self, event: str, times: int = 1) -> dict[str, Any]:
+        """Wait for a line that tells of this, so many times."""
         async with asyncio.timeout(GUARD):
             while True:
                 self._more.clear()
-                for line in self.getvalue().splitlines():
-                    if json.loads(line)["event"] == event:
-                        return json.loads(line)
+                told = [
+                    line for line in map(json.loads, self.getvalue().splitlines()) if line["event"] == event
+                ]
+                if len(told) >= times:
+                    return told[times - 1]
                 await self._more.wait()
 
 

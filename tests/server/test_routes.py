@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 
+from agent_sdk import AgentServer, RemoteWorkspace
 from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import ConversationNotFound, InvalidParams, Unauthorized
 from agent_sdk.protocol.methods import all_methods
 from agent_server.gate import OPEN_PATHS
 from agent_server.routes import Routes
@@ -194,6 +196,79 @@ async def test_an_op_id_counts_on_http_and_websocket_alike(server):
         first = (await rpc(http, "execute", id, **given))["result"]
         second = (await wire.call("execute", **given))["result"]
         assert first["stdout_text"] == second["stdout_text"] == "x\n"
+
+
+# --- the list ---
+
+
+async def test_conversations_are_listed_in_pages_and_by_tag_and_state(server):
+    made = []
+    async with server.http() as http:
+        for nth in range(5):
+            async with server.session() as wire:
+                made.append(wire.answered["conversation"])
+                await wire.call("set_title", op_id=new_id(), title="t", tags={"n": str(nth % 2), "t": "x=y"})
+
+        async def listed(**query):
+            async with http.get("/v1/conversations", params=query) as answer:
+                return [each["id"] for each in await answer.json()]
+
+        newest = made[::-1]
+        assert await listed() == newest
+        assert await listed(limit="2") == newest[:2]
+        assert await listed(limit="2", before=newest[1]) == newest[2:4]
+        assert await listed(before=newest[4]) == []
+        assert await listed(tag="n=1") == [made[3], made[1]]
+        assert await listed(tag="t=x=y", limit="1", state="idle", before=newest[0]) == [newest[1]]
+        assert await listed(state="running") == []
+        await AgentServer(server.url, KEY).delete(newest[1])
+        assert await listed(limit="2", before=newest[1]) == newest[2:4], "the cursor may be gone"
+        assert await status(http, "GET", "/v1/conversations?state=odd") == (400, "invalid_params")
+        assert await status(http, "GET", "/v1/conversations?limit=0") == (400, "invalid_params")
+
+
+async def test_a_server_can_be_looked_after_from_python(server):
+    async with server.session() as wire:
+        await wire.call("set_title", op_id=new_id(), title="mine", tags={"team": "red & blue"})
+        id = wire.answered["conversation"]
+    manager = AgentServer(server.url, KEY)
+    assert [each.title for each in await manager.conversations(tags={"team": "red & blue"}, limit=1)] == [
+        "mine"
+    ]
+    assert await manager.conversations(before=id) == []
+    await manager.delete(id)
+    assert await manager.conversations() == []
+    with pytest.raises(ConversationNotFound):
+        await manager.delete(id)
+    with pytest.raises(InvalidParams):
+        await manager.conversations(limit=0)
+    with pytest.raises(Unauthorized):
+        await AgentServer(server.url, "wrong").conversations()
+
+
+async def test_what_was_only_looked_at_leaves_no_conversation(server):
+    manager = AgentServer(server.url, KEY)
+    async with RemoteWorkspace(server.url, KEY) as looked_at:
+        assert (await looked_at.execute("ls")).exit_code == 0
+        await looked_at.files.list()
+        looking = await manager.conversations()
+        assert [each.id for each in looking] == [looked_at.conversation]
+    await server.log.until("conversation_deleted")
+    assert await manager.conversations() == []
+    kept = []
+    async with RemoteWorkspace(server.url, KEY) as used:
+        await used.execute("touch it")
+        kept.append(used.conversation)
+    async with RemoteWorkspace(server.url, KEY) as busy:
+        await busy.start("sleep 600")
+        kept.append(busy.conversation)
+    async with RemoteWorkspace(server.url, KEY, conversation=kept[0]) as again:
+        assert [info.path for info in await again.files.list()] == ["it"]
+    async with RemoteWorkspace(server.url, KEY) as last:
+        kept.append(last.conversation)
+        assert len(await manager.conversations()) == 3
+    await server.log.until("conversation_deleted", 2)
+    assert [each.id for each in await manager.conversations()] == kept[1::-1]
 
 
 # --- events ---

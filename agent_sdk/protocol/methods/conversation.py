@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Raw, Struct
 
 from agent_sdk.protocol.methods.method import Done, Effect, Method, Name, Offset
-from agent_sdk.protocol.results import Accepted, Snapshot
+from agent_sdk.protocol.results import Accepted, Snapshot, State
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 
 
@@ -150,10 +150,16 @@ class Delete(Effect[Done], frozen=True, kw_only=True):
 
 
 class ListConversations(Method[list[Snapshot]], frozen=True, kw_only=True):
-    """The conversations of the server, newest first."""
+    """The conversations of the server, newest first, a page at a time."""
 
     method = "conversations.list"
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+    before: Annotated[str, Meta(max_length=64)] | None = None
+    """Only those made before this one: the last id of the page before, which may have been deleted since."""
+    tags: Annotated[dict[str, str], Meta(max_length=64)] = {}
+    """Only those that have all of these."""
+    state: State | None = None
+    """Only those in this state."""
 
 
 class ToolOutput(Struct, frozen=True, kw_only=True):
