@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 from agent_sdk.local.database import Database, reserve_of
 from agent_sdk.local.salvage import salvage
-from agent_sdk.local.storage import make_folder, path_error
-from agent_sdk.local.wal import commits_lost
+from agent_sdk.local.storage import Storage, make_folder, path_error
+from agent_sdk.local.wal import commits_lost, frames_read
 from agent_sdk.protocol.errors import AgentServerError, Conflict, StorageFull
 
 EXAMINED_BYTES = 256 << 20
 """A larger file is not examined when it is opened; its events are proven whenever they are read."""
 
+ASKED_BYTES = 1 << 20
+"""A shorter WAL is checked faster than SQLite is asked."""
 FILLED_UP_BYTES = 1 << 30
 HEADER_BYTES = 100
 
@@ -54,8 +56,8 @@ def open_log(path: Path | None, *, sole: bool) -> Opening:
 def _examined(path: Path) -> Opening:
     _refuse_what_is_no_file(path)
     recovered = []
-    lost = commits_lost(_wal(path))
     _fill_up(path)
+    lost = commits_lost(_wal(path), _frames_read(path))
     database = _opened(path)
     try:
         if lost:
@@ -90,6 +92,23 @@ def _fill_up(path: Path) -> None:
         page_size, pages = struct.unpack_from(">H", header, 16)[0], struct.unpack_from(">I", header, 28)[0]
         if path.stat().st_size < page_size * pages <= path.stat().st_size + FILLED_UP_BYTES:
             os.truncate(path, page_size * pages)
+
+
+def _frames_read(path: Path) -> int:
+    """Have SQLite read the WAL, which changes nothing, and return how far it comes."""
+    try:
+        if _wal(path).stat().st_size < ASKED_BYTES:
+            return 0
+        asked = Storage(path, read_only=True)
+    except (OSError, AgentServerError):  # it is told when the log is opened
+        return 0
+    try:
+        asked.value("SELECT count(*) FROM sqlite_schema")
+        return frames_read(path)
+    except AgentServerError:
+        return 0
+    finally:
+        asked.close()
 
 
 def _wal(path: Path) -> Path:

@@ -10,6 +10,8 @@ import pytest
 from agent_sdk.local.delivery import Delivery
 from agent_sdk.local.journal import Journal
 from agent_sdk.local.log import EventLog, Operation
+from agent_sdk.local.storage import Storage
+from agent_sdk.local.wal import commits_lost, frames_read
 from agent_sdk.protocol.errors import AgentServerError, ConversationDamaged
 from agent_sdk.protocol.events import LogRecovered, UserMessage, decode
 
@@ -129,6 +131,22 @@ async def test_every_frame_but_those_of_the_last_commit_is_watched(killed):
         flip(folder / wal.name, 32 + nth * FRAME + 24 + 500, bit=3)
         async with EventLog.open(folder / killed.name, sole=True) as log:
             assert len(log.recovered) == 1, f"frame {nth} of {frames}"
+
+
+def test_what_sqlite_has_read_needs_no_second_look_and_the_rest_gets_one(killed):
+    wal = wal_of(killed)
+    whole = wal.read_bytes()
+    frames = (len(whole) - 32) // FRAME
+    for nth in (*range(0, frames, 5), frames - 1, None):
+        wal.write_bytes(whole)
+        if nth is not None:
+            flip(wal, 32 + nth * FRAME + 24 + 500)
+        asked = Storage(killed, read_only=True)
+        asked.value("SELECT count(*) FROM sqlite_schema")
+        read = frames_read(killed)
+        asked.close()
+        assert (read == frames) == (nth is None)
+        assert commits_lost(wal, read) == commits_lost(wal), nth
 
 
 async def test_a_page_that_makes_no_sense_costs_only_the_conversations_on_it(file):
