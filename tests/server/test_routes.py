@@ -271,6 +271,17 @@ async def test_what_was_only_looked_at_leaves_no_conversation(server):
     assert [each.id for each in await manager.conversations()] == kept[1::-1]
 
 
+async def test_with_retention_a_server_removes_what_nobody_used_for_long(start):
+    async with start() as server, server.session() as wire:
+        await wire.call("execute", op_id=new_id(), shell="echo kept > file")
+        await wire.call("set_title", op_id=new_id(), title="kept")
+    async with start(retention="1d") as server:
+        assert len(await AgentServer(server.url, KEY).conversations()) == 1
+    async with start(retention="0s") as server:
+        await server.log.until("conversation_deleted")
+        assert await AgentServer(server.url, KEY).conversations() == []
+
+
 # --- events ---
 
 
