@@ -229,8 +229,9 @@ class AgentServer(Twin):
     asynchronous: AsyncAgentServer
 
     def __init__(self, url: str, api_key: str | None = None, *, ssl: SSLContext | None = None) -> None:
-        super().__init__(Caller(), AsyncAgentServer(url, api_key, ssl=ssl))
-        self._caller.close()  # nothing is kept between calls: the loop ends with each
+        caller = Caller(lambda: None)
+        caller.close()  # nothing is kept between calls: the loop ends with each
+        super().__init__(caller, AsyncAgentServer(url, api_key, ssl=ssl))
 
     def __repr__(self) -> str:
         return repr(self.asynchronous)
