@@ -165,7 +165,7 @@ async def box() -> Check:
             async with (
                 asyncio.timeout(PROBE_SECONDS),
                 BoxProcess(Path(folder), Path(folder) / "box", environment={"PATH": os.defpath}) as started,
-                RemoteWorkspace(started.url) as workspace,
+                RemoteWorkspace(started.url, started.token) as workspace,
             ):
                 result = await workspace.execute("echo it works")
         except (AgentServerError, OSError) as exc:

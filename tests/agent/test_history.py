@@ -82,7 +82,7 @@ def test_of_a_long_result_the_model_sees_head_and_tail():
     history = grown(returns("1", "a" * 20_000 + "b" * 20_000, bytes_cut=7))
     [turn] = history.turns
     assert len(turn.text) < 31_000
-    assert "10000 characters left out, and 7 bytes before that" in turn.text
+    assert "[... 10007 bytes left out ...]" in turn.text
 
 
 def test_ids_of_calls_never_repeat():
