@@ -13,7 +13,7 @@ PROMISES = {
     heading.split()[0]: body
     for heading, body in re.findall(r"^## (G\d+ .+?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
 }
-WANTED = [f"G{number}" for number in range(1, 19)]
+WANTED = [f"G{number}" for number in range(1, 20)]
 
 
 @cache
