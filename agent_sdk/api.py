@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
+
+from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, OnWaiting
+from agent_sdk.conversation import Conversation as ConversationContract
+from agent_sdk.definition import Agent
+from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import InvalidParams
-
-if TYPE_CHECKING:
-    from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, OnWaiting
-    from agent_sdk.conversation import Conversation as ConversationContract
-    from agent_sdk.definition import Agent
-    from agent_sdk.protocol.specs import ConfirmationPolicy
-    from agent_sdk.workspace import Workspace
+from agent_sdk.protocol.specs import ConfirmationPolicy
+from agent_sdk.workspace import Workspace
 
 
+@checked
 def Conversation(
     agent: Agent | None,
     workspace: Workspace | str | PathLike[str] = ".",
@@ -27,7 +29,7 @@ def Conversation(
     on_reset: OnReset | None = None,
     on_waiting: OnWaiting | None = None,
     persistence_dir: str | PathLike[str] | None = None,
-    max_iterations: int = 500,
+    max_iterations: Annotated[int, Meta(ge=1)] = 500,
     confirmation: ConfirmationPolicy | None = None,
     secrets: dict[str, str] | None = None,
     title: str | None = None,
@@ -56,7 +58,7 @@ def Conversation(
         agent_runs: `here` keeps loop, log and keys in this process and sends only the workspace's calls.
 
     Raises:
-        InvalidParams: the options contradict each other.
+        InvalidParams: an option is not acceptable, or contradicts another.
     """
     from agent_sdk.remote.workspace import RemoteWorkspace  # noqa: PLC0415  either side costs its imports
 
@@ -77,7 +79,6 @@ def Conversation(
         if persistence_dir is not None:
             raise InvalidParams("persistence_dir: a remote conversation's log is kept by its server")
         return RemoteConversation(agent, workspace, since=since, on_reset=on_reset, **options)
-    from agent_sdk.conversation import Cursor  # noqa: PLC0415
     from agent_sdk.local.conversation import LocalConversation  # noqa: PLC0415
 
     if agent is None:

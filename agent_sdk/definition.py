@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 from msgspec import Struct
@@ -44,6 +44,31 @@ class Agent(Struct, frozen=True, kw_only=True):
     """Names of built-in tools, and functions made with `@tool`, which run in this process wherever the agent runs."""
     instructions: str = ""
     """Added to the system prompt."""
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            InvalidParams: one cannot be used; the sentence names it and the value.
+        """
+        for name, kind, wanted in (
+            ("llm", specs.LLM | specs.ScriptedLLM, "LLM(…) or ScriptedLLM(…)"),
+            ("tools", list | tuple, "a list of names and of functions made with @tool"),
+            ("instructions", str, "text"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise InvalidParams(f"{name}: expected {wanted}, got {value!r:.64}", field=name)
+        seen: set[str] = set()
+        entries: Sequence[object] = self.tools
+        for entry in entries:
+            if not isinstance(entry, str | FunctionTool):
+                wanted = "expected names of tools and functions made with @tool"
+                raise InvalidParams(f"tools: {wanted}, got {entry!r:.64}", field="tools")
+            name = entry if isinstance(entry, str) else entry.spec.name
+            if name in seen:
+                raise InvalidParams(f"tools: there are two tools called {name!r}; rename one", field="tools")
+            seen.add(name)
 
     def spec(self) -> AgentSpec:
         """Return the agent as it crosses the wire."""

@@ -23,6 +23,7 @@ from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, OnWaiting
 from agent_sdk.definition import LLM, Agent
 from agent_sdk.local.workspace import LocalWorkspace as AsyncLocalWorkspace
 from agent_sdk.portal import Caller, Twin, blocking, iterating, making
+from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.events import Event
 from agent_sdk.protocol.specs import ConfirmationPolicy, Sandbox
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
@@ -245,6 +246,7 @@ class Conversation(Twin):
 
     asynchronous: contracts.Conversation
 
+    @checked
     def __init__(
         self,
         agent: Agent | None,

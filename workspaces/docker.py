@@ -8,12 +8,14 @@ import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import msgspec
+from msgspec import Meta
 
 from agent_sdk.ids import new_id
 from agent_sdk.local.environment import from_caller
+from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import (
     AgentServerError,
     InvalidParams,
@@ -49,6 +51,7 @@ class DockerWorkspace(RemoteWorkspace):
     does a reaper process when this one is killed. Everything else is a RemoteWorkspace.
     """
 
+    @checked
     def __init__(
         self,
         server_image: str = "agent-server:latest",
@@ -67,7 +70,7 @@ class DockerWorkspace(RemoteWorkspace):
         name: str | None = None,
         keep: bool = False,
         pull: Literal["missing", "always", "never"] = "missing",
-        startup_timeout: float = 120.0,
+        startup_timeout: Annotated[float, Meta(gt=0)] = 120.0,
         docker_url: str | None = None,
         working_dir: str | None = None,
         conversation: str | None = None,

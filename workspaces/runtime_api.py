@@ -7,12 +7,14 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from ssl import SSLContext
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import msgspec
+from msgspec import Meta
 
 from agent_sdk.ids import new_id
 from agent_sdk.local.environment import from_caller, packed
+from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, RemoteApiError
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink
@@ -57,6 +59,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
     is to be kept or paused. Everything else is a RemoteWorkspace.
     """
 
+    @checked
     def __init__(
         self,
         runtime_api_url: str,
@@ -72,7 +75,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
         forward_env: Iterable[str] = (),
         keep_alive: bool = False,
         pause_on_close: bool = False,
-        startup_timeout: float = 300.0,
+        startup_timeout: Annotated[float, Meta(gt=0)] = 300.0,
         connect_timeout: float = 30.0,
         api_timeout: float = 60.0,
         working_dir: str | None = None,

@@ -38,6 +38,7 @@ from agent_sdk.local.opened import Opened, open_conversation
 from agent_sdk.local.receipts import answering, check_text, operation, receipt, remembered
 from agent_sdk.local.settings import Settings
 from agent_sdk.local.turns import Left
+from agent_sdk.protocol.checks import checked_verbs
 from agent_sdk.protocol.errors import HistoryLost, InvalidParams, RequestNotFound, StateConflict, draining
 from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
 from agent_sdk.protocol.methods import Done, RunAnswer, SendMessage
@@ -51,6 +52,7 @@ T = TypeVar("T")
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 
 
+@checked_verbs
 class LocalConversation:
     """See conversation.Conversation. Use it from one event loop."""
 
@@ -200,7 +202,6 @@ class LocalConversation:
         op: Operation | None = None,
     ) -> Accepted:
         """See Conversation.send_message. A paused conversation stays so until `run`, or a message that interrupts.
-
         A repeated call returns what the first returned.
 
         Raises:
@@ -423,7 +424,6 @@ class LocalConversation:
 
     async def wind_down(self) -> None:
         """Start no more turns and let go of the present one, without an end in the log, for another process.
-
         What nobody could take up is finished first: an answer of the model, a tool that runs in this
         process. Returns when no turn runs; cancelling ends the waiting only.
         """

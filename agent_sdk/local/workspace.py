@@ -45,6 +45,7 @@ from agent_sdk.local.running import Running
 from agent_sdk.local.shell import LocalShell
 from agent_sdk.local.uploads import Uploads
 from agent_sdk.local.users import other_user
+from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import (
     InvalidParams,
     NotADirectory,
@@ -81,6 +82,7 @@ class _Open:
 class LocalWorkspace:
     """A folder of this machine. Enter it with `async with`; leaving ends all processes it started."""
 
+    @checked
     def __init__(
         self,
         dir: str | PathLike[str] = ".",

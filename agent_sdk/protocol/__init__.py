@@ -8,6 +8,7 @@ methods:  one class per call: name, params, result
 results:  what calls return
 events:   the tagged union of events
 specs:    plain data that describes agents, models, sandboxes
+checks:   what people write in Python, held to its types
 errors:   the exception tree, which is the error table
 visible:  text of others where people read it
 openrpc:  the OpenRPC document, made from the classes

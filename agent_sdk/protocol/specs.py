@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
+
+from agent_sdk.protocol.checks import Checked
+from agent_sdk.protocol.errors import InvalidParams
 
 PROTOCOL_VERSION = 1
 SUBPROTOCOL = "agentrpc.v1"
 
 Json = dict[str, Any]
 
+_SIZE = re.compile(r"[0-9]{1,15}(\.[0-9]{1,6})?[bkmgt]?(i?b)?")
 
-class LLM(Struct, frozen=True, kw_only=True, tag_field="kind", tag="llm", forbid_unknown_fields=True):
+
+class LLM(Checked, frozen=True, kw_only=True, tag_field="kind", tag="llm", forbid_unknown_fields=True):
     """A model and how to reach it."""
 
-    model: str
+    model: Annotated[str, Meta(min_length=1)]
     """`provider/name`, e.g. `openai/gpt-5.5`, `anthropic/claude-sonnet-5`; the provider picks the wire format."""
     api_key: str | None = None
     """Sent to the provider only; never stored in the log, never shown by `repr`."""
     base_url: str | None = None
     """Replaces the provider's address, up to and including the version (`http://host/v1`)."""
-    temperature: float | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
     reasoning_effort: str | None = None
     stream: bool = True
@@ -30,22 +37,43 @@ class LLM(Struct, frozen=True, kw_only=True, tag_field="kind", tag="llm", forbid
     retries: Annotated[int, Meta(ge=0, le=20)] = 5
     """Further tries after a retryable failure."""
     headers: dict[str, str] = {}
-    input_cost: float | None = None
+    input_cost: Annotated[float, Meta(ge=0)] | None = None
     """US dollars per million input tokens; None: unknown, cost is then not counted."""
-    output_cost: float | None = None
-    cached_input_cost: float | None = None
+    output_cost: Annotated[float, Meta(ge=0)] | None = None
+    cached_input_cost: Annotated[float, Meta(ge=0)] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # msgspec makes the class anew, so a bare super() would not find it
+        if self.base_url is not None:
+            _check_address(self.base_url)
 
     def __repr__(self) -> str:
         return f"LLM(model={self.model!r}, base_url={self.base_url!r})"
 
 
-class Say(Struct, frozen=True, tag_field="step", tag="say", forbid_unknown_fields=True):
+def _check_address(base_url: str) -> None:
+    try:
+        parts = urlsplit(base_url.strip())
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, an unclosed bracket
+        fits = False
+    if not fits:
+        raise InvalidParams("base_url is no address: it looks like https://host/v1", field="base_url")
+    if parts.username is not None or parts.password is not None:
+        raise InvalidParams(
+            "base_url: it has a user name or password in it, which others could read; leave them out and send them as "
+            "headers={'Authorization': 'Basic …'}",
+            field="base_url",
+        )
+
+
+class Say(Checked, frozen=True, tag_field="step", tag="say", forbid_unknown_fields=True):
     """A scripted answer without a tool call: it ends the turn."""
 
     text: str
 
 
-class Call(Struct, frozen=True, tag_field="step", tag="call", forbid_unknown_fields=True):
+class Call(Checked, frozen=True, tag_field="step", tag="call", forbid_unknown_fields=True):
     """A scripted tool call. `text` is said along with it."""
 
     tool: str
@@ -53,21 +81,21 @@ class Call(Struct, frozen=True, tag_field="step", tag="call", forbid_unknown_fie
     text: str = ""
 
 
-class Calls(Struct, frozen=True, tag_field="step", tag="calls", forbid_unknown_fields=True):
+class Calls(Checked, frozen=True, tag_field="step", tag="calls", forbid_unknown_fields=True):
     """Several tool calls in one answer."""
 
     calls: tuple[Call, ...]
     text: str = ""
 
 
-class Fail(Struct, frozen=True, tag_field="step", tag="fail", forbid_unknown_fields=True):
+class Fail(Checked, frozen=True, tag_field="step", tag="fail", forbid_unknown_fields=True):
     """A scripted failure of the model. `error` is the kind of a ModelError, e.g. `model_unavailable`."""
 
     error: str
     message: str = "scripted failure"
 
 
-class Hang(Struct, frozen=True, tag_field="step", tag="hang", forbid_unknown_fields=True):
+class Hang(Checked, frozen=True, tag_field="step", tag="hang", forbid_unknown_fields=True):
     """The model does not answer for `seconds`; for tests of interrupt and pause."""
 
     seconds: float = 3600.0
@@ -79,7 +107,7 @@ Step = Say | Call | Calls | Fail | Hang
 
 
 class ScriptedLLM(
-    Struct, frozen=True, kw_only=True, tag_field="kind", tag="scripted", forbid_unknown_fields=True
+    Checked, frozen=True, kw_only=True, tag_field="kind", tag="scripted", forbid_unknown_fields=True
 ):
     """A model without a model: it gives the steps one after the other. Data, so it works remotely, too.
 
@@ -121,7 +149,7 @@ class AgentSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Added to the system prompt."""
 
 
-class Sandbox(Struct, frozen=True, forbid_unknown_fields=True):
+class Sandbox(Checked, frozen=True, forbid_unknown_fields=True):
     """A container that the server manages for one conversation.
 
     Its root file system is read-only, but for the workspace `/workspace`, `/tmp` and a small `/run`; it runs as
@@ -166,6 +194,15 @@ class Sandbox(Struct, frozen=True, forbid_unknown_fields=True):
     user: Annotated[str, Meta(max_length=64)] | None = None
     """With `task`: root, or a user of the image by name or number. None: the image's own."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("memory", "disk", "tmp"):
+            size = getattr(self, name)
+            if size is not None and not _SIZE.fullmatch(size.strip().lower()):
+                raise InvalidParams(
+                    f"{name}: {size[:64]!r} is no size; write a number and a unit, like 512m", field=name
+                )
+
 
 class WorkspaceSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The workspace a new conversation gets on a server."""
@@ -177,7 +214,7 @@ class WorkspaceSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     sandbox: Sandbox | None = None
 
 
-class ConfirmationPolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ConfirmationPolicy(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which tool calls wait for somebody's approval."""
 
     mode: Literal["never", "always", "writes"] = "never"

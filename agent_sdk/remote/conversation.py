@@ -34,6 +34,7 @@ from agent_sdk.conversation import (
 from agent_sdk.definition import Agent
 from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol import events as event_types
+from agent_sdk.protocol.checks import checked_verbs
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -81,6 +82,7 @@ from agent_sdk.remote.workspace import RemoteWorkspace
 T = TypeVar("T")
 
 
+@checked_verbs
 class RemoteConversation:
     """See conversation.Conversation. The turn runs on the server and goes on when this end is gone.
 

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from agent_sdk.disk import LocalPath, OnProgress, Progress, atomic_file, open_source
 from agent_sdk.folders import packed, unpacked
 from agent_sdk.ids import new_id, op_id_or_new
+from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ChangedDuringRead,
@@ -74,6 +75,7 @@ class RemoteWorkspace:
     and calls under way go on over the next one: nothing runs twice, output comes once. Leaving closes it.
     """
 
+    @checked
     def __init__(
         self,
         url: str,

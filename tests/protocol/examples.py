@@ -9,6 +9,12 @@ from msgspec import Raw, inspect
 
 STRINGS = ("text", "INT", "018f0000-0000-7000-8000-000000000001")
 
+WRITTEN: dict[str, dict[str, str]] = {
+    "LLM": {"base_url": "https://host/v1"},
+    "Sandbox": {"memory": "512m", "disk": "10g", "tmp": "1g"},
+}
+"""Fields whose text has a form of its own, by class."""
+
 
 def example(info: inspect.Type | type) -> Any:
     """One value with every field set."""
@@ -18,7 +24,8 @@ def example(info: inspect.Type | type) -> Any:
         case inspect.Metadata():
             return example(info.type)
         case inspect.StructType():
-            return info.cls(**{field.name: example(field.type) for field in info.fields})
+            written = WRITTEN.get(info.cls.__name__, {})
+            return info.cls(**{f.name: written.get(f.name) or example(f.type) for f in info.fields})
         case inspect.UnionType():
             return example(info.types[0])
         case inspect.LiteralType():
@@ -52,7 +59,9 @@ def values(info: inspect.Type | type) -> st.SearchStrategy[Any]:
         case inspect.Metadata():
             return values(info.type)
         case inspect.StructType():
-            return st.builds(info.cls, **{field.name: values(field.type) for field in info.fields})
+            written = WRITTEN.get(info.cls.__name__, {})
+            given = {f.name: st.just(written[f.name]) for f in info.fields if f.name in written}
+            return st.builds(info.cls, **{f.name: values(f.type) for f in info.fields} | given)
         case inspect.UnionType():
             return st.one_of([values(inner) for inner in info.types])
         case inspect.LiteralType():

@@ -117,7 +117,7 @@ def address_of(llm: LLM) -> Address:
         model=model,
         url=_url(base_url, _ENDS[kind.dialect]),
         headers=_headers(kind, key, llm.headers),
-        secrets=_secrets(key, base_url, llm.headers),
+        secrets=_secrets(key, llm.headers),
     )
 
 
@@ -157,10 +157,7 @@ def _headers(kind: Provider, key: str, extra: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() not in chosen} | extra
 
 
-def _secrets(key: str, base_url: str, extra: dict[str, str]) -> tuple[str, ...]:
-    """What error messages must not show: the key, a password in the address, long values of own headers."""
+def _secrets(key: str, extra: dict[str, str]) -> tuple[str, ...]:
+    """What error messages must not show: the key, long values of own headers."""
     found = {key, *(value.removeprefix("Bearer ") for value in extra.values() if len(value) >= 12)}
-    login, at, _ = urlsplit(base_url).netloc.rpartition("@")
-    if at:
-        found |= {login, login.partition(":")[2]}
     return tuple(sorted((secret for secret in found if len(secret) >= 4), key=len, reverse=True))

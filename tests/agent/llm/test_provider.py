@@ -62,7 +62,7 @@ def test_a_query_stays_where_it_belongs():
     assert url == "https://x.openai.azure.com/openai/v1/chat/completions?api-version=preview"
 
 
-@pytest.mark.parametrize("model", ["gpt-5.5", "nobody/model", ""])
+@pytest.mark.parametrize("model", ["gpt-5.5", "nobody/model"])
 def test_an_unknown_provider_is_refused_with_the_list_of_known_ones(model: str):
     with pytest.raises(InvalidParams) as caught:
         address(model)
@@ -141,10 +141,10 @@ def test_what_http_cannot_carry_is_refused_and_not_shown(options: dict[str, obje
 
 
 def test_an_address_does_not_show_secrets():
-    found = address("vllm/m", api_key=KEY, base_url="https://user:pass-word@host/v1")
+    found = address("vllm/m", api_key=KEY, base_url="https://host/v1", headers={"X-Key": "pass-word-long"})
     assert repr(found) == "Address(vllm/m at host)"
     assert KEY in found.secrets
-    assert "pass-word" in found.secrets
+    assert "pass-word-long" in found.secrets
 
 
 def test_the_llm_of_users_is_taken_as_well():
