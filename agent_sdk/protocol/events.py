@@ -28,6 +28,10 @@ class Base(Struct, frozen=True, kw_only=True, tag_field="type"):
     at: float = 0.0
     """Seconds since the Unix epoch by the writer's clock; for people, never for order."""
 
+    def to_json(self) -> str:
+        """Return the event as JSON, as it is in the log; an Unknown exactly as it came."""
+        return bytes(encode(self)).decode()  # type: ignore[arg-type]
+
 
 class ConversationCreated(Base, frozen=True, tag="conversation_created"):
     """The first event of every log."""

@@ -77,6 +77,7 @@ def test_an_event_looks_like_this(kind):
     event = events.decode(line)
     assert type(event) is events.kinds()[kind]
     assert events.encode(event) == line
+    assert event.to_json() == line.decode()
 
 
 def test_the_golden_files_hold_nothing_else():
