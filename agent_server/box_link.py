@@ -18,14 +18,14 @@ from agent_sdk.protocol.errors import (
     WorkspaceLost,
     WorkspaceUnavailable,
 )
-from agent_sdk.protocol.events import WorkspaceChanged
+from agent_sdk.protocol.events import Waiting, WorkspaceChanged
 from agent_sdk.protocol.methods import Describe, LimitReached, ProcessList
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.remote.connection import connect
 from agent_sdk.remote.link import Linked
 from agent_sdk.rpc.peer import Peer
 from agent_server.box_name import BoxName
-from agent_server.box_watch import BoxWatch
+from agent_server.box_watch import BoxWatch, told_if_long
 from workspaces.box import Box
 
 ANSWER_SECONDS = 5.0
@@ -37,7 +37,7 @@ LIMITED_SECONDS = 10.0
 
 Change = Literal["started", "found", "ended", "left", "lost", "paused", "resumed"]
 """`found`: it was there before this server; `left`: it goes on without it."""
-Listener = Callable[[WorkspaceChanged], None]
+Listener = Callable[[WorkspaceChanged | Waiting], None]
 
 
 class BoxLink:
@@ -387,7 +387,8 @@ class BoxLink:
 
     async def _live(self, box: Box, found: bool) -> Change:
         if not found:
-            await box.start()
+            with told_if_long(self._hear):
+                await box.start()
         await self._stay(box, "found" if found else "started")
         return "lost"
 
@@ -442,6 +443,9 @@ class BoxLink:
             return
         if not self._listeners and event.state in ("lost", "stopped"):
             self.untold = event
+        self._hear(event)
+
+    def _hear(self, event: WorkspaceChanged | Waiting) -> None:
         for listener in list(self._listeners.values()):
             listener(event)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
+from agent_sdk.protocol.events import Waiting
 from agent_sdk.protocol.methods import Method, Ping
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import DISCONNECTED
@@ -14,6 +16,8 @@ from agent_sdk.rpc.pipe import DISCONNECTED
 SILENT_SECONDS = 15.0
 """A call without a limit of its own asks so often whether the box answers, and gives it so long."""
 SILENT = "silent"
+START_SECONDS = 3.0
+"""A start that takes longer is told: usual ones take less than 1 s, the pull of an image minutes."""
 
 T = TypeVar("T")
 
@@ -72,6 +76,23 @@ class BoxWatch:
         finally:
             asking.cancel(DISCONNECTED)
             await asyncio.gather(asking, return_exceptions=True)
+
+
+@contextmanager
+def told_if_long(tell: Callable[[Waiting], None], seconds: float = START_SECONDS) -> Iterator[None]:
+    """Tell that a box is waited for when the block, which starts it, takes longer; and then that this is over."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    timer = loop.call_later(seconds, tell, Waiting(what="box", reason=_STARTS))
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if loop.time() - began >= seconds:
+            tell(Waiting(what="box"))
+
+
+_STARTS = "its box, which is being started; an image that is missing is pulled first"
 
 
 def is_silent(error: AgentServerError) -> bool:

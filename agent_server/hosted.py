@@ -14,7 +14,7 @@ from agent_sdk.local.conversation import LocalConversation
 from agent_sdk.local.log import PAGE_EVENTS, EventLog
 from agent_sdk.local.settings import Settings
 from agent_sdk.protocol.errors import AgentServerError
-from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted, WorkspaceChanged
+from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted, Waiting, WorkspaceChanged
 from agent_sdk.protocol.methods import Method
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.remote.workspace import RemoteWorkspace
@@ -208,12 +208,12 @@ class Hosted:
         self._turn.enter_context(self._work.turn())
         self._turn.enter_context(self._metrics.turns.track_inprogress())
 
-    def _changed(self, event: WorkspaceChanged) -> None:
+    def _changed(self, event: WorkspaceChanged | Waiting) -> None:
         noting = asyncio.create_task(self._note(event))
         self._noting.add(noting)
         noting.add_done_callback(self._noting.discard)
 
-    async def _note(self, event: WorkspaceChanged) -> None:
+    async def _note(self, event: WorkspaceChanged | Waiting) -> None:
         with suppress(AgentServerError):  # the conversation is being closed, or its log cannot be written
             await self.local.record(event)
 

@@ -11,13 +11,16 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from agent_sdk.conversation import Waits
 from agent_sdk.protocol.errors import ConnectionLost, OutcomeUnknown, PathNotFound, WorkspaceUnavailable
+from agent_sdk.protocol.events import Waiting
 from agent_sdk.protocol.methods import Describe
 from agent_sdk.remote.link import persistent
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server import logs
 from agent_server.box_link import BoxLink
 from agent_server.box_name import BoxName
+from agent_server.box_watch import told_if_long
 from agent_server.boxes import Boxes
 from agent_server.config import ServerConfig, load
 from agent_server.data_folder import DataFolder
@@ -435,3 +438,27 @@ async def test_a_box_whose_processes_have_ended_is_kept_with_what_they_said(fold
         process = RemoteWorkspace.over(boxes.link("c")).process(process.id)
         assert (await process.wait()).exit_code == 3
         assert b"".join([data async for data in process.output()]) == b"said\n"
+
+
+async def test_a_start_that_takes_long_is_told_and_its_end_as_well():
+    said, told = [], asyncio.Event()
+
+    def tell(event):
+        said.append((event.what, bool(event.reason)))
+        told.set()
+
+    with told_if_long(tell, 0):
+        await told.wait()
+        assert said == [("box", True)]
+    assert said == [("box", True), ("box", False)]
+    with told_if_long(tell):
+        pass
+    assert len(said) == 2
+
+
+async def test_who_waits_for_a_turn_hears_that_its_box_takes_long():
+    waits = Waits()
+    waits.add(Waiting(what="box", reason="its box, which is being started"))
+    assert [wait.what for wait in waits] == ["box"]
+    waits.add(Waiting(what="box"))
+    assert list(waits) == []
