@@ -66,7 +66,7 @@ fmt: $(READY) ## format the code and apply the safe fixes
 	$(BIN)/ruff format .
 
 types: $(READY) ## check types
-	$(BIN)/mypy $(PACKAGES) $(wildcard examples bench)
+	$(BIN)/mypy $(PACKAGES) $(wildcard examples bench) tests/typed_by_users.py
 
 contracts: $(READY) ## check who may import whom
 	$(BIN)/lint-imports --no-logo --no-cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 from msgspec import Struct
 
@@ -40,7 +40,7 @@ class Agent(Struct, frozen=True, kw_only=True):
     """Which model, which tools, which instructions. No behaviour, no state."""
 
     llm: Model
-    tools: tuple[str | FunctionTool, ...] | list[str | FunctionTool] = DEFAULT_TOOLS
+    tools: tuple[str | FunctionTool[..., Any], ...] | list[str | FunctionTool[..., Any]] = DEFAULT_TOOLS
     """Names of built-in tools, and functions made with `@tool`, which run in this process wherever the agent runs."""
     instructions: str = ""
     """Added to the system prompt."""
@@ -79,6 +79,6 @@ class Agent(Struct, frozen=True, kw_only=True):
             instructions=self.instructions,
         )
 
-    def functions(self) -> dict[str, FunctionTool]:
+    def functions(self) -> dict[str, FunctionTool[..., Any]]:
         """Return the tools that run in this process, by name."""
         return {entry.spec.name: entry for entry in self.tools if isinstance(entry, FunctionTool)}

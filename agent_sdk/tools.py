@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, get_type_hints, runtime_checkable
+from functools import update_wrapper
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, get_type_hints, overload, runtime_checkable
 
 import msgspec
 from msgspec import Struct
@@ -14,6 +15,9 @@ from agent_sdk.callbacks import is_cancelled
 from agent_sdk.protocol.errors import ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.workspace import Workspace
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class ToolResult(Struct, frozen=True, kw_only=True):
@@ -97,17 +101,18 @@ class Resumable(Protocol):
         ...
 
 
-class FunctionTool:
-    """A Python function as a tool; made by `@tool`, still callable as before."""
+class FunctionTool(Generic[P, R]):
+    """A Python function as a tool; made by `@tool`, still callable as before, with the same type."""
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: Callable[P, R],
         *,
         name: str | None = None,
         read_only: bool = False,
         idempotent: bool = False,
     ) -> None:
+        update_wrapper(self, function)
         self.function = function
         self._arguments = _arguments_struct(function)
         self.spec = ToolSpec(
@@ -118,7 +123,7 @@ class FunctionTool:
             idempotent=idempotent,
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function itself."""
         return self.function(*args, **kwargs)
 
@@ -132,20 +137,22 @@ class FunctionTool:
         """
         values = decode_arguments(arguments, self._arguments)
         given = {name: getattr(values, name) for name in self._arguments.__struct_fields__}
-        if not inspect.iscoroutinefunction(self.function):
-            return await asyncio.to_thread(self._block, given)
+        function: Callable[..., Any] = self.function
+        if not inspect.iscoroutinefunction(function):
+            return await asyncio.to_thread(_block, function, given)
         try:
-            return ToolResult(text=_as_text(await self.function(**given)))
+            return ToolResult(text=_as_text(await function(**given)))
         except BaseException as exc:
             if isinstance(exc, asyncio.CancelledError) and is_cancelled():
                 raise
             return failed(exc)
 
-    def _block(self, given: dict[str, Any]) -> ToolResult:
-        try:
-            return ToolResult(text=_as_text(self.function(**given)))
-        except BaseException as exc:  # noqa: BLE001  a thread could not even pass on a StopIteration
-            return failed(exc)
+
+def _block(function: Callable[..., Any], given: dict[str, Any]) -> ToolResult:
+    try:
+        return ToolResult(text=_as_text(function(**given)))
+    except BaseException as exc:  # noqa: BLE001  a thread could not even pass on a StopIteration
+        return failed(exc)
 
 
 def failed(exc: BaseException) -> ToolResult:
@@ -157,13 +164,24 @@ def failed(exc: BaseException) -> ToolResult:
     return ToolResult(text=f"{type(exc).__name__}: {said}", is_error=True)
 
 
+@overload
+def tool(function: Callable[P, R], /) -> FunctionTool[P, R]: ...
+
+
+@overload
 def tool(
-    function: Callable[..., Any] | None = None,
+    *, name: str | None = None, read_only: bool = False, idempotent: bool = False
+) -> Callable[[Callable[P, R]], FunctionTool[P, R]]: ...
+
+
+def tool(
+    function: Callable[P, R] | None = None,
+    /,
     *,
     name: str | None = None,
     read_only: bool = False,
     idempotent: bool = False,
-) -> Any:
+) -> FunctionTool[P, R] | Callable[[Callable[P, R]], FunctionTool[P, R]]:
     """Make a tool of a plain or async function.
 
     The schema comes from its signature, the description from its docstring. Every parameter needs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from agent_sdk.agent.approval import needs_approval
 from agent_sdk.agent.llm.contract import ModelClient
@@ -37,7 +38,7 @@ class Actor:
         workspace: Workspace,
         *,
         conversation: str,
-        functions: Mapping[str, FunctionTool],
+        functions: Mapping[str, FunctionTool[..., Any]],
         max_iterations: int,
         confirmation: ConfirmationPolicy,
         mask: Mask | None = None,

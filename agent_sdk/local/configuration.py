@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -58,7 +59,7 @@ class Configuration:
         self._run_client_tool = run_client_tool
         self._workspace: Workspace | None = None
         self.place: Place = Passing()
-        self._functions: Mapping[str, FunctionTool] = {}
+        self._functions: Mapping[str, FunctionTool[..., Any]] = {}
         self._former: list[Actor] = []
 
     @property
@@ -203,7 +204,7 @@ class Configuration:
         return actor
 
 
-def _parts(agent: Agent | AgentSpec) -> tuple[AgentSpec, Mapping[str, FunctionTool]]:
+def _parts(agent: Agent | AgentSpec) -> tuple[AgentSpec, Mapping[str, FunctionTool[..., Any]]]:
     if isinstance(agent, AgentSpec):
         return agent, {}
     return agent.spec(), agent.functions()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from typing import Any
 
 from agent_sdk.protocol.methods import ToolCall, ToolOutput
 from agent_sdk.rpc.peer import Inbound
@@ -14,7 +15,7 @@ from agent_sdk.tools import FunctionTool
 class ToolCalls:
     """The calls of one conversation that its server knows no answer of yet."""
 
-    def __init__(self, functions: Mapping[str, FunctionTool]) -> None:
+    def __init__(self, functions: Mapping[str, FunctionTool[..., Any]]) -> None:
         self._functions = functions
         self._runs: dict[str, asyncio.Task[ToolOutput]] = {}
 

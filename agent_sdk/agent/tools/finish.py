@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -20,6 +20,6 @@ async def finish(
     return message
 
 
-def finish_tool() -> FunctionTool:
+def finish_tool() -> FunctionTool[..., Any]:
     """Return the tool; the text of its result is the message."""
     return FunctionTool(finish, name=FINISH, read_only=True)

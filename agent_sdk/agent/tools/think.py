@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import Meta
 
@@ -17,6 +17,6 @@ async def think(thought: Annotated[str, Meta(description="What you think.")]) ->
     return "The thought is noted."
 
 
-def think_tool() -> FunctionTool:
+def think_tool() -> FunctionTool[..., Any]:
     """Return the tool."""
     return FunctionTool(think, read_only=True)
