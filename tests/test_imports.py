@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import agent_sdk
+from workspaces.box_runtime import _NOT_OF_THE_LIBRARY
 
 HEAVY = {"aiohttp", "apsw", "structlog", "tenacity", "aiodocker", "rich", "prometheus_client"}
 
@@ -36,6 +37,7 @@ def test_a_box_takes_nothing_along_that_its_runtime_has_not():
     assert [
         name for name in done.stdout.split() if name.startswith(("agent_sdk.agent", "agent_sdk.remote"))
     ] == []
+    assert (loaded("import agent_sdk.box") - loaded("pass")) & _NOT_OF_THE_LIBRARY == set()
 
 
 def test_a_workspace_in_a_container_loads_no_heavy_package_before_it_is_entered():

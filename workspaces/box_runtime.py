@@ -43,7 +43,7 @@ nothing is: in a place with a name of the same length."""
 _NOT_OF_THE_LIBRARY = frozenset(
     {"__pycache__", "_pyrepl", "config", "curses", "dbm", "dist-packages", "distutils", "email", "ensurepip"}
     | {"html", "http", "idlelib", "lib-dynload", "lib2to3", "multiprocessing", "pydoc_data", "site-packages"}
-    | {"sqlite3", "test", "tkinter", "turtledemo", "unittest", "urllib", "venv", "wsgiref", "xml", "xmlrpc"}
+    | {"sqlite3", "test", "tkinter", "turtledemo", "unittest", "venv", "wsgiref", "xml", "xmlrpc"}
 )
 _NOT_OF_THE_PRODUCT = frozenset({"__pycache__", "agent", "remote"})
 _NOT_OF_THE_EXTENSIONS = ("_codecs_", "_ctypes_test", "_test", "_xx", "xx")
