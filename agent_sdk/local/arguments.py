@@ -113,18 +113,3 @@ def check_clocks(timeout: float | None, yield_after: float | None) -> tuple[floa
     if timeout is not None and yield_after is not None and yield_after > timeout:
         raise InvalidParams(f"yield_after: {yield_after} s is after the timeout of {timeout} s")
     return timeout, yield_after
-
-
-def check_input(stdin: bytes | str | None) -> bytes:
-    """Return what a command is to read, as bytes."""
-    match stdin:
-        case None:
-            return b""
-        case str():
-            try:
-                return stdin.encode("utf-8", "surrogateescape")
-            except UnicodeEncodeError:
-                raise InvalidParams("stdin: contains a lone surrogate") from None
-        case bytes():
-            return stdin
-    raise InvalidParams(f"stdin: expected bytes or text, got {type(stdin).__name__}")

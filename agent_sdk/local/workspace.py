@@ -26,7 +26,6 @@ from agent_sdk.local.arguments import (
     check_clocks,
     check_command,
     check_environment,
-    check_input,
     check_seconds,
     check_size,
 )
@@ -45,7 +44,7 @@ from agent_sdk.local.running import Running
 from agent_sdk.local.shell import LocalShell
 from agent_sdk.local.uploads import Uploads
 from agent_sdk.local.users import other_user
-from agent_sdk.protocol.checks import checked
+from agent_sdk.protocol.checks import check_input, checked
 from agent_sdk.protocol.errors import (
     InvalidParams,
     NotADirectory,

@@ -89,6 +89,25 @@ def checked_verbs(kind: type[T]) -> type[T]:
     return kind
 
 
+def check_input(stdin: bytes | str | None) -> bytes:
+    """Return what a command is to read, as bytes.
+
+    Raises:
+        InvalidParams: it is neither bytes nor text, or half a character is in it.
+    """
+    match stdin:
+        case None:
+            return b""
+        case str():
+            try:
+                return stdin.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:
+                raise InvalidParams("stdin: contains a lone surrogate", field="stdin") from None
+        case bytes():
+            return stdin
+    raise _refusal("stdin", "bytes or text", stdin)
+
+
 def _refusal(field: str, wanted: str, value: Any) -> InvalidParams:
     given = type(value).__name__ if field in _UNSHOWN else f"{value!r:.64}"
     return InvalidParams(f"{field}: expected {wanted}, got {given}", field=field)

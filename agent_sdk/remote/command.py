@@ -18,7 +18,7 @@ from agent_sdk.rpc.stream import ByteReader, ByteWriter
 from agent_sdk.workspace import ExecResult, OnOutput, Output, OutputName
 
 
-async def executed(peer: Peer, call: Execute, stdin: bytes | None) -> ExecResult:
+async def executed(peer: Peer, call: Execute, stdin: bytes) -> ExecResult:
     """Ask for a command over this connection, or attach to it; its output comes at its end."""
     async with _channels(peer, stdin) as (source, out, err):
         asked = replace(call, stdin=source, stdout=out.channel, stderr=err.channel)
@@ -28,7 +28,7 @@ async def executed(peer: Peer, call: Execute, stdin: bytes | None) -> ExecResult
     return _result(answer, stdout, stderr)
 
 
-async def followed(peer: Peer, call: Execute, stdin: bytes | None, heard: Heard) -> ExecResult:
+async def followed(peer: Peer, call: Execute, stdin: bytes, heard: Heard) -> ExecResult:
     """The same, and hand over the output as it comes, from where it was heard to."""
     async with _channels(peer, stdin) as (source, out, err):
         asked = replace(
@@ -93,7 +93,7 @@ class Heard:
 
 
 @asynccontextmanager
-async def _channels(peer: Peer, stdin: bytes | None) -> AsyncIterator[tuple[int, ByteReader, ByteReader]]:
+async def _channels(peer: Peer, stdin: bytes) -> AsyncIterator[tuple[int, ByteReader, ByteReader]]:
     async with AsyncExitStack() as stack:
         out = await stack.enter_async_context(peer.open_reader())
         err = await stack.enter_async_context(peer.open_reader())
@@ -102,7 +102,7 @@ async def _channels(peer: Peer, stdin: bytes | None) -> AsyncIterator[tuple[int,
 
 
 @asynccontextmanager
-async def _feed(peer: Peer, data: bytes | None) -> AsyncIterator[int]:
+async def _feed(peer: Peer, data: bytes) -> AsyncIterator[int]:
     """Yield the channel that carries `data` to the other end; 0 where there is nothing to carry."""
     if not data:
         yield 0

@@ -86,6 +86,8 @@ def milliseconds(field: str, seconds: float | None) -> int | None:
     """
     if seconds is None:
         return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise InvalidParams(f"{field}: expected seconds, got {type(seconds).__name__}", field=field)
     if not 0.001 <= seconds <= 86_400:
         raise InvalidParams(f"{field} must be 0.001..86400 seconds (got {seconds!r})")
     return max(1, round(seconds * 1000))

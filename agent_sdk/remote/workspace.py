@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from agent_sdk.disk import LocalPath, OnProgress, Progress, atomic_file, open_source
 from agent_sdk.folders import packed, unpacked
 from agent_sdk.ids import new_id, op_id_or_new
-from agent_sdk.protocol.checks import checked
+from agent_sdk.protocol.checks import check_input, checked
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ChangedDuringRead,
@@ -291,7 +291,7 @@ class RemoteWorkspace:
             user=user,
             follow=on_output is not None,
         )
-        given = stdin.encode() if isinstance(stdin, str) else stdin
+        given = check_input(stdin)
         if on_output is None:
             work = partial(executed, call=call, stdin=given)
         else:
@@ -432,4 +432,8 @@ def _upload(op_id: str, path: str, size: int | None, mode: int | None) -> Upload
 
 
 def _command(command: str | list[str]) -> dict[str, Any]:
-    return {"shell": command} if isinstance(command, str) else {"argv": list(command)}
+    if isinstance(command, str):
+        return {"shell": command}
+    if not isinstance(command, list | tuple):
+        raise InvalidParams(f"command: expected text or a list of texts, got {type(command).__name__}")
+    return {"argv": list(command)}

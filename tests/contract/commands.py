@@ -107,6 +107,21 @@ class CommandContract:
     async def test_input_may_be_text(self, workspace):
         assert (await workspace.execute("cat", stdin="grüße\n")).stdout == "grüße\n"
 
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"stdin": 5},
+            {"stdin": ["text"]},
+            {"stdin": "\ud800"},
+            {"timeout": "5"},
+            {"command": 5},
+            {"command": {}},
+        ],
+    )
+    async def test_an_argument_of_a_wrong_kind_is_refused_by_its_name(self, workspace, wrong):
+        with pytest.raises(InvalidParams, match=next(iter(wrong))):
+            await workspace.execute(**{"command": "cat", **wrong})
+
     async def test_much_input_and_output_at_once_do_not_block_each_other(self, workspace):
         result = await workspace.execute("cat", stdin=EVERY_BYTE * 12_000)
         assert result.out.size == 256 * 12_000
