@@ -132,6 +132,8 @@ def _look(ends: Set[End], pid: int, since: int, source: End | None, shell: int |
         while more := {pid for pid, fed in feeders.items() if any(by & others for by in fed)} - others:
             others |= more
         others.remove(shell)
+        # Forked just now: it has both ends of the pipe that it is about to read, and is nobody's filter yet.
+        others |= {pid for pid, fed in feeders.items() if {pid} in fed and by_pid[pid].seen.forked}
     if holders & bound:
         return _carriers([process.seen for process in processes], bound, bound_to_end=True)
     if holders & others:

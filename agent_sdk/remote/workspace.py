@@ -14,8 +14,7 @@ from collections.abc import (
 )
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from ssl import SSLContext
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from msgspec.structs import replace
 
@@ -63,6 +62,9 @@ from agent_sdk.workspace import (
     Transferred,
     WorkspaceInfo,
 )
+
+if TYPE_CHECKING:
+    from ssl import SSLContext  # what is wrong with another value `checked_trust` says better
 
 Closing = Callable[[], Awaitable[None]]
 

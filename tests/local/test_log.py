@@ -498,4 +498,5 @@ async def test_nothing_is_acknowledged_into_a_file_that_was_removed(file, lost):
         Path(f"{file}{lost}").unlink()
         with pytest.raises(WorkspaceUnavailable, match="was removed or replaced while it was in use"):
             await log.append("c", said("lost"))
-        assert log.failed.done()
+        async with asyncio.timeout(60):
+            await log.failed
