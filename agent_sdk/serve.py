@@ -321,7 +321,8 @@ class _Served:
         return Count(self._workspace.uploads.size(params.op_id))
 
     async def _give_way(self, op_id: str) -> None:
-        if self._workspace.uploads.give_way(op_id):
+        # Also of one that has stopped to receive already: what it ends with is not the answer to this call.
+        if self._workspace.uploads.give_way(op_id) or self._ledger.is_running(op_id):
             await self._ledger.settled(op_id)
 
     async def download(self, params: Download, call: Inbound) -> Transferred:

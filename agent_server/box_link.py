@@ -214,19 +214,19 @@ class BoxLink:
         if self._let_go.done():
             await self.release()
 
-    async def idle(self) -> bool:
+    async def idle(self, *, ended_counts: bool = True) -> bool:
         """Whether there is nothing in the box that would be missed: it owes no result, has no shell and no process,
-        not even one that has ended."""
+        not even one that has ended, unless that does not count."""
         if self._linked is None:  # there is none, or nothing has begun in it yet
             return not self.is_running or not self.survived
         if self.owing or self._frozen or (self._watch and not await self._watch.answers(self._patience)):
             return False
         try:
             info = await self._linked.peer.call(Describe(), timeout=self._patience)
-            ended = await self._linked.peer.call(ProcessList(), timeout=self._patience)
+            listed = await self._linked.peer.call(ProcessList(), timeout=self._patience)
         except AgentServerError:
             return False
-        return not (info.running or info.operations or ended)
+        return not (info.running or info.operations or (ended_counts and listed))
 
     async def pause(self) -> None:
         """Freeze the box, if one runs, until it is used again.

@@ -275,7 +275,7 @@ class Conversations:
         if any(other.owner == id for name, other in self._notes.items() if name != id):
             return False
         link = self._boxes.link_of(note.owner)
-        if link is not None and note.owner == id and not await link.idle():
+        if link is not None and note.owner == id and not await link.idle(ended_counts=False):
             return False
         if note.owner != id or note.working_dir is not None:
             return True

@@ -192,7 +192,7 @@ def test_a_file_that_may_not_be_written_is_not_replaced_either(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", AS_SOMEBODY, *folders], capture_output=True, text=True, check=True
     )
-    assert [line.partition(":")[0] for line in ended.stdout.splitlines()] == ["permission denied"] * 3
+    assert [line.partition(":")[0] for line in ended.stdout.splitlines()] == ["Permission denied"] * 3
     assert (tmp_path / "f" / "f").read_bytes() == b"new"
 
 

@@ -73,9 +73,14 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         except TypeError:  # Python says it better, with the name of the function
             return function(*args, **kwargs)
         for name, value in given.items():
-            hint = _hint(function, name)
-            if not _fits(value, hint):
-                raise _refusal(name, _said(hint), value)
+            hint, kind = _hint(function, name), signature.parameters[name].kind
+            several = kind is inspect.Parameter.VAR_POSITIONAL
+            values = (
+                value if several else value.values() if kind is inspect.Parameter.VAR_KEYWORD else (value,)
+            )
+            for each in values:
+                if not _fits(each, hint):
+                    raise _refusal(name, _said(hint), each)
         return function(*args, **kwargs)
 
     return checking

@@ -15,6 +15,7 @@ from agent_sdk import (
     sync,
 )
 from agent_sdk.protocol import specs
+from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.methods import Configure
 from agent_sdk.testing import ScriptedLLM, hang, say
@@ -133,3 +134,15 @@ def test_what_comes_over_the_wire_is_held_to_the_same():
         specs.LLM(model="openai/m", base_url="http://me:secret@host/v1")
     agent = AGENT.spec()
     assert Configure(op_id="1", agent=agent).agent is agent
+
+
+def test_each_of_any_number_of_arguments_is_checked():
+    @checked
+    def takes(*numbers: int, **names: str) -> None:
+        pass
+
+    takes(1, 2, a="x", b="y")
+    with pytest.raises(InvalidParams, match="numbers: expected int, got 'x'"):
+        takes(1, "x")
+    with pytest.raises(InvalidParams, match="names: expected text, got 5"):
+        takes(a=5)

@@ -28,6 +28,7 @@ from agent_sdk.protocol.methods import (
     FilesStat,
     GetEvents,
     GetState,
+    SetTitle,
     ShellReset,
     ShellRun,
     Upload,
@@ -92,6 +93,7 @@ async def server(tmp_path):
     await running.start()
     async with connect(running._url, running._key) as connection:
         running.conversation = connection.answer.conversation
+        await connection.peer.call(SetTitle(op_id=new_id(), title="kept"))  # what was only looked at would go
     yield running
     running.environment["AGENT_SERVER_BOXES_ON_STOP"] = "end"
     await running.restart()

@@ -48,10 +48,10 @@ def config(**options):
 @pytest.mark.parametrize(
     ("given", "kind", "names"),
     [
-        ({"memory": "lots"}, InvalidParams, "sandbox.memory"),
-        ({"memory": "31m"}, InvalidParams, "sandbox.memory"),
-        ({"memory": "-1g"}, InvalidParams, "sandbox.memory"),
-        ({"disk": "big"}, InvalidParams, "sandbox.disk"),
+        ({"memory": "lots"}, InvalidParams, "memory"),
+        ({"memory": "31m"}, InvalidParams, "memory"),
+        ({"memory": "-1g"}, InvalidParams, "memory"),
+        ({"disk": "big"}, InvalidParams, "disk"),
         ({"network": "egress"}, IsolationUnavailable, "sandbox.network"),
         ({"network": "bridge"}, PolicyDenied, "sandbox.network"),
         ({"env": {"A=B": "x"}}, InvalidParams, "sandbox.env"),
@@ -64,7 +64,7 @@ def config(**options):
         ({"mounts": ("/etc:/x:rw,rshared",)}, InvalidParams, "sandbox.mounts"),
         ({"mounts": ("/etc:/x:ro:more",)}, InvalidParams, "sandbox.mounts"),
         ({"mounts": ("/etc:/x",)}, PolicyDenied, "sandbox.mounts"),
-        ({"tmp": "much"}, InvalidParams, "sandbox.tmp"),
+        ({"tmp": "much"}, InvalidParams, "tmp"),
         ({"writable": ("data",)}, InvalidParams, "sandbox.writable"),
         ({"writable": ("/data/",)}, InvalidParams, "sandbox.writable"),
         (
