@@ -200,10 +200,20 @@ class _Place:
                 state="not trusted",
             )
         if code != 0:
-            raise StateConflict(
-                f"not a git repository: {path}", state="no repository", reason=err.strip()[:200]
+            words = err.strip().removeprefix("fatal: ")[:200]
+            problem = (
+                f"not a git repository: {path}"
+                if "not a git repository" in words
+                else f"git cannot use the repository at {path}: {words.splitlines()[0] if words else code}"
             )
+            raise StateConflict(problem, state="no repository", reason=words)
         self._top = os.fsdecode(out.rstrip(b"\n"))
+        if not await in_thread(_lies_in, self._folder, self._top):
+            raise StateConflict(
+                f"the repository at {path} says that its files are elsewhere (core.worktree); remove that from its "
+                "configuration",
+                state="not trusted",
+            )
         self._safe += await self._without_filters()
 
     async def _trusted(self) -> tuple[str, ...]:
@@ -351,3 +361,8 @@ def _cut(text: bytes) -> str:
     note = b"[... the rest of the diff is left out ...]\n"
     kept = text[: DIFF_BYTES - len(note)]
     return (kept[: kept.rfind(b"\n") + 1] + note).decode(errors="replace")
+
+
+def _lies_in(folder: str, top: str) -> bool:
+    """Whether a folder is another one or below it. Blocks."""
+    return os.path.commonpath([os.path.realpath(folder), os.path.realpath(top)]) == os.path.realpath(top)

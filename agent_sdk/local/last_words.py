@@ -23,6 +23,8 @@ QUIET_SECONDS = 0.05
 """So long after the end and after the last byte, whoever does not work any more is believed to have said all."""
 _UNCERTAIN_SECONDS = 1.0
 """So long after the end at most, a filter is waited for that others in the background write to as well."""
+_SLEEP_SECONDS = 1.0
+"""So long a filter that is bound to end may sleep, or wait for somebody, without a word."""
 _WORK_SECONDS = 10.0
 """So long a filter that is bound to end may work without a word."""
 
@@ -86,7 +88,7 @@ async def last_words(
         quiet = now - max(began, *(now if intake.paused else intake.heard for intake in listening))
         working = carriers.working or carriers.trace != before.trace
         if carriers.bound_to_end:
-            patience = (_WORK_SECONDS if working else QUIET_SECONDS) - quiet
+            patience = (_WORK_SECONDS if working else _SLEEP_SECONDS) - quiet
         else:
             patience = began + _UNCERTAIN_SECONDS - now
             patience = patience if working else min(patience, QUIET_SECONDS - quiet)

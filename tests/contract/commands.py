@@ -226,6 +226,8 @@ class CommandContract:
         works = "sed p | while read line; do for ((i = 0; i < 100000; i++)); do :; done; echo $line; done"
         result = await workspace.execute(f"exec > >({works}); echo a")
         assert result.stdout == "a\na\n"
+        sleeps = await workspace.execute("exec > >(sleep 0.2; cat); echo a")
+        assert sleeps.stdout == "a\n"
 
     async def test_the_time_of_a_command_counts_for_what_it_writes_through(self, workspace):
         result = await workspace.execute("exec > >(while :; do echo x; done)", timeout=0.3)

@@ -23,6 +23,15 @@ class RepositoryContract:
             GitChange(path="un tracked", status="untracked"),
         ]
 
+    async def test_a_repository_whose_files_are_said_to_be_elsewhere_is_refused(self, workspace):
+        await workspace.execute(f"{START}; mkdir elsewhere; git config core.worktree $PWD/elsewhere")
+        for ask in (workspace.git.changes, workspace.git.diff):
+            with pytest.raises(StateConflict, match="files are elsewhere"):
+                await ask("sub")
+        await workspace.execute("git config --unset core.worktree; git config core.fileMode bogus")
+        with pytest.raises(StateConflict, match="git cannot use the repository.*bogus"):
+            await workspace.git.changes()
+
     async def test_a_clean_repository_has_no_changes(self, workspace):
         await workspace.execute(START)
         assert (await workspace.git.changes(), await workspace.git.diff()) == ([], "")

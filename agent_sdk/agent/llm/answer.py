@@ -36,10 +36,12 @@ _REASONS = {
     "max_tokens": "length",
     "max_output_tokens": "length",
     "model_length": "length",
+    "pause_turn": "length",
     "model_context_window_exceeded": "length",
     "refusal": "refused",
     "content_filter": "filtered",
     "content_filtered": "filtered",
+    "guardrail": "filtered",
     "guardrail_intervened": "filtered",
     "safety": "filtered",
     "recitation": "filtered",
@@ -56,8 +58,10 @@ _FAILED = (
     "aborted",
     "cancelled",
     "engine_error",
+    "insufficient_system_resource",
     "malformed_function_call",
     "network_error",
+    "timeout",
 )
 """Finish reasons of answers that came to no end."""
 
@@ -168,7 +172,7 @@ class Answer:
     def finish(self, reason: str | None) -> None:
         """Take the provider's word for why the answer ends; a refusal stays one."""
         if reason and self.finish_reason != "refused":
-            self.finish_reason = _REASONS.get(reason.lower(), reason)
+            self.finish_reason = _REASONS.get(reason.lower(), reason.lower())
 
     def count(self, *, given: int, said: int, cached: int = 0, written: int = 0) -> None:
         """Set the usage: all tokens given, said (with reasoning), read from and written into the prompt cache.

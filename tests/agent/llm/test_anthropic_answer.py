@@ -178,7 +178,7 @@ def test_counts_that_make_no_sense_do_not_lose_the_answer(usage: object):
         ("stop_sequence", "stop"),
         ("max_tokens", "length"),
         ("refusal", "refused"),
-        ("pause_turn", "pause_turn"),
+        ("pause_turn", "length"),
     ],
 )
 def test_the_reason_to_stop_is_translated(reason: str, finish: str):

@@ -111,6 +111,8 @@ async def turn(dialect: str, tmp_path) -> AsyncIterator[Callable[..., object]]:
         ([DONE], "finished", "rename it.", "stop", 1),
         ([CUT, DONE], "finished", "The fix is to rename it.", "stop", 2),
         ([CUT, CUT, DONE], "finished", "The fix is to The fix is to rename it.", "stop", 3),
+        ([("LENGTH", *CUT[1:]), DONE], "finished", "The fix is to rename it.", "stop", 2),
+        ([("timeout", "half an", "", None)], "failed", "", "timeout", 1),
         ([CUT], "limit", "The fix is to " * 4, "length", 4),
         ([EMPTY, DONE], "finished", "rename it.", "stop", 2),
         ([EMPTY], "failed", "", "stop", 2),
