@@ -275,7 +275,12 @@ class Conversations:
         if any(other.owner == id for name, other in self._notes.items() if name != id):
             return False
         link = self._boxes.link_of(note.owner)
-        if link is not None and note.owner == id and not await link.idle(ended_counts=False):
+        # Commands that have ended may have changed a sandbox elsewhere than in its workspace.
+        if (
+            link is not None
+            and note.owner == id
+            and not await link.idle(ended_counts=note.sandbox is not None)
+        ):
             return False
         if note.owner != id or note.working_dir is not None:
             return True

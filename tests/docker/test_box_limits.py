@@ -79,7 +79,7 @@ async def test_a_command_for_which_there_is_no_room_says_so(opened):
         assert await anext(filling.output()) == b"full\n"
         result = await workspace.execute(["true"])
         assert (result.status, result.exit_code) == ("spawn_failed", 126)
-        assert result.reason.startswith("EAGAIN: no more processes can be started here")
+        assert result.reason.startswith("EAGAIN: Resource temporarily unavailable: no more processes")
         await filling.signal("KILL")
         assert (await workspace.execute("echo again")).stdout == "again\n"
 

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 import pytest
 
 from agent_sdk import RemoteWorkspace
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.methods import SetTitle
 from agent_sdk.protocol.specs import Sandbox
+from agent_sdk.remote.link import ask
 from tests.contract.conversation import ConversationContract
 from tests.contract.files import FileContract
 from tests.contract.repository import RepositoryContract
@@ -33,6 +36,8 @@ def shared(running_server, engine_is_there) -> Iterator[str]:
 
     async def make() -> str:
         async with sandbox(running_server) as workspace:
+            # What was only looked at would go when it is left.
+            await ask(workspace.link, SetTitle(op_id=new_id(), title="shared"))
             return workspace.conversation
 
     async def delete() -> None:
