@@ -78,6 +78,11 @@ async def went_on(engine: Engine, server: Server, use) -> None:
 @pytest.mark.parametrize("name", CREATED)
 async def test_nothing_is_left_of_a_container_that_is_removed_by_somebody_else(engine, held, server, name):
     if CREATED[name] is not RUNNING:
+        async with used(
+            server
+        ) as first:  # the first one of an image looks for its users, in a container of its own
+            await first.outcome()
+            await first.delete()
         held.hold(*CREATED[name])
     async with used(server) as use:
         await reached(CREATED[name], held, use)

@@ -193,7 +193,8 @@ async def test_a_server_of_somebody_else_that_ends_at_once_is_an_error_with_its_
 
 async def test_what_a_killed_start_has_left_is_swept_up_and_nothing_else(start, engine, tmp_path, instance):  # noqa: F811
     mine = tmp_path / "data" / "runtimes" / "instance"
-    mine.parent.mkdir(parents=True)
+    mine.parent.parent.mkdir(mode=0o700)
+    mine.parent.mkdir()
     mine.write_text(instance)
     body = {"Image": SERVER, "Labels": {labels.INSTANCE: instance}}
     left = await engine.create(f"agent-server-{new_id()}", body)

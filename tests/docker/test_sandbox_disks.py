@@ -86,7 +86,7 @@ async def test_what_nobody_could_make_is_refused_before_anything_is_made(sandbox
     for wanted, sentence in (
         ({"snapshot": "0199"}, "sandbox.snapshot: there is no snapshot of this id"),
         ({"disk": "1m"}, "sandbox.disk: at least 16m"),
-        ({"disk": "much"}, "sandbox.disk: 'much' is no size"),
+        ({"disk": "much"}, "disk: 'much' is no size"),
     ):
         with pytest.raises(InvalidParams, match=sentence):
             await sandboxes.admit(Sandbox(image=BUSYBOX, **wanted))
