@@ -351,7 +351,9 @@ class ConversationContract(ToolCallsContract):
     # --- the model ---
 
     async def test_a_model_that_refuses_fails_the_turn_and_run_tries_again(self, open: Open) -> None:
-        conversation = await open(acting(fail("model_refused", "too long"), say("now")))
+        # The command takes longer than `run` to arrive: called after the end it would try again at once.
+        work = call("terminal", command="for i in {1..100000}; do :; done")
+        conversation = await open(acting(work, fail("model_refused", "too long"), say("now")))
         await conversation.send_message("go")
         outcome = await conversation.run(timeout=PATIENCE)
         assert (outcome.status, outcome.error) == ("failed", "model_refused")

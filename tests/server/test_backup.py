@@ -19,6 +19,7 @@ from agent_sdk.protocol.errors import InvalidParams, PathExists, PathNotFound
 from agent_sdk.protocol.events import UserMessage
 from agent_server.commands.backup import backup
 from agent_server.data_folder import DataFolder
+from tests.conftest import SHORT_LIVED
 from tests.server.test_serve import started
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
@@ -36,6 +37,7 @@ async def test_a_backup_of_a_working_server_is_made_and_restored_as_the_page_say
     environment = {
         **{"DATA": str(tmp_path / "data"), "BACKUPS": str(tmp_path), "RESTORED": str(tmp_path / "restored")},
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        **SHORT_LIVED,
     }
     async with started(tmp_path / "data") as server, server.session() as wire:
         await wire.call("set_title", 1, op_id=new_id(), title="precious")
