@@ -348,7 +348,11 @@ class Writer(Caller):
     written = 0
 
     async def _connected(self, session: Session) -> None:
-        await session.call("conversation.configure", op_id=new_id(), agent=AGENT)
+        try:
+            await session.call("conversation.configure", op_id=new_id(), agent=AGENT)
+        except Refused as exc:
+            if exc.kind != "storage_full":  # then its messages are refused, too, and it hears why
+                raise
 
     async def write(self, until: asyncio.Event) -> None:
         """Write until told to stop."""

@@ -101,10 +101,9 @@ async def flip(case: Any, text: bytes, mutant: str = "") -> list[dict[str, Any]]
 
 
 def change(file: Path, text: bytes) -> None:
-    """Flip one bit of the first place that has this text."""
-    data = bytearray(file.read_bytes())
-    data[data.index(text)] ^= 1
-    file.write_bytes(data)
+    """Flip one bit in each place that has this text: pages that are not used any more have it, too."""
+    flipped = bytes([text[0] ^ 1]) + text[1:]
+    file.write_bytes(file.read_bytes().replace(text, flipped))
 
 
 async def served(server: Server, id: str) -> list[dict[str, Any]] | None:
