@@ -308,21 +308,24 @@ class _Sought:
             raise InvalidParams(f"until: 1..{UNTIL_BYTES} bytes (got {text!r:.40})")
         self._text = text
         self._from = 0
+        self._seen = b""
+        """The end of what was looked at: the beginning of the text may be there."""
 
     async def is_in(self, spool: Spool, since: int) -> bool:
         """Whether it has come since this offset."""
         if self._text is None:
             return False
-        self._from = max(self._from, since)
+        if self._from < since:
+            self._from, self._seen = since, b""
         while True:
             found, data = await spool.read(self._from, TAIL_BYTES)
-            if self._text in data:
-                return True
-            if found + len(data) >= spool.size:
-                # Its beginning may be there already.
-                self._from = max(self._from, found + len(data) - len(self._text) + 1)
+            if not data:
                 return False
-            self._from = max(found + len(data) - len(self._text) + 1, self._from + 1)
+            seen = self._seen + data if found == self._from else data
+            self._from = found + len(data)
+            self._seen = seen[max(0, len(seen) - len(self._text) + 1) :]
+            if self._text in seen:
+                return True
 
 
 async def _type(bash: Bash, data: bytes, enter: bool | None) -> None:

@@ -3,6 +3,9 @@
 import pytest
 
 from agent_sdk.local.bash import _Filter as Filter
+from agent_sdk.local.shell import _Sought as Sought
+from agent_sdk.local.spool import Spool
+from agent_sdk.workspace import HEAD_BYTES
 
 NONCE = "0123456789abcdef"
 MARK = b"\x1b]133;D;0123456789abcdef;%d\x07"
@@ -40,3 +43,15 @@ def test_what_programs_ask_a_terminal_is_answered_once(size):
         seen.filter.take(ASKED[start : start + size])
     assert seen.answers == b"\x1b[1;1R\x1b[?1;2c\x1b[0n\x1b]11;rgb:0000/0000/0000\x07"
     assert seen.events == [ASKED]
+
+
+@pytest.mark.parametrize("size", [1, 3, 6, 1000])
+async def test_what_a_caller_waits_for_is_found_in_whatever_pieces_it_came(tmp_path, size):
+    spool = Spool(str(tmp_path / "out"))
+    sought, shown = Sought(b"the end"), b"-" * HEAD_BYTES + b"--the the end--"
+    assert not await sought.is_in(spool, 0)
+    for start in (0, *range(HEAD_BYTES, len(shown), size)):
+        spool.feed(shown[start : start + size if start else HEAD_BYTES])
+    assert await sought.is_in(spool, 0)
+    assert not await Sought(b"the end").is_in(spool, spool.size - 8)
+    await spool.close()
