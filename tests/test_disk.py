@@ -20,6 +20,7 @@ from agent_sdk.protocol.errors import (
     PathNotFound,
     TransferBroken,
 )
+from tests.conftest import let_others_through
 
 DATA = bytes(range(256)) * 9000
 
@@ -182,12 +183,10 @@ asyncio.run(main())
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root, to be somebody else")
 def test_a_file_that_may_not_be_written_is_not_replaced_either(tmp_path):
     """As the shell of the same user would say; whoever is root may."""
-    for folder in tmp_path.parents[:3]:
-        folder.chmod(0o755)
+    let_others_through(tmp_path)
     for name in ("root", "f"):
         (tmp_path / name).mkdir()
         (tmp_path / name).chmod(0o777)
-    tmp_path.chmod(0o755)
     folders = (str(tmp_path / "root"), str(tmp_path / "f"))
     ended = subprocess.run(
         [sys.executable, "-c", AS_SOMEBODY, *folders], capture_output=True, text=True, check=True

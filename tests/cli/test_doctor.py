@@ -11,8 +11,9 @@ from agent_server.config import load
 from agent_server.engine_check import examine_engine
 from agent_server.refusal import StartRefused
 from agent_server.serve import serving
+from tests.conftest import let_others_through
 from tests.docker.fake_engine import INFO, VERSION, FakeEngine
-from tests.server.test_confinement import as_root, let_others_through
+from tests.server.test_confinement import as_root
 
 NAMES = [
     "configuration",

@@ -17,6 +17,7 @@ from agent_sdk.protocol.events import (
     Event,
     Interrupted,
     ModelFailed,
+    RequestOpened,
     ToolCalled,
     ToolReturned,
     TurnEnded,
@@ -28,11 +29,13 @@ from agent_sdk.protocol.specs import ScriptedLLM
 from agent_sdk.testing import call, calls, fail, hang, say
 from tests.contract.tool_calls import ToolCallsContract
 from tests.contract.vocabulary import (
+    ASKS,
     PATIENCE,
     Gate,
     Open,
     Places,
     acting,
+    approved,
     ended,
     no_longer_runs,
     past,
@@ -240,26 +243,22 @@ class ConversationContract(ToolCallsContract):
     # --- stopping and going on ---
 
     async def test_a_paused_turn_stops_before_its_next_step_and_goes_on_with_run(self, open: Open) -> None:
-        gate = Gate()
-        conversation = await open(acting(call("gate"), say("done"), tools=[gate.tool]))
+        conversation = await open(acting(call("terminal", command="true"), say("done")), confirmation=ASKS)
         await conversation.send_message("go")
-        await gate.reached()
+        await until(conversation, RequestOpened)
         await conversation.pause()
-        gate.release.set()
-        assert (await conversation.run(timeout=PATIENCE)).status == "paused"
+        assert (await approved(conversation)).status == "paused"
         assert (await conversation.state()).state == "paused"
         assert len(await these(conversation, AgentMessage)) == 1
         outcome = await conversation.run(timeout=PATIENCE)
         assert (outcome.status, outcome.final_text) == ("finished", "done")
 
     async def test_a_message_does_not_wake_a_paused_conversation(self, open: Open) -> None:
-        gate = Gate()
-        conversation = await open(acting(call("gate"), say("done"), tools=[gate.tool]))
+        conversation = await open(acting(call("terminal", command="true"), say("done")), confirmation=ASKS)
         await conversation.send_message("go")
-        await gate.reached()
+        await until(conversation, RequestOpened)
         await conversation.pause()
-        gate.release.set()
-        await conversation.run(timeout=PATIENCE)
+        await approved(conversation)
         accepted = await conversation.send_message("more")
         assert (await conversation.state()).state == "paused"
         assert (await conversation.run(timeout=PATIENCE)).run_id == accepted.run_id
@@ -336,11 +335,12 @@ class ConversationContract(ToolCallsContract):
         assert [event.status for event in await these(conversation, TurnEnded)] == ["interrupted", "finished"]
 
     async def test_a_turn_has_a_limit_and_goes_on_with_run(self, open: Open) -> None:
-        conversation = await open(acting(call("think", thought="hm"), repeat=True), max_iterations=3)
+        working = acting(call("terminal", command="true"), repeat=True)
+        conversation = await open(working, max_iterations=3, confirmation=ASKS)
         await conversation.send_message("go")
-        assert (await conversation.run(timeout=PATIENCE)).status == "limit"
+        assert (await approved(conversation)).status == "limit"
         assert (await ended(conversation)).iterations == 3
-        assert (await conversation.run(timeout=PATIENCE)).status == "limit"
+        assert (await approved(conversation)).status == "limit"
         assert len(await these(conversation, AgentMessage)) == 6
 
     async def test_finishing_in_the_last_step_is_finishing(self, open: Open) -> None:
@@ -351,11 +351,10 @@ class ConversationContract(ToolCallsContract):
     # --- the model ---
 
     async def test_a_model_that_refuses_fails_the_turn_and_run_tries_again(self, open: Open) -> None:
-        # The command takes longer than `run` to arrive: called after the end it would try again at once.
-        work = call("terminal", command="for i in {1..100000}; do :; done")
-        conversation = await open(acting(work, fail("model_refused", "too long"), say("now")))
+        refused = acting(call("terminal", command="true"), fail("model_refused", "too long"), say("now"))
+        conversation = await open(refused, confirmation=ASKS)
         await conversation.send_message("go")
-        outcome = await conversation.run(timeout=PATIENCE)
+        outcome = await approved(conversation)
         assert (outcome.status, outcome.error) == ("failed", "model_refused")
         [raised] = await these(conversation, ErrorRaised)
         assert (raised.error, raised.message, raised.classification) == ("model_refused", "too long", "model")

@@ -4,14 +4,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from agent_sdk.conversation import Conversation
+from agent_sdk.conversation import Conversation, Outcome, Wait
 from agent_sdk.definition import Agent
 from agent_sdk.protocol.events import (
     Event,
     ToolReturned,
     TurnEnded,
 )
-from agent_sdk.protocol.specs import ScriptedLLM, Step
+from agent_sdk.protocol.specs import ConfirmationPolicy, ScriptedLLM, Step
 from agent_sdk.tools import FunctionTool, tool
 from agent_sdk.workspace import Workspace
 
@@ -47,6 +47,18 @@ class Gate:
     async def reached(self) -> None:
         async with asyncio.timeout(PATIENCE):
             await self.entered.wait()
+
+
+ASKS = ConfirmationPolicy(mode="always")
+
+
+async def approved(conversation: Conversation) -> Outcome:
+    """Run a turn that ASKS before its calls: it cannot end before `run` has arrived, which would begin it anew."""
+
+    async def approve(wait: Wait) -> None:
+        await conversation.respond(wait.request_id, "approve")
+
+    return await conversation.run(timeout=PATIENCE, on_waiting=approve)
 
 
 async def until(conversation: Conversation, kind: type, count: int = 1) -> Any:

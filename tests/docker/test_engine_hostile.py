@@ -20,6 +20,7 @@ from agent_sdk.protocol.errors import (
     NotFound,
     WorkspaceUnavailable,
 )
+from tests.conftest import let_others_through
 from tests.docker.fake_engine import INFO, VERSION, FakeEngine, never, slam, stream
 from workspaces.engine import Engine, engine_version
 from workspaces.engine_logs import LONGEST_LINE
@@ -86,8 +87,7 @@ except Exception as exc:
         closed.bind(f"{tmp_path}/engine.sock")
         os.chmod(f"{tmp_path}/engine.sock", 0o600)
         closed.listen()
-        for folder in (tmp_path, *tmp_path.parents):
-            folder.chmod(folder.stat().st_mode | 0o111)
+        let_others_through(tmp_path)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("EngineUnavailable this user may not use the engine"), done
     assert "group" in done.stdout

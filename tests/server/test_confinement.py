@@ -18,6 +18,7 @@ import pytest
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import IsolationUnavailable, PathDenied
 from agent_sdk.remote.workspace import RemoteWorkspace
+from tests.conftest import let_others_through
 from tests.contract.workspace import WorkspaceContract
 from tests.server.test_box_process import cancelled_after
 from workspaces.box_process import BoxProcess
@@ -26,13 +27,6 @@ from workspaces.confinement import NOT_CONFINED, Confinement, confinement
 BOX_USER = 10_001
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-
-def let_others_through(folder: Path) -> None:
-    """The folders of pytest let nobody through."""
-    for above in (folder, *folder.parents):
-        if above.stat().st_uid == os.geteuid() and not above.stat().st_mode & 0o001:
-            above.chmod(above.stat().st_mode | 0o011)
 
 
 @pytest.fixture(scope="session")

@@ -22,14 +22,13 @@ from agent_sdk.protocol.errors import PolicyDenied
 from agent_sdk.protocol.methods import Delete
 from agent_sdk.remote.link import ask
 from agent_sdk.remote.workspace import RemoteWorkspace
-from tests.conftest import SHORT_LIVED
+from tests.conftest import SHORT_LIVED, let_others_through
 from tests.server.test_confinement import (
     AS_SOMEBODY,
     BOX_USER,
     WITHOUT_CAPABILITIES,
     as_root,
     both,
-    let_others_through,
 )
 
 KEY = f"key-{secrets.token_hex(16)}"
