@@ -28,9 +28,12 @@ def become(user: User) -> None:
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
-    _checked(libc.prctl(_SECURE_BITS, _ROOT_IS_NOTHING, 0, 0, 0))
-    for capability in range(_LAST + 1):
-        if libc.prctl(_DROP_BOUND, capability, 0, 0, 0) and ctypes.get_errno() != errno.EINVAL:
+    # EINVAL: a kernel that knows neither, such as gVisor's. Root gains nothing there either: nothing is left to gain.
+    for option, value in (
+        (_SECURE_BITS, _ROOT_IS_NOTHING),
+        *((_DROP_BOUND, one) for one in range(_LAST + 1)),
+    ):
+        if libc.prctl(option, value, 0, 0, 0) and ctypes.get_errno() != errno.EINVAL:
             _checked(-1)
     _checked(libc.prctl(_KEEP_AT_CHANGE, 1, 0, 0, 0))
     try:

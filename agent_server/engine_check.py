@@ -45,6 +45,7 @@ async def examine_engine(config: ServerConfig) -> AsyncIterator[Check]:
     for look in (live_restore, logs, runc, seccomp, users, cgroups):
         yield look(info)
     yield runtimes(info, config)
+    yield roots(info, config)
     yield box_runtime(config)
     yield await disk_limits()
 
@@ -142,6 +143,23 @@ def runtimes(info: EngineInfo, config: ServerConfig) -> Check:
             name="runtimes", state="warning", found=f"{found}; {GVISOR} lets nothing reach them", mend=mend
         )
     return Check(name="runtimes", state="ok", found=found)
+
+
+def roots(info: EngineInfo, config: ServerConfig) -> Check:
+    """What keeps commands of a sandbox with a writable root from filling the engine's disk."""
+    name, ground = "sandbox roots", info.driver + (f" on {info.backing}" if info.backing else "")
+    if "task" not in config.sandbox_profiles:
+        return Check(name=name, state="ok", found="read-only: sandbox_profiles has no task")
+    if info.limits_roots:
+        only = ", where it is mounted with pquota" if info.backing else ""
+        return Check(name=name, state="ok", found=f"as large as the workspace, by {ground}{only}")
+    return Check(
+        name=name,
+        state="warning",
+        found=f"not limited: the engine keeps them by {ground or 'a driver it does not name'}, which cannot do that; "
+        "commands with profile task can fill its disk",
+        mend="keep the engine's data on btrfs, zfs, or xfs mounted with pquota; or watch the room on its disk",
+    )
 
 
 def box_runtime(config: ServerConfig) -> Check:

@@ -48,6 +48,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     root_dir: str = ""
     driver: str = ""
     """Of images and layers."""
+    backing: str = ""
+    """The file system below, where the driver says it."""
     limits_roots: bool = False
     """Whether the driver may limit what a container writes into its root; for one on xfs only trying tells."""
     registry: str = ""
@@ -65,6 +67,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
         """
         try:
             said = msgspec.convert(about, _Info)
+            status = {line[0]: line[-1] for line in said.driver_status or [] if line}
+            backing = status.get("Backing Filesystem", "")
             components = {str(part.get("Name")): str(part.get("Version")) for part in version["Components"]}
             return cls(
                 version=str(version["Version"]),
@@ -84,10 +88,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
                 live_restore=said.live_restore,
                 root_dir=said.root_dir,
                 driver=said.driver,
-                limits_roots=said.driver in _LIMITING
-                or (
-                    said.driver == "overlay2" and ["Backing Filesystem", "xfs"] in (said.driver_status or [])
-                ),
+                backing=backing,
+                limits_roots=said.driver in _LIMITING or (said.driver, backing) == ("overlay2", "xfs"),
                 registry=said.registry,
                 logging_driver=said.logging_driver,
                 unlimited=tuple(name for name, limited in said.limits() if not limited),

@@ -45,9 +45,12 @@ def find_user(wanted: str, field: str = "user") -> User:
             found = User(entry[0], int(entry[2]), int(entry[3]), (), entry[5] or "/")
             break
     else:
-        if not name.isdecimal():
+        number = (
+            "0" if name == "root" else name
+        )  # also where there is no such file: in an image of one program
+        if not number.isdecimal():
             raise InvalidParams(f"{field}: there is no user {name[:64]!r} in /etc/passwd here")
-        found = User(name, int(name), int(name))
+        found = User(number, int(number), int(number))
     gid, groups = (
         found.gid,
         [int(entry[2]) for entry in _entries("/etc/group", 4) if found.name in entry[3].split(",")],
@@ -73,7 +76,9 @@ def give_name(user: User) -> User:
     if not user.name.isdecimal():
         return user
     taken = {entry[0] for entry in _entries("/etc/passwd", 6)}
-    name = next(name for name in ("agent", f"agent-{user.uid}") if name not in taken)
+    usual = "agent" if user.uid else "root"
+    name = next(name for name in (usual, f"agent-{user.uid}") if name not in taken)
+    os.makedirs("/etc", exist_ok=True)
     with open("/etc/passwd", "a") as file:
         file.write(f"{name}:x:{user.uid}:{user.gid}:{name}:{user.home}:/bin/sh\n")
     return User(name, user.uid, user.gid, user.groups, user.home)

@@ -36,10 +36,11 @@ def verdict(result: ExecResult, timeout: float | None) -> tuple[int, str]:
         return 1, f"how the command ended is unknown: {result.reason or result.status}"
     match result.status:
         case "timeout":
-            return code, f"the command was ended after {timeout} s; --timeout gives it more time"
+            why = f" ({result.reason})" if result.reason else ""
+            return code, f"the command was ended after {timeout} s{why}; --timeout gives it more time"
         case "spawn_failed":
             return code, f"the command did not start: {result.reason}"
-    return code, ""
+    return code, result.reason
 
 
 def _command(given: argparse.Namespace) -> str | list[str]:

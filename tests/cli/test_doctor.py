@@ -1,6 +1,7 @@
 """agent-server doctor: every check, its finding and its mend."""
 
 import json
+import re
 import socket
 
 import pytest
@@ -261,6 +262,33 @@ async def test_what_an_engine_lacks_is_a_warning_with_its_mend(fake, said, name,
 async def test_a_runc_with_known_ways_out_is_a_warning(fake, version, state):
     fake.answer("GET /version", {**VERSION, "Components": [{"Name": "runc", "Version": version}]})
     assert (await engine_checks(fake.url))["runc"].state == state
+
+
+LIMITING = {"Driver": "btrfs", "DriverStatus": [["Build Version", "Btrfs v5.16"]]}
+ON_XFS = {"Driver": "overlay2", "DriverStatus": [["Backing Filesystem", "xfs"], ["Supports d_type", "true"]]}
+NOT_LIMITING = {"Driver": "overlay2", "DriverStatus": [["Backing Filesystem", "extfs"]]}
+
+
+@pytest.mark.parametrize(
+    ("said", "profiles", "state", "words"),
+    [
+        (LIMITING, ("locked", "task"), "ok", "as large as the workspace, by btrfs"),
+        (ON_XFS, ("task",), "ok", "by overlay2 on xfs, where it is mounted with pquota"),
+        (
+            NOT_LIMITING,
+            ("locked", "task"),
+            "warning",
+            "not limited: .* overlay2 on extfs, .* can fill its disk",
+        ),
+        ({}, ("task",), "warning", "not limited: .* a driver it does not name"),
+        (NOT_LIMITING, ("locked",), "ok", "read-only"),
+    ],
+)
+async def test_it_says_whether_the_roots_of_sandboxes_have_a_limit(fake, said, profiles, state, words):
+    fake.answer("GET /info", {**INFO, **said})
+    check = (await engine_checks(fake.url, sandbox_profiles=profiles))["sandbox roots"]
+    assert (check.state, bool(check.mend)) == (state, state == "warning")
+    assert re.search(words, check.found), check.found
 
 
 async def test_a_socket_that_all_may_write_to_is_a_warning(fake, tmp_path):

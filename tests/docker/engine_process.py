@@ -24,17 +24,23 @@ COMMAND += ["--bridge=none", "--iptables=false", "--ip-masq=false", "--ip-forwar
 class EngineProcess:
     """`async with` starts it with the busybox image, and ends it with everything in it."""
 
-    def __init__(self, *, live_restore: bool = False, runtimes: Mapping[str, Any] = {}) -> None:
+    def __init__(
+        self, *, live_restore: bool = False, runtimes: Mapping[str, Any] = {}, disk: str | None = None
+    ) -> None:
         # A short path: sockets below it have names of at most 108 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="engine-"))
         self.url = f"unix://{self.folder}/docker.sock"
         self._live_restore = live_restore
+        self._disk = disk
+        """The kind of file system on which it keeps everything; None: that of this machine."""
         (self.folder / "daemon.json").write_text(json.dumps({"runtimes": runtimes}))
         self._process: asyncio.subprocess.Process | None = None
         self._output: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         try:
+            if self._disk is not None:
+                await asyncio.to_thread(self._make_disk, self._disk)
             await self.start()
             archive = self.folder / "root.tar"
             archive.write_bytes(busybox())
@@ -46,6 +52,14 @@ class EngineProcess:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+    def _make_disk(self, kind: str) -> None:
+        image, data = self.folder / "disk.img", self.folder / "data"
+        data.mkdir()
+        with image.open("wb") as file:
+            file.truncate(1 << 30)
+        for command in ([f"mkfs.{kind}", "-q", str(image)], ["mount", "-o", "loop", str(image), str(data)]):
+            subprocess.run(command, check=True, capture_output=True)
 
     @property
     def pid(self) -> int:

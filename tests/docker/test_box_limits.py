@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -17,6 +19,7 @@ from agent_sdk.remote.connection import connect
 from agent_sdk.tools import ToolContext
 from tests.docker.boxes import box
 from tests.docker.images import BARE
+from tests.docker.sandboxes import sandbox
 from tests.server.wire import GUARD
 
 pytestmark = pytest.mark.docker
@@ -54,6 +57,36 @@ async def test_a_memory_kill_is_told_in_shells_and_to_the_model(opened):
         arguments = '{"command": "tail /dev/zero"}'
         result = await TerminalTool("model").run(arguments, ToolContext(workspace=workspace, secrets={}))
         assert f"[{told}]\n[The command completed with exit code 137.]" in result.text
+
+
+async def test_a_memory_kill_is_told_of_whatever_was_started(opened):
+    told = "killed: out of memory (limit 64 MiB)"
+    async with opened() as sandboxes, workspace_in(sandboxes, memory="64m") as workspace:
+        for pty in (False, True):
+            process = await workspace.start("tail /dev/zero", pty=pty)
+            assert (await process.wait()).reason == told
+        piped = await workspace.execute("tail /dev/zero | cat")
+        assert (piped.exit_code, piped.reason) == (0, told)
+        late = await workspace.execute("tail /dev/zero; exec sleep 600", timeout=3)
+        assert (late.status, late.reason) == ("timeout", told)
+        ended = await workspace.shell().run("exec tail /dev/zero")
+        assert (ended.status, ended.reason) == ("ended", told)
+
+
+@pytest.mark.parametrize(("command", "code"), [("tail /dev/zero", 137), ("tail /dev/zero | cat", 0)])
+async def test_a_memory_kill_is_told_by_the_command_line(server, command, code):
+    async with sandbox(server, BARE, memory="64m") as workspace:
+        words = ["exec", "--url", server.url, "--conversation", workspace.conversation, command]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "agent_server", *words),
+            env={**os.environ, "AGENT_SERVER_API_KEY": server.key},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        said, trouble = await process.communicate()
+    assert trouble.decode().splitlines()[-1] == "agent-server: killed: out of memory (limit 64 MiB)"
+    assert (process.returncode, said) == (code, b"")
 
 
 async def test_many_small_processes_that_take_all_memory_die_before_the_box(opened):

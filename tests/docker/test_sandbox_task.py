@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from agent_sdk import RemoteWorkspace
 from agent_sdk.protocol.errors import IsolationUnavailable, PolicyDenied, WorkspaceUnavailable
-from tests.docker.images import FULL
+from tests.docker.boxes import box, sandboxes_in
+from tests.docker.engine_process import EngineProcess
+from tests.docker.images import BUSYBOX, FULL
 from tests.docker.sandboxes import container, sandbox
 from tests.docker.test_sandbox_images import image as image
 from workspaces.box_folder import BoxFolder
@@ -136,6 +141,55 @@ async def test_a_task_outlives_its_server_with_all_it_has_written(started, image
                     assert (await workspace.execute("cat /etc/kept")).stdout == "kept\n"
                     for found in await engine.containers({"io.agentserver.conversation": conversation}):
                         await engine.remove(found["Id"])
+
+
+def engine_on(kind):
+    """An engine that keeps everything on a file system of this kind, where there can be one."""
+    if shutil.which(f"mkfs.{kind}") is None or kind not in Path("/proc/filesystems").read_text().split():
+        pytest.skip(f"needs {kind}, and mkfs.{kind}")
+    return EngineProcess(disk=kind)
+
+
+@pytest.mark.parametrize("user", ["root", "1234"])
+async def test_the_root_is_as_small_as_the_workspace_where_the_engine_can_limit_it(
+    tmp_path, box_runtime, user
+):
+    async with (
+        engine_on("btrfs") as engine,
+        sandboxes_in(tmp_path, box_runtime, engine=engine.url) as sandboxes,
+        box(sandboxes, profile="task", disk="32m") as started,
+        RemoteWorkspace(started.url, started.token) as workspace,
+    ):
+        assert (await started.completed(await workspace.describe())).root_quota == "btrfs"
+        begun = "mkdir -m 777 /mine && dd if=/dev/zero of=/there bs=1M count=8 conv=fsync && echo 8m"
+        assert (await workspace.execute(begun)).stdout == "8m\n"
+        fill = "dd if=/dev/zero of=/mine/x bs=1M count=64 conv=fsync; du -k /mine/x | cut -f 1"
+        filled = await workspace.execute(fill, user=user)
+        assert "quota exceeded" in filled.stderr
+        (kilobytes,) = filled.stdout.split()
+        assert int(kilobytes) <= 24 << 10
+
+
+async def test_a_root_that_the_engine_cannot_limit_after_all_is_told_to_have_no_limit(tmp_path, box_runtime):
+    async with (
+        engine_on("xfs") as engine,  # without pquota, which only trying tells
+        sandboxes_in(tmp_path, box_runtime, engine=engine.url) as sandboxes,
+        box(sandboxes, profile="task", disk="32m") as started,
+        RemoteWorkspace(started.url, started.token) as workspace,
+    ):
+        assert (await sandboxes.engine()).info.limits_roots
+        assert (await started.completed(await workspace.describe())).root_quota == "none"
+        filled = await workspace.execute("dd if=/dev/zero of=/x bs=1M count=48 && echo more")
+        assert filled.stdout == "more\n"
+
+
+async def test_an_image_without_any_users_has_root(tasks):
+    async with sandbox(tasks, BUSYBOX, profile="task") as workspace:
+        for user in (None, "root", "0"):
+            said = (
+                await workspace.execute("id -un; id -u; echo $HOME $USER; echo x >/made", user=user)
+            ).stdout
+            assert said.split() == ["root", "0", "/", "root"], user
 
 
 async def test_no_server_allows_it_by_itself_and_no_other_sandbox_changes_users(server):
