@@ -48,5 +48,5 @@ uploads:      files that come in parts, over connections that are lost
 entries:      what can be done with one of them; blocks
 bash:         one bash in a terminal, driven over pipes of its own
 shell:        persistent shells
-git:          the repository of a workspace
+git:          the repository of a workspace, and git_configuration, how git is to read it
 """

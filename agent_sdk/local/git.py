@@ -1,21 +1,27 @@
 """The git repository of a workspace, asked by the git program.
 
 A repository is untrusted input: no hook, filter, fsmonitor, external diff or pager of it is run, nothing is
-fetched, and no configuration of the machine takes part. Paths stand behind `--` and are taken literally, and a
-revision cannot be an option. What git says is read NUL-separated. What a diff looks like is ours, so that
-`git apply` takes it. Submodules are repositories of their own, and are looked into one after the other.
+fetched, and no configuration of the machine or the repository takes part, see `git_configuration`. Paths stand
+behind `--` and are taken literally, and a revision cannot be an option. What git says is read NUL-separated. What
+a diff looks like is ours, so that `git apply` takes it. Submodules are repositories of their own, and are looked
+into one after the other.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Literal
 
-from agent_sdk.disk import in_thread
+from agent_sdk.disk import in_thread, path_error
 from agent_sdk.local.arguments import encode
+from agent_sdk.local.git_configuration import common_folder, fill_view, make_view, read_values
 from agent_sdk.local.paths import Root
 from agent_sdk.protocol.errors import (
+    AgentServerError,
     InvalidParams,
     LimitExceeded,
     PathNotFound,
@@ -43,27 +49,7 @@ _ENVIRONMENT = {
     "GIT_NO_REPLACE_OBJECTS": "1",
     "LC_ALL": "C",
 }
-_SAFE = (
-    "--no-pager",
-    *("-c", "core.hooksPath=/dev/null"),
-    *("-c", "core.fsmonitor=false"),
-    *("-c", "core.quotePath=false"),
-    *("-c", "diff.external="),
-    *("-c", "submodule.recurse=false"),
-    *("-c", "diff.suppressBlankEmpty=false"),
-)
-_DIFF = (
-    *(
-        "diff",
-        "--no-ext-diff",
-        "--no-textconv",
-        "--no-color",
-        "--ignore-submodules=dirty",
-        "--submodule=short",
-    ),
-    *("--find-renames", "--no-relative", "-O/dev/null", "--unified=3", "--inter-hunk-context=0"),
-)
-_FILTERS_MAX = 200
+_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--ignore-submodules=dirty")
 _SUBMODULES_MAX = 200
 _GITLINK = b"160000 "
 _STATUS: dict[str, Literal["added", "modified", "deleted", "renamed"]] = {
@@ -81,48 +67,71 @@ RunGit = Callable[[list[str], str, dict[str, str], int], Awaitable[tuple[int | N
 class LocalGit:
     """Implements `workspace.Git`."""
 
-    def __init__(self, root: Root, run: RunGit, *, isolated: bool = False) -> None:
+    def __init__(
+        self, root: Root, run: RunGit, temporary: Callable[[], str], *, isolated: bool = False
+    ) -> None:
         """Take where and how git is run.
 
         Args:
             root: of the workspace.
             run: runs git.
+            temporary: says where a folder can be made that is needed as long as git is asked.
             isolated: nothing but the workspace is at stake here, so that repositories of other users are read, too.
         """
         self._root = root
         self._run = run
+        self._temporary = temporary
         self._isolated = isolated
 
     async def changes(self, path: str = ".", *, base: str | None = None) -> list[GitChange]:
         """See Git.changes."""
         found: dict[str, GitChange] = {}
-        async for place, tree in self._places(path, base):
-            tracked = await place.git(*_DIFF, "--name-status", "-z", tree, "--", *place.spec)
-            found |= {change.path: change for change in _tracked(tracked, place.shown)}
-            for name in await place.untracked():
-                shown = place.shown(name)
-                found[shown] = GitChange(path=shown, status="untracked")
+        async with self._views() as views:
+            async for place, tree in self._places(path, base, views):
+                tracked = await place.git(*_DIFF, "--name-status", "-z", tree, "--", *place.spec)
+                found |= {change.path: change for change in _tracked(tracked, place.shown)}
+                for name in await place.untracked():
+                    shown = place.shown(name)
+                    found[shown] = GitChange(path=shown, status="untracked")
         return sorted(found.values(), key=lambda change: change.path)
 
     async def diff(self, path: str = ".", *, base: str | None = None) -> str:
         """See Git.diff; untracked files are shown as new ones."""
         text = b""
-        async for place, tree in self._places(path, base):
-            text += await place.git(*_DIFF, *place.prefixes, tree, "--", *place.spec, limit=DIFF_BYTES + 1)
-            untracked = await place.untracked()
-            for name in untracked[:UNTRACKED_SHOWN]:
+        async with self._views() as views:
+            async for place, tree in self._places(path, base, views):
+                text += await place.git(
+                    *_DIFF, *place.prefixes, tree, "--", *place.spec, limit=DIFF_BYTES + 1
+                )
+                untracked = await place.untracked()
+                for name in untracked[:UNTRACKED_SHOWN]:
+                    if len(text) > DIFF_BYTES:
+                        break
+                    text += await place.as_new(name)
+                if len(untracked) > UNTRACKED_SHOWN and len(text) <= DIFF_BYTES:
+                    text += f"[... {len(untracked) - UNTRACKED_SHOWN} more untracked files ...]\n".encode()
                 if len(text) > DIFF_BYTES:
                     break
-                text += await place.as_new(name)
-            if len(untracked) > UNTRACKED_SHOWN and len(text) <= DIFF_BYTES:
-                text += f"[... {len(untracked) - UNTRACKED_SHOWN} more untracked files ...]\n".encode()
-            if len(text) > DIFF_BYTES:
-                break
         return _cut(text)
 
-    async def _places(self, path: str, base: str | None) -> AsyncIterator[tuple[_Place, str]]:
+    @asynccontextmanager
+    async def _views(self) -> AsyncIterator[str]:
+        """Make a folder for the configurations that git gets, and remove it."""
+        parent, made = self._temporary(), list[str]()
+        try:
+            await in_thread(lambda: made.append(tempfile.mkdtemp(prefix="git-", dir=parent)))
+            yield made[0]
+        except AgentServerError:
+            raise
+        except OSError as exc:
+            raise path_error(exc, parent) from exc
+        finally:
+            for folder in made:
+                await in_thread(shutil.rmtree, folder, True)
+
+    async def _places(self, path: str, base: str | None, views: str) -> AsyncIterator[tuple[_Place, str]]:
         """Yield the repository of a path and the submodules below it, each with the tree to compare it with."""
-        place = await self._place(path)
+        place = await self._place(path, views)
         left = [(place, await place.tree(base))]
         for _ in range(_SUBMODULES_MAX):
             if not left:
@@ -131,9 +140,9 @@ class LocalGit:
             yield place, tree
             left += [(inner, await inner.tree_of(commit)) async for inner, commit in place.submodules(tree)]
 
-    async def _place(self, path: str) -> _Place:
+    async def _place(self, path: str, views: str) -> _Place:
         folder, rest = await in_thread(self._deepest_folder, path)
-        place = _Place(self._run, self._root.home, folder, rest, isolated=self._isolated)
+        place = _Place(self._run, self._root.home, folder, views, rest, isolated=self._isolated)
         await place.find_top(path)
         return place
 
@@ -158,7 +167,15 @@ class _Place:
     """A folder in a repository."""
 
     def __init__(
-        self, run: RunGit, home: str, folder: str, rest: str = "", *, isolated: bool, within: str = ""
+        self,
+        run: RunGit,
+        home: str,
+        folder: str,
+        views: str,
+        rest: str = "",
+        *,
+        isolated: bool,
+        within: str = "",
     ) -> None:
         """Describe it.
 
@@ -166,6 +183,7 @@ class _Place:
             run: runs git.
             home: of the workspace, to which paths are relative.
             folder: where git is asked.
+            views: a folder for the configuration that git gets.
             rest: of the path that is asked about.
             isolated: see LocalGit.
             within: the path to this submodule from the top of the outermost repository, with a slash at its end.
@@ -173,24 +191,28 @@ class _Place:
         self._run = run
         self._home = home
         self._folder = folder
+        self._views = views
         self.spec = (rest or ".",)
         self._within = within
         self.prefixes = (f"--src-prefix=a/{within}", f"--dst-prefix=b/{within}")
         self._isolated = isolated
-        self._safe = _SAFE + (("-c", "safe.directory=*") if isolated else ())
+        self._safe = ("--no-pager", *(("-c", "safe.directory=*") if isolated else ()))
         self._top = ""
+        self._environment = _ENVIRONMENT
 
     async def find_top(self, path: str) -> None:
-        """Find the repository, and what of its configuration has to be overridden.
+        """Find the repository, and give git a configuration for it.
 
         Raises:
-            StateConflict: there is none, or it belongs to somebody else.
+            StateConflict: there is none, it is damaged, or it belongs to somebody else.
             WorkspaceUnavailable: there is no git.
         """
-        code, out, err = await self._ask("rev-parse", "--show-toplevel")
+        view = await in_thread(make_view, self._views)
+        self._environment = {**_ENVIRONMENT, "GIT_COMMON_DIR": view}
+        code, out, err = await self._ask("rev-parse", "--absolute-git-dir")
         if code not in (0, 127) and "dubious ownership" in err:
             self._safe += await self._trusted()
-            code, out, err = await self._ask("rev-parse", "--show-toplevel")
+            code, out, err = await self._ask("rev-parse", "--absolute-git-dir")
         if code == 127:
             raise WorkspaceUnavailable("git is needed for this, and is not installed")
         if code != 0 and "dubious ownership" in err:
@@ -200,21 +222,40 @@ class _Place:
                 state="not trusted",
             )
         if code != 0:
-            words = err.strip().removeprefix("fatal: ")[:200]
-            problem = (
-                f"not a git repository: {path}"
-                if "not a git repository" in words
-                else f"git cannot use the repository at {path}: {words.splitlines()[0] if words else code}"
-            )
-            raise StateConflict(problem, state="no repository", reason=words)
-        self._top = os.fsdecode(out.rstrip(b"\n"))
-        if not await in_thread(_lies_in, self._folder, self._top):
+            raise _unusable(path, err)
+        git_dir = os.fsdecode(out.removesuffix(b"\n"))
+        common = await in_thread(common_folder, git_dir)
+        values = await self._values(path, common)
+        if common != git_dir:  # that of the repository is not for its worktrees
+            values.pop("core.worktree", None)
+        if "extensions.worktreeconfig" in values:
+            values |= await self._values(path, git_dir, "config.worktree")
+        await in_thread(fill_view, view, common, values)
+        code, out, err = await self._ask("rev-parse", "--show-toplevel")
+        if code != 0:
+            raise _unusable(path, err.replace(view, git_dir))
+        self._top = os.fsdecode(out.removesuffix(b"\n"))
+        files = os.path.join(git_dir, values.get("core.worktree") or self._top)
+        if not await in_thread(_same, files, self._top):
             raise StateConflict(
                 f"the repository at {path} says that its files are elsewhere (core.worktree); remove that from its "
                 "configuration",
                 state="not trusted",
             )
-        self._safe += await self._without_filters()
+
+    async def _values(self, path: str, folder: str, name: str = "config") -> dict[str, str | None]:
+        """What a file says that configures the repository; nothing where there is none.
+
+        Raises:
+            StateConflict: git cannot read it.
+        """
+        file = os.path.join(folder, name)
+        if not await in_thread(os.path.isfile, file):
+            return {}
+        code, out, err = await self._ask("config", "--file", file, "--includes", "-z", "--list")
+        if code != 0:
+            raise _unusable(path, err)
+        return read_values(out)
 
     async def _trusted(self) -> tuple[str, ...]:
         """Which folders of others the user of this machine has said to trust."""
@@ -226,28 +267,6 @@ class _Place:
             found += [os.fsdecode(value) for value in out.split(b"\0")[:-1]]
         return tuple(word for value in found for word in ("-c", f"safe.directory={value}"))
 
-    async def _without_filters(self) -> tuple[str, ...]:
-        """What makes the filters that the repository configures do nothing.
-
-        Raises:
-            StateConflict: one has a name that cannot be overridden, or they are too many.
-        """
-        listing = ("config", "-z", "--name-only", "--get-regexp", r"^filter\.")
-        _, out, _ = await self._ask(*listing)
-        names = {name.rpartition(b".")[0] for name in out.split(b"\0")[:-1]} - {b"filter"}
-        if len(names) > _FILTERS_MAX or any(b"=" in name for name in names):
-            raise StateConflict(
-                f"the repository configures {len(names)} filters, or one whose name has a `=`; remove them "
-                "from its configuration",
-                state="not trusted",
-            )
-        off = [
-            f"{os.fsdecode(name)}.{key}"
-            for name in sorted(names)
-            for key in ("clean=", "smudge=", "process=", "required=false")
-        ]
-        return tuple(word for setting in off for word in ("-c", setting))
-
     async def submodules(self, tree: str) -> AsyncIterator[tuple[_Place, str]]:
         """Yield the submodules that are there, each with its commit in the tree (empty: none)."""
         listing = await self.git("ls-files", "--stage", "-z", "--full-name", "--", *self.spec)
@@ -257,7 +276,7 @@ class _Place:
             if not await in_thread(_is_checked_out, folder):
                 continue
             within = f"{self._within}{name}/"
-            inner = _Place(self._run, self._home, folder, isolated=self._isolated, within=within)
+            inner = _Place(self._run, self._home, folder, self._views, isolated=self._isolated, within=within)
             try:
                 await inner.find_top(folder)
             except StateConflict:  # what it was is told by the repository around it
@@ -319,7 +338,7 @@ class _Place:
         return out
 
     async def _ask(self, *arguments: str, limit: int = LISTING_BYTES) -> tuple[int | None, bytes, str]:
-        return await self._run(["git", *self._safe, *arguments], self._folder, _ENVIRONMENT, limit)
+        return await self._run(["git", *self._safe, *arguments], self._folder, self._environment, limit)
 
     def shown(self, name: bytes) -> str:
         """Return a path of the repository as a path of the workspace."""
@@ -363,6 +382,16 @@ def _cut(text: bytes) -> str:
     return (kept[: kept.rfind(b"\n") + 1] + note).decode(errors="replace")
 
 
-def _lies_in(folder: str, top: str) -> bool:
-    """Whether a folder is another one or below it. Blocks."""
-    return os.path.commonpath([os.path.realpath(folder), os.path.realpath(top)]) == os.path.realpath(top)
+def _same(folder: str, other: str) -> bool:
+    """Whether two paths lead to the same place. Blocks."""
+    return os.path.realpath(folder) == os.path.realpath(other)
+
+
+def _unusable(path: str, err: str) -> StateConflict:
+    words = err.strip().removeprefix("fatal: ")[:200]
+    problem = (
+        f"not a git repository: {path}"
+        if "not a git repository" in words
+        else f"git cannot use the repository at {path}: {words.partition(chr(10))[0] or 'it does not say why'}"
+    )
+    return StateConflict(problem, state="no repository", reason=words)

@@ -121,7 +121,9 @@ class LocalWorkspace:
         self._files = LocalFiles(self._root)
         self.uploads = Uploads(self._files)
         """Files that come in parts, over connections that are lost."""
-        self._git = LocalGit(self._root, self._run_git, isolated=isolated)
+        self._git = LocalGit(
+            self._root, self._run_git, lambda: self._opened().spool_folder, isolated=isolated
+        )
 
     def __repr__(self) -> str:
         return f"<LocalWorkspace {self.root} {'open' if self._open else 'not open'}>"

@@ -2,11 +2,19 @@
 
 import pytest
 
+from agent_sdk.local.git_configuration import KEPT
 from agent_sdk.protocol.errors import InvalidParams, StateConflict
 from agent_sdk.protocol.results import GitChange
 
 COMMIT = "git add -A && git -c user.name=n -c user.email=e@x commit -qm message"
 START = f"git init -q && mkdir sub && seq 1 50 > old && echo 1 > changed && echo 2 > sub/gone && {COMMIT}"
+SHOWS = ("diff", "core", "color", "status", "log", "i18n", "pager", "column")
+UNLIKE = {*KEPT, "core.worktree"}
+"""Those that count, and are refused when they are rubbish."""
+OWN_KEYS = [
+    *(f"diff.own.{name}" for name in ("command", "textconv", "binary", "xfuncname", "funcname", "wordRegex")),
+    *(f"color.diff.{slot}" for slot in ("new", "old", "meta", "frag", "whitespace")),
+]
 
 
 class RepositoryContract:
@@ -110,6 +118,7 @@ class RepositoryContract:
             'git config "filter.evil.i\'l.clean" "$PWD/evil"; name=".i\'l"',
             'git config -f more filter.evil.clean "$PWD/evil"; git config include.path ../more',
             'git config extensions.worktreeConfig true; git config --worktree filter.evil.clean "$PWD/evil"',
+            'git config filter.a=b.clean "$PWD/evil"; name=" filter=a=b"',
         ):
             await workspace.execute(
                 f'cp .git/config kept; {configured}; echo "* filter=evil$name" > .gitattributes; echo x >> changed'
@@ -118,12 +127,56 @@ class RepositoryContract:
             assert "+x" in await workspace.git.diff()
             assert (await workspace.execute("mv kept .git/config; ls pwned")).exit_code != 0, configured
 
-    async def test_a_filter_whose_name_cannot_be_overridden_is_refused(self, workspace):
-        await workspace.execute(f"{START}; git config filter.a=b.clean 'touch pwned; cat'")
-        await workspace.execute("echo '* filter=a=b' > .gitattributes; echo x >> changed")
-        with pytest.raises(StateConflict, match="one whose name has a `=`"):
-            await workspace.git.changes()
-        assert (await workspace.execute("ls pwned")).exit_code != 0
+    @pytest.mark.parametrize(
+        "rubbish", ["zz", "-5", "%", None], ids=["a word", "a number", "a sign", "nothing"]
+    )
+    async def test_rubbish_in_the_configuration_of_the_repository_changes_nothing(self, workspace, rubbish):
+        await workspace.execute(
+            f"{START}; git mv old sub/new; seq 60 > long; echo é > 'sub/é'; {COMMIT}; "
+            "git mv sub/new new; sed -i 's/^7$/seven/; s/^40$//' long; echo ü > 'sub/é'; echo n > 'un é'"
+        )
+        await workspace.execute("echo '* diff=own merge=own' > .gitattributes")
+        clean = (await workspace.git.changes(), await workspace.git.diff())
+        keys = [*(await workspace.execute("git help --config")).stdout.split(), *OWN_KEYS]
+        keys = [key for key in keys if key.partition(".")[0] in SHOWS and key.lower() not in UNLIKE]
+        assert len(keys) > 150
+        lines = ["[alias]", "diff = !touch pwned", "rev-parse = zz", "[include]", "path = nowhere"]
+        for key in keys:
+            section, _, name = key.replace("*", "x").replace("<", "").replace(">", "").rpartition(".")
+            section, _, part = section.partition(".")
+            lines += [f'[{section} "{part}"]' if part else f"[{section}]"]
+            lines += [name if rubbish is None else f"{name} = {rubbish}"]
+        await workspace.execute("cat >> .git/config", stdin="\n".join(lines) + "\n")
+        assert (await workspace.execute("git diff")).exit_code != 0, "git itself gives up"
+        assert (await workspace.git.changes(), await workspace.git.diff()) == clean
+
+    async def test_a_configuration_that_git_cannot_read_is_told_in_a_sentence(self, workspace):
+        await workspace.execute(f"{START}; echo '[core' >> .git/config")
+        for ask in (workspace.git.changes, workspace.git.diff):
+            with pytest.raises(
+                StateConflict, match=r"^git cannot use the repository at \.: bad config line \d+ in"
+            ):
+                await ask()
+
+    async def test_how_a_repository_stores_files_counts(self, workspace):
+        await workspace.execute(
+            f"{START}; chmod 755 changed; printf '1\r\n' > changed; echo o > out; echo out > .git/own"
+        )
+        assert len(await workspace.git.changes()) == 2
+        await workspace.execute(
+            "printf '[core]\nautocrlf\nfileMode = no\n' > .git/part; git config include.path part; "
+            "git config core.excludesFile .git/own"
+        )
+        assert await workspace.git.changes() == []
+
+    async def test_worktrees_of_a_repository_are_repositories(self, workspace):
+        await workspace.execute(
+            f"mkdir main; cd main; {START}; git config extensions.worktreeConfig true; "
+            "git worktree add -q ../second; git config core.abbrev zz; cd ../second; echo x >> changed"
+        )
+        assert await workspace.git.changes("second") == [GitChange(path="second/changed", status="modified")]
+        assert await workspace.git.changes("second", base="second") == await workspace.git.changes("second")
+        assert await workspace.git.changes("main") == []
 
     async def test_nothing_is_fetched_for_a_repository_that_misses_objects(self, workspace):
         command = "touch $PWD/ran #"

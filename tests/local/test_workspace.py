@@ -146,6 +146,23 @@ async def test_leaving_ends_all_that_runs_and_removes_all_that_was_made(root, tm
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+async def test_whoever_asks_git_leaves_nothing_behind(root, tmp_path):
+    async with LocalWorkspace(root, spool_dir=tmp_path / "spools") as workspace:
+        await workspace.execute("git init -q; touch file; mkdir inner; git -C inner init -q")
+        await workspace.git.changes()
+        for steps in (1, 2, 4, 8, 16, 32, 64):
+            asked = asyncio.create_task(workspace.git.diff())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+            assert asked.cancelled()
+        await workspace.execute("echo '[core' >> .git/config")
+        with pytest.raises(StateConflict):
+            await workspace.git.diff()
+        assert not [path for path in (tmp_path / "spools").rglob("*") if path.name.startswith("git-")]
+
+
 async def test_leaving_takes_a_command_that_waits_with_it(root):
     async with LocalWorkspace(root) as workspace:
         running = asyncio.create_task(workspace.execute("touch begun; sleep 1000"))
