@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from agent_sdk.protocol.errors import OutcomeUnknown
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.remote.link import Linked
@@ -13,8 +15,10 @@ from agent_server.box_link import BoxLink
 class BoxPlace:
     """See the module's docstring, and place.Place."""
 
-    def __init__(self, link: BoxLink) -> None:
+    def __init__(self, link: BoxLink, clients_back: asyncio.Event) -> None:
+        """Take the boxes, and what is set when the clients are there again that the last server let go of."""
         self._link = link
+        self._clients_back = clients_back
 
     @property
     def instance(self) -> str:
@@ -32,6 +36,10 @@ class BoxPlace:
     def again(self, instance: str) -> RemoteWorkspace | None:
         """See Place.again."""
         return RemoteWorkspace.over(_Same(self._link, instance)) if instance == self._link.instance else None
+
+    async def ready(self) -> None:
+        """See Place.ready: what clients asked for while there was no server comes first."""
+        await self._clients_back.wait()
 
 
 class _Same:

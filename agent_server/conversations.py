@@ -33,7 +33,7 @@ from agent_server.box_link import BoxLink
 from agent_server.boxes import Boxes
 from agent_server.config import ServerConfig
 from agent_server.data_folder import DataFolder
-from agent_server.hosted import CLOSE_GONE, Hosted
+from agent_server.hosted import BACK_SECONDS, CLOSE_GONE, Hosted
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
 from agent_server.note import Note, note_of, snapshot_of
@@ -69,6 +69,8 @@ class Conversations:
         """By id, the oldest first."""
         self._left: dict[str, State] = {}
         """The states of those that the last server did not leave idle, until they are in memory."""
+        self._awaited: dict[str, int] = {}
+        """How many clients of each the last server let go of, for as long as they are waited for."""
         self._hosted: dict[str, Hosted] = {}
         self._boxes = Boxes(config, folder, logs, self._count_boxes)
         self._stopping = False
@@ -94,6 +96,8 @@ class Conversations:
                 self._logs.log.warning(
                     "conversation_damaged", conversation=row.id, advice="it can only be deleted"
                 )
+        self._awaited.update(await asyncio.to_thread(self._folder.take_clients))
+        asyncio.get_running_loop().call_later(BACK_SECONDS, self._awaited.clear)
         abandoned = [row.id for row in rows if row.open_turn is not None and not row.damaged]
         self._resuming = asyncio.create_task(self._resume(abandoned))
         self._retention.begin()
@@ -334,6 +338,11 @@ class Conversations:
             else:
                 await self._remove(mark.name, sandbox=await asyncio.to_thread(mark.read_text) == "sandbox")
 
+    async def note_clients(self) -> None:
+        """Leave word to the next server of who is there and will come back."""
+        clients = {id: hosted.clients for id, hosted in self._hosted.items() if hosted.clients}
+        await asyncio.to_thread(self._folder.note_clients, clients)
+
     def wind_down(self) -> None:
         """Let go of every turn as soon as the next server can go on with it; it counts as work until then."""
         for hosted in self._hosted.values():
@@ -382,6 +391,7 @@ class Conversations:
                 metrics=self._metrics,
                 work=self._work,
                 settings=self._settings,
+                awaited=self._awaited.pop(id, 0),
             )
             self._hosted[id] = hosted
             self._metrics.conversations.set(len(self._hosted))

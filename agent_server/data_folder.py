@@ -27,6 +27,7 @@ LOCK_FILE = "lock"
 """Tells people who has the folder. What keeps others out is the lock on the folder itself."""
 LOG_FILE = "log.db"
 ADDRESS_FILE = "address"
+CLIENTS_FILE = "clients.json"
 PLACE_FILE = "place"
 PASSAGES = ("workspaces", "output", "runtime")
 """Boxes that are another user go through these."""
@@ -85,6 +86,20 @@ class DataFolder:
     def runtimes(self) -> Path:
         """A folder per runtime of the Runtime API."""
         return self.root / "runtimes"
+
+    def note_clients(self, clients: dict[str, int]) -> None:
+        """Write down how many clients each conversation has when the server is stopped. Blocks."""
+        with suppress(OSError):  # a full disk: nobody is waited for
+            (self.root / CLIENTS_FILE).write_bytes(msgspec.json.encode(clients))
+
+    def take_clients(self) -> dict[str, int]:
+        """Return what `note_clients` has written, once. Blocks."""
+        file = self.root / CLIENTS_FILE
+        with suppress(OSError, msgspec.DecodeError):
+            noted = file.read_bytes()
+            file.unlink()
+            return msgspec.json.decode(noted, type=dict[str, int])
+        return {}
 
     async def confine(self, isolation: Isolation, user: int, *, umask: int = -1) -> None:
         """Keep boxes apart like this from now on, and this folder from them: they pass through it, and see nothing.

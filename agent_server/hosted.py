@@ -30,6 +30,8 @@ from agent_server.work import CountedLedger, Work
 CLOSE_GONE = 4404
 CLOSE_FAILED = 1011
 REASON_CHARACTERS = 100
+BACK_SECONDS = 5.0
+"""In which the clients of a server that was stopped may come back and stop a turn before it does anything new."""
 
 
 class Guest(Protocol):
@@ -59,7 +61,9 @@ class Hosted:
         logs: Logs,
         metrics: Metrics,
         work: Work,
+        awaited: int = 0,
     ) -> None:
+        """Describe it; `awaited`: how many clients the last server let go of."""
         self.id = id
         self.link = link
         self._workspace = workspace
@@ -71,6 +75,10 @@ class Hosted:
         """Who answers its calls; put here by whoever answers the first."""
         self.users = 0
         """Connections and requests that hold it in memory."""
+        self.clients = 0
+        """Connections that listen to its events."""
+        self._awaited = awaited
+        self._clients_back = asyncio.Event()
         self.local = LocalConversation(
             None,
             RemoteWorkspace.over(link),
@@ -79,7 +87,7 @@ class Hosted:
             run_client_tool=self.tools.run,
             settings=settings,
         )
-        self.local.place = BoxPlace(link)
+        self.local.place = BoxPlace(link, self._clients_back)
         self.local.on_turn_failed = self._turn_failed
         self._log = log
         self._logs = logs
@@ -102,6 +110,9 @@ class Hosted:
             self._forget.append(self.local.subscribe(self._follow_turns))
             self._forget.append(self.local.subscribe_deltas(self._pass_delta))
             self._forget.append(self.link.on_change(self._changed))
+            patience = BACK_SECONDS if self._awaited else 0.0
+            back = asyncio.get_running_loop().call_later(patience, self._clients_back.set)
+            self._forget.append(back.cancel)
         await self.local.__aenter__()
         if self.link.untold is not None:
             untold, self.link.untold = self.link.untold, None
@@ -122,6 +133,12 @@ class Hosted:
         for forget in self._forget:
             forget()
         self._forget.clear()
+
+    def client_came(self) -> None:
+        """One more listens, and has said by now what it could not say while there was no server."""
+        self.clients += 1
+        if self.clients >= self._awaited:
+            self._clients_back.set()
 
     @property
     def busy(self) -> bool:

@@ -28,7 +28,10 @@ from agent_server.handlers import Counter, Handlers, conversation_handlers
 from agent_server.hosted import Hosted
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
-from agent_server.work import RETRY_AFTER_MS, Work
+from agent_server.work import Work
+
+BACK_AFTER_MS = 250
+"""When clients may look for the next server: often it is there at once."""
 
 
 class Attendee(Protocol):
@@ -107,7 +110,7 @@ class Lobby:
     def announce_end(self) -> None:
         """Tell every client that the server is about to stop."""
         for peer in self._here:
-            peer.notify(Draining(retry_after_ms=RETRY_AFTER_MS))
+            peer.notify(Draining(retry_after_ms=BACK_AFTER_MS))
 
     async def dismiss(self, code: int, reason: str) -> None:
         """Close all sessions and wait until they have ended."""

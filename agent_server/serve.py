@@ -24,7 +24,7 @@ from agent_server.config import ServerConfig
 from agent_server.connection import Crowd
 from agent_server.conversations import Conversations
 from agent_server.hosts import is_loopback
-from agent_server.lobby import Lobby
+from agent_server.lobby import BACK_AFTER_MS, Lobby
 from agent_server.logs import Log, Logs
 from agent_server.metrics import Metrics
 from agent_server.refusal import CANNOT_CREATE, DISK_FAILED, StartRefused
@@ -32,7 +32,7 @@ from agent_server.routes import Routes
 from agent_server.runtime_api import runtime_api
 from agent_server.sealing import obtain_sealer
 from agent_server.session import CLOSE_DRAINING
-from agent_server.work import RETRY_AFTER_MS, Work
+from agent_server.work import Work
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FOR_WORK = 0.95
@@ -215,8 +215,9 @@ async def _drain(
     finished = not waiting.cancelled() and waiting.result()
     if stop.now.is_set():
         opened.log.warning("server_stops_at_once", calls=work.running)
+    await conversations.note_clients()
     dismissing = asyncio.ensure_future(
-        lobby.dismiss(CLOSE_DRAINING, f"the server is stopping; retry_after_ms={RETRY_AFTER_MS}")
+        lobby.dismiss(CLOSE_DRAINING, f"the server is stopping; retry_after_ms={BACK_AFTER_MS}")
     )
     # Clients that listen hear why they are cut off before their commands are ended; frozen ones hold nothing up.
     await asyncio.wait([dismissing], timeout=FAREWELL_SECONDS)

@@ -120,6 +120,7 @@ class Session:
         if self._feed is not None:
             self._feed.close()
         if self.hosted is not None:
+            self.hosted.clients -= self._feed is not None
             self.hosted.guests.discard(self)
             self.hosted.tools.forget(self.peer)
             self._lobby.metrics.sessions.dec()
@@ -209,6 +210,7 @@ class Session:
         # Peer queues the answer to this call as soon as the handler has ended: what begins one turn
         # of the loop later comes after it.
         asyncio.get_running_loop().call_soon(self._start_feed, self._feed, epoch, after)
+        self.hosted.client_came()
 
     def _start_feed(self, feed: Feed, epoch: str | None, after: int) -> None:
         if not self.ended.done():

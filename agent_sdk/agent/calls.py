@@ -135,6 +135,8 @@ class Calls:
         for group in self._groups(calls):
             self.leave()
             await self._refuse(group)
+            if any(call.call_id not in self._begun for call in group):
+                await self._present().place.ready()
             self.leave()
             try:
                 self.must_end = not all(self._may_be_left(call) for call in group)

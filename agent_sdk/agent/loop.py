@@ -233,6 +233,7 @@ class Turn:
                 await journal.settle()
                 if not journal.history.unread:
                     return self._end("finished", final_text=final)
+            await self._mine.place.ready()
             if journal.pause_requested:
                 return self._end("paused")
             if self._iterations >= limit:

@@ -31,6 +31,10 @@ class Place(Protocol):
         """
         ...
 
+    async def ready(self) -> None:
+        """Return when something new may begin there; what has begun goes on meanwhile."""
+        ...
+
 
 class Passing:
     """A workspace that ends with the process that uses it, or does not know what others have begun in it."""
@@ -48,3 +52,6 @@ class Passing:
     def again(self, instance: str) -> Workspace | None:
         """See Place.again."""
         return None
+
+    async def ready(self) -> None:
+        """See Place.ready."""

@@ -134,6 +134,8 @@ class RemoteConversation:
         self._known_seq = 0
         """What the state said that came with the connection: events up to this seq change nothing any more."""
         self._out_of_reach: Wait | None = None
+        self._stops: list[Effect[Any]] = []
+        """Calls under way that stop a turn."""
         self._running = 0
         """How many wait for the end of a turn."""
         self._delivery = Delivery(tuple(callbacks), on_delta, on_reset)
@@ -168,7 +170,8 @@ class RemoteConversation:
         self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op_id: str | None = None
     ) -> Accepted:
         """See Conversation.send_message."""
-        return await self._ask(SendMessage(op_id=op_id_or_new(op_id), text=text, mode=mode))
+        message = SendMessage(op_id=op_id_or_new(op_id), text=text, mode=mode)
+        return await (self._stop(message) if mode == "interrupt" else self._ask(message))
 
     async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
         """See Conversation.run."""
@@ -240,11 +243,11 @@ class RemoteConversation:
 
     async def pause(self) -> None:
         """See Conversation.pause."""
-        await self._do(Pause(op_id=new_id()))
+        await self._stop(Pause(op_id=new_id()))
 
     async def interrupt(self, reason: str = "") -> None:
         """See Conversation.interrupt."""
-        await self._do(Interrupt(op_id=new_id(), reason=reason))
+        await self._stop(Interrupt(op_id=new_id(), reason=reason))
 
     async def respond(
         self, request_id: str, answer: Literal["approve", "reject"], *, reason: str = ""
@@ -313,6 +316,13 @@ class RemoteConversation:
         with suppress(ConversationNotFound):  # it was there: the connection was lost before its end was told
             await self._do(Delete(op_id=new_id()))
         await self.close()
+
+    async def _stop(self, call: Effect[T]) -> T:
+        self._stops.append(call)
+        try:
+            return await self._ask(call)
+        finally:
+            self._stops.remove(call)
 
     async def _do(self, call: Effect[Done]) -> None:
         await self._ask(call)
@@ -395,6 +405,9 @@ class RemoteConversation:
         if not delivery.started:
             delivery.start(self._beginning(connection.answer))
         peer.handlers = {**peer.handlers, ToolCall: self._tools.answer}
+        for stop in list(self._stops):  # before the subscription, which lets the turn go on
+            with suppress(AgentServerError):  # whoever waits for it hears it
+                await peer.call(stop, timeout=ANSWER_SECONDS)
         known = delivery.taken
         answer = await peer.call(
             Subscribe(epoch=known.epoch or None, after_seq=known.seq), timeout=ANSWER_SECONDS

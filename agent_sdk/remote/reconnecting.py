@@ -43,6 +43,8 @@ FIRST_SECONDS = 0.1
 LONGEST_SECONDS = 10.0
 STEADY_SECONDS = 10.0
 """A connection that lasted so long worked, although nothing was said."""
+SOON_SECONDS = 0.25
+"""The longest pause after a server has said that it ends: the next one is usually there in a moment."""
 UNASKED_SECONDS = 1.0
 """Before a server that closed the connection on purpose is asked again, when it named no time."""
 
@@ -57,6 +59,8 @@ _FINAL: Mapping[int, Callable[[str], AgentServerError]] = {
     1009: lambda why: LimitExceeded(f"a message was too long for the connection: {why}"),
 }
 _BROKEN_RULES = frozenset({4400, 1002, 1003, 1007, 1008})
+_GOING_AWAY = frozenset({1001, 1012, 4503})
+"""The server ends, and says so."""
 _UNINTENDED = frozenset({1000, 1001, 1005, 1006})
 """The connection ended; nobody meant it."""
 
@@ -119,6 +123,8 @@ class ServerLink:
         self._trying_since = 0.0
         """When what worked was lost: from then on the patience counts."""
         self._pause = 0.0
+        self._goes_away = False
+        """The connection that was lost last had been told that its server ends."""
         self._hurry = asyncio.Event()
         self._complained = False
         self._reached = False
@@ -217,6 +223,8 @@ class ServerLink:
 
         def wait(state: RetryCallState) -> float:
             longest = LONGEST_SECONDS if self._patience is None else min(LONGEST_SECONDS, self._patience / 4)
+            if self._goes_away:
+                longest = min(longest, max(SOON_SECONDS, (clock() - self._trying_since) / 10))
             chance = wait_random_exponential(multiplier=FIRST_SECONDS, max=longest)
             return (_failure(state).retry_after_ms or 0) / 1000 + chance(state)
 
@@ -322,8 +330,9 @@ class ServerLink:
 
     def _pause_after(self, lost: ConnectionLost) -> float:
         pause, self._pause = self._pause, 0.0
-        unintended = lost.details.get("close_code") in _UNINTENDED
-        return max(pause, 0.0 if unintended else UNASKED_SECONDS)
+        code = lost.details.get("close_code")
+        self._goes_away = pause > 0 or code in _GOING_AWAY
+        return max(pause, 0.0 if code in _UNINTENDED | _GOING_AWAY else UNASKED_SECONDS)
 
     def _noticed(self, method: str, params: Raw) -> None:
         if method == Draining.method:

@@ -177,6 +177,65 @@ async def test_calls_that_come_during_a_drain_take_effect_on_the_next_server(tmp
             assert (await careful.run()).final_text == "done"
 
 
+async def last_words(server: Server, when: str) -> None:
+    """Begin to stop the server; returns while it drains, or when there is none."""
+    server.signal(signal.SIGTERM)
+    await (server.said("server_draining") if when == "draining" else server.ended())
+
+
+@pytest.mark.parametrize(
+    ("verb", "when"),
+    [("pause", "draining"), ("interrupt", "draining"), ("pause", "away"), ("message", "away")],
+)
+async def test_what_stops_a_turn_while_there_is_no_server_comes_before_anything_new(tmp_path, verb, when):
+    """The command that runs ends meanwhile: only the client's word keeps the next one from running."""
+    os.mkfifo(tmp_path / "go")
+    async with Server(tmp_path, boxes_on_stop="keep", drain_seconds=1) as server:
+        await server.start()
+        async with RemoteWorkspace(f"http://127.0.0.1:{server.port}", KEY) as workspace:
+            called, asked = asyncio.Event(), asyncio.Event()
+
+            def see(event) -> None:
+                if isinstance(event, ToolCalled):
+                    called.set()
+
+            steps = [
+                call("terminal", command=f"cat {tmp_path / 'go'}"),
+                call("terminal", command="echo next >> ran"),
+                say("done"),
+            ]
+            conversation = Conversation(Agent(llm=ScriptedLLM(steps)), workspace, callbacks=[see])
+            silent = Conversation(
+                Agent(llm=ScriptedLLM([hang(saying="a word")]), tools=[]),
+                workspace,
+                on_delta=lambda _: asked.set(),
+            )
+            await silent.send_message("hold the drain up")
+            await conversation.send_message("go")
+            running = asyncio.create_task(conversation.run())
+            await called.wait()
+            await asked.wait()
+            go = await asyncio.to_thread(open, tmp_path / "go", "wb")  # returns when the command reads
+            await last_words(server, when)
+            stops = {
+                "pause": conversation.pause,
+                "interrupt": conversation.interrupt,
+                "message": lambda: conversation.send_message("stop", mode="interrupt"),
+            }
+            stopping = asyncio.create_task(stops[verb]())
+            if when == "draining":
+                await server.ended()
+            go.write(b"went on\n")
+            go.close()
+            await server.start()
+            await stopping
+            outcome = await running
+            assert outcome.status == {"pause": "paused"}.get(verb, "interrupted")
+            turn = [event async for event in conversation.events() if isinstance(event, ToolCalled)]
+            before = [event for event in turn if event.run_id == outcome.run_id]
+            assert len(before) == 1
+
+
 # --- a server that keeps no keys: what an agent had of secrets is gone with it ---
 
 

@@ -43,4 +43,4 @@ async def test_the_close_says_when_to_come_back(tmp_path):
         server.process.send_signal(signal.SIGTERM)
         over = await wire.ended()
         assert over.code == 4503
-        assert over.reason.endswith("retry_after_ms=1000")
+        assert over.reason.endswith("retry_after_ms=250")
