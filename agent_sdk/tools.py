@@ -249,10 +249,18 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_utf8(text: object) -> str:
-    """Return text, or bytes as text, with a mark for what UTF-8 cannot say: lone surrogates, wrong bytes."""
+    """Return text, or bytes as text, with U+FFFD for what UTF-8 cannot say: lone surrogates, wrong bytes.
+
+    Two surrogates that belong together become their character.
+    """
     if isinstance(text, bytes | bytearray | memoryview):
         return bytes(text).decode(errors="replace")
-    return str(text).encode(errors="replace").decode()
+    text = str(text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _as_text(result: object) -> str:

@@ -2,9 +2,10 @@
 
 | the answer | is | the turn |
 | --- | --- | --- |
-| calls tools | `calls` | runs them; those that the output limit cut are not run, and the model is told |
+| calls tools | `calls` | runs them; those that a limit cut are not run, and the model is told |
 | refused, or filtered by the provider | `withheld` | fails with `model_refused` |
 | has no text (it may have thought) | `empty` | asks once more, then fails with `model_answer_broken` |
+| was cut because the context window is full | `full` | ends as `limit`: a longer request is refused |
 | has text that the output limit cut | `cut` | has it continued three times, then ends as `limit` |
 | was broken off, with the turn | `interrupted` | has ended; when it goes on, the model is told |
 | has text, whatever else its end is called | `done` | ends as `finished` |
@@ -21,7 +22,7 @@ import msgspec
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelError, ModelRefused
 from agent_sdk.protocol.events import AgentMessage
 
-Ending = Literal["calls", "done", "cut", "empty", "withheld", "interrupted"]
+Ending = Literal["calls", "done", "cut", "full", "empty", "withheld", "interrupted"]
 
 INTERRUPTED = "interrupted"
 """The finish reason of an answer that was broken off: what had come of it."""
@@ -37,8 +38,14 @@ CUT_CALL = (
     "Make the call again with shorter arguments, in several steps if need be."
 )
 
+FULL = (
+    "the conversation has filled the model's context window, which cut the answer; start a new conversation, "
+    "or run again with a model that has a larger context window (max_output_tokens does not help)"
+)
+
 _NUDGES: dict[Ending, str] = {
     "cut": "[The output limit cut your answer. Go on exactly where it stopped, without repeating anything.]",
+    "full": "[The context window was full, which cut your answer. Go on exactly where it stopped.]",
     "interrupted": "[Your answer was interrupted before it was complete. Go on with the task.]",
     "empty": "[Your answer had no text and called no tool. Go on with the task, or say that it is done and how.]",
 }
@@ -54,6 +61,8 @@ def ending_of(message: AgentMessage) -> Ending:
         return "withheld"
     if message.tool_calls:
         return "calls"
+    if message.finish_reason == "context_window":
+        return "full"
     if not message.text.strip():
         return "empty"
     return "cut" if message.finish_reason == "length" else "done"

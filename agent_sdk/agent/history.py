@@ -79,7 +79,7 @@ class History:
         if ending == "calls":
             self._answer, self._last, self._said = answer, None, []
             return
-        if self._last is None or ending_of(self._last) != "cut":
+        if self._last is None or ending_of(self._last) not in ("cut", "full"):
             self._said = []
         self._said.append(answer.text)
         self._last = answer

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
-from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, INTERRUPTED, ending_of, failure, is_whole
+from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure, is_whole
 from agent_sdk.agent.journal import Journal
-from agent_sdk.agent.llm.contract import Completion, ModelRequest
+from agent_sdk.agent.llm.contract import CUT, Completion, ModelRequest
 from agent_sdk.agent.llm.retry import complete_with_retries
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.progress import Progress
@@ -117,6 +117,8 @@ class Turn:
             self.begun.set()
         self._in_vain = 0
         """How many answers in a row the output limit has cut, or were empty."""
+        self._full = False
+        """The last answer filled the context window."""
         self._finish_reason = ""
         self._pieces: list[tuple[str, str]] = []
         """Text and thinking that have come of the answer that is being written."""
@@ -238,6 +240,8 @@ class Turn:
                 return self._end("paused")
             if self._iterations >= limit:
                 return self._end("limit", reason=f"the turn has made {limit} model calls, which is its limit")
+            if self._full:
+                return self._end("limit", final_text=journal.history.said, reason=FULL)
             if self._in_vain > CONTINUED:
                 return self._end(
                     "limit",
@@ -257,6 +261,7 @@ class Turn:
             return self._journal.history.said
         in_vain = ending in ("cut", "empty") or (ending == "calls" and all(call.cut for call in calls))
         self._in_vain = self._in_vain + 1 if in_vain else 0
+        self._full = ending == "full"
         if ending == "withheld" or (ending == "empty" and self._in_vain > ASKED_AGAIN):
             raise failure(message)
         if ending != "calls":
@@ -331,7 +336,7 @@ class Turn:
     def _called(self, completion: Completion) -> list[ToolCalled]:
         if not completion.tool_calls or self._finish_reason in ("refused", "filtered"):
             return []
-        place, limited = self._mine.place.instance, self._finish_reason == "length"
+        place, limited = self._mine.place.instance, self._finish_reason in CUT
         return [
             ToolCalled(
                 run_id=self.run_id,

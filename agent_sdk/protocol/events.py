@@ -86,9 +86,9 @@ class AgentMessage(Base, frozen=True, tag="agent_message"):
     """What the provider wants to see again unchanged in later requests (signed thinking); opaque.
     A Raw or None: msgspec cannot decode the union of the two."""
     finish_reason: str = ""
-    """Why it ended: `stop`, `tool_calls`, `length` (cut by the output limit), `refused` (by the model), `filtered`
-    (by the provider), `interrupted` (broken off with the turn: this is what had come), or the provider's own word;
-    empty in logs of older versions."""
+    """Why it ended: `stop`, `tool_calls`, `length` (cut by the output limit), `context_window` (cut because that is
+    full), `refused` (by the model), `filtered` (by the provider), `interrupted` (broken off with the turn: this is what
+    had come), or the provider's own word; empty in logs of older versions."""
 
     def __post_init__(self) -> None:
         if self.provider is not None and not isinstance(self.provider, Raw):

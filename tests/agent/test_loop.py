@@ -231,17 +231,17 @@ async def test_arguments_that_make_no_sense_are_a_result(stage, arguments):
     assert (await stage.ended()).status == "finished"
 
 
-async def test_half_of_a_surrogate_pair_from_a_model_is_a_question_mark(stage):
+async def test_half_of_a_surrogate_pair_from_a_model_is_marked(stage):
     await stage.play(Completion(text="a\ud800b"))
     [message] = await stage.these(AgentMessage)
-    assert message.text == (await stage.ended()).final_text == "a?b"
+    assert message.text == (await stage.ended()).final_text == "a\ufffdb"
 
 
 async def test_a_result_that_json_cannot_say_is_written_as_text(stage):
     tools = [Broken("odd", lambda: ToolResult(text="\ud800", data={"object": object()}))]
     await stage.play(Completion(tool_calls=uses("odd")), DONE, tools=tools)
     [result] = await stage.these(ToolReturned)
-    assert result.text == "?"
+    assert result.text == "\ufffd"
     assert "object object" in result.data["repr"]
 
 

@@ -12,6 +12,7 @@ from agent_sdk.agent.llm.provider import Address
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ModelError
 from agent_sdk.protocol.specs import LLM
+from agent_sdk.tools import as_utf8
 
 ANSWER_BYTES = 32 << 20
 """Of a whole answer, as it comes over the wire."""
@@ -35,9 +36,10 @@ _REASONS = {
     "function_call": "tool_calls",
     "max_tokens": "length",
     "max_output_tokens": "length",
-    "model_length": "length",
     "pause_turn": "length",
-    "model_context_window_exceeded": "length",
+    "model_context_window_exceeded": "context_window",
+    "context_length_exceeded": "context_window",
+    "model_length": "context_window",
     "refusal": "refused",
     "content_filter": "filtered",
     "content_filtered": "filtered",
@@ -72,6 +74,21 @@ _WRITING_COSTS = 1.25
 """Anthropic's price of an input token that goes into the prompt cache, in input tokens."""
 
 
+class Halves:
+    """Joins characters that were cut between pieces of a text which is passed on as it comes."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def join(self, piece: str) -> str:
+        """Return what can be passed on; the first half of a character waits for its second."""
+        piece = self._held + piece
+        self._held = piece[-1:] if "\ud800" <= piece[-1:] <= "\udbff" else ""
+        return as_utf8(piece.removesuffix(self._held) if self._held else piece)
+
+
 class ToolDraft:
     """A tool call that is being written."""
 
@@ -99,6 +116,7 @@ class Answer:
         self._on_delta = on_delta
         self._text: list[str] = []
         self._thinking: list[str] = []
+        self._text_halves, self._thinking_halves = Halves(), Halves()
         self._noted = b""
 
     def __repr__(self) -> str:
@@ -107,12 +125,12 @@ class Answer:
     @property
     def text(self) -> str:
         """What was said so far."""
-        return "".join(self._text)
+        return as_utf8("".join(self._text))
 
     @property
     def thinking(self) -> str:
         """What was thought so far."""
-        return "".join(self._thinking)
+        return as_utf8("".join(self._thinking))
 
     @property
     def has_begun(self) -> bool:
@@ -132,15 +150,15 @@ class Answer:
         """Add to the text."""
         if piece:
             self._text.append(piece)
-            if self._on_delta is not None:
-                self._on_delta(piece, "")
+            if self._on_delta is not None and (ready := self._text_halves.join(piece)):
+                self._on_delta(ready, "")
 
     def think(self, piece: str) -> None:
         """Add to the thinking."""
         if piece:
             self._thinking.append(piece)
-            if self._on_delta is not None:
-                self._on_delta("", piece)
+            if self._on_delta is not None and (ready := self._thinking_halves.join(piece)):
+                self._on_delta("", ready)
 
     def open_call(self) -> ToolDraft:
         """Begin another tool call.
@@ -169,10 +187,10 @@ class Answer:
             )
         draft.pieces.append(piece)
 
-    def finish(self, reason: str | None) -> None:
+    def finish(self, reason: object) -> None:
         """Take the provider's word for why the answer ends; a refusal stays one."""
-        if reason and self.finish_reason != "refused":
-            self.finish_reason = _REASONS.get(reason.lower(), reason.lower())
+        if reason and isinstance(reason, str) and self.finish_reason != "refused":
+            self.finish_reason = _REASONS.get(reason.lower(), as_utf8(reason.lower()))
 
     def count(self, *, given: int, said: int, cached: int = 0, written: int = 0) -> None:
         """Set the usage: all tokens given, said (with reasoning), read from and written into the prompt cache.
@@ -218,12 +236,12 @@ class Answer:
         taken = {use.call_id for turn in turns for use in turn.tool_calls}
         uses = []
         for draft in self.calls:
-            call_id = draft.call_id
+            call_id = as_utf8(draft.call_id)
             if not call_id or call_id in taken or len(call_id) > _ID_CHARACTERS:
                 call_id = "call_" + new_id().replace("-", "")
             taken.add(call_id)
-            tool = draft.tool[:_NAME_CHARACTERS]
-            uses.append(ToolUse(call_id=call_id, tool=tool, arguments="".join(draft.pieces)))
+            tool = as_utf8(draft.tool)[:_NAME_CHARACTERS]
+            uses.append(ToolUse(call_id=call_id, tool=tool, arguments=as_utf8("".join(draft.pieces))))
         return tuple(uses)
 
 

@@ -73,10 +73,13 @@ class Completion(Struct, frozen=True, kw_only=True):
     tool_calls: tuple[ToolUse, ...] = ()
     usage: Usage = Usage()
     finish_reason: str = "stop"
-    """`stop`, `tool_calls`, `length` (cut by the output limit), `refused` (by the model), `filtered` (by the
-    provider), or the provider's own word."""
+    """`stop`, `tool_calls`, `length` (cut by the output limit), `context_window` (cut because that is full), `refused`
+    (by the model), `filtered` (by the provider), or the provider's own word."""
     provider: Raw | None = None
 
+
+CUT = ("length", "context_window")
+"""Finish reasons of answers that are not whole."""
 
 OnDelta = Callable[[str, str], None]
 """Called with (text, thinking) for each streamed piece; must not block."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
-from msgspec import Raw
 
+from agent_sdk.agent.llm import lenient
 from agent_sdk.agent.llm.provider import Address
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,
@@ -23,6 +23,9 @@ from agent_sdk.protocol.errors import (
     ModelUnauthorized,
     ModelUnavailable,
 )
+from agent_sdk.protocol.specs import Json
+
+T = TypeVar("T")
 
 LONGEST_PAUSE = 600.0
 """Seconds; a provider that asks for more is asked again after that."""
@@ -96,17 +99,14 @@ def failure_of(status: int, headers: Mapping[str, str], body: bytes, address: Ad
     )
 
 
-def failure_in(raw: bytes | Raw, address: Address) -> ModelError:
+def failure_in(raw: bytes | Json, address: Address) -> ModelError:
     """Return the error for JSON in an answer with status 200 that is, or holds, an error object.
 
     A number that is an HTTP status, or one of Anthropic's types, says which; anything else means a
     broken answer.
     """
     details: dict[str, Any] = {"provider": address.provider}
-    try:
-        error = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        error = None
+    error = lenient.value(raw) if isinstance(raw, bytes) else raw
     members = _innermost(error)
     code, kind = _code(members), members.get("type")
     cls: type[ModelError] = ModelAnswerBroken
@@ -125,9 +125,17 @@ def broken(reason: str, address: Address, **details: Any) -> ModelAnswerBroken:
     return ModelAnswerBroken(message, provider=address.provider, **details)
 
 
-def unreadable(exc: Exception, data: bytes, address: Address) -> ModelAnswerBroken:
-    """Return the error for a piece of an answer that no decoder takes; shows its beginning."""
-    return broken(f"cannot be read ({exc}): {data[:200].decode(errors='replace')}", address)
+def decoded(decoder: msgspec.json.Decoder[T], data: bytes, address: Address) -> T:
+    """Return a piece of an answer.
+
+    Raises:
+        ModelAnswerBroken: it is not what the decoder takes; the message shows its beginning.
+    """
+    try:
+        return lenient.decode(decoder, data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
+        begins = data[:200].decode(errors="replace")
+        raise broken(f"cannot be read ({exc}): {begins}", address) from None
 
 
 def shown(text: str, address: Address) -> str:
@@ -168,27 +176,15 @@ def _number(text: str | None, unit: float) -> float | None:
 
 def _message(body: bytes) -> str:
     """The reason in an error's body: the `message` of the shapes in use, or the text itself unless it is a page."""
-    try:
-        said = _said(msgspec.json.decode(body))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        said = ""
-    if said:
+    if said := _said(lenient.value(body)):
         return said
     text = body.decode(errors="replace").strip()
     return "a web page instead of an answer" if text[:1] == "<" else text
 
 
-def is_nothing(raw: Raw) -> bool:
-    """Whether a member of an object is missing, or as good as that."""
-    return bytes(raw) in (b"", b"null", b"false", b"{}", b'""', b"[]")
-
-
 def says_something(data: bytes) -> bool:
     """Whether this is JSON with a sentence for people in it, in one of the shapes in use."""
-    try:
-        said = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
+    said = lenient.value(data)
     if isinstance(said, list) and said:
         said = said[0]
     return isinstance(said, dict) and any(said.get(word) for word in _WORDS)
@@ -226,6 +222,9 @@ def _said(error: object) -> str:
             inner = next((error[word] for word in _WORDS if error.get(word)), None)
             if inner is None:
                 break
+            behind = error.get("metadata")
+            if isinstance(inner, str) and isinstance(behind, dict) and isinstance(behind.get("raw"), str):
+                return f"{inner}: {_message(behind['raw'].encode(errors='replace'))}"  # OpenRouter's provider
             error = inner
         else:
             break

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
+from agent_sdk.agent.llm import lenient
 from agent_sdk.agent.llm.contract import AssistantTurn, Turn
 from agent_sdk.agent.llm.provider import Address
 
@@ -53,7 +54,7 @@ def fitting_arguments(arguments: str) -> str:
 
 def keep(address: Address, **members: Any) -> Raw:
     """Completion.provider: what this very model wants to see again, marked as its own."""
-    return Raw(msgspec.json.encode({"provider": address.provider, "model": address.model, **members}))
+    return Raw(lenient.encode({"provider": address.provider, "model": address.model, **members}))
 
 
 def kept(turn: AssistantTurn, address: Address) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Struct
 
+from agent_sdk.agent.llm import lenient
 from agent_sdk.agent.llm.answer import PLACES, Answer, ToolDraft
 from agent_sdk.agent.llm.contract import Completion
-from agent_sdk.agent.llm.failure import broken, failure_in, is_nothing, unreadable
+from agent_sdk.agent.llm.failure import broken, decoded, failure_in
 from agent_sdk.agent.llm.history import keep
 from agent_sdk.agent.llm.sse import ServerSentEvent
 from agent_sdk.protocol.specs import Json
@@ -26,39 +27,39 @@ class _Function(Struct, gc=False):
 
 class _ToolCall(Struct, gc=False):
     index: int | None = None
-    id: str | None = None
+    id: str | int | None = None
     function: _Function | None = None
-    extra_content: dict[str, Any] | None = None
+    extra_content: Any = None
 
 
 class _Part(Struct, gc=False):
-    type: str = ""
     text: str | None = None
-    thinking: list[_Part] | str | None = None
+    thinking: list[_Part | None] | str | None = None
 
 
 class _Message(Struct, gc=False):
     """A delta of a stream, or a whole message."""
 
-    content: str | list[_Part] | None = None
+    content: str | list[_Part | None] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
-    reasoning_details: list[dict[str, Any]] | None = None
-    tool_calls: list[_ToolCall] | None = None
+    reasoning_details: Any = None
+    tool_calls: list[_ToolCall | None] | None = None
 
 
 class _Choice(Struct, gc=False):
     delta: _Message | None = None
     message: _Message | None = None
-    finish_reason: str | None = None
+    finish_reason: Any = None
+    error: Any = None
 
 
 class _Chunk(Struct, gc=False):
-    choices: list[_Choice] | None = None
-    usage: Raw = Raw()
-    error: Raw = Raw()
-    object: str | None = None
+    choices: list[_Choice | None] | None = None
+    usage: Any = None
+    error: Any = None
+    object: Any = None
 
 
 class _Details(Struct):
@@ -76,7 +77,6 @@ class _Usage(Struct):
 
 
 _chunk = msgspec.json.Decoder(_Chunk)
-_usage = msgspec.json.Decoder(_Usage)
 
 
 class Reading:
@@ -129,14 +129,13 @@ class Reading:
 
     def _take(self, data: bytes, *, whole: bool, failed: bool = False) -> None:
         answer, address = self._answer, self._answer.address
-        try:
-            chunk = _chunk.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise unreadable(exc, data, address) from None
-        if failed or chunk.object == "error" or not is_nothing(chunk.error):
+        chunk = decoded(_chunk, data, address)
+        if failed or chunk.object == "error" or chunk.error:
             raise failure_in(data, address)
-        if chunk.choices:
-            choice = chunk.choices[0]
+        choice = next(filter(None, chunk.choices or ()), None)
+        if choice is not None:
+            if choice.error:  # OpenRouter's
+                raise failure_in({"error": choice.error}, address)
             message = (choice.message or choice.delta) if whole else choice.delta
             if message is None and not answer.has_begun:
                 message, whole = choice.message, True  # a whole answer as the only event of a stream
@@ -147,14 +146,14 @@ class Reading:
             answer.note(data)
             if whole:
                 raise answer.failure("has no choices")
-        if not is_nothing(chunk.usage):
+        if chunk.usage:
             self._count(chunk.usage)
 
     def _read(self, message: _Message, *, whole: bool) -> None:
         answer = self._answer
         if message.reasoning_content or message.reasoning:
             self._think(message)
-        if message.reasoning_details:
+        if isinstance(message.reasoning_details, list):
             self._keep_details(message.reasoning_details)
         if message.content:
             if isinstance(message.content, str):
@@ -165,7 +164,7 @@ class Reading:
             answer.say(message.refusal)
             answer.finish_reason = "refused"
         if message.tool_calls:
-            for position, call in enumerate(message.tool_calls):
+            for position, call in enumerate(filter(None, message.tool_calls)):
                 if whole:
                     call.index = position
                 self._call(call)
@@ -178,19 +177,21 @@ class Reading:
         piece = message.reasoning if self._thinks_in == "reasoning" else message.reasoning_content
         self._answer.think(piece or "")
 
-    def _read_parts(self, parts: list[_Part]) -> None:
-        for part in parts:
+    def _read_parts(self, parts: list[_Part | None]) -> None:
+        for part in filter(None, parts):
             if isinstance(part.thinking, str):
                 self._answer.think(part.thinking)
             elif part.thinking:
-                for thought in part.thinking:
+                for thought in filter(None, part.thinking):
                     self._answer.think(thought.text or "")
             elif part.text:
                 self._answer.say(part.text)
 
-    def _keep_details(self, details: list[Json]) -> None:
+    def _keep_details(self, details: list[Any]) -> None:
         """Join the pieces of a text, which have the same type and index; encrypted ones come whole."""
         for detail in details:
+            if not isinstance(detail, dict):
+                continue
             last = self._details[-1] if self._details else {}
             same = all(last.get(key) == detail.get(key) for key in ("type", "index"))
             if not last or not same or detail.get("type") == "reasoning.encrypted":
@@ -199,20 +200,21 @@ class Reading:
                 self._details.append(detail)
                 continue
             for key, value in detail.items():
-                if key in ("text", "summary") and isinstance(value, str):
-                    last[key] = (last.get(key) or "") + value
+                before = last.get(key) or ""
+                if key in ("text", "summary") and isinstance(value, str) and isinstance(before, str):
+                    last[key] = before + value
                 elif value is not None:
                     last[key] = value
 
     def _call(self, call: _ToolCall) -> None:
         draft = self._draft(call)
         function = call.function or _Function()
-        draft.call_id = draft.call_id or call.id or ""
+        draft.call_id = draft.call_id or str(call.id or "")
         draft.tool = draft.tool or function.name or ""
         if isinstance(function.arguments, str):
             self._answer.add_arguments(draft, function.arguments)
         elif function.arguments is not None:
-            self._answer.add_arguments(draft, msgspec.json.encode(function.arguments).decode())
+            self._answer.add_arguments(draft, lenient.encode(function.arguments).decode())
         if call.extra_content:
             at = self._answer.calls.index(draft)
             self._extras[at] = {"extra_content": call.extra_content}
@@ -235,10 +237,10 @@ class Reading:
             self._drafts[key] = draft
         return draft
 
-    def _count(self, raw: Raw) -> None:
+    def _count(self, counts: Any) -> None:
         try:
-            usage = _usage.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            usage = msgspec.convert(counts, _Usage)
+        except (msgspec.ValidationError, UnicodeError):
             return  # a count that makes no sense is no reason to lose the answer
         given, said = usage.prompt_tokens or 0, usage.completion_tokens or 0
         details = usage.prompt_tokens_details

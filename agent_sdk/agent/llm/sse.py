@@ -6,9 +6,9 @@ a JSON decoder takes them as they are. `id` and `retry` are ignored: a model's a
 
 from __future__ import annotations
 
-import msgspec
 from msgspec import Struct
 
+from agent_sdk.agent.llm.lenient import value
 from agent_sdk.protocol.errors import ModelAnswerBroken
 
 EVENT_BYTES = 8 << 20
@@ -108,8 +108,4 @@ class EventParser:
 
 def is_whole(data: bytes) -> bool:
     """Whether the data of an event that ends with its stream came whole."""
-    try:
-        msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return data.strip() == b"[DONE]"
-    return True
+    return value(data) is not None or data.strip() == b"[DONE]"

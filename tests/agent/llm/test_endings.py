@@ -17,6 +17,8 @@ Said = tuple[str, str, str, str | None]
 """Finish reason in OpenAI's words, text, thinking, and the arguments of a call of `note`."""
 
 ANTHROPIC = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "refused": "refusal"}
+ANTHROPIC["context_length_exceeded"] = "model_context_window_exceeded"
+FULL = "context_length_exceeded"
 
 CUT = ("length", "The fix is to ", "", None)
 DONE = ("stop", "rename it.", "", None)
@@ -114,6 +116,10 @@ async def turn(dialect: str, tmp_path) -> AsyncIterator[Callable[..., object]]:
         ([("LENGTH", *CUT[1:]), DONE], "finished", "The fix is to rename it.", "stop", 2),
         ([("timeout", "half an", "", None)], "failed", "", "timeout", 1),
         ([CUT], "limit", "The fix is to " * 4, "length", 4),
+        ([(FULL, "The fix is", "", None)], "limit", "The fix is", "context_window", 1),
+        ([CUT, (FULL, "rename", "", None)], "limit", "The fix is to rename", "context_window", 2),
+        ([(FULL, "", "hm", None)], "limit", "", "context_window", 1),
+        ([(FULL, "", "", '{"text": "a'), DONE], "finished", "rename it.", "stop", 2),
         ([EMPTY, DONE], "finished", "rename it.", "stop", 2),
         ([EMPTY], "failed", "", "stop", 2),
         ([THOUGHTS, DONE], "finished", "rename it.", "stop", 2),
@@ -159,6 +165,14 @@ async def test_a_failure_has_its_kind_and_its_reason(turn, answer, error, reason
     talk = await turn(answer)
     assert talk.outcome.error == error
     assert reason in talk.outcome.reason
+
+
+async def test_a_full_context_window_ends_the_turn_and_says_what_helps(turn):
+    outcome = (await turn((FULL, "half", "", None))).outcome
+    assert "new conversation" in outcome.reason
+    assert "larger context window" in outcome.reason
+    again = (await turn(DONE)).outcome
+    assert (again.status, again.final_text) == ("finished", "halfrename it.")
 
 
 @pytest.mark.parametrize("answer", [CUT_CALL, CUT_BEFORE_ARGUMENTS])

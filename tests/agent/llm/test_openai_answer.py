@@ -1,5 +1,6 @@
 """The dialect of OpenAI: what is read from the answers of many servers."""
 
+import json
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from agent_sdk.agent.llm.openai import encode
 from agent_sdk.agent.llm.openai_answer import Reading
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.llm.sse import ServerSentEvent
-from agent_sdk.protocol.errors import ModelAnswerBroken, ModelRateLimited
+from agent_sdk.protocol.errors import ModelAnswerBroken, ModelError, ModelRateLimited, ModelUnavailable
 from agent_sdk.protocol.specs import LLM, ToolSpec
 
 GPT = LLM(model="openai/gpt-5.5")
@@ -36,7 +37,7 @@ def streamed(*chunks: object, llm: LLM = GPT, request: ModelRequest = HELLO) -> 
 
 def whole(answer: object) -> Completion:
     read = reading()
-    read.whole(msgspec.json.encode(answer))
+    read.whole(answer if isinstance(answer, bytes) else msgspec.json.encode(answer))
     return read.completion()
 
 
@@ -241,12 +242,12 @@ def test_usage_is_normalised_whatever_the_provider_counts(usage: object, counted
     [
         b"{",
         b"not json",
-        b'{"choices": [{"delta": {"content": "\xff"}}]}',
+        b'{"choices": "\xff"}',
         b'{"choices": 7}',
         b'{"choices": [{"delta": {"content": 7}}]}',
         b'{"choices": [{"delta": {"tool_calls": {"a": 1}}}]}',
         b'{"x": ' + b"[" * 100_000,
-        b'{"choices": [{"delta": {"content": "\\ud800"}}]}',
+        b'{"choices": "\\ud800"}',
         b"\x00",
     ],
 )
@@ -275,6 +276,28 @@ def test_an_error_in_the_stream_is_raised():
         streamed(delta(content="x"), {"error": {"code": 429, "message": "slow down"}})
     with pytest.raises(ModelAnswerBroken, match="boom"):
         streamed(delta(content="x"), {"object": "error", "message": "boom"})
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        ({"code": 502, "message": "the upstream is down"}, ModelUnavailable, "the upstream is down"),
+        ({"code": "server_error", "message": "no \ud83d luck"}, ModelAnswerBroken, "no luck"),
+        ("out of luck", ModelAnswerBroken, "out of luck"),
+        (
+            {"message": "Provider returned error", "metadata": {"raw": '{"error": {"message": "too long"}}'}},
+            ModelAnswerBroken,
+            "Provider returned error: too long",
+        ),
+    ],
+)
+def test_an_error_within_a_choice_is_told_in_the_providers_words(error: object, kind: type, said: str):
+    choice = {"finish_reason": "error", "error": error}
+    for read, member in ((streamed, "delta"), (whole, "message")):
+        chunk = json.dumps({"choices": [{**choice, member: {"content": "half"}}]}).encode()
+        with pytest.raises(ModelError, match=f"{said}$") as caught:
+            read(chunk)
+        assert type(caught.value) is kind
 
 
 def test_a_stream_without_its_end_is_broken_unless_the_model_had_finished():
