@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 TIER ?= pr
+PLACES := and (place or not elsewhere)
 BASE_IMAGE ?= python:3.12-slim-bookworm
 IMAGE ?= agent-server:latest
 WHEELHOUSE ?=
@@ -13,7 +14,7 @@ PACKAGES := agent_sdk workspaces agent_server
 MANYLINUX := manylinux_2_36 manylinux_2_34 manylinux_2_28 manylinux_2_17 manylinux2014 manylinux2010 manylinux1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo examples run-server test test-docker test-images cover lint fmt types contracts bench docs docs-check image box-runtime chaos lock clean
+.PHONY: help venv demo examples run-server test test-docker test-all test-images cover lint fmt types contracts bench docs docs-check image box-runtime chaos lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,15 +42,19 @@ run-server: $(READY) ## run a server in the foreground (ARGS="--port 0")
 	$(BIN)/agent-server serve $(ARGS)
 
 test: $(READY) ## run the tests that need no container engine (ARGS="-k name")
-	$(BIN)/python -m pytest -n 2 -m "not docker and not chaos" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not docker and not chaos $(PLACES)" $(ARGS)
 	@echo "Not among them: tests of containers (make test-docker, needs a Docker engine) and of faults (make chaos)."
+	@echo "Contracts were tried in full in three places, and in the others where these matter (make test-all: in full)."
 
 test-images: $(READY) ## make the images that tests of containers use, without any registry
 	$(BIN)/python -m tests.docker.images
 	$(MAKE) image BASE_IMAGE=agent-test/full:1 IMAGE=agent-test/server:1
 
 test-docker: $(READY) ## run the tests that need a container engine, and the images of test-images
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m docker tests/docker $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "docker $(PLACES)" tests/docker $(ARGS)
+
+test-all: ## run all tests, all contracts in all places: every night (needs what test-docker and chaos need)
+	$(MAKE) test test-docker chaos PLACES= TIER=night
 
 cover: $(READY) ## run the tests and show the branches they miss
 	$(BIN)/coverage erase

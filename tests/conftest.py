@@ -25,6 +25,10 @@ RUN = f"TESTS_RUN={os.environ['TESTS_RUN']}".encode()
 SHORT_LIVED = {"AGENT_SERVER_BOXES_ON_STOP": "end", "AGENT_SERVER_BOX_LINGER_SECONDS": "120"}
 """For servers of tests: nothing stays for long, also when the run is killed."""
 
+MARKERS = (
+    "place: of a contract, what depends on the place: its processes, users, files, limits, links",
+    "elsewhere: a contract in one more place, where only what is marked `place` is tried (all: make test-all)",
+)
 USUAL_SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
 
 
@@ -33,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     In the background of a script it ignores some signals, and every program that a test starts would, too.
     """
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
     for number, usual in USUAL_SIGNALS.items():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)

@@ -62,23 +62,27 @@ async def cancelled_when_ready(work: Awaitable[Any], listener: Listener) -> None
 class CommandContract:
     """Mixed into WorkspaceContract."""
 
+    @pytest.mark.place
     async def test_a_command_may_be_told_to_run_as_who_it_is_anyway(self, workspace):
         own = (await workspace.execute("id -u")).stdout.strip()
         assert (await workspace.execute("id -u", user=own)).stdout.strip() == own
         process = await workspace.start(["id", "-u"], user=own)
         assert [data async for data in process.output()] == [f"{own}\n".encode()]
 
+    @pytest.mark.place
     async def test_a_user_who_is_not_there_is_refused_by_name(self, workspace):
         for call in (workspace.execute, workspace.start):
             with pytest.raises(InvalidParams, match="there is no user 'nonesuch'"):
                 await call("true", user="nonesuch")
 
+    @pytest.mark.place
     async def test_a_command_answers_with_its_output_and_exit_code(self, workspace):
         result = await workspace.execute("echo out; echo err >&2; exit 3")
         assert (result.status, result.exit_code) == ("exited", 3)
         assert (result.stdout, result.stderr) == ("out\n", "err\n")
         assert (result.timed_out, result.truncated) == (False, False)
 
+    @pytest.mark.place
     async def test_text_is_run_by_bash(self, workspace):
         result = await workspace.execute("[[ ab == a* ]] && printf %s {1..3}")
         assert result.stdout == "123"
@@ -138,6 +142,7 @@ class CommandContract:
         assert result.truncated
         assert f"{len(whole) - HEAD_BYTES - TAIL_BYTES} bytes left out" in result.stdout
 
+    @pytest.mark.place
     async def test_a_signal_is_told_apart_from_an_exit_code(self, workspace):
         result = await workspace.execute("kill -KILL $$")
         assert (result.status, result.exit_code, result.signal) == ("killed", None, 9)
@@ -151,6 +156,7 @@ class CommandContract:
             assert (result.stderr, result.exit_code) == ("", 1)
         assert listener.said.decode() == result.stdout
 
+    @pytest.mark.place
     @pytest.mark.parametrize("merge", [False, True])
     async def test_the_whole_of_a_long_output_can_be_had(self, workspace, merge):
         result = await workspace.execute("seq 1 500000; echo end >&2", merge=merge)
@@ -187,10 +193,12 @@ class CommandContract:
         assert result.returncode == returncode
         assert said in result.stderr
 
+    @pytest.mark.place
     async def test_many_commands_run_at_once(self, workspace):
         results = await asyncio.gather(*(workspace.execute(f"echo {number}") for number in range(20)))
         assert [result.stdout for result in results] == [f"{number}\n" for number in range(20)]
 
+    @pytest.mark.place
     async def test_signals_mean_to_a_command_what_they_mean_to_others(self, workspace):
         result = await workspace.execute(HEARS_SIGNALS)
         assert result.stdout == SIGNALS_HEARD
@@ -201,14 +209,16 @@ class CommandContract:
         ("command", "output"),
         [
             ("exec > >(tee -a log) 2>&1; echo one; echo two >&2", "one\ntwo\n"),
-            ("echo hi > >(cat)", "hi\n"),
+            pytest.param("echo hi > >(cat)", "hi\n", marks=pytest.mark.place),
             ("echo hi 2> >(cat >&2) > >(sed s/h/H/ | tee log)", "Hi\n"),
             (
                 "printf 'exec > >(tee log)\\necho 1\\nseq 2 2000\\n' > script; bash script",
                 "".join(f"{n}\n" for n in range(1, 2001)),
             ),
             ('echo hi > >(while read line; do bash -c "echo $line"; done)', "hi\n"),
-            ("mkfifo pipe; tee log < pipe & exec > pipe; echo hi", "hi\n"),
+            pytest.param(
+                "mkfifo pipe; tee log < pipe & exec > pipe; echo hi", "hi\n", marks=pytest.mark.place
+            ),
             ("exec > >(tee log); sleep 1000 & echo hi", "hi\n"),
         ],
     )
@@ -235,6 +245,7 @@ class CommandContract:
 
     # --- folder and environment ---
 
+    @pytest.mark.place
     async def test_variables_are_added_to_the_environment(self, workspace):
         result = await workspace.execute('echo "$GREETING from $PATH"', env={"GREETING": "hello\nyou"})
         assert result.stdout.startswith("hello\nyou from /")
@@ -248,10 +259,12 @@ class CommandContract:
             with pytest.raises(InvalidParams, match="env"):
                 await workspace.execute("true", env=env)
 
+    @pytest.mark.place
     async def test_nothing_waits_for_a_pager_an_editor_or_a_password(self, workspace):
         result = await workspace.execute("echo $PAGER $GIT_PAGER $GIT_EDITOR $GIT_TERMINAL_PROMPT")
         assert result.stdout == "cat cat true 0\n"
 
+    @pytest.mark.place
     async def test_a_command_starts_in_the_working_folder_or_below_it(self, workspace):
         info = await workspace.describe()
         await workspace.files.mkdir("a/b")
@@ -277,6 +290,7 @@ class CommandContract:
 
     # --- programs that do not start ---
 
+    @pytest.mark.place
     @pytest.mark.parametrize(
         ("argv", "exit_code", "errno"),
         [
@@ -330,8 +344,8 @@ class CommandContract:
         "child",
         [
             "sleep 100",
-            "setsid sleep 100",
-            "(while :; do echo again; sleep 0.01; done)",
+            pytest.param("setsid sleep 100", marks=pytest.mark.place),
+            pytest.param("(while :; do echo again; sleep 0.01; done)", marks=pytest.mark.place),
             "(while :; do :; done)",
             "(sleep 100 | cat)",
             "tail -f /dev/null | while read line; do echo $line; done",
@@ -342,10 +356,12 @@ class CommandContract:
             result = await workspace.execute(f"{child} & echo hi")
         assert "hi\n" in result.stdout
 
+    @pytest.mark.place
     async def test_children_in_the_background_live_on(self, workspace):
         await workspace.execute("sleep 1000 & echo $! > pid")
         assert await alive(workspace)
 
+    @pytest.mark.place
     async def test_what_a_background_child_says_later_can_be_read(self, workspace):
         result = await workspace.execute(
             "(until [ -e go ]; do sleep 0.01; done; echo late; touch said) & echo now"
@@ -354,6 +370,7 @@ class CommandContract:
         process = workspace.process(result.process_id)
         assert b"".join([piece async for piece in process.output()]) == b"now\nlate\n"
 
+    @pytest.mark.place
     async def test_a_timeout_ends_the_command_and_keeps_what_it_said(self, workspace):
         result = await workspace.execute("echo begun; echo $$ > pid; sleep 1000; echo never", timeout=0.9)
         assert result.timed_out
@@ -361,6 +378,7 @@ class CommandContract:
         assert result.duration >= 0.9
         assert not await alive(workspace)
 
+    @pytest.mark.place
     async def test_a_timeout_ends_children_that_left_the_session(self, workspace):
         result = await workspace.execute(
             "setsid bash -c '(echo $BASHPID > pid; exec sleep 1000) & wait' & sleep 1000", timeout=0.5
@@ -391,11 +409,13 @@ class CommandContract:
 
     # --- cancelling ---
 
+    @pytest.mark.place
     async def test_cancelling_ends_the_command(self, workspace):
         listener = Listener()
         await cancelled_when_ready(workspace.execute(OBEDIENT, on_output=listener), listener)
         assert not await alive(workspace)
 
+    @pytest.mark.place
     async def test_cancelling_ends_children_that_left_the_session(self, workspace):
         listener = Listener()
         await workspace.files.write("obedient", OBEDIENT.encode())
@@ -403,6 +423,7 @@ class CommandContract:
         await cancelled_when_ready(workspace.execute(command, on_output=listener), listener)
         assert not await alive(workspace)
 
+    @pytest.mark.place
     async def test_cancelling_ends_a_stopped_child(self, workspace):
         listener = Listener()
         command = (
@@ -413,6 +434,7 @@ class CommandContract:
         )
         assert not await alive(workspace)
 
+    @pytest.mark.place
     async def test_cancelling_ends_a_child_that_ignores_everything_but_kill(self, workspace):
         listener = Listener()
         await workspace.files.write("stubborn", STUBBORN.encode())
@@ -449,6 +471,7 @@ class CommandContract:
         result = await workspace.execute("echo begun; seq 1 100000; touch ended", on_output=tell)
         assert result.exit_code == 0
 
+    @pytest.mark.place
     async def test_a_listener_that_fails_ends_the_command(self, workspace):
         async def tell(stream, data):
             raise RuntimeError("enough")

@@ -23,12 +23,15 @@ OUTSIDE = [
 class ConfinementContract:
     """Mixed into WorkspaceContract; not for a workspace whose root is that of all files."""
 
+    @pytest.mark.place
     async def test_it_says_that_paths_are_kept_in_it(self, workspace):
         assert (await workspace.describe()).confined
 
+    @pytest.mark.place
     async def test_its_root_is_a_part_of_all_files(self, workspace):
         assert (await workspace.describe()).root != "/"
 
+    @pytest.mark.place
     @pytest.mark.parametrize("verb", ["read", "write", "list", "remove", "mkdir", "stat", "move"])
     async def test_no_path_leads_out_of_the_workspace(self, workspace, verb):
         await workspace.execute(
@@ -40,6 +43,7 @@ class ConfinementContract:
                 await getattr(workspace.files, verb)(*arguments)
             assert isinstance(caught.value, PermissionError)
 
+    @pytest.mark.place
     @pytest.mark.parametrize("verb", ["read", "write", "list", "mkdir"])
     async def test_a_symlink_out_of_the_workspace_is_not_followed(self, workspace, verb):
         await workspace.execute("ln -s /no/such/file out")
@@ -48,6 +52,7 @@ class ConfinementContract:
         assert (await workspace.files.stat("out")).target == "/no/such/file"
         await workspace.files.remove("out")
 
+    @pytest.mark.place
     @pytest.mark.parametrize("path", ["../f", "/no/such/file", "out/f"])
     async def test_nothing_travels_to_or_from_outside(self, workspace, tmp_path, path):
         await workspace.execute("ln -s /no/such out")
@@ -57,6 +62,7 @@ class ConfinementContract:
         with pytest.raises(OutsideWorkspace):
             await workspace.download(path, tmp_path / "copy")
 
+    @pytest.mark.place
     async def test_no_command_starts_outside(self, workspace):
         await workspace.execute("ln -s /etc out; mkdir a")
         for cwd in ("..", "/", "/etc", "a/../..", "out"):
@@ -65,6 +71,7 @@ class ConfinementContract:
             with pytest.raises(OutsideWorkspace):
                 await workspace.start("true", cwd=cwd)
 
+    @pytest.mark.place
     async def test_a_repository_outside_is_refused(self, workspace):
         with pytest.raises(OutsideWorkspace):
             await workspace.git.changes("..")

@@ -54,6 +54,7 @@ class ConversationContract(ToolCallsContract):
 
     # --- messages and turns ---
 
+    @pytest.mark.place
     async def test_a_message_is_answered(self, open: Open) -> None:
         conversation = await open(acting(say("Hello.")))
         accepted = await conversation.send_message("Hi")
@@ -67,6 +68,7 @@ class ConversationContract(ToolCallsContract):
         assert isinstance(event, UserMessage)
         assert event.text == "Hi"
 
+    @pytest.mark.place
     async def test_a_turn_is_a_sequence_of_events(self, open: Open) -> None:
         conversation = await open(acting(call("terminal", command="echo hi"), say("Done.")))
         await conversation.send_message("Say hi")
@@ -295,6 +297,7 @@ class ConversationContract(ToolCallsContract):
         await conversation.send_message("another one")
         assert (await conversation.run(timeout=PATIENCE)).final_text == "after"
 
+    @pytest.mark.place
     @pytest.mark.parametrize("first", ["true", "trap '' INT"], ids=["obedient", "stubborn"])
     async def test_an_interrupt_ends_the_command_under_way_with_its_process(
         self, open: Open, places: Places, first: str
@@ -400,6 +403,7 @@ class ConversationContract(ToolCallsContract):
         snapshot = await conversation.state()
         assert (snapshot.title, snapshot.tags) == ("Second", {"a": "3", "b": "2"})
 
+    @pytest.mark.place
     async def test_a_deleted_conversation_is_closed(self, open: Open) -> None:
         conversation = await open(acting(hang(), say("done")))
         await conversation.send_message("go")

@@ -32,6 +32,7 @@ STRANGE_NAMES = [
 class FileContract:
     """Mixed into WorkspaceContract."""
 
+    @pytest.mark.place
     async def test_what_is_written_is_read(self, workspace):
         data = bytes(range(256)) * 300
         written = await workspace.files.write("a/b/c.bin", data)
@@ -43,22 +44,26 @@ class FileContract:
         assert await workspace.files.read("f", offset=8) == b"89"
         assert await workspace.files.read("f", offset=50) == b""
 
+    @pytest.mark.place
     async def test_a_file_is_replaced_as_a_whole_and_keeps_its_mode(self, workspace):
         await workspace.execute("echo a long old text > f; chmod 751 f")
         written = await workspace.files.write("f", b"new")
         assert (await workspace.files.read("f"), written.mode) == (b"new", 0o751)
         assert (await workspace.execute("stat -c %a f; ls -A")).stdout == "751\nf\n"
 
+    @pytest.mark.place
     async def test_a_new_file_gets_the_mode_that_was_asked_for(self, workspace):
         await workspace.files.write("f", b"", mode=0o600)
         assert (await workspace.files.stat("f")).mode == 0o600
 
+    @pytest.mark.place
     async def test_writing_through_a_symlink_keeps_the_symlink(self, workspace):
         await workspace.execute("mkdir d; echo old > d/real; ln -s d/real link; ln -s d/new dangling")
         await workspace.files.write("link", b"1")
         await workspace.files.write("dangling", b"2")
         assert (await workspace.execute("cat d/real d/new; readlink link")).stdout == "12d/real\n"
 
+    @pytest.mark.place
     async def test_names_are_kept_exactly(self, workspace):
         for name in STRANGE_NAMES:
             await workspace.files.write(name, b"x")
@@ -92,6 +97,7 @@ class FileContract:
         await growing.signal("KILL")
         await growing.wait()
 
+    @pytest.mark.place
     async def test_a_path_is_described_a_symlink_itself(self, workspace):
         await workspace.execute("mkdir d; echo 12 > d/f; chmod 640 d/f; ln -s nowhere l")
         file, link = await workspace.files.stat("d/f"), await workspace.files.stat("l")
@@ -99,6 +105,7 @@ class FileContract:
         assert (link.type, link.target) == ("symlink", "nowhere")
         assert (await workspace.files.stat(".")).type == "dir"
 
+    @pytest.mark.place
     async def test_files_folders_and_symlinks_are_removed(self, workspace):
         await workspace.execute("mkdir -p d/e empty; touch f d/e/g; ln -s d l")
         for path in ("f", "l", "empty"):
@@ -112,6 +119,7 @@ class FileContract:
             await workspace.files.remove("d")
         assert (await workspace.files.stat("d/f")).type == "file"
 
+    @pytest.mark.place
     async def test_moving_replaces_a_file_and_makes_parents(self, workspace):
         await workspace.execute("echo 1 > a; mkdir x; echo 2 > x/b")
         await workspace.files.move("a", "x/b")
@@ -123,12 +131,14 @@ class FileContract:
         await workspace.files.mkdir("a/b/c/")
         assert (await workspace.files.stat("a/b/c")).type == "dir"
 
+    @pytest.mark.place
     async def test_absolute_paths_below_the_root_are_fine(self, workspace):
         root = (await workspace.describe()).working_dir
         await workspace.files.mkdir(f"{root}/a/b")
         await workspace.files.write(f"{root}/a//b/../f", b"x")
         assert await workspace.files.read(f"{root}/./a/f") == b"x"
 
+    @pytest.mark.place
     async def test_what_is_listed_can_be_read_by_its_path(self, workspace):
         await workspace.execute("mkdir -p a/b; echo x > a/b/f; echo x > g")
         for folder in (".", "a", (await workspace.describe()).working_dir):
@@ -136,6 +146,7 @@ class FileContract:
             assert [await workspace.files.read(info.path) for info in found] == [b"x\n"] * len(found)
             assert found
 
+    @pytest.mark.place
     @pytest.mark.parametrize("path", [".", "./", "a/.."])
     async def test_the_working_folder_itself_stays(self, workspace, path):
         await workspace.files.mkdir("a")
@@ -144,6 +155,7 @@ class FileContract:
         with pytest.raises(InvalidParams):
             await workspace.files.move(path, "b")
 
+    @pytest.mark.place
     async def test_symlinks_that_stay_inside_are_followed(self, workspace):
         root = (await workspace.describe()).working_dir
         await workspace.execute(f"mkdir -p a/b; echo x > a/f; ln -s ../../a a/b/up; ln -s {root}/a abs")
@@ -204,6 +216,7 @@ class FileContract:
         with pytest.raises(FileNotFoundError):
             await workspace.files.read("nowhere")
 
+    @pytest.mark.place
     @pytest.mark.parametrize("verb", ["remove", "move"])
     async def test_the_root_itself_stays(self, workspace, verb):
         arguments = (".", "elsewhere") if verb == "move" else (".",)

@@ -36,6 +36,7 @@ async def whole(process, **options) -> bytes:
 class ProcessContract:
     """Mixed into WorkspaceContract."""
 
+    @pytest.mark.place
     async def test_a_process_is_followed_to_its_end(self, workspace):
         process = await workspace.start("echo a; sleep 0.1; echo b")
         assert await whole(process) == b"a\nb\n"
@@ -57,6 +58,7 @@ class ProcessContract:
         process = await workspace.start("echo out; echo err >&2")
         assert (await whole(process), await whole(process, stream="stderr")) == (b"out\n", b"err\n")
 
+    @pytest.mark.place
     async def test_a_process_reads_what_is_written_to_it(self, workspace):
         process = await workspace.start(["cat"])
         await process.write(b"one ")
@@ -102,6 +104,7 @@ class ProcessContract:
         with pytest.raises(ProcessNotFound):
             await process.write(b"x")
 
+    @pytest.mark.place
     async def test_a_signal_reaches_the_process_and_its_group(self, workspace):
         process = await workspace.start(
             "trap 'echo got it; exit 5' USR1; echo ready; while :; do sleep 0.05; done"
@@ -111,6 +114,7 @@ class ProcessContract:
         assert (await process.wait(PATIENCE)).exit_code == 5
         assert b"got it" in await whole(process)
 
+    @pytest.mark.place
     async def test_a_killed_process_says_by_which_signal(self, workspace):
         process = await workspace.start(["sleep", "1000"])
         await process.signal("KILL")
@@ -144,11 +148,13 @@ class ProcessContract:
                 await process.wait()
         assert await alive(workspace)
 
+    @pytest.mark.place
     async def test_a_timeout_ends_the_tree(self, workspace):
         process = await workspace.start("sleep 1000 & echo $! > pid; wait", timeout=0.3)
         assert (await process.wait(PATIENCE)).status == "timeout"
         assert not await alive(workspace)
 
+    @pytest.mark.place
     async def test_processes_are_listed_running_and_ended(self, workspace):
         first = await workspace.start("echo hi; exit 7")
         await first.wait(PATIENCE)
@@ -166,11 +172,13 @@ class ProcessContract:
         with pytest.raises(ProcessNotFound, match="nobody"):
             await process.wait()
 
+    @pytest.mark.place
     async def test_a_missing_program_is_a_file_not_found_error(self, workspace):
         with pytest.raises(PathNotFound, match="no-such-program") as caught:
             await workspace.start(["no-such-program"])
         assert isinstance(caught.value, FileNotFoundError)
 
+    @pytest.mark.place
     @pytest.mark.parametrize("pty", [False, True])
     async def test_a_program_that_may_not_run_is_a_permission_error(self, workspace, pty):
         await workspace.files.write("plain", b"")
@@ -186,10 +194,12 @@ class ProcessContract:
 
     # --- terminals ---
 
+    @pytest.mark.place
     async def test_a_terminal_is_one_and_has_a_size(self, workspace):
         process = await workspace.start("tty >/dev/null && stty size </dev/tty", pty=True, rows=33, cols=111)
         assert await whole(process) == b"33 111\r\n"
 
+    @pytest.mark.place
     async def test_a_terminal_talks_to_its_program(self, workspace):
         process = await workspace.start(["cat"], pty=True)
         await process.write(b"hello\n")
@@ -197,6 +207,7 @@ class ProcessContract:
         await process.close_stdin()
         assert (await process.wait(PATIENCE)).exit_code == 0
 
+    @pytest.mark.place
     async def test_the_interrupt_key_interrupts(self, workspace):
         process = await workspace.start(
             "trap 'exit 9' INT; echo ready; while :; do sleep 0.05; done", pty=True
@@ -205,6 +216,7 @@ class ProcessContract:
         await process.write(b"\x03")
         assert (await process.wait(PATIENCE)).exit_code == 9
 
+    @pytest.mark.place
     async def test_a_program_learns_the_new_size_of_its_terminal(self, workspace):
         process = await workspace.start(WINDOW, pty=True)
         await until_said(process, b"ready")

@@ -16,6 +16,7 @@ def op() -> str:
 class RepeatContract:
     """Mixed into WorkspaceContract."""
 
+    @pytest.mark.place
     async def test_a_command_that_is_repeated_under_its_op_id_runs_once(self, workspace):
         op_id, command = op(), "echo run >> runs; echo said; exit 3"
         first, second = await asyncio.gather(
@@ -32,6 +33,7 @@ class RepeatContract:
         assert (await workspace.start(command, op_id=op_id)).id == first.id
         assert await workspace.files.read("runs") == b"run\n"
 
+    @pytest.mark.place
     async def test_an_upload_that_is_repeated_under_its_op_id_writes_once(self, workspace, tmp_path):
         op_id, source = op(), tmp_path / "source"
         source.write_bytes(b"mine")

@@ -20,6 +20,7 @@ OWN_KEYS = [
 class RepositoryContract:
     """Mixed into WorkspaceContract."""
 
+    @pytest.mark.place
     async def test_all_that_differs_from_the_last_commit_is_told(self, workspace):
         await workspace.execute(
             f"{START}; git mv old sub/new; echo x >> changed; rm sub/gone; echo u > 'un tracked'"
@@ -55,6 +56,7 @@ class RepositoryContract:
         ]
         assert "+a" in await workspace.git.diff("staged")
 
+    @pytest.mark.place
     async def test_a_diff_shows_changed_new_and_deleted_files(self, workspace):
         await workspace.execute(f"{START}; echo more >> changed; rm sub/gone; echo fresh > new")
         diff = await workspace.git.diff()
@@ -97,6 +99,7 @@ class RepositoryContract:
         with pytest.raises(InvalidParams, match="base"):
             await workspace.git.diff(base=base)
 
+    @pytest.mark.place
     async def test_nothing_of_the_repositorys_configuration_is_run(self, workspace):
         await workspace.execute(START)
         await workspace.files.write("evil", b"#!/bin/sh\ntouch pwned; cat", mode=0o755)

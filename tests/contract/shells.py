@@ -32,6 +32,7 @@ async def begun(shell, command: str) -> None:
 class ShellContract:
     """Mixed into WorkspaceContract."""
 
+    @pytest.mark.place
     async def test_a_shell_answers_with_output_exit_code_and_folder(self, workspace):
         result = await workspace.shell().run("echo hi; false")
         info = await workspace.describe()
@@ -100,6 +101,7 @@ class ShellContract:
         result = await shell.run(command)
         assert (result.status, result.exit_code, result.output.text) == ("done", 0, "")
 
+    @pytest.mark.place
     async def test_a_background_job_does_not_hold_up_the_answer(self, workspace):
         shell = workspace.shell()
         async with asyncio.timeout(PATIENCE):
@@ -117,7 +119,7 @@ class ShellContract:
     @pytest.mark.parametrize(
         ("command", "output"),
         [
-            ("echo hi > >(cat)", "hi\n"),
+            pytest.param("echo hi > >(cat)", "hi\n", marks=pytest.mark.place),
             ("seq 3 > >(sed s/3/4/ | tee log)", "1\n2\n4\n"),
             ("printf 'exec > >(tee log)\\necho hi\\n' > script; bash script", "hi\n"),
         ],
@@ -172,7 +174,7 @@ class ShellContract:
             ("read a; read b", b"y\n", None, "y|"),
             ("read a; read b", b"y\n", True, "y||"),
             ("read -n1 a; read b", b"y", None, "y|"),
-            ("read -n1 a; read b", b"y", True, "y||"),
+            pytest.param("read -n1 a; read b", b"y", True, "y||", marks=pytest.mark.place),
             ("stty raw; read -n1 a; stty sane; read b", b"y", None, "y|"),
         ],
     )
@@ -201,6 +203,7 @@ class ShellContract:
         assert result.status == "busy"
         assert (await workspace.execute("ls never")).exit_code != 0
 
+    @pytest.mark.place
     async def test_the_interrupt_key_ends_the_command_and_not_the_shell(self, workspace):
         shell = workspace.shell()
         await begun(shell, "x=kept; bash -c 'echo ready; exec sleep 1000'")
@@ -219,6 +222,7 @@ class ShellContract:
         await shell.send(b"abc\n", quiet=0.1)
         assert (await shell.send(CTRL_D)).status == "done"
 
+    @pytest.mark.place
     async def test_a_suspended_command_can_be_brought_back(self, workspace):
         shell = workspace.shell()
         await begun(shell, "bash -c 'echo ready; until [ -e go ]; do sleep 0.01; done; echo ended'")
@@ -230,6 +234,7 @@ class ShellContract:
         assert (await shell.send(b"touch never\n")).status == "done"
         assert (await shell.run("ls never 2>&1 | wc -l; read -t 0 && echo typed")).output.text == "1\n"
 
+    @pytest.mark.place
     async def test_cancelling_interrupts_the_command(self, workspace):
         shell = workspace.shell()
         with pytest.raises(TimeoutError):
@@ -243,12 +248,14 @@ class ShellContract:
             result = await workspace.shell().run("python3 ask.py")
         assert "answered True" in result.output.text
 
+    @pytest.mark.place
     async def test_a_program_finds_a_terminal(self, workspace):
         result = await workspace.shell().run("[ -t 0 ] && [ -t 1 ] && [ -t 2 ] && echo yes")
         assert result.output.text == "yes\n"
 
     # --- long output ---
 
+    @pytest.mark.place
     async def test_the_whole_of_a_long_output_is_in_a_file(self, workspace):
         shell = workspace.shell()
         result = await shell.run("seq 1 300000")
@@ -308,18 +315,21 @@ class ShellContract:
         assert (result.status, result.output.text, result.exit_code) == ("ended", said, exit_code)
         assert (await shell.run('echo "$KEPT"; basename "$PWD"')).output.text == "a b\nsub\n"
 
+    @pytest.mark.place
     @pytest.mark.parametrize("limit", [64, 32, 16])
     async def test_a_low_limit_of_descriptors_leaves_a_shell_that_works(self, workspace, limit):
         shell = workspace.shell()
         await shell.run(f"name=kept; ulimit -n {limit}")
         assert (await shell.run("echo $name; ulimit -n")).output.text == f"kept\n{limit}\n"
 
+    @pytest.mark.place
     async def test_a_shell_that_can_open_nothing_any_more_is_replaced(self, workspace):
         shell = workspace.shell()
         await shell.run("mkdir sub; cd sub")
         assert (await shell.run("ulimit -n 8")).status == "ended"
         assert (await shell.run("basename $PWD")).output.text == "sub\n"
 
+    @pytest.mark.place
     async def test_a_closed_shell_ends_everything_and_begins_anew_at_its_next_use(self, workspace):
         shell = workspace.shell()
         await shell.run(
@@ -331,6 +341,7 @@ class ShellContract:
         result = await shell.run("echo [$LOST]")
         assert (result.output.text, result.cwd) == ("[]\n", (await workspace.describe()).working_dir)
 
+    @pytest.mark.place
     async def test_a_reset_ends_everything_and_starts_afresh(self, workspace):
         shell = workspace.shell()
         await shell.run(

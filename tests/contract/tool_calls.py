@@ -29,6 +29,7 @@ class ToolCallsContract:
 
     # --- tools ---
 
+    @pytest.mark.place
     async def test_a_python_function_runs_in_the_process_of_its_owner(self, open: Open) -> None:
         pids: list[int] = []
 
@@ -298,6 +299,7 @@ class ToolCallsContract:
 
     # --- secrets ---
 
+    @pytest.mark.place
     async def test_secrets_reach_the_terminal_and_nobody_else(self, open: Open) -> None:
         secret = "hunter2-hunter2"
         script = (call("terminal", command='echo "$TOKEN"; echo ${#TOKEN}'), say("done"))

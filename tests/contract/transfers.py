@@ -39,7 +39,7 @@ def tree(folder: Path) -> dict[str, tuple]:
 class TransferContract:
     """Mixed into WorkspaceContract."""
 
-    @pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 5_000_003])
+    @pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, pytest.param(5_000_003, marks=pytest.mark.place)])
     async def test_a_file_goes_up_and_comes_down_unchanged(self, workspace, tmp_path, size):
         source, copy = tmp_path / "source", tmp_path / "there" / "copy"
         source.write_bytes((BLOCK * 5)[:size])
@@ -50,6 +50,7 @@ class TransferContract:
         assert copy.read_bytes() == source.read_bytes()
         assert (await workspace.execute("sha256sum < in/data.bin")).stdout.split()[0] == digest
 
+    @pytest.mark.place
     async def test_mode_bits_travel(self, workspace, tmp_path):
         (tmp_path / "tool").write_text("#!/bin/sh\necho works\n")
         (tmp_path / "tool").chmod(0o750)
@@ -66,6 +67,7 @@ class TransferContract:
         assert os.listdir(tmp_path) == [] or not (tmp_path / "f").exists()
         assert await workspace.files.list() == []
 
+    @pytest.mark.place
     async def test_only_regular_files_travel(self, workspace, tmp_path):
         os.mkfifo(tmp_path / "fifo")
         with pytest.raises(NotARegularFile):
@@ -76,6 +78,7 @@ class TransferContract:
         with pytest.raises(NotARegularFile):
             await workspace.download("pipe", tmp_path / "f")
 
+    @pytest.mark.place
     async def test_an_upload_replaces_a_file_as_a_whole(self, workspace, tmp_path):
         await workspace.files.write("f", b"a much longer old text")
         (tmp_path / "source").write_bytes(b"new")
@@ -92,6 +95,7 @@ class TransferContract:
 
     # --- folders ---
 
+    @pytest.mark.place
     async def test_a_folder_goes_up_and_comes_down_with_all_that_is_in_it(self, workspace, tmp_path):
         there = tmp_path / "there"
         (there / "a" / "empty").mkdir(parents=True)
@@ -120,7 +124,9 @@ class TransferContract:
         await workspace.upload_dir(tmp_path / "all", "up", exclude=("b",))
         assert [info.path for info in await workspace.files.list("up")] == ["up/build"]
 
-    @pytest.mark.parametrize("target", ["/etc/passwd", "../../x", "d/../../x", ".."])
+    @pytest.mark.parametrize(
+        "target", [pytest.param("/etc/passwd", marks=pytest.mark.place), "../../x", "d/../../x", ".."]
+    )
     async def test_a_symlink_that_leads_out_of_its_folder_does_not_travel(self, workspace, tmp_path, target):
         (tmp_path / "up").mkdir()
         (tmp_path / "up" / "link").symlink_to(target)
@@ -132,6 +138,7 @@ class TransferContract:
         await workspace.upload_dir(tmp_path / "up", "goal", exclude=("link",))
         assert await workspace.files.list("goal") == []
 
+    @pytest.mark.place
     async def test_nothing_goes_through_a_symlink_that_is_there_already(self, workspace, tmp_path):
         (tmp_path / "up" / "d").mkdir(parents=True)
         (tmp_path / "up" / "d" / "f").write_text("stray")
@@ -170,6 +177,7 @@ class TransferContract:
         assert await workspace.files.read("f") == b"old"
         assert (await workspace.execute("ls -A")).stdout == "f\n"
 
+    @pytest.mark.place
     async def test_an_upload_that_breaks_leaves_nothing_behind(self, workspace):
         async def broken() -> AsyncIterator[bytes]:
             yield BLOCK
@@ -180,6 +188,7 @@ class TransferContract:
             await workspace.write_stream("f", broken())
         assert (await workspace.execute("ls -A")).stdout == ""
 
+    @pytest.mark.place
     async def test_an_upload_that_is_cancelled_leaves_nothing_behind(self, workspace):
         sent = asyncio.Event()
 

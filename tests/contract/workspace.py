@@ -2,7 +2,13 @@
 
 A subclass provides the fixture `workspace`: an entered workspace in an empty folder, where bash, git
 and the usual tools are installed. The suite uses nothing but the contract and `tmp_path`.
+
+It is kept in full here, over memory and over the WebSocket of a server. A subclass for one more place is marked
+`elsewhere`: tried there is what is marked `place`, because it depends on processes, users, files, limits or links;
+`make test-all` tries the rest there, too.
 """
+
+import pytest
 
 from tests.contract.commands import CommandContract
 from tests.contract.confinement import ConfinementContract
@@ -25,6 +31,7 @@ class OpenWorkspaceContract(
 ):
     """Subclass it and provide a `workspace` fixture: where paths may lead to all files, as in a container."""
 
+    @pytest.mark.place
     async def test_a_workspace_says_what_and_where_it_is(self, workspace):
         info = await workspace.describe()
         assert info.root.startswith("/")

@@ -22,6 +22,7 @@ def server(engine_is_there) -> Iterator[Target]:
         yield workspace.asynchronous.target
 
 
+@pytest.mark.elsewhere
 class TestInADockerWorkspace(OpenWorkspaceContract):
     @pytest.fixture
     async def workspace(self, server):
@@ -29,6 +30,7 @@ class TestInADockerWorkspace(OpenWorkspaceContract):
             yield workspace
 
 
+@pytest.mark.elsewhere
 class TestOnADockerWorkspace(ConversationContract):
     @pytest.fixture
     async def open(self, server, places):

@@ -27,6 +27,7 @@ def runtime(tmp_path_factory, engine_is_there) -> Iterator[Target]:
         yield workspace.asynchronous.target
 
 
+@pytest.mark.elsewhere
 class TestInARuntime(OpenWorkspaceContract):
     @pytest.fixture
     async def workspace(self, runtime):
@@ -34,6 +35,7 @@ class TestInARuntime(OpenWorkspaceContract):
             yield workspace
 
 
+@pytest.mark.elsewhere
 class TestOnARuntime(ConversationContract):
     @pytest.fixture
     async def open(self, runtime, places):

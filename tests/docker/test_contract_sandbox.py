@@ -49,6 +49,7 @@ def shared(running_server, engine_is_there) -> Iterator[str]:
     asyncio.run(delete())
 
 
+@pytest.mark.elsewhere
 class TestInASandbox(OpenWorkspaceContract):
     @pytest.fixture
     async def workspace(self, request, running_server, shared):
@@ -62,6 +63,7 @@ class TestInASandbox(OpenWorkspaceContract):
                 yield workspace
 
 
+@pytest.mark.elsewhere
 class TestOnAServerWithSandboxes(ConversationContract):
     @pytest.fixture
     async def open(self, running_server, places):

@@ -49,6 +49,7 @@ class TestHere(WorkspaceContract):
     """The contract, on this machine."""
 
 
+@pytest.mark.elsewhere
 class TestBelowTheRootOfAllFiles(OpenWorkspaceContract):
     """The contract, where all of the machine is the root: so it is in a container."""
 

@@ -30,6 +30,7 @@ class TestOnAServer(ConversationContract):
             yield open
 
 
+@pytest.mark.elsewhere
 class TestHereWithAWorkspaceThere(ConversationContract):
     @pytest.fixture
     async def open(self, running_server, places):

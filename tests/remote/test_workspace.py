@@ -33,6 +33,7 @@ class TestOverMemory(WorkspaceContract):
             yield RemoteWorkspace.over(Fixed(peer))
 
 
+@pytest.mark.elsewhere
 class TestOverAUnixSocketToABox(WorkspaceContract):
     @pytest.fixture
     async def workspace(self, tmp_path):

@@ -86,6 +86,7 @@ def gone(pid: int) -> bool:
 
 
 @as_root
+@pytest.mark.elsewhere
 @pytest.mark.slow
 @pytest.mark.parametrize("isolation", ["user"])
 class TestAsAnotherUser(WorkspaceContract):
@@ -93,6 +94,7 @@ class TestAsAnotherUser(WorkspaceContract):
 
 
 @as_root
+@pytest.mark.elsewhere
 @pytest.mark.slow
 @pytest.mark.parametrize("isolation", ["bwrap"])
 class TestInNamespaces(WorkspaceContract):
