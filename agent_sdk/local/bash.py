@@ -50,7 +50,7 @@ unset HISTFILE
 set +o history
 __n=0 __operation=$AGENT_SERVER_OP
 __report() {
-  builtin printf 'NONCE %s %s %s\0' "$1" "$2" "$PWD" >&$__status || builtin return
+  builtin printf 'NONCE %s %s %s %s\0' "$1" "$2" "$$" "$PWD" >&$__status || builtin return
   builtin declare -px >&$__status
   builtin printf '\0' >&$__status
 }
@@ -63,7 +63,7 @@ __next() {
   PROMPT_COMMAND='builtin eval "$__loop"'
   IFS= TMOUT= builtin read -r -d '' -u $__commands __command || builtin exit
   __n=$((__n + 1))
-  builtin printf 'NONCE begin %s \0\0' "$__n" >&$__status
+  builtin printf 'NONCE begin %s\0\0' "$__n" >&$__status
 }
 __keep() { builtin return "$__last"; }
 __loop='while { __next "$?"; } 2>/dev/null; do
@@ -134,6 +134,8 @@ class Bash:
         self._on_report = on_report
         self._sent = 0
         self._begun = 0
+        self._pid = 0
+        """Of bash itself; `child` is who keeps its terminal."""
         self._interrupts = False
         self._early: asyncio.Future[None] | None = None
         self._sending: asyncio.Task[None] | None = None
@@ -251,7 +253,8 @@ class Bash:
 
     async def _last_words(self, *, lives_on: bool = False) -> None:
         child = self.child
-        await last_words((self.intake,), {self._end}, child.pid, child.since, lives_on=lives_on)
+        who = self._pid if lives_on else None
+        await last_words((self.intake,), {self._end}, child.pid, child.since, lives_on=who)
 
     def _shown(self, data: bytes, queries: bytes) -> bool:
         if self._marked < 0:
@@ -281,10 +284,12 @@ class Bash:
         return True
 
     def _note(self, facts: bytes, exported: bytes) -> None:
-        name, exit_code, cwd = facts.split(b" ", 2)
+        name, rest = facts.split(b" ", 1)
         if name == b"begin":
-            self._began(int(exit_code))
+            self._began(int(rest))
             return
+        exit_code, pid, cwd = rest.split(b" ", 2)
+        self._pid = int(pid)
         number = None if name == b"end" else int(name)
         report = Report(number, int(exit_code), os.fsdecode(cwd), exported)
         if number is None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from msgspec.structs import replace
 from agent_sdk.limits import LimitWatch
 from agent_sdk.local.environment import MARKER
 from agent_sdk.local.launch import Folder, Interpreter, Launch, spawn
-from agent_sdk.local.process_tree import HAS_PIDFD, Tree, end_tree, tick_now
+from agent_sdk.local.process_tree import HAS_PIDFD, Tree, children, end_tree, tick_now
 from agent_sdk.protocol.errors import ProcessNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import Exit, Status
 
@@ -37,6 +38,7 @@ class Child:
         started: float,
         since: int,
         *,
+        keeper: socket.socket | None = None,
         by_thread: bool = not HAS_PIDFD,
         why: Callable[[int | None], str] | None = None,
     ) -> None:
@@ -48,6 +50,8 @@ class Child:
             tree: how to find what will come of it.
             started: when, on the monotonic clock.
             since: when, in clock ticks since boot; what came of it is not older.
+            keeper: `popen` keeps the terminal of a program that is its child; it says here when that has ended,
+                and ends when this is closed.
             by_thread: wait in a thread, as one has to without pidfds.
             why: called at its end, for the reason of its Exit.
         """
@@ -67,31 +71,41 @@ class Child:
         self._tree = tree
         self._ending: asyncio.Task[None] | None = None
         self._verdict: Status | None = None
+        self._lasted: float | None = None
+        """Seconds up to the end of the program."""
         self._found: Exit | None = None
+        self._keeper = keeper
         self._loop = asyncio.get_running_loop()
         self._pidfd = -1
         self._why = why
+        if keeper is not None:
+            self._loop.add_reader(keeper, self._told)
         self._watch(by_thread)
 
     @property
     def alive(self) -> bool:
         """Whether the process itself runs (its number is still its own)."""
-        return self._found is None
+        return self._lasted is None
 
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to its process group.
+    def send(self, number: signal.Signals, foreground: int = 0) -> None:
+        """Send a signal to its process group, and to the one in the foreground of its terminal.
 
         Raises:
             ProcessNotFound: it has ended.
         """
         if not self.alive:
             raise ProcessNotFound(f"the process has ended: {self.id}", process=self.id)
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
+        groups = {self.pid, foreground or self.pid}
+        for pid in children(self.pid) if self._keeper is not None else ():
+            with suppress(ProcessLookupError):
+                groups.add(os.getpgid(pid))  # a shell with jobs leaves the group that it was started in
+        for group in groups:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, number)
 
     def look(self) -> None:
         """Notice at once if it has ended, before the loop comes to tell."""
-        if self.alive and self._pidfd >= 0:
+        if self.alive and self._keeper is None and self._pidfd >= 0:
             self._reap()
 
     def end(
@@ -153,10 +167,26 @@ class Child:
             os.close(self._pidfd)
             self._died(status)
 
+    def _told(self) -> None:
+        if self._keeper is not None:
+            self._loop.remove_reader(self._keeper)
+            if self._keeper.recv(1):  # else the keeper itself was killed
+                self._ended_itself()
+                self._settle()
+
+    def _ended_itself(self) -> float:
+        """Take note of the end of the program, once; returns how long it lasted."""
+        if self._lasted is None:
+            self._lasted = time.monotonic() - self.started
+            if (rest := self.on_death()) is not None:
+                self._last_words = self._loop.create_task(rest)
+                self._last_words.add_done_callback(lambda _: self._settle())
+        return self._lasted
+
     def _died(self, status: int) -> None:
         self._tree.leaders[self.pid] = tick_now()
         self._popen.returncode = 0  # it has been waited for
-        seconds = time.monotonic() - self.started
+        seconds = self._ended_itself()
         if status < 0:
             self._found = Exit(status="unknown", duration=seconds, reason="its exit code was lost")
         elif os.WIFSIGNALED(status):
@@ -165,13 +195,16 @@ class Child:
             self._found = Exit(status="exited", exit_code=os.WEXITSTATUS(status), duration=seconds)
         if self._why is not None and (reason := self._why(self._found.exit_code)):
             self._found = replace(self._found, reason=reason)
-        if (rest := self.on_death()) is not None:
-            self._last_words = self._loop.create_task(rest)
-            self._last_words.add_done_callback(lambda _: self._settle())
         self._settle()
 
     def _settle(self) -> None:
         found = self._found
+        if self._keeper is not None and self._lasted is not None:
+            if found is None and self._last_words is not None and not self._last_words.done():
+                return
+            self._loop.remove_reader(self._keeper)
+            self._keeper.close()
+            self._keeper = None
         tasks = [task for task in (self._last_words, self._ending) if task is not None]
         if found is None or self.over.done() or not all(task.done() for task in tasks):
             return
@@ -220,12 +253,22 @@ class Children:
         why = None
         if self._limits is not None:
             why = partial(self._limits.why, self._limits.look())
-        popen = spawn(launch, folder, name, self._sh, stdin=stdin, stdout=stdout, stderr=stderr)
+        keeper = None
+        with ExitStack() as until_started, ExitStack() as unless_started:
+            if launch.terminal is not None:
+                keeper, theirs = socket.socketpair()
+                unless_started.callback(keeper.close)
+                until_started.callback(theirs.close)
+                stdin = stdout = theirs.fileno()
+            popen = spawn(launch, folder, name, self._sh, stdin=stdin, stdout=stdout, stderr=stderr)
+            unless_started.pop_all()
         if self._limits is not None:
             self._limits.expose(popen.pid)
+        if keeper is not None:
+            keeper.send(b"\n")
         self._leaders[popen.pid] = None
         tree = Tree(f"{MARKER}={name}\0".encode(), {popen.pid: None})
-        child = Child(name, popen, tree, started, since, by_thread=self._by_thread, why=why)
+        child = Child(name, popen, tree, started, since, keeper=keeper, by_thread=self._by_thread, why=why)
         self._living.add(child)
         child.over.add_done_callback(lambda _: self._ended(child))
         return child

@@ -68,7 +68,7 @@ async def last_words(
     since: int,
     *,
     source: End | None = None,
-    lives_on: bool = False,
+    lives_on: int | None = None,
 ) -> None:
     """Return when all is taken that a command has said which has ended just now.
 
@@ -78,12 +78,12 @@ async def last_words(
         pid: of the process.
         since: clock ticks since boot, before it was started.
         source: its own input, which feeds no filter.
-        lives_on: it is a shell that ran the command; what only others write is none of the command's.
+        lives_on: the shell that ran the command; what only others write is none of the command's.
     """
     loop = asyncio.get_running_loop()
     began, before = loop.time(), _Carriers()
     while listening := [intake for intake in intakes if intake.open]:
-        carriers = await in_thread(_look, ends, pid, since, source, pid if lives_on else None)
+        carriers = await in_thread(_look, ends, pid, since, source, lives_on)
         now = loop.time()
         quiet = now - max(began, *(now if intake.paused else intake.heard for intake in listening))
         working = carriers.working or carriers.trace != before.trace

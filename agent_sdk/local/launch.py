@@ -27,7 +27,24 @@ from agent_sdk.protocol.errors import (
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 
 # A session leader's terminal is the first one it opens: no code of ours has to run between fork and exec.
-_ON_TERMINAL = b'exec "$@" <"$0" >"$0" 2>&1'
+# When the leader ends, the terminal hangs up on whatever runs in the foreground: also on filters that the program
+# wrote through. So the leader is a shell that stays: it begins when told to, tells the end of the program, waits until
+# it is let go, and ends as the program did. A signal that both got, as one process group, ends both; one that the
+# program alone got makes an exit code.
+_ON_TERMINAL = rb"""
+read -r name || exit
+: <"$0"
+for name in HUP INT QUIT USR1 USR2 ALRM TERM PIPE VTALRM PROF XCPU XFSZ; do trap "got=\"\$got $name \"" $name; done
+got=
+(exec "$@" <"$0" >"$0" 2>&1)
+code=$?
+trap '' HUP INT QUIT USR1 USR2 ALRM TERM PIPE VTALRM PROF XCPU XFSZ
+echo
+read -r name
+[ $code -le 128 ] || name=$(kill -l $code)
+case $got in *" ${name:--} "*) trap - $name; kill -s $name $$;; esac
+exit $code
+"""
 
 _MENDED_BY_POPEN = (signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE))
 
@@ -151,7 +168,10 @@ def _is_program(place: bytes) -> bool:
 def spawn(
     launch: Launch, folder: Folder, operation: str, sh: Interpreter, *, stdin: int, stdout: int, stderr: int
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, with a terminal by way of `sh`; returns when it runs.
+    """Start a program in a session of its own, with a terminal as a child of `sh`; returns when it runs.
+
+    With a terminal, `stdin` and `stdout` are those of `sh`, which starts the program when it reads a line, writes
+    one when that has ended, and ends at the end of its input.
 
     Raises:
         SpawnFailed: it does not.

@@ -112,12 +112,11 @@ class LocalProcess:
         """See Process.signal; on a terminal the foreground job gets it, too."""
         number = check_signal(name)
         running = self._find()
-        running.child.send(number)
+        foreground = 0
         if running.terminal is not None:
             with suppress(OSError):
                 foreground = os.tcgetpgrp(running.terminal.master)
-                if foreground > 0 and foreground != running.child.pid:
-                    os.killpg(foreground, number)
+        running.child.send(number, foreground)
 
     async def resize(self, *, rows: int, cols: int) -> None:
         """See Process.resize; a process without a terminal is a StateConflict."""

@@ -232,3 +232,24 @@ class ProcessContract:
     async def test_all_a_terminal_said_is_there_when_its_program_has_ended(self, workspace):
         process = await workspace.start("stty -opost; seq 1 20000", pty=True)
         assert await whole(process) == "".join(f"{number}\n" for number in range(1, 20_001)).encode()
+
+    @pytest.mark.parametrize("filter", ["tee log", "sleep 0.2; cat"])
+    async def test_what_went_through_a_filter_arrives_although_the_terminal_is_hung_up(
+        self, workspace, filter
+    ):
+        process = await workspace.start(f"exec > >({filter}); echo hi; exit 3", pty=True)
+        assert await whole(process) == b"hi\r\n"
+        assert (await process.wait(PATIENCE)).exit_code == 3
+
+    @pytest.mark.parametrize("command", ["echo ready; exec sleep 1000", ["bash", "--norc", "-i"]])
+    async def test_a_signal_ends_what_runs_on_a_terminal(self, workspace, command):
+        process = await workspace.start(command, pty=True, env={"PS1": "ready"})
+        await until_said(process, b"ready")
+        await process.signal("HUP")
+        exit = await process.wait(PATIENCE)
+        assert (exit.status, exit.exit_code, exit.signal) == ("killed", None, 1)
+
+    async def test_a_program_on_a_terminal_may_end_with_any_exit_code(self, workspace):
+        process = await workspace.start("exit 143", pty=True)
+        exit = await process.wait(PATIENCE)
+        assert (exit.status, exit.exit_code) == ("exited", 143)

@@ -136,6 +136,13 @@ class ShellContract:
         for _ in range(3):
             assert (await shell.run("echo hi; echo there")).output.text == "hi\nthere\n"
 
+    @pytest.mark.parametrize("ends", ["exit 3", "exec bash -c 'echo there; exit 3'"])
+    async def test_what_a_shell_wrote_through_a_filter_for_good_arrives_when_it_ends(self, workspace, ends):
+        for _ in range(3):
+            result = await workspace.shell().run(f"exec > >(sleep 0.2; cat); echo hi; {ends}")
+            assert (result.status, result.exit_code) == ("ended", 3)
+            assert result.output.text.startswith("hi\n")
+
     # --- commands that go on ---
 
     async def test_a_silent_command_is_answered_as_quiet_and_goes_on(self, workspace):
