@@ -194,6 +194,7 @@ class Conversation(Protocol):
     async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
         """Wait for the end of the turn; a paused, failed or limited one goes on.
 
+        That the turn of your last message has failed is told first, however early it was; the next `run` goes on.
         With nothing to do it returns the last outcome. Cancelling, and `timeout` seconds, end the waiting only.
 
         Args:

@@ -152,7 +152,7 @@ class _Answers:
     async def run(self, params: Run, call: Inbound) -> RunAnswer:
         async def act(op: Operation) -> RunAnswer:
             with self._hosted.turn_admitted():
-                return await self._local.begin(op=op)
+                return await self._local.begin(untold=params.turn, op=op)
 
         return await self._once(params, act)
 

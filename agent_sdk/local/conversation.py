@@ -26,7 +26,6 @@ from agent_sdk.conversation import (
     Outcome,
     Snapshot,
     Stats,
-    still_runs,
 )
 from agent_sdk.definition import Agent
 from agent_sdk.ids import checked_op_id, new_id
@@ -214,13 +213,14 @@ class LocalConversation:
         if op_id is not None:
             op = operation(checked_op_id(op_id), SendMessage.method, {"text": text, "mode": mode})
         if known := await self.answered(op, Accepted):
+            opened.untold = known.run_id
             return known
         if not opened.turns.ready:
             raise StateConflict("no agent is configured yet", state="idle")
         if mode == "interrupt":
             opened.turns.check()
             await opened.turns.stop("a new message came", asked=True)
-        run_id = opened.turns.run_id
+        run_id = opened.untold = opened.turns.run_id
         message = UserMessage(text=text, op_id=op.op_id if op else None)
         written = opened.journal.submit(message, op=receipt(op, run_id))
         # Not after the await: whoever sends the message may be cancelled, the message is there all the same.
@@ -237,29 +237,15 @@ class LocalConversation:
         Raises:
             StorageFull, WorkspaceUnavailable, LeaseLost: the log could not be written, so the turn stopped.
         """
-        opened = await self._open()
-        turn = opened.turns.begin()
-        if turn is None:
-            return opened.last
-        try:
-            async with asyncio.timeout(timeout) as limit:
-                await opened.ended(turn, on_waiting or self._on_waiting)
-                await self._delivery.drained()
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise still_runs(timeout, opened.journal.fold.waits) from None
-        if turn.failure is not None:
-            raise turn.failure
-        return turn.outcome or opened.last
+        return await (await self._open()).run(timeout, on_waiting or self._on_waiting)
 
-    async def begin(self, *, op: Operation | None = None) -> RunAnswer:
-        """Like `run`, without waiting: make the turn go on, and say which it is or was."""
+    async def begin(self, *, untold: str | None = None, op: Operation | None = None) -> RunAnswer:
+        """Like `run`, without waiting: make the turn go on, and say which it is or was; see Run about `untold`."""
         opened = await self._open()
         opened.turns.check()
         if opened.turns.current is None:
             coming = RunAnswer(run_id=opened.turns.run_id, running=True)
-            turn = opened.turns.begin(answering(op, coming))
+            turn = opened.turns.begin(answering(op, coming), untold=untold)
         else:
             turn = opened.turns.current
         if turn is not None:

@@ -73,6 +73,13 @@ class Fold:
         return self.outcome.status != "interrupted" or not self._asked_to_stop
 
     @property
+    def failed_run_id(self) -> str | None:
+        """Of the last turn, if it has failed or come to its limit."""
+        if self.outcome is None or self.turn_open or self.outcome.status not in ("failed", "limit"):
+            return None
+        return self.outcome.run_id
+
+    @property
     def paused(self) -> bool:
         """Whether the last turn was paused, and none runs."""
         return self.outcome is not None and self.outcome.status == "paused" and not self.turn_open

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from agent_sdk.agent.loop import Turn
-from agent_sdk.conversation import Cursor, OnWaiting, Outcome, Wait, tell_waits
+from agent_sdk.conversation import Cursor, OnWaiting, Outcome, Wait, still_runs, tell_waits
 from agent_sdk.local.configuration import Configuration
 from agent_sdk.local.delivery import Delivery
 from agent_sdk.local.follower import Follower
@@ -33,6 +33,8 @@ class Opened:
     def __init__(self, journal: Journal, turns: Turns, stack: AsyncExitStack) -> None:
         self.journal = journal
         self.turns = turns
+        self.untold: str | None = None
+        """The turn that answers the last message or that `run` waited for, until `run` has returned how it ended."""
         self.followers: set[Follower] = set()
         self._stack = stack
 
@@ -47,7 +49,28 @@ class Opened:
             raise StateConflict("there is no message yet", state="idle")
         return self.journal.fold.outcome
 
-    async def ended(self, turn: Turn, on_waiting: OnWaiting | None) -> None:
+    async def run(self, timeout: float | None, on_waiting: OnWaiting | None) -> Outcome:
+        """See LocalConversation.run."""
+        turn = self.turns.begin(untold=self.untold)
+        if turn is None:
+            self.untold = None
+            return self.last
+        self.untold = turn.run_id
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                await self._ended(turn, on_waiting)
+                await self.journal.delivery.drained()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise still_runs(timeout, self.journal.fold.waits) from None
+        if turn.failure is not None:
+            raise turn.failure
+        if self.untold == turn.run_id:  # else another message has come since
+            self.untold = None
+        return turn.outcome or self.last
+
+    async def _ended(self, turn: Turn, on_waiting: OnWaiting | None) -> None:
         """Wait for the end of a turn, and tell what it waits for until then."""
         told: set[Wait] = set()
         news = asyncio.Event()

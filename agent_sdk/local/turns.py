@@ -113,10 +113,11 @@ class Turns:
         if run_id == self._coming and self.accepts and (wake or not self._journal.fold.paused):
             self._start()
 
-    def begin(self, op: Operation | None = None) -> Turn | None:
+    def begin(self, op: Operation | None = None, *, untold: str | None = None) -> Turn | None:
         """Return the turn that runs, or start one when there is something to do, else None.
 
         Args:
+            untold: the turn whose outcome the caller has not heard; if it has failed, it is not tried again.
             op: remembered with the start of the turn, if one is started.
         """
         current = self.current
@@ -124,6 +125,8 @@ class Turns:
             return current
         fold = self._journal.fold
         if fold.stopped and not fold.turn_open:
+            return None
+        if untold is not None and untold == fold.failed_run_id and not self._journal.history.unread:
             return None
         if self._journal.history.unread or fold.resumable or fold.turn_open:
             return self._start(op)

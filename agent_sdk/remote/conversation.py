@@ -134,6 +134,8 @@ class RemoteConversation:
         self._known_seq = 0
         """What the state said that came with the connection: events up to this seq change nothing any more."""
         self._out_of_reach: Wait | None = None
+        self._untold: str | None = None
+        """The turn that answers the last message or that `run` waited for, until `run` has returned how it ended."""
         self._stops: list[Effect[Any]] = []
         """Calls under way that stop a turn."""
         self._running = 0
@@ -171,12 +173,14 @@ class RemoteConversation:
     ) -> Accepted:
         """See Conversation.send_message."""
         message = SendMessage(op_id=op_id_or_new(op_id), text=text, mode=mode)
-        return await (self._stop(message) if mode == "interrupt" else self._ask(message))
+        accepted = await (self._stop(message) if mode == "interrupt" else self._ask(message))
+        self._untold = accepted.run_id
+        return accepted
 
     async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
         """See Conversation.run."""
         link = Until(await self._open(), timeout)
-        waiting = asyncio.create_task(self._wait(link))
+        waiting = asyncio.create_task(self._outcome(link))
         telling = asyncio.create_task(self._tell_waits(on_waiting or self._on_waiting))
         try:
             await asyncio.wait({waiting, telling}, return_when=asyncio.FIRST_COMPLETED)
@@ -190,9 +194,16 @@ class RemoteConversation:
                 task.cancel()
             await asyncio.gather(waiting, telling, return_exceptions=True)
 
+    async def _outcome(self, link: Until) -> Outcome:
+        outcome = await self._wait(link)
+        if self._untold == outcome.run_id:  # else another message has come since
+            self._untold = None
+        return outcome
+
     async def _wait(self, link: Until) -> Outcome:
         while True:
-            answer = await ask(link, Run(op_id=new_id()))
+            answer = await ask(link, Run(op_id=new_id(), turn=self._untold))
+            self._untold = answer.run_id
             self._delivery.check()
             if answer.ended_seq and answer.ended_seq <= self._delivery.since:
                 return await self._past_outcome(answer.ended_seq)

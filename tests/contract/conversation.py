@@ -354,15 +354,31 @@ class ConversationContract(ToolCallsContract):
     # --- the model ---
 
     async def test_a_model_that_refuses_fails_the_turn_and_run_tries_again(self, open: Open) -> None:
-        refused = acting(call("terminal", command="true"), fail("model_refused", "too long"), say("now"))
-        conversation = await open(refused, confirmation=ASKS)
+        conversation = await open(acting(fail("model_refused", "too long"), say("now")))
         await conversation.send_message("go")
-        outcome = await approved(conversation)
+        await until(conversation, TurnEnded)
+        outcome = await conversation.run(timeout=PATIENCE)
         assert (outcome.status, outcome.error) == ("failed", "model_refused")
         [raised] = await these(conversation, ErrorRaised)
         assert (raised.error, raised.message, raised.classification) == ("model_refused", "too long", "model")
         assert (await conversation.state()).state == "failed"
         assert (await conversation.run(timeout=PATIENCE)).final_text == "now"
+
+    async def test_an_end_that_came_while_nobody_waited_is_told_before_anything_is_tried_again(
+        self, open: Open
+    ) -> None:
+        gate = Gate()
+        steps = [call("gate"), fail("model_refused"), fail("model_refused"), say("now")]
+        conversation = await open(acting(*steps, tools=[gate.tool]))
+        await conversation.send_message("go")
+        with pytest.raises(TimedOut):
+            await conversation.run(timeout=0.01)
+        await gate.reached()
+        gate.release.set()
+        await until(conversation, TurnEnded)
+        outcomes = [await conversation.run(timeout=PATIENCE) for _ in range(3)]
+        assert [outcome.status for outcome in outcomes] == ["failed", "failed", "finished"]
+        assert len({outcome.run_id for outcome in outcomes}) == 3
 
     async def test_a_model_that_fails_for_a_while_is_asked_again(self, open: Open) -> None:
         conversation = await open(acting(fail("model_unavailable"), fail("model_rate_limited"), say("now")))

@@ -51,6 +51,8 @@ class Run(Effect[RunAnswer], frozen=True, kw_only=True):
     """Make a paused, failed or limited turn go on; answers at once. The end is the event turn_ended."""
 
     method = "run"
+    turn: str | None = None
+    """The run_id of a turn whose end the caller has not heard: a failure is told before the turn is tried again."""
 
 
 class Pause(Effect[Done], frozen=True, kw_only=True):
