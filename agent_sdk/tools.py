@@ -210,7 +210,7 @@ def decode_arguments(arguments: str, into: type[Any]) -> Any:
         ToolError: not JSON, or a field is wrong, missing or unknown; the message names it.
     """
     try:
-        return msgspec.json.decode(arguments.strip() or "{}", type=into)
+        return msgspec.json.decode("{}" if arguments.strip() in ("", "null") else arguments, type=into)
     except msgspec.ValidationError as exc:
         raise ToolError(f"invalid arguments: {exc}") from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:

@@ -240,7 +240,7 @@ class Answer:
             if not call_id or call_id in taken or len(call_id) > _ID_CHARACTERS:
                 call_id = "call_" + new_id().replace("-", "")
             taken.add(call_id)
-            tool = as_utf8(draft.tool)[:_NAME_CHARACTERS]
+            tool = as_utf8(draft.tool.strip())[:_NAME_CHARACTERS]
             uses.append(ToolUse(call_id=call_id, tool=tool, arguments=as_utf8("".join(draft.pieces))))
         return tuple(uses)
 

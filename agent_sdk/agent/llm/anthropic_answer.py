@@ -58,7 +58,7 @@ class _Event(Struct, gc=False):
 
     type: str | None = None
     index: int | None = None
-    message: _Message | None = None
+    message: Any = None
     content_block: _Block | None = None
     delta: _Delta | None = None
     usage: Any = None
@@ -113,14 +113,14 @@ class Reading:
             return  # of a proxy that speaks both dialects
         taken = decoded(_event, event.data, self._answer.address)
         kind = taken.type
-        if event.name == b"error" or taken.error:
+        if event.name == b"error" or kind == "error" or taken.error:
             raise failure_in(event.data, self._answer.address)
         if kind == "content_block_delta" and taken.delta is not None:
             self._extend(self._place(taken.index, None), taken.delta)
         elif kind == "content_block_start" and taken.content_block is not None:
             self._place(taken.index, taken.content_block)
-        elif kind == "message_start" and taken.message is not None:
-            self._count(taken.message.usage)
+        elif kind == "message_start" and isinstance(taken.message, dict):
+            self._count(taken.message.get("usage"))
         elif kind == "message_delta":
             self._answer.finish(taken.delta.stop_reason if taken.delta else None)
             self._count(taken.usage)

@@ -13,7 +13,7 @@ from agent_sdk.agent.llm.failure import ERROR_BYTES, broken, failure_of
 from agent_sdk.agent.llm.openai_answer import Reading as OpenAIReading
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.llm.sse import BOM, EventParser, is_whole
-from agent_sdk.protocol.errors import ModelRefused
+from agent_sdk.protocol.errors import ModelAnswerBroken, ModelRefused
 from agent_sdk.protocol.specs import LLM
 
 if TYPE_CHECKING:
@@ -51,10 +51,15 @@ class ProviderClient:
         answer = Answer(self._llm, address, request, on_delta)
         reading = AnthropicReading(answer) if address.kind.dialect == "anthropic" else OpenAIReading(answer)
         async with self._connections().post(body) as reply:
-            if reply.status != 200:
+            if not 200 <= reply.status < 300:
                 raise failure_of(reply.status, reply.headers, await reply.head(ERROR_BYTES), address)
-            await self._read(reply, reading)
-        return reading.completion()
+            try:
+                await self._read(reply, reading)
+                return reading.completion()
+            except ModelAnswerBroken as exc:
+                if reply.broken is not None:
+                    raise reply.broken from exc
+                raise
 
     async def close(self) -> None:
         """Let go of connections; the next request makes new ones."""

@@ -230,4 +230,4 @@ def _said(error: object) -> str:
             break
     if isinstance(error, str):
         return error
-    return msgspec.json.encode(error).decode() if isinstance(error, dict | list) and error else ""
+    return lenient.encode(error).decode() if isinstance(error, dict | list) and error else ""

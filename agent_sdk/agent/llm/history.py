@@ -43,7 +43,7 @@ def fitting_name(tool: str) -> str:
 
 def fitting_arguments(arguments: str) -> str:
     """JSON text of an object: the arguments, or an object that holds what the model wrote instead of one."""
-    if not arguments.strip():
+    if arguments.strip() in ("", "null"):
         return "{}"
     try:
         _object.decode(arguments)

@@ -30,6 +30,8 @@ class Reply:
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
+        self.broken: Exception | None = None
+        """Why the body did not come to its proper end."""
 
     @property
     def status(self) -> int:
@@ -41,14 +43,18 @@ class Reply:
         """Case does not matter."""
         return self._response.headers
 
-    def pieces(self) -> AsyncIterator[bytes]:
-        """The body as it comes."""
-        return self._response.content.iter_any()
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes, as far as it comes: what it says may be whole although `broken` is set then."""
+        try:
+            async for piece in self._response.content.iter_any():
+                yield piece
+        except (aiohttp.ClientError, OSError) as exc:
+            self.broken = exc
 
     async def head(self, limit: int) -> bytes:
         """At most `limit` bytes of the body."""
         head = bytearray()
-        async for piece in self._response.content.iter_any():
+        async for piece in self.pieces():
             head += piece
             if len(head) >= limit:
                 break
@@ -59,9 +65,9 @@ class Reply:
 
         That is usually nothing, and already there. A provider that leaves the stream open loses the connection.
         """
-        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
-                async for _ in self._response.content.iter_any():
+                async for _ in self.pieces():
                     pass
 
 

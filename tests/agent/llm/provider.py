@@ -12,6 +12,12 @@ HELLO = ModelRequest(system="Help.", turns=[UserTurn("hi")])
 STREAM = {"Content-Type": "text/event-stream"}
 JSON = {"Content-Type": "application/json"}
 
+WHOLE = {
+    "openai": {"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]},
+    "anthropic": {"type": "message", "content": [{"type": "text", "text": "Hi"}], "stop_reason": "end_turn"},
+}
+"""An answer that was not streamed."""
+
 Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Ask = Callable[..., Awaitable[Completion]]
 

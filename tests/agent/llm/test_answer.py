@@ -70,6 +70,12 @@ def test_arguments_that_are_too_long_are_refused(piece: str):
         growing.add_arguments(draft, "x")
 
 
+def test_white_space_around_the_name_of_a_tool_is_none_of_it():
+    growing = answer()
+    growing.open_call().tool = " terminal\n"
+    assert growing.completion(None).tool_calls[0].tool == "terminal"
+
+
 def test_the_name_of_a_tool_is_cut():
     growing = answer()
     growing.open_call().tool = "t" * 10_000

@@ -212,6 +212,11 @@ def test_an_error_in_the_stream_is_raised(kind: str, error: type[Exception]):
         streamed(START, {"type": "error", "error": {"type": kind, "message": "no more"}})
 
 
+def test_an_error_without_its_object_is_raised():
+    with pytest.raises(ModelAnswerBroken, match="stopped with an error: no more"):
+        streamed(START, {"type": "error", "message": "no more"})
+
+
 @pytest.mark.parametrize(
     "event",
     [b"{", b"[]", b'{"type": "x", "delta": 7}', b'{"index": "\\ud83d"}', b"\xff", b"[" * 100_000],

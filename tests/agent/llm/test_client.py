@@ -13,7 +13,7 @@ from agent_sdk.agent.llm.contract import ModelClient, ModelRequest, UserTurn
 from agent_sdk.agent.llm.open import open_model
 from agent_sdk.protocol.errors import ModelError, ModelRefused
 from agent_sdk.protocol.specs import LLM
-from tests.agent.llm.provider import HELLO, JSON, STREAM, Ask, events, sending
+from tests.agent.llm.provider import HELLO, JSON, STREAM, WHOLE, Ask, events, sending
 
 
 async def test_characters_cut_between_pieces_arrive_whole(ask: Ask, dialect: str):
@@ -28,21 +28,11 @@ async def test_a_stream_without_a_content_type_is_read(ask: Ask, dialect: str):
 
 
 async def test_a_whole_answer_is_read_although_a_stream_was_asked_for(ask: Ask, dialect: str):
-    bodies = {
-        "openai": {"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]},
-        "anthropic": {"content": [{"type": "text", "text": "Hi"}], "stop_reason": "end_turn"},
-    }
-    assert (await ask(sending([json.dumps(bodies[dialect]).encode()], JSON))).text == "Hi"
+    assert (await ask(sending([json.dumps(WHOLE[dialect]).encode()], JSON))).text == "Hi"
 
 
 async def test_a_stream_is_read_although_a_whole_answer_was_asked_for(ask: Ask, dialect: str):
     assert (await ask(sending([events(dialect, "Hi")], STREAM), stream=False)).text == "Hi"
-
-
-WHOLE = {
-    "openai": {"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]},
-    "anthropic": {"type": "message", "content": [{"type": "text", "text": "Hi"}], "stop_reason": "end_turn"},
-}
 
 
 @pytest.mark.parametrize("kind", ["text/event-stream", "application/json", "text/plain", "text/html", "x/y"])

@@ -187,6 +187,13 @@ async def test_a_call_that_the_limit_cut_is_not_run_and_the_model_is_told(turn, 
     assert (noted.text, ran) == ("noted", ["a"])
 
 
+@pytest.mark.parametrize("arguments", ["", " ", "null", " null\n", "{}"])
+async def test_a_call_may_say_in_any_way_that_it_has_no_arguments(turn, arguments):
+    talk = await turn(("tool_calls", "", "", arguments), DONE)
+    assert (talk.outcome.status, ran) == ("finished", ["nothing"])
+    assert "malformed" not in json.dumps(talk.requests[-1]["messages"])
+
+
 async def test_the_model_is_told_why_it_is_asked_again_and_is_not_shown_empty_answers(turn, dialect):
     talk = await turn(EMPTY, CUT, DONE)
     messages = talk.requests[-1]["messages"]

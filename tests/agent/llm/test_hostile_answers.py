@@ -8,9 +8,15 @@ import pytest
 from aiohttp import web
 
 from agent_sdk.agent.llm.open import open_model
-from agent_sdk.protocol.errors import ModelAnswerBroken, ModelError, ModelRefused, ModelUnavailable
+from agent_sdk.protocol.errors import (
+    ModelAnswerBroken,
+    ModelError,
+    ModelRefused,
+    ModelUnauthorized,
+    ModelUnavailable,
+)
 from agent_sdk.protocol.specs import LLM
-from tests.agent.llm.provider import HELLO, JSON, KEY, STREAM, Ask, Respond, events, sending
+from tests.agent.llm.provider import HELLO, JSON, KEY, STREAM, WHOLE, Ask, Respond, events, sending
 
 
 async def failure(ask: Ask, respond: Respond, **options: object) -> ModelError:
@@ -45,6 +51,42 @@ async def test_a_line_dropped_in_mid_answer_is_a_broken_answer(ask: Ask, dialect
 async def test_a_stream_that_ends_too_early_is_a_broken_answer(ask: Ask, dialect: str):
     stream = events(dialect, "Hello there")
     assert type(await failure(ask, sending([stream[: len(stream) // 2]], STREAM))) is ModelAnswerBroken
+
+
+async def test_an_answer_that_had_come_is_not_lost_with_the_line(ask: Ask, dialect: str):
+    whole, stream = json.dumps(WHOLE[dialect]).encode(), events(dialect, "Hi")
+    marks = (b"data: [DONE]", b"event: message_stop")
+    for body in (whole, *(stream.partition(mark)[0] for mark in marks if mark in stream)):
+        assert (await ask(sending([body], STREAM, cut=True))).text == "Hi"
+
+
+async def test_the_status_of_a_failure_is_not_lost_with_the_line(ask: Ask):
+    async def respond(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=401, headers={"Content-Length": "100"})
+        await response.prepare(request)
+        await response.write(b"no such key")
+        request.transport.abort()
+        return response
+
+    error = await failure(ask, respond)
+    assert type(error) is ModelUnauthorized
+    assert "no such key" in error.message
+
+
+async def test_any_status_of_success_is_one(ask: Ask, dialect: str):
+    async def respond(_: web.Request) -> web.StreamResponse:
+        return web.json_response(WHOLE[dialect], status=201)
+
+    assert (await ask(respond)).text == "Hi"
+
+
+@pytest.mark.parametrize("kind", [STREAM, JSON], ids=["stream", "json"])
+async def test_a_damaged_compression_is_a_broken_answer(ask: Ask, dialect: str, kind: dict[str, str]):
+    stream = events(dialect, "Hello there")
+    packed = gzip.compress(stream)
+    for body in (packed[:-40], packed[:20] + b"\xff\xff" + packed[22:], stream, b"\x1f\x8b"):
+        error = await failure(ask, sending([body], {**kind, "Content-Encoding": "gzip"}))
+        assert type(error) is ModelAnswerBroken
 
 
 async def test_a_line_dropped_before_the_answer_is_unavailability(ask: Ask):

@@ -13,7 +13,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from agent_sdk.agent.llm.contract import Completion
+from agent_sdk.agent.llm.failure import failure_in, failure_of
 from agent_sdk.agent.llm.open import open_model
+from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.protocol.errors import ModelError
 from agent_sdk.protocol.specs import LLM
 from tests.agent.llm.provider import HELLO, KEY
@@ -181,7 +183,7 @@ async def test_whatever_is_wrong_with_an_answer_it_is_an_answer_or_one_clear_err
     provider: Provider, dialect: str
 ):
     rng = random.Random(5)
-    for _ in range(400):
+    for _ in range(250):
         body = mutated(rng, dialect)
         try:
             answer = await provider.ask(body)
@@ -190,6 +192,36 @@ async def test_whatever_is_wrong_with_an_answer_it_is_an_answer_or_one_clear_err
         else:
             assert msgspec.json.decode(msgspec.json.encode(answer), type=dict), body
             assert answer.provider is None or msgspec.json.decode(answer.provider), body
+
+
+ERRORS: list[Any] = [
+    {
+        "error": {
+            "message": "m",
+            "type": "overloaded_error",
+            "code": 429,
+            "metadata": {"raw": '{"error": "x"}'},
+        }
+    },
+    [{"error": {"message": "m", "status": "X", "details": [{"a": 1}]}}],
+    {"detail": [{"msg": "m", "loc": ["a"]}]},
+    {"errors": ["m", "n"]},
+]
+PAUSES = ["-1", "1e9", "nan", "-inf", "²", "9" * 5000, "Tue, 14 Jul 0000 03:34:00 GMT", "soon", ""]
+
+
+def test_whatever_is_wrong_with_an_error_it_is_one_clear_error():
+    rng, address = random.Random(5), address_of(LLM(model="openai/m"))
+    for _ in range(1000):
+        parts = [copy.deepcopy(rng.choice(ERRORS))]
+        for _ in range(rng.randint(1, 3)):
+            holder, key = rng.choice(list(places(parts)))
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
+        body = json.dumps(parts[0]).encode()
+        headers = {"Retry-After": rng.choice(PAUSES)}
+        for error in (failure_in(body, address), failure_of(rng.randrange(200, 600), headers, body, address)):
+            assert len(error.message) > 20 and error.message.isprintable(), body
+            assert 0 < (error.retry_after_ms or 1) <= 600_000
 
 
 def same(answer: Completion) -> tuple[object, ...]:
