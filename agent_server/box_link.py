@@ -126,6 +126,11 @@ class BoxLink:
         return self._keeper is not None and not self._let_go.done()
 
     @property
+    def is_starting(self) -> bool:
+        """Whether whoever uses it has to wait for a box that is not there yet."""
+        return self.is_running and self._linked is None
+
+    @property
     def is_sandbox(self) -> bool:
         """Whether its boxes are containers."""
         return self._idle is not None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 
 from agent_sdk.protocol.errors import OutcomeUnknown
-from agent_sdk.protocol.results import WorkspaceInfo
+from agent_sdk.protocol.results import Wait, WorkspaceInfo
 from agent_sdk.remote.link import Linked
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.workspace import Workspace
 from agent_server.box_link import BoxLink
+from agent_server.box_watch import STARTS
 
 
 class BoxPlace:
@@ -24,6 +25,11 @@ class BoxPlace:
     def instance(self) -> str:
         """See Place.instance."""
         return self._link.named()
+
+    @property
+    def waits(self) -> tuple[Wait, ...]:
+        """See Place.waits."""
+        return (Wait(what="box", reason=STARTS),) if self._link.is_starting else ()
 
     async def describe(self, workspace: Workspace) -> WorkspaceInfo:
         """See Place.describe."""

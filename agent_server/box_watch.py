@@ -16,8 +16,9 @@ from agent_sdk.rpc.pipe import DISCONNECTED
 SILENT_SECONDS = 15.0
 """A call without a limit of its own asks so often whether the box answers, and gives it so long."""
 SILENT = "silent"
-START_SECONDS = 3.0
-"""A start that takes longer is told: usual ones take less than 1 s, the pull of an image minutes."""
+START_SECONDS = 1.0
+"""A start that takes longer is told in an event: usual ones take less, the pull of an image minutes."""
+STARTS = "its box, which is being started; an image that is missing is pulled first"
 
 T = TypeVar("T")
 
@@ -83,16 +84,13 @@ def told_if_long(tell: Callable[[Waiting], None], seconds: float = START_SECONDS
     """Tell that a box is waited for when the block, which starts it, takes longer; and then that this is over."""
     loop = asyncio.get_running_loop()
     began = loop.time()
-    timer = loop.call_later(seconds, tell, Waiting(what="box", reason=_STARTS))
+    timer = loop.call_later(seconds, tell, Waiting(what="box", reason=STARTS))
     try:
         yield
     finally:
         timer.cancel()
         if loop.time() - began >= seconds:
             tell(Waiting(what="box"))
-
-
-_STARTS = "its box, which is being started; an image that is missing is pulled first"
 
 
 def is_silent(error: AgentServerError) -> bool:

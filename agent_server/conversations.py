@@ -227,13 +227,15 @@ class Conversations:
 
     async def _read(self, ids: list[str]) -> list[Snapshot]:
         rows = {row.id: row for row in await self._log.list(ids)}
+        settings = await self._log.settings_of([id for id in ids if id not in self._hosted])
         found = []
         for id in ids:
             hosted = self._hosted.get(id)
             if hosted is not None and hosted.epoch:
                 found.append(await hosted.state())
             elif id in rows and id in self._notes:
-                found.append(snapshot_of(rows[id], self._notes[id]))
+                missing = self._settings.missing(id, *settings[id]) if id in settings else ""
+                found.append(snapshot_of(rows[id], self._notes[id], missing))
         return found
 
     async def note(self, hosted: Hosted) -> None:

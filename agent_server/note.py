@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Struct
 
 from agent_sdk.local.log import ConversationRow
-from agent_sdk.protocol.results import Snapshot
+from agent_sdk.protocol.results import Snapshot, Wait
 from agent_sdk.protocol.specs import Sandbox
 
 
@@ -37,8 +37,8 @@ def note_of(row: ConversationRow) -> Note:
         return Note(owner=row.id)
 
 
-def snapshot_of(row: ConversationRow, note: Note) -> Snapshot:
-    """Return what is known of a conversation that is not in memory."""
+def snapshot_of(row: ConversationRow, note: Note, missing: str) -> Snapshot:
+    """Return what is known of a conversation that is not in memory; `missing`: of its agent, a sentence."""
     return Snapshot(
         id=row.id,
         state="damaged" if row.damaged else "running" if row.open_turn else "idle",
@@ -50,4 +50,6 @@ def snapshot_of(row: ConversationRow, note: Note) -> Snapshot:
         updated_at=row.updated_at,
         model=note.model,
         workspace=note.workspace,
+        waiting_for=missing,
+        waits=(Wait(what="key", reason=missing),) if missing else (),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from agent_sdk.protocol.results import WorkspaceInfo
+from agent_sdk.protocol.results import Wait, WorkspaceInfo
 from agent_sdk.workspace import Workspace
 
 
@@ -14,6 +14,11 @@ class Place(Protocol):
     @property
     def instance(self) -> str:
         """Names what calls begin in from now on, until it is lost. It is written down with every call."""
+        ...
+
+    @property
+    def waits(self) -> tuple[Wait, ...]:
+        """What tools that act there wait for now."""
         ...
 
     async def describe(self, workspace: Workspace) -> WorkspaceInfo:
@@ -40,6 +45,7 @@ class Passing:
     """A workspace that ends with the process that uses it, or does not know what others have begun in it."""
 
     instance = ""
+    waits = ()
 
     async def describe(self, workspace: Workspace) -> WorkspaceInfo:
         """See Place.describe."""

@@ -315,7 +315,8 @@ class LocalConversation:
         closed = self._closing is not None
         opened = self._opened if closed and self._opened is not None else await self._open()
         fold, epoch = opened.journal.fold, opened.journal.epoch
-        return fold.snapshot(self.id, epoch, working=self.working, closed=closed, waits=opened.turns.waits)
+        waits = (*opened.turns.waits, *self.place.waits)
+        return fold.snapshot(self.id, epoch, working=self.working, closed=closed, waits=waits)
 
     async def stats(self) -> Stats:
         """See Conversation.stats."""

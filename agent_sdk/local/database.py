@@ -304,6 +304,15 @@ class Database(Storage):
             raise damaged(conversation, "its settings are not what was written")
         return plain, sealed
 
+    def settings_of(self, ids: Sequence[str]) -> dict[str, tuple[bytes, bytes | None]]:
+        """Return `settings` of several; what has none, is damaged or does not exist is left out."""
+        found = {}
+        for id in ids:
+            with suppress(ConversationNotFound, ConversationDamaged):
+                if settings := self.settings(id):
+                    found[id] = settings
+        return found
+
     def key(self, conversation: str, *, even_damaged: bool = False) -> int:
         """Return the key of a conversation's row."""
         rows = self.rows("SELECT key, damaged FROM conversations WHERE id = ?", (conversation,))

@@ -28,6 +28,9 @@ from agent_sdk.protocol.events import (
 )
 from agent_sdk.protocol.results import PendingRequest, Snapshot, State, Stats, Wait
 
+KNOWN_NOW = ("key", "box")
+"""What is waited for of these is known without the log, and sooner."""
+
 
 class Fold:
     """Feed it every event in the order of the log."""
@@ -129,7 +132,7 @@ class Fold:
     ) -> Snapshot:
         """Return the state; `working`: a turn runs in this process or is about to; `waits`: beside those of the log."""
         configured = self.configured
-        waits = (*waits, *(wait for wait in self.waits if wait.what != "key"))
+        waits = (*waits, *(wait for wait in self.waits if wait.what not in KNOWN_NOW))
         return Snapshot(
             id=id,
             state=self._state(working, closed, bool(waits)),

@@ -349,6 +349,10 @@ class EventLog:
             lambda database: database.settings(conversation), lane=conversation, writes=False
         )
 
+    async def settings_of(self, ids: Sequence[str]) -> dict[str, tuple[bytes, bytes | None]]:
+        """Return `settings` of several as of the last commit; what has none or cannot be read is left out."""
+        return await self._reader.submit(lambda database: database.settings_of(ids), writes=False)
+
     async def delete(self, conversation: str) -> None:
         """Remove a conversation with all that belongs to it, and give its room back to the disk."""
 

@@ -90,6 +90,13 @@ class Settings:
             sealed = self._sealer.seal(msgspec.json.encode(hidden), conversation)
         return msgspec.json.encode(kept), sealed
 
+    def missing(self, conversation: str, plain: bytes, sealed: bytes | None) -> str:
+        """Return Restored.missing alone; empty, too, when the agent cannot be read at all."""
+        try:
+            return self.unpack(conversation, plain, sealed).missing
+        except msgspec.DecodeError:
+            return ""
+
     def unpack(self, conversation: str, plain: bytes, sealed: bytes | None) -> Restored:
         """Return what `pack` was given, as far as it can be read.
 

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from agent_sdk import Agent, ConfirmationPolicy, Conversation, RemoteWorkspace, tool
+from agent_sdk import Agent, AgentServer, ConfirmationPolicy, Conversation, RemoteWorkspace, tool
 from agent_sdk.protocol.errors import TurnWaits
 from agent_sdk.protocol.events import RequestOpened, ToolCalled, ToolReturned, Waiting
 from agent_sdk.testing import ScriptedLLM, call, hang, say
@@ -291,8 +291,12 @@ async def test_who_does_not_hold_the_agent_is_told_that_its_key_is_missing(serve
     await conversation.run()
     await conversation.close()
     await again(server, "SIGKILL")
+    listed = await AgentServer(f"http://127.0.0.1:{server.port}", KEY).conversations()
+    [seen] = [each for each in listed if each.id == conversation.id]
+    assert (seen.state, [wait.what for wait in seen.waits], seen.stats.model_calls) == ("idle", ["key"], 0)
     watcher = Conversation(None, workspace, id=conversation.id)
     state = await watcher.state()
+    assert state.waiting_for == seen.waiting_for
     assert (state.state, [wait.what for wait in state.waits]) == ("idle", ["key"])
     assert "configure the conversation again" in state.waiting_for
     await watcher.send_message("more")

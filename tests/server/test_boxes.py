@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from agent_sdk.conversation import Waits
+from agent_sdk.local.conversation import LocalConversation
 from agent_sdk.protocol.errors import ConnectionLost, OutcomeUnknown, PathNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.events import Waiting
 from agent_sdk.protocol.methods import Describe
@@ -20,6 +21,7 @@ from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server import logs
 from agent_server.box_link import BoxLink
 from agent_server.box_name import BoxName
+from agent_server.box_place import BoxPlace
 from agent_server.box_watch import told_if_long
 from agent_server.boxes import Boxes
 from agent_server.config import ServerConfig, load
@@ -454,6 +456,23 @@ async def test_a_start_that_takes_long_is_told_and_its_end_as_well():
     with told_if_long(tell):
         pass
     assert len(said) == 2
+
+
+async def test_a_box_that_starts_is_told_in_the_state_at_once(folder):
+    async with opened(folder) as boxes:
+        link = boxes.link("c")
+        conversation = LocalConversation(None, RemoteWorkspace.over(link))
+        conversation.place = BoxPlace(link, asyncio.Event())
+        async with conversation:
+            starting = asyncio.create_task(link.linked())
+            await asyncio.wait([starting], timeout=0)
+            state = await conversation.state()
+            assert ([wait.what for wait in state.waits], state.waiting_for) == (
+                ["box"],
+                state.waits[0].reason,
+            )
+            await starting
+            assert (await conversation.state()).waits == ()
 
 
 async def test_who_waits_for_a_turn_hears_that_its_box_takes_long():
