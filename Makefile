@@ -42,7 +42,7 @@ run-server: $(READY) ## run a server in the foreground (ARGS="--port 0")
 	$(BIN)/agent-server serve $(ARGS)
 
 test: $(READY) ## run the tests that need no container engine (ARGS="-k name")
-	$(BIN)/python -m pytest -n 2 -m "not docker and not chaos $(PLACES)" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not docker and not chaos $(PLACES)" $(ARGS)
 	@echo "Not among them: tests of containers (make test-docker, needs a Docker engine) and of faults (make chaos)."
 	@echo "Contracts were tried in full in three places, and in the others where these matter (make test-all: in full)."
 
