@@ -269,10 +269,12 @@ async def test_closing_returns_at_once_while_there_is_no_connection(running_serv
         await conversation.run()
         proxy.refuse = True
         proxy.cut()
-        waiting = asyncio.create_task(conversation.run())
+        told = asyncio.Event()
+        waiting = asyncio.create_task(conversation.run(on_waiting=lambda _: told.set()))
+        await told.wait()  # that there is no connection
         await conversation.close()
         with pytest.raises(AgentServerError):
-            await asyncio.gather(waiting)
+            await waiting
     proxy.refuse = False
     await remove(running_server, conversation.id)
 
