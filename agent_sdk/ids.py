@@ -21,13 +21,18 @@ def new_id() -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
+def is_id(text: str) -> bool:
+    """Return whether it is a UUID in lower case."""
+    return _UUID.match(text) is not None
+
+
 def checked_op_id(op_id: str) -> str:
     """Return the op_id that a caller has chosen for a call.
 
     Raises:
         InvalidParams: it is no UUID in lower case.
     """
-    if not isinstance(op_id, str) or not _UUID.match(op_id):
+    if not isinstance(op_id, str) or not is_id(op_id):
         got = repr(op_id)
         raise InvalidParams(
             f"op_id: expected a UUID as lower-case text, like str(uuid.uuid4()), got {got[:64]}"

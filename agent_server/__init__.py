@@ -6,6 +6,7 @@ connection:     one network connection             frames:        WebSocket fram
 gate:           Host, Origin, key; errors          upgrade:       the WebSocket handshake
 hosts:          the rules of Host and Origin       auth:          the API key
 routes:         what is at which address           answers:       JSON over HTTP
+query:          what may follow the `?` of an address
 event_stream:   events as Server-Sent Events       lobby:         what all WebSockets share
 session:        one WebSocket                      introduction:  `initialize`
 feed:           replay, then live                  handlers:      method class to coroutine

@@ -32,6 +32,8 @@ exit codes:
   `exec` exits as its command does: 128 + n when signal n ended it, 124 when its time was over
 """
 
+STATES = ("idle", "running", "awaiting", "paused", "failed", "closed", "damaged")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with mistakes told in one sentence."""
@@ -117,13 +119,25 @@ def _exec(parser: argparse.ArgumentParser) -> None:
 
 
 def _cp(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a file; `:path` is a path in the workspace")
-    parser.add_argument("target", metavar="DST", help="where it goes; exactly one of both starts with `:`")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="a file or a folder; `:path` is a path in the workspace, `-` standard input, `folder/.` what is in it",
+    )
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        help="where it goes, `-`: to standard output; exactly one of both starts with `:`",
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="leave out of a folder, e.g. .git"
+    )
     _workspace(parser)
 
 
 def _rm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ids", type=_id, nargs="+", metavar="ID", help="a conversation; `ls` shows them")
+    parser.add_argument("--force", action="store_true", help="also one that runs, or waits for an answer")
     _server(parser)
 
 
@@ -135,8 +149,12 @@ def _prune(parser: argparse.ArgumentParser) -> None:
 
 def _ls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=_positive, default=1000, metavar="N", help="at most so many (1000)")
-    parser.add_argument("--tag", action="append", default=[], metavar="NAME=VALUE", help="only those with it")
-    parser.add_argument("--state", metavar="STATE", help="only those: idle, running, awaiting, failed, …")
+    parser.add_argument(
+        "--tag", type=_tag, action="append", default=[], metavar="NAME=VALUE", help="only those with it"
+    )
+    parser.add_argument(
+        "--state", choices=STATES, metavar="STATE", help=f"only those in it: {', '.join(STATES)}"
+    )
     _server(parser)
     _json(parser, "print conversations as lines of JSON")
 
@@ -158,7 +176,9 @@ def _attach(parser: argparse.ArgumentParser) -> None:
 
 
 def _health(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", help="the server (default: the one that runs with the data folder)")
+    parser.add_argument(
+        "--url", help="the server (default: AGENT_SERVER_URL, or the one that runs with the data folder)"
+    )
     parser.add_argument("--data", metavar="DIR", help="its data folder")
     parser.add_argument("--config", metavar="FILE", help="its TOML file")
 
@@ -181,7 +201,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "serve": ("run the server", _serve),
     "run": ("run one conversation to its end; exit code 0 only when the agent finished", _run),
     "exec": ("run a command in a workspace; its exit code is ours", _exec),
-    "cp": ("copy a file into or out of a workspace", _cp),
+    "cp": ("copy a file or a folder into or out of a workspace", _cp),
     "ls": ("list the conversations of a server", _ls),
     "rm": ("remove conversations with their logs and workspaces", _rm),
     "prune": ("remove the conversations that nobody has used for long", _prune),
@@ -230,6 +250,13 @@ def _id(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text) or text == "new":
         raise argparse.ArgumentTypeError(f"{text[:64]!r} is no id of a conversation")
     return text
+
+
+def _tag(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text[:64]!r} is no tag; write NAME=VALUE")
+    return name, value
 
 
 def _count(text: str) -> int:

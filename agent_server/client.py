@@ -65,11 +65,20 @@ def find_server(given: argparse.Namespace, url: str | None = None) -> Server:
         PathNotFound, PathDenied: the given key file cannot be read.
     """
     environment = client_environment()
-    address = (url or given.url or environment.url or DEFAULT_URL).strip()
+    address = checked_address(url or given.url or environment.url or DEFAULT_URL)
+    return Server(url=address, api_key=_key(given, environment, urlsplit(address).hostname or ""))
+
+
+def checked_address(given: str) -> str:
+    """Return the URL of a server.
+
+    Raises:
+        InvalidParams: it is none.
+    """
+    address = given.strip()
     if not address.startswith(("http://", "https://")):
         raise InvalidParams(f"{address!r} is no URL of a server; it looks like {DEFAULT_URL}")
-    address = checked_url(address)
-    return Server(url=address, api_key=_key(given, environment, urlsplit(address).hostname or ""))
+    return checked_url(address)
 
 
 def _key(given: argparse.Namespace, environment: ClientEnvironment, host: str) -> str | None:

@@ -64,6 +64,7 @@ class Sources:
         Raises:
             StartRefused: it cannot be read, something in it is wrong, or others can read the secrets in it.
         """
+        file = file.absolute()
         try:
             raw = file.read_bytes()
             status = file.stat()
@@ -75,16 +76,16 @@ class Sources:
         except UnicodeDecodeError:
             raise StartRefused(f"{file}: is not UTF-8 text") from None
         except tomllib.TOMLDecodeError as exc:
-            raise StartRefused(_syntax_error(file, str(exc))) from None
-        lines = _line_numbers(text)
+            raise StartRefused(_syntax_error(file, text, str(exc))) from None
+        places = Places(file, text)
         for table, values in content.items():
             if table not in self._tables or not isinstance(values, dict):
-                raise StartRefused(self._unknown_table(file, table, lines))
+                raise StartRefused(self._unknown_table(places, table))
             if table == "runtime_api":
-                tenants = self._tenants(file, values.pop("tenants", {}), lines)
-                self._set(table, "tenants", tenants, file.name)
+                tenants = self._tenants(values.pop("tenants", {}), places)
+                self._set(table, "tenants", tenants, str(file))
             for name, value in values.items():
-                place = f"{file.name}{lines.get((table, name), '')}"
+                place = places.of(table, name)
                 found = _checked(self._tables[table], name, value, f"{place}: {table}.{name}")
                 self._set(table, name, found, place)
         secret = next((name for name in sorted(self.values["server"]) if name.endswith("_key")), None)
@@ -136,9 +137,7 @@ class Sources:
         self.values[table][name] = value
         self.places[f"{table}.{name}"] = place
 
-    def _tenants(
-        self, file: Path, tables: Any, lines: Mapping[tuple[str, str], str]
-    ) -> dict[str, dict[str, Any]]:
+    def _tenants(self, tables: Any, places: Places) -> dict[str, dict[str, Any]]:
         """The tables below `runtime_api.tenants`.
 
         Raises:
@@ -148,23 +147,24 @@ class Sources:
         for tenant, values in tables.items() if isinstance(tables, dict) else [("", None)]:
             table = f"runtime_api.tenants.{tenant}"
             if not isinstance(values, dict):
-                raise StartRefused(f"{file.name}: a tenant is a table: [runtime_api.tenants.NAME]")
-            options = {
-                name: _checked(
-                    self._tenant, name, value, f"{file.name}{lines.get((table, name), '')}: {table}.{name}"
+                place = (
+                    places.of("runtime_api.tenants", tenant)
+                    if tenant
+                    else places.of("runtime_api", "tenants")
                 )
+                raise StartRefused(f"{place}: a tenant is a table: [runtime_api.tenants.NAME]")
+            options = {
+                name: _checked(self._tenant, name, value, f"{places.of(table, name)}: {table}.{name}")
                 for name, value in values.items()
             }
             if bool(options.get("key")) == bool(options.get("key_file")):
-                raise StartRefused(
-                    f"{file.name}{lines.get((table, ''), '')}: {table} needs a key or a key_file"
-                )
+                raise StartRefused(f"{places.of(table)}: {table} needs a key or a key_file")
             check_key(options.get("key"), f"{table}.key")
             found[tenant] = options
         return found
 
-    def _unknown_table(self, file: Path, name: str, lines: Mapping[tuple[str, str], str]) -> str:
-        where = f"{file.name}{lines.get(('', name), '') or lines.get((name, ''), '')}: {name}"
+    def _unknown_table(self, places: Places, name: str) -> str:
+        where = f"{places.of('', name)}: {name}"
         for table in ("server", "limits"):
             if name in self._tables[table]:
                 return f"{where} belongs below a line with [{table}]"
@@ -237,21 +237,30 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _syntax_error(file: Path, message: str) -> str:
-    """tomllib's words, with the line where an editor's users look for it."""
-    found = re.search(r" \(at line (\d+), column \d+\)$", message)
-    where = f"{file.name}:{found[1]}" if found else file.name
-    return f"{where}: {message[: found.start()] if found else message}"
+def _syntax_error(file: Path, text: str, message: str) -> str:
+    """tomllib's words, with the place where an editor's users look for it."""
+    found = re.search(r" \(at (line (\d+), column (\d+)|end of document)\)$", message)
+    if found is None:
+        return f"{file}: {message}"
+    lines = text.splitlines() or [""]
+    line, column = found[2] or len(lines), found[3] or len(lines[-1]) + 1
+    return f"{file}:{line}:{column}: {message[: found.start()]}"
 
 
-def _line_numbers(text: str) -> dict[tuple[str, str], str]:
-    """`:line` of each (table, key) and (table, ""); tomllib keeps no places. Good for files as people write them."""
-    found: dict[tuple[str, str], str] = {}
-    table = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([A-Za-z0-9_.-]+)\s*\]", line):
-            table = header[1]
-            found.setdefault((table, ""), f":{number}")
-        elif key := re.match(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""", line):
-            found.setdefault((table, key[1]), f":{number}")
-    return found
+class Places:
+    """Where the tables and keys of a file stand; tomllib keeps no places. Good for files as people write them."""
+
+    def __init__(self, file: Path, text: str) -> None:
+        self._file = file
+        self._found: dict[str, str] = {}
+        table = ""
+        for number, line in enumerate(text.splitlines(), 1):
+            if header := re.match(r"\s*\[\s*([A-Za-z0-9_.-]+)\s*\]", line):
+                table = header[1]
+                self._found.setdefault(table, f":{number}:{header.start(1) + 1}")
+            elif key := re.match(r"""\s*(["']?([A-Za-z0-9_-]+)["']?)\s*=""", line):
+                self._found.setdefault(f"{table}.{key[2]}".lstrip("."), f":{number}:{key.start(1) + 1}")
+
+    def of(self, table: str, name: str = "") -> str:
+        """Return the file with line and column of a table, or of a name in it; of the file alone when unknown."""
+        return f"{self._file}{self._found.get(f'{table}.{name}'.strip('.'), '')}"

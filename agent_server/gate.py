@@ -15,6 +15,7 @@ from agent_server.connection import Connection
 from agent_server.hosts import HostRules, OriginRules
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
+from agent_server.query import check_query
 from agent_server.upgrade import is_upgrade
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
@@ -138,8 +139,10 @@ class Gate:
             request[ORIGIN] = origin
             if request.method == hdrs.METH_OPTIONS:
                 return web.Response(status=204, headers=_PREFLIGHT)
-        if request.path not in OPEN_PATHS and request.match_info.handler not in self._own_keys:
-            request[KEY_SHOWN] = self._check_key(request)
+        if request.match_info.handler not in self._own_keys:
+            if request.path not in OPEN_PATHS:
+                request[KEY_SHOWN] = self._check_key(request)
+            check_query(request)
         return await route(request)
 
     def _not_of_the_runtime_api(self, request: web.Request) -> AgentServerError:

@@ -16,7 +16,7 @@ from msgspec import Raw
 from agent_sdk.agent.mask import check_secrets, hidden_in
 from agent_sdk.local.log import Operation
 from agent_sdk.local.receipts import operation
-from agent_sdk.protocol.errors import AgentServerError, InvalidParams
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams, StateConflict
 from agent_sdk.protocol.methods import (
     WORKSPACE,
     Configure,
@@ -49,7 +49,7 @@ from agent_sdk.protocol.methods import (
     all_methods,
     result_type,
 )
-from agent_sdk.protocol.results import Accepted, Snapshot
+from agent_sdk.protocol.results import BUSY, Accepted, Snapshot
 from agent_sdk.rpc.peer import Handler, Inbound
 from agent_server.conversations import Conversations
 from agent_server.hosted import Hosted
@@ -202,7 +202,14 @@ class _Answers:
 
     async def delete(self, params: Delete, call: Inbound) -> Done:
         """Its row goes with the log: a repeat after a restart finds no conversation, which is as good an answer."""
-        return await self._done(params, lambda op: self._conversations.delete(self._hosted, caller=call.peer))
+
+        async def act(op: Operation) -> None:
+            state = (await self._local.state()).state
+            if params.unless_busy and state in BUSY:
+                raise StateConflict(f"the conversation is {state}", state=state)
+            await self._conversations.delete(self._hosted, caller=call.peer)
+
+        return await self._done(params, act)
 
     async def pause_workspace(self, params: PauseWorkspace, call: Inbound) -> Done:
         async def act() -> Done:

@@ -24,7 +24,7 @@ from agent_sdk.protocol.errors import (
     LimitExceeded,
     to_wire,
 )
-from agent_sdk.protocol.methods import Delete, Done, EventPage, Initialize, ListConversations, Method
+from agent_sdk.protocol.methods import Delete, Done, EventPage, Initialize, Method
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from agent_sdk.rpc.websocket import WebSocketPipe
@@ -35,11 +35,10 @@ from agent_server.gate import KEY_SHOWN
 from agent_server.handlers import Handlers, HttpCall, needs_a_websocket, server_handlers
 from agent_server.introduction import NEW, check_initialize, initialized, named_or_new
 from agent_server.lobby import Lobby
+from agent_server.query import LARGEST_SEQ, PAGE, checked_number, number, wanted
 from agent_server.session import Session
 from agent_server.upgrade import accept, check_upgrade
 
-PAGE = 1000
-LARGEST_SEQ = 2**53
 CLOSE_SECONDS = 1.5
 """How long a client may take to agree to the end of its connection."""
 LINGER_SECONDS = 30.0
@@ -100,17 +99,17 @@ class Routes:
 
     async def conversations(self, request: web.Request) -> web.Response:
         """List the conversations, newest first."""
-        return as_json(await self._lobby.conversations.snapshots(_wanted(request)))
+        return as_json(await self._lobby.conversations.snapshots(wanted(request)))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Give a page of events as JSON, or all of them and live ones as Server-Sent Events."""
-        after = _number(request, "after", 0, 0, LARGEST_SEQ)
-        limit = _number(request, "limit", PAGE, 1, PAGE)
+        after = number(request, "after", 0, 0, LARGEST_SEQ)
+        limit = number(request, "limit", PAGE, 1, PAGE)
         async with self._lobby.conversations.using(request.match_info["id"]) as hosted:
             if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
                 last = request.headers.get("Last-Event-ID", "")
                 if last:
-                    after = _checked("Last-Event-ID", last, 0, LARGEST_SEQ)
+                    after = checked_number("Last-Event-ID", last, 0, LARGEST_SEQ)
                 return await stream_events(request, hosted, after, self._ending)
             page = await hosted.page(after, limit)
             events = [Raw(event) for _, event in page]
@@ -119,10 +118,10 @@ class Routes:
     async def socket(self, request: web.Request) -> web.StreamResponse:
         """Become a WebSocket that is bound to one conversation."""
         check_upgrade(request)
-        lobby, wanted = self._lobby, request.match_info["id"]
+        lobby, id = self._lobby, request.match_info["id"]
         lobby.work.admit()
-        if request[KEY_SHOWN] and wanted != NEW and wanted not in lobby.conversations:
-            raise ConversationNotFound(f"no conversation {wanted[:64]!r}", conversation=wanted[:64])
+        if request[KEY_SHOWN] and id != NEW and id not in lobby.conversations:
+            raise ConversationNotFound(f"no conversation {id[:64]!r}", conversation=id[:64])
         config = lobby.config
         socket = await accept(
             request, longest_message=config.limits.frame_bytes, heartbeat=config.heartbeat_seconds
@@ -137,7 +136,7 @@ class Routes:
                 linger=LINGER_SECONDS,
             ),
             request.protocol,
-            wanted=wanted,
+            wanted=id,
             key_shown=request[KEY_SHOWN],
         )
         await session.run()
@@ -236,33 +235,3 @@ async def _run(handlers: Handlers, call: Request) -> Any:
     inbound = HttpCall(Peer(memory_pipes()[0], opener=False), call.id)
     with structlog.contextvars.bound_contextvars(call=call.id):
         return await handlers[method](decode_params(method, call.params), inbound)
-
-
-def _wanted(request: web.Request) -> ListConversations:
-    """What the query asks for: limit, before, state, and any number of `tag=NAME=VALUE`."""
-    given: dict[str, Any] = {
-        name: request.query[name] for name in ("before", "state") if name in request.query
-    }
-    tags = dict(tag.partition("=")[::2] for tag in request.query.getall("tag", []))
-    return decode_params(
-        ListConversations,
-        Raw(msgspec.json.encode({"limit": _number(request, "limit", 100, 1, PAGE), "tags": tags, **given})),
-    )
-
-
-def _number(request: web.Request, name: str, default: int, least: int, most: int) -> int:
-    values = request.query.getall(name, [])
-    if not values:
-        return default
-    return _checked(f"?{name}", values[0] if len(values) == 1 else "", least, most)
-
-
-def _checked(name: str, text: str, least: int, most: int) -> int:
-    """The number in a text of digits.
-
-    Raises:
-        InvalidParams: it is none, or out of range.
-    """
-    if text.isascii() and text.isdigit() and len(text) <= 16 and least <= int(text) <= most:
-        return int(text)
-    raise InvalidParams(f"{name}: expected int {least}..{most}")

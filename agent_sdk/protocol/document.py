@@ -69,7 +69,13 @@ ADDRESSES = (
         "The text format of Prometheus. `metrics_key` of the server opens this alone.",
     ),
     ("GET", "/openrpc.json", "yes", "All methods, as an OpenRPC document."),
-    ("GET", "/v1/conversations", "yes", "Conversations, newest first: a list of [Snapshot](#snapshot)."),
+    (
+        "GET",
+        "/v1/conversations",
+        "yes",
+        "Conversations, newest first: a list of [Snapshot](#snapshot). At most `?limit=N` (1..1000), those before "
+        "`?before=ID`, in `?state=STATE`, with `?tag=NAME=VALUE`, which may be repeated.",
+    ),
     (
         "GET",
         "/v1/conversations/{id}",
@@ -93,7 +99,7 @@ JSON-RPC; where it is worth a retry with `Retry-After`.
 
 | status | when |
 | --- | --- |
-| 400 | what came is no HTTP/1.1, no JSON-RPC, or does not fit |
+| 400 | what came is no HTTP/1.1, no JSON-RPC, or does not fit, like a parameter that the address does not know |
 | 401 | no key or a wrong one |
 | 403 | a web page whose `Origin` is not allowed, or something else that is not |
 | 404, 405 | there is no such conversation, address or method |

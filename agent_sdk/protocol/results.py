@@ -22,6 +22,8 @@ passed first; `spawn_failed`: it never started, `reason` says why; `unknown`: no
 State = Literal["idle", "running", "awaiting", "paused", "failed", "closed", "damaged"]
 """`awaiting`: a request has to be answered first, or see `waiting_for`; `failed`: the last turn failed,
 `run` tries again; `damaged`: the log cannot be read."""
+BUSY: tuple[State, ...] = ("running", "awaiting")
+"""Those of a conversation in which a turn goes on, or will when it is answered."""
 
 
 class Exit(Struct, frozen=True, kw_only=True):

@@ -129,8 +129,13 @@ def _of_ours(url: str, status: int, error: ErrorObject) -> AgentServerError:
     if isinstance(refusal, ConversationNotFound):
         message = f"{url}: no such conversation"
     if type(refusal) is NotFound and error.message == HTTPStatus(404).phrase:
-        message = f"{url} leads nowhere on the agent server there{_hint(url)}"
+        message = nowhere(url)
     return type(refusal)(message, **refusal.details)
+
+
+def nowhere(url: str) -> str:
+    """Return what to tell whose URL leads to a server, and there to nothing."""
+    return f"{url} leads nowhere on the agent server there{_hint(url)}"
 
 
 def _stranger(url: str, status: int, what: str) -> ConnectionLost:

@@ -72,14 +72,20 @@ class AgentServer:
         found: list[Snapshot] = await self._ask("GET", "/v1/conversations", list[Snapshot], params=query)
         return found
 
-    async def delete(self, id: str) -> None:
+    async def delete(self, id: str, *, unless_busy: bool = False) -> None:
         """Remove a conversation with its log and its workspace (not a `working_dir`), whatever it does.
+
+        Args:
+            id: of the conversation.
+            unless_busy: leave it alone while a turn runs, or waits for an answer.
 
         Raises:
             ConversationNotFound: there is none of this id.
+            StateConflict: it is busy.
             ConnectionLost, Unauthorized, Overloaded, …: see `conversations`.
         """
-        call = {"jsonrpc": "2.0", "id": 1, "method": "conversation.delete", "params": {"op_id": new_id()}}
+        params = {"op_id": new_id(), **({"unless_busy": True} if unless_busy else {})}
+        call = {"jsonrpc": "2.0", "id": 1, "method": "conversation.delete", "params": params}
         answer = await self._ask("POST", f"/v1/rpc?conversation={quote(id, safe='')}", _Answer, json=call)
         if answer.error is not None:
             raise from_wire(answer.error)

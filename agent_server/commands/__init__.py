@@ -3,7 +3,7 @@
 serve:  run the server
 run:    one conversation to its end
 exec:   a command in a workspace
-cp:     a file into or out of a workspace
+cp:     a file or a folder into or out of a workspace
 ls:     the conversations of a server
 rm:     conversations, removed
 prune:  those that nobody has used for long, removed

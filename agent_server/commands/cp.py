@@ -1,21 +1,27 @@
-"""agent-server cp: one file into or out of a workspace, whole and verified, or not at all."""
+"""agent-server cp: a file or a folder into or out of a workspace, or a file from or to a pipe, each verified."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import AsyncIterator
 from pathlib import Path, PurePosixPath
 
 from agent_sdk import RemoteWorkspace
-from agent_sdk.protocol.errors import InvalidParams, IsADirectory, NotARegularFile
+from agent_sdk.disk import in_thread
+from agent_sdk.protocol.errors import InvalidParams, IsADirectory, PathNotFound
 from agent_sdk.workspace import Transferred, Workspace
+from agent_server.inlet import Inlet
+from agent_server.outlet import Outlet
 from agent_server.places import entered
-from agent_server.terminal import one_line, open_terminal
+from agent_server.terminal import STDOUT, one_line, open_terminal
 
 MARK = ":"
+PIPE = "-"
 
 
 async def main(given: argparse.Namespace) -> int:
-    """Copy it and say what was copied."""
+    """Copy it and say what was copied, but for what goes to standard output."""
     into = given.target.startswith(MARK)
     if given.source.startswith(MARK) == into:
         raise InvalidParams(
@@ -23,32 +29,75 @@ async def main(given: argparse.Namespace) -> int:
             "e.g. agent-server cp data.csv :in/data.csv"
         )
     async with entered(given) as workspace:
-        try:
-            target, done = await (_upload if into else _download)(workspace, given.source, given.target)
-        except (IsADirectory, NotARegularFile) as exc:
-            raise type(exc)(
-                f"{exc}; cp copies single files: pack a folder with tar first", **exc.details
-            ) from None
-        where = ""
-        if isinstance(workspace, RemoteWorkspace) and given.conversation is None:
-            where = f", in the workspace of conversation {workspace.conversation}"
-    summary = f"{given.source} -> {target}: {done.size} bytes, sha256 {done.sha256}{where}"
-    await open_terminal().line(one_line(summary))
+        told = await (_upload if into else _download)(workspace, given)
+        if told and isinstance(workspace, RemoteWorkspace) and given.conversation is None:
+            told += f", in the workspace of conversation {workspace.conversation}"
+    if told:
+        await open_terminal().line(one_line(told))
     return 0
 
 
-async def _upload(workspace: Workspace, source: str, target: str) -> tuple[str, Transferred]:
-    path = target.removeprefix(MARK)
-    if not path or path.endswith("/"):
-        path += Path(source).name
-    return f"{MARK}{path}", await workspace.upload(source, path)
+async def _upload(workspace: Workspace, given: argparse.Namespace) -> str:
+    source, path = given.source, given.target.removeprefix(MARK)
+    if source == PIPE:
+        if not PurePosixPath(path).name or path.endswith("/"):
+            raise InvalidParams(
+                "standard input has no name; name the file, e.g. agent-server cp - :in/data.csv"
+            )
+        return _told(given, f"{MARK}{path}", await workspace.write_stream(path, _typed()))
+    folder = await in_thread(os.path.isdir, source)
+    if path.endswith("/") and not folder or await _is_folder(workspace, path or "."):
+        path = str(PurePosixPath(path, _name(source)))
+    if folder:
+        done = await workspace.upload_dir(source, path or ".", exclude=given.exclude)
+    else:
+        done = await workspace.upload(source, path)
+    return _told(given, f"{MARK}{path}", done, folder=folder)
 
 
-async def _download(workspace: Workspace, source: str, target: str) -> tuple[str, Transferred]:
-    path = source.removeprefix(MARK)
-    file = _below(Path(target), PurePosixPath(path).name)
-    return str(file), await workspace.download(path, file)
+async def _download(workspace: Workspace, given: argparse.Namespace) -> str:
+    path, target = given.source.removeprefix(MARK) or ".", Path(given.target)
+    folder = await _is_folder(workspace, path)
+    if given.target == PIPE:
+        if folder:
+            raise IsADirectory(f"{path} is a folder, which standard output does not take", path=path)
+        async with workspace.read_stream(path) as stream:
+            outlet = Outlet(STDOUT)
+            async for data in stream:
+                await outlet.write(data)
+        return ""
+    if await in_thread(target.is_dir):
+        target = target / _name(path)
+    if folder:
+        done = await workspace.download_dir(target, path, exclude=given.exclude)
+    else:
+        done = await workspace.download(path, target)
+    return _told(given, str(target), done, folder=folder)
 
 
-def _below(target: Path, name: str) -> Path:
-    return target / name if target.is_dir() else target
+async def _typed() -> AsyncIterator[bytes]:
+    inlet = Inlet()
+    while piece := await inlet.read():
+        yield piece
+
+
+async def _is_folder(workspace: Workspace, path: str) -> bool:
+    try:
+        found = await workspace.files.stat(path)
+        if found.type == "symlink":
+            found = await workspace.files.stat(f"{path}/.")
+        return found.type == "dir"
+    except (PathNotFound, NotADirectoryError):
+        return False
+
+
+def _name(source: str) -> str:
+    """What it is called where it goes; nothing for `.` and `folder/.`: what is in a folder."""
+    if source == "." or source.endswith("/."):
+        return ""
+    return os.path.basename(os.path.abspath(source))
+
+
+def _told(given: argparse.Namespace, target: str, done: Transferred, *, folder: bool = False) -> str:
+    what = "a folder, as an archive of " if folder else ""
+    return f"{given.source} -> {target}: {what}{done.size} bytes, sha256 {done.sha256}"

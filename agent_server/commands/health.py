@@ -10,8 +10,9 @@ import msgspec
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import ConnectionLost, PathNotFound
-from agent_sdk.remote.refusal import unreachable
-from agent_server.config import load
+from agent_sdk.remote.refusal import LONGEST_BODY, nowhere, refused, unreachable
+from agent_server.client import checked_address
+from agent_server.config import client_environment, load
 from agent_server.data_folder import address_in
 from agent_server.terminal import one_line, open_terminal
 
@@ -26,7 +27,8 @@ class _Health(Struct):
 
 async def main(given: argparse.Namespace) -> int:
     """Say how it is; 0 when it answers, also when it is degraded: what a new start would not mend."""
-    url = given.url or _own(given)
+    named = given.url or (None if given.data or given.config else client_environment().url)
+    url = checked_address(named) if named else _own(given)
     health = await ask(url)
     rest = f": {', '.join(health.degraded)}" if health.degraded else ""
     await open_terminal().line(one_line(f"{health.status}{rest} ({url})"), "yellow" if rest else "green")
@@ -37,23 +39,26 @@ async def ask(url: str) -> _Health:
     """Ask the server at a URL how it is.
 
     Raises:
-        ConnectionLost: nobody answers there within 4 s, or it is no agent server.
+        ConnectionLost: nobody answers there within 4 s, or the URL is not that of an agent server.
     """
     try:
         # A proxy would be asked about its own view of the network; redirects lead to somebody else.
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session,
-            session.get(f"{url.rstrip('/')}/health", allow_redirects=False) as answer,
+            session.get(f"{url}/health", allow_redirects=False) as answer,
         ):
             body = await answer.read()
     except (aiohttp.ClientError, OSError, ValueError) as exc:
         raise unreachable(url, exc, direct=True) from None
+    ours = answer.headers.get("Server") == "agent-server"
     try:
-        if answer.status == 200 and answer.headers.get("Server") == "agent-server":
+        if ours and answer.status == 200:
             return msgspec.json.decode(body, type=_Health)
     except msgspec.DecodeError:
         pass
-    raise ConnectionLost(f"{url} is no agent server: it answered {answer.status}")
+    if ours and answer.status in (401, 404):  # the right address asks for no key
+        raise ConnectionLost(nowhere(url))
+    raise refused(url, answer.status, answer.headers, body[:LONGEST_BODY], api_key=None)
 
 
 def _own(given: argparse.Namespace) -> str:
@@ -62,7 +67,8 @@ def _own(given: argparse.Namespace) -> str:
     address = address_in(Path(config.data))
     if address is None:
         raise PathNotFound(
-            f"no server runs with the data folder {config.data}; name it with --data or its address with --url",
+            f"no server runs with the data folder {config.data}; name it with --data, "
+            "or its address with --url or AGENT_SERVER_URL",
             path=config.data,
         )
     return address

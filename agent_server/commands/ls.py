@@ -7,6 +7,7 @@ from datetime import datetime
 
 import msgspec
 
+from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.results import Snapshot
 from agent_server.client import find_server
 from agent_server.outlet import Outlet
@@ -18,8 +19,9 @@ _STYLES: dict[str, Style] = {"running": "green", "awaiting": "yellow", "failed":
 
 async def main(given: argparse.Namespace) -> int:
     """Show them: a table, or one JSON object per line."""
-    tags = dict(tag.partition("=")[::2] for tag in given.tag)
-    found = await find_server(given).administration().conversations(tags, given.state, given.limit)
+    if len(dict(given.tag)) < len(given.tag):
+        raise InvalidParams("--tag: a NAME is given twice, and no conversation has two values of it")
+    found = await find_server(given).administration().conversations(dict(given.tag), given.state, given.limit)
     if given.json:
         await Outlet(STDOUT).write(b"".join(json_line(msgspec.json.encode(snapshot)) for snapshot in found))
         return 0

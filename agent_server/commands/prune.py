@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 
-from agent_sdk.protocol.errors import ConversationNotFound, InvalidParams
+from agent_sdk.protocol.errors import ConversationNotFound, InvalidParams, StateConflict
+from agent_sdk.protocol.results import BUSY
 from agent_server.client import find_server
 from agent_server.terminal import open_terminal
 
 PAGE = 500
-BUSY = ("running", "awaiting")
 
 
 async def main(given: argparse.Namespace) -> int:
@@ -26,8 +26,8 @@ async def main(given: argparse.Namespace) -> int:
             idle = now - each.updated_at >= (given.idle or 0)
             if old and idle and each.state not in BUSY:
                 try:
-                    await server.delete(each.id)
-                except ConversationNotFound:  # somebody was faster
+                    await server.delete(each.id, unless_busy=True)
+                except (ConversationNotFound, StateConflict):  # somebody was faster
                     continue
                 removed += 1
     await open_terminal().line(f"removed {removed} conversations")

@@ -4,9 +4,11 @@ import json
 import socket
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
+from typing import get_args
 
 import pytest
 
+from agent_sdk.protocol.results import State
 from tests.cli.conftest import Shell
 
 NOWHERE = "http://127.0.0.1:1"
@@ -103,7 +105,24 @@ USAGE = {
     ),
     "an option of the server that is not there": (
         ["serve", "--config", "{config}"],
-        "typo.toml:2: server.prot is no option; did you mean port?",
+        "{config}:2:1: server.prot is no option; did you mean port?",
+    ),
+    "a state that is none": (
+        ["ls", "--state", "nope"],
+        f"argument --state: invalid choice: 'nope' (choose from {', '.join(map(repr, get_args(State)))}); "
+        "see agent-server ls --help",
+    ),
+    "a tag without a value": (
+        ["ls", "--tag", "team"],
+        "argument --tag: 'team' is no tag; write NAME=VALUE; see agent-server ls --help",
+    ),
+    "a tag twice": (
+        ["ls", "--tag", "team=red", "--tag", "team=blue"],
+        "--tag: a NAME is given twice, and no conversation has two values of it",
+    ),
+    "a pipe without a name": (
+        ["cp", "-", ":in/"],
+        "standard input has no name; name the file, e.g. agent-server cp - :in/data.csv",
     ),
 }
 
@@ -114,7 +133,7 @@ def test_wrong_usage_is_exit_code_2(perform, tmp_path, script, case):
     config = tmp_path / "typo.toml"
     config.write_text("[server]\nprot = 8000\n")
     done = perform(*(word.format(script=script, config=config) for word in words))
-    assert (sentence(done), done.returncode, done.stdout) == (wanted, 2, b"")
+    assert (sentence(done), done.returncode, done.stdout) == (wanted.replace("{config}", str(config)), 2, b"")
 
 
 FILES = {
@@ -123,12 +142,13 @@ FILES = {
         ["cp", ":nowhere.txt", "x"],
         "No such file or directory: nowhere.txt",
     ),
-    "a folder": (["cp", "folder", ":x"], "cp copies single files: pack a folder with tar first"),
-    "a folder in the workspace": (
-        ["cp", ":folder", "x"],
-        "cp copies single files: pack a folder with tar first",
+    "a folder on a file": (["cp", "folder", ":script.json"], "Not a directory: script.json"),
+    "a folder of the workspace on a file": (["cp", ":folder", "script.json"], "not a folder: script.json"),
+    "a folder into a pipe": (
+        ["cp", ":folder", "-"],
+        "folder is a folder, which standard output does not take",
     ),
-    "a path that leads out": (["cp", ":../secret", "x"], "../secret"),
+    "a path that leads out": (["cp", ":../secret", "x"], "the path leads out of the workspace: ../secret"),
     "a workspace that is not there": (
         ["exec", "--workspace", "nowhere", "true"],
         "nowhere: no such folder; --workspace takes a folder, a server's URL or docker:IMAGE",

@@ -59,6 +59,45 @@ def test_copying_within_this_machine_needs_no_server(shell):
     assert (shell.folder / "sub" / "b.txt").read_text() == "a"
 
 
+def test_a_folder_goes_in_and_comes_back_as_with_docker_cp(client, conversation):
+    def cp(*words):
+        done = client.run("cp", "--conversation", conversation, *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode()
+
+    (client.folder / "data" / "deep").mkdir(parents=True)
+    (client.folder / "data" / "a").write_text("a")
+    (client.folder / "data" / "deep" / "b").write_text("b")
+    assert cp("data", ":box").startswith("data -> :box: a folder, as an archive of ")
+    assert cp("data", ":box").startswith("data -> :box/data: a folder")
+    assert cp("data/.", ":box/deep", "--exclude", "deep").startswith("data/. -> :box/deep: a folder")
+    cp(":box", "back")
+    cp(":box/data", "back/deep")
+    cp(":box/data/.", ".")
+    found = {str(path.relative_to(client.folder)) for path in client.folder.rglob("*") if path.is_file()}
+    assert {path for path in found if path.startswith("back")} == {
+        *("back/a", "back/deep/b", "back/data/a", "back/data/deep/b"),
+        *("back/deep/a", "back/deep/data/a", "back/deep/data/deep/b"),
+    }
+    assert {"a", "deep/b"} <= found
+
+
+def test_a_folder_of_the_workspace_takes_a_file_under_its_name(client, conversation):
+    (client.folder / "new.txt").write_text("new")
+    client.run("exec", "--conversation", conversation, "mkdir -p there; ln -s there link")
+    done = client.run("cp", "--conversation", conversation, "new.txt", ":link")
+    assert done.stdout.startswith(b"new.txt -> :link/new.txt: 3 bytes"), done.stderr
+    assert client.run("exec", "--conversation", conversation, "cat there/new.txt").stdout == b"new"
+
+
+def test_standard_input_and_output_are_files(client, conversation):
+    data = os.urandom(300_000)
+    there = client.run("cp", "--conversation", conversation, "-", ":piped/data", stdin=data)
+    assert there.stdout.startswith(b"- -> :piped/data: 300000 bytes, sha256 "), there.stderr
+    back = client.run("cp", "--conversation", conversation, ":piped/data", "-")
+    assert (back.stdout, back.stderr, back.returncode) == (data, b"", 0)
+
+
 def test_a_broken_copy_leaves_nothing_behind(client, conversation):
     done = client.run("cp", "--conversation", conversation, ":nowhere", "copy")
     assert done.returncode == 1

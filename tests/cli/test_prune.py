@@ -53,3 +53,22 @@ def test_prune_removes_what_is_old_and_idle_enough_and_says_how_many(client, mad
     assert set(listed(client)) >= set(made)
     assert re.fullmatch(rb"removed [0-9]+ conversations\n", client.run("prune", "--idle", "0s").stdout)
     assert listed(client) == []
+
+
+def test_a_conversation_that_runs_is_removed_by_force_alone(client, server, tmp_path):
+    (tmp_path / "hang.json").write_text('[{"step": "hang"}]')
+    words = ("run", "Hang", "--workspace", server.url, "--script", "hang.json", "--json")
+    with client.start(*words) as running:
+        id = ""
+        while b'"turn_started"' not in (line := running.stdout.readline()):
+            assert line, running.stderr.read()
+        (id,) = listed(client, "--state", "running")
+        assert client.run("prune", "--idle", "0s").stdout == b"removed 0 conversations\n"
+        done = client.run("rm", id)
+        assert done.stderr.decode() == (
+            f"agent-server: conversation {id} is running; rm --force removes it all the same\n"
+        )
+        assert (done.returncode, done.stdout, listed(client)) == (1, b"", [id])
+        done = client.run("rm", "--force", id)
+        assert (done.returncode, done.stdout.decode(), listed(client)) == (0, f"removed {id}\n", [])
+        assert running.wait(timeout=60) == 1

@@ -19,7 +19,7 @@ def refusal(tmp_path: Path, text: str, **kwargs) -> str:
     with pytest.raises(StartRefused) as refused:
         loaded(tmp_path, text, **kwargs)
     assert refused.value.exit_code == 2
-    return str(refused.value)
+    return str(refused.value).removeprefix(f"{tmp_path}/")
 
 
 def test_without_any_source_the_defaults_hold():
@@ -110,39 +110,50 @@ def test_the_key_is_in_no_representation():
 
 
 WRONG = {
-    "unknown key": ("[server]\nprot = 1\n", "config.toml:2: server.prot is no option; did you mean port?"),
+    "unknown key": ("[server]\nprot = 1\n", "config.toml:2:1: server.prot is no option; did you mean port?"),
     "out of range": (
         "# first\n[server]\n\nport = 99999\n",
-        "config.toml:4: server.port must be 1..65535, or 0 for a free one (got 99999)",
+        "config.toml:4:1: server.port must be 1..65535, or 0 for a free one (got 99999)",
     ),
     "text for a number": (
         '[server]\nport = "80"\n',
-        "config.toml:2: server.port must be 1..65535, or 0 for a free one (got 80)",
+        "config.toml:2:1: server.port must be 1..65535, or 0 for a free one (got 80)",
     ),
     "bool as text": (
         "[server]\nport = true\n",
-        "config.toml:2: server.port must be 1..65535, or 0 for a free one (got true)",
+        "config.toml:2:1: server.port must be 1..65535, or 0 for a free one (got true)",
     ),
     "word not in the list": (
         '[server]\nlog_format = "xml"\n',
-        "config.toml:2: server.log_format must be auto or json or console (got xml)",
+        "config.toml:2:1: server.log_format must be auto or json or console (got xml)",
     ),
     "number for a list": (
         "[server]\nallow_hosts = 5\n",
-        "config.toml:2: server.allow_hosts must be a list of texts (got 5)",
+        "config.toml:2:1: server.allow_hosts must be a list of texts (got 5)",
     ),
-    "unknown limit": ("[limits]\ncall = 5\n", "config.toml:2: limits.call is no option; did you mean calls?"),
+    "unknown limit": (
+        "[limits]\ncall = 5\n",
+        "config.toml:2:1: limits.call is no option; did you mean calls?",
+    ),
     "limit out of range": (
         "[limits]\nframe_bytes = 1\n",
-        "config.toml:2: limits.frame_bytes must be 65536..16777216 (got 1)",
+        "config.toml:2:1: limits.frame_bytes must be 65536..16777216 (got 1)",
     ),
-    "no table": ("port = 80\n", "config.toml:1: port belongs below a line with [server]"),
+    "no table": ("port = 80\n", "config.toml:1:1: port belongs below a line with [server]"),
     "unknown table": (
         "[sever]\nport = 80\n",
-        "config.toml:1: sever is no table; there are server, limits and runtime_api; did you mean server?",
+        "config.toml:1:2: sever is no table; there are server, limits and runtime_api; did you mean server?",
     ),
-    "duplicate key": ("[server]\nport = 1\nport = 2\n", "config.toml:3: Cannot overwrite a value"),
-    "no TOML": ("[server\n", "config.toml:1: Expected ']' at the end of a table declaration"),
+    "duplicate key": ("[server]\nport = 1\nport = 2\n", "config.toml:3:9: Cannot overwrite a value"),
+    "no TOML": ("[server\n", "config.toml:1:8: Expected ']' at the end of a table declaration"),
+    "half a line": (
+        "[server]\n  port =",
+        "config.toml:2:9: Invalid value",
+    ),
+    "a key behind spaces": (
+        "[server]\n  prot = 1\n",
+        "config.toml:2:3: server.prot is no option; did you mean port?",
+    ),
     "two keys": (
         f'[server]\napi_key = "{KEY}"\napi_key_file = "f"\n',
         "api_key and api_key_file are both set; set one of them",
@@ -153,7 +164,7 @@ WRONG = {
     ),
     "inner option": (
         "[server]\nbox_environment = {}\n",
-        "config.toml:2: server.box_environment is no option",
+        "config.toml:2:1: server.box_environment is no option",
     ),
 }
 
@@ -170,15 +181,15 @@ def test_a_byte_order_mark_is_fine(tmp_path):
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        ("[server]\napi_key = 123456\n", "config.toml:2: server.api_key must be a text"),
-        ("[server]\nsecrets_key = 123456\n", "config.toml:2: server.secrets_key must be a list of texts"),
-        ("[server.command_env]\nTOKEN = 123456\n", "config.toml: server.command_env must be a table"),
+        ("[server]\napi_key = 123456\n", "config.toml:2:1: server.api_key must be a text"),
+        ("[server]\nsecrets_key = 123456\n", "config.toml:2:1: server.secrets_key must be a list of texts"),
+        ("[server.command_env]\nTOKEN = 123456\n", "config.toml:1:2: server.command_env must be a table"),
         (
             "[runtime_api.tenants.a]\nkey = 123456\n",
-            "config.toml:2: runtime_api.tenants.a.key must be a text",
+            "config.toml:2:1: runtime_api.tenants.a.key must be a text",
         ),
         ('[runtime_api.tenants.a]\nkey = "123456"\n', "runtime_api.tenants.a.key must be at least 16"),
-        ("[runtime_api.tenants]\na = 123456\n", "config.toml: a tenant is a table"),
+        ("[runtime_api.tenants]\na = 123456\n", "config.toml:2:1: a tenant is a table"),
     ],
 )
 def test_a_wrong_secret_is_not_repeated(tmp_path, text, start):
@@ -205,7 +216,7 @@ key = "{KEY}"
     assert KEY not in str(found)
     assert {option for option, (_, source) in found.items() if source == "default"} > {"server.log_level"}
     assert [found[option] for option in ("server.port", "server.host", "limits.calls")] == [
-        (7, "config.toml:3"),
+        (7, f"{tmp_path}/config.toml:3:1"),
         ("::1", "--host"),
         (3, "AGENT_SERVER_LIMITS_CALLS"),
     ]
@@ -285,7 +296,7 @@ sandboxes = 3
 WRONG_TENANTS = {
     "no key": (
         "[runtime_api.tenants.alice]\ncpus = 1\n",
-        "config.toml:1: runtime_api.tenants.alice needs a key or a key_file",
+        "config.toml:1:2: runtime_api.tenants.alice needs a key or a key_file",
     ),
     "short key": (
         '[runtime_api.tenants.alice]\nkey = "short"\n',
@@ -293,19 +304,19 @@ WRONG_TENANTS = {
     ),
     "unknown option": (
         f'[runtime_api.tenants.alice]\nkey = "{KEY}"\ncpu = 1\n',
-        "config.toml:3: runtime_api.tenants.alice.cpu is no option; did you mean cpus?",
+        "config.toml:3:1: runtime_api.tenants.alice.cpu is no option; did you mean cpus?",
     ),
     "wrong quota": (
         f'[runtime_api.tenants.alice]\nkey = "{KEY}"\nsandboxes = 0\n',
-        "config.toml:3: runtime_api.tenants.alice.sandboxes must be 1..100000 (got 0)",
+        "config.toml:3:1: runtime_api.tenants.alice.sandboxes must be 1..100000 (got 0)",
     ),
     "no table": (
         "[runtime_api]\ntenants = 3\n",
-        "config.toml: a tenant is a table: [runtime_api.tenants.NAME]",
+        "config.toml:2:1: a tenant is a table: [runtime_api.tenants.NAME]",
     ),
     "unknown kind": (
         '[server]\nruntime_api = "kubernetes"\n',
-        "config.toml:2: server.runtime_api must be off or process or docker (got kubernetes)",
+        "config.toml:2:1: server.runtime_api must be off or process or docker (got kubernetes)",
     ),
 }
 

@@ -11,7 +11,7 @@ import pytest
 
 from agent_sdk import AgentServer, RemoteWorkspace
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import ConversationNotFound, InvalidParams, Unauthorized
+from agent_sdk.protocol.errors import ConversationNotFound, InvalidParams, StateConflict, Unauthorized
 from agent_sdk.protocol.methods import all_methods
 from agent_server.gate import OPEN_PATHS
 from agent_server.routes import Routes
@@ -223,8 +223,60 @@ async def test_conversations_are_listed_in_pages_and_by_tag_and_state(server):
         assert await listed(state="running") == []
         await AgentServer(server.url, KEY).delete(newest[1])
         assert await listed(limit="2", before=newest[1]) == newest[2:4], "the cursor may be gone"
-        assert await status(http, "GET", "/v1/conversations?state=odd") == (400, "invalid_params")
-        assert await status(http, "GET", "/v1/conversations?limit=0") == (400, "invalid_params")
+
+
+QUERIES = {
+    "/v1/conversations?state=odd": "?state: expected one of idle, running, awaiting, paused, failed, closed, "
+    "damaged, got 'odd'",
+    "/v1/conversations?state=": "?state: expected one of idle",
+    "/v1/conversations?limit=0": "?limit: expected int 1..1000, got '0'",
+    "/v1/conversations?before=zz": "?before: expected the id of a conversation, got 'zz'",
+    "/v1/conversations?tag=team": "?tag: expected NAME=VALUE with another NAME each time, got 'team'",
+    "/v1/conversations?tag==red": "?tag: expected NAME=VALUE",
+    "/v1/conversations?tag=a=1&tag=a=2": "?tag: expected NAME=VALUE with another NAME each time, got 'a=2'",
+    "/v1/conversations?state=idle&state=running": "?state: it is given more than once; leave one",
+    "/v1/conversations?nope=1": "?nope: there is no such parameter; /v1/conversations takes limit, before, state, tag",
+}
+
+
+@pytest.mark.parametrize(("address", "sentence"), QUERIES.items(), ids=QUERIES)
+async def test_a_query_that_makes_no_sense_is_told_in_a_sentence(server, address, sentence):
+    async with server.http() as http, http.get(address) as answer:
+        error = (await answer.json())["error"]
+        assert (answer.status, error["data"]["kind"]) == (400, "invalid_params")
+        assert error["message"].startswith(sentence)
+
+
+async def test_no_address_overlooks_what_it_does_not_know(server):
+    """Walks the real table, so that a new route cannot be forgotten."""
+    async with server.http() as http:
+        id = await made(http)
+        for route in Routes.table(SimpleNamespace(**dict.fromkeys(ROUTES))):
+            address = route.path.replace("{id}", id)
+            assert await status(http, route.method, f"{address}?nope=1") == (400, "invalid_params"), address
+        assert await status(http, "GET", "/nowhere?nope=1") == (404, "not_found")
+        assert await status(http, "POST", f"/v1/rpc?conversation={id}&conversation={id}") == (
+            400,
+            "invalid_params",
+        )
+        answer = await rpc(http, "conversations.list", before="zz")
+        assert answer["error"]["code"] == -32602
+
+
+async def test_who_asks_so_removes_no_conversation_whose_turn_runs_or_waits(server):
+    manager = AgentServer(server.url, KEY)
+    async with server.http() as http:
+        id = await made(http)
+        agent = {"llm": {"kind": "scripted", "steps": [{"step": "hang"}]}, "tools": []}
+        await rpc(http, "conversation.configure", id, op_id=new_id(), agent=agent)
+        await rpc(http, "send_message", id, op_id=new_id(), text="hi")
+        with pytest.raises(StateConflict, match="the conversation is running") as refused:
+            await manager.delete(id, unless_busy=True)
+        assert refused.value.details["state"] == "running"
+        assert [each.id for each in await manager.conversations()] == [id]
+        await rpc(http, "interrupt", id, op_id=new_id())
+        await manager.delete(id, unless_busy=True)
+        assert await manager.conversations() == []
 
 
 async def test_a_server_can_be_looked_after_from_python(server):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Raw, Struct
 
-from agent_sdk.protocol.methods.method import Done, Effect, Method, Name, Offset
+from agent_sdk.protocol.methods.method import Done, Effect, Method, Name, Offset, OpId
 from agent_sdk.protocol.results import Accepted, Snapshot, State
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 
@@ -149,6 +149,8 @@ class Delete(Effect[Done], frozen=True, kw_only=True):
     """Remove the conversation, its log and its workspace folder (not a `working_dir`)."""
 
     method = "conversation.delete"
+    unless_busy: bool = False
+    """Refuse while a turn runs, or waits for an answer."""
 
 
 class ListConversations(Method[list[Snapshot]], frozen=True, kw_only=True):
@@ -156,7 +158,7 @@ class ListConversations(Method[list[Snapshot]], frozen=True, kw_only=True):
 
     method = "conversations.list"
     limit: Annotated[int, Meta(ge=1, le=1000)] = 100
-    before: Annotated[str, Meta(max_length=64)] | None = None
+    before: OpId | None = None
     """Only those made before this one: the last id of the page before, which may have been deleted since."""
     tags: Annotated[dict[str, str], Meta(max_length=64)] = {}
     """Only those that have all of these."""

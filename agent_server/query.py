@@ -1,0 +1,89 @@
+"""What may follow the `?` of an address, and what it says; anything else is refused."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import msgspec
+from aiohttp import web
+from msgspec import Raw
+
+from agent_sdk.ids import is_id
+from agent_sdk.protocol.endpoint import decode_params
+from agent_sdk.protocol.errors import InvalidParams
+from agent_sdk.protocol.methods import ListConversations
+from agent_sdk.protocol.results import State
+
+PAGE = 1000
+LARGEST_SEQ = 2**53
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "/v1/conversations": ("limit", "before", "state", "tag"),
+    "/v1/conversations/{id}/events": ("after", "limit"),
+    "/v1/rpc": ("conversation",),
+}
+"""By address; others take none."""
+STATES: tuple[str, ...] = get_args(State)
+_REPEATED = "tag"
+_SHOWN = 64
+
+
+def check_query(request: web.Request) -> None:
+    """See that an address is asked for nothing that it does not know.
+
+    Raises:
+        InvalidParams: it is, or a parameter comes twice.
+    """
+    resource = request.match_info.route.resource
+    if resource is None:  # there is no such address
+        return
+    known = PARAMETERS.get(resource.canonical, ())
+    for name in request.query:
+        if name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes none"
+            raise InvalidParams(f"?{name[:_SHOWN]}: there is no such parameter; {resource.canonical} {takes}")
+        if name != _REPEATED and len(request.query.getall(name)) > 1:
+            raise InvalidParams(f"?{name}: it is given more than once; leave one")
+
+
+def wanted(request: web.Request) -> ListConversations:
+    """Return which conversations are asked for: limit, before, state, and any number of `tag=NAME=VALUE`.
+
+    Raises:
+        InvalidParams: one of these makes no sense.
+    """
+    given: dict[str, Any] = {"limit": number(request, "limit", 100, 1, PAGE), "tags": {}}
+    state, before = (request.query.get(name) for name in ("state", "before"))
+    if state is not None and state not in STATES:
+        raise InvalidParams(f"?state: expected one of {', '.join(STATES)}, got {state[:_SHOWN]!r}")
+    if before is not None and not is_id(before):
+        raise InvalidParams(f"?before: expected the id of a conversation, got {before[:_SHOWN]!r}")
+    given |= {"state": state, "before": before}
+    for tag in request.query.getall("tag", []):
+        name, equals, value = tag.partition("=")
+        if not (name and equals) or name in given["tags"]:
+            raise InvalidParams(
+                f"?tag: expected NAME=VALUE with another NAME each time, got {tag[:_SHOWN]!r}"
+            )
+        given["tags"][name] = value
+    return decode_params(ListConversations, Raw(msgspec.json.encode(given)))
+
+
+def number(request: web.Request, name: str, default: int, least: int, most: int) -> int:
+    """Return what a parameter says; without it the default.
+
+    Raises:
+        InvalidParams: it is no number, or out of range.
+    """
+    text = request.query.get(name)
+    return default if text is None else checked_number(f"?{name}", text, least, most)
+
+
+def checked_number(name: str, text: str, least: int, most: int) -> int:
+    """Return the number in a text of digits.
+
+    Raises:
+        InvalidParams: it is none, or out of range.
+    """
+    if text.isascii() and text.isdigit() and len(text) <= 16 and least <= int(text) <= most:
+        return int(text)
+    raise InvalidParams(f"{name}: expected int {least}..{most}, got {text[:_SHOWN]!r}")
