@@ -28,10 +28,9 @@ SIGNALLED = 128
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
+        _open_closed()
         given = arguments.parse(sys.argv[1:] if words is None else words)
-        if given.version:
-            return _version()
-        if given.command is None:
+        if given.command is None and not given.version:
             sys.stderr.write("agent-server: a command is missing; agent-server --help lists them\n")
             return WRONG_USAGE
         return _perform(given)
@@ -43,11 +42,25 @@ def _version() -> int:
     from agent_sdk import __version__
 
     sys.stdout.write(f"agent-server {__version__}\n")
+    sys.stdout.flush()
     return 0
+
+
+def _open_closed() -> None:
+    """Let standard streams that the caller has closed lead nowhere: what is opened next would take their place."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _perform(given: argparse.Namespace) -> int:
     try:
+        if given.version:
+            return _version()
         # The name is one of the parser's own.
         command = import_module(f"agent_server.commands.{given.command}")
         return _until_stopped(command.main, given)

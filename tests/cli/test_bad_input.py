@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import get_args
@@ -9,7 +10,7 @@ from typing import get_args
 import pytest
 
 from agent_sdk.protocol.results import State
-from tests.cli.conftest import Shell
+from tests.cli.conftest import PROGRAM, Shell
 
 NOWHERE = "http://127.0.0.1:1"
 UNKNOWN = "0199d2c8-8a3c-7b60-9d2b-7f4a5e1c0d11"
@@ -191,6 +192,9 @@ CLIENTS = {
     "exec": ["exec", "--conversation", UNKNOWN, "true"],
     "cp": ["cp", "--conversation", UNKNOWN, ":a", "b"],
     "run": ["run", "task", "--conversation", UNKNOWN],
+    "rm": ["rm", UNKNOWN],
+    "prune": ["prune", "--idle", "0s"],
+    "health": ["health"],
 }
 
 
@@ -293,6 +297,26 @@ def test_a_data_folder_that_cannot_be_written_is_exit_code_73(shell, place):
     assert "cannot be written" in sentence(done)
     assert sentence(done).endswith("; choose another with --data")
     assert done.returncode == 73
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_that_are_closed_lead_nowhere(client, closed):
+    for words in (["ls"], ["--version"], ["exec", "-i", "cat"]):
+        done = redirected(client, words, closed)
+        assert (done.returncode, done.stderr) == (0, b""), words
+
+
+def redirected(user, words, where):
+    command = ["sh", "-c", f'exec "$@" {where}', "sh", *PROGRAM, *words]
+    return subprocess.run(
+        command, env=user.environ, cwd=user.folder, capture_output=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("words", [["--version"], ["config"]], ids=["version", "config"])
+def test_output_that_does_not_fit_is_exit_code_1(shell, words):
+    done = redirected(shell, words, ">/dev/full")
+    assert (done.returncode, sentence(done)) == (1, "No space left on device")
 
 
 def test_control_characters_in_an_error_cannot_drive_the_terminal(perform):
