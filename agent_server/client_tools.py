@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Protocol
 
-from agent_sdk.protocol.errors import AgentServerError, ConnectionLost
+from agent_sdk.protocol.errors import AgentServerError, Cancelled, ConnectionLost
 from agent_sdk.protocol.events import RequestOpened
 from agent_sdk.protocol.methods import ToolCall, ToolOutput
 from agent_sdk.tools import ToolResult
@@ -102,7 +102,7 @@ class _Pending:
         )
         try:
             output = await peer.call(call)
-        except ConnectionLost:
+        except (ConnectionLost, Cancelled):  # it is gone, or has closed its conversation
             self._tools.forget(peer)
             del self._asking[peer]
             if not self._asking:

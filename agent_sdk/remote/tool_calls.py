@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from agent_sdk.protocol.errors import Cancelled
 from agent_sdk.protocol.methods import ToolCall, ToolOutput
 from agent_sdk.rpc.peer import Inbound
 from agent_sdk.rpc.pipe import DISCONNECTED
@@ -18,6 +19,7 @@ class ToolCalls:
     def __init__(self, functions: Mapping[str, FunctionTool[..., Any]]) -> None:
         self._functions = functions
         self._runs: dict[str, asyncio.Task[ToolOutput]] = {}
+        self._closed = False
 
     @property
     def names(self) -> list[str]:
@@ -25,7 +27,13 @@ class ToolCalls:
         return list(self._functions)
 
     async def answer(self, params: ToolCall, call: Inbound) -> ToolOutput:
-        """Run a tool, or attach to its run: one whose connection was lost goes on, and its call comes again."""
+        """Run a tool, or attach to its run: one whose connection was lost goes on, and its call comes again.
+
+        Raises:
+            Cancelled: the conversation was closed here: somebody else who has the tool is to run it.
+        """
+        if self._closed:
+            raise Cancelled("the conversation was closed here")
         run = self._runs.get(params.request_id)
         if run is None:
             run = self._runs[params.request_id] = asyncio.create_task(self._run(params))
@@ -44,7 +52,8 @@ class ToolCalls:
             run.cancel()
 
     async def close(self) -> None:
-        """Cancel what runs."""
+        """Cancel what runs, and run nothing more."""
+        self._closed = True
         for request_id in list(self._runs):
             await self._cancel(request_id)
 

@@ -24,6 +24,7 @@ from agent_sdk.protocol.errors import (
     TimedOut,
     Unauthorized,
 )
+from agent_sdk.protocol.events import ToolReturned
 from agent_sdk.protocol.methods import ClientInfo, Delete, Initialized
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, SUBPROTOCOL, Limits
 from agent_sdk.remote.link import ask
@@ -259,6 +260,39 @@ async def test_a_tool_of_the_client_runs_once_although_it_is_asked_for_again(run
         await conversation.run()
         results = [event.text async for event in conversation.events() if hasattr(event, "bytes_cut")]
     assert (runs, results) == (["what?"], ["forty-two"])
+
+
+async def test_a_tool_whose_client_closes_its_conversation_is_run_by_another_client(running_server):
+    asked = asyncio.Event()
+
+    def agent(answer) -> Agent:
+        @tool
+        async def ask_me() -> str:
+            """Ask the user."""
+            return await answer()
+
+        return Agent(llm=ScriptedLLM([call("ask_me"), call("ask_me"), say("done")]), tools=[ask_me])
+
+    async def never() -> str:
+        asked.set()
+        return await asyncio.get_running_loop().create_future()
+
+    async def at_once() -> str:
+        return "forty-two"
+
+    url, key = running_server.url, running_server.api_key
+    async with RemoteWorkspace(url, key) as here:
+        stays = Conversation(agent(at_once), here)
+        await stays.state()
+        async with RemoteWorkspace(url, key, conversation=stays.id) as elsewhere:
+            leaves = Conversation(agent(never), elsewhere, id=stays.id)
+            await leaves.send_message("go")
+            await asked.wait()
+            await leaves.close()  # its workspace keeps the connection
+            assert (await stays.run()).final_text == "done"
+        returned = [event.text async for event in stays.events() if isinstance(event, ToolReturned)]
+        assert returned == ["forty-two", "forty-two"]
+        await stays.delete()
 
 
 async def test_closing_returns_at_once_while_there_is_no_connection(running_server, proxy):
