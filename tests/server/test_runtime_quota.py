@@ -13,6 +13,7 @@ from agent_server.runtime_config import GIB, RuntimeConfig
 from agent_server.runtimes import Runtimes, Wanted
 from agent_server.tenants import Tenant
 from tests.server.test_runtime import SteppedPod
+from tests.server.wire import GUARD
 
 IMAGE = "agent-server:1"
 
@@ -40,7 +41,12 @@ async def runtimes(tmp_path, *, paused_keeps_memory=False):
     pods = SteppedPods(paused_keeps_memory)
     with opened(style="json", stream=io.StringIO()) as logs:
         async with Runtimes(RuntimeConfig(), tmp_path / "runtimes", pods, logs, end=False) as made:
-            yield made, pods
+            try:
+                async with asyncio.timeout(GUARD):
+                    yield made, pods
+            finally:
+                for pod in pods.made:
+                    pod.release()
 
 
 def tenant(**quota):
