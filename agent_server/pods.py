@@ -32,7 +32,7 @@ class PodSpec(Struct, frozen=True, kw_only=True):
     run_as_user: int | None = None
     """Its user; in our own images, without a command, the one of the commands."""
     fs_group: int | None = None
-    """A further group of that command."""
+    """A further group of that command, which may write its data. In our own images the data is the server's alone."""
     folder: Path
     """On this machine, its own."""
 

@@ -156,7 +156,7 @@ class DockerPod:
                 command=tuple(words) or None,
                 port=_port(words),
                 working_dir=spec.working_dir,
-                group=spec.fs_group,
+                group=None if ours else spec.fs_group,
                 key_names=KEY_NAMES,
                 user=None if ours else spec.run_as_user,
                 box_user=spec.run_as_user if ours else None,

@@ -18,7 +18,7 @@ from agent_sdk.protocol.errors import AgentServerError, NotFound, WorkspaceUnava
 from agent_sdk.protocol.results import Usage
 from workspaces import labels
 from workspaces.engine_api import ANSWER_SECONDS, EngineApi
-from workspaces.engine_archive import read_file
+from workspaces.engine_archive import give_to_group, read_file
 from workspaces.engine_events import Death, EngineEvents, Watch
 from workspaces.engine_info import EngineInfo, usage_of
 from workspaces.engine_logs import follow, last_lines
@@ -270,6 +270,17 @@ class Engine:
             NotFound: there is no such container, or nothing at the path.
         """
         return await read_file(self._api, _path(id, "archive"), path, most)
+
+    async def give_to_group(self, id: str, folder: str, group: int) -> None:
+        """Let a group write what is in a folder of a container, and what will be: of one that has never run.
+
+        A folder that belongs to the group already is left as it is; of one with more than 16 MiB nothing but itself is
+        given.
+
+        Raises:
+            NotFound: there is no such container or folder. WorkspaceUnavailable: it is read-only.
+        """
+        await give_to_group(self._api, _path(id, "archive"), folder, group)
 
     def watch(self, id: str) -> Watch:
         """Watch the container with this full id, that exists already, for its end and other changes."""

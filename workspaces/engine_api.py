@@ -133,6 +133,7 @@ class EngineApi:
         seconds: float = ANSWER_SECONDS,
         headers: Mapping[str, str] | None = None,
         params: Mapping[str, str],
+        data: bytes | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send one call whose answer comes bit by bit, over a connection of its own; only its begin has a limit.
 
@@ -144,7 +145,9 @@ class EngineApi:
         try:
             async with docker:
                 async with asyncio.timeout(seconds):
-                    response = await docker._do_query(path, method, params=dict(params), headers=headers)
+                    response = await docker._do_query(
+                        path, method, params=dict(params), headers=headers, data=data
+                    )
                 async with response:
                     _keep_alive(response)
                     yield response

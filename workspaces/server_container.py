@@ -179,6 +179,9 @@ class ServerContainer:
             self.api_key, self._reach.bind
         )
         self.id = await self._engine.create(self.name, body, platform=self.spec.platform)
+        if self.spec.group is not None:
+            for volume in self.spec.volumes:
+                await self._engine.give_to_group(self.id, volume.target, self.spec.group)
         self._tell("create", 1, 1)
         await self._run()
 

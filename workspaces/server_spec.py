@@ -95,7 +95,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     user: int | None = None
     """Of that command; None: the image's."""
     group: int | None = None
-    """A further group of its process."""
+    """A further group of its process, which may write the volumes."""
     key_names: tuple[str, ...] = (KEY_NAME,)
     """The variables in which the server finds its key."""
 

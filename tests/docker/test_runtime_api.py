@@ -17,6 +17,7 @@ from tests.docker import images
 from tests.docker.conftest import remove_all
 from tests.docker.held_engine import HeldEngine
 from tests.docker.servers import SERVER, state
+from tests.docker.test_sandbox_images import image as image
 from tests.server.conftest import start  # noqa: F401  a server in this process
 from tests.server.test_runtime_api import ALICE, BOB, TENANTS, client
 from tests.test_examples import run
@@ -35,14 +36,20 @@ POINTS = [
 
 
 @pytest.fixture
-async def server(start, engine, tmp_path):  # noqa: F811
+def disk(request):
+    """Bytes of the data of a runtime; 0: it is a volume of the engine."""
+    return getattr(request, "param", 64 << 20)
+
+
+@pytest.fixture
+async def server(start, engine, tmp_path, disk):  # noqa: F811
     bob = TenantConfig(key=BOB, memory=256 << 20)
     runtimes = RuntimeConfig(
         tenants={**TENANTS, "bob": bob},
         images=("*",),
         unit_memory=256 << 20,
         unit_cpus=0.5,
-        unit_disk=64 << 20,
+        unit_disk=disk,
     )
     async with start(runtime_api="docker", runtimes=runtimes) as server:
         yield server
@@ -148,6 +155,10 @@ import http.server, json, os, sys
 class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         found = {"path": self.path, "key": self.headers.get("X-Session-API-Key"), "env": dict(os.environ)}
+        data = os.stat("/data")
+        found["data"] = [data.st_gid, data.st_mode & 0o2770, os.path.exists("/data/old")]
+        open("/data/made", "a").close()
+        found["made"] = [os.stat("/data/" + name).st_gid for name in os.listdir("/data") if name != "lost+found"]
         found |= {"cwd": os.getcwd(), "user": os.getuid(), "groups": os.getgroups()}
         body = json.dumps(found).encode()
         self.send_response(200)
@@ -158,17 +169,25 @@ http.server.HTTPServer(("0.0.0.0", int(sys.argv[2])), Server).serve_forever()
 """
 
 
-async def test_a_server_of_somebody_else_runs_as_its_starter_says(server):
+@pytest.mark.parametrize("disk", [0, 64 << 20], indirect=True)
+async def test_a_server_of_somebody_else_runs_as_its_starter_says(server, image, disk):
     """As the clients of other servers ask for them, which know nothing of ours."""
+    filled = image("RUN mkdir /data && echo x >/data/old && chmod 700 /data", base=images.FULL)
     async with client(server) as api:
         command = f"python3 -c {shlex.quote(FOREIGN)} --port 60000"
         more = {"working_dir": "/usr", "run_as_user": 10003, "fs_group": 10004}
-        runtime = await api.start(image=images.FULL, command=command, environment={"COLOUR": "blue"}, **more)
+        runtime = await api.start(image=filled, command=command, environment={"COLOUR": "blue"}, **more)
         assert runtime["pod_status"] == "ready", runtime
         headers = {"X-Session-API-Key": runtime["session_api_key"]}
         async with api.http.get(f"{runtime['url']}/api/bash", headers=headers) as answer:
             found = json.loads(await answer.read())
         assert (found["path"], found["cwd"], found["user"]) == ("/api/bash", "/usr", 10003)
+        assert found["data"] == [
+            10004,
+            0o2770,
+            disk == 0,
+        ]  # what an image has there is in volumes of the engine
+        assert set(found["made"]) == {10004}
         assert (found["key"], 10004 in found["groups"]) == (runtime["session_api_key"], True)
         assert {found["env"][name] for name in ("SESSION_API_KEY", "OH_SESSION_API_KEYS_0")} == {
             runtime["session_api_key"]
