@@ -152,9 +152,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     sandbox_runtimes: Names = ()
     """Which runtimes of the engine they may name. Empty: that of `sandbox_runtime`, and `runsc`."""
     sandbox_max_memory: MostSize = ""
-    """The most memory they may ask for, e.g. `8g`; empty: as much as this machine has."""
+    """The most memory they may ask for, e.g. `8g`; empty: as much as the engine's machine has."""
     sandbox_max_cpus: Annotated[float, Meta(ge=0, le=4096, description="0..4096")] = 0.0
-    """The most processors; 0: as many as this machine has."""
+    """The most processors; 0: as many as the engine's machine has."""
     sandbox_max_pids: Annotated[int, Meta(ge=0, le=65_536, description="0..65536")] = 0
     """The most processes and threads; 0: an eighth of what this machine can have, at most 4096."""
     sandbox_pool: Counts = {}

@@ -38,7 +38,7 @@ from agent_server.logs import Logs
 from agent_server.metrics import Metrics
 from agent_server.note import Note, note_of, snapshot_of
 from agent_server.retention import Retention, duration
-from agent_server.sandbox_rules import checked
+from agent_server.sandbox_rules import check_most, checked
 from agent_server.work import Work
 
 SHOWN_ID = 64
@@ -153,7 +153,8 @@ class Conversations:
         note = self._note(id, spec or WorkspaceSpec())
         if id not in self._notes:
             if note.sandbox is not None:
-                await self._boxes.sandboxes.admit(note.sandbox)
+                engine = await self._boxes.sandboxes.admit(note.sandbox)
+                check_most(note.sandbox, self._config, cpus=engine.info.cpus, memory=engine.info.memory)
             elif note.owner == id and note.working_dir is None:
                 await asyncio.to_thread(self._folder.confinement.give, self._folder.workspace(id))
             await self._log.create(id, msgspec.to_builtins(note))

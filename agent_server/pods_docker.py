@@ -218,7 +218,7 @@ class DockerPods:
             except EngineUnavailable as exc:
                 raise StartRefused(f"runtime_api is docker: {exc}", exit_code=TRY_LATER) from None
             disks = Disks(folder.with_name("runtime-disks"))
-            await disks.prepare(visible=not (await HostPaths.find(engine)).inside)
+            await disks.prepare(unseen=(await HostPaths.find(engine)).unseen)
             if disks.mechanism == "none":
                 logs.log.warning("runtime_disks_unlimited", reason=disks.why)
             yield cls(engine, instance, network, logs, disks)

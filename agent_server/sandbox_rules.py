@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from math import inf
 
 from msgspec.structs import replace
 
@@ -14,6 +15,7 @@ from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams, Isolation
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.config import ServerConfig
 from workspaces.container_body import LEAST_MEMORY, RESERVED, UID
+from workspaces.engine_info import UNLIMITED
 from workspaces.engine_runtimes import GVISOR
 from workspaces.sizes import parse_size
 
@@ -40,8 +42,7 @@ def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
             image=spec.image[:512],
             phase="image",
         )
-    memory = parse_size(f"{WHERE}.memory", spec.memory, least=LEAST_MEMORY)
-    _check_size(spec, memory, config)
+    parse_size(f"{WHERE}.memory", spec.memory, least=LEAST_MEMORY)
     _check_profile(spec, config)
     runtimes = config.sandbox_runtimes or tuple(dict.fromkeys((config.sandbox_runtime, GVISOR)))
     if spec.runtime is not None and spec.runtime not in runtimes:
@@ -71,15 +72,23 @@ def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
     return replace(spec, mounts=mounts)
 
 
-def _check_size(spec: Sandbox, memory: int, config: ServerConfig) -> None:
-    most = (
-        parse_size("sandbox_max_memory", config.sandbox_max_memory)
-        if config.sandbox_max_memory
-        else _memory()
-    )
+def check_most(spec: Sandbox, config: ServerConfig, *, cpus: int, memory: int) -> None:
+    """See that a sandbox is within what this server allows at most.
+
+    Args:
+        spec: as it was `checked`.
+        config: its `sandbox_max_…`.
+        cpus: of the engine's machine, which are the most where the configuration says nothing; 0: it does not say.
+        memory: of that machine, in bytes, likewise.
+
+    Raises:
+        PolicyDenied: it is not.
+    """
+    given = config.sandbox_max_memory
+    most = parse_size("sandbox_max_memory", given) if given else memory or UNLIMITED
     limits = (
-        ("memory", memory, most, spec.memory, f"{most >> 20}m"),
-        ("cpus", spec.cpus, config.sandbox_max_cpus or float(os.cpu_count() or 1), f"{spec.cpus:g}", ""),
+        ("memory", parse_size("memory", spec.memory), most, spec.memory, f"{most >> 20}m"),
+        ("cpus", spec.cpus, config.sandbox_max_cpus or float(cpus) or inf, f"{spec.cpus:g}", ""),
         ("pids", spec.pids, config.sandbox_max_pids or _pids(), str(spec.pids), ""),
     )
     for name, wanted, limit, given, written in limits:
@@ -88,10 +97,6 @@ def _check_size(spec: Sandbox, memory: int, config: ServerConfig) -> None:
                 f"{WHERE}.{name}: this server allows at most {written or f'{limit:g}'}, not {given}; "
                 f"its option sandbox_max_{name} says how much"
             )
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _pids() -> int:

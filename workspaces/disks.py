@@ -58,17 +58,17 @@ class Disks:
     def __repr__(self) -> str:
         return f"<Disks {self._disks.parent}: {self.mechanism}>"
 
-    async def prepare(self, *, visible: bool = True) -> None:
+    async def prepare(self, *, unseen: str = "") -> None:
         """Find out whether there can be limits, and unmount what somebody who was killed has left.
 
         Args:
-            visible: whether the engine sees what is mounted here; not from inside of another container.
+            unseen: why the engine does not see what is mounted here; empty: it does.
         """
         await in_thread(self._make_folders)
         for place in self._mounts.iterdir():  # containers keep what they have mounted
             await in_thread(_unmount, str(place))
         if self._quota:
-            self.why = await self._probe(visible)
+            self.why = unseen or await self._probe()
             self.mechanism = "none" if self.why else "ext4-loop"
 
     async def keep(self, wanted: Callable[[str], bool]) -> None:
@@ -203,10 +203,8 @@ class Disks:
         finally:
             await in_thread(_remove, fresh)
 
-    async def _probe(self, visible: bool) -> str:
+    async def _probe(self) -> str:
         """Make a disk and mount it; returns why that does not work, or nothing."""
-        if not visible:
-            return "the server runs in a container, and its engine does not see what is mounted there"
         probe = self._disks / f"probe{FRESH}"
         try:
             await in_thread(_make_sparse, probe, LEAST_BYTES)

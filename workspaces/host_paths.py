@@ -13,37 +13,37 @@ from typing import Self
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from workspaces.engine import Engine
 from workspaces.own_container import SELF, own_container
+from workspaces.reach import LOOPBACK, engine_address
 
 
 class HostPaths:
     """From paths of this process to those of the engine."""
 
-    def __init__(self, mounts: Mapping[Path, Path] | None = None) -> None:
+    def __init__(self, mounts: Mapping[Path, Path] | None = None, unseen: str = "") -> None:
         """Take the folders of the engine by where they are mounted here; None: both see the same."""
         self._mounts = mounts
+        self.unseen = unseen
+        """Why the engine does not see what is mounted here; empty: it does."""
 
     @classmethod
     async def find(cls, engine: Engine, *, process: Path = SELF) -> Self:
-        """Find out whether this process runs in a container that this engine knows.
+        """Find out whether this process runs in a container that this engine knows, or on another machine than it.
 
         Raises:
             EngineUnavailable: the engine does not answer.
         """
         container = await own_container(engine, process)
         if container is None:
-            return cls()
+            here = await engine_address(engine) == LOOPBACK
+            return cls(None, "" if here else f"the engine at {engine.where} is on another machine")
         mounts = container.get("Mounts") or ()
         return cls(
-            {Path(mount["Destination"]): Path(mount["Source"]) for mount in mounts if mount.get("Source")}
+            {Path(mount["Destination"]): Path(mount["Source"]) for mount in mounts if mount.get("Source")},
+            "the server runs in a container, and its engine does not see what is mounted there",
         )
 
     def __repr__(self) -> str:
         return f"<HostPaths {'the same' if self._mounts is None else dict(self._mounts)}>"
-
-    @property
-    def inside(self) -> bool:
-        """Whether this process runs in a container, so that the engine does not see what is mounted here."""
-        return self._mounts is not None
 
     def of(self, path: Path) -> str:
         """Return what the engine calls a folder.

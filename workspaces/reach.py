@@ -79,10 +79,19 @@ async def find_reach(engine: Engine, network: str | None) -> Reach:
     own = await own_container(engine)
     if own is not None and own["HostConfig"]["NetworkMode"] != "host":
         return Reach(network=_shared(own, network))
+    return Reach(bind=await engine_address(engine), network=network)
+
+
+async def engine_address(engine: Engine) -> str:
+    """Return the address of the engine's machine; LOOPBACK: it is this one.
+
+    Raises:
+        EngineUnavailable: its name has none.
+    """
     parts = urlsplit(engine.where)
     if parts.scheme not in ("tcp", "http", "https") or not parts.hostname:
-        return Reach(bind=LOOPBACK, network=network)
-    return Reach(bind=await _address(parts.hostname), network=network)
+        return LOOPBACK
+    return await _address(parts.hostname)
 
 
 def _shared(own: dict[str, Any], network: str | None) -> str:

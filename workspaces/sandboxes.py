@@ -153,20 +153,21 @@ class Sandboxes:
 
     # --- one of them ---
 
-    async def admit(self, spec: Sandbox) -> None:
-        """See whether there could be such a sandbox now.
+    async def admit(self, spec: Sandbox) -> Engine:
+        """See whether there could be such a sandbox now, and return the engine.
 
         Raises:
             EngineUnavailable: there is no engine.
             IsolationUnavailable: its workspace cannot have the limit that was asked for.
             InvalidParams: there is no such snapshot, or the size makes no sense.
         """
-        await self._ground()
+        engine = await self.engine()
         self._temporary.check(_bytes("tmp", spec.tmp), "sandbox.tmp")
         if spec.snapshot is not None:
             await in_thread(self._snapshots.check, spec.snapshot, self._size(spec))
         else:
             self._disks.check(self._size(spec))
+        return engine
 
     def box(self, owner: str, spec: Sandbox, instance: str) -> Box:
         """Return the box for this owner, not started."""
@@ -360,7 +361,7 @@ class Sandboxes:
     async def _prepare_disks(self, paths: HostPaths) -> None:
         try:
             for disks in (self._disks, self._spools, self._temporary):
-                await disks.prepare(visible=not paths.inside)
+                await disks.prepare(unseen=paths.unseen)
             await self._disks.keep(lambda owner: not owner.startswith(NOBODY))
             for disks in (self._spools, self._temporary):
                 await disks.keep(lambda owner: self.recorded(owner) is not None)

@@ -205,11 +205,11 @@ async def test_a_limit_that_cannot_be_enforced_is_refused(folders):
         assert folder.stat().st_uid == (USER if os.geteuid() == 0 else os.geteuid())
 
 
-async def test_a_server_in_a_container_says_why_it_has_no_limit(tmp_path):
+async def test_where_the_engine_does_not_see_them_there_is_no_limit_and_a_reason(tmp_path):
     disks = Disks(tmp_path)
-    await disks.prepare(visible=False)
+    await disks.prepare(unseen="the engine is elsewhere")
     assert disks.mechanism == "none"
-    assert "its engine does not see what is mounted" in disks.why
+    assert disks.why == "the engine is elsewhere"
 
 
 async def test_a_disk_that_would_be_all_journal_is_refused(disks):

@@ -10,6 +10,8 @@ import pytest
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from tests.docker.images import BUSYBOX
+from tests.docker.test_docker_options import address as address
+from tests.docker.test_docker_options import forwarded
 from workspaces import labels
 from workspaces.engine import Engine
 from workspaces.host_paths import HostPaths
@@ -36,8 +38,14 @@ async def process_in_a_container(engine: Engine, instance: str, **host: object):
 
 async def test_outside_of_containers_paths_are_what_they_are(engine, tmp_path):
     paths = await HostPaths.find(engine)
-    assert not paths.inside
+    assert not paths.unseen
     assert paths.of(tmp_path / "boxes") == f"{tmp_path}/boxes"
+
+
+async def test_an_engine_of_another_machine_sees_nothing_that_is_mounted_here(address):
+    async with forwarded(address) as url, Engine(url) as elsewhere:
+        told = f"the engine at {url} is on another machine" if address != "127.0.0.1" else ""
+        assert (await HostPaths.find(elsewhere)).unseen == told
 
 
 async def test_a_folder_that_is_mounted_in_has_the_name_it_has_outside(engine, instance, tmp_path):
@@ -45,7 +53,7 @@ async def test_a_folder_that_is_mounted_in_has_the_name_it_has_outside(engine, i
     outside.mkdir()
     async with process_in_a_container(engine, instance, Binds=[f"{outside}:/data"]) as process:
         paths = await HostPaths.find(engine, process=process)
-    assert paths.inside
+    assert "runs in a container" in paths.unseen
     assert paths.of(Path("/data/boxes/one/run")) == f"{outside}/boxes/one/run"
     assert paths.of(Path("/data")) == str(outside)
 

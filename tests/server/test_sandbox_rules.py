@@ -13,7 +13,7 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.config import ServerConfig
-from agent_server.sandbox_rules import checked
+from agent_server.sandbox_rules import check_most, checked
 
 # fmt: off
 FIELDS_OF_THE_ENGINE = [
@@ -126,22 +126,31 @@ def test_folders_that_are_nobodys_may_be_mounted(tmp_path, target):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"memory": "1t"}, "sandbox.memory: this server allows at most .*, not 1t; .*sandbox_max_memory"),
-        ({"cpus": 1000.0}, "sandbox.cpus: this server allows at most .*, not 1000; .*sandbox_max_cpus"),
+        ({"memory": "5g"}, "sandbox.memory: this server allows at most 4096m, not 5g; .*sandbox_max_memory"),
+        ({"cpus": 2.5}, "sandbox.cpus: this server allows at most 2, not 2.5; .*sandbox_max_cpus"),
         ({"pids": 65536}, "sandbox.pids: this server allows at most .*, not 65536; .*sandbox_max_pids"),
-        ({"profile": "task"}, "sandbox.profile: this server allows locked, not task"),
     ],
 )
-def test_nobody_gets_more_than_the_machine_has_or_the_server_allows(given, says):
+def test_nobody_gets_more_than_the_engines_machine_has(given, says):
     with pytest.raises(PolicyDenied, match=says):
-        checked(Sandbox(image="x", **given), config())
+        check_most(Sandbox(image="x", **given), config(), cpus=2, memory=4 << 30)
+
+
+def test_the_machine_that_counts_is_that_of_the_engine():
+    check_most(Sandbox(image="x", memory="2t", cpus=500), config(), cpus=512, memory=4 << 40)
+    check_most(Sandbox(image="x", memory="2t", cpus=500), config(), cpus=0, memory=0)  # it does not say
+
+
+def test_no_profile_is_given_that_the_server_does_not_allow():
+    with pytest.raises(PolicyDenied, match="sandbox.profile: this server allows locked, not task"):
+        checked(Sandbox(image="x", profile="task"), config())
 
 
 def test_what_clients_may_ask_for_at_most_is_for_the_server_to_say():
     allowed = config(sandbox_max_memory="2t", sandbox_max_cpus=0.5, sandbox_max_pids=65536)
-    assert checked(Sandbox(image="x", memory="1t", cpus=0.5, pids=65536), allowed).memory == "1t"
+    check_most(Sandbox(image="x", memory="1t", cpus=0.5, pids=65536), allowed, cpus=1, memory=1)
     with pytest.raises(PolicyDenied, match="sandbox.cpus: this server allows at most 0.5, not 1;"):
-        checked(Sandbox(image="x"), allowed)
+        check_most(Sandbox(image="x"), allowed, cpus=8, memory=1)
 
 
 def test_a_runtime_that_the_server_wants_is_not_changed_for_a_weaker_one():
