@@ -29,6 +29,8 @@ PYTHON = (*LOADER, "/opt/agent/bin/python3")
 """That of the box runtime: images need not have one."""
 
 SECRET = "a secret that only the environment of another process has"
+A_BOX = "import time; file = open('/dev/null'); time.sleep(600)"
+"""What looks like one to attacks on them."""
 CAPABILITIES = [
     "DAC_READ_SEARCH",
     "NET_ADMIN",
@@ -44,7 +46,7 @@ LOOSE = {
     "SecurityOpt": ["seccomp=unconfined", "apparmor=unconfined"],
     "MaskedPaths": [],
     "ReadonlyPaths": [],
-    "Tmpfs": {folder: "rw,exec" for folder in ("/workspace", "/run", "/tmp")},
+    "Tmpfs": {folder: "rw,exec" for folder in ("/workspace", "/run", "/tmp", "/run/agent", "/opt/agent")},
     "Init": True,
 }
 """A container in whose way hardly anything is."""
@@ -57,11 +59,14 @@ call_fsopen call_fspick call_open_tree call_move_mount call_mount_setattr call_n
 call_open_by_handle_at call_reboot call_swapon call_swapoff call_settimeofday call_clock_settime call_syslog
 call_personality call_fanotify_init call_setuid_0 call_setgid_0 call_setgroups enter_uts enter_net enter_mnt
 enter_pid clone_user steal_a_descriptor_of_init set_hostname raise_file_size be_nice_to_nobody use_disks_first
-mount_tmpfs mount_proc mount_bind mount_root_again make_device_disk make_device_memory make_device_null
+mount_tmpfs mount_proc mount_bind mount_root_again mount_over_the_box mount_over_the_runtime
+make_device_disk make_device_memory make_device_null
 socket_packet socket_icmp socket_netlink_generic socket_netlink_uevent reach_a_service_of_the_host have_a_route
 have_an_interface greet_neighbours hold_a_capability be_root gain_privileges run_without_filter
 give_a_file_to_root give_a_file_capabilities set_a_trusted_attribute see_strangers read_environment_of_strangers
 open_memory_of_strangers walk_into_strangers list_descriptors_of_strangers signal_strangers find_the_secret
+open_memory_of_the_box read_environment_of_the_box list_descriptors_of_the_box take_a_descriptor_of_the_box
+trace_the_box read_memory_of_the_box take_the_place_of_the_box link_what_is_anothers
 """
 """Attacks that have to succeed there, or they would prove nothing elsewhere. The others need what not every kernel
 has: a driver, a family of sockets, a file."""
@@ -94,15 +99,18 @@ async def test_the_attacks_get_through_where_nothing_is_in_their_way(
 ):
     (tmp_path / "file").write_text("of the host")
     (tmp_path / "file").chmod(0o644)
-    given = {"canary": SECRET[::-1], "host_file": "/file", "host_port": port}
+    given = {"canary": SECRET[::-1], "host_file": "/file", "host_port": port, "others": ["/workspace/others"]}
     body = {
         "Image": images.FULL,
         "Env": ["PYTHONDONTWRITEBYTECODE=1"],
         "WorkingDir": "/workspace",
         "Entrypoint": ["bash", "-c"],
         "Cmd": [
-            'SECRET="$0" setpriv --reuid 5 sleep 600 & PYTHONPATH=/ exec python3 -m attacks "$1"',
+            'SECRET="$0" setpriv --reuid 5 sleep 600 & python3 -c "$1" agent_sdk"".box & '
+            ": >/workspace/others; : >/run/agent/box.sock; "
+            'PYTHONPATH=/ exec python3 -m attacks "$2"',
             SECRET,
+            A_BOX,
             json.dumps(given),
         ],
         "Labels": {labels.INSTANCE: instance},

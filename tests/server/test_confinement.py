@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -20,8 +21,10 @@ from agent_sdk.protocol.errors import IsolationUnavailable, PathDenied
 from agent_sdk.remote.workspace import RemoteWorkspace
 from tests.conftest import let_others_through
 from tests.contract.workspace import WorkspaceContract
+from tests.docker.test_attacks import attacked
 from tests.server.test_box_process import cancelled_after
 from workspaces.box_process import BoxProcess
+from workspaces.box_runtime import MOUNT, BoxRuntime
 from workspaces.confinement import NOT_CONFINED, Confinement, confinement
 
 BOX_USER = 10_001
@@ -116,6 +119,46 @@ async def test_a_command_is_another_user_without_any_capability(workspace):
     )
     assert found["Groups"].split() == []
     assert found["NoNewPrivs"].strip() == "1"
+
+
+MAY = """
+run_a_program_in_run run_a_program_in_dev_shm call_clock_settime raise_core raise_file_size raise_descriptors
+raise_processes raise_locked_memory
+"""
+ALLOWED = {
+    "bwrap": f"{MAY} call_setuid_0 call_setgid_0",  # there is no such user in there
+    "user": f"""{MAY}
+make_a_folder_elsewhere list_firmware list_acpi list_scsi read_timer_list read_slabinfo read_sched_debug read_keys
+open_device_fuse open_device_net_tun open_device_kvm open_device_vsock see_strangers connect_to_abstract_sockets
+reach_a_service_of_the_host reach_metadata reach_the_internet have_a_route have_an_interface ask_for_a_name
+greet_neighbours
+""",
+}
+"""What commands that are another user may: they see the machine, its network, and that there is a server."""
+
+
+@as_root
+@both
+async def test_no_attack_reaches_the_server_or_whoever_else_is_there(
+    workspace, box, data, confined, isolation
+):
+    secret, secret_file = secrets.token_hex(), data / "secret"
+    secret_file.write_text(secret)
+    secret_file.chmod(0o600)
+    runtime = BoxRuntime(confined.runtime)
+    where = MOUNT if isolation == "bwrap" else str(runtime.path)
+    python = [
+        word for word in runtime.python(where) if word != "-I"
+    ]  # what is attacked with is in this folder
+    given = {
+        "host_file": str(secret_file),
+        "others": [str(secret_file)],
+        "box": str(box.folder),
+        "search": [str(data)],
+    }
+    given["boxes"] = [(await workspace.describe()).pid]  # that of bwrap, its first process, holds nothing
+    through = await attacked(workspace, python, canary=secret[::-1], **given)
+    assert through.keys() - set(ALLOWED[isolation].split()) == set()
 
 
 @as_root

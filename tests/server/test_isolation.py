@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -140,6 +141,23 @@ async def test_a_workspace_from_before_the_isolation_belongs_to_its_boxes_then(d
             )
             assert changed.stdout == "one\ntwo\n"
     assert Path("/etc/hostname").stat().st_uid == 0
+
+
+@as_root
+async def test_a_key_that_got_another_name_in_a_workspace_before_is_not_given_to_boxes(data):
+    kept = data / "api_key"
+    with serving(data, "none") as (url, _):
+        async with RemoteWorkspace(url, KEY) as workspace:
+            kept.write_text("secret")
+            kept.chmod(0o600)
+            assert (await workspace.execute(f"ln {kept} innocent")).exit_code == 0
+    command = [sys.executable, *options_of(data)]
+    refused = await asyncio.to_thread(
+        subprocess.run, command, env=environment("user"), capture_output=True, text=True
+    )
+    assert refused.returncode != 0
+    assert "innocent cannot be kept from boxes: it has other names outside of the workspace" in refused.stderr
+    assert kept.stat().st_uid == os.geteuid()
 
 
 def python_for_everybody() -> list[str]:

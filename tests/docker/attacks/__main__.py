@@ -6,6 +6,9 @@ changes nothing: programs of files are opened and not written, calls of the kern
 only after it has checked who calls. The JSON object may give
 
 * `canary`: a secret to look for, backwards, so that this program does not find itself;
+* `search`: the folders in which it is looked for, in the place of all;
+* `box`: the folder of the socket of the box; `boxes`: its processes, where others can be seen, too;
+* `others`: files of others;
 * `host_file`: a file of the host that must not be reached;
 * `host_port`: a port on which somebody listens at all addresses of the host.
 """

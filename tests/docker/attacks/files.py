@@ -105,7 +105,8 @@ def change_the_runtime():
 
 @attack
 def take_the_place_of_the_box():
-    os.rename("/run/agent/box.sock", "/run/agent/other.sock")
+    folder = GIVEN.get("box", "/run/agent")
+    os.rename(f"{folder}/box.sock", f"{folder}/other.sock")
     return "its socket has another name"
 
 
@@ -132,6 +133,21 @@ def use_an_inherited_descriptor():
 def ours(descriptor):
     """The pipe through which this attack is told, and what reads this program."""
     return os.readlink(f"/proc/self/fd/{descriptor}").startswith("pipe:")
+
+
+@attack
+def link_what_is_anothers():
+    """A second name in one's own folder for a file that one may not write: whoever gives that folder away gives it."""
+    linked = []
+    for number, path in enumerate((*GIVEN.get("others", ()), "/etc/passwd", "/etc/hostname")):
+        name = os.path.join(os.getcwd(), f"linked-{number}")
+        try:
+            os.link(path, name)
+            os.unlink(name)
+            linked.append(path)
+        except OSError:
+            pass
+    return enough(linked)
 
 
 @attack

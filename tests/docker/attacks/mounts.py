@@ -6,13 +6,15 @@ import stat
 
 from .attempt import LIBC, attack, checked, each, enough, lines, opens
 
-AGAIN, BIND = 0x20, 0x1000
+AGAIN, BIND, DETACH = 0x20, 0x1000, 2
 DEVICES = ("mem", "kmem", "port", "kmsg", "kvm", "fuse", "vsock", "net/tun", "loop-control", "mapper/control")
 DISKS = ("sd", "vd", "xvd", "nvme", "dm-", "loop0")
 
 
 def mount(source, kind, flags=0, target=b"/tmp"):
     checked(LIBC.mount(source, target, kind, ctypes.c_ulong(flags), None))
+    if not flags & AGAIN:
+        LIBC.umount2(target, DETACH)
     return f"at {target}"
 
 
@@ -23,6 +25,8 @@ MOUNTS = {
     "bind": (b"/", None, BIND),
     "root_again": (None, None, AGAIN | BIND, b"/"),
     "runtime_again": (None, None, AGAIN | BIND, b"/opt/agent"),
+    "over_the_box": (b"none", b"tmpfs", 0, b"/run/agent"),
+    "over_the_runtime": (b"/tmp", None, BIND, b"/opt/agent"),
 }
 each("mount", mount, MOUNTS)
 

@@ -156,7 +156,7 @@ def use_the_socket_of_the_box():
     """Ask it for what it tells those who keep it, and be company to it for ever."""
     with socket.socket(socket.AF_UNIX) as one:
         one.settimeout(5)
-        one.connect("/run/agent/box.sock")
+        one.connect(f"{GIVEN.get('box', '/run/agent')}/box.sock")
         client = {"name": "attack", "version": "1"}
         hello = {"protocol_version": 1, "client": client, "auth": "guessed"}
         for id, method, params in ((1, "initialize", hello), (2, "workspace.describe", {})):

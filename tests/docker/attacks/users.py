@@ -1,5 +1,6 @@
 """Who one is, what one may, and what others of the machine leave open."""
 
+import ctypes
 import os
 import signal
 import stat
@@ -98,7 +99,9 @@ def user_of(pid):
 
 def boxes():
     """The processes that keep this one: they see that it has a terminal, and what it says."""
-    return [pid for pid in pids() if b"agent_sdk.box" in content(f"/proc/{pid}/cmdline")]
+    return GIVEN.get("boxes") or [
+        pid for pid in pids() if b"agent_sdk.box" in content(f"/proc/{pid}/cmdline")
+    ]
 
 
 @attack
@@ -119,6 +122,32 @@ def list_descriptors_of_the_box():
 @attack
 def take_a_descriptor_of_the_box():
     return enough([call(438, os.pidfd_open(pid), 3, 0) for pid in boxes()])
+
+
+SEIZE, INTERRUPT = 0x4206, 0x4207
+
+
+@attack
+def trace_the_box():
+    return enough([pid for pid in boxes() if traced(pid)])
+
+
+def traced(pid):
+    """Whether it could be; it goes on at the end of this process."""
+    return call(101, SEIZE, pid, 0, 0) == 0
+
+
+@attack
+def read_memory_of_the_box():
+    """By the call that needs no file: a byte of where its program is, which the kernel looks at only then."""
+    mine = ctypes.create_string_buffer(1)
+    here = struct.pack("QQ", ctypes.addressof(mine), 1)
+    return enough([pid for pid in boxes() if reads(pid, here)])
+
+
+def reads(pid, here):
+    there = struct.pack("QQ", int(content(f"/proc/{pid}/maps").split(b"-")[0] or b"400000", 16), 1)
+    return call(310, pid, ctypes.create_string_buffer(here), 1, ctypes.create_string_buffer(there), 1, 0) == 1
 
 
 @attack
@@ -163,6 +192,7 @@ def find_the_secret():
 
 def all_files():
     yield from (f"/proc/{pid}/{name}" for pid in pids() for name in ("environ", "cmdline"))
-    for folder, folders, names in os.walk("/"):
-        folders[:] = [name for name in folders if os.path.join(folder, name) not in ELSEWHERE]
-        yield from (os.path.join(folder, name) for name in names)
+    for top in GIVEN.get("search", ["/"]):
+        for folder, folders, names in os.walk(top):
+            folders[:] = [name for name in folders if os.path.join(folder, name) not in ELSEWHERE]
+            yield from (os.path.join(folder, name) for name in names)
