@@ -56,7 +56,8 @@ async def approved(conversation: Conversation) -> Outcome:
     """Run a turn that ASKS before its calls: it cannot end before `run` has arrived, which would begin it anew."""
 
     async def approve(wait: Wait) -> None:
-        await conversation.respond(wait.request_id, "approve")
+        if wait.what == "approval":  # and not a box that takes long to start
+            await conversation.respond(wait.request_id, "approve")
 
     return await conversation.run(timeout=PATIENCE, on_waiting=approve)
 
