@@ -22,6 +22,7 @@ import asyncio
 import fcntl
 import os
 import re
+import signal
 import subprocess
 import termios
 from collections.abc import Callable, Coroutine, Mapping
@@ -34,6 +35,7 @@ from agent_sdk.local.feed import Feed
 from agent_sdk.local.intake import Intake
 from agent_sdk.local.last_words import end_of, last_words
 from agent_sdk.local.launch import Folder, Interpreter
+from agent_sdk.local.process_tree import is_stopped
 from agent_sdk.local.terminal import Reading, make_plain, open_terminal, reading
 from agent_sdk.protocol.errors import ProcessNotFound
 
@@ -60,7 +62,7 @@ __next() {
   builtin printf '\033]133;D;NONCE;%s\007' "$__n" >&$__tty
   builtin set +e
   builtin jobs >/dev/null
-  PROMPT_COMMAND='builtin eval "$__loop"'
+  [[ ${PROMPT_COMMAND-} == "$__prompt" ]] || PROMPT_COMMAND=$__prompt
   IFS= TMOUT= builtin read -r -d '' -u $__commands __command || builtin exit
   __n=$((__n + 1))
   builtin printf 'NONCE begin %s\0\0' "$__n" >&$__status
@@ -72,7 +74,8 @@ then builtin eval "$__command" {__commands}<&- {__status}>&- {__tty}>&-
 else builtin eval "$__command" {__commands}<&- {__status}>&- {__tty}>&-
 fi
 done; builtin eval "$__loop"'
-PROMPT_COMMAND='builtin eval "$__loop"'
+__prompt='builtin eval "$__loop"'
+PROMPT_COMMAND=$__prompt
 __leave() {
   [[ $BASHPID != "$$" ]] || __report end "$1"
   builtin return "$1"
@@ -88,6 +91,7 @@ trap() {
   builtin trap "if __leave \"\$?\"; then builtin eval $__own; else builtin eval $__own; fi" EXIT
 }
 trap - EXIT
+readonly -f __report __next __keep __leave
 """
 
 # What programs ask a terminal, and what one without a screen answers; most wait for it without a limit.
@@ -230,6 +234,14 @@ class Bash:
     def _type_now(self, data: bytes) -> None:
         with suppress(ProcessNotFound):
             self._feed.write_now(data)
+
+    def go_on(self) -> bool:
+        """Have it go on if it was stopped (`kill -STOP $$`), as nobody else could; returns whether it was."""
+        stopped = self._pid > 0 and is_stopped(self._pid)
+        if stopped:
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGCONT)
+        return stopped
 
     def close(self) -> None:
         """Close all descriptors; it has to be ended already."""

@@ -34,8 +34,9 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 _ON_TERMINAL = rb"""
 read -r name || exit
 : <"$0"
-for name in HUP INT QUIT USR1 USR2 ALRM TERM PIPE VTALRM PROF XCPU XFSZ; do trap "got=\"\$got $name \"" $name; done
 got=
+for name in HUP INT QUIT USR1 USR2 ALRM TERM PIPE VTALRM PROF XCPU XFSZ; do trap "got=\"\$got $name \"" $name; done
+[ -z "$got" ] || exit
 (exec "$@" <"$0" >"$0" 2>&1)
 code=$?
 trap '' HUP INT QUIT USR1 USR2 ALRM TERM PIPE VTALRM PROF XCPU XFSZ

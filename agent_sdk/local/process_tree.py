@@ -43,6 +43,8 @@ class Seen(NamedTuple):
     """Bytes; a thread of the kernel has none."""
     working: bool
     """It runs or would like to, or waits for a disk."""
+    stopped: bool
+    """By a signal."""
     forked: bool
     """It may be a copy of its parent still: it has not become another program, as far as one can see."""
 
@@ -75,6 +77,12 @@ def started_ticks(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; None: there is none of this number."""
     seen = _look_at(pid)
     return None if seen is None else seen.started
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal."""
+    seen = _look_at(pid)
+    return seen is not None and seen.stopped
 
 
 def children(pid: int) -> list[int]:
@@ -165,6 +173,7 @@ def _look_at(pid: int) -> Seen | None:
         int(words[19]),
         int(words[20]),
         words[0] in _WORKING,
+        words[0] == b"T",
         _is_copy(int(words[6])),
     )
 

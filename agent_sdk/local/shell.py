@@ -80,6 +80,7 @@ class LocalShell:
         sought = _Sought(until)
         bash = await self._ready()
         if self._command is not None:
+            bash.go_on()
             return await self._answer("busy")
         dropped = self._turn_page()
         self._exit_code = None
@@ -230,8 +231,12 @@ class LocalShell:
             left_quiet = None if quiet is None else max(began, self._heard) + quiet - now
             left = None if timeout is None else began + timeout - now
             if left is not None and left <= 0:
+                bash.go_on()
                 return await self._answer("timeout")
             if left_quiet is not None and left_quiet <= 0:
+                if bash.go_on():
+                    began = now
+                    continue
                 return await self._answer("quiet")
             await self._change(min((each for each in (left, left_quiet) if each is not None), default=None))
 

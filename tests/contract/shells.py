@@ -85,6 +85,28 @@ class ShellContract:
         assert (await shell.run(command)).status == "done"
         assert (await shell.run("echo alive")).output.text == "alive\n"
 
+    @pytest.mark.parametrize(
+        "command", ["unset -f $(compgen -A function)", "unset ${!__*}", "readonly PROMPT_COMMAND", "trap -"]
+    )
+    async def test_what_takes_a_shell_apart_leaves_one_that_works(self, workspace, command):
+        shell = workspace.shell()
+        assert (await shell.run(command)).status in ("done", "ended")
+        assert (await shell.run("echo alive")).output.text == "alive\n"
+
+    async def test_a_shell_that_was_stopped_goes_on(self, workspace):
+        shell = workspace.shell()
+        result = await shell.run("kill -STOP $$; echo on", quiet=0.5)
+        assert (result.status, result.output.text) == ("done", "on\n")
+        assert (await shell.run("kill -STOP $$; echo on", timeout=0.5, quiet=None)).status == "timeout"
+        assert (await shell.send(b"", timeout=PATIENCE)).output.text == "on\n"
+
+    async def test_a_bash_in_the_place_of_the_shell_is_a_program_to_type_into(self, workspace):
+        shell = workspace.shell()
+        result = await shell.run("export PS1='next? '; exec bash --norc", until=b"next? ")
+        assert result.status == "said"
+        assert (await shell.send(b"exit 3\n")).exit_code == 3
+        assert (await shell.run("echo alive")).output.text == "alive\n"
+
     async def test_a_command_of_any_length_arrives_whole(self, workspace):
         result = await workspace.shell().run(f"echo {'a' * 300_000} | wc -c")
         assert result.output.text.strip() == "300001"
