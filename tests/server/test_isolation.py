@@ -151,12 +151,19 @@ async def test_a_key_that_got_another_name_in_a_workspace_before_is_not_given_to
             kept.write_text("secret")
             kept.chmod(0o600)
             assert (await workspace.execute(f"ln {kept} innocent")).exit_code == 0
-    command = [sys.executable, *options_of(data)]
-    refused = await asyncio.to_thread(
-        subprocess.run, command, env=environment("user"), capture_output=True, text=True
+    starting = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *options_of(data),
+        env=environment("user"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
-    assert refused.returncode != 0
-    assert "innocent cannot be kept from boxes: it has other names outside of the workspace" in refused.stderr
+    started = await starting.stdout.readline()
+    if started:
+        starting.terminate()
+    _, said = await starting.communicate()
+    assert started == b""
+    assert b"innocent cannot be kept from boxes: it has other names outside of the workspace" in said
     assert kept.stat().st_uid == os.geteuid()
 
 
