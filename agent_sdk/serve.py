@@ -24,7 +24,6 @@ from agent_sdk.protocol.errors import (
     TransferBroken,
 )
 from agent_sdk.protocol.methods import (
-    LISTED,
     Count,
     Describe,
     DiffText,
@@ -64,13 +63,13 @@ from agent_sdk.protocol.results import (
     Transferred,
     WorkspaceInfo,
 )
+from agent_sdk.rpc.inputs import Inputs
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound
 from agent_sdk.rpc.pipe import DISCONNECTED
 from agent_sdk.rpc.stream import ByteWriter
 from agent_sdk.workspace import ExecResult, Output, OutputName, ShellResult
 
-STDIN_BYTES = 64 << 20
 NOT_KEPT = "its output is not kept any more"
 
 
@@ -113,6 +112,7 @@ class _Served:
         self._ledger = ledger
         self._begun: dict[str, asyncio.Future[LocalProcess]] = {}
         """The processes of `execute` calls that are under way, by op_id."""
+        self._inputs = Inputs()
 
     async def describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
         return replace(await self._workspace.describe(), operations=self._ledger.under_way)
@@ -130,25 +130,30 @@ class _Served:
                 if channel:
                     writers[name] = await stack.enter_async_context(call.writing(channel))
             stdin = await self._stdin(params, call)
+            since: dict[OutputName, int] = {"stdout": params.stdout_since, "stderr": params.stderr_since}
             if params.follow and writers:
-                return await self._follow(params, call, stdin, writers)
+                return await self._follow(params, call, stdin, writers, since)
             result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin))
             for name, writer in writers.items():
-                await _finish(writer, result.out if name == "stdout" else result.err)
+                await _finish(writer, result.out if name == "stdout" else result.err, since[name])
             return _executed(result, with_text=not params.stdout)
 
     async def _stdin(self, params: Execute, call: Inbound) -> bytes | None:
         """Read what the command is to read; who repeats the call need not send it again."""
         if not params.stdin:
             return None
-        async with call.reading(params.stdin) as reader:
-            return None if params.op_id in self._ledger else await reader.read_all(STDIN_BYTES)
+        async with call.reading(params.stdin) as reader, self._inputs.turn(params.op_id) as stdin:
+            return None if params.op_id in self._ledger else await stdin.read(reader)
 
     async def _follow(
-        self, params: Execute, call: Inbound, stdin: bytes | None, writers: Mapping[OutputName, ByteWriter]
+        self,
+        params: Execute,
+        call: Inbound,
+        stdin: bytes | None,
+        writers: Mapping[OutputName, ByteWriter],
+        since: Mapping[OutputName, int],
     ) -> Executed:
         """Send output while the command runs, from where the caller says; it is read from where it is kept."""
-        since = {"stdout": params.stdout_since, "stderr": params.stderr_since}
         begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
         running = asyncio.ensure_future(self._ledger.run(params, lambda: self._run(params, stdin)))
         try:
@@ -285,7 +290,7 @@ class _Served:
                 writer = await stack.enter_async_context(call.writing(params.channel))
             result = await self._ledger.run(params, lambda: act(**limits))
             if writer is not None:
-                await _finish(writer, result.output)
+                await _finish(writer, result.output, params.since)
             return ShellAnswer(
                 status=result.status,
                 exit_code=result.exit_code,
@@ -317,6 +322,8 @@ class _Served:
             return await self._ledger.run(params, receive)
 
     async def upload_offset(self, params: UploadOffset, call: Inbound) -> Count:
+        if (stdin := await self._inputs.settled(params.op_id)) is not None:
+            return Count(stdin.size if params.op_id in self._ledger else len(stdin.come))
         await self._give_way(params.op_id)
         return Count(self._workspace.uploads.size(params.op_id))
 
@@ -353,7 +360,7 @@ class _Served:
 
     async def files_list(self, params: FilesList, call: Inbound) -> list[FileInfo]:
         found = await self._workspace.files.list(params.path, depth=params.depth, hidden=params.hidden)
-        return [info for info in found if params.after is None or info.path > params.after][:LISTED]
+        return [info for info in found if params.after is None or info.path > params.after][: params.limit]
 
     async def files_stat(self, params: FilesStat, call: Inbound) -> FileInfo:
         return await self._workspace.files.stat(params.path, follow=params.follow)

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
-import msgspec
 import structlog
 from msgspec import Raw
 
@@ -141,7 +140,7 @@ class _Answers:
         return Done()
 
     async def send_message(self, params: SendMessage, call: Inbound) -> Accepted:
-        op = _operation(params)
+        op = operation(params)
 
         async def act() -> Accepted:
             with self._hosted.turn_admitted():
@@ -237,7 +236,7 @@ class _Answers:
 
     async def _once(self, params: Effect[T], action: Callable[[Operation], Awaitable[T]]) -> T:
         """Attach to the call of this op_id that runs, or return what it answered in whatever process, or run it."""
-        op = _operation(params)
+        op = operation(params)
         kind = result_type(type(params))
 
         async def act() -> T:
@@ -245,18 +244,6 @@ class _Answers:
             return await action(op) if known is None else known
 
         return await self._hosted.ledger.run(params, act)
-
-
-def _operation(params: Effect[Any]) -> Operation:
-    """The call as the log remembers it. What is secret leaves no trace, not even a digest that could be guessed at."""
-    fields = msgspec.to_builtins(params)
-    del fields["op_id"]
-    if "secrets" in fields:
-        fields["secrets"] = sorted(fields["secrets"])
-    llm = fields.get("llm") or fields.get("agent", {}).get("llm", {})
-    for name in ("api_key", "headers"):
-        llm.pop(name, None)
-    return operation(params.op_id, params.method, fields)
 
 
 def server_handlers(conversations: Conversations) -> Handlers:

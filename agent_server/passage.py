@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from agent_sdk.protocol.errors import ConnectionLost, TransferBroken
 from agent_sdk.protocol.methods import (
     Download,
+    Effect,
     Execute,
     Executed,
     Method,
@@ -39,6 +40,7 @@ OUTWARD: dict[type[Method[Any]], tuple[str, ...]] = {
     ProcessOutput: ("channel",),
     Download: ("channel",),
 }
+_SINCE = {"stdout": "stdout_since", "stderr": "stderr_since"}
 
 
 class Passage:
@@ -58,6 +60,8 @@ class Passage:
         """The output that passed, by field; None: more than is kept."""
         self.ways: dict[str, Way] = {}
         """The streams to the caller, by field."""
+        self.coming: list[asyncio.Task[None]] = []
+        """Who passes the caller's bytes on."""
         self._params = params
         self._call = call
         self._readers: dict[str, ByteReader] = {}
@@ -77,7 +81,7 @@ class Passage:
             for field in OUTWARD.get(type(self._params), ()):
                 if channel := getattr(self._params, field):
                     writer = await self._stack.enter_async_context(self._call.writing(channel))
-                    self.ways[field] = Way(writer, getattr(self._params, f"{field}_since", 0))
+                    self.ways[field] = Way(writer, getattr(self._params, _SINCE.get(field, "since")))
             self._stack = self._stack.pop_all()
         self.once = bool(self._readers)
         return self
@@ -100,7 +104,7 @@ class Passage:
         self.kept = {}
         async with AsyncExitStack() as stack:
             fields: dict[str, Any] = {}
-            coming = await self._take_in(stack, peer, fields)
+            self.coming = await self._take_in(stack, peer, fields)
             going = await self._take_out(stack, peer, fields)
             calling = asyncio.ensure_future(peer.call(replace(self._params, **fields)))
             try:
@@ -116,7 +120,7 @@ class Passage:
                 await asyncio.wait({calling})
                 raise
             finally:
-                pumps = [*coming, *going.values()]
+                pumps = [*self.coming, *going.values()]
                 for pump in pumps:
                     pump.cancel()
                 await asyncio.gather(calling, *pumps, return_exceptions=True)
@@ -153,8 +157,11 @@ class Passage:
         for field, way in self.ways.items():
             reader = await stack.enter_async_context(peer.open_reader())
             fields[field] = reader.channel
-            if 0 < way.since <= KEPT_BYTES:
-                fields[f"{field}_since"] = 0  # to be kept whole
+            if isinstance(self._params, Effect) and way.since:
+                if way.since <= KEPT_BYTES:
+                    fields[_SINCE.get(field, "since")] = 0  # to be kept whole
+                else:
+                    self.kept = None
             pumps[field] = asyncio.create_task(self._bring_out(field, reader, way))
         return pumps
 
@@ -165,7 +172,7 @@ class Passage:
         await way.finish(reader.size, reader.trailer)
 
     def _keep(self, field: str, offset: int, data: bytes) -> None:
-        if self.kept is None or not hasattr(self._params, "op_id"):
+        if self.kept is None or not isinstance(self._params, Effect):
             return
         kept = self.kept.setdefault(field, bytearray())
         if offset == len(kept) and sum(map(len, self.kept.values())) + len(data) <= KEPT_BYTES:

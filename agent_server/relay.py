@@ -13,10 +13,9 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack, suppress
 from typing import Any
 
-import msgspec
-
-from agent_sdk.digest import sha256
+from agent_sdk.digest import digest_of
 from agent_sdk.local.log import EventLog
+from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import (
     AgentServerError,
     Cancelled,
@@ -135,6 +134,9 @@ class Relay:
 
     async def _offset(self, params: UploadOffset, call: Inbound) -> Any:
         await self._end_upload(params.op_id)
+        runs = self._running.get(params.op_id, ())
+        if left := [task for run in runs if run.call.peer.lost is not None for task in run.passage.coming]:
+            await asyncio.wait(left)  # what has come goes in first
         return await self._look(params, call)
 
     async def _through(self, passage: Passage, linked: Linked) -> Any:
@@ -294,10 +296,8 @@ async def _end(tasks: list[asyncio.Task[Any]]) -> None:
 
 def _digest(params: Effect[Any]) -> bytes:
     """What the call asks for, but for the numbers of its byte streams, which differ whenever it is repeated."""
-    fields = {name: getattr(params, name) for name in params.__struct_fields__ if name not in CHANNELS}
-    digest = sha256()
-    digest.update(msgspec.json.encode((params.method, fields), order="sorted"))
-    return digest.digest()
+    fields = without_defaults(params, everywhere=True)
+    return digest_of(params.method, {name: value for name, value in fields.items() if name not in CHANNELS})
 
 
 def _unknown(params: Effect[Any], exc: OutcomeUnknown) -> Any:

@@ -211,7 +211,7 @@ class LocalConversation:
         opened = await self._open()
         check_text(text)
         if op_id is not None:
-            op = operation(checked_op_id(op_id), SendMessage.method, {"text": text, "mode": mode})
+            op = operation(SendMessage(op_id=checked_op_id(op_id), text=text, mode=mode))
         if known := await self.answered(op, Accepted):
             opened.untold = known.run_id
             return known

@@ -10,7 +10,9 @@ from msgspec.structs import replace
 from agent_sdk.digest import digest_of
 from agent_sdk.local.journal import Journal
 from agent_sdk.local.log import Operation
+from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch
+from agent_sdk.protocol.methods import Effect
 from agent_sdk.protocol.results import Accepted
 
 T = TypeVar("T")
@@ -31,9 +33,19 @@ def check_text(text: str) -> None:
         raise InvalidParams(f"text: {half}") from None
 
 
-def operation(op_id: str, *params: Any) -> Operation:
-    """Return the ledger's row for a call with these params, which JSON can say; its result comes later."""
-    return Operation(op_id, digest_of(*params), b"null")
+def operation(params: Effect[Any]) -> Operation:
+    """Return the ledger's row for a call; its result comes later.
+
+    What is secret leaves no trace, not even a digest that could be guessed at.
+    """
+    fields = without_defaults(params, everywhere=True)
+    del fields["op_id"]
+    if "secrets" in fields:
+        fields["secrets"] = sorted(fields["secrets"])
+    llm = fields.get("llm") or fields.get("agent", {}).get("llm", {})
+    for name in ("api_key", "headers"):
+        llm.pop(name, None)
+    return Operation(params.op_id, digest_of(params.method, fields), b"null")
 
 
 def answering(op: Operation | None, result: Any) -> Operation | None:

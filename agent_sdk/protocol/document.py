@@ -197,7 +197,8 @@ Flags have no other meaning and are zero.
   answer.
 * Every call is answered exactly once. A cancelled one ends with -32800; `call.cancel` says what
   became of it. `$/cancelRequest` is the same as a notification.
-* Params refuse unknown fields; results, events and `initialize` tolerate them.
+* Params refuse unknown fields; results, events and `initialize` tolerate them. So leave out fields of params that
+  stand at their default: an older version then accepts every call that needs nothing new. A default never changes.
 * At most `limits.calls` calls may be in flight; more are answered with -32001 and `retry_after_ms`.
   `ping` and `call.cancel` do not count.
 * A call with an `op_id` changes something. Repeated with the same params it attaches to the running

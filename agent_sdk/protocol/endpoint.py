@@ -22,6 +22,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from agent_sdk.protocol import frame as frames
+from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import (
     AgentServerError,
     BadBinaryHeader,
@@ -170,13 +171,13 @@ class Endpoint:
         self._partial: dict[int, bytearray] = {}
 
     def request(self, method: str, params: Any) -> tuple[int, bytes]:
-        """A call under a fresh id, as JSON.
+        """A call under a fresh id, as JSON; see `defaults` for what it leaves out.
 
         Raises:
             InvalidParams: the params cannot be written as JSON, e.g. text with lone surrogates.
         """
         self._last_id += 1
-        encoded = _written(_Call("2.0", self._last_id, method, params))
+        encoded = _written(_Call("2.0", self._last_id, method, without_defaults(params)))
         self._awaiting.add(self._last_id)
         return self._last_id, encoded
 

@@ -7,7 +7,7 @@ TurnEnded in the stream, after every callback has seen it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any, Literal, Self, TypeVar
 
@@ -70,11 +70,12 @@ from agent_sdk.protocol.methods import (
     ToolCall,
     UpdateSecrets,
 )
+from agent_sdk.protocol.methods.conversation import PAGE_EVENTS, EventPage
 from agent_sdk.protocol.methods.method import Done
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model, WorkspaceSpec
 from agent_sdk.remote.connection import ANSWER_SECONDS, Connection
 from agent_sdk.remote.delivery import Delivery
-from agent_sdk.remote.link import Until, ask
+from agent_sdk.remote.link import Until, ask, ask_page
 from agent_sdk.remote.reconnecting import ServerLink
 from agent_sdk.remote.tool_calls import ToolCalls
 from agent_sdk.remote.workspace import RemoteWorkspace
@@ -270,7 +271,7 @@ class RemoteConversation:
         """See Conversation.events. Pages of the log are fetched as they are consumed."""
         epoch, seq = (since.epoch, since.seq) if isinstance(since, Cursor) else ("", since)
         while True:
-            page = await self._ask(GetEvents(after=seq))
+            page = await ask_page(await self._open(), _page_after(seq), PAGE_EVENTS)
             if page.epoch != (epoch := epoch or page.epoch):
                 raise HistoryLost("the log was made anew", epoch=page.epoch, from_seq=1)
             for raw in page.events:
@@ -484,6 +485,10 @@ class RemoteConversation:
     def ended(self, error: AgentServerError) -> None:
         """See Resident."""
         self._delivery.end(error)
+
+
+def _page_after(seq: int) -> Callable[[int], Method[EventPage]]:
+    return lambda limit: GetEvents(after=seq, limit=limit)
 
 
 def _why_void(known: Cursor, log: Subscribed) -> str:

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, ProcessNotFound
 from agent_sdk.protocol.methods import Count, ProcessInput, ProcessList
-from agent_sdk.remote.link import Link, ask
+from agent_sdk.remote.link import Link, ask, passed
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteWriter
 
@@ -83,7 +83,12 @@ class Feed:
         while True:
             if self._stream is None or self._stream.peer.lost is not None:
                 peer = (await self._link.linked()).peer
-                self._stream = _Stream(peer, self._id, self._first, self._broken)
+                try:
+                    since = await self._come(peer)
+                except AgentServerError as exc:
+                    await passed(peer, exc)
+                    continue
+                self._stream = _Stream(peer, self._id, since, self._broken)
             stream = self._stream
             try:
                 await stream.opened
@@ -95,6 +100,15 @@ class Feed:
                     raise
             finally:
                 self._sent = max(self._sent, stream.position)
+
+    async def _come(self, peer: Peer) -> int:
+        """Return how much the process has got, where a stream broke off; what is not kept any more it has."""
+        if self._stream is None:
+            return self._first
+        found = [info for info in await peer.call(ProcessList()) if info.id == self._id]
+        come = max(self._first, min(self._end, found[0].stdin_bytes if found else 0))
+        peer.progress += come > self._stream.since
+        return come
 
     def _broken(self) -> None:
         """A stream was lost, and what it carried may be: send it again although nobody writes."""
@@ -130,7 +144,7 @@ class _Stream:
     def __init__(self, peer: Peer, process_id: str, since: int, broken: Callable[[], None]) -> None:
         self.peer = peer
         self.opened: asyncio.Future[ByteWriter] = asyncio.get_running_loop().create_future()
-        self._since = since
+        self.since = since
         self._calling = asyncio.ensure_future(self._run(process_id))
         self._broken = broken
         self._calling.add_done_callback(self._ended)
@@ -143,12 +157,12 @@ class _Stream:
     @property
     def position(self) -> int:
         """Of the next byte, in all the input of the process."""
-        return self._since + (self.opened.result().offset if self.opened.done() else 0)
+        return self.since + (self.opened.result().offset if self.opened.done() else 0)
 
     async def _run(self, process_id: str) -> Count:
         async with self.peer.open_writer() as writer:
             self.opened.set_result(writer)
-            call = ProcessInput(process_id=process_id, channel=writer.channel, since=self._since)
+            call = ProcessInput(process_id=process_id, channel=writer.channel, since=self.since)
             return await self.peer.call(call)
 
     def _ended(self, call: asyncio.Future[Count]) -> None:

@@ -19,7 +19,7 @@ from agent_sdk.protocol.methods import (
     GitDiff,
     Upload,
 )
-from agent_sdk.remote.link import Link, ask
+from agent_sdk.remote.link import Link, ask, ask_page
 from agent_sdk.remote.transfers import NO_CHANNEL, Repeatable, incoming, outgoing
 from agent_sdk.workspace import FileInfo, GitChange, Transferred
 
@@ -55,11 +55,18 @@ class RemoteFiles:
     async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
         """See Files.list."""
         found: list[FileInfo] = []
-        while True:
+        asked = LISTED
+
+        def call(limit: int) -> FilesList:
+            nonlocal asked
+            asked = limit
             after = found[-1].path if found else None
-            page = await ask(self._link, FilesList(path=path, depth=depth, hidden=hidden, after=after))
+            return FilesList(path=path, depth=depth, hidden=hidden, after=after, limit=limit)
+
+        while True:
+            page = await ask_page(self._link, call, LISTED)
             found += page
-            if len(page) < LISTED:
+            if len(page) < asked:
                 return found
 
     async def stat(self, path: str) -> FileInfo:

@@ -109,7 +109,9 @@ async def persistent(
     first = linked = await link.linked()
     while True:
         try:
-            return await work(linked.peer)
+            result = await work(linked.peer)
+            linked.peer.progress += 1
+            return result
         except AgentServerError as exc:
             await passed(linked.peer, exc)
         linked = await link.linked()
@@ -132,3 +134,20 @@ async def passed(peer: Peer, error: AgentServerError) -> None:
 async def ask(link: Link, call: Method[T]) -> T:
     """Call a method of the other end, over as many connections as it takes."""
     return await persistent(link, lambda peer: peer.call(call), changes_something=isinstance(call, Effect))
+
+
+async def ask_page(link: Link, call: Callable[[int], Method[T]], most: int) -> T:
+    """Ask for so many entries at most: for half as many whenever no connection lived long enough for them.
+
+    Args:
+        call: makes the call for a number of entries.
+        most: how many are asked for at first.
+    """
+    size = most
+
+    async def ask_for_fewer(peer: Peer) -> T:
+        nonlocal size
+        asked, size = size, max(1, size // 2)
+        return await peer.call(call(asked))
+
+    return await persistent(link, ask_for_fewer, changes_something=False)

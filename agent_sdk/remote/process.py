@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from msgspec.structs import replace
@@ -22,7 +22,7 @@ from agent_sdk.protocol.methods import (
 )
 from agent_sdk.remote.feed import Feed
 from agent_sdk.remote.link import Link, Until, ask, persistent
-from agent_sdk.remote.streams import milliseconds, pass_failure, with_output
+from agent_sdk.remote.streams import Collector, milliseconds, pass_failure, with_output
 from agent_sdk.remote.transfers import NO_CHANNEL
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteReader, Chunk
@@ -172,11 +172,23 @@ class RemoteShell:
         await ask(self._link, ShellReset(op_id=op_id or new_id(), name=self._name, fresh=False))
 
     async def _ask(self, call: ShellRun | ShellSend) -> ShellResult:
-        async def answered(peer: Peer) -> ShellResult:
-            async with peer.open_reader() as reader:
-                return await _shell_result(peer.call(replace(call, channel=reader.channel)), reader)
+        output = Collector()
 
-        return await persistent(self._link, answered)
+        async def answered(peer: Peer) -> ShellAnswer:
+            async with peer.open_reader() as reader:
+                asked = replace(call, channel=reader.channel, since=output.position)
+                return await with_output(peer.call(asked), _collected(output, reader))
+
+        answer = await persistent(self._link, answered)
+        return ShellResult(
+            status=answer.status,
+            output=output.output(answer.output_bytes),
+            exit_code=answer.exit_code,
+            cwd=answer.cwd,
+            full_output=answer.full_output,
+            full_output_lacks=answer.full_output_lacks,
+            reason=answer.reason,
+        )
 
 
 def _keys(until: bytes | None) -> str:
@@ -185,14 +197,6 @@ def _keys(until: bytes | None) -> str:
     return (until or b"").decode("latin-1")
 
 
-async def _shell_result(call: Awaitable[ShellAnswer], reader: ByteReader) -> ShellResult:
-    answer, (output,) = await with_output(call, (reader,), lambda ended: (ended.output_bytes,))
-    return ShellResult(
-        status=answer.status,
-        output=output,
-        exit_code=answer.exit_code,
-        cwd=answer.cwd,
-        full_output=answer.full_output,
-        full_output_lacks=answer.full_output_lacks,
-        reason=answer.reason,
-    )
+async def _collected(collector: Collector, reader: ByteReader) -> None:
+    async for chunk in reader:
+        collector.add(chunk)

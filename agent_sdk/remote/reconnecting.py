@@ -2,8 +2,8 @@
 
 One task keeps it. Between two tries it waits, longer each time up to 10 s, by chance, so that many
 clients that lost the same server do not come back together; a server that says when it wants to be
-asked again is obeyed. A connection that was made and lost again before it carried anything is one more
-try. Only what cannot become better by trying again ends it: see `final_error`.
+asked again is obeyed. A connection that was made and lost again before anything came of it that the next one
+need not bring again is one more try. Only what cannot become better by trying again ends it: see `final_error`.
 """
 
 from __future__ import annotations
@@ -257,23 +257,23 @@ class ServerLink:
         """Make a connection and use it until it is lost.
 
         Raises:
-            AgentServerError: there was none, or it was lost before it had carried anything.
+            AgentServerError: there was none, or it was lost before anything came of it.
         """
         clock = asyncio.get_running_loop().time
         async with AsyncExitStack() as stack:
             connection = await self._try(stack)
             first, self._patience = not self._reached, self._target.reconnect_timeout
             self._reached = True
-            begun, frames = clock(), connection.peer.frames_come
+            begun = clock()
             await self._found(connection)
             lost = await self._until_lost()
-        worked = connection.peer.frames_come > frames or clock() - begun >= STEADY_SECONDS
+        worked = connection.peer.progress > 0 or clock() - begun >= STEADY_SECONDS
         if first or worked:
             self._trying_since = clock()
         await self._rest(self._pause_after(lost))
         if not worked:
             raise ConnectionLost(
-                f"{self._target.url} takes connections and drops them before they carry anything: {lost}",
+                f"{self._target.url} takes connections and drops them before anything comes of them: {lost}",
                 **lost.details,
             )
 

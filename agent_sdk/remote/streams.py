@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from agent_sdk.protocol.errors import AgentServerError, InvalidParams
+from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, InvalidParams, TransferBroken
 from agent_sdk.rpc.stream import ByteReader, Chunk
 from agent_sdk.workspace import HEAD_BYTES, TAIL_BYTES, Output
 
@@ -36,40 +36,36 @@ class Collector:
         return new
 
     def output(self, size: int) -> Output:
-        """Return what was collected of a stream of `size` bytes in all."""
-        return Output(bytes(self._head), bytes(self._tail[-TAIL_BYTES:]), size)
+        """Return what was collected of a stream of `size` bytes in all, or of more where more has come."""
+        return Output(bytes(self._head), bytes(self._tail[-TAIL_BYTES:]), max(size, self.position))
 
 
-async def with_output(
-    call: Awaitable[A], readers: Sequence[ByteReader], sizes: Callable[[A], Sequence[int]]
-) -> tuple[A, list[Output]]:
-    """Await a call and the output it sends meanwhile.
+async def with_output(call: Coroutine[Any, Any, A], *listening: Coroutine[Any, Any, None]) -> A:
+    """Await a call, and those who take the output it sends meanwhile.
 
-    Output may exceed one window of credit, so it has to be read before the call is answered. A stream
-    that stayed empty is never opened by the other end.
-
-    Args:
-        sizes: how many bytes each stream had, from the answer.
+    Output may exceed one window of credit, so it has to be read before the call is answered. When the connection is
+    lost, what had come is taken to its end, so that nobody misses a byte or sees one twice.
     """
-    collecting = [asyncio.ensure_future(_collect(reader)) for reader in readers]
+    calling = asyncio.ensure_future(call)
+    tasks: set[asyncio.Future[Any]] = {calling, *map(asyncio.ensure_future, listening)}
     try:
-        answer = await call
-        outputs = [
-            (await collected).output(size) if size else Output()
-            for collected, size in zip(collecting, sizes(answer), strict=True)
-        ]
-        return answer, outputs
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        failures = [task.exception() for task in tasks if task.done()]
+        if any(isinstance(error, TransferBroken) for error in failures):
+            await calling
+        if any(isinstance(error, ConnectionLost) for error in failures):
+            await asyncio.wait(tasks)
+        for error in (calling.exception() if calling.done() else None, *failures):
+            if error is not None:
+                raise error
+        return calling.result()
+    except asyncio.CancelledError as exc:
+        calling.cancel(*exc.args)  # it says whether the command shall end, too
+        raise
     finally:
-        for collected in collecting:
-            collected.cancel()
-        await asyncio.gather(*collecting, return_exceptions=True)
-
-
-async def _collect(reader: ByteReader) -> Collector:
-    collector = Collector()
-    async for chunk in reader:
-        collector.add(chunk)
-    return collector
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def pass_failure(call: asyncio.Future[Any], reader: ByteReader) -> None:

@@ -237,30 +237,35 @@ async def _anext(chunks: AsyncIterator[bytes]) -> bytes | None:
     return await anext(chunks, None)
 
 
+async def come(peer: Peer, op_id: str, before: int) -> int:
+    """Return how many of the bytes that belong to a call have come to the other end; `before`: when last asked."""
+    try:
+        size = (await peer.call(UploadOffset(op_id=op_id))).bytes
+    except MethodNotFound:
+        size = 0
+    peer.progress += size > before
+    return size
+
+
 class _Outgoing:
     def __init__(self, call: Upload, source: Source, progress: Progress) -> None:
         self._call = call
         self._source = source
         self._progress = progress
-        self._is_first = True
+        self._come: int | None = None
+        """How much of it the other end has; None: nothing was sent."""
 
     async def attempt(self, peer: Peer) -> Transferred:
         """Send what the other end has not got, and go on as long as that is more each time."""
-        since = 0 if self._is_first else await self._offset(peer)
-        self._is_first = False
+        before = self._come
+        self._come = 0 if before is None else await come(peer, self._call.op_id, before)
         while True:
             try:
-                return await self._send(peer, since)
+                return await self._send(peer, self._come)
             except (TransferBroken, WorkspaceUnavailable):
-                before, since = since, await self._offset(peer)
-                if since <= before:
+                before, self._come = self._come, await come(peer, self._call.op_id, self._come)
+                if self._come <= before:
                     raise
-
-    async def _offset(self, peer: Peer) -> int:
-        try:
-            return (await peer.call(UploadOffset(op_id=self._call.op_id))).bytes
-        except MethodNotFound:
-            return 0
 
     async def _send(self, peer: Peer, since: int) -> Transferred:
         async with peer.open_writer() as writer:

@@ -13,7 +13,6 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from msgspec.structs import replace
@@ -45,7 +44,7 @@ from agent_sdk.protocol.methods import (
 )
 from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
 from agent_sdk.remote.address import checked_key, checked_trust
-from agent_sdk.remote.command import Heard, executed, followed
+from agent_sdk.remote.command import Command
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.files import RemoteFiles, RemoteGit
 from agent_sdk.remote.link import Link, ask, persistent
@@ -291,15 +290,10 @@ class RemoteWorkspace:
             yield_after_ms=milliseconds("yield_after", yield_after),
             merge=merge,
             user=user,
-            follow=on_output is not None,
         )
-        given = check_input(stdin)
-        if on_output is None:
-            work = partial(executed, call=call, stdin=given)
-        else:
-            work = partial(followed, call=call, stdin=given, heard=Heard(on_output))
+        command_there = Command(call, check_input(stdin), on_output)
         try:
-            result = await persistent(self.link, work)
+            result = await persistent(self.link, command_there.attempt)
         except OutcomeUnknown as exc:
             return ExecResult(status="unknown", reason=str(exc))
         if result.process_id is None:

@@ -37,8 +37,10 @@ from agent_sdk.protocol.errors import (
     LimitExceeded,
     Overloaded,
 )
+from agent_sdk.protocol.frame import Credit, Data
 from agent_sdk.protocol.methods import (
     CancelNotice,
+    EventsNotice,
     Method,
     Notice,
     R,
@@ -100,7 +102,8 @@ class Peer:
 
     Attributes:
         other_limits: what the other end accepts; set it once `initialize` told.
-        frames_come: how many frames the other end has sent so far.
+        progress: how much came of it that the next connection need not bring again: bytes of streams that came or were
+            accepted, events, and what its users add: calls whose answer they have.
         ignored: how often something was ignored, by reason.
         watch: awaits each call of ours instead of us; may be set at any time.
     """
@@ -149,7 +152,8 @@ class Peer:
         self._closer: asyncio.Task[None] | None = None
         self._lost: ConnectionLost | None = None
         self._ended: asyncio.Future[ConnectionLost] | None = None
-        self.frames_come = 0
+        self.progress = 0
+        self._frames_come = 0
         self._answers.use(handlers)
 
     @property
@@ -367,12 +371,12 @@ class Peer:
         try:
             while True:
                 frame, text = await self._pipe.receive()
-                self.frames_come += 1
+                self._frames_come += 1
                 self._take(frame, text)
                 if self._lanes.control_is_full:
                     code, reason = SLOW_READER, "answers are not read"
                     break
-                if self.frames_come % TURN_FRAMES == 0:
+                if self._frames_come % TURN_FRAMES == 0:
                     await asyncio.sleep(0)  # frames that are here already must not keep others waiting
         except ConnectionLost as exc:
             self._lose(exc)
@@ -406,9 +410,11 @@ class Peer:
             case Notification():
                 self._notice(message)
             case _:
+                self.progress += isinstance(message, Data | Credit)
                 self._channels.receive(message)
 
     def _notice(self, message: Notification) -> None:
+        self.progress += message.method == EventsNotice.method
         if message.method != CancelNotice.method:
             if self._on_notice is not None:
                 self._on_notice(message.method, message.params)

@@ -11,7 +11,7 @@ STRINGS = ("text", "INT", "018f0000-0000-7000-8000-000000000001")
 
 WRITTEN: dict[str, dict[str, str]] = {
     "LLM": {"base_url": "https://host/v1"},
-    "Sandbox": {"memory": "512m", "disk": "10g", "tmp": "1g"},
+    "Sandbox": {"memory": "256m", "disk": "10g", "tmp": "1g"},
 }
 """Fields whose text has a form of its own, by class."""
 
@@ -25,7 +25,7 @@ def example(info: inspect.Type | type) -> Any:
             return example(info.type)
         case inspect.StructType():
             written = WRITTEN.get(info.cls.__name__, {})
-            return info.cls(**{f.name: written.get(f.name) or example(f.type) for f in info.fields})
+            return info.cls(**{f.name: written.get(f.name) or _beside(f) for f in info.fields})
         case inspect.UnionType():
             return example(info.types[0])
         case inspect.LiteralType():
@@ -49,6 +49,16 @@ def example(info: inspect.Type | type) -> Any:
         case inspect.AnyType():
             return {"any": ["json", 1]}
     raise TypeError(f"no example of {info}")
+
+
+def _beside(field: inspect.Field) -> Any:
+    """An example that is not the default of the field, which a call would leave out."""
+    found = example(field.type)
+    if found is not True and found != field.default:
+        return found
+    if isinstance(field.type, inspect.LiteralType):
+        return field.type.values[-1]
+    return field.default is not True
 
 
 def values(info: inspect.Type | type) -> st.SearchStrategy[Any]:

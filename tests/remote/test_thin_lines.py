@@ -1,4 +1,4 @@
-"""Files over a line on which no connection lives long enough for all of them: they go on where they were."""
+"""Bytes over a line on which no connection lives long enough for all of them: they go on where they were."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from agent_sdk import RemoteWorkspace
+from agent_sdk import Agent, Conversation, RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ChangedDuringRead
 from agent_sdk.protocol.methods import Delete
 from agent_sdk.remote.link import ask
+from agent_sdk.testing import ScriptedLLM, say
 from tests.chaos.proxy import Direction, Proxy
 
 DATA = os.urandom(600_000)
@@ -114,3 +115,62 @@ async def test_a_file_that_changes_between_two_connections_is_not_passed_off_as_
                 async for _ in stream:
                     pass
         assert not (tmp_path / "f").exists()
+
+
+SAY = ["sh", "-c", "echo once >>runs; head -c 600000 /dev/zero | tr '\\0' a; echo b >&2; wc -l <runs"]
+SAID = "a" * 600_000 + "1\n"
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["at its end", "as it comes"])
+async def test_the_output_of_a_command_arrives_although_no_connection_lives_long_enough(down, proxy, heard):
+    told: list[bytes] = []
+
+    def hear(name: str, data: bytes) -> None:
+        told.append(data if name == "stdout" else b"")
+
+    result = await down.execute(SAY, on_output=hear if heard else None)
+    assert (result.stdout == SAID, result.stderr, result.exit_code) == (True, "b\n", 0)
+    assert b"".join(told) == (SAID.encode() if heard else b"")
+    assert len(SAID) // LIFE < proxy.connections < 50
+
+
+async def test_what_a_command_reads_arrives_although_no_connection_lives_long_enough(up, proxy):
+    result = await up.execute("echo once >>runs; sha256sum; wc -l <runs", stdin=DATA)
+    assert result.stdout.split() == [hashlib.sha256(DATA).hexdigest(), "-", "1"]
+    assert len(DATA) // LIFE < proxy.connections < 50
+
+
+async def test_what_a_process_reads_arrives_although_no_connection_lives_long_enough(up, proxy):
+    process = await up.start("sha256sum")
+    await process.write(DATA)
+    await process.close_stdin()
+    assert (
+        b"".join([data async for data in process.output()]).split()[0]
+        == hashlib.sha256(DATA).hexdigest().encode()
+    )
+    assert len(DATA) // LIFE < proxy.connections < 50
+
+
+async def test_the_output_of_a_shell_arrives_although_no_connection_lives_long_enough(down, proxy):
+    shell = down.shell()
+    result = await shell.run(f"echo once >>runs; {SAY[2].partition(';')[2]}")
+    assert result.output.text.replace("\r\n", "\n").count("a") == 600_000
+    assert result.output.text.split()[-1] == "1"
+    assert len(SAID) // LIFE < proxy.connections < 50
+
+
+async def test_long_lists_arrive_although_no_connection_lives_long_enough(running_server, proxy):
+    async with cut_again_and_again(running_server, proxy, "down") as workspace:
+        proxy.cuts.clear()
+        proxy.cut()
+        conversation = Conversation(Agent(llm=ScriptedLLM([say("x" * 10_000)], repeat=True)), workspace)
+        await workspace.execute("mkdir many; cd many; seq -f file-%g 2000 | xargs touch")
+        for _ in range(20):
+            await conversation.send_message("y" * 10_000)
+            await conversation.run()
+        proxy.cuts += [("down", LIFE)] * 100
+        proxy.cut()
+        assert len(await workspace.files.list("many")) == 2000
+        seqs = [event.seq async for event in conversation.events()]
+        assert seqs == list(range(1, seqs[-1] + 1))
+        assert 3 < proxy.connections < 50

@@ -83,6 +83,10 @@ class GetState(Method[Snapshot], frozen=True, kw_only=True):
     method = "conversation.state"
 
 
+PAGE_EVENTS = 1000
+"""Events in one answer."""
+
+
 class EventPage(Struct, frozen=True, kw_only=True):
     """Some events in order."""
 
@@ -96,7 +100,7 @@ class GetEvents(Method[EventPage], frozen=True, kw_only=True):
 
     method = "conversation.events"
     after: Offset = 0
-    limit: Annotated[int, Meta(ge=1, le=1000)] = 1000
+    limit: Annotated[int, Meta(ge=1, le=PAGE_EVENTS)] = PAGE_EVENTS
 
 
 class Subscribed(Struct, frozen=True, kw_only=True):

@@ -73,7 +73,8 @@ class Execute(Effect[Executed], frozen=True, kw_only=True):
     user: UserName | None = None
     """As whom it runs, by name or number, where this workspace may change users; None: as all of its commands."""
     stdin: Channel = 0
-    """A channel from the caller, or 0: empty."""
+    """A channel from the caller, or 0: empty. The command begins when all has come. What has come when it breaks off is
+    kept for ten minutes: ask `upload.offset`, and let the channel of the repeated call begin at that offset."""
     stdout: Channel = 0
     stderr: Channel = 0
     merge: bool = False
@@ -81,7 +82,7 @@ class Execute(Effect[Executed], frozen=True, kw_only=True):
     follow: bool = False
     """Send output while the command runs."""
     stdout_since: Offset = 0
-    """With `follow`: what a repeated call has already; the channel begins at this offset."""
+    """What a repeated call has already; the channel begins at this offset."""
     stderr_since: Offset = 0
 
 
@@ -189,6 +190,8 @@ class ShellRun(Effect[ShellAnswer], frozen=True, kw_only=True):
     until: Keys = ""
     """Answer also when this was printed since the last answer, with `said`; empty: nothing is looked for."""
     channel: Channel = 0
+    since: Offset = 0
+    """What a repeated call has already of the output; the channel begins at this offset."""
 
 
 class ShellSend(Effect[ShellAnswer], frozen=True, kw_only=True):
@@ -205,6 +208,8 @@ class ShellSend(Effect[ShellAnswer], frozen=True, kw_only=True):
     until: Keys = ""
     """See `shell.run`."""
     channel: Channel = 0
+    since: Offset = 0
+    """See `shell.run`."""
 
 
 class ShellReset(Effect[Done], frozen=True, kw_only=True):
@@ -236,7 +241,8 @@ class Upload(Effect[Transferred], frozen=True, kw_only=True):
 
 
 class UploadOffset(Method[Count], frozen=True, kw_only=True):
-    """Let go of the channel that an upload may still come over, and say how much of it has come; 0 when unknown."""
+    """Let go of the channel that an upload, or the `stdin` of an `execute`, may still come over, and say how much of it
+    has come; 0 when unknown. The next channel may begin there."""
 
     method = "upload.offset"
     op_id: OpId
@@ -265,7 +271,7 @@ LISTED = 10_000
 
 
 class FilesList(Method[list[FileInfo]], frozen=True, kw_only=True):
-    """What is in a folder, sorted by path, 10 000 entries at once: where so many come there may be more."""
+    """What is in a folder, sorted by path, `limit` entries at once: where so many come there may be more."""
 
     method = "files.list"
     path: Path = "."
@@ -273,6 +279,7 @@ class FilesList(Method[list[FileInfo]], frozen=True, kw_only=True):
     hidden: bool = True
     after: str | None = None
     """The last path of the entries before."""
+    limit: Annotated[int, Meta(ge=1, le=LISTED)] = LISTED
 
 
 class FilesStat(Method[FileInfo], frozen=True, kw_only=True):
