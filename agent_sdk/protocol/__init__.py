@@ -9,6 +9,7 @@ results:  what calls return
 events:   the tagged union of events
 specs:    plain data that describes agents, models, sandboxes
 checks:   what people write in Python, held to its types
+defaults: what calls leave out
 errors:   the exception tree, which is the error table
 visible:  text of others where people read it
 openrpc:  the OpenRPC document, made from the classes
