@@ -144,7 +144,7 @@ class _Answers:
 
         async def act() -> Accepted:
             with self._hosted.turn_admitted():
-                return await self._local.send_message(params.text, mode=params.mode, op=op)
+                return await self._local.send_message(params.text, mode=params.mode, stops=params.turn, op=op)
 
         return await self._hosted.ledger.run(params, act)
 
@@ -156,10 +156,12 @@ class _Answers:
         return await self._once(params, act)
 
     async def pause(self, params: Pause, call: Inbound) -> Done:
-        return await self._done(params, lambda op: self._local.pause(op=op))
+        return await self._done(params, lambda op: self._local.pause(run_id=params.turn, op=op))
 
     async def interrupt(self, params: Interrupt, call: Inbound) -> Done:
-        return await self._done(params, lambda op: self._local.interrupt(params.reason, op=op))
+        return await self._done(
+            params, lambda op: self._local.interrupt(params.reason, run_id=params.turn, op=op)
+        )
 
     async def respond(self, params: Respond, call: Inbound) -> Done:
         return await self._done(

@@ -198,10 +198,11 @@ class LocalConversation:
         *,
         mode: Literal["enqueue", "interrupt"] = "enqueue",
         op_id: str | None = None,
+        stops: str | None = None,
         op: Operation | None = None,
     ) -> Accepted:
         """See Conversation.send_message. A paused conversation stays so until `run`, or a message that interrupts.
-        A repeated call returns what the first returned.
+        A repeated call returns what the first returned. `stops`: the turn that it may interrupt; None: any.
 
         Raises:
             InvalidParams: the text is empty or cannot be UTF-8.
@@ -219,7 +220,7 @@ class LocalConversation:
             raise StateConflict("no agent is configured yet", state="idle")
         if mode == "interrupt":
             opened.turns.check()
-            await opened.turns.stop("a new message came", asked=True)
+            await opened.turns.stop("a new message came", asked=True, run_id=stops)
         run_id = opened.untold = opened.turns.run_id
         message = UserMessage(text=text, op_id=op.op_id if op else None)
         written = opened.journal.submit(message, op=receipt(op, run_id))
@@ -259,23 +260,25 @@ class LocalConversation:
         await self._note(answering(op, answer))
         return answer
 
-    async def pause(self, *, op: Operation | None = None) -> None:
-        """See Conversation.pause. Nothing happens when no turn runs."""
+    async def pause(self, *, run_id: str | None = None, op: Operation | None = None) -> None:
+        """See Conversation.pause. Nothing happens when no turn runs, or not the one of `run_id`."""
         opened = await self._open()
         opened.turns.check()
-        turn = opened.turns.current
+        turn = opened.turns.current if opened.turns.meant(run_id) else None
         done = answering(op, Done())
         if turn is not None and not turn.ending and not opened.journal.pause_requested:
             await opened.journal.append(PauseRequested(), op=done)
         else:
             await self._note(done)
 
-    async def interrupt(self, reason: str = "", *, op: Operation | None = None) -> None:
-        """See Conversation.interrupt. Nothing happens when no turn runs."""
+    async def interrupt(
+        self, reason: str = "", *, run_id: str | None = None, op: Operation | None = None
+    ) -> None:
+        """See Conversation.interrupt. Nothing happens when no turn runs, or not the one of `run_id`."""
         opened = await self._open()
         opened.turns.check()
         done = answering(op, Done())
-        await opened.turns.stop(reason, asked=True, op=done)
+        await opened.turns.stop(reason, asked=True, run_id=run_id, op=done)
         await self._note(done)
 
     async def respond(

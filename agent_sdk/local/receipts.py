@@ -40,6 +40,7 @@ def operation(params: Effect[Any]) -> Operation:
     """
     fields = without_defaults(params, everywhere=True)
     del fields["op_id"]
+    fields.pop("turn", None)  # a program that repeats its call may know of another one by then
     if "secrets" in fields:
         fields["secrets"] = sorted(fields["secrets"])
     llm = fields.get("llm") or fields.get("agent", {}).get("llm", {})

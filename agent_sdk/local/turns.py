@@ -144,10 +144,16 @@ class Turns:
         """Wait for the end of a turn that `begin` or `current` returned."""
         await turn.over.wait()
 
-    async def stop(self, reason: str, *, asked: bool, op: Operation | None = None) -> None:
-        """End the running turn at once and wait for its end."""
+    def meant(self, run_id: str | None) -> bool:
+        """Whether who wants to stop this turn, or None: whichever runs, means the one that runs."""
+        return self._turn is not None and run_id in (None, self._turn.run_id)
+
+    async def stop(
+        self, reason: str, *, asked: bool, run_id: str | None = None, op: Operation | None = None
+    ) -> None:
+        """End the running turn, if it is `meant`, at once and wait for its end."""
         turn = self._turn
-        if turn is not None:
+        if turn is not None and self.meant(run_id):
             turn.stop(reason, asked=asked, op=op)
             await self.ended(turn)
 

@@ -44,7 +44,7 @@ from agent_sdk.protocol.errors import (
     StateConflict,
     TimedOut,
 )
-from agent_sdk.protocol.events import AgentConfigured, Delta, Event, RequestResolved, TurnEnded
+from agent_sdk.protocol.events import AgentConfigured, Delta, Event, RequestResolved, TurnEnded, TurnStarted
 from agent_sdk.protocol.methods import (
     Configure,
     Delete,
@@ -137,10 +137,10 @@ class RemoteConversation:
         self._out_of_reach: Wait | None = None
         self._untold: str | None = None
         """The turn that answers the last message or that `run` waited for, until `run` has returned how it ended."""
-        self._stops: list[Effect[Any]] = []
-        """Calls under way that stop a turn."""
-        self._running = 0
-        """How many wait for the end of a turn."""
+        self._turn: str | None = None
+        """The turn that runs, as far as is known here: what stops it stops no later one, however late it arrives."""
+        self._stops: list[Effect[Any]] = []  # calls under way that stop a turn
+        self._running = 0  # how many wait for the end of a turn
         self._delivery = Delivery(tuple(callbacks), on_delta, on_reset)
         self._stack = AsyncExitStack()
         self._opening: asyncio.Task[ServerLink] | None = None
@@ -173,7 +173,8 @@ class RemoteConversation:
         self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op_id: str | None = None
     ) -> Accepted:
         """See Conversation.send_message."""
-        message = SendMessage(op_id=op_id_or_new(op_id), text=text, mode=mode)
+        turn = self._turn if mode == "interrupt" else None
+        message = SendMessage(op_id=op_id_or_new(op_id), text=text, mode=mode, turn=turn)
         accepted = await (self._stop(message) if mode == "interrupt" else self._ask(message))
         self._untold = accepted.run_id
         return accepted
@@ -255,11 +256,11 @@ class RemoteConversation:
 
     async def pause(self) -> None:
         """See Conversation.pause."""
-        await self._stop(Pause(op_id=new_id()))
+        await self._stop(Pause(op_id=new_id(), turn=self._turn))
 
     async def interrupt(self, reason: str = "") -> None:
         """See Conversation.interrupt."""
-        await self._stop(Interrupt(op_id=new_id(), reason=reason))
+        await self._stop(Interrupt(op_id=new_id(), reason=reason, turn=self._turn))
 
     async def respond(
         self, request_id: str, answer: Literal["approve", "reject"], *, reason: str = ""
@@ -460,12 +461,13 @@ class RemoteConversation:
             for event in self._delivery.take(notice.epoch, notice.events):
                 if isinstance(event, RequestResolved):
                     self._tools.settled(event.request_id)
+                elif isinstance(event, TurnStarted | TurnEnded):
+                    self._turn = event.run_id if isinstance(event, TurnStarted) else None
                 if event.seq > self._known_seq:
                     self._heed(event)
         elif method == DeltaNotice.method:
-            self._delivery.take_delta(
-                msgspec.json.decode(msgspec.json.decode(params, type=DeltaNotice).delta, type=Delta)
-            )
+            delta = msgspec.json.decode(params, type=DeltaNotice).delta
+            self._delivery.take_delta(msgspec.json.decode(delta, type=Delta))
         elif method == SyncReset.method:
             reset = msgspec.json.decode(params, type=SyncReset)
             self._delivery.reset(reset.reason, Cursor(reset.epoch, reset.from_seq - 1))

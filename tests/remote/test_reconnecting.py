@@ -25,14 +25,15 @@ from agent_sdk.protocol.errors import (
     TimedOut,
     Unauthorized,
 )
-from agent_sdk.protocol.events import ToolReturned
+from agent_sdk.protocol.events import Interrupted, PauseRequested, ToolReturned, TurnEnded, TurnStarted
 from agent_sdk.protocol.methods import ClientInfo, Delete, Describe, Initialized
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, SUBPROTOCOL, Limits
 from agent_sdk.remote.link import ask
 from agent_sdk.remote.reconnecting import ServerLink, Target, final_error
 from agent_sdk.rpc.pipe import lost
-from agent_sdk.testing import ScriptedLLM, call, say
+from agent_sdk.testing import ScriptedLLM, call, hang, say
 
+STOPS = (PauseRequested, Interrupted, TurnEnded)
 AGENT = Agent(llm=ScriptedLLM([say("done")]))
 
 
@@ -261,6 +262,45 @@ async def test_a_tool_of_the_client_runs_once_although_it_is_asked_for_again(run
         await conversation.run()
         results = [event.text async for event in conversation.events() if hasattr(event, "bytes_cut")]
     assert (runs, results) == (["what?"], ["forty-two"])
+
+
+@pytest.mark.parametrize("verb", ["interrupt", "pause", "message"])
+async def test_what_stops_a_turn_and_arrives_after_its_end_does_not_hit_the_next_one(
+    running_server, proxy, verb
+):
+    async with connected(running_server, proxy) as workspace:
+        agent = Agent(llm=ScriptedLLM([hang()], repeat=True), tools=[])
+        begun = asyncio.Event()
+        late = Conversation(
+            agent,
+            workspace,
+            callbacks=[lambda event: begun.set() if isinstance(event, TurnStarted) else None],
+        )
+        await late.send_message("go")
+        await begun.wait()
+        elsewhere = RemoteWorkspace(
+            running_server.url, running_server.api_key, conversation=workspace.conversation
+        )
+        async with elsewhere:
+            other = Conversation(None, elsewhere, id=late.id)
+            await other.state()
+            proxy.refuse = True
+            proxy.cut()
+            stops = {
+                "interrupt": late.interrupt,
+                "pause": late.pause,
+                "message": lambda: late.send_message("stop", mode="interrupt"),
+            }
+            stopping = asyncio.create_task(stops[verb]())
+            await other.interrupt()
+            next_turn = await other.send_message("and now this")
+            proxy.refuse = False
+            await stopping
+            assert (await other.state()).run_id == next_turn.run_id
+            kinds = [event async for event in other.events(next_turn.seq) if isinstance(event, STOPS)]
+            assert kinds == []
+            await other.interrupt()
+            assert (await other.run()).run_id == next_turn.run_id
 
 
 async def test_a_tool_whose_client_closes_its_conversation_is_run_by_another_client(running_server):

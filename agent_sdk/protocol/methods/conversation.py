@@ -36,6 +36,8 @@ class SendMessage(Effect[Accepted], frozen=True, kw_only=True):
     method = "send_message"
     text: str
     mode: Literal["enqueue", "interrupt"] = "enqueue"
+    turn: str | None = None
+    """The run_id of the turn that it is to interrupt, and no later one; null: whichever runs."""
 
 
 class RunAnswer(Struct, frozen=True, kw_only=True):
@@ -59,12 +61,16 @@ class Pause(Effect[Done], frozen=True, kw_only=True):
     """Stop the turn before its next step."""
 
     method = "pause"
+    turn: str | None = None
+    """The run_id of the turn that is meant, and no later one; null: whichever runs."""
 
 
 class Interrupt(Effect[Done], frozen=True, kw_only=True):
     """Stop the turn now; answers when it has ended."""
 
     method = "interrupt"
+    turn: str | None = None
+    """The run_id of the turn that is meant, and no later one; null: whichever runs."""
     reason: Annotated[str, Meta(max_length=1024)] = ""
 
 
