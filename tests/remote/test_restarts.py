@@ -278,7 +278,8 @@ async def test_an_agent_goes_on_after_a_restart_as_it_was_changed_meanwhile(serv
     await conversation.send_message("go")
 
     async def approve(wait) -> None:
-        await conversation.respond(wait.request_id, "approve")
+        if wait.what == "approval":
+            await conversation.respond(wait.request_id, "approve")
 
     assert (await conversation.run(on_waiting=approve)).final_text == "done"
     assert await said(conversation) == ["8"]
