@@ -170,9 +170,10 @@ class Child:
     def _told(self) -> None:
         if self._keeper is not None:
             self._loop.remove_reader(self._keeper)
-            if self._keeper.recv(1):  # else the keeper itself was killed
-                self._ended_itself()
-                self._settle()
+            with suppress(ConnectionResetError):  # the keeper itself was killed, as when nothing comes
+                if self._keeper.recv(1):
+                    self._ended_itself()
+                    self._settle()
 
     def _ended_itself(self) -> float:
         """Take note of the end of the program, once; returns how long it lasted."""
@@ -265,7 +266,8 @@ class Children:
         if self._limits is not None:
             self._limits.expose(popen.pid)
         if keeper is not None:
-            keeper.send(b"\n")
+            with suppress(BrokenPipeError):  # it was killed at once
+                keeper.send(b"\n")
         self._leaders[popen.pid] = None
         tree = Tree(f"{MARKER}={name}\0".encode(), {popen.pid: None})
         child = Child(name, popen, tree, started, since, keeper=keeper, by_thread=self._by_thread, why=why)
