@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike
-from typing import Annotated, Any, Literal
-
-from msgspec import Meta
+from typing import Any, Literal
 
 from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, OnWaiting
 from agent_sdk.conversation import Conversation as ConversationContract
 from agent_sdk.definition import Agent
+from agent_sdk.protocol.arguments import Iterations, LocalPath, Name, Secrets, Seq, Tags, Title
 from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.specs import ConfirmationPolicy
@@ -20,20 +18,20 @@ from agent_sdk.workspace import Workspace
 @checked
 def Conversation(
     agent: Agent | None,
-    workspace: Workspace | str | PathLike[str] = ".",
+    workspace: Workspace | LocalPath = ".",
     *,
-    id: str | None = None,
-    since: Cursor | int | None = None,
+    id: Name | None = None,
+    since: Cursor | Seq | None = None,
     callbacks: Sequence[Callback] = (),
     on_delta: OnDelta | None = None,
     on_reset: OnReset | None = None,
     on_waiting: OnWaiting | None = None,
-    persistence_dir: str | PathLike[str] | None = None,
-    max_iterations: Annotated[int, Meta(ge=1)] = 500,
+    persistence_dir: LocalPath | None = None,
+    max_iterations: Iterations = 500,
     confirmation: ConfirmationPolicy | None = None,
-    secrets: dict[str, str] | None = None,
-    title: str | None = None,
-    tags: dict[str, str] | None = None,
+    secrets: Secrets | None = None,
+    title: Title | None = None,
+    tags: Tags | None = None,
     agent_runs: Literal["here"] | None = None,
 ) -> ConversationContract:
     """Make a conversation; it opens at its first use.

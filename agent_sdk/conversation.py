@@ -11,6 +11,8 @@ from typing import Literal, Protocol, Self
 
 from msgspec import Struct
 
+from agent_sdk.protocol.arguments import Comment, Name, OpId, Patience, Reason, Secrets, Seq, Tags, Title
+from agent_sdk.protocol.checks import Checked, Verbs
 from agent_sdk.protocol.errors import TimedOut, TurnWaits
 from agent_sdk.protocol.events import (
     Delta,
@@ -49,12 +51,12 @@ Callback = Callable[[Event], Awaitable[None] | None]
 OnDelta = Callable[[Delta], Awaitable[None] | None]
 
 
-class Cursor(Struct, frozen=True):
+class Cursor(Checked, frozen=True):
     """A place in a log: all up to it has been seen. Plain data, to be stored beside what was made of the events."""
 
     epoch: str
     """Of the log; another epoch is another history."""
-    seq: int
+    seq: Seq
     """Of the last event that was seen; 0: none."""
 
 
@@ -154,7 +156,7 @@ def outcome_of(ended: TurnEnded) -> Outcome:
     )
 
 
-class Conversation(Protocol):
+class Conversation(Verbs, Protocol):
     """See the module's docstring. Opened at its first use; `async with` is optional."""
 
     async def __aenter__(self) -> Self: ...
@@ -176,7 +178,7 @@ class Conversation(Protocol):
         ...
 
     async def send_message(
-        self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op_id: str | None = None
+        self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op_id: OpId | None = None
     ) -> Accepted:
         """Append a user message. An idle agent starts to work; a running one reads it before its next step.
 
@@ -191,7 +193,7 @@ class Conversation(Protocol):
         """
         ...
 
-    async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
+    async def run(self, timeout: Patience | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
         """Wait for the end of the turn; a paused, failed or limited one goes on.
 
         That the turn of your last message has failed is told first, however early it was; the next `run` goes on.
@@ -212,12 +214,12 @@ class Conversation(Protocol):
         """Ask the turn to stop before its next step; returns at once. `run` goes on."""
         ...
 
-    async def interrupt(self, reason: str = "") -> None:
+    async def interrupt(self, reason: Reason = "") -> None:
         """Stop the turn now: a model call is dropped, running tools are cancelled; returns when it has ended."""
         ...
 
     async def respond(
-        self, request_id: str, answer: Literal["approve", "reject"], *, reason: str = ""
+        self, request_id: Name, answer: Literal["approve", "reject"], *, reason: Comment = ""
     ) -> None:
         """Answer an approval. The first answer counts.
 
@@ -226,7 +228,7 @@ class Conversation(Protocol):
         """
         ...
 
-    def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
+    def events(self, since: Cursor | Seq = 0, follow: bool = False) -> AsyncIterator[Event]:
         """Yield the events after `since` in order; with `follow` go on with new ones until the conversation closes.
 
         Raises:
@@ -242,7 +244,7 @@ class Conversation(Protocol):
         """Return what was consumed so far."""
         ...
 
-    async def update_secrets(self, secrets: dict[str, str]) -> None:
+    async def update_secrets(self, secrets: Secrets) -> None:
         """Set secrets: environment variables of the agent's terminal, masked in what tools return. Never in the log."""
         ...
 
@@ -254,7 +256,7 @@ class Conversation(Protocol):
         """Use another model from the next model call on."""
         ...
 
-    async def set_title(self, title: str | None = None, *, tags: dict[str, str] | None = None) -> None:
+    async def set_title(self, title: Title | None = None, *, tags: Tags | None = None) -> None:
         """Name the conversation; tags are merged."""
         ...
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 from msgspec import Struct
 
 from agent_sdk.protocol import specs
+from agent_sdk.protocol.checks import flaw
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.specs import AgentSpec, Model
 from agent_sdk.tools import FunctionTool
@@ -59,12 +60,19 @@ class Agent(Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise InvalidParams(f"{name}: expected {wanted}, got {value!r:.64}", field=name)
+        if wrong := flaw(self.instructions):
+            raise InvalidParams(f"instructions: {wrong}, got {self.instructions!r:.64}", field="instructions")
         seen: set[str] = set()
         entries: Sequence[object] = self.tools
         for entry in entries:
             if not isinstance(entry, str | FunctionTool):
                 wanted = "expected names of tools and functions made with @tool"
                 raise InvalidParams(f"tools: {wanted}, got {entry!r:.64}", field="tools")
+            if isinstance(entry, str) and entry not in DEFAULT_TOOLS:
+                known = (
+                    f"the built-in ones are {', '.join(DEFAULT_TOOLS)}, others are functions made with @tool"
+                )
+                raise InvalidParams(f"tools: there is no tool {entry[:64]!r}; {known}", field="tools")
             name = entry if isinstance(entry, str) else entry.spec.name
             if name in seen:
                 raise InvalidParams(f"tools: there are two tools called {name!r}; rename one", field="tools")

@@ -42,8 +42,6 @@ PERMISSIONS = 0o777
 _NO_TMPFILE = (None, errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
 """What a system says that has no files without a name; None: Python knows of none."""
 
-LocalPath = str | PathLike[str]
-"""Of this machine."""
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agent_sdk.protocol import specs
+from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.specs import Call, Calls, Fail, Hang, Say, Step
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 
+@checked
 def ScriptedLLM(
     steps: Sequence[Step] = (), *, repeat: bool = False, model: str = "scripted"
 ) -> specs.ScriptedLLM:

@@ -12,6 +12,8 @@ import msgspec
 from msgspec import Struct
 
 from agent_sdk.callbacks import is_cancelled
+from agent_sdk.protocol.arguments import ToolName
+from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.workspace import Workspace
@@ -104,11 +106,12 @@ class Resumable(Protocol):
 class FunctionTool(Generic[P, R]):
     """A Python function as a tool; made by `@tool`, still callable as before, with the same type."""
 
+    @checked
     def __init__(
         self,
         function: Callable[P, R],
         *,
-        name: str | None = None,
+        name: ToolName | None = None,
         read_only: bool = False,
         idempotent: bool = False,
     ) -> None:
@@ -178,7 +181,7 @@ def tool(
     function: Callable[P, R] | None = None,
     /,
     *,
-    name: str | None = None,
+    name: ToolName | None = None,
     read_only: bool = False,
     idempotent: bool = False,
 ) -> FunctionTool[P, R] | Callable[[Callable[P, R]], FunctionTool[P, R]]:

@@ -13,7 +13,9 @@ from typing import Literal, Protocol, Self
 
 from msgspec import Struct
 
-from agent_sdk.disk import LocalPath, OnProgress
+from agent_sdk.disk import OnProgress
+from agent_sdk.protocol.arguments import Cells, Count, Depth, Limit, LocalPath, Mode, Name, OpId, Path, Until
+from agent_sdk.protocol.checks import OsText, Verbs
 from agent_sdk.protocol.errors import LimitExceeded, ProcessNotFound
 from agent_sdk.protocol.results import (
     Exit,
@@ -52,8 +54,6 @@ OnOutput = Callable[[OutputName, bytes], Awaitable[None] | None]
 HEAD_BYTES = 64 << 10
 TAIL_BYTES = 1 << 20
 SPOOL_BYTES = 256 << 20
-UNTIL_BYTES = 1024
-"""The longest text that a shell can be asked to wait for."""
 KILL_GRACE_SECONDS = 5.0
 
 
@@ -186,7 +186,7 @@ class FileStream(Protocol):
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
 
-class Process(Protocol):
+class Process(Verbs, Protocol):
     """A started process. It goes on when nobody listens; output is kept and read by offset."""
 
     @property
@@ -207,7 +207,7 @@ class Process(Protocol):
         ...
 
     def output(
-        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
+        self, since: Count = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncIterator[bytes]:
         """Yield its output in order from byte `since`, to its end or (without follow) to what there is.
 
@@ -217,7 +217,7 @@ class Process(Protocol):
         ...
 
     def chunks(
-        self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
+        self, since: Count = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncIterator[tuple[int, bytes]]:
         """Yield like `output`, each piece with its offset, which shows where a gap is."""
         ...
@@ -231,11 +231,11 @@ class Process(Protocol):
         """
         ...
 
-    async def resize(self, *, rows: int, cols: int) -> None:
+    async def resize(self, *, rows: Cells, cols: Cells) -> None:
         """Set the size of its terminal, 1..65535 each."""
         ...
 
-    async def wait(self, timeout: float | None = None) -> Exit:
+    async def wait(self, timeout: Limit | None = None) -> Exit:
         """Wait for its end; cancelling ends the waiting only.
 
         Raises:
@@ -244,17 +244,17 @@ class Process(Protocol):
         ...
 
 
-class Shell(Protocol):
+class Shell(Verbs, Protocol):
     """A persistent bash in a terminal: folder, variables, functions and jobs stay between commands."""
 
     async def run(
         self,
-        command: str,
+        command: OsText,
         *,
-        timeout: float | None = None,
-        quiet: float | None = 30.0,
-        until: bytes | None = None,
-        op_id: str | None = None,
+        timeout: Limit | None = None,
+        quiet: Limit | None = 30.0,
+        until: Until | None = None,
+        op_id: OpId | None = None,
     ) -> ShellResult:
         """Run one command (any bash text) and wait until it ends, is quiet, or the time is over.
 
@@ -270,10 +270,10 @@ class Shell(Protocol):
         data: bytes,
         *,
         enter: bool | None = False,
-        timeout: float | None = None,
-        quiet: float | None = 30.0,
-        until: bytes | None = None,
-        op_id: str | None = None,
+        timeout: Limit | None = None,
+        quiet: Limit | None = 30.0,
+        until: Until | None = None,
+        op_id: OpId | None = None,
     ) -> ShellResult:
         """Type exactly these bytes into the running command (empty: only look), then wait like `run`.
 
@@ -286,31 +286,31 @@ class Shell(Protocol):
         """
         ...
 
-    async def close(self, *, op_id: str | None = None) -> None:
+    async def close(self, *, op_id: OpId | None = None) -> None:
         """End the shell with all it runs and forget it; its next use begins anew, in the working folder."""
         ...
 
-    async def reset(self, *, op_id: str | None = None) -> None:
+    async def reset(self, *, op_id: OpId | None = None) -> None:
         """End the shell with all it runs and start a fresh one in the working folder."""
         ...
 
 
-class Files(Protocol):
+class Files(Verbs, Protocol):
     """The files of a workspace. Every path is confined to the root, symlinks included.
 
     All methods raise PathNotFound, OutsideWorkspace, PathDenied, NotARegularFile, IsADirectory,
     NotADirectory or InvalidParams (empty, NUL, longer than 4096 bytes) as the path deserves.
     """
 
-    async def read(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
+    async def read(self, path: Path, *, offset: Count = 0, limit: Count | None = None) -> bytes:
         """Return the bytes of a regular file, at most 64 MiB (LimitExceeded)."""
         ...
 
-    async def write(self, path: str, data: bytes, *, mode: int | None = None) -> Transferred:
+    async def write(self, path: Path, data: bytes, *, mode: Mode | None = None) -> Transferred:
         """Replace a file as a whole or not at all; parents are made; an existing file keeps its mode."""
         ...
 
-    async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
+    async def list(self, path: Path = ".", *, depth: Depth = 1, hidden: bool = True) -> list[FileInfo]:
         """Return what is in a folder, sorted by path, down to `depth` levels.
 
         Raises:
@@ -318,27 +318,27 @@ class Files(Protocol):
         """
         ...
 
-    async def stat(self, path: str) -> FileInfo:
+    async def stat(self, path: Path) -> FileInfo:
         """Describe a path; a symlink itself, not its target."""
         ...
 
-    async def remove(self, path: str, *, recursive: bool = False) -> None:
+    async def remove(self, path: Path, *, recursive: bool = False) -> None:
         """Remove a file, a symlink, or a folder (with its content only when `recursive`)."""
         ...
 
-    async def move(self, source: str, target: str) -> None:
+    async def move(self, source: Path, target: Path) -> None:
         """Rename, replacing an existing file; parents of the target are made."""
         ...
 
-    async def mkdir(self, path: str) -> None:
+    async def mkdir(self, path: Path) -> None:
         """Make a folder and its parents; an existing one is fine."""
         ...
 
 
-class Git(Protocol):
+class Git(Verbs, Protocol):
     """The git repository in a workspace folder."""
 
-    async def changes(self, path: str = ".", *, base: str | None = None) -> list[GitChange]:
+    async def changes(self, path: Path = ".", *, base: OsText | None = None) -> list[GitChange]:
         """Return what differs from `base` (None: HEAD, or nothing without a commit), untracked included.
 
         Raises:
@@ -346,12 +346,12 @@ class Git(Protocol):
         """
         ...
 
-    async def diff(self, path: str = ".", *, base: str | None = None) -> str:
+    async def diff(self, path: Path = ".", *, base: OsText | None = None) -> str:
         """Return the unified diff of a file or folder against `base`, at most 1 MiB of text."""
         ...
 
 
-class Workspace(Protocol):
+class Workspace(Verbs, Protocol):
     """See the module's docstring. Enter it with `async with`; leaving ends everything that runs in it."""
 
     async def __aenter__(self) -> Self: ...
@@ -374,17 +374,17 @@ class Workspace(Protocol):
 
     async def execute(
         self,
-        command: str | list[str],
+        command: OsText | list[OsText],
         *,
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
+        cwd: OsText | None = None,
+        env: Mapping[OsText, OsText] | None = None,
         stdin: bytes | str | None = None,
-        timeout: float | None = None,
-        yield_after: float | None = None,
+        timeout: Limit | None = None,
+        yield_after: Limit | None = None,
         on_output: OnOutput | None = None,
         merge: bool = False,
-        op_id: str | None = None,
-        user: str | None = None,
+        op_id: OpId | None = None,
+        user: OsText | None = None,
     ) -> ExecResult:
         """Run a command and wait for its end; cancelling ends the whole process tree (TERM, after 5 s KILL).
 
@@ -412,16 +412,16 @@ class Workspace(Protocol):
 
     async def start(
         self,
-        command: str | list[str],
+        command: OsText | list[OsText],
         *,
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
+        cwd: OsText | None = None,
+        env: Mapping[OsText, OsText] | None = None,
         pty: bool = False,
-        rows: int = 24,
-        cols: int = 80,
-        timeout: float | None = None,
-        op_id: str | None = None,
-        user: str | None = None,
+        rows: Cells = 24,
+        cols: Cells = 80,
+        timeout: Limit | None = None,
+        op_id: OpId | None = None,
+        user: OsText | None = None,
     ) -> Process:
         """Start a command and return at once; it runs until it or the workspace ends. `op_id`, `user`: see `execute`.
 
@@ -438,17 +438,17 @@ class Workspace(Protocol):
         """Return the process with this id; whether it exists shows at the first use."""
         ...
 
-    def shell(self, name: str = "default") -> Shell:
+    def shell(self, name: Name = "default") -> Shell:
         """Return the persistent shell of this name; it starts at its first use."""
         ...
 
     async def upload(
         self,
         source: LocalPath,
-        target: str,
+        target: Path,
         *,
         on_progress: OnProgress | None = None,
-        op_id: str | None = None,
+        op_id: OpId | None = None,
     ) -> Transferred:
         """Copy a file of this machine into the workspace: whole and verified, or not at all.
 
@@ -462,12 +462,12 @@ class Workspace(Protocol):
         ...
 
     async def download(
-        self, source: str, target: LocalPath, *, on_progress: OnProgress | None = None
+        self, source: Path, target: LocalPath, *, on_progress: OnProgress | None = None
     ) -> Transferred:
         """Copy a file of the workspace to this machine; the mirror image of `upload`."""
         ...
 
-    async def upload_dir(self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()) -> Transferred:
+    async def upload_dir(self, local: LocalPath, remote: Path, *, exclude: Sequence[str] = ()) -> Transferred:
         """Copy what is in a folder of this machine into one of the workspace, as one stream; see folders.py.
 
         `exclude`: patterns (`.git`, `*.pyc`, `build/*`) of names, or with a `/` of paths in the folder.
@@ -475,13 +475,13 @@ class Workspace(Protocol):
         ...
 
     async def download_dir(
-        self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()
+        self, local: LocalPath, remote: Path, *, exclude: Sequence[str] = ()
     ) -> Transferred:
         """Copy what is in a folder of the workspace into one of this machine; the mirror image of `upload_dir`."""
         ...
 
     def read_stream(
-        self, path: str, *, offset: int = 0, length: int | None = None
+        self, path: Path, *, offset: Count = 0, length: Count | None = None
     ) -> AbstractAsyncContextManager[FileStream]:
         """Open a regular file for reading in pieces of at most 64 KiB.
 
@@ -490,7 +490,7 @@ class Workspace(Protocol):
         ...
 
     async def write_stream(
-        self, path: str, chunks: AsyncIterable[bytes], *, size: int | None = None, mode: int | None = None
+        self, path: Path, chunks: AsyncIterable[bytes], *, size: Count | None = None, mode: Mode | None = None
     ) -> Transferred:
         """Write a file from pieces: temporary file, fsync, rename. An error leaves nothing behind.
 

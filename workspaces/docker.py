@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pathlib
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
-from msgspec import Meta
 
 from agent_sdk.ids import new_id
 from agent_sdk.local.environment import from_caller
-from agent_sdk.protocol.checks import checked
+from agent_sdk.protocol.arguments import Gpus, Heartbeat, Label, Limit, Name, Path, Platform, Port
+from agent_sdk.protocol.checks import OsText, checked
 from agent_sdk.protocol.errors import (
     AgentServerError,
     InvalidParams,
@@ -54,27 +54,27 @@ class DockerWorkspace(RemoteWorkspace):
     @checked
     def __init__(
         self,
-        server_image: str = "agent-server:latest",
+        server_image: Label = "agent-server:latest",
         *,
-        host_port: int | None = None,
-        volumes: Iterable[str] = (),
-        env: Mapping[str, str] | None = None,
-        forward_env: Iterable[str] = (),
-        network: str | None = None,
-        platform: str | None = None,
-        gpus: str | None = None,
+        host_port: Port | None = None,
+        volumes: Iterable[OsText] = (),
+        env: Mapping[OsText, OsText] | None = None,
+        forward_env: Iterable[OsText] = (),
+        network: Label | None = None,
+        platform: Platform | None = None,
+        gpus: Gpus | None = None,
         memory: str | None = None,
         cpus: float | None = None,
         pids: int | None = None,
-        ports: Iterable[int] = (),
+        ports: Iterable[Port] = (),
         name: str | None = None,
         keep: bool = False,
         pull: Literal["missing", "always", "never"] = "missing",
-        startup_timeout: Annotated[float, Meta(gt=0)] = 120.0,
-        docker_url: str | None = None,
-        working_dir: str | None = None,
-        conversation: str | None = None,
-        heartbeat: float = HEARTBEAT_SECONDS,
+        startup_timeout: Limit = 120.0,
+        docker_url: OsText | None = None,
+        working_dir: Path | None = None,
+        conversation: Name | None = None,
+        heartbeat: Heartbeat = HEARTBEAT_SECONDS,
         on_connection: OnConnection | None = None,
         on_progress: OnProgress | None = None,
         on_log: OnLog | None = None,
@@ -111,13 +111,14 @@ class DockerWorkspace(RemoteWorkspace):
             InvalidParams: something of it makes no sense, or contradicts something else.
         """
         super().__init__(
-            f"docker:{server_image}",
+            "unix:///",
             working_dir=working_dir or (WORKING_DIR if conversation is None else None),
             conversation=conversation,
             connect_timeout=startup_timeout,
             heartbeat=heartbeat,
             on_connection=on_connection,
         )
+        self._target = msgspec.structs.replace(self._target, url=f"docker:{server_image}")
         if keep and name is None:
             raise InvalidParams("keep: a container that is kept needs a name, by which it is found again")
         self._spec = ServerSpec(
@@ -176,7 +177,7 @@ class DockerWorkspace(RemoteWorkspace):
         """Name of the container; None before it was entered."""
         return self._container.name if self._container is not None else None
 
-    async def port_url(self, port: int) -> str:
+    async def port_url(self, port: Port) -> str:
         """Return where one of the further `ports` is reached, as a URL.
 
         Raises:
@@ -317,7 +318,7 @@ class DockerWorkspace(RemoteWorkspace):
 
 
 def _owner(volume: Volume) -> int:
-    path = Path(volume.source)
+    path = pathlib.Path(volume.source)
     try:
         found = path.stat()
     except FileNotFoundError:

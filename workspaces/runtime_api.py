@@ -7,15 +7,16 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from ssl import SSLContext
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import msgspec
-from msgspec import Meta
 
 from agent_sdk.ids import new_id
 from agent_sdk.local.environment import from_caller, packed
-from agent_sdk.protocol.checks import checked
+from agent_sdk.protocol.arguments import Heartbeat, Label, Limit, Name, Path, Patience
+from agent_sdk.protocol.checks import OsText, checked
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, RemoteApiError
+from agent_sdk.remote.address import checked_url
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink
 from agent_sdk.remote.workspace import RemoteWorkspace
@@ -64,23 +65,23 @@ class APIRemoteWorkspace(RemoteWorkspace):
         self,
         runtime_api_url: str,
         runtime_api_key: str,
-        server_image: str,
+        server_image: Label,
         *,
         ssl: SSLContext | None = None,
-        session_id: str | None = None,
+        session_id: Label | None = None,
         resource_factor: int = 1,
-        runtime_class: str | None = None,
+        runtime_class: Label | None = None,
         image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent",
-        env: Mapping[str, str] | None = None,
-        forward_env: Iterable[str] = (),
+        env: Mapping[OsText, OsText] | None = None,
+        forward_env: Iterable[OsText] = (),
         keep_alive: bool = False,
         pause_on_close: bool = False,
-        startup_timeout: Annotated[float, Meta(gt=0)] = 300.0,
-        connect_timeout: float = 30.0,
-        api_timeout: float = 60.0,
-        working_dir: str | None = None,
-        conversation: str | None = None,
-        heartbeat: float = HEARTBEAT_SECONDS,
+        startup_timeout: Limit = 300.0,
+        connect_timeout: Patience = 30.0,
+        api_timeout: Limit = 60.0,
+        working_dir: Path | None = None,
+        conversation: Name | None = None,
+        heartbeat: Heartbeat = HEARTBEAT_SECONDS,
         on_connection: OnConnection | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
@@ -109,7 +110,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
             InvalidParams: something of it makes no sense.
         """
         super().__init__(
-            runtime_api_url,
+            checked_url(runtime_api_url, "runtime_api_url"),
             ssl=ssl,
             working_dir=working_dir,
             conversation=conversation,

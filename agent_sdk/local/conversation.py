@@ -7,7 +7,6 @@ the log that of fold and history. This file opens and closes, and turns verbs in
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from os import PathLike
@@ -20,6 +19,7 @@ from agent_sdk.agent.place import Place
 from agent_sdk.conversation import (
     Accepted,
     Callback,
+    Conversation,
     Cursor,
     OnDelta,
     OnWaiting,
@@ -37,8 +37,9 @@ from agent_sdk.local.opened import Opened, open_conversation
 from agent_sdk.local.receipts import answering, check_text, operation, receipt, remembered
 from agent_sdk.local.settings import Settings
 from agent_sdk.local.turns import Left
-from agent_sdk.protocol.checks import checked_verbs
-from agent_sdk.protocol.errors import HistoryLost, InvalidParams, RequestNotFound, StateConflict, draining
+from agent_sdk.protocol.arguments import Name
+from agent_sdk.protocol.checks import checked
+from agent_sdk.protocol.errors import HistoryLost, RequestNotFound, StateConflict, draining
 from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
 from agent_sdk.protocol.methods import Done, RunAnswer, SendMessage
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
@@ -48,19 +49,20 @@ FILE_NAME = "conversations.sqlite"
 
 T = TypeVar("T")
 
-_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 
-
-@checked_verbs
-class LocalConversation:
+class LocalConversation(Conversation):
     """See conversation.Conversation. Use it from one event loop."""
 
+    id: str = ""
+    """See Conversation.id."""
+
+    @checked
     def __init__(
         self,
         agent: Agent | AgentSpec | None,
         workspace: Workspace | str | PathLike[str] = ".",
         *,
-        id: str | None = None,
+        id: Name | None = None,
         callbacks: Sequence[Callback] = (),
         on_delta: OnDelta | None = None,
         persistence_dir: str | PathLike[str] | None = None,
@@ -94,10 +96,7 @@ class LocalConversation:
         Raises:
             InvalidParams: the id is not acceptable.
         """
-        if id is not None and not _ID.match(id):
-            raise InvalidParams("id: it is 1 to 64 letters, digits, '_', '.' and '-'")
         self.id = id or new_id()
-        """See Conversation.id."""
         self._place = workspace
         self._log = log if persistence_dir is None else Path(persistence_dir) / FILE_NAME
         self._configuration = Configuration(

@@ -12,11 +12,12 @@ from agent_sdk.local import entries
 from agent_sdk.local.paths import Root
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.results import FileInfo, Transferred
+from agent_sdk.workspace import Files
 
 _LARGEST = 2**63 - 1
 
 
-class LocalFiles:
+class LocalFiles(Files):
     """Implements `workspace.Files`; also what the byte streams of the workspace are made of."""
 
     def __init__(self, root: Root) -> None:

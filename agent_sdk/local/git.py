@@ -29,6 +29,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.results import GitChange
+from agent_sdk.workspace import Git
 
 DIFF_BYTES = 1 << 20
 UNTRACKED_SHOWN = 100
@@ -64,7 +65,7 @@ RunGit = Callable[[list[str], str, dict[str, str], int], Awaitable[tuple[int | N
 """Runs arguments in a folder with more environment; gives exit code, output (cut after a limit), complaints."""
 
 
-class LocalGit:
+class LocalGit(Git):
     """Implements `workspace.Git`."""
 
     def __init__(

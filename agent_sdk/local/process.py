@@ -13,15 +13,15 @@ from agent_sdk.local.feed import Feed
 from agent_sdk.local.processes import Processes
 from agent_sdk.local.running import Running
 from agent_sdk.local.terminal import resize
-from agent_sdk.protocol.errors import InvalidParams, ProcessNotFound, StateConflict, TimedOut
+from agent_sdk.protocol.errors import ProcessNotFound, StateConflict, TimedOut
 from agent_sdk.protocol.results import Exit
-from agent_sdk.workspace import OutputName
+from agent_sdk.workspace import OutputName, Process
 
 PIECE_BYTES = 256 << 10
 END_OF_FILE = b"\x04"
 
 
-class LocalProcess:
+class LocalProcess(Process):
     """Implements `workspace.Process`."""
 
     def __init__(self, processes: Processes, process_id: str) -> None:
@@ -81,10 +81,6 @@ class LocalProcess:
     ) -> AsyncGenerator[tuple[int, bytes], None]:
         """See Process.chunks; `until`: end with what there is when this is done, instead of with the process."""
         running = self._find()
-        if stream not in ("stdout", "stderr"):
-            raise InvalidParams(f"stream: stdout or stderr (got {stream!r:.40})")
-        if isinstance(since, bool) or not isinstance(since, int) or since < 0:
-            raise InvalidParams(f"since: a number of bytes, not negative (got {since!r:.40})")
         spool, over = running.spools.get(stream), until or running.child.over
         if spool is None:
             return

@@ -15,8 +15,8 @@ from agent_sdk.local.arguments import check_seconds, encode
 from agent_sdk.local.bash import Bash, Report, restoring
 from agent_sdk.local.processes import SPOOL_KEPT_BYTES
 from agent_sdk.local.spool import Spool
-from agent_sdk.protocol.errors import AgentServerError, InvalidParams, ProcessNotFound
-from agent_sdk.workspace import TAIL_BYTES, UNTIL_BYTES, Output, ShellResult
+from agent_sdk.protocol.errors import AgentServerError, ProcessNotFound
+from agent_sdk.workspace import TAIL_BYTES, Output, Shell, ShellResult
 
 OUTPUT_IN_MEMORY = 24_000
 """Longer outputs are in a file, too, because whoever reads the answer may not want all of it."""
@@ -28,7 +28,7 @@ Status = Literal["done", "quiet", "timeout", "busy", "ended", "said"]
 StartBash = Callable[[Callable[[bytes], bool], Callable[[Report], None]], Bash]
 
 
-class LocalShell:
+class LocalShell(Shell):
     """Implements `workspace.Shell`."""
 
     def __init__(
@@ -309,8 +309,6 @@ class _Sought:
     """What a caller waits for in the output; each byte is looked at once."""
 
     def __init__(self, text: bytes | None) -> None:
-        if text is not None and (not isinstance(text, bytes) or not 1 <= len(text) <= UNTIL_BYTES):
-            raise InvalidParams(f"until: 1..{UNTIL_BYTES} bytes (got {text!r:.40})")
         self._text = text
         self._from = 0
         self._seen = b""

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import sys
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from os import PathLike
 from typing import Any, Self
 
-from agent_sdk.disk import LocalPath, OnProgress, Progress, atomic_file, in_thread, open_source, path_error
+from agent_sdk.disk import OnProgress, Progress, atomic_file, in_thread, open_source, path_error
 from agent_sdk.folders import packed, unpacked
 from agent_sdk.limits import LimitWatch
 from agent_sdk.local.arguments import (
@@ -44,9 +42,9 @@ from agent_sdk.local.running import Running
 from agent_sdk.local.shell import LocalShell
 from agent_sdk.local.uploads import Uploads
 from agent_sdk.local.users import other_user
-from agent_sdk.protocol.checks import check_input, checked
+from agent_sdk.protocol.arguments import LocalPath
+from agent_sdk.protocol.checks import OsText, check_input, checked
 from agent_sdk.protocol.errors import (
-    InvalidParams,
     NotADirectory,
     OutsideWorkspace,
     PathNotFound,
@@ -55,9 +53,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.results import ProcessInfo, Transferred, WorkspaceInfo
-from agent_sdk.workspace import ExecResult, FileStream, OnOutput, Output
-
-_SHELL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+from agent_sdk.workspace import ExecResult, FileStream, OnOutput, Output, Workspace
 
 
 @dataclass
@@ -78,19 +74,19 @@ class _Open:
         return shells + sum(info.running for info in self.processes.infos())
 
 
-class LocalWorkspace:
+class LocalWorkspace(Workspace):
     """A folder of this machine. Enter it with `async with`; leaving ends all processes it started."""
 
     @checked
     def __init__(
         self,
-        dir: str | PathLike[str] = ".",
+        dir: LocalPath = ".",
         *,
-        working_dir: str | PathLike[str] | None = None,
+        working_dir: LocalPath | None = None,
         confined: bool = True,
-        spool_dir: str | PathLike[str] | None = None,
-        env: Mapping[str, str] | None = None,
-        spare_bash: Sequence[str] = (),
+        spool_dir: LocalPath | None = None,
+        env: Mapping[OsText, OsText] | None = None,
+        spare_bash: Sequence[OsText] = (),
         limits: LimitWatch | None = None,
         isolated: bool = False,
     ) -> None:
@@ -390,14 +386,8 @@ class LocalWorkspace:
         return LocalProcess(self._opened().processes, process_id)
 
     def shell(self, name: str = "default") -> LocalShell:
-        """See Workspace.shell.
-
-        Raises:
-            InvalidParams: the name is not 1..64 letters, digits, `_`, `.` or `-`.
-        """
+        """See Workspace.shell."""
         opened = self._opened()
-        if not _SHELL_NAME.fullmatch(name):
-            raise InvalidParams(f"name: 1..64 letters, digits, _ . or - (got {name!r:.80})")
         if name not in opened.shells:
             opened.shells[name] = LocalShell(name, opened.spool_folder, self._start_bash, self._limits)
         return opened.shells[name]

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import inspect
+import math
+import os
 import re
 from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from agent_sdk.protocol.errors import InvalidParams
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Test = Callable[[Any], bool]
 
 _UNSHOWN = ("api_key", "runtime_api_key", "headers", "env", "secrets")
 _WORDS = {"str": "text", "array": "a list", "object": "a dict", "null": "None", "PathLike": "a path"}
+
+
+class ForSystem:
+    """Marks text for the operating system, which takes bytes that are no UTF-8 (surrogate escapes), but no NUL."""
+
+
+OsText = Annotated[str, ForSystem]
 
 
 class Checked(Struct, frozen=True):
@@ -34,6 +44,8 @@ class Checked(Struct, frozen=True):
         for name, declared in _declared(type(self)):
             value = getattr(self, name)
             fitting = check(name, value, declared)
+            if wrong := flaw(value) or (_is_for_system(declared) and flaw(value, for_system=True)):
+                raise _refusal(name, "", value, wrong)
             if fitting is not value:
                 msgspec.structs.force_setattr(self, name, fitting)
 
@@ -50,7 +62,7 @@ def check(field: str, value: Any, declared: Any) -> Any:
         wanted, _, _ = str(exc).partition(", got ")
         place = re.search(r" - at `(.*)`", str(exc))
     wanted = wanted.partition(" - at ")[0].removeprefix("Expected ").replace("`", "").replace(" | ", " or ")
-    if wanted.startswith("Invalid enum value"):
+    if wanted.startswith("Invalid enum value") or "matching regex" in wanted:
         wanted = _said(declared)
     for word, better in _WORDS.items():
         wanted = re.sub(rf"\b{word}\b", better, wanted)
@@ -58,40 +70,51 @@ def check(field: str, value: Any, declared: Any) -> Any:
     raise _refusal(field, f"{wanted}{at}", value)
 
 
-def checked(function: Callable[P, T]) -> Callable[P, T]:
+def checked(function: Callable[P, T], contract: Callable[..., Any] | None = None) -> Callable[P, T]:
     """Decorate a function: its arguments are checked against their annotations when it is called.
 
-    What a type cannot be asked about at run time (a protocol, the arguments of a function) is let pass.
-    Called with a wrong one it raises InvalidParams, which names the argument, what is expected, and the value.
+    What a type cannot be asked about at run time (the arguments of a function) is let pass. Called with a wrong
+    value it raises InvalidParams, which names the argument, what is expected, and the value.
+
+    Args:
+        function: what is called.
+        contract: a function whose annotations count before its own.
     """
-    signature = inspect.signature(function)
 
     @wraps(function)
     def checking(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            given = signature.bind(*args, **kwargs).arguments
-        except TypeError:  # Python says it better, with the name of the function
-            return function(*args, **kwargs)
-        for name, value in given.items():
-            hint, kind = _hint(function, name), signature.parameters[name].kind
-            several = kind is inspect.Parameter.VAR_POSITIONAL
-            values = (
-                value if several else value.values() if kind is inspect.Parameter.VAR_KEYWORD else (value,)
-            )
-            for each in values:
-                if not _fits(each, hint):
-                    raise _refusal(name, _said(hint), each)
-        return function(*args, **kwargs)
+        positional, named, several, others = _rules(function, contract or function)
+        for (name, hint, fits), value in zip(positional, args, strict=False):
+            if fits is not None and not fits(value):
+                raise _refused(name, hint, value)
+        for name, value in kwargs.items():
+            name, hint, fits = named.get(name, others)
+            if fits is not None and not fits(value):
+                raise _refused(name, hint, value)
+        name, hint, fits = several
+        for value in args[len(positional) :]:
+            if fits is not None and not fits(value):
+                raise _refused(name, hint, value)
+        return function(*args, **kwargs)  # Python itself says best which are missing, or too many
 
     return checking
 
 
-def checked_verbs(kind: type[T]) -> type[T]:
-    """Decorate a class: the arguments of its public async methods are checked."""
-    for name, function in list(vars(kind).items()):
-        if inspect.iscoroutinefunction(function) and not name.startswith("_"):
-            setattr(kind, name, checked(function))
-    return kind
+class Verbs(Protocol):
+    """A contract that is checked: whoever inherits from it has the arguments of its public methods checked.
+
+    What the contract says of an argument counts; of what it does not have, the method itself.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if getattr(cls, "_is_protocol", False):
+            return
+        contracts = [vars(base) for base in cls.__mro__ if getattr(base, "_is_protocol", False)]
+        for name, function in list(vars(cls).items()):
+            if inspect.isfunction(function) and not name.startswith("_"):
+                contract = next((members[name] for members in contracts if name in members), None)
+                setattr(cls, name, checked(function, contract))
 
 
 def check_input(stdin: bytes | str | None) -> bytes:
@@ -113,12 +136,70 @@ def check_input(stdin: bytes | str | None) -> bytes:
     raise _refusal("stdin", "bytes or text", stdin)
 
 
-def _refusal(field: str, wanted: str, value: Any) -> InvalidParams:
+def flaw(value: Any, *, for_system: bool = False) -> str:
+    """Return what is wrong with texts and numbers in a value that nobody can send or store; empty: nothing."""
+    if isinstance(value, str):
+        if for_system and "\0" in value:
+            return "contains a NUL character"
+        try:
+            value.isascii() or value.encode("utf-8", "surrogateescape" if for_system else "strict")
+        except UnicodeEncodeError:
+            return "contains a lone surrogate, half a character, which UTF-8 cannot say"
+    elif isinstance(value, float):
+        return "" if math.isfinite(value) else "is no finite number"
+    elif isinstance(value, abc.Mapping | list | tuple | set | frozenset):
+        if isinstance(value, abc.Mapping):
+            parts = [*((key, key) for key in value), *value.items()]
+        else:
+            parts = list(enumerate(value))
+        wrongs = ((at, flaw(part, for_system=for_system)) for at, part in parts)
+        return next((f"{wrong} at [{at!r:.40}]" for at, wrong in wrongs if wrong), "")
+    return ""
+
+
+def _refused(field: str, hint: Any, value: Any) -> InvalidParams:
+    return _refusal(field, _said(hint), value, flaw(value, for_system=_is_for_system(hint)))
+
+
+def _refusal(field: str, wanted: str, value: Any, wrong: str = "") -> InvalidParams:
     given = type(value).__name__ if field in _UNSHOWN else f"{value!r:.64}"
-    return InvalidParams(f"{field}: expected {wanted}, got {given}", field=field)
+    return InvalidParams(f"{field}: {wrong or f'expected {wanted}'}, got {given}", field=field)
+
+
+def _is_for_system(hint: Any) -> bool:
+    return hint is ForSystem or any(map(_is_for_system, get_args(hint)))
+
+
+_Rule = tuple[str, Any, Test | None]
+"""Of an argument: its name, its type, and what tells whether a value is of it; None: every value is."""
 
 
 @cache
+def _rules(
+    function: Callable[..., Any], contract: Callable[..., Any]
+) -> tuple[list[_Rule], dict[str, _Rule], _Rule, _Rule]:
+    """Of the arguments by position, of those by name, of `*args`, of `**kwargs`."""
+    positional: list[_Rule] = []
+    named: dict[str, _Rule] = {}
+    several: _Rule = ("", Any, None)
+    others: _Rule = several
+    known = inspect.signature(contract).parameters
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = _hint(contract if name in known else function, name)
+        rule: _Rule = (name, hint, _test(hint))
+        match parameter.kind:
+            case parameter.VAR_POSITIONAL:
+                several = rule
+            case parameter.VAR_KEYWORD:
+                others = rule
+            case parameter.KEYWORD_ONLY:
+                named[name] = rule
+            case _:
+                positional.append(rule)
+                named[name] = rule
+    return positional, named, several, others
+
+
 def _hint(function: Callable[..., Any], name: str) -> Any:
     annotation = inspect.signature(function).parameters[name].annotation
     if not isinstance(annotation, str):
@@ -129,59 +210,111 @@ def _hint(function: Callable[..., Any], name: str) -> Any:
         return Any
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _test(hint: Any) -> Test | None:
+    """Return what tells whether a value is of a type; None: it cannot be asked about."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
     if origin is Annotated:
-        return _fits(value, args[0]) and _within(value, hint)
+        return _limited(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in args)
+        return _either([_test(each) for each in args])
     if origin is Literal:
-        return any(value == each and type(value) is type(each) for each in args)
+        return lambda value: any(value == each and type(value) is type(each) for each in args)
     if origin is abc.Callable:
-        return callable(value)
+        return callable
     kind = origin or hint
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
     if kind is None:
-        return value is None
-    if not isinstance(kind, type):
-        return True
+        return lambda value: value is None
+    if kind in (Any, object) or not isinstance(kind, type):
+        return None
     if getattr(kind, "_is_protocol", False):
-        return all(hasattr(type(value), name) for name in vars(kind) if not name.startswith("_"))
-    if isinstance(value, str | bytes) and kind not in (str, bytes, object):
-        return False  # a text is no list of texts
-    if not isinstance(value, kind):
-        return False
-    if isinstance(value, abc.Mapping):
-        return (
-            all(_fits(key, args[0]) and _fits(item, args[1]) for key, item in value.items()) if args else True
-        )
-    if isinstance(value, list | tuple | set | frozenset) and args:
-        return all(_fits(item, args[0]) for item in value)
-    return True
+        names = [name for name in vars(kind) if not name.startswith("_")]
+        return lambda value: all(hasattr(type(value), name) for name in names)
+    if kind in _TESTS:
+        return _TESTS[kind]
+    if issubclass(kind, os.PathLike):
+        return lambda value: isinstance(value, kind) and not flaw(os.fspath(value), for_system=True)
+    if issubclass(kind, abc.Iterable) and args:
+        return _container(kind, [_test(each) for each in args])
+    return lambda value: isinstance(value, kind)
 
 
-def _within(value: Any, hint: Any) -> bool:
-    try:
-        msgspec.convert(value, hint)
-    except msgspec.ValidationError:
-        return False
-    return True
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and (value.isascii() or not flaw(value))
+
+
+def _is_system_text(value: Any) -> bool:
+    return (
+        isinstance(value, str) and "\0" not in value and (value.isascii() or not flaw(value, for_system=True))
+    )
+
+
+_TESTS: dict[type, Test] = {
+    str: _is_text,
+    bytes: lambda value: isinstance(value, bytes | bytearray),
+    int: lambda value: isinstance(value, int) and not isinstance(value, bool),
+    float: lambda value: (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ),
+}
+
+
+def _either(tests: list[Test | None]) -> Test | None:
+    asked = [test for test in tests if test is not None]
+    if len(asked) < len(tests):
+        return None
+
+    return lambda value: any(test(value) for test in asked)
+
+
+def _limited(hint: Any) -> Test | None:
+    kind, *marks = get_args(hint)
+    fits = _is_system_text if ForSystem in marks else _test(kind)
+    if fits is None or not any(isinstance(mark, Meta) for mark in marks):
+        return fits
+
+    def within(value: Any) -> bool:
+        try:
+            msgspec.convert(value, hint)
+        except msgspec.ValidationError:
+            return False
+        return True
+
+    return lambda value: fits(value) and within(value)
+
+
+def _container(kind: type, tests: list[Test | None]) -> Test:
+    kinds = (list, tuple) if kind in (list, tuple) else (kind,)
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, str | bytes) or not isinstance(value, kinds):
+            return False  # a text is no list of texts
+        if isinstance(value, abc.Mapping) and len(tests) != 2:
+            return False
+        if isinstance(value, abc.Mapping):
+            columns: Iterable[Iterable[Any]] = (value.keys(), value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            columns = (value,)
+        else:
+            return True  # looked at when it is used up
+        pairs = zip(tests, columns, strict=False)
+        return all(test is None or all(map(test, items)) for test, items in pairs)
+
+    return fits
 
 
 def _said(hint: Any) -> str:
     """The type in words: `text or None`, `one of 'a', 'b'`."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        limits = [meta for meta in args[1:] if isinstance(meta, msgspec.Meta)]
-        bounds = [f">= {meta.ge}" for meta in limits if meta.ge is not None]
-        bounds += [f"> {meta.gt}" for meta in limits if meta.gt is not None]
-        bounds += [f"<= {meta.le}" for meta in limits if meta.le is not None]
-        return " ".join([_said(args[0]), " and ".join(bounds)]).strip()
+        limits = [meta for meta in args[1:] if isinstance(meta, Meta)]
+        bounds = [
+            f"{sign} {getattr(meta, name)}"
+            for meta in limits
+            for name, sign in _SIGNS
+            if getattr(meta, name) is not None
+        ]
+        said = [meta.description for meta in limits if meta.description is not None]
+        return said[0] if said else " ".join([_said(args[0]), " and ".join(bounds)]).strip()
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(_said(each) for each in args))
     if origin is Literal:
@@ -198,6 +331,9 @@ def _said(hint: Any) -> str:
         return f"a list of {items}" if items else "a list"
     name = getattr(kind, "__name__", str(kind))
     return _WORDS.get(name, name)
+
+
+_SIGNS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 
 
 @cache

@@ -8,7 +8,22 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
-from agent_sdk.protocol.checks import Checked
+from agent_sdk.protocol.arguments import (
+    ApiKey,
+    Folder,
+    Gpus,
+    Header,
+    HeaderName,
+    Label,
+    Limit,
+    Mount,
+    Name,
+    Platform,
+    ToolName,
+    User,
+    Variable,
+)
+from agent_sdk.protocol.checks import Checked, OsText
 from agent_sdk.protocol.errors import InvalidParams
 
 PROTOCOL_VERSION = 1
@@ -24,7 +39,7 @@ class LLM(Checked, frozen=True, kw_only=True, tag_field="kind", tag="llm", forbi
 
     model: Annotated[str, Meta(min_length=1)]
     """`provider/name`, e.g. `openai/gpt-5.5`, `anthropic/claude-sonnet-5`; the provider picks the wire format."""
-    api_key: str | None = None
+    api_key: ApiKey | None = None
     """Sent to the provider only; never stored in the log, never shown by `repr`."""
     base_url: str | None = None
     """Replaces the provider's address, up to and including the version (`http://host/v1`)."""
@@ -32,11 +47,11 @@ class LLM(Checked, frozen=True, kw_only=True, tag_field="kind", tag="llm", forbi
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
     reasoning_effort: str | None = None
     stream: bool = True
-    timeout: Annotated[float, Meta(gt=0)] = 300.0
+    timeout: Limit = 300.0
     """Seconds without a byte from the provider until the call counts as failed."""
     retries: Annotated[int, Meta(ge=0, le=20)] = 5
     """Further tries after a retryable failure."""
-    headers: dict[str, str] = {}
+    headers: dict[HeaderName, Header] = {}
     input_cost: Annotated[float, Meta(ge=0)] | None = None
     """US dollars per million input tokens; None: unknown, cost is then not counted."""
     output_cost: Annotated[float, Meta(ge=0)] | None = None
@@ -124,10 +139,10 @@ class ScriptedLLM(
 Model = LLM | ScriptedLLM
 
 
-class ToolSpec(Struct, frozen=True, kw_only=True):
+class ToolSpec(Checked, frozen=True, kw_only=True):
     """What a model is told about a tool."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
+    name: ToolName
     description: str
     parameters: Json
     """JSON Schema of the arguments, an object."""
@@ -156,7 +171,7 @@ class Sandbox(Checked, frozen=True, forbid_unknown_fields=True):
     user 10001 without capabilities. Sizes are a number with a unit of `b`, `k`, `m`, `g` (powers of 1024).
     """
 
-    image: Annotated[str, Meta(min_length=1, max_length=512)]
+    image: Label
     """Any Linux image; nothing has to be installed in it."""
     cpus: Annotated[float, Meta(gt=0, le=1024)] = 1.0
     memory: str = "512m"
@@ -166,32 +181,32 @@ class Sandbox(Checked, frozen=True, forbid_unknown_fields=True):
     """Of the workspace; None: the server's default, where its machine can limit it. A size that cannot be
     enforced is refused."""
     network: Literal["none", "egress", "bridge"] = "none"
-    env: dict[str, str] = {}
+    env: dict[Variable, OsText] = {}
     """For its commands; they are not in the container's configuration."""
-    mounts: tuple[str, ...] = ()
+    mounts: tuple[Mount, ...] = ()
     """`/host/path:/path/in/it[:ro]`, below the folders the server allows."""
-    gpus: str | None = None
+    gpus: Gpus | None = None
     """`all`, a number, or ids separated by commas."""
     idle_ttl: Annotated[float, Meta(ge=1)] | None = None
     """Seconds without use until the container is stopped; its workspace stays, the next use starts it again.
     None: the server's `idle_seconds`."""
     runtime: Literal["runc", "runsc"] | None = None
     """None: what the server prefers. Another one is never taken in its place."""
-    platform: str | None = None
+    platform: Platform | None = None
     """E.g. `linux/amd64`; None: the engine's own."""
     pull: Literal["missing", "always", "never"] = "missing"
-    snapshot: str | None = None
+    snapshot: Name | None = None
     """Id of a snapshot whose content the workspace begins with."""
     tmp: str | None = None
     """Of `/tmp` and what else is writable but no workspace, together; it is empty at each start of the container.
     None: as much as the workspace."""
-    writable: tuple[str, ...] = ()
+    writable: tuple[Folder, ...] = ()
     """Further folders that commands may write, absolute; empty at each start of the container."""
     profile: Literal["locked", "task"] = "locked"
     """`task`: the root file system is that of the image and writable, commands begin in the image's working folder as
     its user, and may be run as others. What is written outside of `/workspace` goes with the container. The server has
     to allow it."""
-    user: Annotated[str, Meta(max_length=64)] | None = None
+    user: User | None = None
     """With `task`: root, or a user of the image by name or number. None: the image's own."""
 
     def __post_init__(self) -> None:

@@ -38,6 +38,17 @@ def checked_url(given: str, option: str = "url", schemes: tuple[str, ...] = ("ht
     return url.rstrip("/")
 
 
+def checked_address(given: str) -> str:
+    """Return the URL of a server, or of a box: `unix:///path`.
+
+    Raises:
+        InvalidParams: it is none.
+    """
+    if given.startswith("unix:///"):
+        return given
+    return checked_url(given, schemes=("http", "https", "unix"))
+
+
 def checked_key(given: str | None, option: str = "api_key") -> str | None:
     """Return the key without the spaces and line ends around it, which files and variables often have.
 

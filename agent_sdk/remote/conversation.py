@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from agent_sdk.conversation import (
     Accepted,
     Callback,
+    Conversation,
     Cursor,
     OnDelta,
     OnReset,
@@ -34,7 +35,6 @@ from agent_sdk.conversation import (
 from agent_sdk.definition import Agent
 from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol import events as event_types
-from agent_sdk.protocol.checks import checked_verbs
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -83,8 +83,7 @@ from agent_sdk.remote.workspace import RemoteWorkspace
 T = TypeVar("T")
 
 
-@checked_verbs
-class RemoteConversation:
+class RemoteConversation(Conversation):
     """See conversation.Conversation. The turn runs on the server and goes on when this end is gone.
 
     A connection that is lost is made again: calls under way are asked again and take effect once, events

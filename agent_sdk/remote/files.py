@@ -21,10 +21,10 @@ from agent_sdk.protocol.methods import (
 )
 from agent_sdk.remote.link import Link, ask, ask_page
 from agent_sdk.remote.transfers import NO_CHANNEL, Repeatable, incoming, outgoing
-from agent_sdk.workspace import FileInfo, GitChange, Transferred
+from agent_sdk.workspace import FileInfo, Files, Git, GitChange, Transferred
 
 
-class RemoteFiles:
+class RemoteFiles(Files):
     """See workspace.Files."""
 
     def __init__(self, link: Link) -> None:
@@ -86,7 +86,7 @@ class RemoteFiles:
         await ask(self._link, FilesMkdir(op_id=new_id(), path=path))
 
 
-class RemoteGit:
+class RemoteGit(Git):
     """See workspace.Git."""
 
     def __init__(self, link: Link) -> None:

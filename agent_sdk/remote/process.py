@@ -9,7 +9,7 @@ from contextlib import aclosing
 from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, TransferBroken
+from agent_sdk.protocol.errors import ConnectionLost, TransferBroken
 from agent_sdk.protocol.methods import (
     ProcessOutput,
     ProcessResize,
@@ -26,19 +26,24 @@ from agent_sdk.remote.streams import Collector, milliseconds, pass_failure, with
 from agent_sdk.remote.transfers import NO_CHANNEL
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteReader, Chunk
-from agent_sdk.workspace import UNTIL_BYTES, Exit, OutputName, ShellResult
+from agent_sdk.workspace import Exit, OutputName, Process, Shell, ShellResult
 
 
-class RemoteProcess:
+class RemoteProcess(Process):
     """See workspace.Process. All of it goes on over the next connection when one is lost."""
 
     def __init__(self, link: Link, process_id: str) -> None:
         self._link = link
-        self.id = process_id
+        self._id = process_id
         self._input = Feed(link, process_id)
 
     def __repr__(self) -> str:
         return f"<RemoteProcess {self.id}>"
+
+    @property
+    def id(self) -> str:
+        """See Process.id."""
+        return self._id
 
     async def write(self, data: bytes) -> None:
         """See Process.write. Cancelling may leave a part of `data` written."""
@@ -112,7 +117,7 @@ async def _chunks(peer: Peer, call: ProcessOutput) -> AsyncGenerator[Chunk, None
             await asyncio.gather(calling, return_exceptions=True)
 
 
-class RemoteShell:
+class RemoteShell(Shell):
     """See workspace.Shell."""
 
     def __init__(self, link: Link, name: str) -> None:
@@ -192,8 +197,6 @@ class RemoteShell:
 
 
 def _keys(until: bytes | None) -> str:
-    if until is not None and not 1 <= len(until) <= UNTIL_BYTES:
-        raise InvalidParams(f"until: 1..{UNTIL_BYTES} bytes (got {len(until)})")
     return (until or b"").decode("latin-1")
 
 

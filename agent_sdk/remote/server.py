@@ -12,6 +12,8 @@ from msgspec import Struct
 
 from agent_sdk.ids import new_id
 from agent_sdk.outbound import proxy_for, trusted
+from agent_sdk.protocol.arguments import Name, Page
+from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import ErrorObject, from_wire
 from agent_sdk.protocol.results import Snapshot, State
 from agent_sdk.remote.address import checked_key, checked_trust, checked_url
@@ -27,6 +29,7 @@ class _Answer(Struct):
 class AgentServer:
     """One server. Each call is one request, and leaves no connection."""
 
+    @checked
     def __init__(self, url: str, api_key: str | None = None, *, ssl: SSLContext | None = None) -> None:
         """Say where it is; nothing is sent yet.
 
@@ -45,12 +48,13 @@ class AgentServer:
     def __repr__(self) -> str:
         return f"<AgentServer {self.url}>"
 
+    @checked
     async def conversations(
         self,
         tags: Mapping[str, str] | None = None,
         state: State | None = None,
-        limit: int = 100,
-        before: str | None = None,
+        limit: Page = 100,
+        before: Name | None = None,
     ) -> list[Snapshot]:
         """Return a page of its conversations, newest first.
 
@@ -72,7 +76,8 @@ class AgentServer:
         found: list[Snapshot] = await self._ask("GET", "/v1/conversations", list[Snapshot], params=query)
         return found
 
-    async def delete(self, id: str, *, unless_busy: bool = False) -> None:
+    @checked
+    async def delete(self, id: Name, *, unless_busy: bool = False) -> None:
         """Remove a conversation with its log and its workspace (not a `working_dir`), whatever it does.
 
         Args:

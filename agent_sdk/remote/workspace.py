@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from msgspec.structs import replace
 
-from agent_sdk.disk import LocalPath, OnProgress, Progress, atomic_file, open_source
+from agent_sdk.disk import OnProgress, Progress, atomic_file, open_source
 from agent_sdk.folders import packed, unpacked
 from agent_sdk.ids import new_id, op_id_or_new
+from agent_sdk.protocol.arguments import Heartbeat, LocalPath, Name, Path, Patience
 from agent_sdk.protocol.checks import check_input, checked
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -43,7 +44,7 @@ from agent_sdk.protocol.methods import (
     Upload,
 )
 from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
-from agent_sdk.remote.address import checked_key, checked_trust
+from agent_sdk.remote.address import checked_address, checked_key, checked_trust
 from agent_sdk.remote.command import Command
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.files import RemoteFiles, RemoteGit
@@ -59,6 +60,7 @@ from agent_sdk.workspace import (
     Process,
     ProcessInfo,
     Transferred,
+    Workspace,
     WorkspaceInfo,
 )
 
@@ -68,7 +70,7 @@ if TYPE_CHECKING:
 Closing = Callable[[], Awaitable[None]]
 
 
-class RemoteWorkspace:
+class RemoteWorkspace(Workspace):
     """A workspace on an agent server, or behind any link to something that serves one.
 
     Entering connects: the server makes a workspace and a conversation for it. One connection serves
@@ -84,11 +86,11 @@ class RemoteWorkspace:
         *,
         ssl: SSLContext | None = None,
         sandbox: Sandbox | None = None,
-        working_dir: str | None = None,
-        conversation: str | None = None,
-        connect_timeout: float | None = 5.0,
-        reconnect_timeout: float | None = None,
-        heartbeat: float = HEARTBEAT_SECONDS,
+        working_dir: Path | None = None,
+        conversation: Name | None = None,
+        connect_timeout: Patience | None = 5.0,
+        reconnect_timeout: Patience | None = None,
+        heartbeat: Heartbeat = HEARTBEAT_SECONDS,
         on_connection: OnConnection | None = None,
     ) -> None:
         """Describe it; nothing is reached before `async with`.
@@ -117,7 +119,7 @@ class RemoteWorkspace:
             )
         spec = WorkspaceSpec(sandbox=sandbox, working_dir=working_dir)
         self._target = Target(
-            url=url,
+            url=checked_address(url),
             api_key=checked_key(api_key),
             ssl=checked_trust(ssl),
             conversation=conversation or new_id(),
@@ -137,7 +139,8 @@ class RemoteWorkspace:
     @classmethod
     def over(cls, link: Link) -> Self:
         """Return the workspace that is served at the other end of this link, which stays the caller's."""
-        workspace = cls("")
+        workspace = cls("unix:///")
+        workspace._target = replace(workspace._target, url="")
         workspace._link = link
         return workspace
 

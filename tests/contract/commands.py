@@ -323,7 +323,7 @@ class CommandContract:
         [
             ([], "argv"),
             ([""], "argv"),
-            (["echo", "a\0b"], r"argv\[1\]"),
+            (["echo", "a\0b"], r"command: contains a NUL character at \[1\]"),
             (["echo", "a", "b", "x" * 131_072], r"argv(\[3\])?"),
             (["echo"] * 4097, "argv"),
         ],

@@ -55,11 +55,11 @@ class RepeatContract:
     )
     async def test_an_op_id_that_is_no_uuid_is_refused(self, workspace, tmp_path, op_id):
         (tmp_path / "source").write_bytes(b"x")
-        for call in (
-            workspace.execute("echo ran > ran", op_id=op_id),
-            workspace.start("echo ran > ran", op_id=op_id),
-            workspace.upload(tmp_path / "source", "ran", op_id=op_id),
+        for verb, arguments in (
+            (workspace.execute, ("echo ran > ran",)),
+            (workspace.start, ("echo ran > ran",)),
+            (workspace.upload, (tmp_path / "source", "ran")),
         ):
             with pytest.raises(InvalidParams, match="op_id: expected a UUID"):
-                await call
+                await verb(*arguments, op_id=op_id)
         assert await workspace.files.list() == []

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from agent_sdk.definition import Agent
 from agent_sdk.local.conversation import LocalConversation
 from agent_sdk.local.log import EventLog
 from agent_sdk.local.receipts import operation
@@ -168,7 +167,7 @@ def test_an_id_that_cannot_be_a_name_is_refused(id):
 @pytest.mark.parametrize(
     ("agent", "complaint"),
     [
-        (Agent(llm=ScriptedLLM(steps=(say("x"),)), tools=["browser"]), "browser"),
+        (AgentSpec(llm=ScriptedLLM(steps=(say("x"),)), tools=("browser",)), "browser"),
         (AgentSpec(llm=ScriptedLLM(steps=(say("x"),)), tools=("think", "think")), "think"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Raw, Struct
 
+from agent_sdk.protocol.arguments import Comment, Iterations, Reason, Tags, Title
 from agent_sdk.protocol.methods.method import Done, Effect, Method, Name, Offset, OpId
 from agent_sdk.protocol.results import Accepted, Snapshot, State
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
@@ -16,10 +17,10 @@ class Configure(Effect[Done], frozen=True, kw_only=True):
 
     method = "conversation.configure"
     agent: AgentSpec
-    max_iterations: Annotated[int, Meta(ge=1, le=1_000_000)] = 500
+    max_iterations: Iterations = 500
     confirmation: ConfirmationPolicy = ConfirmationPolicy()
-    title: Annotated[str, Meta(max_length=1024)] | None = None
-    tags: Annotated[dict[str, str], Meta(max_length=64)] = {}
+    title: Title | None = None
+    tags: Tags = {}
     secrets: dict[str, str] = {}
 
 
@@ -71,7 +72,7 @@ class Interrupt(Effect[Done], frozen=True, kw_only=True):
     method = "interrupt"
     turn: str | None = None
     """The run_id of the turn that is meant, and no later one; null: whichever runs."""
-    reason: Annotated[str, Meta(max_length=1024)] = ""
+    reason: Reason = ""
 
 
 class Respond(Effect[Done], frozen=True, kw_only=True):
@@ -80,7 +81,7 @@ class Respond(Effect[Done], frozen=True, kw_only=True):
     method = "respond"
     request_id: Name
     answer: Literal["approve", "reject"]
-    reason: Annotated[str, Meta(max_length=8192)] = ""
+    reason: Comment = ""
 
 
 class GetState(Method[Snapshot], frozen=True, kw_only=True):

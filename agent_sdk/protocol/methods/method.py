@@ -6,16 +6,29 @@ from typing import Annotated, ClassVar, Generic, TypeVar
 
 from msgspec import Meta, Struct
 
+from agent_sdk.protocol.arguments import Name, OpId
+
+__all__ = [
+    "Argument",
+    "Channel",
+    "Done",
+    "Effect",
+    "Method",
+    "Ms",
+    "Name",
+    "Notice",
+    "Offset",
+    "OpId",
+    "Path",
+    "UserName",
+]
+
 R = TypeVar("R")
 
 Ms = Annotated[int, Meta(ge=1, le=86_400_000)]
 Path = Annotated[str, Meta(min_length=1, max_length=4096)]
-OpId = Annotated[
-    str, Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$", max_length=36)
-]
 Channel = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
 Offset = Annotated[int, Meta(ge=0, le=2**53)]
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 UserName = Annotated[
     str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(:[A-Za-z0-9_.-]+)?$")
 ]
