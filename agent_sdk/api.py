@@ -8,7 +8,8 @@ from typing import Any, Literal
 from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, OnWaiting
 from agent_sdk.conversation import Conversation as ConversationContract
 from agent_sdk.definition import Agent
-from agent_sdk.protocol.arguments import Iterations, LocalPath, Name, Secrets, Seq, Tags, Title
+from agent_sdk.disk import LocalPath
+from agent_sdk.protocol.arguments import Iterations, Name, Secrets, Seq, Tags, Title
 from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.specs import ConfirmationPolicy

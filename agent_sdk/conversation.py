@@ -221,10 +221,10 @@ class Conversation(Verbs, Protocol):
     async def respond(
         self, request_id: Name, answer: Literal["approve", "reject"], *, reason: Comment = ""
     ) -> None:
-        """Answer an approval. The first answer counts.
+        """Answer an approval. The first answer counts; the same once more is fine and does nothing.
 
         Raises:
-            RequestNotFound: nothing with this id waits.
+            RequestNotFound: nothing with this id waits, or it was answered otherwise.
         """
         ...
 

@@ -18,6 +18,7 @@ from os import PathLike
 from typing import TypeVar, TypeVarTuple, Unpack
 
 from agent_sdk.digest import sha256
+from agent_sdk.protocol.checks import OsText
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ChangedDuringRead,
@@ -42,6 +43,8 @@ PERMISSIONS = 0o777
 _NO_TMPFILE = (None, errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
 """What a system says that has no files without a name; None: Python knows of none."""
 
+LocalPath = OsText | PathLike[str]
+"""Of this machine."""
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 

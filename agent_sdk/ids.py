@@ -40,6 +40,21 @@ def checked_op_id(op_id: str) -> str:
     return op_id
 
 
+def checked_new_conversation(id: str | None) -> str | None:
+    """Return the id that a conversation is to be made under on a server.
+
+    Raises:
+        InvalidParams: it is no UUID in lower case.
+    """
+    if id is not None and not _UUID.match(id):
+        raise InvalidParams(
+            f"id: there is no conversation {id[:64]!r} on the server, and a new one there is called by a UUID as "
+            "lower-case text, like str(uuid.uuid4())",
+            field="id",
+        )
+    return id
+
+
 def op_id_or_new(op_id: str | None) -> str:
     """Return the op_id that a caller has chosen, or a fresh one; see `checked_op_id`."""
     return new_id() if op_id is None else checked_op_id(op_id)

@@ -13,8 +13,8 @@ from typing import Literal, Protocol, Self
 
 from msgspec import Struct
 
-from agent_sdk.disk import OnProgress
-from agent_sdk.protocol.arguments import Cells, Count, Depth, Limit, LocalPath, Mode, Name, OpId, Path, Until
+from agent_sdk.disk import LocalPath, OnProgress
+from agent_sdk.protocol.arguments import Cells, Count, Depth, Limit, Mode, Name, OpId, Path, Until
 from agent_sdk.protocol.checks import OsText, Verbs
 from agent_sdk.protocol.errors import LimitExceeded, ProcessNotFound
 from agent_sdk.protocol.results import (

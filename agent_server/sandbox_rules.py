@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from math import inf
@@ -21,11 +20,7 @@ from workspaces.sizes import parse_size
 
 WHERE = "$.params.workspace.sandbox"
 MOUNTS = 32
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,255}")
-_GPUS = re.compile(r"all|[0-9]{1,3}|[A-Za-z0-9][A-Za-z0-9-]{0,63}(,[A-Za-z0-9][A-Za-z0-9-]{0,63}){0,31}")
-_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}(:[A-Za-z0-9_.-]{1,31})?")
 MOST_PIDS = 4096
-_PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(/[a-z0-9]+)?")
 
 
 def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
@@ -54,17 +49,6 @@ def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
         if size is not None:
             parse_size(f"{WHERE}.{field}", size)
     _check_network(spec.network, config.sandbox_networks)
-    for name, value in spec.env.items():
-        if not _NAME.fullmatch(name) or "\0" in value:
-            raise InvalidParams(
-                f"{WHERE}.env: {name[:64]!r} is no name of a variable, or its value has a zero byte"
-            )
-    if spec.gpus is not None and not _GPUS.fullmatch(spec.gpus):
-        raise InvalidParams(
-            f"{WHERE}.gpus: `all`, a number, or ids separated by commas (got {spec.gpus[:64]!r})"
-        )
-    if spec.platform is not None and not _PLATFORM.fullmatch(spec.platform):
-        raise InvalidParams(f"{WHERE}.platform: like linux/amd64 (got {spec.platform[:64]!r})")
     if len(spec.mounts) > MOUNTS:
         raise InvalidParams(f"{WHERE}.mounts: limit {MOUNTS}, got {len(spec.mounts)}")
     mounts = tuple(_mount(mount, config.sandbox_mounts) for mount in spec.mounts)
@@ -118,8 +102,6 @@ def _check_profile(spec: Sandbox, config: ServerConfig) -> None:
                 f'{WHERE}.user: commands are user {UID} there; another one takes profile="task"'
             )
         return
-    if spec.user is not None and not _USER.fullmatch(spec.user):
-        raise InvalidParams(f"{WHERE}.user: a name or a number, like root (got {spec.user[:64]!r})")
     if spec.writable:
         raise InvalidParams(f"{WHERE}.writable: with profile task all of the root is; leave it out")
     if any(not mount.endswith(":ro") for mount in spec.mounts):

@@ -39,7 +39,7 @@ from agent_sdk.local.settings import Settings
 from agent_sdk.local.turns import Left
 from agent_sdk.protocol.arguments import Name
 from agent_sdk.protocol.checks import checked
-from agent_sdk.protocol.errors import HistoryLost, RequestNotFound, StateConflict, draining
+from agent_sdk.protocol.errors import HistoryLost, StateConflict, draining
 from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
 from agent_sdk.protocol.methods import Done, RunAnswer, SendMessage
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
@@ -290,11 +290,9 @@ class LocalConversation(Conversation):
     ) -> None:
         """See Conversation.respond."""
         opened = await self._open()
-        opened.turns.check()
-        turn = opened.turns.current
-        if turn is None:
-            raise RequestNotFound(f"no request {request_id[:64]!r} waits for an answer", request=request_id)
-        await turn.respond(request_id, answer, reason, answering(op, Done()))
+        done = answering(op, Done())
+        if not await opened.turns.respond(request_id, answer, reason, done):
+            await self._note(done)
 
     async def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
         """See Conversation.events."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from msgspec.structs import replace
 
 from agent_sdk.agent.progress import Progress
 from agent_sdk.conversation import Outcome, Waits, outcome_of
+from agent_sdk.protocol.errors import RequestNotFound
 from agent_sdk.protocol.events import (
     AgentConfigured,
     ConversationCreated,
@@ -50,6 +51,8 @@ class Fold:
         self.outcome: Outcome | None = None
         self.ended_seq = 0
         self.pending: dict[str, RequestOpened] = {}
+        self.answers: dict[str, str] = {}
+        """How requests were resolved: `approved`, `rejected`, `void`, …"""
         self.waits = Waits()
         self.results: dict[str, dict[str, Any]] = {}
         """The `data` of each tool's last result that was no error."""
@@ -87,6 +90,20 @@ class Fold:
         """Whether the last turn was paused, and none runs."""
         return self.outcome is not None and self.outcome.status == "paused" and not self.turn_open
 
+    def answered(self, request_id: str, answer: Literal["approve", "reject"]) -> bool:
+        """Return whether a request got this answer before.
+
+        Raises:
+            RequestNotFound: it was resolved otherwise.
+        """
+        before = self.answers.get(request_id)
+        if before is not None and before != f"{answer.rstrip('e')}ed":
+            raise RequestNotFound(
+                f"request_id: {request_id} is {before} already, and the first answer counts",
+                request=request_id,
+            )
+        return before is not None
+
     def retitled(self, title: str | None, tags: Mapping[str, str] | None) -> list[Event]:
         """Return what says a new title and new tags, if they are new; None: it stays."""
         kept = self.title if title is None else title
@@ -111,6 +128,7 @@ class Fold:
                 self.pending[event.request_id] = event
             case RequestResolved():
                 self.pending.pop(event.request_id, None)
+                self.answers[event.request_id] = event.answer
             case PauseRequested():
                 self.pause_requested = True
             case ToolCalled():

@@ -17,7 +17,13 @@ from agent_sdk.agent.progress import Progress
 from agent_sdk.ids import new_id
 from agent_sdk.local.journal import Journal
 from agent_sdk.local.log import Operation
-from agent_sdk.protocol.errors import AgentServerError, InternalError, StateConflict, draining
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    InternalError,
+    RequestNotFound,
+    StateConflict,
+    draining,
+)
 from agent_sdk.protocol.events import Waiting
 from agent_sdk.protocol.results import Wait
 
@@ -131,6 +137,27 @@ class Turns:
         if self._journal.history.unread or fold.resumable or fold.turn_open:
             return self._start(op)
         return None
+
+    async def respond(
+        self, request_id: str, answer: Literal["approve", "reject"], reason: str, op: Operation | None
+    ) -> bool:
+        """Answer an approval; return False where it had this answer before, and nothing was written.
+
+        Raises:
+            RequestNotFound: nothing with this id waits, or it was answered otherwise.
+        """
+        self.check()
+        turn = self.current
+        try:
+            if turn is None:
+                raise RequestNotFound(f"no request {request_id!r} waits for an answer", request=request_id)
+            await turn.respond(request_id, answer, reason, op)
+        except RequestNotFound:
+            await self._journal.settle()
+            if not self._journal.fold.answered(request_id, answer):
+                raise
+            return False
+        return True
 
     def take_up(self, promised: str | None) -> None:
         """Go on where another process has stopped: with the open turn, or with the one `promised` to a message."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
-from agent_sdk.disk import OnProgress, Progress, atomic_file, in_thread, open_source, path_error
+from agent_sdk.disk import LocalPath, OnProgress, Progress, atomic_file, in_thread, open_source, path_error
 from agent_sdk.folders import packed, unpacked
 from agent_sdk.limits import LimitWatch
 from agent_sdk.local.arguments import (
@@ -42,7 +42,6 @@ from agent_sdk.local.running import Running
 from agent_sdk.local.shell import LocalShell
 from agent_sdk.local.uploads import Uploads
 from agent_sdk.local.users import other_user
-from agent_sdk.protocol.arguments import LocalPath
 from agent_sdk.protocol.checks import OsText, check_input, checked
 from agent_sdk.protocol.errors import (
     NotADirectory,

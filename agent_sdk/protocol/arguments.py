@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from os import PathLike
 from typing import Annotated
 
 from msgspec import Meta
@@ -10,8 +9,6 @@ from msgspec import Meta
 from agent_sdk.protocol.checks import OsText
 
 Path = OsText
-LocalPath = OsText | PathLike[str]
-"""Of this machine."""
 Name = Annotated[
     str,
     Meta(

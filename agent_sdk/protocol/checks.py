@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import re
 from collections import abc
 from collections.abc import Callable, Iterable
@@ -60,7 +59,7 @@ def check(field: str, value: Any, declared: Any) -> Any:
         return msgspec.convert(value, declared)
     except msgspec.ValidationError as exc:
         wanted, _, _ = str(exc).partition(", got ")
-        place = re.search(r" - at `(.*)`", str(exc))
+        place = re.search(r" - at `(\$[^`]*)`$", str(exc))
     wanted = wanted.partition(" - at ")[0].removeprefix("Expected ").replace("`", "").replace(" | ", " or ")
     if wanted.startswith("Invalid enum value") or "matching regex" in wanted:
         wanted = _said(declared)
@@ -231,11 +230,15 @@ def _test(hint: Any) -> Test | None:
         return lambda value: all(hasattr(type(value), name) for name in names)
     if kind in _TESTS:
         return _TESTS[kind]
-    if issubclass(kind, os.PathLike):
-        return lambda value: isinstance(value, kind) and not flaw(os.fspath(value), for_system=True)
+    if hasattr(kind, "__fspath__"):
+        return _is_path
     if issubclass(kind, abc.Iterable) and args:
         return _container(kind, [_test(each) for each in args])
     return lambda value: isinstance(value, kind)
+
+
+def _is_path(value: Any) -> bool:
+    return hasattr(value, "__fspath__") and not flaw(value.__fspath__(), for_system=True)
 
 
 def _is_text(value: Any) -> bool:

@@ -22,6 +22,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from agent_sdk.protocol import frame as frames
+from agent_sdk.protocol.checks import flaw
 from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -355,6 +356,10 @@ def _written(message: Struct) -> bytes:
     try:
         return _encode(message)
     except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as exc:
+        params = getattr(message, "params", None)
+        for name in getattr(params, "__struct_fields__", ()):
+            if wrong := flaw(getattr(params, name)):
+                raise InvalidParams(f"$.params.{name}: {wrong}", field=name) from None
         raise InvalidParams(f"$.params: cannot be written as JSON: {exc}") from None
 
 

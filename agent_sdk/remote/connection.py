@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Raw
 
+from agent_sdk.ids import checked_new_conversation
 from agent_sdk.outbound import proxy_for, trusted
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, InvalidParams, Unauthorized
 from agent_sdk.protocol.methods import ClientInfo, Initialize, Initialized, Method
@@ -99,7 +100,7 @@ async def connect(
             limits=Limits(),
             auth=api_key if url.startswith("unix:") else None,
             workspace=workspace if conversation == "new" else None,
-            conversation=new_id if conversation == "new" else None,
+            conversation=checked_new_conversation(new_id) if conversation == "new" else None,
         )
         try:
             answer = await peer.call(initialize, timeout=ANSWER_SECONDS)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from msgspec.structs import replace
 
-from agent_sdk.disk import OnProgress, Progress, atomic_file, open_source
+from agent_sdk.disk import LocalPath, OnProgress, Progress, atomic_file, open_source
 from agent_sdk.folders import packed, unpacked
 from agent_sdk.ids import new_id, op_id_or_new
-from agent_sdk.protocol.arguments import Heartbeat, LocalPath, Name, Path, Patience
+from agent_sdk.protocol.arguments import Heartbeat, Name, Path, Patience
 from agent_sdk.protocol.checks import check_input, checked
 from agent_sdk.protocol.errors import (
     AgentServerError,

@@ -276,10 +276,13 @@ class ToolCallsContract:
         conversation = await open(acting(call("terminal", command="true"), say("done")), confirmation=policy)
         await conversation.send_message("go")
         request = await until(conversation, RequestOpened)
-        await conversation.respond(request.request_id, "approve")
-        with pytest.raises(RequestNotFound):
+        await asyncio.gather(*(conversation.respond(request.request_id, "approve") for _ in range(3)))
+        with pytest.raises(RequestNotFound, match="is approved already, and the first answer counts"):
             await conversation.respond(request.request_id, "reject")
         await conversation.run(timeout=PATIENCE)
+        await conversation.respond(request.request_id, "approve", reason="the turn is over")
+        with pytest.raises(RequestNotFound, match="is approved already, and the first answer counts"):
+            await conversation.respond(request.request_id, "reject")
         assert [event.answer for event in await these(conversation, RequestResolved)] == ["approved"]
 
     async def test_an_interrupt_makes_open_requests_void(self, open: Open) -> None:
@@ -290,7 +293,7 @@ class ToolCallsContract:
         await conversation.interrupt()
         assert [event.answer for event in await these(conversation, RequestResolved)] == ["void"]
         assert (await conversation.state()).pending == ()
-        with pytest.raises(RequestNotFound):
+        with pytest.raises(RequestNotFound, match="is void already"):
             await conversation.respond(request.request_id, "approve")
 
     async def test_the_policy_can_be_changed(self, open: Open) -> None:

@@ -333,7 +333,7 @@ def test_an_escaped_backslash_before_a_u_is_no_surrogate():
 
 def test_params_that_json_cannot_say_are_refused_before_they_are_sent():
     endpoint = Endpoint()
-    with pytest.raises(InvalidParams, match="surrogates"):
+    with pytest.raises(InvalidParams, match=r"\$\.params\.shell: contains a lone surrogate"):
         endpoint.request("execute", Execute(op_id=OP_ID, shell="\ud800"))
 
 

@@ -346,6 +346,9 @@ async def test_an_approval_that_was_asked_for_is_answered_after_the_restart(serv
     assert await third.call("respond", id, **answer) == {}
     refused = await third.answer("respond", id, **{**answer, "answer": "reject"})
     assert refused["error"]["data"]["kind"] == "op_mismatch"
+    assert await third.call("respond", id, **{**answer, "op_id": new_id()}) == {}
+    refused = await third.answer("respond", id, **{**answer, "op_id": new_id(), "answer": "reject"})
+    assert "is approved already, and the first answer counts" in refused["error"]["message"]
 
 
 async def test_a_call_that_was_rejected_before_the_kill_does_not_run_after_it(server, tmp_path):
