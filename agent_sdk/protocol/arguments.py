@@ -27,7 +27,7 @@ OpId = Annotated[
     ),
 ]
 Limit = Annotated[float, Meta(ge=0.001, le=86_400, description="0.001..86400 seconds")]
-Heartbeat = Annotated[float, Meta(ge=0.1, le=3600, description="0.1..3600 seconds")]
+Heartbeat = Annotated[float, Meta(ge=0.01, le=3600, description="0.01..3600 seconds")]
 Patience = Annotated[float, Meta(ge=0, le=1e9, description="0 or more seconds")]
 """How long somebody waits."""
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1, description="a number of bytes from 0 to 2**63-1")]

@@ -47,12 +47,12 @@ WRONG = {
     "no cpus": ({"cpus": 0}, "cpus: 0 must be between 0.01 and 1024"),
     "few pids": ({"pids": 1}, "pids: 1 must be between 32 and 4194304"),
     "no name": ({"name": "a b"}, "name: 'a b' is no name of a container"),
-    "no port": ({"host_port": 70_000}, "ports: 70000 is no port; they go from 1 to 65535"),
+    "no port": ({"host_port": 70_000}, "host_port: expected a port from 1 to 65535 or None, got 70000"),
     "no volume": ({"volumes": ["/tmp"]}, "volumes: '/tmp' must look like /host/folder:/folder"),
     "odd mode": ({"volumes": ["/tmp:/in:rx"]}, "volumes: '/tmp:/in:rx' must look like /host/folder:/folder"),
     "relative": ({"volumes": ["./in:/in"]}, "volumes: './in' is neither an absolute path nor the name"),
     "odd variable": ({"env": {"A=B": "x"}}, "env: 'A=B' is no name of a variable"),
-    "no gpu": ({"gpus": " "}, "gpus: write all, a number, or ids separated by commas"),
+    "no gpu": ({"gpus": " "}, "gpus: expected `all`, a number, or ids separated by commas"),
     "two places": ({"conversation": "a", "working_dir": "/"}, "conversation: it has its workspace already"),
 }
 
