@@ -51,6 +51,8 @@ class DockerWorkspace(RemoteWorkspace):
     does a reaper process when this one is killed. Everything else is a RemoteWorkspace.
     """
 
+    _is_paused = False
+
     @checked
     def __init__(
         self,
@@ -143,7 +145,6 @@ class DockerWorkspace(RemoteWorkspace):
         self._docker_url = docker_url
         self._on_progress, self._on_log = on_progress, on_log
         self._container: ServerContainer | None = None
-        self._is_paused = False
 
     async def __aenter__(self) -> Self:
         """Start it, and connect.
