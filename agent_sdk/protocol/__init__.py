@@ -8,6 +8,7 @@ methods:  one class per call: name, params, result
 results:  what calls return
 events:   the tagged union of events
 specs:    plain data that describes agents, models, sandboxes
+arguments: what verbs take, each type with its limit
 checks:   what people write in Python, held to its types
 defaults: what calls leave out
 errors:   the exception tree, which is the error table
