@@ -16,7 +16,7 @@ clerk:         the thread that owns a database and commits in groups
 database:     the rows of conversations and events, with what proves that they are what was written
 operations:   the rows of operations, and for how long they are kept
 chain:        what proves that rows are what was written
-formats:      the tables, and the way from older formats
+formats:      the tables of a log's file
 storage:      one connection to an SQLite file
 recovery:     opening a log that may be damaged
 salvage:      what is whole in a damaged file

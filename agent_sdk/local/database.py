@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agent_sdk.local.chain import ChainBroken, link, origin, sum_of
-from agent_sdk.local.formats import LAST_SEQ, bring_up_to_date, event_id, open_turn, version_of
+from agent_sdk.local.formats import LAST_SEQ, event_id, make_tables, open_turn, version_of
 from agent_sdk.local.operations import Operations
 from agent_sdk.local.reserve import Reserve
 from agent_sdk.local.storage import DAMAGE, Storage
@@ -94,7 +94,7 @@ class Database(Storage):
             f"journal_size_limit={WAL_BYTES_KEPT}",
         ):
             self.rows(f"PRAGMA {setting}")
-        bring_up_to_date(self)
+        make_tables(self)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -1,13 +1,10 @@
-"""The formats of a log's file: the tables of the present one, and the way to it from each older one.
+"""The format of a log's file: its tables, and how a file of another format is told.
 
-A step runs in one transaction together with the new number in `user_version`: a process that is
-killed in the middle leaves the old format, and the next one begins anew. It needs room for a second
-copy of the events; without it the file stays what it was.
+No older format was ever released, so there is no way from one to this.
 """
 
 from __future__ import annotations
 
-from agent_sdk.local.chain import link, origin, sum_of
 from agent_sdk.local.storage import Storage
 from agent_sdk.protocol.errors import Conflict
 
@@ -59,7 +56,6 @@ INSERT INTO clock VALUES (0);
 """
 
 LAST_SEQ = (1 << 36) - 1
-ROWS_AT_ONCE = 1000
 
 
 def event_id(key: int, seq: int) -> int:
@@ -71,13 +67,17 @@ def version_of(storage: Storage) -> int:
     """Return the format of the file, before anything in it is touched; 0: it is empty.
 
     Raises:
-        Conflict: it was written by a newer version, or is no log.
+        Conflict: another version wrote it, or it is no log.
     """
     version = int(storage.value("PRAGMA user_version"))
     if version > VERSION:
         raise Conflict(
             f"{storage.path} was written by a newer version of this program (format {version}, this one "
             f"knows {VERSION}); use that version, or another folder"
+        )
+    if 0 < version < VERSION:
+        raise Conflict(
+            f"{storage.path} has format {version}, which no released version wrote; use another folder"
         )
     if version == 0 and storage.value("SELECT count(*) FROM sqlite_schema"):
         raise Conflict(f"{storage.path} is an SQLite file, but no event log; use another folder")
@@ -95,8 +95,8 @@ def _check_tables(storage: Storage) -> None:
         )
 
 
-def bring_up_to_date(storage: Storage) -> None:
-    """Make the tables, or turn those of an older format into the present ones; all of it or nothing.
+def make_tables(storage: Storage) -> None:
+    """Make the tables in a file that is empty; all of them or none.
 
     Raises:
         StorageFull: there is no room for it.
@@ -104,49 +104,9 @@ def bring_up_to_date(storage: Storage) -> None:
     if version_of(storage) == VERSION:
         return
     with storage.transaction():
-        # Another process may have been faster since.
-        version = version_of(storage)
-        if version == 0:
+        if version_of(storage) == 0:  # another process may have been faster since
             storage.rows(SCHEMA)
-        elif version == 1:
-            _from_1(storage)
-        storage.rows(f"PRAGMA user_version={VERSION}")
-
-
-def _from_1(storage: Storage) -> None:
-    """Format 1 had no chain, no settings, and remembered only operations that had finished."""
-    for table in ("conversations", "events", "operations"):
-        storage.rows(f"ALTER TABLE {table} RENAME TO {table}_1")
-    storage.rows(SCHEMA)
-    for key, id, epoch, created, meta in storage.rows("SELECT * FROM conversations_1 ORDER BY key"):
-        first = origin(id, epoch)
-        _chain_events(storage, key, first)
-        _copy_operations(storage, key, created)
-        row = (id, epoch, created, meta, first, open_turn(storage, key), None, None)
-        storage.rows(
-            "INSERT INTO conversations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row, sum_of(*row))
-        )
-    for table in ("conversations_1", "events_1", "operations_1"):
-        storage.rows(f"DROP TABLE {table}")
-
-
-def _chain_events(storage: Storage, key: int, first: bytes) -> None:
-    chain, after = first, 0
-    page = "SELECT seq, at, body FROM events_1 WHERE conversation = ? AND seq > ? ORDER BY seq LIMIT ?"
-    while rows := storage.rows(page, (key, after, ROWS_AT_ONCE)):
-        for seq, at, body in rows:
-            chain, after = link(chain, seq, body), seq
-            storage.rows("INSERT INTO events VALUES (?, ?, ?, ?)", (event_id(key, seq), at, body, chain))
-
-
-def _copy_operations(storage: Storage, key: int, at: float) -> None:
-    rows = storage.rows("SELECT op_id, digest, result FROM operations_1 WHERE conversation = ?", (key,))
-    for nth, (op_id, digest, result) in enumerate(rows, 1):
-        fields = (op_id, 1, digest, "", "", at, 0.0, result)
-        storage.rows(
-            "INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (key, nth, *fields, sum_of(*fields)),
-        )
+            storage.rows(f"PRAGMA user_version={VERSION}")
 
 
 def open_turn(storage: Storage, key: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Opening a log that may have been damaged: examined, brought up to date, and saved where that is needed."""
+"""Opening a log that may have been damaged: examined, and saved where that is needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import struct
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +38,7 @@ def open_log(path: Path | None, *, sole: bool) -> Opening:
 
     Raises:
         PathDenied, PathError, StorageFull: the place cannot be used.
-        Conflict: it was written by a newer version, is something else, or cannot be read at all.
+        Conflict: another version wrote it, it is something else, or cannot be read at all.
     """
     if path is not None:
         make_folder(path.parent)
@@ -67,7 +66,6 @@ def _examined(path: Path) -> Opening:
         if path.stat().st_size <= EXAMINED_BYTES and not _sound(database):
             recovered.append(_replaced(database, path))
             database = _opened(path)
-        _let_it_shrink(database, path)
     except BaseException:
         database.close()
         raise
@@ -125,18 +123,6 @@ def _opened(path: Path) -> Database:
             raise
         os.truncate(reserve, reserve.stat().st_size // 2)
         return Database(path, sole=True)
-
-
-def _let_it_shrink(database: Database, path: Path) -> None:
-    """A file that began in format 1 cannot give room back to the disk until it was written anew once."""
-    disk = os.statvfs(path.parent)
-    if (
-        database.value("PRAGMA auto_vacuum") == 0
-        and 3 * path.stat().st_size < disk.f_bavail * disk.f_frsize
-        and path.stat().st_size <= EXAMINED_BYTES
-    ):
-        with suppress(StorageFull):
-            database.rows("PRAGMA auto_vacuum=INCREMENTAL; VACUUM")
 
 
 def _sound(database: Database) -> bool:

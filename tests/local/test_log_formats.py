@@ -1,6 +1,5 @@
-"""Older formats of the log's file: brought up to date whole, or left as they were."""
+"""The format of the log's file: what was written once is read for ever, and a file is made whole or not at all."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,15 +10,16 @@ import pytest
 
 from agent_sdk.local.formats import VERSION
 from agent_sdk.local.log import EventLog
+from agent_sdk.protocol.errors import Conflict
 from agent_sdk.protocol.events import Unknown, UserMessage, decode
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden_logs"
 
 
-@pytest.fixture(params=["format_1", "format_2"])
-def file(request, tmp_path):
-    shutil.copytree(GOLDEN / request.param, tmp_path / "data")
+@pytest.fixture
+def file(tmp_path):
+    shutil.copytree(GOLDEN / "format_2", tmp_path / "data")
     return tmp_path / "data" / "log.db"
 
 
@@ -68,26 +68,23 @@ async def test_operations_of_a_golden_log_are_remembered(file):
         assert (await log.operation("unfinished", "op-1")).digest == b"e" * 32
 
 
-async def test_operations_that_had_begun_and_settings_are_in_the_second_format(tmp_path):
-    shutil.copytree(GOLDEN / "format_2", tmp_path / "data")
-    async with EventLog.open(tmp_path / "data" / "log.db", sole=True) as log:
+async def test_operations_that_had_begun_and_settings_of_a_golden_log_are_remembered(file):
+    async with EventLog.open(file, sole=True) as log:
         assert [known.op_id for known in await log.open_operations("unfinished")] == ["op-2"]
         assert await log.settings("unfinished") == (b'{"model":"scripted"}', b"sealed")
         assert log.recovered == ()
 
 
-async def test_a_log_of_the_first_format_learns_to_give_room_back(first):
-    async with EventLog.open(first, sole=True) as log:
-        assert log.recovered == ()
-    connection = apsw.Connection(str(first), flags=apsw.SQLITE_OPEN_READONLY)
-    assert connection.execute("PRAGMA auto_vacuum").fetchall() == [(2,)]
+async def test_a_format_that_was_never_released_is_refused_and_left_as_it_is(tmp_path):
+    file = tmp_path / "log.db"
+    connection = apsw.Connection(str(file))
+    connection.execute("CREATE TABLE conversations (key INTEGER PRIMARY KEY); PRAGMA user_version=1")
     connection.close()
-
-
-@pytest.fixture
-def first(tmp_path):
-    shutil.copytree(GOLDEN / "format_1", tmp_path / "first")
-    return tmp_path / "first" / "log.db"
+    before = file.read_bytes()
+    with pytest.raises(Conflict, match=r"log\.db has format 1, .* use another folder"):
+        async with EventLog.open(file, sole=True):
+            pass
+    assert file.read_bytes() == before
 
 
 OPEN = """
@@ -114,66 +111,19 @@ needs_strace = pytest.mark.skipif(
 
 @needs_strace
 @pytest.mark.parametrize("call", ["pwrite64", "fdatasync"])
-async def test_a_process_that_is_killed_at_any_step_leaves_the_old_format_or_the_new(first, call):
-    formats = []
-    for step in range(1, 200, 1 if call == "fdatasync" else 4):
-        folder = first.parent.with_name(f"killed-{step}")
-        shutil.copytree(first.parent, folder)
-        ended = traced(folder / first.name, f"{call}:signal=KILL:when={step}")
-        if ended == 0:
+async def test_a_process_that_is_killed_at_any_step_of_making_a_log_leaves_none_or_a_whole_one(
+    tmp_path, call
+):
+    killed = 0
+    for step in range(1, 200):
+        file = tmp_path / f"killed-{step}" / "log.db"
+        file.parent.mkdir()
+        if traced(file, f"{call}:signal=KILL:when={step}") == 0:
             break
-        formats.append(version(folder / first.name))
-        async with EventLog.open(folder / first.name, sole=True) as log:
+        killed += 1
+        async with EventLog.open(file, sole=True) as log:
             assert log.recovered == ()
-            assert [row.head_seq for row in await log.list()] == [22, 0, 7, 6]
-            for row in await log.list():
-                assert len(await log.read(row.id)) == row.head_seq
-    assert formats and set(formats) <= {1, VERSION}
-    assert call == "fdatasync" or 1 in formats
-
-
-@needs_strace
-async def test_without_room_the_old_format_stays_as_it_was(first):
-    folder = first.parent.with_name("full")
-    shutil.copytree(first.parent, folder)
-    assert traced(folder / first.name, "pwrite64:error=ENOSPC:when=3+") == 1
-    assert (folder / first.name).read_bytes() == first.read_bytes()
-    assert version(folder / first.name) == 1
-
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-from agent_sdk.local.database import Database
-from agent_sdk.protocol.errors import StorageFull
-resource.setrlimit(resource.RLIMIT_FSIZE, (40 << 10, resource.RLIM_INFINITY))
-try:
-    Database(Path(sys.argv[1]))
-except StorageFull as exc:
-    print(exc)
-"""
-
-
-def limited(file: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", LIMITED, str(file)], cwd=ROOT, capture_output=True, text=True
-    )
-
-
-async def test_a_migration_without_room_says_so_in_one_sentence(first):
-    done = limited(first)
-    assert done.stdout == f"no space is left for the log {first}; make room and try again\n", done.stderr
-    assert version(first) == 1
-    async with EventLog.open(first) as log:
-        assert len(await log.list()) == 4
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-async def test_a_folder_that_cannot_be_written_keeps_the_old_format(first):
-    before = first.read_bytes()
-    first.chmod(0o400)
-    first.parent.chmod(0o500)
-    with pytest.raises(PermissionError):
-        async with EventLog.open(first):
-            pass
-    assert first.read_bytes() == before
+            await log.create("first")
+            assert [row.id for row in await log.list()] == ["first"]
+        assert version(file) == VERSION
+    assert killed > 2
