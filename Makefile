@@ -14,7 +14,7 @@ PACKAGES := agent_sdk workspaces agent_server
 MANYLINUX := manylinux_2_36 manylinux_2_34 manylinux_2_28 manylinux_2_17 manylinux2014 manylinux2010 manylinux1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo examples run-server test test-docker test-all test-images cover lint fmt types contracts bench docs docs-check image box-runtime chaos lock clean
+.PHONY: help venv demo examples run-server test test-docker test-all test-images cover lint fmt types contracts bench house docs docs-check image box-runtime chaos lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +78,9 @@ contracts: $(READY) ## check who may import whom
 
 bench: $(READY) ## measure, next to the physical limits; writes bench/results.json
 	$(BIN)/python -m bench $(ARGS)
+
+house: $(READY) ## count the lines and files of the product, and what a call crosses
+	$(BIN)/python -m bench.house $(ARGS)
 
 docs: $(READY) ## write docs/protocol.md and docs/openrpc.json from the message classes
 	$(BIN)/python -m agent_sdk.protocol.document docs

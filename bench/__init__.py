@@ -12,4 +12,6 @@ readers:   many subscribers, a long replay, slow ones beside healthy ones
 many:      thousands of idle conversations, a restart with a thousand
 crowd:     many clients in one process
 audience:  a crowd as a child process, and somebody who makes events for it
+house:     how large the code is, and what a call crosses
+counted:   a process whose calls are counted
 """
