@@ -7,7 +7,7 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import Raw, inspect
 
-STRINGS = ("text", "INT", "018f0000-0000-7000-8000-000000000001")
+STRINGS = ("text", "INT", "018f0000-0000-7000-8000-000000000001", "linux/amd64", "/data", "/host:/in:ro")
 
 WRITTEN: dict[str, dict[str, str]] = {
     "LLM": {"base_url": "https://host/v1"},
