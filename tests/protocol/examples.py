@@ -7,6 +7,8 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import Raw, inspect
 
+from agent_sdk.protocol.checks import flaw
+
 STRINGS = ("text", "INT", "018f0000-0000-7000-8000-000000000001", "linux/amd64", "/data", "/host:/in:ro")
 
 WRITTEN: dict[str, dict[str, str]] = {
@@ -81,7 +83,8 @@ def values(info: inspect.Type | type) -> st.SearchStrategy[Any]:
         case inspect.VarTupleType():
             return st.lists(values(info.item_type), max_size=3).map(tuple)
         case inspect.DictType():
-            return st.dictionaries(st.text(max_size=5), values(info.value_type), max_size=3)
+            made = st.dictionaries(values(info.key_type), values(info.value_type), max_size=3)
+            return made.filter(lambda found: not flaw(found, for_system=True))  # it may be an environment
         case inspect.StrType():
             return _texts(info)
         case inspect.IntType():
