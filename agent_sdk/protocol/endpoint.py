@@ -357,8 +357,9 @@ def _written(message: Struct) -> bytes:
         return _encode(message)
     except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as exc:
         params = getattr(message, "params", None)
-        for name in getattr(params, "__struct_fields__", ()):
-            if wrong := flaw(getattr(params, name)):
+        named = msgspec.structs.asdict(params) if isinstance(params, Struct) else params or {}
+        for name, value in named.items():
+            if wrong := flaw(value):
                 raise InvalidParams(f"$.params.{name}: {wrong}", field=name) from None
         raise InvalidParams(f"$.params: cannot be written as JSON: {exc}") from None
 
