@@ -8,7 +8,7 @@ RUN python3 -m venv /opt/agent-server \
       --no-index --find-links /wheels "remote-agent-server[cli,secrets]" \
  && /opt/agent-server/bin/pip uninstall --quiet --yes --disable-pip-version-check pip setuptools \
  && /opt/agent-server/bin/agent-server --version \
- && /opt/agent-server/bin/python -m workspaces.box_runtime /opt/agent-server/share/agent-box
+ && /opt/agent-server/bin/python -m workspaces.box.runtime /opt/agent-server/share/agent-box
 
 FROM ${BASE_IMAGE}
 ARG VERSION=unknown

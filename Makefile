@@ -110,7 +110,7 @@ image: $(READY) ## build the container image (BASE_IMAGE= IMAGE= WHEELHOUSE=fold
 	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) .
 
 box-runtime: $(READY) ## make what a box needs to run in any image
-	$(BIN)/python -m workspaces.box_runtime build/box-runtime
+	$(BIN)/python -m workspaces.box.runtime build/box-runtime
 
 chaos: $(READY) ## break things at random and check the guarantees (SEED=1 ONLY=name TIER=pr|night|release)
 	CHAOS_SEED=$(SEED) CHAOS_TIER=$(TIER) $(BIN)/python -m pytest -n 2 tests/chaos -m chaos -k "$(ONLY)" $(ARGS)

@@ -3,29 +3,19 @@
 api:          Conversation(agent, workspace), here or there
 definition:   Agent and LLM
 tools:        @tool and the contract of a tool
-workspace:    the contract of a Workspace
-conversation: the contract of a Conversation
 callbacks:    calling what users gave us
 sync:         the same names, blocking
 portal:       from blocking code into the event loop, and back
 testing:      a model without a model
 protocol:     what is true without a network
 rpc:          the protocol, moving
+log:          the event log
 agent:        thinking: loop, models, tools
-local:        here
+conversation: the contract of a Conversation, and conversations here
+workspace:    the contract of a Workspace, and workspaces here
 remote:       there
+box:          a workspace behind a Unix socket, and what confines it
 outbound:     HTTP to others: proxies, certificates, why it does not work
-disk:         files of this machine as streams
-folders:      whole folders as streams
-digest:       the SHA-256 of files that move
-serve:        a workspace behind a Peer
-box:          a workspace behind a Unix socket
-box_service:  what serves its connections
-seccomp:      a filter of system calls for a box
-capabilities: what the box of a task keeps of root
-profile:      what is in force for a box
-limits:       what in a box ran into a limit
-cgroup:       the limits of a control group, and how often they were run into
 ids:          identities
 version:      the version
 
@@ -39,16 +29,16 @@ from agent_sdk.version import __version__
 
 if TYPE_CHECKING:
     from agent_sdk.api import Conversation
-    from agent_sdk.conversation import Accepted, Cursor, Outcome, Snapshot, Stats
+    from agent_sdk.conversation.contract import Accepted, Cursor, Outcome, Snapshot, Stats
     from agent_sdk.definition import LLM, Agent
-    from agent_sdk.local.workspace import LocalWorkspace
     from agent_sdk.protocol import errors, events
     from agent_sdk.protocol.events import Delta, Event
     from agent_sdk.protocol.specs import ConfirmationPolicy, Sandbox, ScriptedLLM
     from agent_sdk.remote.server import AgentServer
     from agent_sdk.remote.workspace import RemoteWorkspace
     from agent_sdk.tools import tool
-    from agent_sdk.workspace import ExecResult, Exit, FileInfo, Process, Transferred, Workspace
+    from agent_sdk.workspace.contract import ExecResult, Exit, FileInfo, Process, Transferred, Workspace
+    from agent_sdk.workspace.local import LocalWorkspace
 
 __all__ = [
     "LLM",
@@ -81,14 +71,14 @@ __all__ = [
 
 _HOME = {
     "Conversation": "api",
-    "Accepted": "conversation",
-    "Cursor": "conversation",
-    "Outcome": "conversation",
-    "Snapshot": "conversation",
-    "Stats": "conversation",
+    "Accepted": "conversation.contract",
+    "Cursor": "conversation.contract",
+    "Outcome": "conversation.contract",
+    "Snapshot": "conversation.contract",
+    "Stats": "conversation.contract",
     "Agent": "definition",
     "LLM": "definition",
-    "LocalWorkspace": "local.workspace",
+    "LocalWorkspace": "workspace.local",
     "Delta": "protocol.events",
     "Event": "protocol.events",
     "ConfirmationPolicy": "protocol.specs",
@@ -97,12 +87,12 @@ _HOME = {
     "AgentServer": "remote.server",
     "RemoteWorkspace": "remote.workspace",
     "tool": "tools",
-    "ExecResult": "workspace",
-    "Exit": "workspace",
-    "FileInfo": "workspace",
-    "Process": "workspace",
-    "Transferred": "workspace",
-    "Workspace": "workspace",
+    "ExecResult": "workspace.contract",
+    "Exit": "workspace.contract",
+    "FileInfo": "workspace.contract",
+    "Process": "workspace.contract",
+    "Transferred": "workspace.contract",
+    "Workspace": "workspace.contract",
     "errors": "protocol.errors",
     "events": "protocol.events",
 }

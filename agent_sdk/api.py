@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, OnWaiting
-from agent_sdk.conversation import Conversation as ConversationContract
+from agent_sdk.conversation.contract import Callback, Cursor, OnDelta, OnReset, OnWaiting
+from agent_sdk.conversation.contract import Conversation as ConversationContract
 from agent_sdk.definition import Agent
-from agent_sdk.disk import LocalPath
 from agent_sdk.protocol.arguments import Iterations, Name, Secrets, Seq, Tags, Title
 from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.specs import ConfirmationPolicy
-from agent_sdk.workspace import Workspace
+from agent_sdk.workspace.contract import Workspace
+from agent_sdk.workspace.disk import LocalPath
 
 
 @checked
@@ -78,7 +78,7 @@ def Conversation(
         if persistence_dir is not None:
             raise InvalidParams("persistence_dir: a remote conversation's log is kept by its server")
         return RemoteConversation(agent, workspace, since=since, on_reset=on_reset, **options)
-    from agent_sdk.local.conversation import LocalConversation  # noqa: PLC0415
+    from agent_sdk.conversation.local import LocalConversation  # noqa: PLC0415
 
     if agent is None:
         raise InvalidParams("agent: a conversation that runs here needs one")

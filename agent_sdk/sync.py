@@ -17,11 +17,9 @@ from ssl import SSLContext
 from typing import Any, Literal, Self
 
 from agent_sdk import api
-from agent_sdk import conversation as contracts
-from agent_sdk import workspace as contract
-from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, OnWaiting
+from agent_sdk.conversation import contract as contracts
+from agent_sdk.conversation.contract import Callback, Cursor, OnDelta, OnReset, OnWaiting
 from agent_sdk.definition import LLM, Agent
-from agent_sdk.local.workspace import LocalWorkspace as AsyncLocalWorkspace
 from agent_sdk.portal import Caller, Twin, blocking, iterating, making
 from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.events import Event
@@ -31,6 +29,8 @@ from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.remote.server import AgentServer as AsyncAgentServer
 from agent_sdk.remote.workspace import RemoteWorkspace as AsyncRemoteWorkspace
 from agent_sdk.tools import tool
+from agent_sdk.workspace import contract
+from agent_sdk.workspace.local import LocalWorkspace as AsyncLocalWorkspace
 
 __all__ = [
     "LLM",

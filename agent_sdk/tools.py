@@ -16,7 +16,7 @@ from agent_sdk.protocol.arguments import ToolName
 from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import ToolError
 from agent_sdk.protocol.specs import ToolSpec
-from agent_sdk.workspace import Workspace
+from agent_sdk.workspace.contract import Workspace
 
 P = ParamSpec("P")
 R = TypeVar("R")

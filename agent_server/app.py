@@ -12,13 +12,13 @@ from typing import cast
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from agent_server.config import ServerConfig
-from agent_server.connection import Connection, Crowd
-from agent_server.gate import Gate
-from agent_server.hosts import HostRules, OriginRules, ProxyRules
-from agent_server.lobby import Lobby
+from agent_server.config.hosts import HostRules, OriginRules, ProxyRules
+from agent_server.config.options import ServerConfig
+from agent_server.http.connection import Connection, Crowd
+from agent_server.http.gate import Gate
 from agent_server.refusal import TRY_LATER, StartRefused
 from agent_server.routes import Routes
+from agent_server.session.lobby import Lobby
 
 BACKLOG = 512
 SEND_BUFFER = 128 << 10

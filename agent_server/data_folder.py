@@ -15,13 +15,13 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from agent_sdk.box import RECORD
+from agent_sdk.box.process import RECORD
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import IsolationUnavailable
-from agent_server.auth import KEY_FILE
+from agent_server.http.auth import KEY_FILE
 from agent_server.refusal import CANNOT_CREATE, TRY_LATER, StartRefused
-from workspaces.confinement import NOT_CONFINED, Confinement, Isolation, confinement
-from workspaces.sandboxes import IDENTITY
+from workspaces.box.confinement import NOT_CONFINED, Confinement, Isolation, confinement
+from workspaces.box.sandboxes import IDENTITY
 
 LOCK_FILE = "lock"
 """Tells people who has the folder. What keeps others out is the lock on the folder itself."""

@@ -28,16 +28,16 @@ from agent_sdk.protocol.methods import Delete, Done, EventPage, Initialize, Meth
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from agent_sdk.rpc.websocket import WebSocketPipe
-from agent_server.answers import as_json, http_error
-from agent_server.connection import Connection
-from agent_server.event_stream import stream_events
-from agent_server.gate import KEY_SHOWN
-from agent_server.handlers import Handlers, HttpCall, needs_a_websocket, server_handlers
-from agent_server.introduction import NEW, check_initialize, initialized, named_or_new
-from agent_server.lobby import Lobby
-from agent_server.query import LARGEST_SEQ, PAGE, checked_number, number, wanted
-from agent_server.session import Session
-from agent_server.upgrade import accept, check_upgrade
+from agent_server.http.answers import as_json, http_error
+from agent_server.http.connection import Connection
+from agent_server.http.gate import KEY_SHOWN
+from agent_server.http.query import LARGEST_SEQ, PAGE, checked_number, number, wanted
+from agent_server.http.upgrade import accept, check_upgrade
+from agent_server.session.event_stream import stream_events
+from agent_server.session.handlers import Handlers, HttpCall, needs_a_websocket, server_handlers
+from agent_server.session.introduction import NEW, check_initialize, initialized, named_or_new
+from agent_server.session.lobby import Lobby
+from agent_server.session.session import Session
 
 CLOSE_SECONDS = 1.5
 """How long a client may take to agree to the end of its connection."""

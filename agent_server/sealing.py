@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agent_sdk.local.sealed import SHORTEST_KEY, Sealer
-from agent_server.config import ServerConfig
+from agent_sdk.conversation.sealed import SHORTEST_KEY, Sealer
+from agent_server.config.options import ServerConfig
 from agent_server.refusal import StartRefused
 
 _SHORT = f"secrets_key: each key needs at least {SHORTEST_KEY} characters; `openssl rand -base64 32` makes a good one"

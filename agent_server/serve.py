@@ -14,24 +14,24 @@ from typing import TextIO
 
 from msgspec import Struct
 
-from agent_sdk.local.log import EventLog
-from agent_sdk.local.settings import Settings
+from agent_sdk.conversation.settings import Settings
+from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import AgentServerError
 from agent_server import data_folder, logs
 from agent_server.app import listening
-from agent_server.auth import ApiKey, Authority, obtain_keys, read_keys
-from agent_server.config import ServerConfig
-from agent_server.connection import Crowd
-from agent_server.conversations import Conversations
-from agent_server.hosts import is_loopback
-from agent_server.lobby import BACK_AFTER_MS, Lobby
+from agent_server.config.hosts import is_loopback
+from agent_server.config.options import ServerConfig
+from agent_server.conversations.registry import Conversations
+from agent_server.http.auth import ApiKey, Authority, obtain_keys, read_keys
+from agent_server.http.connection import Crowd
 from agent_server.logs import Log, Logs
 from agent_server.metrics import Metrics
 from agent_server.refusal import CANNOT_CREATE, DISK_FAILED, StartRefused
 from agent_server.routes import Routes
-from agent_server.runtime_api import runtime_api
+from agent_server.runtime_api.service import runtime_api
 from agent_server.sealing import obtain_sealer
-from agent_server.session import CLOSE_DRAINING
+from agent_server.session.lobby import BACK_AFTER_MS, Lobby
+from agent_server.session.session import CLOSE_DRAINING
 from agent_server.work import Work
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

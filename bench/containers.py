@@ -18,7 +18,7 @@ from agent_sdk.remote.link import ask
 from bench.measure import Row, percentile, times
 from bench.server import Server, running_server
 from workspaces import DockerWorkspace
-from workspaces.engine import engine_version
+from workspaces.backend.docker.engine import engine_version
 
 IMAGE = os.environ.get("BENCH_IMAGE", "agent-test/full:1")
 SERVER_IMAGE = os.environ.get("SERVER_IMAGE", "agent-server:latest")

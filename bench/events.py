@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Raw
 
-from agent_sdk.local.log import EventLog
+from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol import events
 from agent_sdk.protocol.events import UserMessage
 from agent_sdk.protocol.methods import EventsNotice

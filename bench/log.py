@@ -7,8 +7,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from agent_sdk.local.database import Database
-from agent_sdk.local.log import EventLog
+from agent_sdk.log.database import Database
+from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import UserMessage, encode
 from bench.measure import Row, rss_mib
 

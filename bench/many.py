@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from agent_sdk.local.log import EventLog
+from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import UserMessage
 from bench.audience import audience
 from bench.measure import Row, percentile, rss_mib

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from agent_sdk.local.log import EventLog
+from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import ConversationCreated, TitleChanged
 from agent_sdk.remote.connection import connect
 from bench import crowd

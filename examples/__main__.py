@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from agent_sdk.protocol.errors import WorkspaceUnavailable
-from workspaces.engine import Engine
+from workspaces.backend.docker.engine import Engine
 
 HERE = Path(__file__).parent
 NEEDS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from agent_server import arguments
-from agent_server.config import load
+from agent_server.cli import arguments
+from agent_server.config.options import load
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 COMPOSE = (DEPLOY / "docker-compose.yml").read_text()

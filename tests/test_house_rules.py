@@ -15,9 +15,9 @@ FILE_LINES = 500
 FUNCTION_LINES = 60
 NAMES_OF_NOTHING = {"utils", "util", "helpers", "helper", "common", "base", "core", "impl", "manager", "misc"}
 READS_THE_ENVIRONMENT = {
-    "agent_server/config.py",
+    "agent_server/config/options.py",
     "agent_sdk/definition.py",  # LLM.from_env
-    "agent_sdk/local/environment.py",  # what a child process inherits
+    "agent_sdk/workspace/environment.py",  # what a child process inherits
 }
 
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

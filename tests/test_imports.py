@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import agent_sdk
-from workspaces.box_runtime import _NOT_OF_THE_LIBRARY
+from workspaces.box.runtime import _NOT_OF_THE_LIBRARY
 
 HEAVY = {"aiohttp", "apsw", "structlog", "tenacity", "aiodocker", "rich", "prometheus_client"}
 
@@ -26,7 +26,7 @@ def test_importing_every_public_name_loads_no_heavy_package():
 
 
 def test_a_box_needs_no_http_library_no_database_and_no_openssl_to_start():
-    assert not loaded("import agent_sdk.box") & (HEAVY | {"anyio", "hashlib"})
+    assert not loaded("import agent_sdk.box.process") & (HEAVY | {"anyio", "hashlib"})
 
 
 def test_a_box_takes_nothing_along_that_its_runtime_has_not():
@@ -37,12 +37,12 @@ def test_a_box_takes_nothing_along_that_its_runtime_has_not():
     assert [
         name for name in done.stdout.split() if name.startswith(("agent_sdk.agent", "agent_sdk.remote"))
     ] == []
-    assert (loaded("import agent_sdk.box") - loaded("pass")) & _NOT_OF_THE_LIBRARY == set()
+    assert (loaded("import agent_sdk.box.process") - loaded("pass")) & _NOT_OF_THE_LIBRARY == set()
 
 
 def test_a_workspace_in_a_container_loads_no_heavy_package_before_it_is_entered():
     assert not loaded("from workspaces import DockerWorkspace; DockerWorkspace()") & HEAVY
-    assert not loaded("import workspaces.reaper") & (HEAVY | {"msgspec", "anyio", "asyncio"})
+    assert not loaded("import workspaces.backend.docker.reaper") & (HEAVY | {"msgspec", "anyio", "asyncio"})
 
 
 @pytest.mark.parametrize("name", agent_sdk.__all__)

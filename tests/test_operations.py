@@ -13,7 +13,7 @@ import pytest
 
 from agent_sdk import Agent, Conversation, RemoteWorkspace
 from agent_sdk.testing import ScriptedLLM, call, say
-from agent_server.config import load
+from agent_server.config.options import load
 from agent_server.metrics import Metrics
 
 PAGE = (Path(__file__).parent.parent / "docs" / "operations.md").read_text(encoding="utf-8")

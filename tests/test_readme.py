@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent_server import arguments
-from agent_server.config import load
+from agent_server.cli import arguments
+from agent_server.config.options import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ import pytest
 
 import workspaces.sync
 from agent_sdk import Agent, api, sync
-from agent_sdk import conversation as conversation_contract
-from agent_sdk import workspace as workspace_contract
+from agent_sdk.conversation import contract as conversation_contract
 from agent_sdk.testing import ScriptedLLM, call, say
+from agent_sdk.workspace import contract as workspace_contract
 
 TWINS = [
     (sync.Workspace, workspace_contract.Workspace),

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal, Self
 import msgspec
 
 from agent_sdk.ids import new_id
-from agent_sdk.local.environment import from_caller
 from agent_sdk.protocol.arguments import Gpus, Heartbeat, Label, Limit, Name, Path, Platform, Port
 from agent_sdk.protocol.checks import OsText, checked
 from agent_sdk.protocol.errors import (
@@ -28,14 +27,15 @@ from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.shield import to_its_end
-from workspaces.labels import INSTANCE, OWNER, ROLE, SERVER
-from workspaces.owner import is_dead, this_process
-from workspaces.reaper import Reaper
-from workspaces.server_spec import ServerSpec, Volume
+from agent_sdk.workspace.environment import from_caller
+from workspaces.backend.docker.labels import INSTANCE, OWNER, ROLE, SERVER
+from workspaces.backend.docker.owner import is_dead, this_process
+from workspaces.backend.docker.reaper import Reaper
+from workspaces.backend.docker.server_spec import ServerSpec, Volume
 
 if TYPE_CHECKING:
-    from workspaces.engine import Engine
-    from workspaces.server_container import OnLog, OnProgress, ServerContainer
+    from workspaces.backend.docker.engine import Engine
+    from workspaces.backend.docker.server_container import OnLog, OnProgress, ServerContainer
 
 logger = logging.getLogger("workspaces")
 
@@ -205,7 +205,7 @@ class DockerWorkspace(RemoteWorkspace):
     # --- its start ---
 
     async def _start(self, until: float) -> None:
-        from workspaces.engine import Engine  # noqa: PLC0415  the engine's client costs 0.4 s
+        from workspaces.backend.docker.engine import Engine  # noqa: PLC0415  the engine's client costs 0.4 s
 
         async with self._in_time(until):
             engine = await self._stack.enter_async_context(Engine(self._docker_url))
@@ -229,7 +229,7 @@ class DockerWorkspace(RemoteWorkspace):
         )
 
     async def _kept(self, engine: Engine) -> ServerContainer | None:
-        from workspaces.server_container import ServerContainer  # noqa: PLC0415
+        from workspaces.backend.docker.server_container import ServerContainer  # noqa: PLC0415
 
         found = await ServerContainer.find(engine, self._spec.name, on_log=self._log())
         if found is None:
@@ -246,7 +246,7 @@ class DockerWorkspace(RemoteWorkspace):
         return found
 
     async def _fresh(self, engine: Engine) -> ServerContainer:
-        from workspaces.server_container import ServerContainer  # noqa: PLC0415
+        from workspaces.backend.docker.server_container import ServerContainer  # noqa: PLC0415
 
         owner = {} if self._keep else {OWNER: this_process()}
         spec = msgspec.structs.replace(
@@ -279,7 +279,7 @@ class DockerWorkspace(RemoteWorkspace):
 
     async def _commands_user(self, engine: Engine) -> int | None:
         """The owner of the first folder they may write; see that all folders are there, where we see them."""
-        from workspaces.reach import find_reach  # noqa: PLC0415
+        from workspaces.backend.docker.reach import find_reach  # noqa: PLC0415
 
         folders = [volume for volume in self._spec.volumes if volume.is_folder]
         if not folders or not (await find_reach(engine, self._spec.network)).is_here:
@@ -313,7 +313,7 @@ class DockerWorkspace(RemoteWorkspace):
             ) from None
 
     def _log(self) -> OnLog:
-        from workspaces.server_log import ServerLog  # noqa: PLC0415  structlog costs 60 ms
+        from workspaces.backend.docker.server_log import ServerLog  # noqa: PLC0415  structlog costs 60 ms
 
         return ServerLog(self._spec.name, self._on_log)
 

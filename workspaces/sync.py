@@ -9,11 +9,11 @@ from agent_sdk.portal import blocking
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.sync import LocalWorkspace, RemoteWorkspace, Workspace
+from workspaces.api import APIRemoteWorkspace as AsyncAPIRemoteWorkspace
 from workspaces.docker import DockerWorkspace as AsyncDockerWorkspace
-from workspaces.runtime_api import APIRemoteWorkspace as AsyncAPIRemoteWorkspace
 
 if TYPE_CHECKING:
-    from workspaces.server_container import OnLog, OnProgress
+    from workspaces.backend.docker.server_container import OnLog, OnProgress
 
 __all__ = ["APIRemoteWorkspace", "DockerWorkspace", "LocalWorkspace", "RemoteWorkspace"]
 
@@ -47,7 +47,7 @@ class APIRemoteWorkspace(Workspace):
         on_connection: OnConnection | None = None,
         on_progress: "OnProgress | None" = None,
     ) -> None:
-        """See workspaces.runtime_api.APIRemoteWorkspace."""
+        """See workspaces.api.APIRemoteWorkspace."""
         super().__init__(
             AsyncAPIRemoteWorkspace(
                 runtime_api_url,
@@ -75,12 +75,12 @@ class APIRemoteWorkspace(Workspace):
 
     @property
     def session_id(self) -> str:
-        """See workspaces.runtime_api.APIRemoteWorkspace.session_id."""
+        """See workspaces.api.APIRemoteWorkspace.session_id."""
         return self.asynchronous.session_id
 
     @property
     def runtime_id(self) -> str | None:
-        """See workspaces.runtime_api.APIRemoteWorkspace.runtime_id."""
+        """See workspaces.api.APIRemoteWorkspace.runtime_id."""
         return self.asynchronous.runtime_id
 
     pause = blocking(AsyncAPIRemoteWorkspace.pause)

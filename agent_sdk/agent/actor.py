@@ -18,7 +18,7 @@ from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.events import AgentConfigured, RequestOpened
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.tools import FunctionTool, ToolContext, ToolResult
-from agent_sdk.workspace import Workspace
+from agent_sdk.workspace.contract import Workspace
 
 RunClientTool = Callable[[RequestOpened], Awaitable[ToolResult]]
 

@@ -24,7 +24,7 @@ from agent_sdk.agent.llm.contract import CUT, Completion, ModelRequest
 from agent_sdk.agent.llm.retry import complete_with_retries
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.progress import Progress
-from agent_sdk.conversation import Outcome, outcome_of
+from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.protocol.errors import (
     GOES_ON,
     AgentServerError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from agent_sdk.protocol.results import Wait, WorkspaceInfo
-from agent_sdk.workspace import Workspace
+from agent_sdk.workspace.contract import Workspace
 
 
 class Place(Protocol):

@@ -14,7 +14,7 @@ from agent_sdk.remote.streams import Collector, with_output
 from agent_sdk.remote.transfers import come
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteReader, ByteWriter
-from agent_sdk.workspace import ExecResult, OnOutput, OutputName
+from agent_sdk.workspace.contract import ExecResult, OnOutput, OutputName
 
 
 class Command:

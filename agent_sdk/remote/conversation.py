@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Raw
 from msgspec.structs import replace
 
-from agent_sdk.conversation import (
+from agent_sdk.conversation.contract import (
     Accepted,
     Callback,
     Conversation,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from msgspec import Raw, Struct
 
 from agent_sdk.callbacks import tell
-from agent_sdk.conversation import Callback, Cursor, OnDelta, OnReset, Outcome, outcome_of
+from agent_sdk.conversation.contract import Callback, Cursor, OnDelta, OnReset, Outcome, outcome_of
 from agent_sdk.protocol import events as event_types
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, HistoryLost, TransferBroken
 from agent_sdk.protocol.events import Delta, Event, TurnEnded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
-from agent_sdk.disk import Progress
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ChangedDuringRead
 from agent_sdk.protocol.methods import (
@@ -21,7 +20,8 @@ from agent_sdk.protocol.methods import (
 )
 from agent_sdk.remote.link import Link, ask, ask_page
 from agent_sdk.remote.transfers import NO_CHANNEL, Repeatable, incoming, outgoing
-from agent_sdk.workspace import FileInfo, Files, Git, GitChange, Transferred
+from agent_sdk.workspace.contract import FileInfo, Files, Git, GitChange, Transferred
+from agent_sdk.workspace.disk import Progress
 
 
 class RemoteFiles(Files):

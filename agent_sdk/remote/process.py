@@ -26,7 +26,7 @@ from agent_sdk.remote.streams import Collector, milliseconds, pass_failure, with
 from agent_sdk.remote.transfers import NO_CHANNEL
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteReader, Chunk
-from agent_sdk.workspace import Exit, OutputName, Process, Shell, ShellResult
+from agent_sdk.workspace.contract import Exit, OutputName, Process, Shell, ShellResult
 
 
 class RemoteProcess(Process):

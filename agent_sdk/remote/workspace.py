@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from msgspec.structs import replace
 
-from agent_sdk.disk import LocalPath, OnProgress, Progress, atomic_file, open_source
-from agent_sdk.folders import packed, unpacked
 from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol.arguments import Heartbeat, Name, Path, Patience
 from agent_sdk.protocol.checks import check_input, checked
@@ -53,7 +51,7 @@ from agent_sdk.remote.process import RemoteProcess, RemoteShell
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink, Target
 from agent_sdk.remote.streams import milliseconds
 from agent_sdk.remote.transfers import NO_CHANNEL, Once, Repeatable, incoming, outgoing
-from agent_sdk.workspace import (
+from agent_sdk.workspace.contract import (
     ExecResult,
     FileStream,
     OnOutput,
@@ -63,6 +61,8 @@ from agent_sdk.workspace import (
     Workspace,
     WorkspaceInfo,
 )
+from agent_sdk.workspace.disk import LocalPath, OnProgress, Progress, atomic_file, open_source
+from agent_sdk.workspace.folders import packed, unpacked
 
 if TYPE_CHECKING:
     from ssl import SSLContext  # what is wrong with another value `checked_trust` says better

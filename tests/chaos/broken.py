@@ -12,10 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent_sdk.ids import new_id
-from agent_sdk.local import chain, clerk, database, operations, process_tree
+from agent_sdk.log import chain, clerk, database, operations
 from agent_sdk.rpc import lanes, ledger
-from agent_server import boxes, cli, feed
-from workspaces import box_process
+from agent_sdk.workspace import process_tree
+from agent_server.boxes import registry as boxes
+from agent_server.cli import main as cli
+from agent_server.session import feed
+from workspaces.box import process as box_process
 
 
 def no_fsync() -> None:

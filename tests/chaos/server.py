@@ -17,7 +17,7 @@ from typing import Self
 
 import psutil
 
-from agent_sdk.local.log import EventLog
+from agent_sdk.log.event_log import EventLog
 from tests.chaos.history import Entry, Final, Logs
 
 KEY = "chaos-key-0123456789abcdef"

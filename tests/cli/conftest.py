@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_server.cli import main
+from agent_server.cli.main import main
 from tests.conftest import SHORT_LIVED, RunningServer
 
 PROGRAM = [sys.executable, "-m", "agent_server"]

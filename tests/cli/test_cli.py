@@ -6,13 +6,13 @@ import sys
 import pytest
 
 from agent_sdk import __version__
-from agent_server import arguments
-from agent_server.cli import explain
+from agent_server.cli import arguments
+from agent_server.cli.main import explain
 
 HEAVY = {"aiohttp", "apsw", "asyncio", "msgspec", "rich", "structlog"}
 LIST_HEAVY = f"""
 import sys
-from agent_server.cli import main
+from agent_server.cli.main import main
 try:
     main(["--help"])
 finally:

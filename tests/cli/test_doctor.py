@@ -6,10 +6,10 @@ import socket
 
 import pytest
 
-from agent_server.arguments import parse
-from agent_server.commands import doctor
-from agent_server.config import load
-from agent_server.engine_check import examine_engine
+from agent_server.cli.arguments import parse
+from agent_server.cli.commands import doctor
+from agent_server.cli.engine_check import examine_engine
+from agent_server.config.options import load
 from agent_server.refusal import StartRefused
 from agent_server.serve import serving
 from tests.conftest import let_others_through

@@ -8,9 +8,9 @@ import pytest
 
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from agent_sdk.protocol.visible import shown
-from agent_server.inlet import Inlet
-from agent_server.outlet import Outlet
-from agent_server.terminal import Terminal, json_line, one_line, visible
+from agent_server.cli.inlet import Inlet
+from agent_server.cli.outlet import Outlet
+from agent_server.cli.terminal import Terminal, json_line, one_line, visible
 
 
 @pytest.fixture

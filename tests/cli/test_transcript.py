@@ -17,7 +17,7 @@ from agent_sdk.protocol.events import (
     Unknown,
     UserMessage,
 )
-from agent_server.transcript import Transcript, call_line
+from agent_server.cli.transcript import Transcript, call_line
 
 
 def read(*items):

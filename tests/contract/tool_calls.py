@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agent_sdk.conversation import Conversation, Wait
+from agent_sdk.conversation.contract import Conversation, Wait
 from agent_sdk.protocol.errors import InvalidParams, RequestNotFound, TimedOut, TurnWaits
 from agent_sdk.protocol.events import (
     Event,

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from agent_sdk.conversation import Conversation, Outcome, Wait
+from agent_sdk.conversation.contract import Conversation, Outcome, Wait
 from agent_sdk.definition import Agent
 from agent_sdk.protocol.events import (
     Event,
@@ -13,7 +13,7 @@ from agent_sdk.protocol.events import (
 )
 from agent_sdk.protocol.specs import ConfirmationPolicy, ScriptedLLM, Step
 from agent_sdk.tools import FunctionTool, tool
-from agent_sdk.workspace import Workspace
+from agent_sdk.workspace.contract import Workspace
 
 Open = Callable[..., Awaitable[Conversation]]
 Places = dict[Conversation, Workspace]

@@ -17,9 +17,9 @@ from tests.docker.boxes import sandboxes_in
 from tests.docker.engine_process import EngineProcess
 from tests.server.conftest import Running, Start
 from tests.server.conftest import start as start
-from workspaces import labels
-from workspaces.engine import Engine, engine_version
-from workspaces.sandboxes import Sandboxes
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.engine import Engine, engine_version
+from workspaces.box.sandboxes import Sandboxes
 
 Opened = Callable[..., AbstractAsyncContextManager[Sandboxes]]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from workspaces.engine import Engine
+from workspaces.backend.docker.engine import Engine
 
 SECONDS = 30
 """So soon after a death nothing is left that nobody owns."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from workspaces.disks import Disks
+from workspaces.box.disks import Disks
 
 
 async def limited(folder: Path) -> Disks:

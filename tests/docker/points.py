@@ -13,14 +13,14 @@ from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, Workspac
 from agent_sdk.protocol.methods import Delete
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.link import ask
-from agent_sdk.workspace import ExecResult
+from agent_sdk.workspace.contract import ExecResult
 from tests.chaos.server import KEY, Server
 from tests.contract.commands import Listener
 from tests.docker import images
 from tests.docker.held_engine import HeldEngine
 from tests.docker.leaks import nothing_is_left_of
-from workspaces import labels
-from workspaces.engine import Engine
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.engine import Engine
 
 CREATE, START = ("POST", "/containers/create"), ("POST", "/containers/[^/]+/start")
 STOPPING = ("POST", "/containers/[^/]+/stop", "asked")

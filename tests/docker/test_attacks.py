@@ -13,13 +13,14 @@ import pytest
 from agent_sdk import RemoteWorkspace
 from agent_sdk.protocol.errors import OutsideWorkspace, PathNotFound
 from agent_sdk.protocol.specs import Sandbox
-from agent_sdk.workspace import Workspace
+from agent_sdk.workspace.contract import Workspace
 from tests.docker import images
 from tests.docker.attacks.__main__ import ATTACKS
 from tests.docker.fresh import fresh
 from tests.docker.servers import SERVER
-from workspaces import DockerWorkspace, labels
-from workspaces.engine import Engine
+from workspaces import DockerWorkspace
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.engine import Engine
 
 pytestmark = pytest.mark.docker
 

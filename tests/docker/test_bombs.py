@@ -11,7 +11,7 @@ from agent_sdk import Conversation, RemoteWorkspace
 from agent_sdk.protocol.errors import AgentServerError, IsolationUnavailable
 from agent_sdk.protocol.events import WorkspaceChanged
 from agent_sdk.protocol.specs import Sandbox
-from agent_sdk.workspace import Workspace
+from agent_sdk.workspace.contract import Workspace
 from tests.docker import images
 from tests.docker.fresh import fresh
 from tests.docker.test_attacks import PYTHON

@@ -6,8 +6,8 @@ import pytest
 
 from agent_sdk.protocol.errors import ProfileMismatch, WorkspaceUnavailable
 from tests.docker.boxes import box, containers
-from workspaces.box_runtime import MOUNT, BoxRuntime
-from workspaces.sandboxes import Sandboxes, SandboxOptions
+from workspaces.box.runtime import MOUNT, BoxRuntime
+from workspaces.box.sandboxes import Sandboxes, SandboxOptions
 
 pytestmark = pytest.mark.docker
 
@@ -102,6 +102,6 @@ async def test_one_that_speaks_something_else_is_ended(sandboxes, engine, answer
 
 
 async def test_one_whose_system_calls_are_not_filtered_is_ended(sandboxes, engine):
-    program = "from agent_sdk.box import main; "
+    program = "from agent_sdk.box.process import main; "
     program += "sys.argv.remove('--seccomp'); sys.exit(main([*sys.argv[1:], '--unclaimed']))"
     assert "not filtered twice" in await refusal(sandboxes, engine, program, ProfileMismatch)

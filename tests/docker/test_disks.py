@@ -12,8 +12,8 @@ import pytest
 
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, WorkspaceUnavailable
 from tests.docker.places import limited, unlimited
-from workspaces.disks import Disks
-from workspaces.their_files import USER
+from workspaces.box.disks import Disks
+from workspaces.box.their_files import USER
 
 pytestmark = pytest.mark.docker
 
@@ -142,7 +142,7 @@ async def test_a_disk_is_handed_over_while_it_is_mounted_elsewhere(disks, tmp_pa
 
 KILLED = """
 import asyncio, sys, pathlib
-from workspaces.disks import Disks
+from workspaces.box.disks import Disks
 
 async def main():
     disks = Disks(pathlib.Path(sys.argv[1]))

@@ -9,7 +9,8 @@ from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.testing import ScriptedLLM, say
 from tests.docker.images import BUSYBOX
 from tests.docker.servers import SERVER, state, there, volumes_of
-from workspaces import DockerWorkspace, labels
+from workspaces import DockerWorkspace
+from workspaces.backend.docker import labels
 
 pytestmark = pytest.mark.docker
 

@@ -10,7 +10,8 @@ import pytest
 
 from agent_sdk.ids import new_id
 from tests.docker.servers import SERVER
-from workspaces import DockerWorkspace, labels
+from workspaces import DockerWorkspace
+from workspaces.backend.docker import labels
 
 pytestmark = pytest.mark.docker
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.docker.servers import SERVER, state
-from workspaces import DockerWorkspace, labels
-from workspaces.owner import is_dead, this_process
+from workspaces import DockerWorkspace
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.owner import is_dead, this_process
 
 pytestmark = pytest.mark.docker
 
@@ -92,7 +93,7 @@ def reapers(instance):
     for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             words = cmdline.read_bytes().split(b"\0")
-            if b"workspaces.reaper" in words and instance.encode() in words:
+            if b"workspaces.backend.docker.reaper" in words and instance.encode() in words:
                 yield int(cmdline.parent.name)
 
 

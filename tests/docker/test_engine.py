@@ -13,8 +13,8 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from tests.docker.images import BUSYBOX
-from workspaces import labels
-from workspaces.engine import Engine
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.engine import Engine
 
 pytestmark = pytest.mark.docker
 

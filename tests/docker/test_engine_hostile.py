@@ -22,8 +22,8 @@ from agent_sdk.protocol.errors import (
 )
 from tests.conftest import let_others_through
 from tests.docker.fake_engine import INFO, VERSION, FakeEngine, never, slam, stream
-from workspaces.engine import Engine, engine_version
-from workspaces.engine_logs import LONGEST_LINE
+from workspaces.backend.docker.engine import Engine, engine_version
+from workspaces.backend.docker.engine_logs import LONGEST_LINE
 
 HASTE = 0.1
 """Of the limits of time: what hangs is given up after 1 s instead of 10."""
@@ -76,7 +76,7 @@ def test_a_user_who_may_not_is_told_which_group_to_join(tmp_path):
     """In a process of its own: root may use every socket."""
     program = f"""
 import asyncio, os
-from workspaces.engine import engine_version
+from workspaces.backend.docker.engine import engine_version
 os.setgid(65534); os.setuid(65534)
 try:
     asyncio.run(engine_version("unix:///{tmp_path}/engine.sock"))

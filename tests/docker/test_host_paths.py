@@ -12,9 +12,9 @@ from agent_sdk.protocol.errors import WorkspaceUnavailable
 from tests.docker.images import BUSYBOX
 from tests.docker.test_docker_options import address as address
 from tests.docker.test_docker_options import forwarded
-from workspaces import labels
-from workspaces.engine import Engine
-from workspaces.host_paths import HostPaths
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.engine import Engine
+from workspaces.backend.docker.host_paths import HostPaths
 
 pytestmark = pytest.mark.docker
 

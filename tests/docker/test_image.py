@@ -19,9 +19,9 @@ from tests.docker import images
 from tests.docker.fresh import fresh
 from tests.docker.servers import SERVER
 from tests.server.wire import GUARD
-from workspaces import labels
-from workspaces.engine import Engine
-from workspaces.server_spec import SERVER_PORT, ServerSpec
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.engine import Engine
+from workspaces.backend.docker.server_spec import SERVER_PORT, ServerSpec
 from workspaces.sync import DockerWorkspace
 
 pytestmark = pytest.mark.docker

@@ -17,7 +17,7 @@ from tests.docker.held_engine import HeldEngine
 from tests.docker.leaks import nothing_is_left_of
 from tests.docker.points import ENDED, ENDING, RUNNING, SECONDS, STARTING, nothing_is_left, reached, used
 from tests.docker.servers import SERVER
-from workspaces import labels
+from workspaces.backend.docker import labels
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 
@@ -38,7 +38,7 @@ async def held(tmp_path) -> AsyncIterator[HeldEngine]:
 CLIENT = """
 import asyncio, sys
 from workspaces import DockerWorkspace
-from workspaces.owner import this_process
+from workspaces.backend.docker.owner import this_process
 
 async def main(url, image):
     print(this_process(), flush=True)

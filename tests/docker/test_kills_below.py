@@ -25,8 +25,8 @@ from tests.docker.points import (
     reached,
     used,
 )
-from workspaces import labels
-from workspaces.engine import Engine
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.engine import Engine
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 

@@ -17,8 +17,8 @@ from tests.docker.boxes import box, containers, said
 from tests.docker.held_engine import HeldEngine
 from tests.docker.images import BUSYBOX, FULL
 from tests.docker.leaks import nothing_is_left_of
-from workspaces import labels
-from workspaces.sandboxes import NOBODY
+from workspaces.backend.docker import labels
+from workspaces.box.sandboxes import NOBODY
 
 pytestmark = pytest.mark.docker
 
@@ -145,7 +145,7 @@ SERVER = """
 import asyncio, pathlib, sys
 from agent_sdk import Sandbox
 from agent_sdk.ids import new_id
-from workspaces.sandboxes import Sandboxes, SandboxOptions
+from workspaces.box.sandboxes import Sandboxes, SandboxOptions
 
 async def main():
     folder, runtimes, image, engine = sys.argv[1:]

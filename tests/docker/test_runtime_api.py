@@ -11,7 +11,7 @@ import pytest
 from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import RemoteApiError
-from agent_server.runtime_config import RuntimeConfig, TenantConfig
+from agent_server.config.runtime_api import RuntimeConfig, TenantConfig
 from tests.chaos.server import KEY, Server
 from tests.docker import images
 from tests.docker.conftest import remove_all
@@ -21,7 +21,8 @@ from tests.docker.test_sandbox_images import image as image
 from tests.server.conftest import start  # noqa: F401  a server in this process
 from tests.server.test_runtime_api import ALICE, BOB, TENANTS, client
 from tests.test_examples import run
-from workspaces import APIRemoteWorkspace, labels
+from workspaces import APIRemoteWorkspace
+from workspaces.backend.docker import labels
 
 pytestmark = pytest.mark.docker
 

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from agent_sdk.protocol.errors import ImageUnavailable
 from agent_sdk.protocol.results import Mount, Profile
 from agent_sdk.protocol.specs import Sandbox
-from workspaces.container_body import Bind, Parts, create_body, temporary
-from workspaces.verification import box_differences, engine_differences
+from workspaces.backend.docker.container_body import Bind, Parts, create_body, temporary
+from workspaces.box.verification import box_differences, engine_differences
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox_body.json"
 """Changed by hand only: it is what the isolation of sandboxes consists of."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.docker.sandboxes import container, sandbox, told
-from workspaces import labels
-from workspaces.engine import Engine
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.engine import Engine
 
 pytestmark = pytest.mark.docker
 

@@ -13,8 +13,8 @@ from tests.docker.sandboxes import sandbox
 from tests.docker.test_sandbox_body import PROFILE
 from tests.docker.test_sandbox_images import image as image
 from tests.docker.test_sandbox_images import refused
-from workspaces.mounts import Source, sources
-from workspaces.verification import mount_differences
+from workspaces.backend.docker.mounts import Source, sources
+from workspaces.box.verification import mount_differences
 
 pytestmark = pytest.mark.docker
 

@@ -14,7 +14,7 @@ from tests.docker.engine_process import EngineProcess
 from tests.docker.images import BUSYBOX, FULL
 from tests.docker.sandboxes import container, sandbox
 from tests.docker.test_sandbox_images import image as image
-from workspaces.box_folder import BoxFolder
+from workspaces.box.folder import BoxFolder
 
 pytestmark = pytest.mark.docker
 

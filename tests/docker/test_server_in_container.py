@@ -12,9 +12,9 @@ from agent_sdk.protocol.errors import IsolationUnavailable, WorkspaceUnavailable
 from tests.docker.conftest import remove_all
 from tests.docker.images import BUSYBOX
 from tests.docker.servers import SERVER
-from workspaces import labels
-from workspaces.server_container import ServerContainer
-from workspaces.server_spec import ServerSpec, Volume
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.server_container import ServerContainer
+from workspaces.backend.docker.server_spec import ServerSpec, Volume
 
 pytestmark = pytest.mark.docker
 

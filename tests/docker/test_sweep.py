@@ -13,9 +13,9 @@ import pytest
 
 from agent_sdk.ids import new_id
 from tests.docker.images import BUSYBOX
-from workspaces import labels
-from workspaces.engine import Engine
-from workspaces.sweep import Sweep
+from workspaces.backend.docker import labels
+from workspaces.backend.docker.engine import Engine
+from workspaces.box.sweep import Sweep
 
 pytestmark = pytest.mark.docker
 

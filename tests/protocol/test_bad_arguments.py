@@ -17,8 +17,8 @@ import pytest
 from msgspec import Meta, Struct
 
 import agent_sdk
-import agent_sdk.conversation
-import agent_sdk.workspace
+import agent_sdk.conversation.contract
+import agent_sdk.workspace.contract
 import workspaces
 from agent_sdk import (
     LLM,
@@ -138,12 +138,12 @@ TOLD = {
 DESCRIBED = {"Process", "Workspace", "__version__", "errors", "events"}
 
 CONTRACTS = {
-    agent_sdk.workspace.Workspace: "workspace",
-    agent_sdk.workspace.Files: "files",
-    agent_sdk.workspace.Git: "git",
-    agent_sdk.workspace.Process: "process",
-    agent_sdk.workspace.Shell: "shell",
-    agent_sdk.conversation.Conversation: "conversation",
+    agent_sdk.workspace.contract.Workspace: "workspace",
+    agent_sdk.workspace.contract.Files: "files",
+    agent_sdk.workspace.contract.Git: "git",
+    agent_sdk.workspace.contract.Process: "process",
+    agent_sdk.workspace.contract.Shell: "shell",
+    agent_sdk.conversation.contract.Conversation: "conversation",
 }
 
 

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from agent_sdk import LocalWorkspace, RemoteWorkspace
+from agent_sdk.conversation.receipts import operation
 from agent_sdk.ids import new_id
-from agent_sdk.local.receipts import operation
 from agent_sdk.protocol import specs
 from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams
@@ -29,8 +29,8 @@ from agent_sdk.remote.link import Fixed
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_sdk.serve import workspace_handlers
-from agent_server.relay import _digest
+from agent_sdk.workspace.service import workspace_handlers
+from agent_server.boxes.relay import _digest
 from tests.protocol.examples import example
 
 LACKS = {

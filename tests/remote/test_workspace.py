@@ -13,10 +13,10 @@ from agent_sdk.remote.link import Fixed, ask
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_sdk.serve import workspace_handlers
+from agent_sdk.workspace.service import workspace_handlers
 from bench.measure import rss_mib
 from tests.contract.workspace import WorkspaceContract
-from workspaces.box_process import BoxProcess
+from workspaces.box.process import BoxProcess
 
 
 class TestOverMemory(WorkspaceContract):

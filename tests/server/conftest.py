@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from agent_server.config import ServerConfig
+from agent_server.config.options import ServerConfig
 from agent_server.serve import Ready, Stop, serving
 from tests.server.wire import GUARD, Wire
 

@@ -5,8 +5,8 @@ import stat
 import pytest
 
 from agent_sdk.protocol.errors import Overloaded, Unauthorized, UseHeader
-from agent_server.auth import ApiKey, Attempts, Authority, bearer, obtain_key, obtain_keys
-from agent_server.config import ServerConfig
+from agent_server.config.options import ServerConfig
+from agent_server.http.auth import ApiKey, Attempts, Authority, bearer, obtain_key, obtain_keys
 from agent_server.refusal import StartRefused
 
 KEY = "0123456789abcdef"

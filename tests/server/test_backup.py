@@ -14,10 +14,10 @@ import pytest
 
 from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
-from agent_sdk.local.log import EventLog
+from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import InvalidParams, PathExists, PathNotFound
 from agent_sdk.protocol.events import UserMessage
-from agent_server.commands.backup import backup
+from agent_server.cli.commands.backup import backup
 from agent_server.data_folder import DataFolder
 from tests.conftest import SHORT_LIVED
 from tests.server.test_serve import started

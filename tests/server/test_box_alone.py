@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from agent_sdk.box.profile import present_profile
 from agent_sdk.ids import new_id
-from agent_sdk.profile import present_profile
 from agent_sdk.protocol.errors import OpMismatch, StateConflict, Unauthorized
 from agent_sdk.protocol.methods import Claim, ClientInfo, Describe, Execute, FilesList, Initialize
 from agent_sdk.protocol.specs import Limits

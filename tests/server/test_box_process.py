@@ -16,7 +16,7 @@ from agent_sdk.protocol.errors import PathNotFound, WorkspaceUnavailable
 from agent_sdk.remote.workspace import RemoteWorkspace
 from tests.chaos.server import environ, processes
 from tests.server.wire import GUARD
-from workspaces.box_process import MARKER, BoxProcess
+from workspaces.box.process import MARKER, BoxProcess
 
 
 @pytest.fixture

@@ -11,24 +11,24 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from agent_sdk.conversation import Waits
-from agent_sdk.local.conversation import LocalConversation
+from agent_sdk.conversation.contract import Waits
+from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.protocol.errors import ConnectionLost, OutcomeUnknown, PathNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.events import Waiting
 from agent_sdk.protocol.methods import Describe
 from agent_sdk.remote.link import persistent
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server import logs
-from agent_server.box_link import BoxLink
-from agent_server.box_name import BoxName
-from agent_server.box_place import BoxPlace
-from agent_server.box_watch import told_if_long
-from agent_server.boxes import Boxes
-from agent_server.config import ServerConfig, load
+from agent_server.boxes.link import BoxLink
+from agent_server.boxes.name import BoxName
+from agent_server.boxes.place import BoxPlace
+from agent_server.boxes.registry import Boxes
+from agent_server.boxes.watch import told_if_long
+from agent_server.config.options import ServerConfig, load
 from agent_server.data_folder import DataFolder
 from tests.server.test_box_process import ENVIRONMENT, gone
 from tests.server.wire import GUARD
-from workspaces.box_process import BoxProcess
+from workspaces.box.process import BoxProcess
 
 
 @pytest.fixture

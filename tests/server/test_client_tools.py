@@ -11,7 +11,7 @@ from agent_sdk.protocol.events import RequestOpened
 from agent_sdk.protocol.methods import ToolCall, ToolOutput
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_server.client_tools import ClientTools
+from agent_server.conversations.client_tools import ClientTools
 from tests.server.wire import GUARD
 
 REQUEST = RequestOpened(

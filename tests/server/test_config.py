@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_server.config import ServerConfig, load, settings
+from agent_server.config.options import ServerConfig, load, settings
 from agent_server.refusal import StartRefused
 
 KEY = "k" * 40

@@ -23,9 +23,9 @@ from tests.conftest import let_others_through
 from tests.contract.workspace import WorkspaceContract
 from tests.docker.test_attacks import attacked
 from tests.server.test_box_process import cancelled_after
-from workspaces.box_process import BoxProcess
-from workspaces.box_runtime import MOUNT, BoxRuntime
-from workspaces.confinement import NOT_CONFINED, Confinement, confinement
+from workspaces.box.confinement import NOT_CONFINED, Confinement, confinement
+from workspaces.box.process import BoxProcess
+from workspaces.box.runtime import MOUNT, BoxRuntime
 
 BOX_USER = 10_001
 
@@ -360,7 +360,7 @@ async def test_in_namespaces_the_system_is_read_only(workspace, place):
 async def refused(isolation: str, data: Path, *prefix: str, **environment: str) -> str:
     """The sentence with which another process, started like this, is refused."""
     program = (
-        "import asyncio, sys; from pathlib import Path; from workspaces.confinement import confinement\n"
+        "import asyncio, sys; from pathlib import Path; from workspaces.box.confinement import confinement\n"
         "async def main():\n"
         "    found = await confinement(sys.argv[1], 10001, Path(sys.argv[2]))\n"
         "    await found.check(Path(sys.argv[2]))\n"

@@ -13,7 +13,7 @@ from agent_sdk.protocol.methods import EventsNotice, SyncReset
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_server.feed import Feed
+from agent_server.session.feed import Feed
 from tests.server.wire import GUARD
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from agent_sdk.protocol.errors import HostNotAllowed, OriginNotAllowed
-from agent_server.hosts import HostRules, OriginRules, ProxyRules, is_loopback, network_of
+from agent_server.config.hosts import HostRules, OriginRules, ProxyRules, is_loopback, network_of
 
 LOCAL = HostRules("127.0.0.1")
 PUBLIC = HostRules("0.0.0.0", ["box.example"])

@@ -12,16 +12,16 @@ import sys
 import pytest
 
 from agent_sdk.ids import new_id
-from agent_sdk.local.log import EventLog
+from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import AgentMessage, ToolCalled, TurnStarted, UserMessage
 from agent_sdk.protocol.methods import Execute
 from agent_sdk.protocol.specs import Sandbox
-from agent_server.relay import _digest
+from agent_server.boxes.relay import _digest
 from tests.docker.fake_engine import FakeEngine, never
 from tests.server.test_boxes import ended
 from tests.server.test_turns_survive import call, is_a, pipe, say, server, these
 from tests.server.wire import GUARD
-from workspaces.box_folder import BoxFolder, Record
+from workspaces.box.folder import BoxFolder, Record
 
 HANG = {"step": "hang", "seconds": 0.3}
 

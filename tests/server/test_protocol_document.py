@@ -11,9 +11,10 @@ import pytest
 
 from agent_sdk.protocol.document import ADDRESSES, CLOSE_CODES, HTTP, protocol
 from agent_sdk.rpc import peer
-from agent_server import answers, auth, connection, event_stream, frames, upgrade
-from agent_server.config import ServerConfig
+from agent_server.config.options import ServerConfig
+from agent_server.http import answers, auth, connection, frames, upgrade
 from agent_server.routes import PAGE, Routes
+from agent_server.session import event_stream
 from tests.server.wire import request
 
 ROOT = Path(__file__).parents[2]

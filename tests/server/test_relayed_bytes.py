@@ -14,8 +14,8 @@ import pytest
 
 from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
-from agent_sdk.local.log import EventLog
-from agent_sdk.local.operations import KEPT, KEPT_SECONDS
+from agent_sdk.log.event_log import EventLog
+from agent_sdk.log.operations import KEPT, KEPT_SECONDS
 from agent_sdk.protocol.errors import InvalidParams, OpExpired, WorkspaceUnavailable
 from agent_sdk.protocol.methods import (
     Describe,
@@ -29,12 +29,12 @@ from agent_sdk.protocol.methods import (
 from agent_sdk.remote.connection import connect
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_server.box_link import BoxLink
-from agent_server.box_name import BoxName
-from agent_server.relay import Relay
+from agent_server.boxes.link import BoxLink
+from agent_server.boxes.name import BoxName
+from agent_server.boxes.relay import Relay
 from agent_server.work import Work
 from tests.server.test_box_process import ENVIRONMENT
-from workspaces.box_process import BoxProcess
+from workspaces.box.process import BoxProcess
 
 
 class Place:

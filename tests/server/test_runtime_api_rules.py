@@ -5,9 +5,9 @@ import io
 
 import pytest
 
+from agent_server.config.runtime_api import GIB, RuntimeConfig, TenantConfig
 from agent_server.refusal import StartRefused
-from agent_server.runtime_config import GIB, RuntimeConfig, TenantConfig
-from agent_server.tenants import Tenants
+from agent_server.runtime_api.tenants import Tenants
 from tests.server.test_runtime_api import ALICE, BOB, IMAGE, client, options
 
 NOBODY = {"runtime_id": "01900000-0000-7000-8000-000000000000"}

@@ -10,15 +10,15 @@ import pytest
 from aiohttp import WSMsgType, web
 from yarl import URL
 
-from agent_server.auth import ApiKey, Authority
-from agent_server.connection import Connection, Crowd
-from agent_server.gate import Gate
-from agent_server.hosts import HostRules, OriginRules
+from agent_server.config.hosts import HostRules, OriginRules
+from agent_server.http.auth import ApiKey, Authority
+from agent_server.http.connection import Connection, Crowd
+from agent_server.http.gate import Gate
 from agent_server.logs import opened
 from agent_server.metrics import Metrics
 from agent_server.refusal import StartRefused
-from agent_server.runtime import Record, Runtime
-from agent_server.runtime_proxy import RuntimeProxy
+from agent_server.runtime_api.proxy import RuntimeProxy
+from agent_server.runtime_api.runtime import Record, Runtime
 
 MIB = 1 << 20
 

@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from agent_sdk.protocol.errors import Overloaded
+from agent_server.config.runtime_api import GIB, RuntimeConfig
 from agent_server.logs import opened
-from agent_server.runtime import RECORD
-from agent_server.runtime_config import GIB, RuntimeConfig
-from agent_server.runtimes import Runtimes, Wanted
-from agent_server.tenants import Tenant
+from agent_server.runtime_api.runtime import RECORD
+from agent_server.runtime_api.runtimes import Runtimes, Wanted
+from agent_server.runtime_api.tenants import Tenant
 from tests.server.test_runtime import SteppedPod
 from tests.server.wire import GUARD
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent_server.config import load
+from agent_server.config.options import load
 from agent_server.refusal import StartRefused
 from agent_server.sealing import obtain_sealer
 

@@ -29,7 +29,7 @@ from agent_sdk.remote.connection import connect
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_sdk.serve import workspace_handlers
+from agent_sdk.workspace.service import workspace_handlers
 
 THEIRS = 1 << 20  # even: the opener of a connection numbers odd
 

@@ -15,14 +15,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from agent_sdk.conversation.receipts import operation, receipt
 from agent_sdk.ids import new_id
-from agent_sdk.local.log import EventLog
-from agent_sdk.local.receipts import operation, receipt
+from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import UserMessage
 from tests.agent.llm.provider import events as spoken
 from tests.conftest import SHORT_LIVED
 from tests.server.wire import GUARD
-from workspaces.box_process import BoxProcess
+from workspaces.box.process import BoxProcess
 
 MODEL_KEY = "sk-a-key-that-nobody-may-find-0123456789"
 SECRETS_KEY = "sealing-key-0123456789abcdef"

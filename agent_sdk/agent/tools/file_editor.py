@@ -12,7 +12,7 @@ from agent_sdk.agent.tools.undo import Undo
 from agent_sdk.protocol.errors import AgentServerError, IsADirectory, PathNotFound, ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import ToolContext, ToolResult, decode_arguments, parameters_of
-from agent_sdk.workspace import Workspace
+from agent_sdk.workspace.contract import Workspace
 
 LARGEST_BYTES = 10 << 20
 VIEW_CHARS = 16_000

@@ -7,9 +7,9 @@ import re
 import pytest
 
 from agent_sdk.agent.tools.file_editor import FileEditorTool
-from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.protocol.errors import OutsideWorkspace, ToolError
 from agent_sdk.tools import ToolContext
+from agent_sdk.workspace.local import LocalWorkspace
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 
 from agent_sdk.agent.clip import MODEL_CHARS
 from agent_sdk.agent.tools.terminal import TerminalTool
-from agent_sdk.local.workspace import LocalWorkspace
 from agent_sdk.protocol.errors import ToolError
 from agent_sdk.tools import ToolContext, ToolResult
-from agent_sdk.workspace import SPOOL_BYTES, TAIL_BYTES
+from agent_sdk.workspace.contract import SPOOL_BYTES, TAIL_BYTES
+from agent_sdk.workspace.local import LocalWorkspace
 
 
 class Terminal:

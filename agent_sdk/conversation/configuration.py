@@ -1,0 +1,210 @@
+"""Which agent a conversation has, and how it changes. Keeps the secrets, which no log may have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from agent_sdk.agent.actor import Actor, RunClientTool
+from agent_sdk.agent.mask import Mask, check_secrets
+from agent_sdk.agent.place import Passing, Place
+from agent_sdk.conversation.fold import Fold
+from agent_sdk.conversation.settings import Settings
+from agent_sdk.definition import Agent
+from agent_sdk.protocol.errors import AgentServerError, InternalError, InvalidParams, StateConflict
+from agent_sdk.protocol.events import (
+    AgentConfigured,
+    ConversationCreated,
+    Event,
+    SecretsChanged,
+)
+from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
+from agent_sdk.tools import FunctionTool
+from agent_sdk.workspace.contract import Workspace
+
+
+class Configuration:
+    """The agent's description before the conversation is open, and its Actor afterwards."""
+
+    def __init__(
+        self,
+        agent: Agent | AgentSpec | None,
+        *,
+        conversation: str,
+        max_iterations: int,
+        confirmation: ConfirmationPolicy,
+        secrets: Mapping[str, str],
+        run_client_tool: RunClientTool | None,
+        title: str | None,
+        tags: Mapping[str, str],
+    ) -> None:
+        self.actor: Actor | None = None
+        self.mask = Mask(secrets.values())
+        """Hides what nobody may read in a log: keys, headers and secrets, former ones too."""
+        self.missing = ""
+        """What of the stored agent this process does not know, a sentence."""
+        self.obstacle: AgentServerError | None = None
+        """Why the stored agent cannot work any more."""
+        self._agent = agent
+        self.conversation = conversation
+        """Its id."""
+        self._max_iterations = max_iterations
+        self._confirmation = confirmation
+        self._secrets = dict(secrets)
+        self._title = title
+        self._tags = dict(tags)
+        self._run_client_tool = run_client_tool
+        self._workspace: Workspace | None = None
+        self.place: Place = Passing()
+        self._functions: Mapping[str, FunctionTool[..., Any]] = {}
+        self._former: list[Actor] = []
+
+    @property
+    def run_client_tool(self) -> RunClientTool | None:
+        """How tools of a client are run."""
+        return self._run_client_tool
+
+    @run_client_tool.setter
+    def run_client_tool(self, runner: RunClientTool | None) -> None:
+        self._run_client_tool = runner
+        if self.actor is not None:
+            self.actor.run_client_tool = runner
+
+    def open(self, workspace: Workspace) -> None:
+        """Make the Actor, when an agent is known.
+
+        Raises:
+            InvalidParams: a tool, the model, a limit or a secret's name is not acceptable.
+        """
+        self._workspace = workspace
+        if self._agent is not None:
+            self.actor = self._made(self._agent, self._max_iterations, self._confirmation)
+
+    def restore(self, settings: Settings, stored: tuple[bytes, bytes | None]) -> None:
+        """Make the Actor of the stored agent; if that is not possible, `missing` or `obstacle` says why."""
+        try:
+            restored = settings.unpack(self.conversation, *stored)
+            self.missing = restored.missing
+            if not self.missing:
+                self._secrets.update(restored.secrets)
+                self.actor = self._made(restored.agent, restored.max_iterations, restored.confirmation)
+        except msgspec.ValidationError as exc:
+            self.obstacle = InternalError(f"the agent that was stored cannot be read by this version: {exc}")
+        except InvalidParams as exc:
+            self.obstacle = exc
+
+    def packed(self, settings: Settings) -> tuple[bytes, bytes | None] | None:
+        """Return what is to be stored of the agent as it is now; None: there is none."""
+        actor = self.actor
+        if actor is None:
+            return None
+        return settings.pack(
+            self.conversation,
+            replace(actor.spec, llm=actor.llm),
+            max_iterations=actor.max_iterations,
+            confirmation=actor.confirmation,
+            secrets=self._secrets,
+        )
+
+    def replace(
+        self, agent: Agent | AgentSpec, *, max_iterations: int, confirmation: ConfirmationPolicy
+    ) -> None:
+        """Use this agent from now on; one that differs in nothing but its model keeps its tools."""
+        spec, functions = _parts(agent)
+        actor = self.actor
+        same = (
+            actor is not None and replace(actor.spec, llm=spec.llm) == spec and functions == self._functions
+        )
+        if actor is None or not same:
+            made = self._made(agent, max_iterations, confirmation)
+            if actor is not None:
+                self._former.append(actor)
+            self.actor = made
+            return
+        if actor.llm != spec.llm:
+            actor.switch(spec.llm)
+        actor.max_iterations, actor.confirmation = max_iterations, confirmation
+
+    def recall(self, fold: Fold) -> None:
+        """Let the agent's tools go on where the log left them."""
+        if self.actor is not None:
+            self.actor.toolbox.recall(fold.results)
+
+    def introduction(self, fold: Fold) -> list[Event]:
+        """Return the events that say who and what this conversation is, as far as the log does not say it yet."""
+        events: list[Event] = [] if fold.created else [ConversationCreated(conversation=self.conversation)]
+        events += self.news(fold)
+        return [*events, *fold.retitled(self._title, self._tags)]
+
+    def news(self, fold: Fold) -> list[Event]:
+        """Return the events that say of the agent what the log does not say yet."""
+        events: list[Event] = []
+        if self.actor is not None:
+            configured = self.actor.configured()
+            if fold.configured is None or replace(fold.configured, seq=0, at=0.0) != configured:
+                events.append(configured)
+        if not fold.secret_names.issuperset(self._secrets):
+            events.append(SecretsChanged(names=tuple(sorted(self._secrets))))
+        return events
+
+    def add_secrets(self, secrets: Mapping[str, str]) -> SecretsChanged:
+        """Set secrets and return the event that names them.
+
+        Raises:
+            InvalidParams: a name cannot be an environment variable, or they are too many or too long.
+        """
+        check_secrets({**self._secrets, **secrets})
+        if self.actor is not None:
+            self.actor.add_secrets(secrets)
+        self._secrets.update(secrets)
+        self.mask.hide(self._secrets.values())
+        return SecretsChanged(names=tuple(sorted(secrets)))
+
+    def set_confirmation(self, policy: ConfirmationPolicy) -> AgentConfigured:
+        """Change the policy and return the event that says so."""
+        actor = self._present()
+        actor.confirmation = policy
+        return actor.configured()
+
+    def switch_llm(self, llm: Model) -> AgentConfigured:
+        """Change the model and return the event that says so."""
+        actor = self._present()
+        actor.switch(llm)
+        return actor.configured()
+
+    async def close(self) -> None:
+        """Let go of the connections to models."""
+        for actor in (*self._former, *([self.actor] if self.actor else [])):
+            await actor.close()
+
+    def _present(self) -> Actor:
+        if self.actor is None:
+            raise StateConflict("no agent is configured yet", state="idle")
+        return self.actor
+
+    def _made(self, agent: Agent | AgentSpec, max_iterations: int, confirmation: ConfirmationPolicy) -> Actor:
+        if self._workspace is None:
+            raise StateConflict("the conversation is not open", state="closed")
+        spec, self._functions = _parts(agent)
+        actor = Actor(
+            spec,
+            self._workspace,
+            conversation=self.conversation,
+            functions=self._functions,
+            max_iterations=max_iterations,
+            confirmation=confirmation,
+            mask=self.mask,
+        )
+        actor.add_secrets(self._secrets)
+        actor.run_client_tool = self._run_client_tool
+        actor.place = self.place
+        return actor
+
+
+def _parts(agent: Agent | AgentSpec) -> tuple[AgentSpec, Mapping[str, FunctionTool[..., Any]]]:
+    if isinstance(agent, AgentSpec):
+        return agent, {}
+    return agent.spec(), agent.functions()

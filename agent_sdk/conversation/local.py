@@ -1,0 +1,484 @@
+"""A Conversation here: the log in a file or in memory, the agent in this process.
+
+What happens in a turn is agent.loop's business, which turn runs is that of turns, what follows from
+the log that of fold and history. This file opens and closes, and turns verbs into events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+from agent_sdk.agent.actor import RunClientTool
+from agent_sdk.agent.mask import Mask
+from agent_sdk.agent.place import Place
+from agent_sdk.conversation.configuration import Configuration
+from agent_sdk.conversation.contract import (
+    Accepted,
+    Callback,
+    Conversation,
+    Cursor,
+    OnDelta,
+    OnWaiting,
+    Outcome,
+    Snapshot,
+    Stats,
+)
+from agent_sdk.conversation.delivery import Delivery, DeltaListener, Listener, Unsubscribe
+from agent_sdk.conversation.follower import Follower
+from agent_sdk.conversation.opened import Opened, open_conversation
+from agent_sdk.conversation.receipts import answering, check_text, operation, receipt, remembered
+from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.turns import Left
+from agent_sdk.definition import Agent
+from agent_sdk.ids import checked_op_id, new_id
+from agent_sdk.log.event_log import EventLog, Operation
+from agent_sdk.protocol.arguments import Name
+from agent_sdk.protocol.checks import checked
+from agent_sdk.protocol.errors import HistoryLost, StateConflict, draining
+from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
+from agent_sdk.protocol.methods import Done, RunAnswer, SendMessage
+from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
+from agent_sdk.workspace.contract import Workspace
+
+FILE_NAME = "conversations.sqlite"
+
+T = TypeVar("T")
+
+
+class LocalConversation(Conversation):
+    """See conversation.Conversation. Use it from one event loop."""
+
+    id: str = ""
+    """See Conversation.id."""
+
+    @checked
+    def __init__(
+        self,
+        agent: Agent | AgentSpec | None,
+        workspace: Workspace | str | PathLike[str] = ".",
+        *,
+        id: Name | None = None,
+        callbacks: Sequence[Callback] = (),
+        on_delta: OnDelta | None = None,
+        persistence_dir: str | PathLike[str] | None = None,
+        max_iterations: int = 500,
+        confirmation: ConfirmationPolicy | None = None,
+        secrets: dict[str, str] | None = None,
+        title: str | None = None,
+        tags: dict[str, str] | None = None,
+        log: EventLog | None = None,
+        run_client_tool: RunClientTool | None = None,
+        since: Cursor | None = None,
+        settings: Settings | None = None,
+        on_waiting: OnWaiting | None = None,
+    ) -> None:
+        """Describe it; it is opened at its first use.
+
+        Verbs that take an `op` remember the call in the commit of its first event, see `answered`.
+
+        Args:
+            agent: None: `configure` says later which agent answers.
+            workspace: a folder, which the conversation enters and leaves; or a workspace, which the caller does.
+            id: 1 to 64 letters, digits, `_`, `.`, `-`; one that the log has is attached to. None: a fresh one.
+            persistence_dir: folder of the log; None: the conversation lives in memory.
+            log: an open log, instead of `persistence_dir`; the caller closes it.
+            run_client_tool: runs tools of `AgentSpec.client_tools` that are no functions of this process.
+            since: what the callbacks have seen: they get the events after it first. None: new events only.
+            settings: how the agent is stored beside the log. It is then there when the log is opened again, and a
+                turn that was open goes on by itself. None: nothing is stored, such a turn is closed as
+                interrupted, and `run` goes on.
+
+        Raises:
+            InvalidParams: the id is not acceptable.
+        """
+        self.id = id or new_id()
+        self._place = workspace
+        self._log = log if persistence_dir is None else Path(persistence_dir) / FILE_NAME
+        self._configuration = Configuration(
+            agent,
+            conversation=self.id,
+            max_iterations=max_iterations,
+            confirmation=confirmation or ConfirmationPolicy(),
+            secrets=secrets or {},
+            run_client_tool=run_client_tool,
+            title=title,
+            tags=tags or {},
+        )
+        self._delivery = Delivery(callbacks, on_delta)
+        self._on_waiting = on_waiting
+        self.on_turn_failed: Callable[[Exception], None] = lambda failure: None
+        """Told when a turn could not even write its end: it is open, and nobody runs it."""
+        self._since = since
+        self._settings = settings
+        self._opening: asyncio.Task[Opened] | None = None
+        self._opened: Opened | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<LocalConversation {self.id} at seq {self.head_seq}>"
+
+    async def __aenter__(self) -> Self:
+        await self._open()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    @property
+    def epoch(self) -> str:
+        """Of the log; empty until the conversation is open."""
+        return self._opened.journal.epoch if self._opened else ""
+
+    @property
+    def head_seq(self) -> int:
+        """The seq of the last event; 0 until the conversation is open."""
+        return self._opened.journal.head_seq if self._opened else 0
+
+    @property
+    def cursor(self) -> Cursor:
+        """See Conversation.cursor."""
+        return Cursor(self.epoch, self._delivery.seq)
+
+    @property
+    def run_client_tool(self) -> RunClientTool | None:
+        """How tools of a client are run; it is told of the RequestOpened. May be set at any time."""
+        return self._configuration.run_client_tool
+
+    @run_client_tool.setter
+    def run_client_tool(self, runner: RunClientTool | None) -> None:
+        self._configuration.run_client_tool = runner
+
+    @property
+    def place(self) -> Place:
+        """Where calls can be taken up that were begun before the conversation was opened. May be set before that."""
+        return self._configuration.place
+
+    @place.setter
+    def place(self, place: Place) -> None:
+        self._configuration.place = place
+
+    @property
+    def mask(self) -> Mask:
+        """Hides what of the agent nobody may read: keys, headers, secrets."""
+        return self._configuration.mask
+
+    @property
+    def working(self) -> bool:
+        """Whether a turn runs, or waits for somebody."""
+        return self._opened is not None and self._opened.turns.current is not None
+
+    def left(self, place: str) -> Left:
+        """Return what `suspend` has left in this place."""
+        return self._opened.turns.left(place) if self._opened else "begun"
+
+    # --- verbs ---
+
+    async def answered(self, op: Operation | None, result: type[T]) -> T | None:
+        """Return what the call of this `op` was answered when it came before, in whatever process; None: it is new.
+
+        Raises:
+            OpMismatch: another call came with this op_id.
+            OpExpired: it came, and its answer is no longer kept.
+        """
+        return await remembered((await self._open()).journal, op, result)
+
+    async def record(self, *events: Event) -> None:
+        """Append events of the surroundings, e.g. WorkspaceChanged."""
+        await (await self._open()).journal.append(*events)
+
+    async def send_message(
+        self,
+        text: str,
+        *,
+        mode: Literal["enqueue", "interrupt"] = "enqueue",
+        op_id: str | None = None,
+        stops: str | None = None,
+        op: Operation | None = None,
+    ) -> Accepted:
+        """See Conversation.send_message. A paused conversation stays so until `run`, or a message that interrupts.
+        A repeated call returns what the first returned. `stops`: the turn that it may interrupt; None: any.
+
+        Raises:
+            InvalidParams: the text is empty or cannot be UTF-8.
+            OpMismatch: the op_id was used for another message.
+            StateConflict: no agent is configured, or the conversation is closed.
+        """
+        opened = await self._open()
+        check_text(text)
+        if op_id is not None:
+            op = operation(SendMessage(op_id=checked_op_id(op_id), text=text, mode=mode))
+        if known := await self.answered(op, Accepted):
+            opened.untold = known.run_id
+            return known
+        if not opened.turns.ready:
+            raise StateConflict("no agent is configured yet", state="idle")
+        if mode == "interrupt":
+            opened.turns.check()
+            await opened.turns.stop("a new message came", asked=True, run_id=stops)
+        run_id = opened.untold = opened.turns.run_id
+        message = UserMessage(text=text, op_id=op.op_id if op else None)
+        written = opened.journal.submit(message, op=receipt(op, run_id))
+        # Not after the await: whoever sends the message may be cancelled, the message is there all the same.
+        wake = mode == "interrupt"
+        written.add_done_callback(partial(opened.turns.message_committed, run_id=run_id, wake=wake))
+        records = await asyncio.shield(written)
+        if not records and (known := await self.answered(op, Accepted)):
+            return known
+        return Accepted(records[0].event.seq, run_id)
+
+    async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
+        """See Conversation.run. The callbacks have seen every event of the turn when it returns.
+
+        Raises:
+            StorageFull, WorkspaceUnavailable, LeaseLost: the log could not be written, so the turn stopped.
+        """
+        return await (await self._open()).run(timeout, on_waiting or self._on_waiting)
+
+    async def begin(self, *, untold: str | None = None, op: Operation | None = None) -> RunAnswer:
+        """Like `run`, without waiting: make the turn go on, and say which it is or was; see Run about `untold`."""
+        opened = await self._open()
+        opened.turns.check()
+        if opened.turns.current is None:
+            coming = RunAnswer(run_id=opened.turns.run_id, running=True)
+            turn = opened.turns.begin(answering(op, coming), untold=untold)
+        else:
+            turn = opened.turns.current
+        if turn is not None:
+            await turn.begun.wait()
+            if opened.journal.fold.run_id != turn.run_id:
+                raise turn.failure or draining()
+            answer = RunAnswer(run_id=turn.run_id, running=True)
+        else:
+            last, ended = opened.last, opened.journal.fold.ended_seq
+            answer = RunAnswer(run_id=last.run_id, running=False, ended_seq=ended)
+        await self._note(answering(op, answer))
+        return answer
+
+    async def pause(self, *, run_id: str | None = None, op: Operation | None = None) -> None:
+        """See Conversation.pause. Nothing happens when no turn runs, or not the one of `run_id`."""
+        opened = await self._open()
+        opened.turns.check()
+        turn = opened.turns.current if opened.turns.meant(run_id) else None
+        done = answering(op, Done())
+        if turn is not None and not turn.ending and not opened.journal.pause_requested:
+            await opened.journal.append(PauseRequested(), op=done)
+        else:
+            await self._note(done)
+
+    async def interrupt(
+        self, reason: str = "", *, run_id: str | None = None, op: Operation | None = None
+    ) -> None:
+        """See Conversation.interrupt. Nothing happens when no turn runs, or not the one of `run_id`."""
+        opened = await self._open()
+        opened.turns.check()
+        done = answering(op, Done())
+        await opened.turns.stop(reason, asked=True, run_id=run_id, op=done)
+        await self._note(done)
+
+    async def respond(
+        self,
+        request_id: str,
+        answer: Literal["approve", "reject"],
+        *,
+        reason: str = "",
+        op: Operation | None = None,
+    ) -> None:
+        """See Conversation.respond."""
+        opened = await self._open()
+        done = answering(op, Done())
+        if not await opened.turns.respond(request_id, answer, reason, done):
+            await self._note(done)
+
+    async def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
+        """See Conversation.events."""
+        opened = await self._open()
+        if isinstance(since, Cursor):
+            if since.epoch and since.epoch != self.epoch:
+                raise HistoryLost("the log was made anew", epoch=self.epoch, from_seq=1)
+            since = since.seq
+        follower = Follower(opened.journal, since)
+        opened.followers.add(follower)
+        try:
+            async for event in follower.events(follow=follow):
+                yield event
+        finally:
+            opened.followers.discard(follower)
+            follower.close()
+
+    async def state(self) -> Snapshot:
+        """See Conversation.state; a closed conversation has one, too."""
+        closed = self._closing is not None
+        opened = self._opened if closed and self._opened is not None else await self._open()
+        fold, epoch = opened.journal.fold, opened.journal.epoch
+        waits = (*opened.turns.waits, *self.place.waits)
+        return fold.snapshot(self.id, epoch, working=self.working, closed=closed, waits=waits)
+
+    async def stats(self) -> Stats:
+        """See Conversation.stats."""
+        return (await self.state()).stats
+
+    async def update_secrets(self, secrets: dict[str, str], *, op: Operation | None = None) -> None:
+        """See Conversation.update_secrets.
+
+        Raises:
+            InvalidParams: a name cannot be an environment variable.
+        """
+        opened = await self._open()
+        await self._write(opened, [self._configuration.add_secrets(secrets)], op)
+
+    async def set_confirmation_policy(
+        self, policy: ConfirmationPolicy, *, op: Operation | None = None
+    ) -> None:
+        """See Conversation.set_confirmation_policy."""
+        opened = await self._open()
+        await self._write(opened, [self._configuration.set_confirmation(policy)], op)
+
+    async def switch_llm(self, llm: Model, *, op: Operation | None = None) -> None:
+        """See Conversation.switch_llm.
+
+        Raises:
+            InvalidParams: there is no way to reach this model.
+        """
+        opened = await self._open()
+        await self._write(opened, [self._configuration.switch_llm(llm)], op)
+
+    async def set_title(
+        self,
+        title: str | None = None,
+        *,
+        tags: dict[str, str] | None = None,
+        op: Operation | None = None,
+    ) -> None:
+        """See Conversation.set_title. What does not change is not written."""
+        opened = await self._open()
+        if events := opened.journal.fold.retitled(title, tags):
+            await opened.journal.append(*events, op=answering(op, Done()))
+        else:
+            await self._note(answering(op, Done()))
+
+    async def configure(
+        self,
+        agent: Agent | AgentSpec,
+        *,
+        max_iterations: int = 500,
+        confirmation: ConfirmationPolicy | None = None,
+        secrets: dict[str, str] | None = None,
+        title: str | None = None,
+        tags: dict[str, str] | None = None,
+        op: Operation | None = None,
+    ) -> None:
+        """Say which agent answers from the next turn on; the same agent keeps its tools and what they remember.
+
+        A turn that had nobody to go on with it goes on. Secrets and tags are added to those there are.
+
+        Raises:
+            InvalidParams: the model or a tool does not exist.
+        """
+        opened = await self._open()
+        policy = confirmation or ConfirmationPolicy()
+        self._configuration.replace(agent, max_iterations=max_iterations, confirmation=policy)
+        fold = opened.journal.fold
+        self._configuration.recall(fold)
+        events = self._configuration.news(fold)
+        if secrets:
+            events.append(self._configuration.add_secrets(secrets))
+        events += fold.retitled(title, tags)
+        opened.turns.actor = self._configuration.actor
+        await self._write(opened, events, op)
+
+    # --- following ---
+
+    def subscribe(self, listener: Listener) -> Unsubscribe:
+        """Call `listener` with (seq, JSON) of every new event, in order, right after its commit."""
+        return self._delivery.subscribe(listener)
+
+    def subscribe_deltas(self, listener: DeltaListener) -> Unsubscribe:
+        """Call `listener` with every transient piece of an answer."""
+        return self._delivery.subscribe_deltas(listener)
+
+    # --- opening and closing ---
+
+    async def close(self) -> None:
+        """See Conversation.close. A turn it stops may be continued when the log is opened again."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await self._until_closed()
+
+    async def wind_down(self) -> None:
+        """Start no more turns and let go of the present one, without an end in the log, for another process.
+        What nobody could take up is finished first: an answer of the model, a tool that runs in this
+        process. Returns when no turn runs; cancelling ends the waiting only.
+        """
+        if self._opened is not None:
+            await self._opened.turns.let_go(now=False)
+
+    async def suspend(self) -> None:
+        """Like `close`, but a turn that runs stays open in the log, for the next process; its commands run on."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(suspend=True))
+        await self._until_closed()
+
+    async def delete(self) -> None:
+        """See Conversation.delete."""
+        await self._open()
+        self._closing = asyncio.create_task(self._close(delete=True))
+        await self._until_closed()
+
+    async def _until_closed(self) -> None:
+        # A callback that closes the conversation cannot wait for itself to return.
+        if self._closing is not None and not self._delivery.delivering:
+            await asyncio.shield(self._closing)
+
+    async def _close(self, *, delete: bool = False, suspend: bool = False) -> None:
+        if self._opening is not None:
+            await asyncio.wait({self._opening})
+        if self._opened is not None:
+            await self._opened.close(delete=delete, suspend=suspend)
+
+    async def _write(self, opened: Opened, events: Sequence[Event], op: Operation | None) -> None:
+        """Append what there is to append, store the agent as it is now, and remember that the call is done."""
+        packed = self._configuration.packed(self._settings) if self._settings else None
+        if events or op or packed:
+            written = opened.journal.submit(*events, op=answering(op, Done()), settings=packed)
+            await asyncio.shield(written)
+
+    async def _note(self, op: Operation | None) -> None:
+        """Remember a call that wrote no event of its own."""
+        if op is not None:
+            await (await self._open()).journal.append(op=op)
+
+    async def _open(self) -> Opened:
+        if self._closing is not None:
+            raise StateConflict("the conversation is closed", state="closed")
+        if self._opened is not None:
+            return self._opened
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._really_open())
+        opening = self._opening
+        try:
+            # Shared by all who come first; one of them being cancelled does not stop it.
+            opened = await asyncio.shield(opening)
+        finally:
+            if opening.done() and self._opening is opening:
+                self._opening = None
+        if self._closing is not None:  # meanwhile
+            raise StateConflict("the conversation is closed", state="closed")
+        return opened
+
+    async def _really_open(self) -> Opened:
+        self._opened = await open_conversation(
+            self._configuration,
+            self._place,
+            self._log,
+            self._delivery,
+            self.close,
+            settings=self._settings,
+            since=self._since,
+        )
+        self._opened.turns.on_failure = lambda failure: self.on_turn_failed(failure)
+        return self._opened

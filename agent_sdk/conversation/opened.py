@@ -1,0 +1,196 @@
+"""What exists of a conversation between its first use and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from os import PathLike
+from pathlib import Path
+
+import msgspec
+
+from agent_sdk.agent.loop import Turn
+from agent_sdk.conversation.configuration import Configuration
+from agent_sdk.conversation.contract import Cursor, OnWaiting, Outcome, Wait, still_runs, tell_waits
+from agent_sdk.conversation.delivery import Delivery
+from agent_sdk.conversation.follower import Follower
+from agent_sdk.conversation.journal import Journal
+from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.turns import Turns
+from agent_sdk.log.event_log import EventLog
+from agent_sdk.protocol.errors import HistoryLost, StateConflict
+from agent_sdk.protocol.events import Event, decode
+from agent_sdk.protocol.results import Accepted
+from agent_sdk.workspace.contract import Workspace
+
+Place = Workspace | str | PathLike[str]
+
+
+class Opened:
+    """An open conversation. Close it."""
+
+    def __init__(self, journal: Journal, turns: Turns, stack: AsyncExitStack) -> None:
+        self.journal = journal
+        self.turns = turns
+        self.untold: str | None = None
+        """The turn that answers the last message or that `run` waited for, until `run` has returned how it ended."""
+        self.followers: set[Follower] = set()
+        self._stack = stack
+
+    @property
+    def last(self) -> Outcome:
+        """How the last turn ended.
+
+        Raises:
+            StateConflict: there was none.
+        """
+        if self.journal.fold.outcome is None:
+            raise StateConflict("there is no message yet", state="idle")
+        return self.journal.fold.outcome
+
+    async def run(self, timeout: float | None, on_waiting: OnWaiting | None) -> Outcome:
+        """See LocalConversation.run."""
+        turn = self.turns.begin(untold=self.untold)
+        if turn is None:
+            self.untold = None
+            return self.last
+        self.untold = turn.run_id
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                await self._ended(turn, on_waiting)
+                await self.journal.delivery.drained()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise still_runs(timeout, self.journal.fold.waits) from None
+        if turn.failure is not None:
+            raise turn.failure
+        if self.untold == turn.run_id:  # else another message has come since
+            self.untold = None
+        return turn.outcome or self.last
+
+    async def _ended(self, turn: Turn, on_waiting: OnWaiting | None) -> None:
+        """Wait for the end of a turn, and tell what it waits for until then."""
+        told: set[Wait] = set()
+        news = asyncio.Event()
+        stop = self.journal.delivery.subscribe(lambda seq, event: news.set())
+        over = asyncio.ensure_future(turn.over.wait())
+        over.add_done_callback(lambda _: news.set())
+        try:
+            while not over.done():
+                news.clear()
+                await tell_waits(self.journal.fold.waits, told, on_waiting)
+                await news.wait()
+        finally:
+            stop()
+            over.cancel()
+
+    async def close(self, *, delete: bool = False, suspend: bool = False) -> None:
+        """Stop the turn, wait for the callbacks, let go of everything; `delete` removes the log, too.
+
+        With `suspend` the turn stays open in the log.
+        """
+        try:
+            self.turns.accepts = False
+            if suspend:
+                await self.turns.let_go(now=True)
+            else:
+                await self.turns.stop("the conversation was closed", asked=False)
+            await self.journal.settle()
+            for follower in self.followers:
+                follower.end()
+            await self.journal.delivery.drained()
+            if delete:
+                await self.journal.log.delete(self.journal.conversation)
+        finally:
+            await self._stack.aclose()
+
+
+async def open_conversation(
+    configuration: Configuration,
+    place: Place,
+    log: EventLog | Path | None,
+    delivery: Delivery,
+    on_close: Callable[[], Awaitable[None]],
+    *,
+    settings: Settings | None,
+    since: Cursor | None,
+) -> Opened:
+    """Enter the place if it is a folder, open the log if it is a path or None, and go on where the log ends.
+
+    Whatever raises leaves nothing open.
+
+    Args:
+        on_close: given to a workspace that wants to close its conversations before itself.
+        settings: the stored agent is restored, and a turn that another process has begun goes on; None: it is closed.
+        since: callbacks get the events after it first.
+
+    Raises:
+        HistoryLost: `since` is of another history.
+    """
+    async with AsyncExitStack() as stack:
+        configuration.open(await _entered(place, stack, on_close))
+        stack.push_async_callback(configuration.close)
+        if not isinstance(log, EventLog):
+            log = await stack.enter_async_context(EventLog.open(log))
+        epoch = await log.create(configuration.conversation)
+        journal = Journal(log, configuration.conversation, epoch, delivery)
+        journal.mask = configuration.mask
+        await journal.replay()
+        if since is not None:
+            delivery.begin_with(_past(journal, since))
+        if settings is None:
+            await journal.mend()
+        elif stored := await log.settings(configuration.conversation):
+            configuration.restore(settings, stored)
+        configuration.recall(journal.fold)
+        if events := configuration.introduction(journal.fold):
+            await journal.append(*events)
+        turns = Turns(journal, restarts=settings.restarts if settings else None)
+        turns.missing, turns.obstacle = configuration.missing, configuration.obstacle
+        turns.actor = configuration.actor
+        if settings is not None:
+            turns.take_up(await _promised(journal))
+        return Opened(journal, turns, stack.pop_all())
+
+
+def _past(journal: Journal, since: Cursor) -> AsyncIterator[Event]:
+    """The events after a cursor, up to the present head."""
+    head = journal.head_seq
+    if since.epoch not in ("", journal.epoch) or not 0 <= since.seq <= head:
+        raise HistoryLost(
+            f"the log has no seq {since.seq} of epoch {since.epoch[:64]!r}; it is epoch {journal.epoch!r} up to {head}",
+            epoch=journal.epoch,
+            from_seq=1,
+        )
+
+    async def events() -> AsyncIterator[Event]:
+        async for seq, body in journal.pages(since.seq):
+            if seq > head:
+                return
+            yield decode(body)
+
+    return events()
+
+
+async def _promised(journal: Journal) -> str | None:
+    """The turn that a message was promised when the process ended before it had started one."""
+    message, fold = journal.history.last_unread, journal.fold
+    if message is None or message.op_id is None or message.seq < fold.ended_seq or fold.paused:
+        return None
+    known = await journal.log.operation(journal.conversation, message.op_id)
+    if known is None or not isinstance(known.result, bytes):
+        return None
+    return msgspec.json.decode(known.result, type=Accepted).run_id
+
+
+async def _entered(place: Place, stack: AsyncExitStack, on_close: Callable[[], Awaitable[None]]) -> Workspace:
+    if isinstance(place, str | PathLike):
+        from agent_sdk.workspace.local import LocalWorkspace  # noqa: PLC0415  only for those who give a folder
+
+        return await stack.enter_async_context(LocalWorkspace(place))
+    register = getattr(place, "on_close", None)
+    if register is not None:
+        register(on_close)
+    return place

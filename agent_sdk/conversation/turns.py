@@ -1,0 +1,253 @@
+"""Which turn runs, which comes next, and which of them answers a message.
+
+Whether a message joins the running turn is decided when it is submitted. A turn submits its end only
+when no message is under way, and the next turn waits for the task of the one before. Where turns are
+to survive their process, the one that is open in the log is gone on with before any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Literal
+
+from agent_sdk.agent.actor import Actor
+from agent_sdk.agent.loop import RESTARTS, Turn
+from agent_sdk.agent.progress import Progress
+from agent_sdk.conversation.journal import Journal
+from agent_sdk.ids import new_id
+from agent_sdk.log.event_log import Operation
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    InternalError,
+    RequestNotFound,
+    StateConflict,
+    draining,
+)
+from agent_sdk.protocol.events import Waiting
+from agent_sdk.protocol.results import Wait
+
+Left = Literal["nothing", "written", "begun"]
+"""Of a turn that was let go of: no call that is open, one that is written down, one that may have begun."""
+
+
+class Turns:
+    """The turns of one conversation, one at a time."""
+
+    def __init__(self, journal: Journal, *, restarts: int | None = None) -> None:
+        """Take the log.
+
+        Args:
+            restarts: a turn that is open in it is gone on with, so often at most; None: it is closed.
+        """
+        self.accepts = True
+        """Whether new turns may start."""
+        self._leaving = False
+        self._failure: Exception | None = None
+        """Why the end of the last turn could not be written: it is open, and nobody runs it."""
+        self.on_failure: Callable[[Exception], None] = lambda failure: None
+        """Told of it: nobody learns it from the log."""
+        self.missing = ""
+        """Why there is no actor although the conversation has an agent, a sentence; a turn then waits for one."""
+        self.obstacle: AgentServerError | None = None
+        """Why there cannot be one; a turn then fails with it."""
+        self._actor: Actor | None = None
+        self._arrived: asyncio.Event | None = None
+        """For the turn that waits for an actor, if one does."""
+        self._journal = journal
+        self._restarts = restarts
+        self._next_run_id = new_id()
+        self._turn: Turn | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._left: Turn | None = None
+
+    @property
+    def actor(self) -> Actor | None:
+        """Who works in the next turn, and in the present one if it still waits for somebody."""
+        return self._actor
+
+    @actor.setter
+    def actor(self, actor: Actor | None) -> None:
+        self._actor = actor
+        if actor is not None:
+            self.missing, self.obstacle = "", None
+            if self._arrived is not None:
+                self._arrived.set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a turn may start, even if it has to wait for its actor."""
+        return self._actor is not None or bool(self.missing) or self.obstacle is not None
+
+    @property
+    def waits(self) -> tuple[Wait, ...]:
+        """What the agent lacks, working or not, as far as the log does not say it."""
+        key = [Wait(what="key", reason=self.missing)] if self.missing else []
+        disk = [Wait(what="disk", reason=f"the log: {self._failure}")] if self._failure else []
+        return (*key, *disk)
+
+    @property
+    def current(self) -> Turn | None:
+        """The turn that runs: its end is not in the log yet."""
+        turn, outcome = self._turn, self._journal.fold.outcome
+        over = turn is not None and outcome is not None and outcome.run_id == turn.run_id
+        return None if over else turn
+
+    @property
+    def run_id(self) -> str:
+        """The turn that answers a message submitted now."""
+        joins = self._turn is not None and not self._turn.ending
+        return self._turn.run_id if joins and self._turn else self._coming
+
+    def check(self) -> None:
+        """Accept a call that acts on the turn that runs.
+
+        Raises:
+            Overloaded: it is let go of, for another process: that one takes the call.
+        """
+        if self._leaving:
+            raise draining()
+
+    def message_committed(self, future: asyncio.Future[Any], *, run_id: str, wake: bool) -> None:
+        """Start the turn that was promised to a message, unless it has started.
+
+        What is paused stays so, unless the message is to `wake` it. A turn that had been joined and ends
+        without reading the message leaves it to the next one.
+        """
+        if future.cancelled() or future.exception() is not None or not self._journal.history.unread:
+            return
+        if run_id == self._coming and self.accepts and (wake or not self._journal.fold.paused):
+            self._start()
+
+    def begin(self, op: Operation | None = None, *, untold: str | None = None) -> Turn | None:
+        """Return the turn that runs, or start one when there is something to do, else None.
+
+        Args:
+            untold: the turn whose outcome the caller has not heard; if it has failed, it is not tried again.
+            op: remembered with the start of the turn, if one is started.
+        """
+        current = self.current
+        if current is not None:
+            return current
+        fold = self._journal.fold
+        if fold.stopped and not fold.turn_open:
+            return None
+        if untold is not None and untold == fold.failed_run_id and not self._journal.history.unread:
+            return None
+        if self._journal.history.unread or fold.resumable or fold.turn_open:
+            return self._start(op)
+        return None
+
+    async def respond(
+        self, request_id: str, answer: Literal["approve", "reject"], reason: str, op: Operation | None
+    ) -> bool:
+        """Answer an approval; return False where it had this answer before, and nothing was written.
+
+        Raises:
+            RequestNotFound: nothing with this id waits, or it was answered otherwise.
+        """
+        self.check()
+        turn = self.current
+        try:
+            if turn is None:
+                raise RequestNotFound(f"no request {request_id!r} waits for an answer", request=request_id)
+            await turn.respond(request_id, answer, reason, op)
+        except RequestNotFound:
+            await self._journal.settle()
+            if not self._journal.fold.answered(request_id, answer):
+                raise
+            return False
+        return True
+
+    def take_up(self, promised: str | None) -> None:
+        """Go on where another process has stopped: with the open turn, or with the one `promised` to a message."""
+        if self._abandoned is not None and self.ready:
+            self._start()
+        elif promised is not None and self.ready:
+            self._next_run_id = promised
+            self._start()
+
+    async def ended(self, turn: Turn) -> None:
+        """Wait for the end of a turn that `begin` or `current` returned."""
+        await turn.over.wait()
+
+    def meant(self, run_id: str | None) -> bool:
+        """Whether who wants to stop this turn, or None: whichever runs, means the one that runs."""
+        return self._turn is not None and run_id in (None, self._turn.run_id)
+
+    async def stop(
+        self, reason: str, *, asked: bool, run_id: str | None = None, op: Operation | None = None
+    ) -> None:
+        """End the running turn, if it is `meant`, at once and wait for its end."""
+        turn = self._turn
+        if turn is not None and self.meant(run_id):
+            turn.stop(reason, asked=asked, op=op)
+            await self.ended(turn)
+
+    async def let_go(self, *, now: bool) -> None:
+        """Start no more turns, end the work of the present one without an end in the log, and wait for that."""
+        self.accepts, self._leaving = False, True
+        turn = self._turn
+        if turn is not None:
+            self._left = turn
+            turn.let_go(now=now)
+            await self.ended(turn)
+
+    def left(self, place: str) -> Left:
+        """Return what the turn that was let go of has left here: calls that are written down, or that have begun."""
+        open_calls = self._journal.history.open_calls.values()
+        if not self._journal.fold.turn_open or all(call.place != place for call in open_calls):
+            return "nothing"
+        return "begun" if self._left is None or self._left.calls_begun else "written"
+
+    @property
+    def _abandoned(self) -> Progress | None:
+        """How far the turn came that is open in the log and that nobody runs."""
+        return self._journal.fold.progress if self._restarts is not None and self._turn is None else None
+
+    @property
+    def _coming(self) -> str:
+        return self._abandoned.run_id if self._abandoned else self._next_run_id
+
+    def _start(self, op: Operation | None = None) -> Turn:
+        if not self.ready:
+            raise StateConflict("no agent is configured yet", state="idle")
+        if not self.accepts:
+            raise StateConflict("the conversation is closed", state="closed")
+        self._failure = None
+        turn = Turn(
+            self._coming,
+            self._present,
+            self._journal,
+            progress=self._abandoned,
+            restarts=RESTARTS if self._restarts is None else self._restarts,
+            op=op,
+        )
+        if turn.run_id == self._next_run_id:
+            self._next_run_id = new_id()
+        before, self._turn = self._task, turn
+        self._task = asyncio.create_task(self._course(turn, before), name=f"turn {turn.run_id}")
+        return turn
+
+    async def _present(self) -> Actor:
+        if self._actor is None and self.obstacle is None:
+            self._arrived = asyncio.Event()  # made first: somebody may arrive while it is written down
+            await self._journal.append(Waiting(what="key", reason=self.missing))
+            await self._arrived.wait()
+            await self._journal.append(Waiting(what="key"))
+        if self._actor is None:
+            raise self.obstacle or InternalError("nobody works in the turn")
+        return self._actor
+
+    async def _course(self, turn: Turn, before: asyncio.Task[None] | None) -> None:
+        try:
+            if before is not None and not before.done():
+                await asyncio.wait({before})
+            await turn.run()
+        finally:
+            self._failure = turn.failure
+            turn.over.set()
+            if self._turn is turn:
+                self._turn = self._task = None
+            if turn.failure is not None:
+                self.on_failure(turn.failure)

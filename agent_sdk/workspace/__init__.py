@@ -1,0 +1,39 @@
+"""A workspace on this machine: commands, terminals, files, git; and the contract of every workspace.
+
+Knows the operating system and no agent. Only `service` knows the wire: it answers calls with a workspace.
+
+local:             LocalWorkspace, a workspace on this machine
+process:           a process as its users see it
+processes:         the processes of a workspace
+running:           a process with its streams
+children:          started programs, and their ends
+launch:            starting a program
+process_tree:      all processes of an operation, found and ended
+spool:             what a process said, by offset
+intake:            bytes from a process
+feed:              bytes into a process
+herald:            telling a caller what a process says
+last_words:        when the output of a command is whole
+terminal:          pseudo terminals
+bash:              one bash in a terminal, driven over pipes of its own
+shell:             persistent shells
+paths:             paths that cannot leave the root
+files:             files of a workspace
+entries:           what can be done with one of them; blocks
+git:               the repository of a workspace
+git_configuration: how git is to read a repository
+arguments:         limits on what callers ask for
+environment:       what a command finds in its environment
+rights:            the rights of another user, for a block
+users:             as whom a command runs
+uploads:           files that come in parts, over connections that are lost
+repeats:           calls that are carried out once, however often they come
+contract:          the contract of a Workspace
+disk:              files of this machine as streams
+folders:           whole folders as streams
+service:           a Workspace behind a Peer
+capabilities:      what the box of a task keeps of root
+limits:            what in a box ran into a limit
+cgroup:            the limits of a control group, and how often they were run into
+digest:            the SHA-256 of files that move
+"""

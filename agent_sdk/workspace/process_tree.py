@@ -1,0 +1,279 @@
+"""All the processes of an operation, found and ended, however they tried to get away.
+
+A process belongs to an operation when its session is the operation's, when an ancestor belongs to it,
+or when the marker stands in the environment it was started with. So `setsid`, double forks and new
+process groups do not help it; only clearing the environment *and* losing its parent *and* leaving the
+session together do. Each found process is held by a pidfd, so no signal ever meets a process that got
+a recycled number. Without /proc and pidfds (not Linux) only process groups whose leader runs are ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from agent_sdk.workspace.contract import KILL_GRACE_SECONDS
+from agent_sdk.workspace.disk import in_thread
+from agent_sdk.workspace.rights import rights_of
+
+HAS_PIDFD = hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")
+# After KILL only a process inside an uninterruptible system call stays; nobody can wait for that.
+_DEATH_SECONDS = 2.0
+_ROUNDS = 50
+_LOOKS = 50
+_WORKING = (b"R", b"D")
+_FORKED_ONLY = 0x40
+
+
+class Seen(NamedTuple):
+    """A living process, as it was when it was looked at."""
+
+    pid: int
+    parent: int
+    session: int
+    started: int
+    """Clock ticks since boot."""
+    memory: int
+    """Bytes; a thread of the kernel has none."""
+    working: bool
+    """It runs or would like to, or waits for a disk."""
+    stopped: bool
+    """By a signal."""
+    forked: bool
+    """It may be a copy of its parent still: it has not become another program, as far as one can see."""
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Names this process for ever; parent and session may change."""
+        return self.pid, self.started
+
+
+@dataclass
+class Tree:
+    """What identifies the processes of one operation, or of a whole workspace."""
+
+    marker: bytes
+    """`NAME=value`, or its beginning, as it stands in an environment."""
+    leaders: dict[int, int | None] = field(default_factory=dict)
+    """Pid of each session leader; with the tick of its end once its number may be given to others."""
+    user: int | None = None
+    """Whose processes they are, where only their owner may read environments; None: one's own."""
+
+
+def tick_now() -> int:
+    """Return clock ticks since boot, as /proc counts them."""
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return 0
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+def started_ticks(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot; None: there is none of this number."""
+    seen = _look_at(pid)
+    return None if seen is None else seen.started
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal."""
+    seen = _look_at(pid)
+    return seen is not None and seen.stopped
+
+
+def children(pid: int) -> list[int]:
+    """Return the living children of a process, the oldest first. Blocks for some milliseconds."""
+    found = [seen for seen in all_processes() if seen.parent == pid]
+    return [seen.pid for seen in sorted(found, key=lambda seen: (seen.started, seen.pid))]
+
+
+def find(tree: Tree) -> set[Seen]:
+    """Return the living processes of a tree. Blocks for some milliseconds."""
+    table = {seen.pid: seen for seen in all_processes()}
+    table.pop(os.getpid(), None)
+    with rights_of(tree.user):
+        chosen = {pid for pid, seen in table.items() if _belongs(seen, tree)}
+    while True:
+        more = {
+            pid
+            for pid, seen in table.items()
+            if pid not in chosen and (seen.parent in chosen or seen.session in chosen)
+        }
+        if not more:
+            return {table[pid] for pid in chosen}
+        chosen |= more
+
+
+def _belongs(seen: Seen, tree: Tree) -> bool:
+    if seen.session in tree.leaders:
+        ended = tree.leaders[seen.session]
+        if ended is None or seen.started <= ended:
+            return True
+    try:
+        return b"\0" + tree.marker in b"\0" + _environment(seen) + b"\0"
+    except OSError:  # gone, or somebody else's
+        return False
+
+
+def _environment(seen: Seen) -> bytes:
+    """The environment a process was started with. While it changes into another program it seems to have none."""
+    environment = b""
+    for _ in range(_LOOKS if seen.memory else 0):
+        with open(f"/proc/{seen.pid}/environ", "rb") as file:
+            environment = file.read()
+        if environment:
+            break
+        os.sched_yield()
+    return environment
+
+
+def all_processes() -> Iterable[Seen]:
+    """Yield every living process that can be seen; none without /proc."""
+    return _seen(_numbers())
+
+
+def younger(pid: int, since: int) -> Iterable[Seen]:
+    """Yield the living processes that were started at tick `since` or later, when `pid` was the next free number.
+
+    It looks at few: numbers are given in order, so as long as they did not start anew the others are older.
+    """
+    numbers = _numbers()
+    with suppress(OSError, ValueError), open("/proc/loadavg") as file:
+        if int(file.read().split()[-1]) >= pid:
+            numbers = [number for number in numbers if number >= pid]
+    return (seen for seen in _seen(numbers) if seen.started >= since)
+
+
+def _numbers() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()] if _has_proc() else []
+
+
+def _seen(numbers: Iterable[int]) -> Iterable[Seen]:
+    return (seen for number in numbers if (seen := _look_at(number)) is not None)
+
+
+def _look_at(pid: int) -> Seen | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except OSError:
+        return None
+    # The name in parentheses may hold anything, parentheses and spaces included.
+    words = text[text.rindex(b")") + 2 :].split()
+    if words[0] in (b"Z", b"X"):
+        return None
+    return Seen(
+        pid,
+        int(words[1]),
+        int(words[3]),
+        int(words[19]),
+        int(words[20]),
+        words[0] in _WORKING,
+        words[0] == b"T",
+        _is_copy(int(words[6])),
+    )
+
+
+def _is_copy(flags: int) -> bool:
+    return not flags or bool(flags & _FORKED_ONLY)
+
+
+class _Held:
+    """Processes held by pidfds, so that their ends can be awaited."""
+
+    def __init__(self, found: Iterable[Seen]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._fds: dict[int, Seen] = {}
+        self._all_gone = self._loop.create_future()
+        # Parents first: a shell whose child dies before it would go on with its next command.
+        for seen in sorted(found, key=lambda seen: (seen.started, seen.pid)):
+            try:
+                fd = os.pidfd_open(seen.pid)
+            except OSError:
+                continue
+            now = _look_at(seen.pid)
+            if now is None or now.identity != seen.identity:
+                os.close(fd)
+                continue
+            self._fds[fd] = seen
+            self._loop.add_reader(fd, self._ended, fd)
+        self._settle()
+
+    def send(self, numbers: Iterable[signal.Signals], already: set[tuple[int, int]]) -> None:
+        for fd, seen in self._fds.items():
+            for number in numbers if seen.identity not in already else ():
+                with suppress(OSError):
+                    signal.pidfd_send_signal(fd, number)
+
+    async def gone(self, seconds: float) -> bool:
+        done, _ = await asyncio.wait((self._all_gone,), timeout=max(0.0, seconds))
+        return bool(done)
+
+    def close(self) -> None:
+        for fd in tuple(self._fds):
+            self._drop(fd)
+
+    def _ended(self, fd: int) -> None:
+        self._drop(fd)
+        self._settle()
+
+    def _drop(self, fd: int) -> None:
+        self._loop.remove_reader(fd)
+        del self._fds[fd]
+        os.close(fd)
+
+    def _settle(self) -> None:
+        if not self._fds and not self._all_gone.done():
+            self._all_gone.set_result(None)
+
+
+async def end_tree(tree: Tree, *, hang_up: bool = False, grace: float = KILL_GRACE_SECONDS) -> None:
+    """End all processes of a tree: TERM, then after `grace` seconds KILL, until none is left.
+
+    Args:
+        tree: what to end; `leaders` may be completed meanwhile.
+        hang_up: send HUP as well, which interactive shells obey (they ignore TERM).
+        grace: seconds between TERM and KILL; 0: KILL at once.
+    """
+    if not (HAS_PIDFD and _has_proc()):
+        await _end_groups(tree.leaders, grace)
+        return
+    # CONT, because a stopped process acts on TERM only when it goes on.
+    gentle = (*((signal.SIGHUP,) if hang_up else ()), signal.SIGTERM, signal.SIGCONT)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + grace
+    told: set[tuple[int, int]] = set()
+    kills = 0
+    while found := await in_thread(find, Tree(tree.marker, dict(tree.leaders), tree.user)):
+        late = loop.time() >= deadline
+        held = _Held(found)
+        try:
+            held.send((signal.SIGKILL,) if late else gentle, set() if late else told)
+            await held.gone(_DEATH_SECONDS if late else deadline - loop.time())
+        finally:
+            held.close()
+        told |= {seen.identity for seen in found}
+        kills += late
+        if kills > _ROUNDS:
+            return
+
+
+def _has_proc() -> bool:
+    return os.path.exists("/proc/self/stat")
+
+
+async def _end_groups(leaders: Mapping[int, int | None], grace: float) -> None:
+    # An ended leader's number may be somebody else's by now.
+    living = [leader for leader, ended in leaders.items() if ended is None]
+    for leader in living:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, signal.SIGTERM)
+    if living:
+        await asyncio.sleep(grace)
+    for leader in living:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, signal.SIGKILL)

@@ -1,0 +1,461 @@
+"""A LocalWorkspace behind a Peer: every workspace method of the protocol mapped onto the contract.
+
+It knows no transport and no policy; each handler is the contract's call plus the bytes that belong to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, suppress
+from functools import partial
+from typing import Any
+
+from msgspec.structs import replace
+
+from agent_sdk.protocol.errors import (
+    ChangedDuringRead,
+    ConnectionLost,
+    InvalidParams,
+    ProcessNotFound,
+    TransferBroken,
+)
+from agent_sdk.protocol.methods import (
+    Count,
+    Describe,
+    DiffText,
+    Done,
+    Download,
+    Effect,
+    Execute,
+    Executed,
+    FilesList,
+    FilesMkdir,
+    FilesMove,
+    FilesRemove,
+    FilesStat,
+    GitChanges,
+    GitDiff,
+    Method,
+    ProcessInput,
+    ProcessList,
+    ProcessOutput,
+    ProcessResize,
+    ProcessSignal,
+    ProcessStart,
+    ProcessWait,
+    ShellAnswer,
+    ShellReset,
+    ShellRun,
+    ShellSend,
+    Started,
+    Upload,
+    UploadOffset,
+)
+from agent_sdk.protocol.results import (
+    Exit,
+    FileInfo,
+    GitChange,
+    ProcessInfo,
+    Transferred,
+    WorkspaceInfo,
+)
+from agent_sdk.rpc.inputs import Inputs
+from agent_sdk.rpc.ledger import Ledger
+from agent_sdk.rpc.peer import Handler, Inbound
+from agent_sdk.rpc.pipe import DISCONNECTED
+from agent_sdk.rpc.stream import ByteWriter
+from agent_sdk.workspace.contract import ExecResult, Output, OutputName, ShellResult
+from agent_sdk.workspace.digest import sha256
+from agent_sdk.workspace.local import LocalWorkspace
+from agent_sdk.workspace.process import LocalProcess
+
+NOT_KEPT = "its output is not kept any more"
+
+
+def workspace_handlers(workspace: LocalWorkspace, ledger: Ledger) -> dict[type[Method[Any]], Handler]:
+    """Return the handlers of all workspace methods.
+
+    Calls that change something go through the ledger: a repeated op_id attaches to the running call,
+    or gets its result again, bytes included, over its own channels.
+    """
+    served = _Served(workspace, ledger)
+    return {
+        Describe: served.describe,
+        Execute: served.execute,
+        ProcessStart: served.start,
+        ProcessList: served.processes,
+        ProcessWait: served.wait,
+        ProcessInput: served.feed,
+        ProcessOutput: served.output,
+        ProcessSignal: served.signal,
+        ProcessResize: served.resize,
+        ShellRun: served.shell_run,
+        ShellSend: served.shell_send,
+        ShellReset: served.shell_reset,
+        Upload: served.upload,
+        UploadOffset: served.upload_offset,
+        Download: served.download,
+        FilesList: served.files_list,
+        FilesStat: served.files_stat,
+        FilesRemove: served.files_remove,
+        FilesMove: served.files_move,
+        FilesMkdir: served.files_mkdir,
+        GitChanges: served.git_changes,
+        GitDiff: served.git_diff,
+    }
+
+
+class _Served:
+    def __init__(self, workspace: LocalWorkspace, ledger: Ledger) -> None:
+        self._workspace = workspace
+        self._ledger = ledger
+        self._begun: dict[str, asyncio.Future[LocalProcess]] = {}
+        """The processes of `execute` calls that are under way, by op_id."""
+        self._inputs = Inputs()
+
+    async def describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
+        return replace(await self._workspace.describe(), operations=self._ledger.under_way)
+
+    # --- commands ---
+
+    async def execute(self, params: Execute, call: Inbound) -> Executed:
+        async with AsyncExitStack() as stack:
+            writers: dict[OutputName, ByteWriter] = {}
+            channels: tuple[tuple[OutputName, int], ...] = (
+                ("stdout", params.stdout),
+                ("stderr", params.stderr),
+            )
+            for name, channel in channels:
+                if channel:
+                    writers[name] = await stack.enter_async_context(call.writing(channel))
+            stdin = await self._stdin(params, call)
+            since: dict[OutputName, int] = {"stdout": params.stdout_since, "stderr": params.stderr_since}
+            if params.follow and writers:
+                return await self._follow(params, call, stdin, writers, since)
+            result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin))
+            for name, writer in writers.items():
+                await _finish(writer, result.out if name == "stdout" else result.err, since[name])
+            return _executed(result, with_text=not params.stdout)
+
+    async def _stdin(self, params: Execute, call: Inbound) -> bytes | None:
+        """Read what the command is to read; who repeats the call need not send it again."""
+        if not params.stdin:
+            return None
+        async with call.reading(params.stdin) as reader, self._inputs.turn(params.op_id) as stdin:
+            return None if params.op_id in self._ledger else await stdin.read(reader)
+
+    async def _follow(
+        self,
+        params: Execute,
+        call: Inbound,
+        stdin: bytes | None,
+        writers: Mapping[OutputName, ByteWriter],
+        since: Mapping[OutputName, int],
+    ) -> Executed:
+        """Send output while the command runs, from where the caller says; it is read from where it is kept."""
+        begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
+        running = asyncio.ensure_future(self._ledger.run(params, lambda: self._run(params, stdin)))
+        try:
+            await asyncio.wait((running, begun), return_when=asyncio.FIRST_COMPLETED)
+            process = begun.result() if begun.done() else None
+            await asyncio.gather(
+                *(
+                    self._send_from(process, running, writer, name, since[name])
+                    for name, writer in writers.items()
+                )
+            )
+            result: ExecResult = await running
+        except asyncio.CancelledError:
+            running.cancel(DISCONNECTED if call.peer.lost is not None else None)
+            await asyncio.wait((running,))
+            raise
+        finally:
+            if not self._ledger.is_running(params.op_id):
+                self._begun.pop(params.op_id, None)
+        sent = {name: writer.offset for name, writer in writers.items()}
+        return _executed(result, sent=sent if result.status == "running" else {})
+
+    async def _send_from(
+        self,
+        process: LocalProcess | None,
+        running: asyncio.Future[ExecResult],
+        writer: ByteWriter,
+        stream: OutputName,
+        since: int,
+    ) -> None:
+        """Send what a stream of a command says from byte `since` until the call is over; without the process
+        what its result holds. Whoever does not want to read it does not disturb the command."""
+        try:
+            if process is None and (held := (await running).process_id):
+                process = self._workspace.process(held)
+            if process is not None:
+                with suppress(ProcessNotFound):
+                    async with aclosing(process.chunks(since, stream=stream, until=running)) as chunks:
+                        async for offset, data in chunks:
+                            await writer.skip_to(offset)
+                            await writer.write(data)
+                    since = max(since, writer.offset)
+            result = await running
+            await _finish(writer, result.out if stream == "stdout" else result.err, since)
+        except (ConnectionLost, TransferBroken):
+            return
+
+    async def _run(self, params: Execute, stdin: bytes | None) -> ExecResult:
+        begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
+        try:
+            return await self._workspace.execute(
+                _command(params.argv, params.shell),
+                cwd=params.cwd,
+                env=params.env,
+                stdin=stdin,
+                timeout=_seconds(params.timeout_ms),
+                yield_after=_seconds(params.yield_after_ms),
+                merge=params.merge,
+                user=params.user,
+                on_start=begun.set_result,
+            )
+        finally:
+            self._begun.pop(params.op_id, None)
+
+    async def start(self, params: ProcessStart, call: Inbound) -> Started:
+        async def start() -> Started:
+            process = await self._workspace.start(
+                _command(params.argv, params.shell),
+                cwd=params.cwd,
+                env=params.env,
+                pty=params.pty,
+                rows=params.rows,
+                cols=params.cols,
+                timeout=_seconds(params.timeout_ms),
+                user=params.user,
+            )
+            return Started(process.id)
+
+        return await self._ledger.run(params, start)
+
+    async def processes(self, params: ProcessList, call: Inbound) -> list[ProcessInfo]:
+        return await self._workspace.processes()
+
+    async def wait(self, params: ProcessWait, call: Inbound) -> Exit:
+        return await self._workspace.process(params.process_id).wait(_seconds(params.timeout_ms))
+
+    async def feed(self, params: ProcessInput, call: Inbound) -> Count:
+        process = self._workspace.process(params.process_id)
+        async with call.reading(params.channel) as reader:
+            async for chunk in reader:
+                await process.write_at(params.since + chunk.offset, chunk.data)
+            await process.close_stdin()
+            return Count(reader.size)
+
+    async def output(self, params: ProcessOutput, call: Inbound) -> Count:
+        process = self._workspace.process(params.process_id)
+        said = process.chunks(params.since, stream=params.stream, follow=params.follow)
+        async with call.writing(params.channel) as writer, aclosing(said) as chunks:
+            async for offset, data in chunks:
+                await writer.skip_to(offset)
+                await writer.write(data)
+            await writer.finish()
+            return Count(writer.offset)
+
+    async def signal(self, params: ProcessSignal, call: Inbound) -> Done:
+        process = self._workspace.process(params.process_id)
+        return await self._done(params, lambda: process.signal(params.name))
+
+    async def resize(self, params: ProcessResize, call: Inbound) -> Done:
+        await self._workspace.process(params.process_id).resize(rows=params.rows, cols=params.cols)
+        return Done()
+
+    # --- shells ---
+
+    async def shell_run(self, params: ShellRun, call: Inbound) -> ShellAnswer:
+        shell = self._workspace.shell(params.name)
+        return await self._in_shell(params, call, partial(shell.run, params.command))
+
+    async def shell_send(self, params: ShellSend, call: Inbound) -> ShellAnswer:
+        shell = self._workspace.shell(params.name)
+        return await self._in_shell(params, call, partial(shell.send, _keys(params.keys), enter=params.enter))
+
+    async def _in_shell(
+        self, params: ShellRun | ShellSend, call: Inbound, act: Callable[..., Awaitable[ShellResult]]
+    ) -> ShellAnswer:
+        limits = {
+            "timeout": _seconds(params.timeout_ms),
+            "quiet": _seconds(params.quiet_ms),
+            "until": _keys(params.until) or None,
+        }
+        async with AsyncExitStack() as stack:
+            writer = None
+            if params.channel:
+                writer = await stack.enter_async_context(call.writing(params.channel))
+            result = await self._ledger.run(params, lambda: act(**limits))
+            if writer is not None:
+                await _finish(writer, result.output, params.since)
+            return ShellAnswer(
+                status=result.status,
+                exit_code=result.exit_code,
+                cwd=result.cwd,
+                full_output=result.full_output,
+                full_output_lacks=result.full_output_lacks,
+                output_bytes=result.output.size,
+                text=None if params.channel else result.output.text,
+                reason=result.reason,
+            )
+
+    async def shell_reset(self, params: ShellReset, call: Inbound) -> Done:
+        shell = self._workspace.shell(params.name)
+        return await self._done(params, shell.reset if params.fresh else shell.close)
+
+    # --- files ---
+
+    async def upload(self, params: Upload, call: Inbound) -> Transferred:
+        async with call.reading(params.channel) as reader:
+            await self._give_way(params.op_id)
+            receive = partial(
+                self._workspace.uploads.receive,
+                *(params.op_id, params.path, reader, lambda: reader.trailer),
+                since=params.since,
+                size=params.size,
+                mode=params.mode,
+                unpack=params.unpack,
+            )
+            return await self._ledger.run(params, receive)
+
+    async def upload_offset(self, params: UploadOffset, call: Inbound) -> Count:
+        if (stdin := await self._inputs.settled(params.op_id)) is not None:
+            return Count(stdin.size if params.op_id in self._ledger else len(stdin.come))
+        await self._give_way(params.op_id)
+        return Count(self._workspace.uploads.size(params.op_id))
+
+    async def _give_way(self, op_id: str) -> None:
+        # Also of one that has stopped to receive already: what it ends with is not the answer to this call.
+        if self._workspace.uploads.give_way(op_id) or self._ledger.is_running(op_id):
+            await self._ledger.settled(op_id)
+
+    async def download(self, params: Download, call: Inbound) -> Transferred:
+        files = self._workspace.files
+        async with call.writing(params.channel) as writer:
+            if params.pack:
+                async with aclosing(files.packed(params.path, params.exclude)) as archive:
+                    return await self._send(params, writer, archive, 0o755)
+            async with files.read_stream(
+                params.path, offset=params.offset, length=params.length, as_is=params.as_is
+            ) as source:
+                return await self._send(params, writer, source, source.mode)
+
+    async def _send(
+        self, params: Download, writer: ByteWriter, source: AsyncIterable[bytes], mode: int
+    ) -> Transferred:
+        digest, size = sha256(), 0
+        await writer.skip_to(params.since)
+        async for data in source:
+            digest.update(data)
+            size += len(data)
+            if size > writer.offset:
+                await writer.write(data[writer.offset - size :])
+        if size < params.since:
+            raise ChangedDuringRead(f"the file became shorter: {params.path}", path=params.path)
+        await writer.finish(digest.digest())
+        return Transferred(size, digest.hexdigest(), mode)
+
+    async def files_list(self, params: FilesList, call: Inbound) -> list[FileInfo]:
+        found = await self._workspace.files.list(params.path, depth=params.depth, hidden=params.hidden)
+        return [info for info in found if params.after is None or info.path > params.after][: params.limit]
+
+    async def files_stat(self, params: FilesStat, call: Inbound) -> FileInfo:
+        return await self._workspace.files.stat(params.path, follow=params.follow)
+
+    async def files_remove(self, params: FilesRemove, call: Inbound) -> Done:
+        remove = self._workspace.files.remove
+        return await self._done(params, lambda: remove(params.path, recursive=params.recursive))
+
+    async def files_move(self, params: FilesMove, call: Inbound) -> Done:
+        return await self._done(params, lambda: self._workspace.files.move(params.source, params.target))
+
+    async def files_mkdir(self, params: FilesMkdir, call: Inbound) -> Done:
+        return await self._done(params, lambda: self._workspace.files.mkdir(params.path))
+
+    async def git_changes(self, params: GitChanges, call: Inbound) -> list[GitChange]:
+        return await self._workspace.git.changes(params.path, base=params.base)
+
+    async def git_diff(self, params: GitDiff, call: Inbound) -> DiffText:
+        return DiffText(await self._workspace.git.diff(params.path, base=params.base))
+
+    async def _done(self, params: Effect[Done], action: Any) -> Done:
+        async def act() -> Done:
+            await action()
+            return Done()
+
+        return await self._ledger.run(params, act)
+
+
+def weight(result: object) -> int:
+    """Return how many bytes of output a result holds, for a ledger that keeps it."""
+    match result:
+        case ExecResult(out=out, err=err):
+            return len(out.head) + len(out.tail) + len(err.head) + len(err.tail)
+        case ShellResult(output=output):
+            return len(output.head) + len(output.tail)
+        case _:
+            return 0
+
+
+def without_output(result: Any) -> Any:
+    """Return a result without the bytes of its output; its sizes stay true."""
+    match result:
+        case ExecResult(out=out, err=err):
+            sizes = {"out": Output(size=out.size), "err": Output(size=err.size)}
+            return replace(result, **sizes, reason=result.reason or NOT_KEPT)
+        case ShellResult(output=output):
+            return replace(result, output=Output(size=output.size))
+        case _:
+            return result
+
+
+def _command(argv: list[str] | None, shell: str | None) -> str | list[str]:
+    if (argv is None) == (shell is None):
+        raise InvalidParams("exactly one of $.params.argv and $.params.shell is needed")
+    return argv if argv is not None else str(shell)
+
+
+def _keys(text: str) -> bytes:
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        raise InvalidParams("$.params.keys: each character is one byte, U+0000..U+00FF") from None
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _executed(
+    result: ExecResult, *, with_text: bool = False, sent: Mapping[OutputName, int] = {}
+) -> Executed:
+    """The answer; `sent`: how much of each stream was sent, of a command that still writes."""
+    return Executed(
+        status=result.status,
+        exit_code=result.exit_code,
+        signal=result.signal,
+        duration=result.duration,
+        process_id=result.process_id,
+        reason=result.reason,
+        stdout_bytes=sent.get("stdout", result.out.size),
+        stderr_bytes=sent.get("stderr", result.err.size),
+        stdout_text=result.stdout if with_text else None,
+        stderr_text=result.stderr if with_text else None,
+    )
+
+
+async def _finish(writer: ByteWriter, output: Output, since: int = 0) -> None:
+    """End a stream of output, with what a result holds of it from byte `since` on: the tail at its own offset.
+
+    Who does not want to read it any more gets the answer all the same.
+    """
+    with suppress(ConnectionLost, TransferBroken):
+        for place, data in ((0, output.head), (output.size - len(output.tail), output.tail)):
+            if rest := data[max(0, since - place) :]:
+                await writer.skip_to(place + len(data) - len(rest))
+                await writer.write(rest)
+        await writer.skip_to(max(writer.offset, output.size))
+        await writer.finish()

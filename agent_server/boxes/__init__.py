@@ -1,0 +1,14 @@
+"""The way to the boxes of a server: started, found again, and each call carried out once.
+
+Knows boxes and the log of calls; nothing of conversations and connections.
+
+registry:      all boxes of a server: their starts, ends and survival
+link:          the way to a box
+name:          what a box is called, and promised
+place:         where an agent's tools act
+watch:         whether a box answers at all
+relay:         calls to a box, once each
+passage:       a call to a box, with its bytes
+receipt:       what calls answered, kept
+sandbox_rules: which sandboxes clients may have
+"""

@@ -1,0 +1,90 @@
+"""What an operation answered, as it is written down, and how it is given again to a call that is repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from agent_sdk.protocol.errors import AgentServerError, ErrorObject, from_wire, to_wire
+from agent_sdk.protocol.methods import Effect, Executed, ShellAnswer, result_type
+from agent_server.boxes.passage import KEPT_BYTES, OUTWARD, Way
+
+NOT_KEPT = "its output is not kept any more"
+_TEXTS = {"stdout": "stdout_text", "stderr": "stderr_text", "channel": "text"}
+_SIZES = {"stdout": "stdout_bytes", "stderr": "stderr_bytes", "channel": "output_bytes"}
+
+
+class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """See the module's docstring."""
+
+    answer: bytes | None = None
+    """JSON."""
+    error: ErrorObject | None = None
+    output: dict[str, bytes] | None = None
+    """By the field of its stream; None: it was too much to keep."""
+
+    @classmethod
+    def of(cls, answer: Any, output: Mapping[str, bytes | bytearray] | None) -> Self:
+        """Write an answer down with the output that belongs to it, where it is not too long."""
+        texts = {name: getattr(answer, name, None) or "" for name in _TEXTS.values()}
+        if sum(map(len, texts.values())) > KEPT_BYTES:
+            gone = {name: None for name, text in texts.items() if text}
+            answer, output = replace(answer, **gone), None
+        kept = None if output is None else {name: bytes(data) for name, data in output.items()}
+        return cls(answer=msgspec.json.encode(answer), output=kept)
+
+    @classmethod
+    def of_error(cls, error: AgentServerError) -> Self:
+        """Write down that it failed, and how."""
+        return cls(error=to_wire(error))
+
+    @classmethod
+    def read(cls, written: bytes) -> Self:
+        """The opposite of `written`."""
+        return msgspec.msgpack.decode(written, type=cls)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all is here that a repeated call gets."""
+        return self.answer is None or self.output is not None
+
+    def written(self) -> bytes:
+        """Return it as bytes."""
+        return msgspec.msgpack.encode(self)
+
+    async def give(self, params: Effect[Any], ways: Mapping[str, Way]) -> Any:
+        """Answer a repeated call: with its bytes over its own streams, or as text where it has none.
+
+        Raises:
+            AgentServerError: the operation failed with it.
+        """
+        if self.error is not None:
+            raise from_wire(self.error)
+        assert self.answer is not None
+        answer: Any = msgspec.json.decode(self.answer, type=result_type(type(params)))
+        if not isinstance(answer, Executed | ShellAnswer):
+            return answer
+        for field in OUTWARD[type(params)]:
+            data = self._bytes(answer, field)
+            size = getattr(answer, _SIZES[field])
+            if isinstance(answer, Executed) and data is None and size:
+                answer = replace(answer, reason=answer.reason or NOT_KEPT)
+            if field in ways:
+                await ways[field].pass_on(0, data or b"")
+                await ways[field].finish(size, b"")
+            else:
+                text = None if data is None or answer.status == "unknown" else data.decode(errors="replace")
+                answer = replace(answer, **{_TEXTS[field]: text})
+        return answer
+
+    def _bytes(self, answer: Any, field: str) -> bytes | None:
+        """Return the output that is kept; None: there was some, and it is not."""
+        if (text := getattr(answer, _TEXTS[field])) is not None:
+            return str(text).encode()
+        if not getattr(answer, _SIZES[field]):
+            return b""
+        return None if self.output is None else self.output.get(field)

@@ -1,0 +1,309 @@
+"""The workspace methods of a conversation, passed on to its box under the same op_id, with their bytes both ways.
+
+What changes something is written down before it is sent and when it was answered. So a call that is
+repeated, to whichever server, attaches to the one that runs in the box, or gets its answer again; and
+when the box is gone, what had begun in it is unknown and never run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AsyncExitStack, ExitStack, suppress
+from typing import Any
+
+from agent_sdk.log.event_log import EventLog
+from agent_sdk.protocol.defaults import without_defaults
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    Cancelled,
+    ConnectionLost,
+    OutcomeUnknown,
+    ProcessNotFound,
+    StorageFull,
+    WorkspaceLost,
+    WorkspaceUnavailable,
+)
+from agent_sdk.protocol.methods import (
+    WORKSPACE,
+    Describe,
+    Effect,
+    Execute,
+    Executed,
+    Method,
+    ProcessList,
+    ProcessWait,
+    ShellAnswer,
+    ShellRun,
+    ShellSend,
+    Upload,
+    UploadOffset,
+)
+from agent_sdk.protocol.results import Exit, RunningOperation, WorkspaceInfo
+from agent_sdk.remote.link import Linked
+from agent_sdk.rpc.ledger import CHANNELS, did_nothing
+from agent_sdk.rpc.peer import Handler, Inbound
+from agent_sdk.workspace.digest import digest_of
+from agent_server.boxes.link import BoxLink
+from agent_server.boxes.passage import Passage
+from agent_server.boxes.receipt import Receipt
+from agent_server.boxes.watch import is_silent
+from agent_server.work import Work
+
+LOST = "the box was lost; whether it was done is not known"
+
+
+class Relay:
+    """See the module's docstring; one for all connections of a conversation."""
+
+    def __init__(self, conversation: str, link: BoxLink, log: EventLog, work: Work) -> None:
+        self._conversation = conversation
+        self._link = link
+        self._log = log
+        self._work = work
+        self._running: dict[str, list[_Run]] = {}
+        self._beginning: Counter[str] = Counter()
+        """Calls whose intent is being written down, by op_id."""
+        self._left: dict[str, RunningOperation] = {}
+        """What a former server has begun in the box that survived it."""
+
+    def __repr__(self) -> str:
+        return f"<Relay to {self._link!r}: {len(self._running)} operations>"
+
+    def handlers(self) -> dict[type[Method[Any]], Handler]:
+        """Return who answers the workspace methods."""
+        relayed = {method: self._effect if issubclass(method, Effect) else self._look for method in WORKSPACE}
+        return {**relayed, Describe: self._describe, UploadOffset: self._offset}
+
+    async def open(self) -> None:
+        """Find out what a former server has begun."""
+        for known in await self._log.open_operations(self._conversation):
+            if self._link.survived and known.instance == self._link.instance:
+                self._left[known.op_id] = RunningOperation(op_id=known.op_id, method=known.method)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something passes through."""
+        return bool(self._running)
+
+    async def operations(self) -> tuple[RunningOperation, ...]:
+        """Return the operations under way, oldest first; also those to which nobody has come back yet."""
+        if self._left:
+            with suppress(AgentServerError):  # the box does not answer just now
+                known = await self._link.operations()
+                self._left = {op_id: left for op_id, left in self._left.items() if op_id in known}
+        passing = {
+            op_id: RunningOperation(op_id=op_id, method=runs[0].params.method)
+            for op_id, runs in self._running.items()
+        }
+        return tuple({**self._left, **passing}.values())
+
+    async def close(self) -> None:
+        """Let go of what runs; it goes on in the box, and whoever repeats it attaches to it."""
+        if runs := [run for runs in self._running.values() for run in runs]:
+            self._link.owing = True
+            for run in runs:
+                run.passage.let_go = True
+            await _end([run.task for run in runs])
+
+    # --- what changes nothing ---
+
+    async def _look(self, params: Method[Any], call: Inbound) -> Any:
+        if isinstance(params, ProcessList) and not (self._link.is_running or self._link.survived):
+            return []
+        try:
+            async with Passage(params, call) as passage:
+                return await self._through(passage, await self._link.linked())
+        except OutcomeUnknown:
+            if isinstance(params, ProcessWait):
+                return Exit(status="unknown", reason=LOST)
+            raise WorkspaceLost("the box was lost") from None
+        except ProcessNotFound:
+            if isinstance(params, ProcessWait) and await self._was_elsewhere(params.process_id):
+                return Exit(status="unknown", reason=LOST)
+            raise
+
+    async def _was_elsewhere(self, process_id: str) -> bool:
+        """Whether a process ran in a box that is gone."""
+        instance = await self._log.instance_of(self._conversation, process_id)
+        return instance not in (None, self._link.instance)
+
+    async def _describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
+        return await self._link.describe(await self._look(params, call))
+
+    async def _offset(self, params: UploadOffset, call: Inbound) -> Any:
+        await self._end_upload(params.op_id)
+        runs = self._running.get(params.op_id, ())
+        if left := [task for run in runs if run.call.peer.lost is not None for task in run.passage.coming]:
+            await asyncio.wait(left)  # what has come goes in first
+        return await self._look(params, call)
+
+    async def _through(self, passage: Passage, linked: Linked) -> Any:
+        """Pass a call on, and again when the connection to the box broke.
+
+        Raises:
+            OutcomeUnknown: the box is gone.
+        """
+        instance = linked.instance
+        while True:
+            try:
+                return await passage.through(linked.peer)
+            except ConnectionLost:
+                if linked.peer.lost is None:
+                    raise
+            passage.broken = True
+            again = await self._link.again(instance)
+            if again is None:
+                raise OutcomeUnknown(LOST)
+            if passage.once:
+                raise WorkspaceUnavailable("the connection to the box broke; call again")
+            linked = again
+
+    # --- what changes something ---
+
+    async def _effect(self, params: Effect[Any], call: Inbound) -> Any:
+        self._work.admit()
+        async with AsyncExitStack() as streams:
+            passage = await streams.enter_async_context(Passage(params, call))
+            return await self._pass(params, call, passage, streams)
+
+    async def _pass(
+        self, params: Effect[Any], call: Inbound, passage: Passage, streams: AsyncExitStack
+    ) -> Any:
+        op_id, digest = params.op_id, _digest(params)
+        instance = self._link.named()
+        self._beginning[op_id] += 1
+        try:
+            known = await self._log.begin_operation(
+                self._conversation, op_id, digest, method=params.method, instance=instance
+            )
+        finally:
+            self._beginning -= Counter((op_id,))
+        if known is not None and known.result is not None:
+            receipt = Receipt.read(known.result)
+            if receipt.whole or known.instance != instance:  # else the box still has the bytes
+                return await receipt.give(params, passage.ways)
+        if isinstance(params, Upload):
+            await self._end_upload(op_id)  # the rest of its bytes comes over this call
+        if known is not None:
+            runs = self._running.get(op_id)
+            instance = runs[0].instance if runs else known.instance
+        run = _Run(params, call, instance, passage)
+        run.task = asyncio.create_task(
+            self._operate(run, streams.pop_all(), fresh=known is None or isinstance(params, Upload))
+        )
+        run.work.enter_context(self._work.under_way())
+        self._running.setdefault(op_id, []).append(run)
+        run.task.add_done_callback(lambda _: self._ended(run))
+        try:
+            await asyncio.wait({run.task})
+        except asyncio.CancelledError:
+            if call.peer.lost is None:
+                await self._cancel(run)
+            raise
+        if run.task.cancelled():
+            raise Cancelled("the operation was cancelled by another caller")
+        return run.task.result()
+
+    async def _operate(self, run: _Run, streams: AsyncExitStack, *, fresh: bool) -> Any:
+        async with streams:
+            try:
+                linked = await (self._link.linked() if fresh else self._link.again(run.instance))
+                if linked is None:
+                    raise OutcomeUnknown(LOST, op_id=run.params.op_id)
+                run.instance = linked.instance
+                answer = await self._through(run.passage, linked)
+            except OutcomeUnknown as exc:
+                answer = _unknown(run.params, exc)
+                await run.passage.end_streams()
+            except AgentServerError as exc:
+                if is_silent(exc):
+                    self._link.owing = True
+                elif did_nothing(run.params, exc):
+                    await self._withdraw(run)
+                else:
+                    await self._finish(run, Receipt.of_error(exc))
+                raise
+            await self._finish(run, Receipt.of(answer, run.passage.kept))
+            return answer
+
+    async def _finish(self, run: _Run, receipt: Receipt) -> None:
+        try:
+            await self._log.finish_operation(self._conversation, run.params.op_id, receipt.written())
+        except StorageFull:  # it was done, and the box still knows
+            self._link.owing = True
+
+    async def _withdraw(self, run: _Run) -> None:
+        """It did nothing, and may come again: nothing is left of it, so nothing must remember it."""
+        run.in_vain = not run.passage.broken
+        op_id = run.params.op_id
+        if self._beginning[op_id] or not all(other.in_vain for other in self._running[op_id]):
+            return
+        with suppress(StorageFull):
+            await self._log.withdraw_operation(self._conversation, op_id)
+
+    def _ended(self, run: _Run) -> None:
+        run.work.close()
+        runs = self._running[run.params.op_id]
+        runs.remove(run)
+        if not runs:
+            del self._running[run.params.op_id]
+        self._link.use()
+        if not run.task.cancelled():
+            run.task.exception()  # who waited for it may be gone
+
+    async def _cancel(self, run: _Run) -> None:
+        """Its caller does not want it any more; those whose callers lost their connection want nothing either."""
+        await self._stop(run.params.op_id, lambda other: other is run or other.call.peer.lost is not None)
+        if run.params.op_id not in self._running and run.task.cancelled():
+            await self._finish(run, Receipt.of_error(Cancelled("the call was cancelled")))
+
+    async def _end_upload(self, op_id: str) -> None:
+        """Let go of the bytes that still come for it. Where their caller is gone, what has come goes in first."""
+        runs = [run for run in self._running.get(op_id, ()) if isinstance(run.params, Upload)]
+        for run in runs:
+            run.passage.let_go = True
+        await _end([run.task for run in runs if run.call.peer.lost is None])
+        if runs:
+            await asyncio.wait({run.task for run in runs})
+
+    async def _stop(self, op_id: str, which: Callable[[_Run], bool]) -> None:
+        await _end([run.task for run in self._running.get(op_id, ()) if which(run)])
+
+
+class _Run:
+    """One way of an operation through the relay; a repeated call is another one."""
+
+    def __init__(self, params: Effect[Any], call: Inbound, instance: str, passage: Passage) -> None:
+        self.params = params
+        self.call = call
+        self.instance = instance
+        """Of the box it is in."""
+        self.passage = passage
+        self.task: asyncio.Task[Any]
+        self.work = ExitStack()
+        self.in_vain = False
+        """Whether it failed so that the box has forgotten it."""
+
+
+async def _end(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+def _digest(params: Effect[Any]) -> bytes:
+    """What the call asks for, but for the numbers of its byte streams, which differ whenever it is repeated."""
+    fields = without_defaults(params, everywhere=True)
+    return digest_of(params.method, {name: value for name, value in fields.items() if name not in CHANNELS})
+
+
+def _unknown(params: Effect[Any], exc: OutcomeUnknown) -> Any:
+    match params:
+        case Execute():
+            return Executed(status="unknown", reason=LOST)
+        case ShellRun() | ShellSend():
+            return ShellAnswer(status="unknown")
+    raise OutcomeUnknown(LOST, op_id=params.op_id) from None

@@ -1,0 +1,104 @@
+"""Which server client commands talk to, and how: its address, its key, a conversation of it."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams, PathDenied, PathNotFound
+from agent_sdk.remote.address import checked_key, checked_url
+from agent_sdk.remote.server import AgentServer
+from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_server.cli.terminal import STDERR, one_line, open_terminal
+from agent_server.config.hosts import is_loopback
+from agent_server.config.options import ClientEnvironment, client_environment
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_FILE = "api_key"
+
+
+class Server(Struct, frozen=True, kw_only=True):
+    """A server as a client sees it."""
+
+    url: str
+    api_key: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Server(url={self.url!r})"
+
+    def administration(self) -> AgentServer:
+        """Return what lists and removes its conversations."""
+        return AgentServer(self.url, self.api_key)
+
+    def workspace(
+        self, *, conversation: str | None = None, working_dir: str | None = None
+    ) -> RemoteWorkspace:
+        """Return the workspace of an existing conversation, or a fresh one."""
+        return RemoteWorkspace(
+            self.url,
+            self.api_key,
+            conversation=conversation,
+            working_dir=working_dir,
+            on_connection=tell,
+        )
+
+
+async def tell(reason: AgentServerError | None) -> None:
+    """Say why nothing happens, and when it goes on."""
+    text = "connected again" if reason is None else f"{one_line(str(reason))} (trying again)"
+    with suppress(OSError):
+        await open_terminal(STDERR).line(f"agent-server: {text}", "dim")
+
+
+def find_server(given: argparse.Namespace, url: str | None = None) -> Server:
+    """Return the server that the options, else the environment, name.
+
+    The key is that of the options, else of the environment, else, for a server of this machine, of the
+    data folder of this user.
+
+    Raises:
+        InvalidParams: the URL or the key makes no sense.
+        PathNotFound, PathDenied: the given key file cannot be read.
+    """
+    environment = client_environment()
+    address = checked_address(url or given.url or environment.url or DEFAULT_URL)
+    return Server(url=address, api_key=_key(given, environment, urlsplit(address).hostname or ""))
+
+
+def checked_address(given: str) -> str:
+    """Return the URL of a server.
+
+    Raises:
+        InvalidParams: it is none.
+    """
+    address = given.strip()
+    if not address.startswith(("http://", "https://")):
+        raise InvalidParams(f"{address!r} is no URL of a server; it looks like {DEFAULT_URL}")
+    return checked_url(address)
+
+
+def _key(given: argparse.Namespace, environment: ClientEnvironment, host: str) -> str | None:
+    if given.api_key:
+        return checked_key(given.api_key, "--api-key")
+    if given.api_key_file:
+        return _read_key(Path(given.api_key_file))
+    if environment.api_key:
+        return checked_key(environment.api_key, "AGENT_SERVER_API_KEY")
+    if environment.api_key_file:
+        return _read_key(Path(environment.api_key_file))
+    own = environment.data / KEY_FILE
+    return _read_key(own) if is_loopback(host) and own.exists() else None
+
+
+def _read_key(file: Path) -> str | None:
+    try:
+        return checked_key(file.expanduser().read_text(encoding="ascii"), str(file))
+    except FileNotFoundError:
+        raise PathNotFound(f"{file}: no such API key file", path=str(file)) from None
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not ASCII text"
+        raise PathDenied(f"{file}: the API key cannot be read: {reason}", path=str(file)) from None

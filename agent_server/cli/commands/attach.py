@@ -1,0 +1,144 @@
+"""agent-server attach: a conversation's history, then what happens; a typed line is a message to the agent."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Literal
+
+from agent_sdk import Conversation, Event
+from agent_sdk.conversation.contract import Conversation as ConversationContract
+from agent_sdk.protocol.errors import AgentServerError, TimedOut
+from agent_sdk.protocol.events import RequestOpened, RequestResolved, TurnEnded, UserMessage
+from agent_server.cli.client import find_server
+from agent_server.cli.inlet import STDIN, Inlet
+from agent_server.cli.terminal import STDERR, one_line, open_terminal
+from agent_server.cli.viewer import Viewer, open_viewer, tell_waits
+
+HELP = "a line is a message; /approve, /reject [reason], /pause, /run, /interrupt; Ctrl-C leaves, the agent goes on"
+
+
+async def main(given: argparse.Namespace) -> int:
+    """Show it until Ctrl-C, or until the lines of a piped input are answered."""
+    left = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, left.set)
+    async with find_server(given).workspace(conversation=given.id) as workspace:
+        conversation = Conversation(None, workspace, id=given.id)
+        async with conversation:
+            typed = os.isatty(STDIN)
+            if typed:
+                await open_terminal(STDERR).line(f"[{HELP}]", "dim")
+            await tell_waits(conversation)
+            visit = Visit(conversation, open_viewer(json=False), typed=typed)
+            await _first(visit.watch(given.since), visit.listen(), left.wait())
+    return 0
+
+
+class Visit:
+    """One person at a conversation."""
+
+    def __init__(self, conversation: ConversationContract, viewer: Viewer, *, typed: bool) -> None:
+        """Describe it; `typed`: the lines come from a terminal, which shows them itself and never falls silent."""
+        self._conversation = conversation
+        self._viewer = viewer
+        self._typed = typed
+        self._echoes: list[str] = []
+        self._answering = ""
+        self._ended: set[str] = set()
+        self._over = asyncio.Event()
+        self._requests: list[str] = []
+
+    async def watch(self, since: int) -> None:
+        """Show events for ever."""
+        await self._viewer.watch(self._show(since))
+
+    async def listen(self) -> None:
+        """Send lines until there are no more, and, for a piped input, until the last one is answered."""
+        inlet, rest = Inlet(), b""
+        while piece := await inlet.read():
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                await self._say(line.decode(errors="replace").strip())
+        await self._say(rest.decode(errors="replace").strip())
+        if self._typed:
+            return
+        while not self._answering or self._answering not in self._ended:
+            self._over.clear()
+            await self._over.wait()
+
+    async def _show(self, since: int) -> None:
+        async for event in self._conversation.events(since, follow=True):
+            if isinstance(event, UserMessage) and event.text in self._echoes:
+                self._echoes.remove(event.text)
+            else:
+                await self._viewer.event(event)
+            self._note(event)
+
+    def _note(self, event: Event) -> None:
+        match event:
+            case TurnEnded(run_id=run):
+                self._ended.add(run)
+                self._over.set()
+            case RequestOpened(request_id=request, request="approval"):
+                self._requests.append(request)
+            case RequestResolved(request_id=request) if request in self._requests:
+                self._requests.remove(request)
+            case _:
+                pass
+
+    async def _say(self, line: str) -> None:
+        if not line:
+            return
+        try:
+            if line.startswith("/"):
+                await self._order(line)
+            else:
+                if self._typed:
+                    self._echoes.append(line)
+                self._answering = (await self._conversation.send_message(line)).run_id
+        except AgentServerError as exc:
+            if not self._typed:
+                raise
+            await self._complain(str(exc))
+
+    async def _order(self, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        orders: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+            "/pause": self._conversation.pause,
+            "/run": self._go_on,
+            "/interrupt": lambda: self._conversation.interrupt(rest),
+        }
+        if word in ("/approve", "/reject"):
+            if not self._requests:
+                await self._complain("nothing waits for an approval")
+                return
+            answer: Literal["approve", "reject"] = "approve" if word == "/approve" else "reject"
+            await self._conversation.respond(self._requests[0], answer, reason=rest)
+        elif word in orders:
+            await orders[word]()
+        else:
+            await self._complain(f"there is no {word}; {HELP}")
+
+    async def _go_on(self) -> None:
+        with suppress(TimedOut):
+            await self._conversation.run(timeout=0.001)
+
+    async def _complain(self, text: str) -> None:
+        await open_terminal(STDERR).line(f"agent-server: {one_line(text)}")
+
+
+async def _first(*work: Coroutine[Any, Any, object]) -> None:
+    """Wait until one of them is over, raise what it raised, and cancel the others."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,251 @@
+"""One conversation while it is in this server's memory, with everything that belongs to it and who uses it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Protocol
+
+import msgspec
+from msgspec.structs import replace
+
+from agent_sdk.conversation.local import LocalConversation
+from agent_sdk.conversation.settings import Settings
+from agent_sdk.log.event_log import PAGE_EVENTS, EventLog
+from agent_sdk.protocol.errors import AgentServerError
+from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted, Waiting, WorkspaceChanged
+from agent_sdk.protocol.methods import Method
+from agent_sdk.protocol.results import Snapshot
+from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_sdk.rpc.peer import Handler, Peer
+from agent_server.boxes.link import BoxLink
+from agent_server.boxes.place import BoxPlace
+from agent_server.boxes.relay import Relay
+from agent_server.conversations.client_tools import ClientTools
+from agent_server.logs import Logs
+from agent_server.metrics import Metrics
+from agent_server.work import CountedLedger, Work
+
+CLOSE_GONE = 4404
+CLOSE_FAILED = 1011
+REASON_CHARACTERS = 100
+BACK_SECONDS = 5.0
+"""In which the clients of a server that was stopped may come back and stop a turn before it does anything new."""
+
+
+class Guest(Protocol):
+    """A connection that is bound to the conversation."""
+
+    @property
+    def peer(self) -> Peer | None:
+        """What calls come over."""
+        ...
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """Close it."""
+        ...
+
+
+class Hosted:
+    """See the module's docstring. It is a feed.Source."""
+
+    def __init__(
+        self,
+        id: str,
+        log: EventLog,
+        link: BoxLink,
+        *,
+        workspace: str,
+        settings: Settings,
+        logs: Logs,
+        metrics: Metrics,
+        work: Work,
+        awaited: int = 0,
+    ) -> None:
+        """Describe it; `awaited`: how many clients the last server let go of."""
+        self.id = id
+        self.link = link
+        self._workspace = workspace
+        self.relay = Relay(id, link, log, work)
+        self.tools = ClientTools()
+        self.ledger = CountedLedger(work)
+        self.guests: set[Guest] = set()
+        self.handlers: dict[type[Method[Any]], Handler] = {}
+        """Who answers its calls; put here by whoever answers the first."""
+        self.users = 0
+        """Connections and requests that hold it in memory."""
+        self.clients = 0
+        """Connections that listen to its events."""
+        self._awaited = awaited
+        self._clients_back = asyncio.Event()
+        self.local = LocalConversation(
+            None,
+            RemoteWorkspace.over(link),
+            id=id,
+            log=log,
+            run_client_tool=self.tools.run,
+            settings=settings,
+        )
+        self.local.place = BoxPlace(link, self._clients_back)
+        self.local.on_turn_failed = self._turn_failed
+        self._log = log
+        self._logs = logs
+        self._metrics = metrics
+        self._work = work
+        self._opened = False
+        self._noting: set[asyncio.Task[None]] = set()
+        self._turn: ExitStack | None = None
+        """What is counted while a turn runs."""
+        self._forget: list[Callable[[], None]] = []
+        self._delta_listeners: dict[object, Callable[[bytes], None]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Hosted {self.id}, {self.users} users, {self.link!r}>"
+
+    async def open(self) -> None:
+        """Read the log; may be called again."""
+        if not self._forget:  # before the log is read: a turn that is open in it goes on at once
+            self._forget.append(self._logs.redactor.of(self.id, self.local.mask))
+            self._forget.append(self.local.subscribe(self._follow_turns))
+            self._forget.append(self.local.subscribe_deltas(self._pass_delta))
+            self._forget.append(self.link.on_change(self._changed))
+            patience = BACK_SECONDS if self._awaited else 0.0
+            back = asyncio.get_running_loop().call_later(patience, self._clients_back.set)
+            self._forget.append(back.cancel)
+        await self.local.__aenter__()
+        if self.link.untold is not None:
+            untold, self.link.untold = self.link.untold, None
+            await self._note(untold)
+        if not self._opened:
+            self._opened = True
+            await self.relay.open()
+
+    async def close(self) -> None:
+        """Let go of everything but the workspace, which may be shared. A turn that runs stays open in the log."""
+        await self.relay.close()
+        await self.ledger.close()
+        await self.local.suspend()
+        self._end_turn()
+        left = self.local.left(self.link.instance)
+        self.link.awaited = self.link.awaited or left == "written"
+        self.link.owing = self.link.owing or (left == "begun" and not self.link.untouched)
+        for forget in self._forget:
+            forget()
+        self._forget.clear()
+
+    def client_came(self) -> None:
+        """One more listens, and has said by now what it could not say while there was no server."""
+        self.clients += 1
+        if self.clients >= self._awaited:
+            self._clients_back.set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something goes on in it that nobody needs to be connected for."""
+        return self.local.working or self.ledger.running > 0 or self.relay.busy
+
+    @property
+    def epoch(self) -> str:
+        """Of its log."""
+        return self.local.epoch
+
+    @property
+    def head_seq(self) -> int:
+        """The seq of its last event."""
+        return self.local.head_seq
+
+    async def page(self, after: int, limit: int = PAGE_EVENTS) -> list[tuple[int, bytes]]:
+        """See feed.Source; at most `limit` events."""
+        return await self._log.read(self.id, after, limit)
+
+    async def state(self) -> Snapshot:
+        """Return its present state."""
+        operations = await self.relay.operations()
+        return replace(await self.local.state(), operations=operations, workspace=self._workspace)
+
+    def subscribe(self, listener: Callable[[int, bytes], None]) -> Callable[[], None]:
+        """See feed.Source."""
+        return self.local.subscribe(listener)
+
+    def subscribe_deltas(self, listener: Callable[[bytes], None]) -> Callable[[], None]:
+        """See feed.Source; a delta is encoded once for all."""
+        key = object()
+        self._delta_listeners[key] = listener
+
+        def stop() -> None:
+            self._delta_listeners.pop(key, None)
+
+        return stop
+
+    def mask(self, secrets: Iterable[str | None]) -> None:
+        """Keep these values out of all logs while the conversation is in memory."""
+        self.local.mask.hide(secrets)
+
+    def dismiss(self, code: int, reason: str, *, but: Peer | None = None) -> None:
+        """Close its connections, `but` that one."""
+        for guest in list(self.guests):
+            if but is None or guest.peer is not but:
+                guest.dismiss(code, reason)
+
+    async def wind_down(self) -> None:
+        """The server stops: let go of the turn, as soon as the next server can go on with it; return then."""
+        await self.local.wind_down()
+        self._end_turn()
+
+    def _follow_turns(self, seq: int, event: bytes) -> None:
+        if self._turn is None and (_is(event, TurnStarted) or _is(event, TurnResumed)):
+            self._begin_turn()
+        elif _is(event, TurnEnded):
+            self._end_turn()
+
+    def _turn_failed(self, failure: Exception) -> None:
+        """The log took no end of the turn, so nobody hears of it there: let clients come back and see."""
+        self._end_turn()
+        self.dismiss(CLOSE_FAILED, str(failure)[:REASON_CHARACTERS])
+
+    @contextmanager
+    def turn_admitted(self) -> Iterator[None]:
+        """Have a place among the server's turns for one that begins in the block, if none runs yet.
+
+        Raises:
+            Overloaded: there is no place; nothing has been written.
+        """
+        if self._turn is None:
+            self._work.admit_turn()
+            self._begin_turn()
+        try:
+            yield
+        finally:
+            if not self.local.working:
+                self._end_turn()
+
+    def _begin_turn(self) -> None:
+        self._turn = ExitStack()
+        self._turn.enter_context(self._work.turn())
+        self._turn.enter_context(self._metrics.turns.track_inprogress())
+
+    def _changed(self, event: WorkspaceChanged | Waiting) -> None:
+        noting = asyncio.create_task(self._note(event))
+        self._noting.add(noting)
+        noting.add_done_callback(self._noting.discard)
+
+    async def _note(self, event: WorkspaceChanged | Waiting) -> None:
+        with suppress(AgentServerError):  # the conversation is being closed, or its log cannot be written
+            await self.local.record(event)
+
+    def _end_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.close()
+            self._turn = None
+
+    def _pass_delta(self, delta: Delta) -> None:
+        if self._delta_listeners:
+            encoded = msgspec.json.encode(delta)
+            for listener in list(self._delta_listeners.values()):
+                listener(encoded)
+
+
+def _is(event: bytes, kind: type[TurnStarted | TurnResumed | TurnEnded]) -> bool:
+    """Whether this is the JSON of such an event. Our own encoder wrote it, and it writes the tag first."""
+    return event.startswith(b'{"type":"%b"' % str(kind.__struct_config__.tag).encode())

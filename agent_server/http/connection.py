@@ -1,0 +1,289 @@
+"""A network connection as aiohttp sees it, with what aiohttp leaves out: how many there may be, JSON
+errors for requests that are no HTTP, and a look at WebSocket frames before they are parsed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import msgspec
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+
+from agent_sdk.protocol.errors import Overloaded, to_wire
+from agent_server.config.hosts import ProxyRules, network_of
+from agent_server.http.answers import http_error
+from agent_server.http.frames import POLICY, FrameWatch, Violation
+from agent_server.metrics import Metrics
+
+RETRY_AFTER_MS = 1000
+CLOSE_UNAUTHORISED, CLOSE_LIMIT = 4401, 4429
+STRANGER_BYTES = 64 << 10
+"""What a WebSocket may send before it has shown the key: enough for `initialize`, too little to fill memory."""
+
+
+class Guest(Protocol):
+    """Somebody who is connected."""
+
+    def give_way(self, refusal: Overloaded) -> None:
+        """End the connection, which has not shown a key, for the sake of a newer one."""
+        ...
+
+    def look_again(self, counts: Callable[[bytes], bool]) -> None:
+        """End the connection if the key that it has shown does not count any more."""
+        ...
+
+
+class Crowd:
+    """Who is connected: everybody, and the strangers (who have not shown a key) of each network.
+
+    Where strangers are too many the one that came first gives way: whoever has a key shows it at once, so who
+    still has not is the one to go. A quarter of all places is for those with a key.
+    """
+
+    def __init__(self, limit: int, strangers: int, metrics: Metrics) -> None:
+        """Take how many there may be, and how many strangers of one network."""
+        self._limit = limit
+        self._strangers_limit = strangers
+        self._all = 0
+        self._known: set[Guest] = set()
+        self._strangers: dict[Guest, str] = {}
+        """And their networks, those who came first first."""
+        self._networks: Counter[str] = Counter()
+        self._metrics = metrics
+
+    def arrive(self, guest: Guest, network: str) -> Overloaded | None:
+        """Count a new stranger, for whom an older one may give way, or say why it has to go.
+
+        Args:
+            guest: who came.
+            network: where from; empty: that shows with its first request.
+        """
+        if self._all >= self._limit and not self._strangers:
+            return self._refusal("connections", self._limit)
+        if self._all >= self._limit or len(self._strangers) >= max(self._limit * 3 // 4, 1):
+            self._make_room("connections", self._limit)
+        self._all += 1
+        self._metrics.connections.set(self._all)
+        self._strangers[guest] = ""
+        self.move(guest, network)
+        return None
+
+    def move(self, guest: Guest, network: str) -> None:
+        """A stranger turns out to be of this network."""
+        before = self._strangers.get(guest, network)
+        if before == network:
+            return
+        if self._networks[network] >= self._strangers_limit:
+            self._make_room("connections without a key from one network", self._strangers_limit, network)
+        self._forget(before)
+        self._strangers[guest] = network
+        self._networks[network] += 1
+
+    def recognise(self, guest: Guest) -> None:
+        """This one has shown the key."""
+        self._forget(self._strangers.pop(guest, ""))
+        self._known.add(guest)
+
+    def look_again(self, counts: Callable[[bytes], bool]) -> None:
+        """Have everybody go whose key, told by its digest, does not count any more."""
+        for guest in list(self._known):
+            guest.look_again(counts)
+
+    def leave(self, guest: Guest) -> None:
+        """This one is gone."""
+        self._forget(self._strangers.pop(guest, ""))
+        self._known.discard(guest)
+        self._all -= 1
+        self._metrics.connections.set(self._all)
+
+    def _make_room(self, what: str, limit: int, network: str | None = None) -> None:
+        oldest = next(
+            guest for guest, its_network in self._strangers.items() if network in (None, its_network)
+        )
+        self.leave(oldest)
+        oldest.give_way(self._refusal(what, limit))
+
+    def _forget(self, network: str) -> None:
+        if network:
+            self._networks -= Counter([network])
+
+    def _refusal(self, what: str, limit: int) -> Overloaded:
+        self._metrics.refused.labels("overloaded").inc()
+        return Overloaded(f"limit {limit} {what}", limit=limit, retry_after_ms=RETRY_AFTER_MS)
+
+
+class Connection(web.RequestHandler):
+    """One connection. What aiohttp calls `request.protocol` is one of these."""
+
+    def __init__(
+        self,
+        server: web.Server,
+        crowd: Crowd,
+        *,
+        longest_message: int,
+        proxies: ProxyRules | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), **options)
+        self.address = ""
+        """Who asks: the other end, or for whom a trusted proxy does."""
+        self.violation: asyncio.Future[Violation] | None = None
+        """Done when the client has broken the rules of WebSocket; made when it becomes one."""
+        self._crowd = crowd
+        self._proxies = proxies or ProxyRules()
+        self._longest_message = longest_message
+        self._peer = ""
+        self._shown: bytes | None = None
+        self.is_stranger = True
+        """Whether it has not shown the key yet."""
+        self._refused = False
+        """Whether it is not taken up at all."""
+        self._counted = False
+        self._tcp: asyncio.Transport | None = None
+
+    def recognise(self, digest: bytes | None = None) -> None:
+        """It has shown the key; `digest`: which, where it may be revoked."""
+        self._shown = digest or self._shown
+        if self.is_stranger and self._counted:
+            self.is_stranger = False
+            self._crowd.recognise(self)
+
+    def look_again(self, counts: Callable[[bytes], bool]) -> None:
+        """See Guest."""
+        if self._shown is None or counts(self._shown) or self._tcp is None:
+            return
+        if self.violation is None:
+            self._tcp.abort()
+        elif not self.violation.done():
+            self.violation.set_result(Violation(CLOSE_UNAUTHORISED, "the API key does not count any more"))
+
+    def speaks_for(self, headers: Sequence[str]) -> None:
+        """Take who asks from X-Forwarded-For, if a trusted proxy is at the other end.
+
+        Args:
+            headers: all values of it in the request that came.
+        """
+        if self._proxies.trusts(self._peer):
+            self.address = self._proxies.client(self._peer, headers)
+            if self.is_stranger and self._counted:
+                self._crowd.move(self, network_of(self.address))
+
+    def give_way(self, refusal: Overloaded) -> None:
+        """See Guest. It is told why, where that is still possible."""
+        self._counted = False
+        if self._tcp is None:
+            return
+        if self.violation is not None:
+            if not self.violation.done():
+                self.violation.set_result(Violation(CLOSE_LIMIT, str(refusal)))
+            return
+        request = self._current_request
+        if request is None or request.writer.output_size == 0:
+            self._tcp.write(_raw_answer(refusal))
+            self._tcp.close()
+        else:
+            self._tcp.abort()
+
+    def abort(self) -> None:
+        """Give up what has not been sent yet, unlike `force_close`."""
+        if self._tcp is not None:
+            self._tcp.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        self._tcp = cast(asyncio.Transport, transport)  # other event loops have classes of their own
+        peer = transport.get_extra_info("peername")
+        self.address = self._peer = str(peer[0]) if isinstance(peer, tuple) else "local"
+        network = "" if self._proxies.trusts(self._peer) else network_of(self._peer)
+        refusal = self._crowd.arrive(self, network)
+        if refusal is None:
+            self._counted = True
+            super().connection_made(transport)
+            return
+        self._refused = True
+        self._tcp.write(_raw_answer(refusal))
+        self._tcp.close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """See asyncio.Protocol."""
+        self._tcp = None
+        if self._counted:
+            self._counted = False
+            self._crowd.leave(self)
+        if not self._refused:
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        if not self._refused:
+            super().data_received(data)
+
+    def set_parser(self, parser: Any, data_received_cb: Callable[[], None] | None = None) -> None:
+        """Become a WebSocket: from here on every byte is looked at before aiohttp's parser gets it."""
+        self.violation = asyncio.get_running_loop().create_future()
+        watched: Any = _Watched(parser, self, self._longest_message, self.violation)
+        super().set_parser(watched, data_received_cb)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is no HTTP, or what our own code did not catch. Nothing of the exception is told."""
+        if not isinstance(exc, ConnectionError):
+            self.logger.error("request refused", exc_info=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun; only the end of the connection can tell")
+        if status == 400:
+            sentence = "the request is no valid HTTP/1.1"
+            answer = http_error(431 if isinstance(exc, LineTooLong) else 400, sentence)
+        else:
+            answer = http_error(status, "internal error")
+        answer.force_close()
+        return answer
+
+
+class _Watched:
+    """aiohttp's WebSocket parser behind a FrameWatch."""
+
+    def __init__(
+        self, parser: Any, connection: Connection, limit: int, violation: asyncio.Future[Violation]
+    ) -> None:
+        self._parser = parser
+        self._connection = connection
+        self._watch = FrameWatch(limit)
+        self._violation = violation
+        self._now = asyncio.get_running_loop().time
+        self._from_stranger = 0
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        if self._violation.done():
+            return False, b""
+        violation = self._watch.look(data, self._now())
+        if violation is None and self._connection.is_stranger:
+            self._from_stranger += len(data)
+            if self._from_stranger > STRANGER_BYTES:
+                violation = Violation(POLICY, f"limit {STRANGER_BYTES} bytes before initialize")
+        if violation is None:
+            eof, rest = self._parser.feed_data(data)
+            return eof, rest
+        self._violation.set_result(violation)
+        self._parser.feed_data(data[: violation.at])
+        return False, b""
+
+    def feed_eof(self) -> None:
+        self._parser.feed_eof()
+
+
+def _raw_answer(error: Overloaded) -> bytes:
+    body = msgspec.json.encode({"error": to_wire(error)})
+    head = (
+        "HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nRetry-After: {RETRY_AFTER_MS // 1000}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body

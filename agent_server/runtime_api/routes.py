@@ -1,0 +1,162 @@
+"""What the Runtime API answers at which address; see docs/runtime_api.md."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TypeVar
+
+import msgspec
+from aiohttp import hdrs, web
+from msgspec import Struct
+
+from agent_sdk.protocol.errors import InvalidParams, InvalidRequest, LimitExceeded
+from agent_server.http.answers import as_json
+from agent_server.http.connection import Connection
+from agent_server.runtime_api.proxy import ID, RuntimeProxy
+from agent_server.runtime_api.runtime import Runtime
+from agent_server.runtime_api.runtimes import Runtimes, Wanted
+from agent_server.runtime_api.tenants import HEADER, Tenant, Tenants
+from agent_server.work import Work
+
+LONGEST_BODY = 1 << 20
+LONGEST_WAIT = 60.0
+
+T = TypeVar("T")
+
+
+class _Named(Struct, frozen=True):
+    runtime_id: str
+
+
+class RuntimeRoutes:
+    """See the module's docstring. Every request but those through the proxy shows the key of a tenant."""
+
+    def __init__(
+        self,
+        runtimes: Runtimes,
+        tenants: Tenants,
+        proxy: RuntimeProxy,
+        work: Work,
+        *,
+        url: str,
+        body_seconds: float,
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            runtimes: all of them.
+            tenants: who may use them.
+            proxy: the way to each of them.
+            work: whether new work is welcome.
+            url: what clients reach this server by; empty: the Host they ask for.
+            body_seconds: how long the body of a request may take.
+        """
+        self._runtimes = runtimes
+        self._tenants = tenants
+        self._proxy = proxy
+        self._work = work
+        self._url = url.rstrip("/")
+        self._body_seconds = body_seconds
+
+    def table(self) -> list[web.RouteDef]:
+        """Return all routes. What is at the name of a runtime is not among them, see RuntimeProxy.at."""
+        return [
+            web.post("/start", self.start),
+            web.post("/stop", self.stop),
+            web.post("/pause", self.pause),
+            web.post("/resume", self.resume),
+            web.get("/sessions/{session_id}", self.session),
+            web.get("/list", self.list),
+            web.route(hdrs.METH_ANY, r"/runtimes/{runtime_id}/{rest:.*}", self._proxy.serve),
+        ]
+
+    async def start(self, request: web.Request) -> web.Response:
+        """Start the runtime of a session, or return the one there is."""
+        tenant = self._tenant(request)
+        wanted = await self._body(request, Wanted)
+        self._work.admit()
+        runtime = await self._runtimes.start(tenant, wanted)
+        return await self._answer(request, runtime)
+
+    async def stop(self, request: web.Request) -> web.Response:
+        """End a runtime and remove all of it."""
+        runtime = await self._named(request)
+        await self._runtimes.stop(runtime)
+        return self._shown(request, runtime)
+
+    async def pause(self, request: web.Request) -> web.Response:
+        """Let nothing in a runtime run until it is resumed."""
+        runtime = await self._named(request)
+        await runtime.pause()
+        return self._shown(request, runtime)
+
+    async def resume(self, request: web.Request) -> web.Response:
+        """Let a runtime run again."""
+        tenant = self._tenant(request)
+        runtime = await self._named(request)
+        self._work.admit()
+        await self._runtimes.resume(tenant, runtime)
+        return await self._answer(request, runtime)
+
+    async def session(self, request: web.Request) -> web.Response:
+        """Tell of the runtime of a session."""
+        runtime = self._runtimes.session(self._tenant(request), request.match_info["session_id"])
+        return await self._answer(request, runtime)
+
+    async def list(self, request: web.Request) -> web.Response:
+        """Tell of all runtimes of the tenant, the oldest first."""
+        tenant = self._tenant(request)
+        found = [
+            runtime.shown(self._address(request, runtime.record.runtime_id))
+            for runtime in self._runtimes.of(tenant)
+        ]
+        return as_json({"runtimes": found})
+
+    # --- what they share ---
+
+    def _tenant(self, request: web.Request) -> Tenant:
+        assert isinstance(request.protocol, Connection)
+        tenant = self._tenants.check(request.headers.getall(HEADER, []), request.protocol.address)
+        request.protocol.recognise()
+        return tenant
+
+    async def _named(self, request: web.Request) -> Runtime:
+        tenant = self._tenant(request)
+        return self._runtimes.named(tenant, (await self._body(request, _Named)).runtime_id)
+
+    async def _body(self, request: web.Request, kind: type[T]) -> T:
+        if (request.content_length or 0) > LONGEST_BODY:
+            raise LimitExceeded(f"a body of more than {LONGEST_BODY} bytes", field="body", limit=LONGEST_BODY)
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                return msgspec.json.decode(await request.read(), type=kind)
+        except TimeoutError:
+            raise InvalidRequest(
+                f"the body did not arrive within {self._body_seconds:g} s", status=408
+            ) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise InvalidParams(f"the body does not fit: {exc}") from None
+
+    async def _answer(self, request: web.Request, runtime: Runtime) -> web.Response:
+        """Tell of a runtime; with `?wait=SECONDS` not before it has become what it was about to become."""
+        await runtime.settled(_seconds(request.query.get("wait", "0")))
+        return self._shown(request, runtime)
+
+    def _shown(self, request: web.Request, runtime: Runtime) -> web.Response:
+        return as_json(runtime.shown(self._address(request, runtime.record.runtime_id)))
+
+    def _address(self, request: web.Request, runtime_id: str) -> str:
+        if ID in self._url:
+            return self._url.replace(ID, runtime_id)
+        return f"{self._url or f'{request.scheme}://{request.host}'}/runtimes/{runtime_id}"
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= LONGEST_WAIT:
+        raise InvalidParams(f"?wait must be 0..{LONGEST_WAIT:g} seconds")
+    return seconds

@@ -1,0 +1,342 @@
+"""All runtimes of the Runtime API: found by their sessions, kept on the disk, within what their tenants may have.
+
+Each has a folder below `runtimes`, named by its id, whose `session.json` is written before anything is
+started and removed after everything has ended. So whatever is killed at whichever moment, the next server
+knows what there may be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import msgspec
+from msgspec import Meta, Struct
+
+from agent_sdk.ids import new_id
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ImageUnavailable,
+    InvalidParams,
+    NotFound,
+    Overloaded,
+    PolicyDenied,
+)
+from agent_sdk.workspace.disk import in_thread
+from agent_server.config.runtime_api import RuntimeConfig
+from agent_server.logs import Logs
+from agent_server.runtime_api.pods import Pods, PodSpec
+from agent_server.runtime_api.runtime import RECORD, Record, Runtime
+from agent_server.runtime_api.tenants import Tenant
+
+FACTORS = (1, 2, 4, 8)
+SWEEP_SECONDS = 15.0
+RETRY_AFTER_MS = 5000
+REMOVED = ".removed-"
+
+
+_OURS = ("AGENT_SERVER_COMMAND_ENV", "AGENT_SERVER_ALLOW_HOSTS")
+"""What clients set for other Runtime APIs, which hand variables to the server alone, and pass on its Host."""
+_Name = Annotated[
+    str,
+    Meta(pattern=rf"^(({'|'.join(_OURS)})$|(?!AGENT_SERVER_)[A-Za-z_][A-Za-z0-9_]*$)", max_length=256),
+]
+_Value = Annotated[str, Meta(pattern=r"^[^\0]*$")]
+_TEXT = Meta(pattern=r"^[^\0]+$", max_length=65_536)
+_User = Annotated[int, Meta(ge=0, le=2_147_483_647)]
+
+
+class Wanted(Struct, frozen=True, kw_only=True):
+    """The body of `POST /start`. Further members are for other Runtime APIs and not looked at."""
+
+    image: Annotated[str, Meta(min_length=1, max_length=512)]
+    session_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    environment: dict[_Name, _Value] = {}
+    """See PodSpec, also for what follows."""
+    resource_factor: int = 1
+    runtime_class: str | None = None
+    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
+    command: Annotated[str, _TEXT] | Annotated[list[Annotated[str, _TEXT]], Meta(max_length=256)] | None = (
+        None
+    )
+    working_dir: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)] | None = None
+    run_as_user: _User | None = None
+    fs_group: _User | None = None
+
+
+class Runtimes:
+    """See the module's docstring. Entering finds what a former server left, leaving lets it go on."""
+
+    def __init__(self, config: RuntimeConfig, folder: Path, pods: Pods, logs: Logs, *, end: bool) -> None:
+        """Describe them.
+
+        Args:
+            config: the table `runtime_api`.
+            folder: where they are kept; made when it is missing.
+            pods: what they run in.
+            logs: what happens to them is told there.
+            end: whether nothing of them runs on when this is left.
+        """
+        self._config = config
+        self._folder = folder
+        self._pods = pods
+        self._logs = logs
+        self._end = end
+        self._all: dict[str, Runtime] = {}
+        self._sessions: dict[tuple[str, str], Runtime] = {}
+        """By tenant and session; without those that are being ended."""
+        self._unreadable: set[str] = set()
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Runtimes, {len(self._all)}>"
+
+    async def __aenter__(self) -> Self:
+        for record in await in_thread(self._records):
+            self._add(record).recover()
+        self._sweeper = asyncio.create_task(self._sweep_for_ever())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._sweeper is not None
+        self._sweeper.cancel()
+        await asyncio.gather(self._sweeper, return_exceptions=True)
+        await asyncio.gather(*(runtime.close(end=self._end) for runtime in self._all.values()))
+
+    # --- which there are ---
+
+    def find(self, runtime_id: str) -> Runtime | None:
+        """Return a runtime, whosever it is."""
+        runtime = self._all.get(runtime_id)
+        return None if runtime is None or runtime.record.wanted == "gone" else runtime
+
+    def of(self, tenant: Tenant) -> Iterator[Runtime]:
+        """Yield the runtimes of a tenant, the oldest first."""
+        return (runtime for (name, _), runtime in self._sessions.items() if name == tenant.name)
+
+    def session(self, tenant: Tenant, session_id: str) -> Runtime:
+        """Return the runtime of a session.
+
+        Raises:
+            NotFound: the tenant has no such session.
+        """
+        runtime = self._sessions.get((tenant.name, session_id))
+        if runtime is None:
+            raise NotFound(f"no session {session_id[:128]!r}")
+        return runtime
+
+    def named(self, tenant: Tenant, runtime_id: str) -> Runtime:
+        """Return a runtime of this tenant.
+
+        Raises:
+            NotFound: the tenant has none of this id.
+        """
+        runtime = self.find(runtime_id)
+        if runtime is None or runtime.record.tenant != tenant.name:
+            raise NotFound(f"no runtime {runtime_id[:128]!r}")
+        return runtime
+
+    # --- verbs ---
+
+    async def start(self, tenant: Tenant, wanted: Wanted) -> Runtime:
+        """Return the runtime of a session, which runs or is about to; a paused or failed one is started again.
+
+        Raises:
+            InvalidParams: the factor is none.
+            ImageUnavailable: the image may not be started.
+            PolicyDenied: the tenant may never have that much, or the class is none that may be asked for.
+            Overloaded: it may, when it has ended something else; details: retry_after_ms.
+        """
+        runtime = self._sessions.get((tenant.name, wanted.session_id))
+        if runtime is not None:
+            await self.resume(tenant, runtime)
+            return runtime
+        if wanted.resource_factor not in FACTORS:
+            raise InvalidParams(f"resource_factor must be 1, 2, 4 or 8 (got {wanted.resource_factor})")
+        self._check_image(wanted.image)
+        _check_command(wanted.command)
+        self._engines_runtime(wanted.runtime_class)
+        record = self._record(tenant, wanted)
+        self._admit_another(tenant)
+        self._admit(tenant, record)
+        runtime = self._add(record)
+        try:
+            await runtime.start()
+        except AgentServerError:
+            await self.stop(runtime)
+            raise
+        return runtime
+
+    async def resume(self, tenant: Tenant, runtime: Runtime) -> None:
+        """Make it run, unless it does.
+
+        Raises:
+            PolicyDenied, Overloaded: see start.
+        """
+        await runtime.start(partial(self._admit, tenant, runtime.record))
+
+    async def stop(self, runtime: Runtime) -> None:
+        """End it and remove all of it; its session is free at once. See Runtime.stop."""
+        record = runtime.record
+        if self._sessions.get((record.tenant, record.session_id)) is runtime:
+            del self._sessions[record.tenant, record.session_id]
+        await runtime.stop()
+        await in_thread(_remove, self._folder / record.runtime_id)
+        if self._all.pop(record.runtime_id, None) is not None:
+            self._logs.log.info("runtime_removed", runtime=record.runtime_id)
+
+    # --- what is allowed ---
+
+    def _check_image(self, image: str) -> None:
+        patterns = self._config.images
+        if not any(fnmatchcase(image, pattern) for pattern in patterns):
+            raise ImageUnavailable(
+                f"the image {image} may not be started here; allowed are {', '.join(patterns) or 'none'}",
+                image=image,
+                phase="image",
+                status=403,
+            )
+
+    def _engines_runtime(self, name: str | None) -> str | None:
+        classes = self._config.runtime_classes
+        if name is not None and name not in classes:
+            raise PolicyDenied(
+                f"runtime_class: there is no {name[:128]!r} here; allowed are {', '.join(classes) or 'none'}",
+                status=403,
+            )
+        return classes[name] or None if name is not None else None
+
+    def _admit_another(self, tenant: Tenant) -> None:
+        count = sum(runtime.record.tenant == tenant.name for runtime in self._all.values())
+        if tenant.sandboxes is not None and count >= tenant.sandboxes:
+            raise Overloaded(
+                f"limit {tenant.sandboxes} runtimes of {tenant.name}; stop one",
+                reason="sandboxes",
+                limit=tenant.sandboxes,
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+
+    def _admit(self, tenant: Tenant, record: Record) -> None:
+        others = [
+            each
+            for each in self._all.values()
+            if each.record.tenant == tenant.name and each.record is not record
+        ]
+        cpus = sum(each.record.cpus for each in others if each.runs)
+        memory = sum(each.record.memory for each in others if self._holds_memory(each))
+        for what, limit, used, more in (
+            ("cpus", tenant.cpus, cpus, record.cpus),
+            ("bytes of memory", tenant.memory, memory, record.memory),
+        ):
+            if limit is not None and more > limit:
+                raise PolicyDenied(f"it needs {more:g} {what}; {tenant.name} may have {limit:g}")
+            if limit is not None and used + more > limit:
+                raise Overloaded(
+                    f"limit {limit:g} {what} of {tenant.name}, {used:g} are in use; stop a runtime",
+                    reason=what,
+                    limit=limit,
+                    retry_after_ms=RETRY_AFTER_MS,
+                )
+
+    def _holds_memory(self, runtime: Runtime) -> bool:
+        return runtime.runs or (self._pods.paused_keeps_memory and runtime.pod_status == "not found")
+
+    # --- what is kept ---
+
+    def _record(self, tenant: Tenant, wanted: Wanted) -> Record:
+        factor = wanted.resource_factor
+        given = {name: getattr(wanted, name) for name in wanted.__struct_fields__}
+        given["environment"] = {name: text for name, text in wanted.environment.items() if name not in _OURS}
+        return Record(
+            **given,
+            runtime_id=new_id(),
+            tenant=tenant.name,
+            api_key=secrets.token_urlsafe(32),
+            cpus=self._config.unit_cpus * factor,
+            memory=self._config.unit_memory * factor,
+            disk=self._pods.disk(self._config.unit_disk * factor if self._config.unit_disk else None),
+            created=time.time(),
+        )
+
+    def _add(self, record: Record) -> Runtime:
+        folder = self._folder / record.runtime_id
+        given = {name: getattr(record, name) for name in _SHARED}
+        # A class that the operator has taken away meanwhile is nothing that may be guessed.
+        with suppress(PolicyDenied):
+            given["runtime_class"] = self._engines_runtime(record.runtime_class)
+        spec = PodSpec(folder=folder, **given)
+        runtime = Runtime(
+            record, self._pods.pod(spec), folder, self._logs, start_seconds=self._config.start_seconds
+        )
+        self._all[record.runtime_id] = runtime
+        if record.wanted != "gone":
+            self._sessions[record.tenant, record.session_id] = runtime
+        return runtime
+
+    def _records(self) -> list[Record]:
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        found = []
+        for folder in sorted(path for path in self._folder.iterdir() if path.is_dir()):
+            if folder.name.startswith(REMOVED):
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            try:
+                found.append(msgspec.json.decode((folder / RECORD).read_bytes(), type=Record))
+            except FileNotFoundError:
+                _remove(folder)  # nothing was started before that file was whole
+            except (OSError, msgspec.DecodeError) as exc:
+                self._unreadable.add(folder.name)  # what it has is not touched
+                self._logs.log.error("runtime_unreadable", folder=str(folder), problem=str(exc))
+        return found
+
+    # --- what is swept up ---
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            try:
+                await self._sweep()
+            except AgentServerError as exc:
+                self._logs.log.warning("runtimes_not_swept", problem=str(exc))
+            await asyncio.sleep(SWEEP_SECONDS)
+
+    async def _sweep(self) -> None:
+        for runtime in list(self._all.values()):
+            if runtime.record.wanted == "gone":
+                with suppress(AgentServerError):
+                    await self.stop(runtime)
+        await self._pods.sweep(lambda: [*self._all, *self._unreadable])
+
+
+_SHARED = tuple(name for name in PodSpec.__struct_fields__ if name != "folder")
+
+
+def _check_command(command: str | list[str] | None) -> None:
+    """See that a text can be split into words.
+
+    Raises:
+        InvalidParams: it cannot, or there is no word.
+    """
+    try:
+        if command is None or (shlex.split(command) if isinstance(command, str) else command):
+            return
+        problem = "it has no word"
+    except ValueError as exc:
+        problem = str(exc)
+    raise InvalidParams(f"command: {problem}; write a program and its arguments, as for a shell")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; one that is removed in part is never taken for a runtime."""
+    doomed = folder.with_name(f"{REMOVED}{folder.name}")
+    with suppress(FileNotFoundError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,57 @@
+"""What a terminal shows is told apart from what the shell says about itself, however it is cut."""
+
+import pytest
+
+from agent_sdk.workspace.bash import _Filter as Filter
+from agent_sdk.workspace.contract import HEAD_BYTES
+from agent_sdk.workspace.shell import _Sought as Sought
+from agent_sdk.workspace.spool import Spool
+
+NONCE = "0123456789abcdef"
+MARK = b"\x1b]133;D;0123456789abcdef;%d\x07"
+SHOWN = b"one\n" + MARK % 1 + b"two \x1b]133;D;other;1\x07 \x1b[31mred" + MARK % 12 + MARK % 13 + b"end"
+ASKED = b"a\x1b[6nb\x1b[c\x1b[5n\x1b]11;?\x07c\x1b[31m"
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.events: list[object] = []
+        self.answers = b""
+        self.filter = Filter(NONCE, self.shown, self.events.append)
+
+    def shown(self, data: bytes, answers: bytes) -> bool:
+        self.answers += answers
+        if data and self.events and isinstance(self.events[-1], bytes):
+            self.events[-1] += data
+        elif data:
+            self.events.append(data)
+        return True
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20, 1000])
+def test_markers_are_found_however_the_output_is_cut(size):
+    seen = Seen()
+    for start in range(0, len(SHOWN), size):
+        seen.filter.take(SHOWN[start : start + size])
+    assert seen.events == [b"one\n", 1, b"two \x1b]133;D;other;1\x07 \x1b[31mred", 12, 13, b"end"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+def test_what_programs_ask_a_terminal_is_answered_once(size):
+    seen = Seen()
+    for start in range(0, len(ASKED), size):
+        seen.filter.take(ASKED[start : start + size])
+    assert seen.answers == b"\x1b[1;1R\x1b[?1;2c\x1b[0n\x1b]11;rgb:0000/0000/0000\x07"
+    assert seen.events == [ASKED]
+
+
+@pytest.mark.parametrize("size", [1, 3, 6, 1000])
+async def test_what_a_caller_waits_for_is_found_in_whatever_pieces_it_came(tmp_path, size):
+    spool = Spool(str(tmp_path / "out"))
+    sought, shown = Sought(b"the end"), b"-" * HEAD_BYTES + b"--the the end--"
+    assert not await sought.is_in(spool, 0)
+    for start in (0, *range(HEAD_BYTES, len(shown), size)):
+        spool.feed(shown[start : start + size if start else HEAD_BYTES])
+    assert await sought.is_in(spool, 0)
+    assert not await Sought(b"the end").is_in(spool, spool.size - 8)
+    await spool.close()

@@ -1,0 +1,120 @@
+"""A child process that may outlive whoever started it: started, watched, found again by a later process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from msgspec import Struct
+
+from agent_sdk.workspace.launch import with_default_signals
+from agent_sdk.workspace.process_tree import started_ticks
+
+
+class Identity(Struct, frozen=True):
+    """Which process it is, on this machine and for ever."""
+
+    boot: str
+    """Of the machine: after another one nothing of it can be left."""
+    pid: int
+    ticks: int
+    """When it started, as the kernel counts: tells it from a later process of the same number."""
+
+
+class Child:
+    """A process that is held by a pidfd, so that no signal meets another one. `let_go` gives the pidfd back."""
+
+    def __init__(self, pid: int) -> None:
+        """Hold a process.
+
+        Raises:
+            OSError: there is none of this number.
+        """
+        self.pid = pid
+        self.ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        """Done when it has ended, with its exit code (negative for a signal), which only its starter learns."""
+        self._pidfd = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._gone)
+
+    def __repr__(self) -> str:
+        return f"<Child {self.pid}{' ended' if self.ended.done() else ''}>"
+
+    @classmethod
+    def start(
+        cls,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        environment: Mapping[str, str],
+        stdout: int,
+        stderr: int,
+    ) -> Self:
+        """Start it in a session of its own.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        popen = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=with_default_signals(),
+        )
+        popen.returncode = 0  # its end is seen here, and it may outlive us: Popen has nothing to wait for
+        return cls(popen.pid)
+
+    @classmethod
+    def find(cls, identity: Identity) -> Self | None:
+        """Return the process of this identity, if it lives."""
+        if identity.boot != boot_id():
+            return None
+        with suppress(OSError):
+            child = cls(identity.pid)
+            if started_ticks(identity.pid) == identity.ticks:
+                return child
+            child.let_go()
+        return None
+
+    @property
+    def identity(self) -> Identity:
+        """What a later process finds it by."""
+        return Identity(boot_id(), self.pid, started_ticks(self.pid) or 0)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens when it has ended."""
+        if self._pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def let_go(self) -> None:
+        """Leave it to itself."""
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _gone(self) -> None:
+        self.let_go()
+        code = None
+        with suppress(ChildProcessError):  # somebody else started it
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, os.WNOHANG)[1])
+        if not self.ended.done():
+            self.ended.set_result(code)
+
+
+def boot_id() -> str:
+    """Name what the machine's kernel has been through since it was started; empty where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,122 @@
+"""How what listens in a container is reached from here: over which address, and in which network.
+
+An engine of this machine publishes ports on 127.0.0.1. One that DOCKER_HOST names on another machine
+publishes them on the very address by which it is reached, and no other. When this process runs in a
+container of that engine itself, 127.0.0.1 is somebody else: then both containers are in one network, and
+nothing is published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+
+from agent_sdk.protocol.errors import EngineUnavailable, InvalidParams, WorkspaceUnavailable
+from workspaces.backend.docker.own_container import own_container
+
+if TYPE_CHECKING:
+    from workspaces.backend.docker.engine import Engine
+
+LOOPBACK = "127.0.0.1"
+
+
+class Reach(Struct, frozen=True, kw_only=True):
+    """One way."""
+
+    bind: str | None = None
+    """The address of the engine's machine on which ports are published; None: none is."""
+    network: str | None = None
+    """The network that the container has to be in; None: the engine's default."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the engine's machine is this one, with the same folders."""
+        return self.bind == LOOPBACK
+
+    def url(self, inspected: dict[str, Any], port: int) -> str:
+        """Return where a port of a running container is reached.
+
+        Args:
+            inspected: what the engine says of the container.
+            port: in the container.
+
+        Raises:
+            WorkspaceUnavailable: it is not, because the container does not run or is in another network.
+        """
+        settings = inspected["NetworkSettings"]
+        if self.bind is None:
+            address = (settings["Networks"].get(self.network) or {}).get("IPAddress")
+            place = address and _place(address, port)
+        else:
+            published = (settings.get("Ports") or {}).get(f"{port}/tcp")
+            place = published and _place(self.bind, published[0]["HostPort"])
+        if not place:
+            raise WorkspaceUnavailable(
+                f"port {port} of the container {inspected['Name'].strip('/')} cannot be reached: "
+                "it does not run, or is in another network",
+                phase="ready",
+            )
+        return f"http://{place}"
+
+
+async def find_reach(engine: Engine, network: str | None) -> Reach:
+    """Find the way to containers of this engine that are to be in this network; None: any.
+
+    Raises:
+        InvalidParams: nothing in that network can be reached.
+        EngineUnavailable: the engine does not answer, or its machine's name has no address.
+    """
+    if network in ("host", "none") or (network or "").startswith("container:"):
+        raise InvalidParams(
+            f"network: {network} cannot be used: the server must be reached, and from this machine only; "
+            "leave it out, or name a network that you made"
+        )
+    own = await own_container(engine)
+    if own is not None and own["HostConfig"]["NetworkMode"] != "host":
+        return Reach(network=_shared(own, network))
+    return Reach(bind=await engine_address(engine), network=network)
+
+
+async def engine_address(engine: Engine) -> str:
+    """Return the address of the engine's machine; LOOPBACK: it is this one.
+
+    Raises:
+        EngineUnavailable: its name has none.
+    """
+    parts = urlsplit(engine.where)
+    if parts.scheme not in ("tcp", "http", "https") or not parts.hostname:
+        return LOOPBACK
+    return await _address(parts.hostname)
+
+
+def _shared(own: dict[str, Any], network: str | None) -> str:
+    mine = [name for name, end in own["NetworkSettings"]["Networks"].items() if end.get("IPAddress")]
+    if network in mine or (network is None and mine):
+        return network or mine[0]
+    name = own["Name"].strip("/")
+    mend = f"connect it: docker network connect {network or 'NETWORK'} {name}"
+    raise InvalidParams(
+        f"network: this program runs in the container {name}, which is not in "
+        f"{f'the network {network}' if network else 'any network'}; {mend}"
+    )
+
+
+async def _address(host: str) -> str:
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as exc:
+        raise EngineUnavailable(
+            f"the engine's machine {host} has no address: {exc.strerror or exc}; look at DOCKER_HOST",
+            phase="engine",
+        ) from None
+    address = ipaddress.ip_address(found[0][4][0])
+    return LOOPBACK if address.is_loopback else str(address)
+
+
+def _place(address: str, port: int | str) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

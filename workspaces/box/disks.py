@@ -1,0 +1,268 @@
+"""The workspaces of sandboxes: a disk of limited size each where this machine can make one, else a folder.
+
+A disk is a sparse file with an ext4 file system in it. It is mounted here only while the container that uses it
+starts: from then on the container has a mount of its own, which goes when it goes. So whoever is killed, nothing
+stays mounted; and a disk takes another name like any file, also while a container uses it. A disk that was not
+unmounted cleanly needs no check: mounting it replays its journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams, IsolationUnavailable, StorageFull
+from agent_sdk.workspace.disk import in_thread
+from workspaces.box import their_files
+from workspaces.box.programs import COPY, run
+from workspaces.box.their_files import USER
+
+Mechanism = Literal["ext4-loop", "none"]
+
+LEAST_BYTES = 16 << 20
+"""A smaller file system would be all journal."""
+BYTES_PER_INODE = 8192
+"""Half of what is usual: sources and packages are many small files."""
+MOUNT_OPTIONS = "loop,nosuid,nodev,noatime,discard,noinit_itable,errors=remount-ro"
+"""`discard` gives back what was removed; `noinit_itable`: the kernel writes nothing by itself, so that a disk whose
+box is frozen can be copied."""
+FRESH = ".fresh"
+"""Ends the name of what is not whole yet."""
+
+
+class Disks:
+    """The workspaces below one folder. Until `prepare` has found out more they can have no limit."""
+
+    def __init__(self, folder: Path, *, quota: bool = True) -> None:
+        """Describe them.
+
+        Args:
+            folder: where `disks`, `mounts` and `workspaces` are; nobody else mounts anything below it.
+            quota: False: plain folders even where disks would work.
+        """
+        self.mechanism: Mechanism = "none"
+        self.why = "it is switched off"
+        """Why there is no limit; empty when there is."""
+        self._disks = folder / "disks"
+        self._mounts = folder / "mounts"
+        self._folders = folder / "workspaces"
+        self._quota = quota
+        self._turns: dict[str, asyncio.Lock] = {}
+        """Per owner: a disk that is mounted by two at the same moment may be attached twice, and damaged by that."""
+
+    def __repr__(self) -> str:
+        return f"<Disks {self._disks.parent}: {self.mechanism}>"
+
+    async def prepare(self, *, unseen: str = "") -> None:
+        """Find out whether there can be limits, and unmount what somebody who was killed has left.
+
+        Args:
+            unseen: why the engine does not see what is mounted here; empty: it does.
+        """
+        await in_thread(self._make_folders)
+        for place in self._mounts.iterdir():  # containers keep what they have mounted
+            await in_thread(_unmount, str(place))
+        if self._quota:
+            self.why = unseen or await self._probe()
+            self.mechanism = "none" if self.why else "ext4-loop"
+
+    async def keep(self, wanted: Callable[[str], bool]) -> None:
+        """Remove the workspaces of all owners but those that are wanted."""
+        owners = {image.stem for image in self._disks.glob("*.img")}
+        owners |= {folder.name for folder in self._folders.iterdir()}
+        for owner in owners:
+            if not wanted(owner):
+                await self.remove(owner)
+
+    def check(self, size: int | None, field: str = "sandbox.disk") -> None:
+        """See whether a workspace could have this limit; None: it needs none.
+
+        Raises:
+            IsolationUnavailable: there is no way to limit it here.
+            InvalidParams: the size is too small, or more than the disk of the server has.
+        """
+        if size is not None and self.mechanism == "none":
+            raise IsolationUnavailable(
+                f"{field}: this server cannot limit a workspace: {self.why}; leave {field[8:]} out",
+                wanted="disk",
+            )
+        if size is not None and size < LEAST_BYTES:
+            raise InvalidParams(f"{field}: at least {LEAST_BYTES >> 20}m are needed")
+        if size is not None and size > (most := shutil.disk_usage(self._disks).total):
+            raise InvalidParams(f"{field}: the disk of the server has {most >> 30}g in all")
+
+    async def make(self, owner: str, size: int) -> None:
+        """Make an empty workspace for an owner who has none; nothing happens to one that is there.
+
+        Args:
+            owner: whose it is; the name of a file.
+            size: bytes it may hold, where there can be limits.
+
+        Raises:
+            StorageFull: the server's disk is full.
+        """
+        async with self._turn(owner):
+            if not self.has(owner):
+                await self._make(owner, size)
+
+    async def copy(self, owner: str, source: Path) -> None:
+        """Make the workspace of an owner who has none from a disk, or from a folder.
+
+        Raises:
+            IsolationUnavailable, StorageFull, WorkspaceUnavailable: it cannot be copied.
+        """
+        async with self._turn(owner):
+            place = self.image(owner) if await in_thread(source.is_file) else self.folder(owner)
+            fresh = place.with_suffix(FRESH)
+            try:
+                await in_thread(_copy, source, fresh)
+                await in_thread(fresh.rename, place)
+            finally:
+                await in_thread(_remove, fresh)
+
+    @asynccontextmanager
+    async def at_hand(self, owner: str) -> AsyncIterator[Path]:
+        """The folder of a workspace, for as long as the block runs: what a container mounts during its start.
+
+        Raises:
+            WorkspaceUnavailable: it cannot be mounted.
+        """
+        async with self._turn(owner):
+            if self.image(owner).exists():
+                async with self._mounted(self.image(owner), self._mounts / owner) as mounted:
+                    yield mounted
+            else:
+                yield self.folder(owner)
+
+    def has(self, owner: str) -> bool:
+        """Whether there is a workspace of this owner. Blocks for two system calls."""
+        return self.image(owner).exists() or self.folder(owner).exists()
+
+    def image(self, owner: str) -> Path:
+        """Where the disk of an owner is, if it is a disk."""
+        return self._disks / f"{owner}.img"
+
+    def folder(self, owner: str) -> Path:
+        """Where the workspace of an owner is, if it is a folder."""
+        return self._folders / owner
+
+    def used(self, owner: str) -> tuple[int, int] | None:
+        """Bytes that a disk occupies and that it may; None: it has no limit. Blocks for one system call."""
+        try:
+            found = self.image(owner).stat()
+        except OSError:
+            return None
+        return found.st_blocks * 512, found.st_size
+
+    async def hand_over(self, owner: str, to: str) -> None:
+        """Give a workspace to another owner, who has none yet, also while a container uses it."""
+        for place in (self.image, self.folder):
+            if place(owner).exists():
+                await in_thread(place(owner).rename, place(to))
+
+    async def remove(self, owner: str) -> None:
+        """Remove the workspace of an owner for good, if there is one. Nothing may use it any more.
+
+        What this user may not remove stays, in a folder that only this user enters.
+        """
+        async with self._turn(owner):
+            await in_thread(_remove, self.image(owner))
+            await in_thread(_remove, self.folder(owner))
+        self._turns.pop(owner, None)
+
+    # --- what it is made of ---
+
+    def _turn(self, owner: str) -> asyncio.Lock:
+        return self._turns.setdefault(owner, asyncio.Lock())
+
+    def _make_folders(self) -> None:
+        for folder in (self._disks, self._mounts, self._folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(
+                0o711
+            )  # to remove what is theirs takes their rights; the folder around is the server's
+        for fresh in (*self._disks.glob(f"*{FRESH}"), *self._folders.glob(f"*{FRESH}")):
+            _remove(fresh)
+
+    async def _make(self, owner: str, size: int) -> None:
+        if self.mechanism == "none":
+            await in_thread(their_files.make, self.folder(owner))
+            return
+        fresh = self.image(owner).with_suffix(FRESH)
+        try:
+            await in_thread(_make_sparse, fresh, size)
+            await in_thread(_format, fresh)
+            await in_thread(fresh.rename, self.image(owner))
+        except OSError as exc:
+            raise StorageFull(f"the workspace cannot be made: {exc.strerror}", path="") from None
+        finally:
+            await in_thread(_remove, fresh)
+
+    async def _probe(self) -> str:
+        """Make a disk and mount it; returns why that does not work, or nothing."""
+        probe = self._disks / f"probe{FRESH}"
+        try:
+            await in_thread(_make_sparse, probe, LEAST_BYTES)
+            await in_thread(_format, probe)
+            async with self._mounted(probe, self._mounts / "probe") as mounted:
+                # A mount that says it worked and is of the same device is none.
+                if mounted.stat().st_dev == self._mounts.stat().st_dev:
+                    return "mounting a disk has no effect"
+        except (AgentServerError, OSError) as exc:
+            return str(exc)
+        finally:
+            await in_thread(_remove, probe)
+        return ""
+
+    @asynccontextmanager
+    async def _mounted(self, image: Path, at: Path) -> AsyncIterator[Path]:
+        try:
+            # Nobody may write into the folder itself: when the mount is missing in a container, that is seen at once.
+            await in_thread(at.mkdir, 0o000)
+            await in_thread(run, "disk", "mount", "-t", "ext4", "-o", MOUNT_OPTIONS, str(image), str(at))
+            with suppress(OSError):  # commands would trip over it, and nothing ever puts anything into it
+                await in_thread((at / "lost+found").rmdir)
+            yield at
+        finally:
+            await in_thread(_unmount, str(at))
+
+
+def _unmount(place: str) -> None:
+    """Unmount it if it is mounted, and remove the folder."""
+    if os.path.ismount(place):
+        run("disk", "umount", "--lazy", place)
+    with suppress(FileNotFoundError):
+        os.rmdir(place)
+
+
+def _make_sparse(file: Path, size: int) -> None:
+    with file.open("xb") as opened:
+        os.fchmod(opened.fileno(), 0o600)
+        opened.truncate(size)
+
+
+def _format(image: Path) -> None:
+    """Write an empty file system; what is not needed yet is not written, which makes it a matter of milliseconds."""
+    extended = f"lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner={USER}:{USER}"
+    options = ("-q", "-F", "-m", "0", "-i", str(BYTES_PER_INODE), "-E", extended)
+    run("disk", "mkfs.ext4", *options, str(image))
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        their_files.make(target)
+        their_files.copy(source, target)
+    else:
+        run("snapshot", *COPY, "--", str(source), str(target))
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir() and not place.is_symlink():
+        their_files.remove(place)
+    else:
+        place.unlink(missing_ok=True)

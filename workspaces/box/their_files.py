@@ -1,0 +1,108 @@
+"""Folders that belong to the user of sandboxes, handled by a server that is another user.
+
+Root needs nothing for that. A server with the capabilities SETUID and SETGID does it with the rights of that user, so
+that nothing in there can lead it to more. That user does not get through the folders above, which are the server's;
+so the way goes through a descriptor of the folder around.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agent_sdk.protocol.errors import IsolationUnavailable
+from agent_sdk.workspace.rights import rights_of
+from workspaces.box.confinement import NOT_CONFINED, Confinement
+from workspaces.box.programs import COPY, run
+
+USER = 10001
+"""Of the commands in a sandbox, as its user and its group."""
+SERVERS = 0o711
+"""Of a folder of the server in which theirs are: they may pass, and see nothing else."""
+
+
+def make(folder: Path) -> None:
+    """Make an empty one; where the server cannot give it away everybody may write to it. Blocks."""
+    folder.mkdir(mode=0o700)
+    try:
+        os.chown(folder, USER, USER)
+    except PermissionError:
+        folder.chmod(0o777)  # what it is in can be entered by this user alone
+
+
+def make_within(folder: Path, count: int) -> list[Path]:
+    """Make so many empty folders in one of theirs, in which everybody may write. Blocks."""
+    wanted = [folder / str(number) for number in range(count)]
+    try:
+        with _reached(folder) as (_, there), rights_of(USER):
+            for place in wanted:
+                _make_open(f"{there}/{place.name}")
+    except PermissionError:
+        for place in wanted:
+            _make_open(str(place))
+    return wanted
+
+
+def open_to_all(folder: Path) -> None:
+    """Let everybody make files in one. Blocks."""
+    try:
+        with _reached(folder) as (_, there), rights_of(USER):
+            os.chmod(there, 0o1777)
+    except PermissionError:
+        folder.chmod(0o1777)
+
+
+def _make_open(place: str) -> None:
+    os.makedirs(place, exist_ok=True)
+    os.chmod(place, 0o1777)
+
+
+def remove(folder: Path) -> None:
+    """Remove one, as far as this server may. Blocks."""
+    if os.geteuid() == 0:
+        NOT_CONFINED.remove(folder)
+        return
+    with _reached(folder) as (_, there):
+        try:
+            Confinement(isolation="user", user=USER).remove(Path(there))
+        except PermissionError:
+            NOT_CONFINED.remove(folder)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy all that is in one into another, which is empty; no link is followed. Blocks.
+
+    Raises:
+        IsolationUnavailable: this server may not read what is in there.
+        StorageFull, WorkspaceUnavailable: see `run`.
+    """
+    if os.geteuid() == 0:
+        run("snapshot", *COPY, "-a", "--", f"{source}/.", str(target))
+        return
+    with _reached(source) as (around, there), _reached(target) as (beside, here):
+        try:
+            run("snapshot", *COPY, "-a", "--", f"{there}/.", here, user=USER, keep=(around, beside))
+        except PermissionError:
+            raise IsolationUnavailable(
+                "this server may not read what commands in sandboxes have written; let it be root, or give it "
+                "the capabilities SETUID and SETGID",
+                wanted="snapshot",
+            ) from None
+
+
+def size(folder: Path) -> int:
+    """Return the bytes that one occupies; nothing is followed out of it. Blocks."""
+    with _reached(folder) as (_, there), rights_of(None if os.geteuid() == 0 else USER):
+        return sum(path.lstat().st_blocks * 512 for path in Path(there).rglob("*"))
+
+
+@contextmanager
+def _reached(folder: Path) -> Iterator[tuple[int, str]]:
+    """A way to a folder for whoever may not go the whole way, and the descriptor that it needs."""
+    around = os.open(folder.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield around, f"/proc/self/fd/{around}/{folder.name}"
+    finally:
+        os.close(around)
