@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from agent_sdk.conversation.local import LocalConversation
-from agent_sdk.conversation.receipts import operation
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch, StateConflict
 from agent_sdk.protocol.events import (
@@ -183,17 +182,16 @@ async def test_an_agent_that_cannot_be_is_refused_at_the_first_use(tmp_path, age
 
 async def test_a_message_sent_twice_with_one_op_id_is_there_once(open):
     conversation = await open(acting(say("one"), say("two")))
-    first = await conversation.send_message("go", op=operation(OP, "go"))
-    assert await conversation.send_message("go", op=operation(OP, "go")) == first
+    first = await conversation.send_message("go", op_id=OP)
+    assert await conversation.send_message("go", op_id=OP) == first
     assert (await conversation.run(timeout=PATIENCE)).final_text == "one"
-    assert await conversation.send_message("go", op=operation(OP, "go")) == first
+    assert await conversation.send_message("go", op_id=OP) == first
     assert len(await these(conversation, UserMessage)) == 1
 
 
 async def test_a_message_sent_twice_at_once_is_there_once(open):
     conversation = await open(acting(say("one"), say("two")))
-    op = operation(OP, "go")
-    first, second = await asyncio.gather(*(conversation.send_message("go", op=op) for _ in range(2)))
+    first, second = await asyncio.gather(*(conversation.send_message("go", op_id=OP) for _ in range(2)))
     assert first == second
     await conversation.run(timeout=PATIENCE)
     assert len(await these(conversation, UserMessage)) == 1
@@ -201,11 +199,11 @@ async def test_a_message_sent_twice_at_once_is_there_once(open):
 
 async def test_an_op_id_belongs_to_one_message(open):
     conversation = await open(acting(say("one")))
-    await conversation.send_message("go", op=operation(OP, "go"))
+    await conversation.send_message("go", op_id=OP)
     with pytest.raises(OpMismatch):
-        await conversation.send_message("stop", op=operation(OP, "stop"))
+        await conversation.send_message("stop", op_id=OP)
     with pytest.raises(OpMismatch):
-        await conversation.send_message("go", op=operation(OP, "go", "interrupt"), mode="interrupt")
+        await conversation.send_message("go", op_id=OP, mode="interrupt")
 
 
 # --- what a server builds on ---
