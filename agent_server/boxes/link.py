@@ -32,6 +32,8 @@ ANSWER_SECONDS = 5.0
 LOOK_SECONDS = 1.0
 """At least between two looks at a box that is to end as soon as no call runs in it."""
 SHOWN_DETAIL = 500
+BARREN_CONNECTIONS = 10
+"""In a row, before anything came of them: a box that hangs up so often is killed."""
 LIMITED_SECONDS = 10.0
 """At least between two events that tell of the same limit: a box could say so without end."""
 
@@ -399,6 +401,7 @@ class BoxLink:
 
     async def _stay(self, box: Box, begins: Change) -> None:
         """Stay connected until the box has ended by itself."""
+        barren = 0
         while not box.ended.done():
             async with AsyncExitStack() as stack:
                 peer = await self._connect(stack, box)
@@ -414,13 +417,14 @@ class BoxLink:
                     self._tell(begins, "")
                     if begins == "started":
                         self._publish(WorkspaceChanged(state="ready"))
-                closed = asyncio.ensure_future(peer.wait_closed())
-                reasons: list[asyncio.Future[Any]] = [closed, box.ended]
+                closed: asyncio.Future[Any] = asyncio.ensure_future(peer.wait_closed())
                 try:
-                    await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait((closed, box.ended), return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     closed.cancel()
                     await asyncio.gather(closed, return_exceptions=True)
+            if (barren := 0 if peer.progress else barren + 1) == BARREN_CONNECTIONS:
+                box.kill()
 
     async def _connect(self, stack: AsyncExitStack, box: Box) -> Peer:
         """Connect; a box that does not answer is killed, because nothing can be had from it any more."""

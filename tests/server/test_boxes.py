@@ -15,9 +15,12 @@ from agent_sdk.conversation.contract import Waits
 from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.protocol.errors import ConnectionLost, OutcomeUnknown, PathNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.events import Waiting
-from agent_sdk.protocol.methods import Describe
+from agent_sdk.protocol.methods import Describe, Initialize, Initialized
+from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.remote.link import persistent
 from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_sdk.rpc.peer import Peer
+from agent_sdk.rpc.unix import serve_unix
 from agent_server import logs
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.name import BoxName
@@ -365,6 +368,61 @@ async def test_a_box_that_cannot_be_ended_is_one_error_and_the_next_call_starts_
         await box.starting.wait()
         await link.close()
     assert isinstance((await asyncio.gather(again, return_exceptions=True))[0], WorkspaceUnavailable)
+
+
+class HangsUp:
+    """A box that welcomes whoever comes, and then hangs up."""
+
+    instance, token, cause, url = "box", "", "", ""
+
+    def __init__(self) -> None:
+        self.ended, self.came = asyncio.get_running_loop().create_future(), 0
+
+    def __call__(self, instance: str):
+        return self
+
+    def follow(self, listener) -> None: ...
+
+    async def start(self) -> None: ...
+
+    async def serve(self, pipe) -> None:
+        self.came += 1
+        welcomed = asyncio.Event()
+
+        async def initialize(params, call):
+            welcomed.set()
+            return Initialized(
+                protocol_version=PROTOCOL_VERSION,
+                server=params.client,
+                limits=Limits(),
+                connection_id="",
+                heartbeat_s=20.0,
+            )
+
+        async with Peer(pipe, {Initialize: initialize}, opener=False):
+            await welcomed.wait()
+
+    def kill(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(-9)
+
+    async def end(self) -> None:
+        self.kill()
+
+    def last_words(self) -> str:
+        return ""
+
+
+async def test_a_box_that_hangs_up_whenever_somebody_comes_is_killed(folder, tmp_path):
+    box = HangsUp()
+    box.url = f"unix://{tmp_path / 'box.sock'}"
+    link = BoxLink(box, lambda change, words: None, BoxName(folder.names / "c"))
+    async with asyncio.timeout(GUARD), serve_unix(str(tmp_path / "box.sock"), box.serve):
+        waiting = asyncio.ensure_future(link.linked())
+        assert await box.ended == -9
+        await link.close()
+        await asyncio.gather(waiting, return_exceptions=True)
+    assert box.came == 10
 
 
 async def test_a_box_that_cannot_be_made_is_one_error_for_each_who_asks(folder):
