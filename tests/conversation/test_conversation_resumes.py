@@ -26,6 +26,7 @@ from agent_sdk.protocol.events import (
     UserMessage,
     kind_of,
 )
+from agent_sdk.protocol.methods import SendMessage
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, ScriptedLLM
 from agent_sdk.testing import call, calls, hang, say
 from agent_sdk.tools import ToolResult, tool
@@ -290,7 +291,7 @@ async def test_a_stored_agent_that_this_version_cannot_make_fails_its_turn_with_
 async def test_a_message_whose_turn_had_not_started_gets_the_turn_it_was_promised(opening, tmp_path):
     async with opening(None) as first:
         await first.configure(acting(say("hello")))
-    message = operation(new_id(), "go")
+    message = operation(SendMessage(op_id=new_id(), text="go"))
     async with EventLog.open(tmp_path / FILE_NAME) as log:
         await log.append(
             "mine", [UserMessage(text="go", op_id=message.op_id)], op=receipt(message, "promised")

@@ -132,11 +132,11 @@ async def test_reading_events_after_a_cursor_of_another_history_is_refused(works
     assert after == first.seqs[3:]
 
 
-@pytest.mark.parametrize("since", [-1, 2**63, Cursor("", -1), Cursor("", 2**63)])
+@pytest.mark.parametrize("since", [-1, 2**63])
 async def test_a_seq_that_is_none_is_refused_with_one_sentence(running_server, workspace, since):
     first = await talk(workspace)
     async with RemoteWorkspace(running_server.url, running_server.api_key) as other:
-        with pytest.raises(InvalidParams, match=r"after_seq: expected int [<>]= "):
+        with pytest.raises(InvalidParams, match="since: expected Cursor or the seq of an event, 0 or more"):
             await Diary().attach(None, other, id=first.conversation.id, since=since).state()
 
 

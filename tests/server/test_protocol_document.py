@@ -41,7 +41,7 @@ def assigned(tree: ast.Module):
 def sent() -> set[int]:
     """The close codes that the code has names for, or closes a WebSocket with."""
     found = set()
-    for file in [*(ROOT / "agent_server").glob("*.py"), *(ROOT / "agent_sdk" / "rpc").glob("*.py")]:
+    for file in [*(ROOT / "agent_server").rglob("*.py"), *(ROOT / "agent_sdk" / "rpc").glob("*.py")]:
         text = file.read_text(encoding="utf-8")
         named = [value for name, value in assigned(ast.parse(text)) if CODE.fullmatch(name)]
         written = [int(code) for code in re.findall(r"(?:close\(code=|dismiss\(|_end\()(\d{4})\b", text)]

@@ -205,7 +205,9 @@ async def test_what_had_begun_in_a_box_that_was_killed_is_unknown_and_the_next_c
 async def test_a_call_that_begun_before_both_server_and_box_died_is_not_run_again(server):
     root = await server.root()
     os.mkfifo(root / "begun")
-    shell = ShellRun(op_id=new_id(), command="echo run >>runs; echo $PPID >begun; sleep 600")
+    shell = ShellRun(
+        op_id=new_id(), command="echo run >>runs; cut -d' ' -f4 /proc/$PPID/stat >begun; sleep 600"
+    )
     made = FilesMkdir(op_id=new_id(), path="made")
     async with server.connected() as peer:
         calling = asyncio.ensure_future(peer.call(shell))

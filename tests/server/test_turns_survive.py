@@ -242,7 +242,7 @@ async def test_a_command_that_ended_meanwhile_has_its_result_too(server, pipe):
 
 async def test_a_command_whose_box_died_too_is_unknown_and_does_not_run_again(server, pipe, tmp_path):
     begun, ran = pipe("begun"), tmp_path / "ran"
-    command = f"echo once >> {ran}; echo $PPID > {begun}; sleep 600"
+    command = f"echo once >> {ran}; cut -d' ' -f4 /proc/$PPID/stat > {begun}; sleep 600"
     first = await server()
     id = await first.conversation(call("terminal", command=command), say("sorry"))
     await first.say(id)
@@ -260,7 +260,7 @@ async def test_a_command_whose_box_died_too_is_unknown_and_does_not_run_again(se
 async def test_a_command_is_not_begun_again_in_a_box_that_took_the_place_of_its_own(server, pipe, tmp_path):
     begun, ran = pipe("begun"), tmp_path / "ran"
     first = await server()
-    command = f"echo once >> {ran}; echo $PPID > {begun}; sleep 600"
+    command = f"echo once >> {ran}; cut -d' ' -f4 /proc/$PPID/stat > {begun}; sleep 600"
     id = await first.conversation(call("terminal", command=command), say("sorry"))
     await first.say(id)
     box = int(await begun.line())
@@ -305,7 +305,7 @@ async def test_a_box_that_dies_is_said_once_and_its_command_is_unknown(server, p
     begun = pipe("begun")
     running = await server()
     id = await running.conversation(
-        call("terminal", command=f"echo $PPID > {begun}; sleep 600"), say("sorry")
+        call("terminal", command=f"cut -d' ' -f4 /proc/$PPID/stat > {begun}; sleep 600"), say("sorry")
     )
     await running.say(id)
     os.kill(int(await begun.line()), 9)
