@@ -10,12 +10,11 @@ into one after the other.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Literal
 
+from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     AgentServerError,
     InvalidParams,
@@ -118,17 +117,19 @@ class LocalGit(Git):
     @asynccontextmanager
     async def _views(self) -> AsyncIterator[str]:
         """Make a folder for the configurations that git gets, and remove it."""
-        parent, made = self._temporary(), list[str]()
+        import shutil  # noqa: PLC0415  1 MB of compression modules, for who looks at a repository
+
+        parent = self._temporary()
+        views = os.path.join(parent, f"git-{new_id()}")
         try:
-            await in_thread(lambda: made.append(tempfile.mkdtemp(prefix="git-", dir=parent)))
-            yield made[0]
+            await in_thread(os.mkdir, views, 0o700)
+            yield views
         except AgentServerError:
             raise
         except OSError as exc:
             raise path_error(exc, parent) from exc
         finally:
-            for folder in made:
-                await in_thread(shutil.rmtree, folder, True)
+            await in_thread(shutil.rmtree, views, True)
 
     async def _places(self, path: str, base: str | None, views: str) -> AsyncIterator[tuple[_Place, str]]:
         """Yield the repository of a path and the submodules below it, each with the tree to compare it with."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+
+from agent_sdk.ids import new_id
 
 KEPT = frozenset(
     f"core.{name}"
@@ -30,7 +31,8 @@ _LONGEST = 4096
 
 def make_view(folder: str) -> str:
     """Return a new folder for GIT_COMMON_DIR, with which git finds a repository and reads nothing of it. Blocks."""
-    view = tempfile.mkdtemp(prefix="git-", dir=folder)
+    view = os.path.join(folder, f"git-{new_id()}")
+    os.mkdir(view, 0o700)
     for name in _NEEDED:
         os.mkdir(os.path.join(view, name))
     return view
