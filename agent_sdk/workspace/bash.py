@@ -235,6 +235,17 @@ class Bash:
         with suppress(ProcessNotFound):
             self._feed.write_now(data)
 
+    def is_gone(self) -> bool:
+        """Return whether it has ended, also when that is not known here yet: who keeps its terminal tells it later."""
+        if self.child.alive and self._pid > 0:
+            try:
+                os.kill(self._pid, 0)
+            except ProcessLookupError:
+                return True
+            except PermissionError:  # it is another user's by now, as after sudo
+                return False
+        return not self.child.alive
+
     def go_on(self) -> bool:
         """Have it go on if it was stopped (`kill -STOP $$`), as nobody else could; returns whether it was."""
         stopped = self._pid > 0 and is_stopped(self._pid)

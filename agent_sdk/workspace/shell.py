@@ -86,8 +86,10 @@ class LocalShell(Shell):
         self._exit_code = None
         if self._limits is not None:
             self._counts = self._limits.look()
-        with suppress(ProcessNotFound):  # it ended just now, as the answer will say
+        try:
             self._command = bash.run(text)
+        except ProcessNotFound:  # it ended just now, as the answer says
+            await asyncio.wait((bash.child.over,))
         try:
             for spool in dropped:
                 await spool.close()
@@ -153,6 +155,8 @@ class LocalShell(Shell):
 
     async def _ready(self) -> Bash:
         async with self._starting:
+            if self._bash is not None and self._bash.is_gone():
+                await asyncio.wait((self._bash.child.over,))
             return self._renewed()
 
     def _renewed(self) -> Bash:
