@@ -22,7 +22,7 @@ import agent_sdk
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.process_tree import Tree, end_tree
-from workspaces.backend.child import Child, Identity
+from workspaces.backend.child import Child, Identity, first_line
 from workspaces.box.process import BoxProcess
 
 MARKER = "AGENT_RUNTIME"
@@ -140,7 +140,7 @@ class ServerProcess:
         finally:
             os.close(writing)
         self._child = child
-        line = await _first_line(reading)
+        line = await first_line(reading, LONGEST_LINE)
         try:
             self.url = msgspec.json.decode(line, type=_Ready).url
         except msgspec.DecodeError:
@@ -209,17 +209,3 @@ class ServerProcess:
 
 def _folders(parent: Path) -> list[Path]:
     return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-
-
-async def _first_line(fd: int) -> bytes:
-    """Read a line, or what came before the end. Closes the descriptor."""
-    reader = asyncio.StreamReader(limit=LONGEST_LINE)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", 0)
-    )
-    try:
-        return (await reader.readline()).strip()
-    except ValueError:  # longer than the limit: no server of ours
-        return b""
-    finally:
-        transport.close()

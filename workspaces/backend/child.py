@@ -118,3 +118,20 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+async def first_line(fd: int, limit: int) -> bytes:
+    """Return the first line of a pipe, or what came before its end; empty when it is longer than `limit` bytes.
+
+    Close the descriptor, also when cancelled.
+    """
+    reader = asyncio.StreamReader(limit=limit)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", 0)
+    )
+    try:
+        return (await reader.readline()).strip()
+    except ValueError:
+        return b""
+    finally:
+        transport.close()

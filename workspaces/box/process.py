@@ -33,6 +33,7 @@ from agent_sdk.rpc.unix import listen_unix
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.launch import with_default_signals
 from agent_sdk.workspace.process_tree import Tree, children, end_tree, started_ticks, tick_now
+from workspaces.backend.child import first_line
 from workspaces.box.confinement import NOT_CONFINED, Confinement, Isolation
 
 MARKER = "AGENT_BOX"
@@ -271,7 +272,7 @@ class BoxProcess:
             raise WorkspaceUnavailable(f"the box cannot be watched: {exc.strerror}", phase="start") from None
         try:
             async with asyncio.timeout(START_SECONDS):
-                said = await _first_line(reading)
+                said = await first_line(reading, LAST_BYTES)
         except TimeoutError:
             raise WorkspaceUnavailable(
                 f"the box was not ready after {START_SECONDS:.0f} s", phase="start"
@@ -395,17 +396,3 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-async def _first_line(fd: int) -> bytes:
-    """Read a line, or what came before the end. Closes the descriptor."""
-    reader = asyncio.StreamReader(limit=LAST_BYTES)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", 0)
-    )
-    try:
-        return (await reader.readline()).strip()
-    except ValueError:  # longer than the limit: no box of ours
-        return b""
-    finally:
-        transport.close()
