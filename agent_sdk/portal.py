@@ -6,17 +6,19 @@ import atexit
 import logging
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from functools import partial, wraps
-from inspect import isawaitable
+from inspect import isawaitable, iscoroutinefunction
 from queue import SimpleQueue
 from threading import Event, RLock, get_ident
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
 P = ParamSpec("P")
 T = TypeVar("T")
+A = TypeVar("A")
+S = TypeVar("S")
 Inbox = SimpleQueue[Callable[[], object] | None]
 """What a thread does while it waits for its call; None: the call is over."""
 
@@ -76,7 +78,7 @@ class Caller:
         """
         inbox: Inbox = SimpleQueue()
         over = Event()
-        here = {name: _passed(inbox, name, value) for name, value in kwargs.items()}
+        here = _callbacks(kwargs, lambda told: lambda *arguments: inbox.put(partial(told, *arguments)))
 
         async def work() -> tuple[T | None, BaseException | None]:
             self._loop_thread = get_ident()
@@ -203,7 +205,7 @@ class Caller:
 
 
 class Twin:
-    """Something async, blocking; its methods are made by `blocking` and `iterating`."""
+    """Something async, blocking; each of its names is made from one of the contract by a function below."""
 
     def __init__(self, caller: Caller, asynchronous: Any) -> None:
         self._caller = caller
@@ -213,44 +215,95 @@ class Twin:
 
 def blocking(method: Callable[Concatenate[Any, P], Awaitable[T]]) -> Callable[Concatenate[Any, P], T]:
     """Return the twin of an async method: the same name, arguments and docstring; it blocks."""
-
-    @wraps(method)
-    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        result: T = self._caller.call(getattr(self.asynchronous, method.__name__), *args, **kwargs)
-        return result
-
-    return twin
-
-
-def making(
-    method: Callable[Concatenate[Any, P], Awaitable[Any]], kind: Callable[[Caller, Any], T]
-) -> Callable[Concatenate[Any, P], T]:
-    """Return the twin of an async method whose result has a twin of this kind."""
-    blocks = blocking(method)
-
-    @wraps(method)
-    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return kind(self._caller, blocks(self, *args, **kwargs))
-
-    return twin
+    return _twin(method, Caller.call)
 
 
 def iterating(
     method: Callable[Concatenate[Any, P], AsyncIterator[T]],
 ) -> Callable[Concatenate[Any, P], Iterator[T]]:
     """Return the twin of a method that makes an async iterator."""
+    return _twin(method, Caller.iterate)
 
+
+def making(
+    method: Callable[Concatenate[Any, P], Any], kind: Callable[[Caller, Any], T]
+) -> Callable[Concatenate[Any, P], T]:
+    """Return the twin of a method, async or not, whose result has a twin of this kind."""
+    is_async = iscoroutinefunction(method)
+
+    def make(caller: Caller, function: Callable[..., Any], *args: Any, **kwargs: Any) -> T:
+        made = caller.call(function, *args, **kwargs) if is_async else function(*args, **kwargs)
+        return kind(caller, made)
+
+    return _twin(method, make)
+
+
+def ending(method: Callable[Concatenate[Any, P], Awaitable[T]]) -> Callable[Concatenate[Any, P], T]:
+    """Return the twin of an async method that lets go of the loop at its end."""
+
+    def end(caller: Caller, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return caller.call(function, *args, **kwargs)
+        finally:
+            caller.close()
+
+    return _twin(method, end)
+
+
+def _twin(method: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
-    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        found: Iterator[T] = self._caller.iterate(
-            getattr(self.asynchronous, method.__name__), *args, **kwargs
-        )
-        return found
+    def twin(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return call(self._caller, getattr(self.asynchronous, method.__name__), *args, **kwargs)
 
     return twin
 
 
-def _passed(inbox: Inbox, name: str, value: Any) -> Any:
-    if name.startswith("on_") and callable(value):
-        return lambda *arguments: inbox.put(partial(value, *arguments))
-    return value
+class Fact(property, Generic[T]):
+    """The twin of a property."""
+
+    if TYPE_CHECKING:
+
+        def __get__(self, twin: Any, kind: type | None = None, /) -> T: ...  # type: ignore[override]
+
+
+def fact(of: Callable[[Any], T]) -> Fact[T]:
+    """Return the twin of a property."""
+    return part(of, lambda _, value: value)
+
+
+def part(of: Callable[[Any], Any], kind: Callable[[Caller, Any], T]) -> Fact[T]:
+    """Return the twin of a property whose value has a twin of this kind."""
+    asked = cast("Any", of).fget
+
+    @wraps(asked)
+    def get(twin: Twin) -> T:
+        return kind(twin._caller, getattr(twin.asynchronous, asked.__name__))
+
+    return Fact(get)
+
+
+def constructed(
+    make: Callable[P, A],
+) -> Callable[[Callable[[S, A], None]], Callable[Concatenate[S, P], None]]:
+    """Decorate the `__init__` of a twin, which gets what `make` returns, to take the arguments of `make`.
+
+    What is given as `on_…=` runs in a thread that waits.
+    """
+
+    def decorated(init: Callable[[S, A], None]) -> Callable[Concatenate[S, P], None]:
+        @wraps(make.__init__)
+        def __init__(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            post = partial(partial, lambda *told: self._caller.post(*told))
+            init(self, make(*args, **_callbacks(kwargs, post)))
+
+        return __init__
+
+    return decorated
+
+
+def _callbacks(arguments: Mapping[str, Any], wrap: Callable[[Any], object]) -> dict[str, Any]:
+    """Wrap what is called back, by its name."""
+    return {
+        name: wrap(value) if name.startswith("on_") and callable(value) else value
+        for name, value in arguments.items()
+    }

@@ -13,19 +13,16 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from os import PathLike
-from ssl import SSLContext
 from typing import Any, Literal, Self
 
 from agent_sdk import api
 from agent_sdk.conversation import contract as contracts
 from agent_sdk.conversation.contract import Callback, Cursor, OnDelta, OnReset, OnWaiting
 from agent_sdk.definition import LLM, Agent
-from agent_sdk.portal import Caller, Twin, blocking, iterating, making
+from agent_sdk.portal import Caller, Twin, blocking, constructed, ending, fact, iterating, making, part
 from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.events import Event
 from agent_sdk.protocol.specs import ConfirmationPolicy, Sandbox
-from agent_sdk.remote.connection import HEARTBEAT_SECONDS
-from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.remote.server import AgentServer as AsyncAgentServer
 from agent_sdk.remote.workspace import RemoteWorkspace as AsyncRemoteWorkspace
 from agent_sdk.tools import tool
@@ -47,8 +44,7 @@ __all__ = [
 class Process(Twin):
     """Blocking twin of workspace.Process."""
 
-    asynchronous: contract.Process
-
+    id = fact(contract.Process.id)
     write = blocking(contract.Process.write)
     close_stdin = blocking(contract.Process.close_stdin)
     output = iterating(contract.Process.output)
@@ -56,11 +52,6 @@ class Process(Twin):
     signal = blocking(contract.Process.signal)
     resize = blocking(contract.Process.resize)
     wait = blocking(contract.Process.wait)
-
-    @property
-    def id(self) -> str:
-        """Unique in its workspace."""
-        return self.asynchronous.id
 
 
 class ExecResult(contract.ExecResult, frozen=True, kw_only=True):
@@ -70,7 +61,6 @@ class ExecResult(contract.ExecResult, frozen=True, kw_only=True):
     asynchronous: contract.ExecResult
 
     def whole(self, stream: contract.OutputName = "stdout") -> bytes:  # type: ignore[override]
-        """See workspace.ExecResult.whole."""
         return self.caller.call(self.asynchronous.whole, stream)
 
 
@@ -140,16 +130,8 @@ class Workspace(Twin):
         """Call this before the workspace closes."""
         self._stack.callback(close)
 
-    @property
-    def files(self) -> Files:
-        """Files and folders."""
-        return Files(self._caller, self.asynchronous.files)
-
-    @property
-    def git(self) -> Git:
-        """The git repository."""
-        return Git(self._caller, self.asynchronous.git)
-
+    files = part(contract.Workspace.files, Files)
+    git = part(contract.Workspace.git, Git)
     describe = blocking(contract.Workspace.describe)
     execute = making(contract.Workspace.execute, _executed)
     processes = blocking(contract.Workspace.processes)
@@ -158,66 +140,29 @@ class Workspace(Twin):
     upload_dir = blocking(contract.Workspace.upload_dir)
     download_dir = blocking(contract.Workspace.download_dir)
     start = making(contract.Workspace.start, Process)
-
-    def process(self, process_id: str) -> Process:
-        """See workspace.Workspace.process."""
-        return Process(self._caller, self.asynchronous.process(process_id))
-
-    def shell(self, name: str = "default") -> Shell:
-        """See workspace.Workspace.shell."""
-        return Shell(self._caller, self.asynchronous.shell(name))
+    process = making(contract.Workspace.process, Process)
+    shell = making(contract.Workspace.shell, Shell)
 
     # The three names other agent SDKs use, in the blocking API only.
     execute_command = execute
     file_upload = upload
     file_download = download
 
-    def _pass_on(self, told: Callable[..., object], *arguments: object) -> None:
-        self._caller.post(told, *arguments)
-
 
 class LocalWorkspace(Workspace):
     """Blocking twin of LocalWorkspace."""
 
-    def __init__(
-        self, dir: str | PathLike[str] = ".", *, working_dir: str | None = None, confined: bool = True
-    ) -> None:
-        super().__init__(AsyncLocalWorkspace(dir, working_dir=working_dir, confined=confined))
+    @constructed(AsyncLocalWorkspace)
+    def __init__(self, workspace: AsyncLocalWorkspace) -> None:
+        super().__init__(workspace)
 
 
 class RemoteWorkspace(Workspace):
     """Blocking twin of RemoteWorkspace."""
 
-    asynchronous: AsyncRemoteWorkspace
-
-    def __init__(
-        self,
-        url: str,
-        api_key: str | None = None,
-        *,
-        ssl: SSLContext | None = None,
-        sandbox: Sandbox | None = None,
-        working_dir: str | None = None,
-        conversation: str | None = None,
-        connect_timeout: float | None = 5.0,
-        reconnect_timeout: float | None = None,
-        heartbeat: float = HEARTBEAT_SECONDS,
-        on_connection: OnConnection | None = None,
-    ) -> None:
-        super().__init__(
-            AsyncRemoteWorkspace(
-                url,
-                api_key,
-                ssl=ssl,
-                sandbox=sandbox,
-                working_dir=working_dir,
-                conversation=conversation,
-                connect_timeout=connect_timeout,
-                reconnect_timeout=reconnect_timeout,
-                heartbeat=heartbeat,
-                on_connection=on_connection and partial(self._pass_on, on_connection),
-            )
-        )
+    @constructed(AsyncRemoteWorkspace)
+    def __init__(self, workspace: AsyncRemoteWorkspace) -> None:
+        super().__init__(workspace)
 
     pause = blocking(AsyncRemoteWorkspace.pause)
     resume = blocking(AsyncRemoteWorkspace.resume)
@@ -227,12 +172,11 @@ class RemoteWorkspace(Workspace):
 class AgentServer(Twin):
     """Blocking twin of AgentServer."""
 
-    asynchronous: AsyncAgentServer
-
-    def __init__(self, url: str, api_key: str | None = None, *, ssl: SSLContext | None = None) -> None:
+    @constructed(AsyncAgentServer)
+    def __init__(self, server: AsyncAgentServer) -> None:
         caller = Caller(lambda: None)
         caller.close()  # nothing is kept between calls: the loop ends with each
-        super().__init__(caller, AsyncAgentServer(url, api_key, ssl=ssl))
+        super().__init__(caller, server)
 
     def __repr__(self) -> str:
         return repr(self.asynchronous)
@@ -266,7 +210,6 @@ class Conversation(Twin):
         tags: dict[str, str] | None = None,
         agent_runs: Literal["here"] | None = None,
     ) -> None:
-        """See agent_sdk.api.Conversation."""
         caller = Caller(self.close)
         self._cursor: Cursor | None = None
         if isinstance(workspace, Workspace):
@@ -298,13 +241,8 @@ class Conversation(Twin):
         self.close()
 
     @property
-    def id(self) -> str:
-        """See conversation.Conversation.id."""
-        return self.asynchronous.id
-
-    @property
     def cursor(self) -> Cursor:
-        """See conversation.Conversation.cursor."""
+        """The place of the event that the callbacks were given last; within a callback, of that very event."""
         return self._cursor or self.asynchronous.cursor
 
     def _pass_on(self, told: Callable[[Any], object], item: Event | Cursor) -> None:
@@ -315,6 +253,7 @@ class Conversation(Twin):
         self._cursor = cursor
         return told(item)
 
+    id = fact(contracts.Conversation.id)
     send_message = blocking(contracts.Conversation.send_message)
     run = blocking(contracts.Conversation.run)
     pause = blocking(contracts.Conversation.pause)
@@ -327,19 +266,5 @@ class Conversation(Twin):
     set_confirmation_policy = blocking(contracts.Conversation.set_confirmation_policy)
     switch_llm = blocking(contracts.Conversation.switch_llm)
     set_title = blocking(contracts.Conversation.set_title)
-    _close = blocking(contracts.Conversation.close)
-    _delete = blocking(contracts.Conversation.delete)
-
-    def close(self) -> None:
-        """See conversation.Conversation.close."""
-        try:
-            self._close()
-        finally:
-            self._caller.close()
-
-    def delete(self) -> None:
-        """See conversation.Conversation.delete."""
-        try:
-            self._delete()
-        finally:
-            self._caller.close()
+    close = ending(contracts.Conversation.close)
+    delete = ending(contracts.Conversation.delete)

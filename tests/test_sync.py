@@ -7,9 +7,11 @@ import threading
 import anyio
 import pytest
 
+import agent_sdk
 import workspaces.sync
 from agent_sdk import Agent, api, sync
 from agent_sdk.conversation import contract as conversation_contract
+from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.testing import ScriptedLLM, call, say
 from agent_sdk.workspace import contract as workspace_contract
 
@@ -33,6 +35,20 @@ def test_the_twins_agree(blocking, contract):
     for name, method in inspect.getmembers(contract, inspect.isfunction):
         if not name.startswith("_") and name not in STREAMS:
             assert parameters(getattr(blocking, name)) == parameters(method), name
+            assert inspect.getdoc(getattr(blocking, name)) == inspect.getdoc(method), name
+
+
+@pytest.mark.parametrize(
+    ("twin", "fact"),
+    [
+        (sync.Process.id, workspace_contract.Process.id),
+        (sync.Workspace.files, workspace_contract.Workspace.files),
+        (sync.Conversation.id, conversation_contract.Conversation.id),
+        (workspaces.sync.DockerWorkspace.container, workspaces.DockerWorkspace.container),
+    ],
+)
+def test_a_property_is_described_as_in_the_contract(twin, fact):
+    assert inspect.getdoc(twin) == inspect.getdoc(fact)
 
 
 def test_a_result_gives_its_whole_output_and_its_process(tmp_path):
@@ -47,10 +63,26 @@ def test_a_conversation_takes_the_same_options():
     assert parameters(sync.Conversation.__init__)[1:] == parameters(api.Conversation)
 
 
-def test_a_workspace_in_a_container_takes_the_same_options():
-    assert parameters(workspaces.sync.DockerWorkspace.__init__) == parameters(
-        workspaces.DockerWorkspace.__init__
-    )
+@pytest.mark.parametrize(
+    ("blocking", "asynchronous"),
+    [
+        (sync.AgentServer, agent_sdk.AgentServer),
+        (sync.LocalWorkspace, agent_sdk.LocalWorkspace),
+        (sync.RemoteWorkspace, agent_sdk.RemoteWorkspace),
+        (workspaces.sync.DockerWorkspace, workspaces.DockerWorkspace),
+        (workspaces.sync.APIRemoteWorkspace, workspaces.APIRemoteWorkspace),
+    ],
+)
+def test_a_twin_is_made_of_the_same_options(blocking, asynchronous):
+    assert inspect.signature(blocking) == inspect.signature(asynchronous)
+    assert inspect.getdoc(blocking.__init__) == inspect.getdoc(asynchronous.__init__)
+
+
+def test_what_is_wrong_with_an_option_is_said_at_once():
+    with pytest.raises(InvalidParams, match="on_connection"):
+        sync.RemoteWorkspace("http://127.0.0.1:1", "key", on_connection=5)
+    with pytest.raises(TypeError, match="api_kye"):
+        sync.RemoteWorkspace("http://127.0.0.1:1", api_kye="key")
 
 
 def test_callbacks_run_in_the_callers_thread_and_in_order(tmp_path):

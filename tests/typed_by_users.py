@@ -1,10 +1,13 @@
 """Programs of users as a type checker sees them; `make types` checks it, nothing runs it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import assert_type
 
-from agent_sdk import Agent, events, tool
+import workspaces.sync
+from agent_sdk import Agent, events, sync, tool
+from agent_sdk.conversation.contract import Accepted, Outcome
 from agent_sdk.testing import ScriptedLLM, say
+from agent_sdk.workspace.contract import FileInfo, Transferred
 
 
 @tool
@@ -32,3 +35,42 @@ async def use() -> None:
 def on_event(event: events.Event) -> None:
     described: str = event.to_json()
     print(described)
+
+
+def use_blocking(agent: Agent) -> None:
+    with sync.RemoteWorkspace("http://127.0.0.1:8000", api_key="k", on_connection=print) as workspace:
+        assert_type(workspace, sync.RemoteWorkspace)
+        result = workspace.execute("ls", timeout=3, on_output=lambda name, data: print(name, data))
+        assert_type(result, sync.ExecResult)
+        assert_type(result.whole(), bytes)
+        workspace.execute("ls", timeuot=3)  # type: ignore[call-arg]
+        workspace.execute(5)  # type: ignore[arg-type]
+        assert_type(workspace.files, sync.Files)
+        assert_type(workspace.files.list("."), list[FileInfo])
+        assert_type(workspace.files.write("a", b"b", mode=0o600), Transferred)
+        workspace.files.read("a", ofset=1)  # type: ignore[call-arg]
+        process = workspace.start(["cat"])
+        assert_type(process, sync.Process)
+        assert_type(process.id, str)
+        assert_type(process.output(since=1), Iterator[bytes])
+        assert_type(workspace.process(process.id), sync.Process)
+        assert_type(workspace.shell(), sync.Shell)
+    conversation = sync.Conversation(agent, workspace)
+    assert_type(conversation.send_message("go", mode="interrupt"), Accepted)
+    conversation.send_message("go", mode="later")  # type: ignore[arg-type]
+    assert_type(conversation.run(timeout=5), Outcome)
+    assert_type(conversation.events(follow=True), Iterator[events.Event])
+    assert_type(conversation.id, str)
+    sync.RemoteWorkspace("http://127.0.0.1:8000", api_kye="k")  # type: ignore[call-arg]
+
+
+def use_containers() -> None:
+    with workspaces.sync.DockerWorkspace(memory="2g", ports=[80], on_log=print) as workspace:
+        assert_type(workspace, workspaces.sync.DockerWorkspace)
+        assert_type(workspace.container, str | None)
+        assert_type(workspace.port_url(80), str)
+    workspaces.sync.DockerWorkspace(memroy="2g")  # type: ignore[call-arg]
+    workspaces.sync.DockerWorkspace(memory=2)  # type: ignore[arg-type]
+    session = workspaces.sync.APIRemoteWorkspace("http://api", "key", "image", resource_factor=2)
+    assert_type(session.session_id, str)
+    workspaces.sync.APIRemoteWorkspace("http://api", "key")  # type: ignore[call-arg]
