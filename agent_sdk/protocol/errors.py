@@ -33,6 +33,7 @@ AgentServerError
         PathDenied (PermissionError)
     ModelError          -32013
         ModelRefused, ModelUnavailable, ModelRateLimited, ModelUnauthorized, ModelAnswerBroken
+            ModelAnswerTooLarge
     ToolError           -32014
     ConnectionLost      (ConnectionError) never sent: it says that nothing can be sent
 
@@ -358,6 +359,10 @@ class ModelUnavailable(ModelError, retryable=True):
 
 class ModelAnswerBroken(ModelError, retryable=True):
     """The answer stopped in the middle or makes no sense."""
+
+
+class ModelAnswerTooLarge(ModelAnswerBroken, retryable=False):
+    """The answer has more than is taken; another one would cost as much and hardly be shorter. Details: limit."""
 
 
 class ToolError(AgentServerError, code=-32014):

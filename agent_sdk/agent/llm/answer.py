@@ -7,7 +7,7 @@ import math
 from msgspec import Raw
 
 from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ModelRequest, OnDelta, ToolUse, Usage
-from agent_sdk.agent.llm.failure import broken, failure_in, says_something
+from agent_sdk.agent.llm.failure import broken, failure_in, says_something, too_large
 from agent_sdk.agent.llm.provider import Address
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ModelError
@@ -164,10 +164,10 @@ class Answer:
         """Begin another tool call.
 
         Raises:
-            ModelAnswerBroken: there are too many.
+            ModelAnswerTooLarge: there are too many.
         """
         if len(self.calls) == TOOL_CALLS:
-            raise broken(f"has more than {TOOL_CALLS} tool calls", self.address, limit=TOOL_CALLS)
+            raise too_large(TOOL_CALLS, "tool calls", self.address)
         draft = ToolDraft()
         self.calls.append(draft)
         return draft
@@ -176,15 +176,11 @@ class Answer:
         """Add to a call's arguments.
 
         Raises:
-            ModelAnswerBroken: they are too long.
+            ModelAnswerTooLarge: they are too long.
         """
         draft.size += len(piece) if piece.isascii() else len(piece.encode(errors="replace"))
         if draft.size > ARGUMENTS_BYTES:
-            raise broken(
-                f"has a tool call with more than {ARGUMENTS_BYTES} bytes of arguments",
-                self.address,
-                limit=ARGUMENTS_BYTES,
-            )
+            raise too_large(ARGUMENTS_BYTES, "bytes of arguments in one tool call", self.address)
         draft.pieces.append(piece)
 
     def finish(self, reason: object) -> None:

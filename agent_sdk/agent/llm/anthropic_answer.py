@@ -14,7 +14,7 @@ from msgspec import Raw, Struct
 from agent_sdk.agent.llm import lenient
 from agent_sdk.agent.llm.answer import PLACES, Answer, ToolDraft
 from agent_sdk.agent.llm.contract import CUT, Completion
-from agent_sdk.agent.llm.failure import broken, decoded, failure_in
+from agent_sdk.agent.llm.failure import broken, decoded, failure_in, too_large
 from agent_sdk.agent.llm.history import keep
 from agent_sdk.agent.llm.sse import ServerSentEvent
 from agent_sdk.protocol.specs import Json
@@ -182,7 +182,7 @@ class Reading:
             return known
         block = block or _Block(type="text")
         if len(self._places) == PLACES:
-            raise broken(f"has more than {PLACES} blocks", self._answer.address, limit=PLACES)
+            raise too_large(PLACES, "blocks", self._answer.address)
         draft = None
         if block.type == "tool_use":
             draft = self._answer.open_call()

@@ -9,7 +9,7 @@ from agent_sdk.agent.llm import anthropic, openai
 from agent_sdk.agent.llm.answer import ANSWER_BYTES, Answer
 from agent_sdk.agent.llm.anthropic_answer import Reading as AnthropicReading
 from agent_sdk.agent.llm.contract import Completion, ModelRequest, OnDelta
-from agent_sdk.agent.llm.failure import ERROR_BYTES, broken, failure_of
+from agent_sdk.agent.llm.failure import ERROR_BYTES, broken, failure_of, too_large
 from agent_sdk.agent.llm.openai_answer import Reading as OpenAIReading
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.llm.sse import BOM, EventParser, is_whole
@@ -116,5 +116,5 @@ class ProviderClient:
         async for piece in pieces:
             size += len(piece)
             if size > ANSWER_BYTES:
-                raise broken(f"has more than {ANSWER_BYTES} bytes", self._address, limit=ANSWER_BYTES)
+                raise too_large(ANSWER_BYTES, "bytes", self._address)
             yield piece

@@ -94,7 +94,7 @@ class ModelClient(Protocol):
         Cancelling closes the request.
 
         Raises:
-            ModelRefused, ModelUnauthorized: do not repeat.
+            ModelRefused, ModelUnauthorized, ModelAnswerTooLarge: do not repeat.
             ModelRateLimited (details retry_after_ms when the provider said so), ModelUnavailable,
             ModelAnswerBroken: may be repeated.
         """

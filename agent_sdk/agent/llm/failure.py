@@ -17,6 +17,7 @@ from agent_sdk.agent.llm import lenient
 from agent_sdk.agent.llm.provider import Address
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,
+    ModelAnswerTooLarge,
     ModelError,
     ModelRateLimited,
     ModelRefused,
@@ -123,6 +124,12 @@ def broken(reason: str, address: Address, **details: Any) -> ModelAnswerBroken:
     """Return the error for an answer that stopped or makes no sense."""
     message = f"the answer of {address.provider} {shown(reason, address)}"
     return ModelAnswerBroken(message, provider=address.provider, **details)
+
+
+def too_large(limit: int, what: str, address: Address) -> ModelAnswerTooLarge:
+    """Return the error for an answer that has more than `limit` of something."""
+    message = f"the answer of {address.provider} has more than {limit} {what}"
+    return ModelAnswerTooLarge(message, provider=address.provider, limit=limit)
 
 
 def decoded(decoder: msgspec.json.Decoder[T], data: bytes, address: Address) -> T:

@@ -14,7 +14,7 @@ from msgspec import Struct
 from agent_sdk.agent.llm import lenient
 from agent_sdk.agent.llm.answer import PLACES, Answer, ToolDraft
 from agent_sdk.agent.llm.contract import Completion
-from agent_sdk.agent.llm.failure import broken, decoded, failure_in
+from agent_sdk.agent.llm.failure import broken, decoded, failure_in, too_large
 from agent_sdk.agent.llm.history import keep
 from agent_sdk.agent.llm.sse import ServerSentEvent
 from agent_sdk.protocol.specs import Json
@@ -196,7 +196,7 @@ class Reading:
             same = all(last.get(key) == detail.get(key) for key in ("type", "index"))
             if not last or not same or detail.get("type") == "reasoning.encrypted":
                 if len(self._details) == PLACES:
-                    raise broken(f"has more than {PLACES} pieces of reasoning", self._answer.address)
+                    raise too_large(PLACES, "pieces of reasoning", self._answer.address)
                 self._details.append(detail)
                 continue
             for key, value in detail.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from agent_sdk.agent.llm.lenient import value
-from agent_sdk.protocol.errors import ModelAnswerBroken
+from agent_sdk.protocol.errors import ModelAnswerTooLarge
 
 EVENT_BYTES = 8 << 20
 
@@ -42,7 +42,7 @@ class EventParser:
         """Return the events that end in this piece, in order. One without its blank line comes at the `end`.
 
         Raises:
-            ModelAnswerBroken: an event is longer than the limit; nothing can be fed any more.
+            ModelAnswerTooLarge: an event is longer than the limit; nothing can be fed any more.
         """
         if not piece:
             return []
@@ -101,7 +101,7 @@ class EventParser:
     def _count(self, size: int) -> None:
         self._size += size
         if self._size > self._limit:
-            raise ModelAnswerBroken(
+            raise ModelAnswerTooLarge(
                 f"the model's answer has an event of more than {self._limit} bytes", limit=self._limit
             )
 

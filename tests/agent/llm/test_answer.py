@@ -5,7 +5,7 @@ import pytest
 from agent_sdk.agent.llm.answer import Answer
 from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ModelRequest, ToolUse
 from agent_sdk.agent.llm.provider import address_of
-from agent_sdk.protocol.errors import ModelAnswerBroken
+from agent_sdk.protocol.errors import ModelAnswerTooLarge
 from agent_sdk.protocol.specs import LLM
 
 USED = ToolUse(call_id="call_1", tool="t", arguments="{}")
@@ -53,7 +53,7 @@ def test_too_many_tool_calls_are_refused():
     growing = answer()
     for _ in range(64):
         growing.open_call()
-    with pytest.raises(ModelAnswerBroken, match="64"):
+    with pytest.raises(ModelAnswerTooLarge, match="64"):
         growing.open_call()
 
 
@@ -64,7 +64,7 @@ def test_arguments_that_are_too_long_are_refused(piece: str):
     for _ in range(1024):
         growing.add_arguments(draft, piece)
     assert len(growing.completion(None).tool_calls[0].arguments.encode()) == 1 << 20
-    with pytest.raises(ModelAnswerBroken, match="1048576"):
+    with pytest.raises(ModelAnswerTooLarge, match="1048576"):
         growing.add_arguments(draft, "x")
 
 

@@ -11,7 +11,7 @@ from agent_sdk.agent.llm.anthropic_answer import Reading
 from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ModelRequest, ToolUse, UserTurn
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.llm.sse import ServerSentEvent
-from agent_sdk.protocol.errors import ModelAnswerBroken, ModelRefused, ModelUnavailable
+from agent_sdk.protocol.errors import ModelAnswerBroken, ModelAnswerTooLarge, ModelRefused, ModelUnavailable
 from agent_sdk.protocol.specs import LLM
 
 CLAUDE = LLM(model="anthropic/claude-sonnet-5")
@@ -257,5 +257,5 @@ def test_an_answer_without_content_is_broken(whole: bytes):
 
 
 def test_too_many_blocks_are_refused():
-    with pytest.raises(ModelAnswerBroken, match="4096"):
+    with pytest.raises(ModelAnswerTooLarge, match="4096"):
         streamed(START, *(start(at, "text", text="") for at in range(5000)))

@@ -10,6 +10,7 @@ from aiohttp import web
 from agent_sdk.agent.llm.open import open_model
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,
+    ModelAnswerTooLarge,
     ModelError,
     ModelRefused,
     ModelUnauthorized,
@@ -138,7 +139,7 @@ async def test_an_endless_answer_is_given_up(ask: Ask, kind: dict[str, str]):
             await response.write(b": nothing yet\n\n" * 70_000)
 
     error = await failure(ask, respond)
-    assert type(error) is ModelAnswerBroken
+    assert type(error) is ModelAnswerTooLarge
     assert str(32 << 20) in error.message
 
 
@@ -146,7 +147,7 @@ async def test_an_endless_answer_is_given_up(ask: Ask, kind: dict[str, str]):
 async def test_an_answer_that_blows_up_when_unpacked_is_given_up(ask: Ask, kind: dict[str, str]):
     bomb = gzip.compress(b": " + b"x" * (40 << 20))
     error = await failure(ask, sending([bomb], {**kind, "Content-Encoding": "gzip"}))
-    assert type(error) is ModelAnswerBroken
+    assert type(error) is ModelAnswerTooLarge
 
 
 def tool_calls(dialect: str, count: int, arguments: str) -> bytes:
@@ -168,13 +169,13 @@ def tool_calls(dialect: str, count: int, arguments: str) -> bytes:
 
 async def test_ten_thousand_tool_calls_are_refused(ask: Ask, dialect: str):
     error = await failure(ask, sending([tool_calls(dialect, 10_000, "{}")], STREAM))
-    assert type(error) is ModelAnswerBroken
+    assert type(error) is ModelAnswerTooLarge
     assert "64" in error.message
 
 
 async def test_huge_arguments_are_refused(ask: Ask, dialect: str):
     error = await failure(ask, sending([tool_calls(dialect, 1, "x" * (1 << 20) + "x")], STREAM))
-    assert type(error) is ModelAnswerBroken
+    assert type(error) is ModelAnswerTooLarge
     assert str(1 << 20) in error.message
 
 

@@ -9,6 +9,7 @@ from agent_sdk.agent.llm.open import open_model
 from agent_sdk.agent.llm.retry import Backoff, complete_with_retries
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,
+    ModelAnswerTooLarge,
     ModelError,
     ModelRateLimited,
     ModelRefused,
@@ -66,7 +67,7 @@ async def test_a_passing_failure_is_tried_again(failure: type[ModelError]):
     assert witness.heard == [(failure.kind, 1, witness.slept[0])]
 
 
-@pytest.mark.parametrize("failure", [ModelRefused, ModelUnauthorized])
+@pytest.mark.parametrize("failure", [ModelRefused, ModelUnauthorized, ModelAnswerTooLarge])
 async def test_what_repeating_cannot_help_is_not_repeated(failure: type[ModelError]):
     witness, client = Witness(), Flaky(failure("no"))
     with pytest.raises(failure):

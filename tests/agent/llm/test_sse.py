@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_sdk.agent.llm.sse import EventParser, ServerSentEvent
-from agent_sdk.protocol.errors import ModelAnswerBroken
+from agent_sdk.protocol.errors import ModelAnswerTooLarge
 
 Expected = list[tuple[bytes, bytes]]
 
@@ -80,7 +80,7 @@ def test_any_bytes_are_taken_without_an_error(stream: bytes, at: list[int]):
 @pytest.mark.parametrize("piece", [b"data: " + b"x" * 999, b"data: x\n", b": xxx\n"])
 def test_an_event_without_an_end_is_refused_at_the_limit(piece: bytes):
     parser = EventParser(limit=10_000)
-    with pytest.raises(ModelAnswerBroken, match="10000"):
+    with pytest.raises(ModelAnswerTooLarge, match="10000"):
         for _ in range(10_000):
             parser.feed(piece)
 
