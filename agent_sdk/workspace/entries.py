@@ -27,7 +27,7 @@ _KERNELS = ("/proc/", "/sys/")
 
 def open_atomic(root: Root, path: str, mode: int | None, opened: list[AtomicFile]) -> None:
     """Open a file to be replaced as a whole, into `opened`; parents are made."""
-    with root.entry(path, make_parents=True) as entry:
+    with root.entry(path, made=[]) as entry:
         entry.check_file_name()
         _refuse_kernels(root, entry)
         file = AtomicFile(os.dup(entry.folder), entry.name, path, mode)
@@ -37,9 +37,9 @@ def open_atomic(root: Root, path: str, mode: int | None, opened: list[AtomicFile
 
 def open_archive(root: Root, path: str, opened: list[AtomicFile]) -> None:
     """Open what an archive is written to that comes for this folder, into `opened`; the folder is made."""
-    make_folder(root, path)
+    made = make_folder(root, path)
     with root.entry(path) as entry:
-        file = FolderFile(entry.open(os.O_RDONLY | os.O_DIRECTORY), path)
+        file = FolderFile(entry.open(os.O_RDONLY | os.O_DIRECTORY), path, made)
         opened.append(file)
         file.open()
 
@@ -188,7 +188,7 @@ def move(root: Root, source: str, target: str) -> None:
         is_folder = stat.S_ISDIR(found.st_mode)
         if old.slash and not is_folder:
             raise NotADirectory(f"Not a directory: {source}", path=source)
-        with root.entry(target, follow=False, make_parents=True, field="target") as new:
+        with root.entry(target, follow=False, made=[], field="target") as new:
             _refuse_home(root, new)
             if not is_folder:
                 new.check_file_name()
@@ -197,15 +197,18 @@ def move(root: Root, source: str, target: str) -> None:
             os.rename(old.name, new.name, src_dir_fd=old.folder, dst_dir_fd=new.folder)
 
 
-def make_folder(root: Root, path: str) -> None:
-    """Make a folder and its parents."""
-    with root.entry(path, make_parents=True) as entry:
+def make_folder(root: Root, path: str) -> list[bytes]:
+    """Make a folder and its parents; returns the names of those that were not there."""
+    made: list[bytes] = []
+    with root.entry(path, made=made) as entry:
         try:
             os.mkdir(entry.name, dir_fd=entry.folder)
+            made.append(entry.name)
         except FileExistsError:
             found = entry.stat()
             if found is None or not stat.S_ISDIR(found.st_mode):
                 raise NotADirectory(f"Not a directory: {path}", path=path) from None
+    return made
 
 
 def _refuse_home(root: Root, entry: Entry) -> None:

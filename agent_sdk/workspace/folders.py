@@ -173,9 +173,31 @@ def _check_link(path: str, target: str) -> None:
 class FolderFile(AtomicFile):
     """An archive that comes for a folder; `commit` unpacks it there when it is whole. Nothing of it is seen before."""
 
-    def __init__(self, folder: int, path: str) -> None:
-        """Takes over the descriptor of the folder; `path` is for messages."""
+    def __init__(self, folder: int, path: str, made: Sequence[bytes]) -> None:
+        """Begin with nothing.
+
+        Args:
+            folder: its descriptor, which is taken over.
+            path: for messages.
+            made: the names of the folders that were made for it, the folder itself last; nothing is left of them
+                when nothing is unpacked there.
+        """
         super().__init__(folder, b".", path)
+        self._made = list(made)
+
+    def close(self) -> None:
+        """See AtomicFile.close."""
+        folder = os.dup(self._folder) if self._made else -1
+        super().close()
+        with suppress(OSError):  # there is something in it, or it is gone
+            while self._made:
+                above = os.open(b"..", FOLDER, dir_fd=folder)
+                os.close(folder)
+                folder = above
+                os.rmdir(self._made.pop(), dir_fd=folder)
+        self._made.clear()
+        if folder >= 0:
+            os.close(folder)
 
     def _refuse(self) -> None:
         """The folder is there and may have things in it."""
@@ -187,6 +209,7 @@ class FolderFile(AtomicFile):
             raise
         except OSError as exc:
             raise path_error(exc, self._path) from exc
+        self._made.clear()
         return os.fstat(self._folder).st_mode & 0o777
 
 
@@ -207,13 +230,18 @@ async def unpacked(folder: str | PathLike[str], pieces: AsyncIterator[bytes]) ->
 
 
 def _open(path: str, opened: list[FolderFile]) -> None:
+    made: list[bytes] = []
+    above = os.path.abspath(path)
+    while not os.path.lexists(above):
+        above, name = os.path.split(above)
+        made.insert(0, os.fsencode(name))
     try:
         os.makedirs(path, exist_ok=True)
     except FileExistsError:
         raise NotADirectory(f"not a folder: {path}", path=path) from None
     except OSError as exc:
         raise path_error(exc, path) from exc
-    opened.append(FolderFile(open_folder(path), path))
+    opened.append(FolderFile(open_folder(path), path, made))
     opened[0].open()
 
 

@@ -117,7 +117,7 @@ class Root:
         path: str,
         *,
         follow: bool = True,
-        make_parents: bool = False,
+        made: list[bytes] | None = None,
         field: str = "path",
     ) -> Iterator[Entry]:
         """Walk to a path and lend its entry, whether anything is there or not. Blocks.
@@ -125,14 +125,14 @@ class Root:
         Args:
             path: relative to the home, or absolute.
             follow: also when the last name is a symlink.
-            make_parents: make missing folders on the way.
+            made: make missing folders on the way, and put the names of those that lead to the end here; None: make none.
             field: what the messages call the path.
 
         Raises:
             InvalidParams, OutsideWorkspace, PathNotFound, NotADirectory, PathDenied, PathError: as it deserves.
         """
         raw = check_path(path, field)
-        walk = _Walk(self, path, follow=follow, make_parents=make_parents)
+        walk = _Walk(self, path, follow=follow, made=made)
         try:
             with translated(path):
                 yield walk.to(raw)
@@ -165,11 +165,11 @@ class Root:
 class _Walk:
     """One way from the root, with all the descriptors that are needed to go back."""
 
-    def __init__(self, root: Root, path: str, *, follow: bool, make_parents: bool) -> None:
+    def __init__(self, root: Root, path: str, *, follow: bool, made: list[bytes] | None) -> None:
         self._root = root
         self._path = path
         self._follow = follow
-        self._make_parents = make_parents
+        self._made = made
         self._fds: list[int] = []
         self._names: list[bytes] = []
         self._symlinks = 0
@@ -201,6 +201,8 @@ class _Walk:
         if self._names:
             self._names.pop()
             os.close(self._fds.pop())
+            if self._made:
+                self._made.clear()  # they are not on the way any more
         elif self._root.confined:
             raise OutsideWorkspace(f"the path leads out of the workspace: {self._path}", path=self._path)
 
@@ -209,10 +211,11 @@ class _Walk:
             return os.stat(name, dir_fd=self._fds[-1], follow_symlinks=False)
         except FileNotFoundError:
             if not last:
-                if not self._make_parents:
+                if self._made is None:
                     raise
                 with suppress(FileExistsError):  # somebody else made it just now
                     os.mkdir(name, dir_fd=self._fds[-1])
+                    self._made.append(name)
             return None
 
     def _enter(self, name: bytes) -> None:

@@ -132,9 +132,11 @@ class TransferContract:
         (tmp_path / "up" / "link").symlink_to(target)
         await workspace.execute(["sh", "-c", "mkdir down; ln -s $0 down/link", target])
         with pytest.raises(OutsideWorkspace, match="exclude it: link"):
-            await workspace.upload_dir(tmp_path / "up", "goal")
+            await workspace.upload_dir(tmp_path / "up", "new/goal")
         with pytest.raises(OutsideWorkspace, match="exclude it: link"):
-            await workspace.download_dir(tmp_path / "goal", "down")
+            await workspace.download_dir(tmp_path / "new" / "goal", "down")
+        assert "new" not in [info.path for info in await workspace.files.list(".")]
+        assert not (tmp_path / "new").exists()
         await workspace.upload_dir(tmp_path / "up", "goal", exclude=("link",))
         assert await workspace.files.list("goal") == []
 

@@ -65,9 +65,17 @@ async def test_an_archive_cannot_leave_its_folder(tmp_path, name):
     with pytest.raises(error) as refused:
         await unpacked(tmp_path / "a" / "folder", pieces(data))
     assert "\n" not in str(refused.value)
-    assert os.listdir(tmp_path) == ["a"]
-    assert os.listdir(tmp_path / "a") == ["folder"]
-    assert {path.name for path in (tmp_path / "a" / "folder").iterdir()} <= {"d", "link"}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} <= {
+        *("a", "a/folder", "a/folder/d", "a/folder/link", "a/folder/d/up")
+    }
+
+
+async def test_of_folders_that_were_made_for_an_archive_nothing_is_left_when_it_does_not_come(tmp_path):
+    (tmp_path / "kept").mkdir()
+    for folder in (tmp_path / "a" / "b", tmp_path / "kept", tmp_path / "kept" / "c"):
+        with pytest.raises(TransferBroken):
+            await unpacked(folder, pieces(os.urandom(2048)))
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
 
 
 async def test_what_tar_has_made_is_unpacked(tmp_path):
