@@ -125,7 +125,7 @@ class Root:
         Args:
             path: relative to the home, or absolute.
             follow: also when the last name is a symlink.
-            made: make missing folders on the way, and put the names of those that lead to the end here; None: make none.
+            made: make missing folders on the way, and put the names of the last ones here; None: make none.
             field: what the messages call the path.
 
         Raises:

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import threading
+import uuid
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
-from agent_sdk.conversation.local import LocalConversation
+from agent_sdk.conversation.local import FILE_NAME, LocalConversation
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch, StateConflict
 from agent_sdk.protocol.events import (
@@ -68,15 +69,24 @@ class TestLocal(ConversationContract):
 
 
 async def test_a_conversation_that_is_closed_while_it_opens_accepts_nothing(workspace, tmp_path):
-    conversation = LocalConversation(acting(say("done")), workspace, id="one", persistence_dir=tmp_path)
+    options = {"id": str(uuid.uuid4()), "persistence_dir": tmp_path}
+    conversation = LocalConversation(acting(say("done")), workspace, **options)
     sending = [asyncio.create_task(conversation.send_message(text)) for text in "12"]
     await asyncio.sleep(0)
     await conversation.close()
     for task in sending:
         with pytest.raises(StateConflict):
             await task
-    async with LocalConversation(acting(say("done")), workspace, id="one", persistence_dir=tmp_path) as again:
+    async with LocalConversation(acting(say("done")), workspace, **options) as again:
         assert await these(again, UserMessage) == []
+
+
+async def test_a_conversation_that_was_called_otherwise_before_is_opened_under_its_name(workspace, tmp_path):
+    async with EventLog.open(tmp_path / FILE_NAME) as log:
+        await log.create("mine")
+    async with LocalConversation(acting(say("done")), workspace, id="mine", persistence_dir=tmp_path) as old:
+        await old.send_message("go")
+        assert (await old.run(timeout=PATIENCE)).status == "finished"
 
 
 async def test_a_folder_is_workspace_enough(tmp_path):

@@ -20,11 +20,12 @@ from agent_sdk.testing import call, calls, hang, say
 from tests.contract.vocabulary import PATIENCE, acting, ended, last_result, past, these
 
 ROOT = Path(__file__).parents[2]
+MINE = "01900000-0000-7000-8000-000000000001"
 
 
 async def test_the_same_id_goes_on_where_it_was(tmp_path):
     agent = acting(call("think", thought="hm"), say("one"), say("two"))
-    options = {"id": "mine", "persistence_dir": tmp_path / "log", "title": "T"}
+    options = {"id": MINE, "persistence_dir": tmp_path / "log", "title": "T"}
     async with LocalConversation(agent, tmp_path, **options) as first:
         await first.send_message("1")
         await first.run(timeout=PATIENCE)
@@ -38,7 +39,7 @@ async def test_the_same_id_goes_on_where_it_was(tmp_path):
 
 
 async def test_callbacks_of_a_reopened_conversation_hear_what_is_new(tmp_path):
-    options = {"id": "mine", "persistence_dir": tmp_path}
+    options = {"id": MINE, "persistence_dir": tmp_path}
     async with LocalConversation(acting(say("one")), tmp_path, **options) as first:
         await first.send_message("1")
         await first.run(timeout=PATIENCE)
@@ -50,7 +51,7 @@ async def test_callbacks_of_a_reopened_conversation_hear_what_is_new(tmp_path):
 
 
 async def test_another_agent_is_written_down_when_the_conversation_is_opened_again(tmp_path):
-    options = {"id": "mine", "persistence_dir": tmp_path}
+    options = {"id": MINE, "persistence_dir": tmp_path}
     async with LocalConversation(acting(say("one")), tmp_path, **options):
         pass
     async with LocalConversation(acting(say("one"), tools=["think"]), tmp_path, **options) as second:
@@ -58,7 +59,7 @@ async def test_another_agent_is_written_down_when_the_conversation_is_opened_aga
 
 
 async def test_a_closed_turn_may_be_continued_when_the_log_is_opened_again(tmp_path):
-    options = {"id": "mine", "persistence_dir": tmp_path}
+    options = {"id": MINE, "persistence_dir": tmp_path}
     async with LocalConversation(acting(hang(), say("done")), tmp_path, **options) as first:
         await first.send_message("go")
     async with LocalConversation(acting(say("done")), tmp_path, **options) as second:
@@ -71,7 +72,7 @@ async def test_a_closed_turn_may_be_continued_when_the_log_is_opened_again(tmp_p
 async def test_the_list_of_tasks_survives(tmp_path):
     plan = call("task_tracker", command="plan", task_list=[{"title": "survive", "status": "done"}])
     view = call("task_tracker", command="view")
-    options = {"id": "mine", "persistence_dir": tmp_path}
+    options = {"id": MINE, "persistence_dir": tmp_path}
     async with LocalConversation(acting(plan, say("one"), view, say("two")), tmp_path, **options) as first:
         await first.send_message("1")
         await first.run(timeout=PATIENCE)
@@ -93,7 +94,7 @@ async def main():
     agent = Agent(llm=ScriptedLLM(steps=(calls(call("think", thought="a"), call("terminal", command="true")),)))
     policy = ConfirmationPolicy(tools=("terminal",))
     conversation = LocalConversation(
-        agent, sys.argv[1], id="mine", persistence_dir=sys.argv[1], confirmation=policy
+        agent, sys.argv[1], id="01900000-0000-7000-8000-000000000001", persistence_dir=sys.argv[1], confirmation=policy
     )
     await conversation.send_message("go")
     async for event in conversation.events(follow=True):
@@ -125,7 +126,7 @@ def crashed(folder: Path) -> None:
 async def test_a_turn_whose_process_died_is_closed_once_and_may_be_continued(tmp_path):
     crashed(tmp_path)
     agent = acting(calls(call("think", thought="a"), call("terminal", command="true")), say("done"))
-    options = {"id": "mine", "persistence_dir": tmp_path}
+    options = {"id": MINE, "persistence_dir": tmp_path}
     async with LocalConversation(agent, tmp_path, **options) as conversation:
         results = await these(conversation, ToolReturned)
         assert [event.is_error for event in results] == [False, True]
@@ -141,7 +142,7 @@ async def test_a_turn_whose_process_died_is_closed_once_and_may_be_continued(tmp
 
 
 async def test_a_second_process_that_opens_the_conversation_takes_it(tmp_path):
-    options = {"id": "mine", "persistence_dir": tmp_path}
+    options = {"id": MINE, "persistence_dir": tmp_path}
     async with (
         LocalConversation(acting(say("one")), tmp_path, **options) as first,
         LocalConversation(acting(say("one")), tmp_path, **options) as second,

@@ -32,6 +32,8 @@ from agent_sdk.testing import call, calls, hang, say
 from agent_sdk.tools import ToolResult, tool
 from tests.contract.vocabulary import PATIENCE, Gate, acting, past, these, until
 
+MINE = "01900000-0000-7000-8000-000000000001"
+
 
 @pytest.fixture
 def opening(tmp_path):
@@ -39,7 +41,7 @@ def opening(tmp_path):
 
     def make(agent, **options):
         options = {"persistence_dir": tmp_path, "settings": Settings(None), **options}
-        return LocalConversation(agent, tmp_path, id="mine", **options)
+        return LocalConversation(agent, tmp_path, id=MINE, **options)
 
     return make
 
@@ -280,8 +282,8 @@ async def test_a_stored_agent_that_this_version_cannot_make_fails_its_turn_with_
     await until(first, TurnStarted)
     await first.suspend()
     async with EventLog.open(tmp_path / FILE_NAME) as log:
-        plain, sealed = await log.settings("mine")
-        await log.store_settings("mine", plain.replace(b'"terminal"', b'"telepathy"'), sealed)
+        plain, sealed = await log.settings(MINE)
+        await log.store_settings(MINE, plain.replace(b'"terminal"', b'"telepathy"'), sealed)
     async with opening(None) as second:
         end = await until(second, TurnEnded)
         assert (end.status, end.error) == ("failed", "invalid_params")
@@ -293,9 +295,7 @@ async def test_a_message_whose_turn_had_not_started_gets_the_turn_it_was_promise
         await first.configure(acting(say("hello")))
     message = operation(SendMessage(op_id=new_id(), text="go"))
     async with EventLog.open(tmp_path / FILE_NAME) as log:
-        await log.append(
-            "mine", [UserMessage(text="go", op_id=message.op_id)], op=receipt(message, "promised")
-        )
+        await log.append(MINE, [UserMessage(text="go", op_id=message.op_id)], op=receipt(message, "promised"))
     async with opening(None) as second:
         assert (await until(second, TurnEnded)).run_id == "promised"
 
@@ -304,7 +304,7 @@ async def test_nothing_is_stored_of_a_conversation_without_settings(opening, tmp
     async with opening(acting(say("done")), settings=None) as conversation:
         await conversation.configure(acting(say("other")))
     async with EventLog.open(tmp_path / FILE_NAME) as log:
-        assert await log.settings("mine") is None
+        assert await log.settings(MINE) is None
 
 
 # --- callbacks that have seen a part ---
