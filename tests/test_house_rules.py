@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+import aiodocker
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +141,26 @@ def test_no_command_is_given_to_an_implicit_shell():
 def test_only_the_server_serves_http():
     elsewhere = [path for path in FILES if not place(path).startswith("agent_server/")]
     refuse(lambda path: mentions(path, {"aiohttp.web"}), elsewhere)
+
+
+def test_nothing_private_of_aiodocker_is_used():
+    folder = Path(aiodocker.__file__).parent
+    private = {
+        name
+        for path in folder.glob("*.py")
+        for node in nodes(path)
+        for name in [node.attr if isinstance(node, ast.Attribute) else getattr(node, "name", "")]
+        if isinstance(name, str) and re.match("_[a-z]", name)
+    } | {path.stem for path in folder.glob("_[a-z]*.py")}
+
+    def used(path: Path) -> Iterator[str]:
+        for node in nodes(path):
+            if isinstance(node, ast.Attribute) and node.attr in private and dotted(node.value) != "self":
+                yield f"{node.lineno}: {node.attr}"
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aiodocker"):
+                yield from (f"{node.lineno}: {name.name}" for name in node.names if name.name in private)
+
+    refuse(used, sorted((ROOT / "workspaces/backend/docker").rglob("*.py")))
 
 
 def test_each_folder_says_what_its_files_are_for():

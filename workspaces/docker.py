@@ -28,8 +28,8 @@ from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.shield import to_its_end
 from agent_sdk.workspace.environment import from_caller
+from workspaces.backend.child import is_dead, this_process
 from workspaces.backend.docker.labels import INSTANCE, OWNER, ROLE, SERVER
-from workspaces.backend.docker.owner import is_dead, this_process
 from workspaces.backend.docker.reaper import Reaper
 from workspaces.backend.docker.server_spec import ServerSpec, Volume
 
@@ -313,7 +313,7 @@ class DockerWorkspace(RemoteWorkspace):
             ) from None
 
     def _log(self) -> OnLog:
-        from workspaces.backend.docker.server_log import ServerLog  # noqa: PLC0415  structlog costs 60 ms
+        from workspaces.backend.docker.server_container import ServerLog  # noqa: PLC0415  structlog costs 60 ms
 
         return ServerLog(self._spec.name, self._on_log)
 

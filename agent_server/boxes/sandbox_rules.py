@@ -14,8 +14,7 @@ from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams, Isolation
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.config.options import ServerConfig
 from workspaces.backend.docker.container_body import LEAST_MEMORY, RESERVED, UID
-from workspaces.backend.docker.engine_info import UNLIMITED
-from workspaces.backend.docker.engine_runtimes import GVISOR
+from workspaces.backend.docker.engine_info import GVISOR, UNLIMITED
 from workspaces.backend.sizes import parse_size
 
 WHERE = "$.params.workspace.sandbox"

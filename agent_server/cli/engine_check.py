@@ -14,7 +14,7 @@ from agent_sdk.protocol.errors import EngineUnavailable
 from agent_server.cli.check import Check
 from agent_server.config.options import ServerConfig
 from workspaces.backend.docker.engine import Engine, EngineInfo
-from workspaces.backend.docker.engine_runtimes import GVISOR, reaches_sandboxes
+from workspaces.backend.docker.engine_info import GVISOR, reaches_sandboxes
 from workspaces.box.disks import Disks
 
 SAFE_RUNC = {(1, 2): 8, (1, 3): 3}

@@ -100,7 +100,7 @@ def stream(*pieces: bytes, end: bool = True, announced: int | None = None) -> Ha
     """Sends these bytes, and ends or hangs; `announced`: a length that is never reached."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
         response.content_length = announced
         await response.prepare(request)
         for piece in pieces:

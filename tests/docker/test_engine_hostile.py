@@ -23,7 +23,7 @@ from agent_sdk.protocol.errors import (
 from tests.conftest import let_others_through
 from tests.docker.fake_engine import INFO, VERSION, FakeEngine, never, slam, stream
 from workspaces.backend.docker.engine import Engine, engine_version
-from workspaces.backend.docker.engine_logs import LONGEST_LINE
+from workspaces.backend.docker.engine_streams import LONGEST_LINE
 
 HASTE = 0.1
 """Of the limits of time: what hangs is given up after 1 s instead of 10."""

@@ -3,6 +3,6 @@
 Knows engines and processes; nothing of boxes, which are built from it.
 
 docker: containers
-child:  a process that may outlive whoever started it
+child:  a process that may outlive whoever started it, and what it is called
 sizes:  sizes as people write them
 """

@@ -1,4 +1,7 @@
-"""A child process that may outlive whoever started it: started, watched, found again by a later process."""
+"""A child process that may outlive whoever started it: started, watched, found again by a later process.
+
+And what a process is called, so that others see whether it still lives.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from msgspec import Struct
 
 from agent_sdk.workspace.launch import with_default_signals
 from agent_sdk.workspace.process_tree import started_ticks
+
+UNKNOWN = "unknown"
+"""A machine whose processes cannot be told from others'."""
 
 
 class Identity(Struct, frozen=True):
@@ -135,3 +141,26 @@ async def first_line(fd: int, limit: int) -> bytes:
         return b""
     finally:
         transport.close()
+
+
+def this_process() -> str:
+    """Return a name of this process that no other one ever has."""
+    return f"{_machine()}.{os.getpid()}.{started_ticks(os.getpid()) or 0}"
+
+
+def is_dead(owner: str) -> bool:
+    """Whether the process of this name has ended; False also for those of other machines and containers."""
+    machine, _, process = owner.partition(".")
+    pid, _, ticks = process.partition(".")
+    if machine in ("", UNKNOWN) or machine != _machine() or not (pid.isdecimal() and ticks.isdecimal()):
+        return False
+    return started_ticks(int(pid)) != int(ticks)
+
+
+def _machine() -> str:
+    """The run of the kernel, and the process ids that are meant: containers count their own."""
+    boot = boot_id()
+    try:
+        return f"{boot}-{Path('/proc/self/ns/pid').readlink().name.strip('pid:[]')}" if boot else UNKNOWN
+    except OSError:
+        return UNKNOWN

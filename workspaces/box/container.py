@@ -37,7 +37,7 @@ from workspaces.backend.docker.container_body import (
     create_body,
     temporary,
 )
-from workspaces.backend.docker.engine_runtimes import usable_runtime
+from workspaces.backend.docker.engine_info import usable_runtime
 from workspaces.backend.docker.mounts import Source, sources
 from workspaces.box.ending import Ending, ending_of
 from workspaces.box.folder import READY_LINE, BoxFolder, Record

@@ -11,17 +11,21 @@ import os
 import re
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
-from typing import Any, Literal, Self
+from functools import partial
+from typing import Any, Self
+
+from aiodocker.containers import DockerContainer
+from aiodocker.networks import DockerNetwork
+from aiodocker.volumes import DockerVolume
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, NotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import Usage
 from workspaces.backend.docker import labels
-from workspaces.backend.docker.engine_api import ANSWER_SECONDS, EngineApi
 from workspaces.backend.docker.engine_archive import give_to_group, read_file
-from workspaces.backend.docker.engine_events import Death, EngineEvents, Watch
+from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, Call, EngineConnection
 from workspaces.backend.docker.engine_info import EngineInfo, usage_of
-from workspaces.backend.docker.engine_logs import follow, last_lines
+from workspaces.backend.docker.engine_streams import Death, EngineEvents, Watch, last_lines, output
 from workspaces.backend.docker.images import Image, OnProgress, Pull, ensure_image
 
 __all__ = ["Death", "Engine", "EngineInfo", "Image", "OnProgress", "Watch", "engine_version"]
@@ -32,8 +36,7 @@ REMOVE_SECONDS = 30.0
 FEWEST_AT_ONCE = 2
 
 _NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-Kind = Literal["volumes", "networks"]
+_LISTED = ("Id", "Names", "Labels", "State")
 
 
 class Engine:
@@ -47,22 +50,24 @@ class Engine:
             at_once: how many heavy calls (create, start, remove) may run at a time; None: one per core.
             patience: all limits of time are multiplied by it, for an engine that is known to be slow.
         """
-        self._api = EngineApi(url, patience=patience)
+        self._connection = EngineConnection(url, patience=patience)
         self._gate = asyncio.Semaphore(at_once or max(FEWEST_AT_ONCE, os.cpu_count() or 1))
-        self._events = EngineEvents(self._api, self.inspect)
+        self._events = EngineEvents(self._connection, self.inspect)
         self._undoing: set[asyncio.Task[None]] = set()
         self._stack = AsyncExitStack()
         self.info: EngineInfo
         """What it said of itself at the start."""
 
     def __repr__(self) -> str:
-        return f"<Engine at {getattr(self._api, 'where', 'an address not yet looked for')}>"
+        return f"<Engine at {getattr(self._connection, 'where', 'an address not yet looked for')}>"
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._api)
-            about = await self._api.ask("GET", "info", what="tell what it can")
-            self.info = EngineInfo.from_answers(self._api.version, about)
+            await stack.enter_async_context(self._connection)
+            self._docker = self._connection.docker
+            async with self._connection.bounded("tell what it can"):
+                about = await self._docker.system.info()
+            self.info = EngineInfo.from_answers(self._connection.version, about)
             self._events.since = self.info.clock
             stack.push_async_callback(self._events.close)
             self._stack = stack.pop_all()
@@ -76,7 +81,7 @@ class Engine:
     @property
     def where(self) -> str:
         """Its address."""
-        return self._api.where
+        return self._connection.where
 
     # --- containers ---
 
@@ -97,21 +102,10 @@ class Engine:
         mark = new_id()
         marks = {labels.CREATE: mark, labels.NAME: name}
         body = {**body, "Labels": {**(body.get("Labels") or {}), **marks}}
-        params = {"name": name, **({"platform": platform} if platform else {})}
         async with self._gate:
-            call = asyncio.ensure_future(
-                self._api.ask(
-                    "POST",
-                    "containers/create",
-                    what=f"create the container {name}",
-                    phase="create",
-                    seconds=CREATE_SECONDS,
-                    params=params,
-                    body=body,
-                )
-            )
+            call = asyncio.ensure_future(self._create(name, body, platform))
             try:
-                return str((await asyncio.shield(call))["Id"])
+                return await asyncio.shield(call)
             except asyncio.CancelledError:  # the engine does not stop, so its answer is waited for elsewhere
                 self._undo(self._uncreate(mark, call))
                 raise
@@ -125,10 +119,11 @@ class Engine:
         Raises:
             As `create`; NotFound: there is none.
         """
-        what, path = f"start the container {id[:12]}", _path(id, "start")
+        what, container = f"start the container {id[:12]}", self._container(id)
         async with self._gate:
             try:
-                await self._api.ask("POST", path, what=what, phase="start", seconds=START_SECONDS)
+                async with self._connection.bounded(what, phase="start", seconds=START_SECONDS):
+                    await container.start()
             except AgentServerError as exc:
                 if exc.retryable and "status" not in exc.details:  # nobody knows whether it starts yet
                     await asyncio.shield(self._undo(self._remove_quietly(id)))
@@ -136,11 +131,11 @@ class Engine:
 
     async def stop(self, id: str, seconds: int = 5) -> None:
         """Ask it to end, and kill it after these seconds. One that has ended or is gone already is fine."""
-        await self._signal(id, "stop", ANSWER_SECONDS + seconds, t=seconds)
+        await self._end("stop", id, ANSWER_SECONDS + seconds, t=seconds)
 
     async def kill(self, id: str, signal: str = "KILL") -> None:
         """Send it a signal. One that has ended or is gone already is fine."""
-        await self._signal(id, "kill", ANSWER_SECONDS, signal=signal)
+        await self._end("kill", id, ANSWER_SECONDS, signal=signal)
 
     async def pause(self, id: str) -> None:
         """Let nothing in it run; one that is paused already is fine.
@@ -148,7 +143,7 @@ class Engine:
         Raises:
             NotFound: there is none. WorkspaceUnavailable: it does not run.
         """
-        await self._freeze(id, "pause", "already paused")
+        await self._freeze(f"pause the container {id[:12]}", self._container(id).pause, "already paused")
 
     async def unpause(self, id: str) -> None:
         """Let it go on; one that is not paused is fine.
@@ -156,35 +151,23 @@ class Engine:
         Raises:
             NotFound: there is none. WorkspaceUnavailable: it does not run.
         """
-        await self._freeze(id, "unpause", "not paused")
+        await self._freeze(f"unpause the container {id[:12]}", self._container(id).unpause, "not paused")
 
     async def remove(self, id: str) -> None:
         """Kill and remove it with its anonymous volumes. Returns when it is gone; at most 30 s."""
         what = f"remove the container {id[:12]}"
         async with self._gate:
             with suppress(NotFound):
-                path = _path(id)
+                container = self._container(id)
                 try:
-                    await self._api.ask(
-                        "DELETE",
-                        path,
-                        what=what,
-                        seconds=REMOVE_SECONDS,
-                        params={"force": "1", "v": "1"},
-                        again=True,
-                    )
+                    delete = partial(container.delete, force=True, v=True)
+                    await self._connection.ask(what, delete, seconds=REMOVE_SECONDS)
                 except WorkspaceUnavailable as exc:
                     if exc.details.get("status") != 409:
                         raise
                     # Somebody else is at it.
-                    await self._api.ask(
-                        "POST",
-                        f"{path}/wait",
-                        what=what,
-                        seconds=REMOVE_SECONDS,
-                        params={"condition": "removed"},
-                        again=True,
-                    )
+                    removed = partial(container.wait, condition="removed")
+                    await self._connection.ask(what, removed, seconds=REMOVE_SECONDS)
 
     async def inspect(self, id: str) -> dict[str, Any]:
         """Return all the engine knows of a container, by its id or name.
@@ -192,23 +175,24 @@ class Engine:
         Raises:
             NotFound: there is none.
         """
-        what = f"describe the container {id[:64]}"
-        return dict(await self._api.ask("GET", _path(id, "json"), what=what, again=True))
+        return dict(await self._connection.ask(f"describe the container {id[:64]}", self._container(id).show))
 
     async def containers(
         self, by_label: Mapping[str, str | None], *, name: str | None = None
     ) -> list[dict[str, Any]]:
         """Return the containers in all states that have these labels, with any value where that is None.
 
-        Those that have them of an image alone are none of ours, and left out.
+        Each has its `Id`, `Names`, `Labels` and `State`. Those with the labels of an image alone are none of ours, and
+        left out.
         """
         filters = _by_label(by_label)
         if name is not None:
             filters["name"] = [f"^/{name}$"]
-        params = {"all": "1", "filters": json.dumps(filters)}
-        answer = await self._api.ask(
-            "GET", "containers/json", what="list containers", params=params, again=True
-        )
+        listing = partial(self._docker.containers.list, all=True, filters=json.dumps(filters))
+        answer = [
+            {name: found[name] for name in _LISTED if name in found}
+            for found in await self._connection.ask("list containers", listing)
+        ]
         return [found for found in answer if not by_label or labels.CREATE in by_label or _is_ours(found)]
 
     async def stats(self, id: str) -> Usage:
@@ -217,13 +201,13 @@ class Engine:
         Raises:
             NotFound: there is none.
         """
-        params = {"stream": "false", "one-shot": "true"}
-        what = f"tell what the container {id[:12]} uses"
-        return usage_of(await self._api.ask("GET", _path(id, "stats"), what=what, params=params, again=True))
+        path, once = f"containers/{_plain(id)}/stats", {"stream": "false", "one-shot": "true"}
+        stats = partial(self._connection.request, "GET", path, once)
+        return usage_of(await self._connection.ask(f"tell what the container {id[:12]} uses", stats))
 
     async def logs(self, id: str, lines: int = 20) -> str:
         """Return the last lines of its output, at most 64 KiB; empty when there is none, or nothing of it."""
-        return await last_lines(self._api, id, lines)
+        return await last_lines(self._connection, id, lines)
 
     def follow_logs(self, id: str, *, since_now: bool = False) -> AsyncIterator[str]:
         """Return the lines of its output from the start until it ends; close the iterator to end it before.
@@ -237,7 +221,7 @@ class Engine:
         Raises:
             NotFound: there is none. EngineUnavailable: the engine does not answer, or ended before the container.
         """
-        return follow(self._api, id, "0" if since_now else "all")
+        return output(self._connection, id, follow="1", tail="0" if since_now else "all")
 
     async def image(
         self,
@@ -260,7 +244,7 @@ class Engine:
             EngineUnavailable: the engine does not answer.
         """
         return await ensure_image(
-            self._api, self.info, name, pull=pull, platform=platform, on_progress=on_progress
+            self._connection, self.info, name, pull=pull, platform=platform, on_progress=on_progress
         )
 
     async def read_file(self, id: str, path: str, most: int) -> tuple[str, bytes]:
@@ -269,7 +253,7 @@ class Engine:
         Raises:
             NotFound: there is no such container, or nothing at the path.
         """
-        return await read_file(self._api, _path(id, "archive"), path, most)
+        return await read_file(self._connection, _plain(id), path, most)
 
     async def give_to_group(self, id: str, folder: str, group: int) -> None:
         """Let a group write what is in a folder of a container, and what will be: of one that has never run.
@@ -280,7 +264,7 @@ class Engine:
         Raises:
             NotFound: there is no such container or folder. WorkspaceUnavailable: it is read-only.
         """
-        await give_to_group(self._api, _path(id, "archive"), folder, group)
+        await give_to_group(self._connection, _plain(id), folder, group)
 
     def watch(self, id: str) -> Watch:
         """Watch the container with this full id, that exists already, for its end and other changes."""
@@ -290,15 +274,18 @@ class Engine:
 
     async def volumes(self, by_label: Mapping[str, str | None]) -> list[dict[str, Any]]:
         """Return the volumes with these labels."""
-        return list((await self._list("volumes", by_label)).get("Volumes") or ())
+        listing = partial(self._docker.volumes.list, filters=_by_label(by_label))
+        return list((await self._connection.ask("list volumes", listing)).get("Volumes") or ())
 
     async def networks(self, by_label: Mapping[str, str | None]) -> list[dict[str, Any]]:
         """Return the networks with these labels."""
-        return list(await self._list("networks", by_label))
+        listing = partial(self._docker.networks.list, filters=_by_label(by_label))
+        return list(await self._connection.ask("list networks", listing))
 
     async def create_volume(self, name: str, body: Mapping[str, Any]) -> None:
         """Make a volume; `body` as POST /volumes/create takes it. An existing one of this name is left as it is."""
-        await self._make("volumes", {"Name": name, **body})
+        async with self._gate, self._connection.bounded(f"create the volume {name}", phase="create"):
+            await self._docker.volumes.create({"Name": name, **body})
 
     async def create_network(self, name: str, body: Mapping[str, Any]) -> str:
         """Make a network and return its id; `body` as POST /networks/create takes it.
@@ -306,7 +293,9 @@ class Engine:
         Raises:
             WorkspaceUnavailable: the name is taken. EngineUnavailable: no addresses are left.
         """
-        return str((await self._make("networks", {"Name": name, "CheckDuplicate": True, **body}))["Id"])
+        async with self._gate, self._connection.bounded(f"create the network {name}", phase="create"):
+            made = await self._docker.networks.create({"Name": name, "CheckDuplicate": True, **body})
+            return str(made.id)
 
     async def remove_volume(self, name: str) -> None:
         """Remove a volume. One that is gone is fine.
@@ -314,7 +303,9 @@ class Engine:
         Raises:
             WorkspaceUnavailable: a container uses it.
         """
-        await self._drop("volumes", name)
+        with suppress(NotFound):
+            delete = DockerVolume(self._docker, _plain(name)).delete
+            await self._connection.ask(f"remove the volume {name}", delete)
 
     async def remove_network(self, name: str) -> None:
         """Remove a network, by its name or id. One that is gone is fine.
@@ -322,44 +313,38 @@ class Engine:
         Raises:
             WorkspaceUnavailable: a container is connected to it.
         """
-        await self._drop("networks", name)
+        with suppress(NotFound):
+            delete = DockerNetwork(self._docker, _plain(name)).delete
+            await self._connection.ask(f"remove the network {name}", delete)
 
     # --- how ---
 
-    async def _signal(self, id: str, verb: str, seconds: float, **params: Any) -> None:
-        what = f"{verb} the container {id[:12]}"
+    def _container(self, id: str) -> DockerContainer:
+        return self._docker.containers.container(_plain(id))
+
+    async def _create(self, name: str, body: Mapping[str, Any], platform: str | None) -> str:
+        params = {"name": name, **({"platform": platform} if platform else {})}
+        what = f"create the container {name}"
+        async with self._connection.bounded(what, phase="create", seconds=CREATE_SECONDS):
+            made = await self._connection.request("POST", "containers/create", params, body)
+            return str(made["Id"])
+
+    async def _end(self, verb: str, id: str, seconds: float, **how: Any) -> None:
         try:
-            await self._api.ask(
-                "POST", _path(id, verb), what=what, seconds=seconds, params=params, again=True
-            )
+            end = partial(getattr(self._container(id), verb), **how)
+            await self._connection.ask(f"{verb} the container {id[:12]}", end, seconds=seconds)
         except NotFound:
             pass
         except WorkspaceUnavailable as exc:
             if exc.details.get("status") != 409:  # "is not running"
                 raise
 
-    async def _freeze(self, id: str, verb: str, done: str) -> None:
-        path = _path(id, verb)
+    async def _freeze(self, what: str, call: Call, done: str) -> None:
         try:
-            await self._api.ask("POST", path, what=f"{verb} the container {id[:12]}", again=True)
+            await self._connection.ask(what, call)
         except WorkspaceUnavailable as exc:
             if done not in exc.message:
                 raise
-
-    async def _list(self, kind: Kind, by_label: Mapping[str, str | None]) -> Any:
-        params = {"filters": json.dumps(_by_label(by_label))}
-        return await self._api.ask("GET", kind, what=f"list {kind}", params=params, again=True)
-
-    async def _make(self, kind: Kind, body: Mapping[str, Any]) -> Any:
-        what = f"create the {kind[:-1]} {body['Name']}"
-        async with self._gate:
-            return await self._api.ask("POST", f"{kind}/create", what=what, phase="create", body=body)
-
-    async def _drop(self, kind: Kind, name: str) -> None:
-        with suppress(NotFound):
-            await self._api.ask(
-                "DELETE", f"{kind}/{_plain(name)}", what=f"remove the {kind[:-1]} {name}", again=True
-            )
 
     def _undo(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -378,8 +363,8 @@ class Engine:
 
     async def _remove_quietly(self, id: str) -> None:
         with suppress(AgentServerError):
-            params = {"force": "1", "v": "1"}
-            await self._api.ask("DELETE", _path(id), what="remove it", params=params)
+            async with self._connection.bounded("remove it"):
+                await self._container(id).delete(force=True, v=True)
 
 
 async def engine_version(url: str | None = None) -> str:
@@ -388,12 +373,8 @@ async def engine_version(url: str | None = None) -> str:
     Raises:
         EngineUnavailable: there is none, it may not be used, is too old, or does not answer within 10 s.
     """
-    async with EngineApi(url) as api:
-        return str(api.version.get("Version"))
-
-
-def _path(id: str, verb: str = "") -> str:
-    return f"containers/{_plain(id)}" + (f"/{verb}" if verb else "")
+    async with EngineConnection(url) as connection:
+        return str(connection.version.get("Version"))
 
 
 def _plain(name: str) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from agent_sdk.protocol.errors import EngineUnavailable, NotFound
 from agent_sdk.workspace.disk import in_thread
-from workspaces.backend.docker.engine_api import ANSWER_SECONDS, EngineApi
+from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, EngineConnection
 
 _STAT = "X-Docker-Container-Path-Stat"
 _NO_FILE = 0x8F280000
@@ -30,26 +30,26 @@ _AROUND = 64 << 10
 """Bytes that an archive of one file has besides it, at most."""
 
 
-async def read_file(api: EngineApi, archive: str, path: str, most: int) -> tuple[str, bytes]:
-    """See Engine.read_file; `archive`: the path in the engine's API."""
-    target, content = await _read(api, archive, path, most)
+async def read_file(connection: EngineConnection, id: str, path: str, most: int) -> tuple[str, bytes]:
+    """Return where a path of a container leads to, and its content; see Engine.read_file."""
+    target, content = await _read(connection, id, path, most)
     if target == path:
         return path, content
     with suppress(NotFound):  # all links of the way are resolved in it
-        content = (await _read(api, archive, target, most))[1]
+        content = (await _read(connection, id, target, most))[1]
     return target, content
 
 
-async def give_to_group(api: EngineApi, archive: str, folder: str, group: int) -> None:
-    """See Engine.give_to_group."""
+async def give_to_group(connection: EngineConnection, id: str, folder: str, group: int) -> None:
+    """Let a group write what is in a folder of a container; see Engine.give_to_group."""
     what = f"give {folder} of a container to the group {group}"
-    async with api.answer("GET", archive, what=what, params={"path": folder}) as response:
+    async with connection.stream("GET", f"containers/{id}/archive", {"path": folder}, what=what) as response:
         content = await _whole(response.content, _GIVEN_BYTES)
     given = await in_thread(_given, content, group)
     if given:
-        tar, around = {"Content-Type": "application/x-tar"}, {"path": posixpath.dirname(folder)}
-        async with api.answer("PUT", archive, what=what, params=around, headers=tar, data=given) as response:
-            await response.read()
+        async with connection.bounded(what):
+            container = connection.docker.containers.container(id)
+            await container.put_archive(posixpath.dirname(folder), given)
 
 
 def _given(content: bytes, group: int) -> bytes:
@@ -72,9 +72,9 @@ def _given(content: bytes, group: int) -> bytes:
     return given.getvalue()
 
 
-async def _read(api: EngineApi, archive: str, path: str, most: int) -> tuple[str, bytes]:
+async def _read(connection: EngineConnection, id: str, path: str, most: int) -> tuple[str, bytes]:
     what = f"read {path} of a container"
-    async with api.answer("GET", archive, what=what, params={"path": path}) as response:
+    async with connection.stream("GET", f"containers/{id}/archive", {"path": path}, what=what) as response:
         try:
             about: dict[str, Any] = msgspec.json.decode(base64.b64decode(response.headers[_STAT]))
             target, mode, size = str(about["linkTarget"]), int(about["mode"]), int(about["size"])

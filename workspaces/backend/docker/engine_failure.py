@@ -199,7 +199,7 @@ def _named(exc: BaseException | None) -> str:
 def _plain(text: object) -> str:
     """The engine's words as one short line."""
     words = str(text).strip()
-    if words.startswith('{"message"'):  # the content type did not say that it is JSON
+    if words.startswith("{"):  # nobody has decoded it
         with suppress(ValueError, LookupError):
             words = str(json.loads(words)["message"])
     return " ".join(words.split()).rstrip(".")[:LONGEST_TEXT]

@@ -12,8 +12,7 @@ from typing import Self
 
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from workspaces.backend.docker.engine import Engine
-from workspaces.backend.docker.own_container import SELF, own_container
-from workspaces.backend.docker.reach import LOOPBACK, engine_address
+from workspaces.backend.docker.reach import LOOPBACK, SELF, engine_address, own_container
 
 
 class HostPaths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import aiodocker
@@ -12,12 +13,11 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
-from agent_sdk.protocol.errors import ImageUnavailable
+from agent_sdk.protocol.errors import ImageUnavailable, NotFound
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.docker.docker_config import key_for
-from workspaces.backend.docker.engine_api import EngineApi
+from workspaces.backend.docker.engine_connection import EngineConnection
 from workspaces.backend.docker.engine_info import EngineInfo
-from workspaces.backend.docker.engine_lines import lines_of
 
 STALL_SECONDS = 60.0
 """A pull that says nothing for so long is given up."""
@@ -51,7 +51,7 @@ class Image(Struct, frozen=True, kw_only=True):
 
 
 async def ensure_image(
-    api: EngineApi,
+    connection: EngineConnection,
     info: EngineInfo,
     name: str,
     *,
@@ -59,12 +59,12 @@ async def ensure_image(
     platform: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Image:
-    """See Engine.image."""
+    """Return an image, pulled where that is wanted; see Engine.image."""
     if not _REFERENCE.fullmatch(name):
         raise ImageUnavailable(
             f"no image can have the name {name[:80]!r}: correct it", image=name[:80], phase="image"
         )
-    image = None if pull == "always" else await _inspect(api, name)
+    image = None if pull == "always" else await _inspect(connection, name)
     wrong = image and _other_platform(image, info, platform)
     if image is not None and not wrong:
         return image
@@ -73,8 +73,8 @@ async def ensure_image(
         mend = "name another image or platform" if wrong else f"docker pull {name}, or allow to pull it"
         raise ImageUnavailable(f"{why}: {mend}", image=name, phase="image")
     key = await in_thread(key_for, name, info.registry)
-    await _pull(api, name, key, platform, on_progress)
-    image = await _inspect(api, name)
+    await _pull(connection, name, key, platform, on_progress)
+    image = await _inspect(connection, name)
     if image is None:
         raise ImageUnavailable(f"the image {name} was pulled and is gone again", image=name, phase="pull")
     wrong = _other_platform(image, info, platform)
@@ -83,9 +83,11 @@ async def ensure_image(
     return image
 
 
-async def _inspect(api: EngineApi, name: str) -> Image | None:
-    said = await api.find(f"images/{name}/json", what=f"describe the image {name}")
-    if said is None:
+async def _inspect(connection: EngineConnection, name: str) -> Image | None:
+    inspect = partial(connection.docker.images.inspect, name)
+    try:
+        said = await connection.ask(f"describe the image {name}", inspect)
+    except NotFound:
         return None
     config = said.get("Config") or {}
     digests = said.get("RepoDigests") or [""]
@@ -114,39 +116,36 @@ def _other_platform(image: Image, info: EngineInfo, platform: str | None) -> str
 
 
 async def _pull(
-    api: EngineApi, name: str, key: str, platform: str | None, on_progress: OnProgress | None
+    connection: EngineConnection, name: str, key: str, platform: str | None, on_progress: OnProgress | None
 ) -> None:
     params = {"fromImage": name, **({"platform": platform} if platform else {})}
     if "@" not in name and ":" not in name.rpartition("/")[2]:
         params["tag"] = "latest"  # otherwise the engine pulls all tags
-    headers = {"X-Registry-Auth": key} if key else {}
-    progress = _Progress(on_progress)
-    what = f"pull the image {name}"
-    stalled, stall = False, STALL_SECONDS * api.patience
-    call = api.stream(
+    progress, stall = _Progress(on_progress), STALL_SECONDS * connection.patience
+    call = connection.stream(
         "POST",
         "images/create",
-        what=what,
+        params,
+        headers={"X-Registry-Auth": key} if key else {},
+        what=f"pull the image {name}",
         phase="pull",
         seconds=STALL_SECONDS,
-        headers=headers,
-        params=params,
     )
-    async with call as stream:
+    async with call as response:
         try:
             async with asyncio.timeout(stall) as patience:
-                async for line in lines_of(stream):
+                async for line in response.content:
                     patience.reschedule(asyncio.get_running_loop().time() + stall)
                     progress.take(line)
         except TimeoutError:
-            stalled = True
+            sentence = f"the pull of the image {name} stood still for {stall:g} s"
+            raise ImageUnavailable(
+                f"{sentence}: try again, or docker pull {name}", image=name, phase="pull"
+            ) from None
         except aiohttp.ClientError as exc:
             raise ImageUnavailable(
                 f"the pull of the image {name} broke off ({exc}): try again", image=name, phase="pull"
             ) from None
-    if stalled:
-        sentence = f"the pull of the image {name} stood still for {stall:g} s"
-        raise ImageUnavailable(f"{sentence}: try again, or docker pull {name}", image=name, phase="pull")
 
 
 class _Progress:
@@ -163,9 +162,7 @@ class _Progress:
         Raises:
             aiodocker.DockerError: it says that the pull failed.
         """
-        if not line.strip():
-            return
-        said = msgspec.json.decode(line, type=dict[str, Any])
+        said = msgspec.json.decode(line, type=dict[str, Any]) if line.strip() else {}
         if "error" in said:
             raise aiodocker.DockerError(0, str(said["error"]))
         layer, detail = str(said.get("id", "")), said.get("progressDetail") or {}

@@ -3,26 +3,30 @@
 An engine of this machine publishes ports on 127.0.0.1. One that DOCKER_HOST names on another machine
 publishes them on the very address by which it is reached, and no other. When this process runs in a
 container of that engine itself, 127.0.0.1 is somebody else: then both containers are in one network, and
-nothing is published.
+nothing is published. Which container that is, its mounts tell.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from agent_sdk.protocol.errors import EngineUnavailable, InvalidParams, WorkspaceUnavailable
-from workspaces.backend.docker.own_container import own_container
+from agent_sdk.protocol.errors import EngineUnavailable, InvalidParams, NotFound, WorkspaceUnavailable
 
 if TYPE_CHECKING:
     from workspaces.backend.docker.engine import Engine
 
 LOOPBACK = "127.0.0.1"
+SELF = Path("/proc/self")
+_MOUNTED = re.compile(r"containers/([0-9a-f]{64})/\S+ /etc/(?:hostname|hosts|resolv\.conf) ")
+"""Engines mount these three into every container, from a folder named after it."""
 
 
 class Reach(Struct, frozen=True, kw_only=True):
@@ -92,6 +96,32 @@ async def engine_address(engine: Engine) -> str:
     if parts.scheme not in ("tcp", "http", "https") or not parts.hostname:
         return LOOPBACK
     return await _address(parts.hostname)
+
+
+async def own_container(engine: Engine, process: Path = SELF) -> dict[str, Any] | None:
+    """Return what the engine says of the container that this process runs in; None: it runs in none of this engine.
+
+    Args:
+        engine: the one that is asked.
+        process: the folder of another process in /proc instead.
+
+    Raises:
+        EngineUnavailable: it does not answer.
+    """
+    found = own_container_id(process)
+    try:
+        return None if found is None else await engine.inspect(found)
+    except NotFound:
+        return None
+
+
+def own_container_id(process: Path = SELF) -> str | None:
+    """Return the id of the container that this process runs in, as its mounts tell it. Reads one small file."""
+    try:
+        found = _MOUNTED.search((process / "mountinfo").read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def _shared(own: dict[str, Any], network: str | None) -> str:

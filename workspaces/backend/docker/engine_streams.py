@@ -1,17 +1,20 @@
-"""What happens to containers: one stream of events per engine, that is taken up again when it was lost.
+"""What an engine tells bit by bit: what happens to containers, and what they write.
 
-Events of the time between are not counted on: whenever the stream begins, every watched container is
-looked at. So no death is missed, whoever was away: the engine, the connection, or the one who watches.
+There is one stream of events per engine, that is taken up again when it was lost. Events of the time between are not
+counted on: whenever the stream begins, every watched container is looked at. So no death is missed, whoever was away:
+the engine, the connection, or the one who watches.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -20,14 +23,20 @@ from msgspec import Struct
 
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound, WorkspaceUnavailable
 from workspaces.backend.docker import labels
-from workspaces.backend.docker.engine_api import EngineApi
-from workspaces.backend.docker.engine_lines import lines_of
+from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, EngineConnection
 
 STEADY_SECONDS = 5.0
 """A stream that lived for so long is asked for again at once."""
 _CHANGES = ("oom", "pause", "unpause")
 _FILTERS = {"type": ["container"], "event": ["die", "destroy", *_CHANGES], "label": [labels.INSTANCE]}
 _KILLED = 137
+LONGEST_EVENT = 1 << 20
+"""Bytes. An event has all labels of its container, and an image may bring any number of them."""
+LONGEST_LINE = 64 << 10
+"""Bytes of output; a longer line comes in pieces."""
+MOST = 64 << 10
+"""Bytes of last lines."""
+_HEADER = struct.Struct(">BxxxL")
 
 Inspect = Callable[[str], Awaitable[dict[str, Any]]]
 
@@ -73,10 +82,10 @@ class Watch:
 
 
 class EngineEvents:
-    """See the module's docstring. Leaving ends the stream."""
+    """The stream of events, from the first watch to `close`."""
 
-    def __init__(self, api: EngineApi, inspect: Inspect) -> None:
-        self._api = api
+    def __init__(self, connection: EngineConnection, inspect: Inspect) -> None:
+        self._connection = connection
         self._inspect = inspect
         self._watches: dict[str, set[Watch]] = {}
         self.since = 0
@@ -123,11 +132,11 @@ class EngineEvents:
         """Read the stream until it ends. Raises when it did not begin, or not for long."""
         clock = asyncio.get_running_loop().time
         params = {"since": f"{self.since // 10**9}.{self.since % 10**9:09}", "filters": json.dumps(_FILTERS)}
-        async with self._api.stream("GET", "events", what="tell its events", params=params) as stream:
+        async with self._connection.stream("GET", "events", params, what="tell its events") as response:
             began = clock()
             self._look_at_all()
             with suppress(aiohttp.ClientError, OSError):  # that is how engines end
-                async for line in lines_of(stream):
+                async for line in _events(response.content):
                     self._happened(line)
         if clock() - began < STEADY_SECONDS:
             raise EngineUnavailable("the engine ended its stream of events", phase="engine")
@@ -204,3 +213,65 @@ def _reason(exit_code: int | None, oom: bool, error: str) -> str:
     if exit_code is None:
         return "it was removed"
     return f"it ended with exit code {exit_code}" + (f": {error}" if error else "")
+
+
+async def _events(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Yield the lines of a stream, whole ones only; one that is too long comes cut to nothing."""
+    rest, too_long = b"", False
+    async for piece in stream.iter_any():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield b"" if too_long or len(line) > LONGEST_EVENT else line
+            too_long = False
+        if len(rest) > LONGEST_EVENT:
+            rest, too_long = b"", True
+
+
+async def last_lines(connection: EngineConnection, id: str, lines: int) -> str:
+    """Return the end of a container's output; empty when it cannot be had: whoever asks has an error to tell."""
+    found = ""
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            async for line in output(connection, id, follow="0", tail=str(lines)):
+                found = f"{found}{line}\n"[-MOST:]
+    except (AgentServerError, TimeoutError):
+        pass
+    return found.rstrip("\n")
+
+
+async def output(connection: EngineConnection, id: str, *, follow: str, tail: str) -> AsyncIterator[str]:
+    """Yield the lines of a container's output; `follow` and `tail` as the engine takes them."""
+    what = f"show the output of the container {id[:12]}"
+    params = {"stdout": "1", "stderr": "1", "follow": follow, "tail": tail}
+    async with connection.stream(
+        "GET", f"containers/{quote(id, safe='')}/logs", params, what=what
+    ) as response:
+        rest = b""
+        async for piece in _pieces(response.content):
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                yield _text(line)
+            if len(rest) > LONGEST_LINE:
+                yield _text(rest)
+                rest = b""
+        if rest:
+            yield _text(rest)
+
+
+async def _pieces(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """What was written, without the headers that say whether it was standard output or error."""
+    try:
+        while True:
+            _, length = _HEADER.unpack(await stream.readexactly(_HEADER.size))
+            while length:
+                piece = await stream.read(min(length, LONGEST_LINE))
+                if not piece:
+                    return
+                length -= len(piece)
+                yield piece
+    except asyncio.IncompleteReadError:
+        return
+
+
+def _text(line: bytes) -> str:
+    return line.rstrip(b"\r").decode(errors="replace")
