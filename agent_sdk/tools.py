@@ -134,7 +134,7 @@ class FunctionTool(Generic[P, R]):
         return f"<tool {self.spec.name}>"
 
     async def run(self, arguments: str, context: ToolContext | None = None) -> ToolResult:
-        """See Tool.run. What the function raises becomes an error result with the exception's text.
+        """Call the function. What it raises becomes an error result with the exception's text.
 
         A plain function runs in a thread, so that it may block; cancelling does not stop the thread.
         """

@@ -40,7 +40,7 @@ _OUTSIDE = (
 
 
 def check_secrets(secrets: Mapping[str, str]) -> None:
-    """See that these can be kept out of a log without holding everybody else up.
+    """Check that these can be kept out of a log without holding everybody else up.
 
     Raises:
         InvalidParams: they are too many or too long.

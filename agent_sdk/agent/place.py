@@ -41,23 +41,20 @@ class Place(Protocol):
         ...
 
 
-class Passing:
+class Passing(Place):
     """A workspace that ends with the process that uses it, or does not know what others have begun in it."""
 
     instance = ""
     waits = ()
 
     async def describe(self, workspace: Workspace) -> WorkspaceInfo:
-        """See Place.describe."""
         return await workspace.describe()
 
     def untouched(self, instance: str) -> bool:
-        """See Place.untouched."""
         return False
 
     def again(self, instance: str) -> Workspace | None:
-        """See Place.again."""
         return None
 
     async def ready(self) -> None:
-        """See Place.ready."""
+        """Return at once."""

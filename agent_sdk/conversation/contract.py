@@ -157,7 +157,7 @@ def outcome_of(ended: TurnEnded) -> Outcome:
 
 
 class Conversation(Verbs, Protocol):
-    """See the module's docstring. Opened at its first use; `async with` is optional."""
+    """A conversation: a log of events that its verbs extend. Opened at its first use; `async with` is optional."""
 
     async def __aenter__(self) -> Self: ...
 

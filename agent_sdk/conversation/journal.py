@@ -21,7 +21,7 @@ from agent_sdk.protocol.events import Delta, Event, decode
 
 
 class Journal:
-    """See the module's docstring; it is the agent.journal.Journal of a conversation."""
+    """One conversation's part of the event log: what is appended to it, what follows from it, and who is told."""
 
     def __init__(self, log: EventLog, conversation: str, epoch: str, delivery: Delivery) -> None:
         self.log = log

@@ -51,10 +51,10 @@ T = TypeVar("T")
 
 
 class LocalConversation(Conversation):
-    """See conversation.Conversation. Use it from one event loop."""
+    """A conversation whose log and agent are in this process. Use it from one event loop."""
 
     id: str = ""
-    """See Conversation.id."""
+    """Its id; empty before its first use."""
 
     @checked
     def __init__(
@@ -141,7 +141,6 @@ class LocalConversation(Conversation):
 
     @property
     def cursor(self) -> Cursor:
-        """See Conversation.cursor."""
         return Cursor(self.epoch, self._delivery.seq)
 
     @property
@@ -200,7 +199,7 @@ class LocalConversation(Conversation):
         stops: str | None = None,
         op: Operation | None = None,
     ) -> Accepted:
-        """See Conversation.send_message. A paused conversation stays so until `run`, or a message that interrupts.
+        """Append a user message. A paused conversation stays so until `run`, or a message that interrupts.
         A repeated call returns what the first returned. `stops`: the turn that it may interrupt; None: any.
 
         Raises:
@@ -232,7 +231,7 @@ class LocalConversation(Conversation):
         return Accepted(records[0].event.seq, run_id)
 
     async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
-        """See Conversation.run. The callbacks have seen every event of the turn when it returns.
+        """Wait for the end of the turn; the callbacks have seen every event of it when this returns.
 
         Raises:
             StorageFull, WorkspaceUnavailable, LeaseLost: the log could not be written, so the turn stopped.
@@ -260,7 +259,7 @@ class LocalConversation(Conversation):
         return answer
 
     async def pause(self, *, run_id: str | None = None, op: Operation | None = None) -> None:
-        """See Conversation.pause. Nothing happens when no turn runs, or not the one of `run_id`."""
+        """Ask the turn to stop before its next step. Nothing happens when no turn runs, or not the one of `run_id`."""
         opened = await self._open()
         opened.turns.check()
         turn = opened.turns.current if opened.turns.meant(run_id) else None
@@ -273,7 +272,7 @@ class LocalConversation(Conversation):
     async def interrupt(
         self, reason: str = "", *, run_id: str | None = None, op: Operation | None = None
     ) -> None:
-        """See Conversation.interrupt. Nothing happens when no turn runs, or not the one of `run_id`."""
+        """Stop the turn now. Nothing happens when no turn runs, or not the one of `run_id`."""
         opened = await self._open()
         opened.turns.check()
         done = answering(op, Done())
@@ -288,14 +287,12 @@ class LocalConversation(Conversation):
         reason: str = "",
         op: Operation | None = None,
     ) -> None:
-        """See Conversation.respond."""
         opened = await self._open()
         done = answering(op, Done())
         if not await opened.turns.respond(request_id, answer, reason, done):
             await self._note(done)
 
     async def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
-        """See Conversation.events."""
         opened = await self._open()
         if isinstance(since, Cursor):
             if since.epoch and since.epoch != self.epoch:
@@ -311,7 +308,7 @@ class LocalConversation(Conversation):
             follower.close()
 
     async def state(self) -> Snapshot:
-        """See Conversation.state; a closed conversation has one, too."""
+        """Return the present state; a closed conversation has one, too."""
         closed = self._closing is not None
         opened = self._opened if closed and self._opened is not None else await self._open()
         fold, epoch = opened.journal.fold, opened.journal.epoch
@@ -319,11 +316,10 @@ class LocalConversation(Conversation):
         return fold.snapshot(self.id, epoch, working=self.working, closed=closed, waits=waits)
 
     async def stats(self) -> Stats:
-        """See Conversation.stats."""
         return (await self.state()).stats
 
     async def update_secrets(self, secrets: dict[str, str], *, op: Operation | None = None) -> None:
-        """See Conversation.update_secrets.
+        """Set secrets of the agent's terminal.
 
         Raises:
             InvalidParams: a name cannot be an environment variable.
@@ -334,12 +330,11 @@ class LocalConversation(Conversation):
     async def set_confirmation_policy(
         self, policy: ConfirmationPolicy, *, op: Operation | None = None
     ) -> None:
-        """See Conversation.set_confirmation_policy."""
         opened = await self._open()
         await self._write(opened, [self._configuration.set_confirmation(policy)], op)
 
     async def switch_llm(self, llm: Model, *, op: Operation | None = None) -> None:
-        """See Conversation.switch_llm.
+        """Use another model from the next model call on.
 
         Raises:
             InvalidParams: there is no way to reach this model.
@@ -354,7 +349,7 @@ class LocalConversation(Conversation):
         tags: dict[str, str] | None = None,
         op: Operation | None = None,
     ) -> None:
-        """See Conversation.set_title. What does not change is not written."""
+        """Name the conversation; tags are merged. What does not change is not written."""
         opened = await self._open()
         if events := opened.journal.fold.retitled(title, tags):
             await opened.journal.append(*events, op=answering(op, Done()))
@@ -404,7 +399,7 @@ class LocalConversation(Conversation):
     # --- opening and closing ---
 
     async def close(self) -> None:
-        """See Conversation.close. A turn it stops may be continued when the log is opened again."""
+        """Let go of the conversation. A turn that this stops may be continued when the log is opened again."""
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
         await self._until_closed()
@@ -424,7 +419,6 @@ class LocalConversation(Conversation):
         await self._until_closed()
 
     async def delete(self) -> None:
-        """See Conversation.delete."""
         await self._open()
         self._closing = asyncio.create_task(self._close(delete=True))
         await self._until_closed()

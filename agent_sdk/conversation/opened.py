@@ -51,7 +51,7 @@ class Opened:
         return self.journal.fold.outcome
 
     async def run(self, timeout: float | None, on_waiting: OnWaiting | None) -> Outcome:
-        """See LocalConversation.run."""
+        """Wait for the end of the turn, as LocalConversation.run does."""
         turn = self.turns.begin(untold=self.untold)
         if turn is None:
             self.untold = None

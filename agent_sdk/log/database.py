@@ -98,7 +98,6 @@ class Database(Storage):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """See Storage."""
         try:
             with super().transaction():
                 data_version = self.value("PRAGMA data_version")

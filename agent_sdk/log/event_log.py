@@ -96,7 +96,7 @@ class ConversationRow(Struct, frozen=True, kw_only=True):
 
 
 class EventLog:
-    """See the module's docstring. All methods may be called at any time from the loop that opened it.
+    """The log of all conversations. All methods may be called at any time from the loop that opened it.
 
     Raises (any method):
         ConversationNotFound: there is no such conversation.

@@ -78,7 +78,7 @@ class Storage:
             self._names += (f"{self._names[0]}-wal",)
 
     def look(self) -> None:
-        """See that the files still have their names; what is written to one that has none is lost for everybody."""
+        """Check that the files still have their names; what is written to one that has none is lost for everybody."""
         for name in self._names:
             try:
                 found = os.stat(name)

@@ -18,7 +18,7 @@ from agent_sdk.workspace.contract import ExecResult, OnOutput, OutputName
 
 
 class Command:
-    """See the module's docstring: what it reads goes on behind what has come there, what it says behind what came here.
+    """One command there: what it reads goes on behind what has come there, what it says behind what came here.
 
     A callback gets every byte once, in order, one piece at a time.
     """

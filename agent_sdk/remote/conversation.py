@@ -76,15 +76,15 @@ from agent_sdk.protocol.specs import ConfirmationPolicy, Model, WorkspaceSpec
 from agent_sdk.remote.connection import ANSWER_SECONDS, Connection
 from agent_sdk.remote.delivery import Delivery
 from agent_sdk.remote.link import Until, ask, ask_page
-from agent_sdk.remote.reconnecting import ServerLink
+from agent_sdk.remote.reconnecting import Resident, ServerLink
 from agent_sdk.remote.tool_calls import ToolCalls
 from agent_sdk.remote.workspace import RemoteWorkspace
 
 T = TypeVar("T")
 
 
-class RemoteConversation(Conversation):
-    """See conversation.Conversation. The turn runs on the server and goes on when this end is gone.
+class RemoteConversation(Conversation, Resident):
+    """A conversation whose turn runs on the server and goes on when this end is gone.
 
     A connection that is lost is made again: calls under way are asked again and take effect once, events
     go on where they stopped, `run` waits on. While there is no connection, cancelling and `close` return at once.
@@ -160,18 +160,15 @@ class RemoteConversation(Conversation):
 
     @property
     def id(self) -> str:
-        """See Conversation.id."""
         return self._id
 
     @property
     def cursor(self) -> Cursor:
-        """See Conversation.cursor."""
         return self._delivery.given
 
     async def send_message(
         self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op_id: str | None = None
     ) -> Accepted:
-        """See Conversation.send_message."""
         turn = self._turn if mode == "interrupt" else None
         message = SendMessage(op_id=op_id_or_new(op_id), text=text, mode=mode, turn=turn)
         accepted = await (self._stop(message) if mode == "interrupt" else self._ask(message))
@@ -179,7 +176,6 @@ class RemoteConversation(Conversation):
         return accepted
 
     async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
-        """See Conversation.run."""
         link = Until(await self._open(), timeout)
         waiting = asyncio.create_task(self._outcome(link))
         telling = asyncio.create_task(self._tell_waits(on_waiting or self._on_waiting))
@@ -254,21 +250,18 @@ class RemoteConversation(Conversation):
         return outcome_of(ended)
 
     async def pause(self) -> None:
-        """See Conversation.pause."""
         await self._stop(Pause(op_id=new_id(), turn=self._turn))
 
     async def interrupt(self, reason: str = "") -> None:
-        """See Conversation.interrupt."""
         await self._stop(Interrupt(op_id=new_id(), reason=reason, turn=self._turn))
 
     async def respond(
         self, request_id: str, answer: Literal["approve", "reject"], *, reason: str = ""
     ) -> None:
-        """See Conversation.respond."""
         await self._do(Respond(op_id=new_id(), request_id=request_id, answer=answer, reason=reason))
 
     async def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
-        """See Conversation.events. Pages of the log are fetched as they are consumed."""
+        """Yield the events after `since` in order; pages of the log are fetched as they are consumed."""
         epoch, seq = (since.epoch, since.seq) if isinstance(since, Cursor) else ("", since)
         while True:
             page = await ask_page(await self._open(), _page_after(seq), PAGE_EVENTS)
@@ -284,34 +277,27 @@ class RemoteConversation(Conversation):
                 return
 
     async def state(self) -> Snapshot:
-        """See Conversation.state."""
         return await self._ask(GetState())
 
     async def stats(self) -> Stats:
-        """See Conversation.stats."""
         return (await self.state()).stats
 
     async def update_secrets(self, secrets: dict[str, str]) -> None:
-        """See Conversation.update_secrets."""
         await self._do(UpdateSecrets(op_id=new_id(), secrets=secrets))
         self._settings["secrets"] |= secrets
 
     async def set_confirmation_policy(self, policy: ConfirmationPolicy) -> None:
-        """See Conversation.set_confirmation_policy."""
         await self._do(SetConfirmationPolicy(op_id=new_id(), policy=policy))
 
     async def switch_llm(self, llm: Model) -> None:
-        """See Conversation.switch_llm."""
         await self._do(SwitchLlm(op_id=new_id(), llm=llm))
         if self._agent is not None:
             self._agent = replace(self._agent, llm=llm)
 
     async def set_title(self, title: str | None = None, *, tags: dict[str, str] | None = None) -> None:
-        """See Conversation.set_title."""
         await self._do(SetTitle(op_id=new_id(), title=title, tags=tags))
 
     async def close(self) -> None:
-        """See Conversation.close."""
         await self._delivery.close()
         if self._opening is not None:
             self._opening.cancel()
@@ -323,7 +309,6 @@ class RemoteConversation(Conversation):
         await self._stack.aclose()
 
     async def delete(self) -> None:
-        """See Conversation.delete."""
         await self._open()
         with suppress(ConversationNotFound):  # it was there: the connection was lost before its end was told
             await self._do(Delete(op_id=new_id()))
@@ -412,7 +397,6 @@ class RemoteConversation(Conversation):
     # --- what a link tells ---
 
     async def greet(self, connection: Connection) -> None:
-        """See Resident."""
         delivery, peer = self._delivery, connection.peer
         if not delivery.started:
             delivery.start(self._beginning(connection.answer))
@@ -454,7 +438,6 @@ class RemoteConversation(Conversation):
                 return Cursor("", seq)
 
     def noticed(self, method: str, params: Raw) -> None:
-        """See Resident."""
         if method == EventsNotice.method:
             notice = msgspec.json.decode(params, type=EventsNotice)
             for event in self._delivery.take(notice.epoch, notice.events):
@@ -479,12 +462,10 @@ class RemoteConversation(Conversation):
             self._settings["confirmation"] = event.confirmation
 
     def unreachable(self, error: AgentServerError) -> None:
-        """See Resident."""
         self._out_of_reach = Wait(what="server", reason=f"the server: {error}")
         self._delivery.wake()
 
     def ended(self, error: AgentServerError) -> None:
-        """See Resident."""
         self._delivery.end(error)
 
 

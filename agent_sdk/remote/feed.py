@@ -34,7 +34,7 @@ class Feed:
         self._resending: asyncio.Task[None] | None = None
 
     async def write(self, data: bytes) -> None:
-        """See Process.write. Cancelling may leave a part of `data` written."""
+        """Write to the command's input, as Process.write does. Cancelling may leave a part of `data` written."""
         async with self._turn:
             await self._begin()
             before, self._end = self._end, self._end + len(data)
@@ -47,7 +47,7 @@ class Feed:
             self._forget()
 
     async def finish(self) -> None:
-        """See Process.close_stdin."""
+        """End the command's input, as Process.close_stdin does."""
         async with self._turn:
             if self._finished:
                 return

@@ -25,13 +25,12 @@ from agent_sdk.workspace.disk import Progress
 
 
 class RemoteFiles(Files):
-    """See workspace.Files."""
+    """The files of a workspace there."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
 
     async def read(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
-        """See Files.read."""
         call = Download(path=path, channel=NO_CHANNEL, offset=offset, length=limit, as_is=True)
         while True:
             data = bytearray()
@@ -44,8 +43,6 @@ class RemoteFiles(Files):
                 continue
 
     async def write(self, path: str, data: bytes, *, mode: int | None = None) -> Transferred:
-        """See Files.write."""
-
         async def content() -> AsyncGenerator[bytes, None]:
             yield data
 
@@ -53,7 +50,6 @@ class RemoteFiles(Files):
         return await outgoing(self._link, call, Repeatable(content), Progress(None, len(data)))
 
     async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
-        """See Files.list."""
         found: list[FileInfo] = []
         asked = LISTED
 
@@ -70,32 +66,26 @@ class RemoteFiles(Files):
                 return found
 
     async def stat(self, path: str) -> FileInfo:
-        """See Files.stat."""
         return await ask(self._link, FilesStat(path=path))
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
-        """See Files.remove."""
         await ask(self._link, FilesRemove(op_id=new_id(), path=path, recursive=recursive))
 
     async def move(self, source: str, target: str) -> None:
-        """See Files.move."""
         await ask(self._link, FilesMove(op_id=new_id(), source=source, target=target))
 
     async def mkdir(self, path: str) -> None:
-        """See Files.mkdir."""
         await ask(self._link, FilesMkdir(op_id=new_id(), path=path))
 
 
 class RemoteGit(Git):
-    """See workspace.Git."""
+    """The git repository of a workspace there."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
 
     async def changes(self, path: str = ".", *, base: str | None = None) -> list[GitChange]:
-        """See Git.changes."""
         return await ask(self._link, GitChanges(path=path, base=base))
 
     async def diff(self, path: str = ".", *, base: str | None = None) -> str:
-        """See Git.diff."""
         return (await ask(self._link, GitDiff(path=path, base=base))).text

@@ -37,7 +37,7 @@ class Linked(NamedTuple):
 
 
 class Link(Protocol):
-    """See the module's docstring."""
+    """A way to a Peer that may be lost and found again."""
 
     async def linked(self) -> Linked:
         """Return the connection, waiting while it is being made or found again. Cancelling ends the waiting only.
@@ -48,20 +48,19 @@ class Link(Protocol):
         ...
 
 
-class Fixed:
+class Fixed(Link):
     """The link over a Peer that belongs to somebody else; when it is lost, it is lost."""
 
     def __init__(self, peer: Peer) -> None:
         self._linked = Linked(peer, "")
 
     async def linked(self) -> Linked:
-        """See Link."""
         if self._linked.peer.lost is not None:
             raise self._linked.peer.lost
         return self._linked
 
 
-class Until:
+class Until(Link):
     """A link whose connection is waited for until a point in time; one that is up may be used after it."""
 
     def __init__(self, link: Link, seconds: float | None) -> None:
@@ -77,7 +76,7 @@ class Until:
         return max(self._deadline - asyncio.get_running_loop().time(), 0.001)
 
     async def linked(self) -> Linked:
-        """See Link.
+        """Return the connection, waiting no longer than until that time.
 
         Raises:
             TimedOut: there was none in time.

@@ -30,7 +30,7 @@ from agent_sdk.workspace.contract import Exit, OutputName, Process, Shell, Shell
 
 
 class RemoteProcess(Process):
-    """See workspace.Process. All of it goes on over the next connection when one is lost."""
+    """A process there. All of it goes on over the next connection when one is lost."""
 
     def __init__(self, link: Link, process_id: str) -> None:
         self._link = link
@@ -42,21 +42,18 @@ class RemoteProcess(Process):
 
     @property
     def id(self) -> str:
-        """See Process.id."""
         return self._id
 
     async def write(self, data: bytes) -> None:
-        """See Process.write. Cancelling may leave a part of `data` written."""
+        """Write to its standard input, as Process.write says. Cancelling may leave a part of `data` written."""
         await self._input.write(data)
 
     async def close_stdin(self) -> None:
-        """See Process.close_stdin."""
         await self._input.finish()
 
     async def output(
         self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncIterator[bytes]:
-        """See Process.output."""
         async with aclosing(self.chunks(since, stream=stream, follow=follow)) as chunks:
             async for _, data in chunks:
                 yield data
@@ -64,7 +61,6 @@ class RemoteProcess(Process):
     async def chunks(
         self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncGenerator[tuple[int, bytes], None]:
-        """See Process.chunks."""
         position = since
         while True:
             peer = (await self._link.linked()).peer
@@ -82,15 +78,12 @@ class RemoteProcess(Process):
                     raise
 
     async def signal(self, name: str) -> None:
-        """See Process.signal."""
         await ask(self._link, ProcessSignal(op_id=new_id(), process_id=self.id, name=name))
 
     async def resize(self, *, rows: int, cols: int) -> None:
-        """See Process.resize."""
         await ask(self._link, ProcessResize(process_id=self.id, rows=rows, cols=cols))
 
     async def wait(self, timeout: float | None = None) -> Exit:
-        """See Process.wait."""
         milliseconds("timeout", timeout)
         link = Until(self._link, timeout)
 
@@ -118,7 +111,7 @@ async def _chunks(peer: Peer, call: ProcessOutput) -> AsyncGenerator[Chunk, None
 
 
 class RemoteShell(Shell):
-    """See workspace.Shell."""
+    """A persistent shell there."""
 
     def __init__(self, link: Link, name: str) -> None:
         self._link = link
@@ -133,7 +126,6 @@ class RemoteShell(Shell):
         until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
-        """See Shell.run."""
         return await self._ask(
             ShellRun(
                 op_id=op_id or new_id(),
@@ -155,7 +147,6 @@ class RemoteShell(Shell):
         until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
-        """See Shell.send."""
         return await self._ask(
             ShellSend(
                 op_id=op_id or new_id(),
@@ -169,11 +160,9 @@ class RemoteShell(Shell):
         )
 
     async def reset(self, *, op_id: str | None = None) -> None:
-        """See Shell.reset."""
         await ask(self._link, ShellReset(op_id=op_id or new_id(), name=self._name))
 
     async def close(self, *, op_id: str | None = None) -> None:
-        """See Shell.close."""
         await ask(self._link, ShellReset(op_id=op_id or new_id(), name=self._name, fresh=False))
 
     async def _ask(self, call: ShellRun | ShellSend) -> ShellResult:

@@ -32,7 +32,7 @@ from agent_sdk.protocol.methods import Draining
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.protocol.specs import WorkspaceSpec
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS, Connection, connect
-from agent_sdk.remote.link import Linked
+from agent_sdk.remote.link import Link, Linked
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -106,8 +106,8 @@ class Resident(Protocol):
         ...
 
 
-class ServerLink:
-    """See link.Link and the module's docstring. Entering makes the first connection, leaving closes the last."""
+class ServerLink(Link):
+    """A client's Link to its server. Entering makes the first connection, leaving closes the last."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -165,7 +165,7 @@ class ServerLink:
         return (await self._connected()).answer.state
 
     async def linked(self) -> Linked:
-        """See Link.
+        """Return the connection, waiting while it is being made or found again. Cancelling ends the waiting only.
 
         Raises:
             Unauthorized, ConversationNotFound, PolicyDenied, InvalidParams, …: trying again is no use.

@@ -94,7 +94,7 @@ def unreachable(url: str, exc: Exception, *, direct: bool = False) -> Connection
 
 
 async def check_no_tls(url: str) -> None:
-    """See that a server that ended a plain connection without a word is not one that waits for TLS.
+    """Check that a server that ended a plain connection without a word is not one that waits for TLS.
 
     Raises:
         ConnectionLost: it is.

@@ -158,7 +158,7 @@ class Source(Protocol):
         ...
 
 
-class Repeatable:
+class Repeatable(Source):
     """A Source that can be read from its beginning as often as needed."""
 
     def __init__(self, chunks: Callable[[], AsyncGenerator[bytes, None]]) -> None:
@@ -166,7 +166,6 @@ class Repeatable:
         self._digest = sha256()
 
     async def behind(self, since: int) -> AsyncGenerator[bytes, None]:
-        """See Source."""
         self._digest, position = sha256(), 0
         async with aclosing(self._chunks()) as chunks:
             async for data in chunks:
@@ -176,14 +175,13 @@ class Repeatable:
                     yield data[max(0, len(data) - (position - since)) :]
 
     def digest(self) -> bytes:
-        """See Source."""
         return self._digest.digest()
 
     async def aclose(self) -> None:
-        """See Source."""
+        """Do nothing: what is read is closed by who reads it."""
 
 
-class Once:
+class Once(Source):
     """A Source that is read once; of what was read so much is kept as can be on its way."""
 
     def __init__(self, chunks: AsyncIterable[bytes]) -> None:
@@ -194,7 +192,6 @@ class Once:
         self._reading: asyncio.Task[bytes | None] | None = None
 
     async def behind(self, since: int) -> AsyncGenerator[bytes, None]:
-        """See Source."""
         if not self._first <= since <= self._end:
             raise ConnectionLost("the connection was lost, and the bytes that were on their way are used up")
         position = self._first
@@ -221,11 +218,9 @@ class Once:
         return data
 
     def digest(self) -> bytes:
-        """See Source."""
         return self._digest.digest()
 
     async def aclose(self) -> None:
-        """See Source."""
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)

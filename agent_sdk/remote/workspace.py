@@ -239,7 +239,6 @@ class RemoteWorkspace(Workspace):
         return RemoteGit(self.link)
 
     async def describe(self) -> WorkspaceInfo:
-        """See Workspace.describe."""
         return await ask(self.link, Describe())
 
     async def pause(self) -> None:
@@ -279,7 +278,7 @@ class RemoteWorkspace(Workspace):
         op_id: str | None = None,
         user: str | None = None,
     ) -> ExecResult:
-        """See Workspace.execute.
+        """Run a command and wait for its end; the arguments are those of Workspace.execute.
 
         Cancelling waits until the other end has ended the process tree; while there is no connection it
         returns at once, and the command goes on. Where the place was lost the status is `unknown`.
@@ -316,7 +315,6 @@ class RemoteWorkspace(Workspace):
         op_id: str | None = None,
         user: str | None = None,
     ) -> Process:
-        """See Workspace.start."""
         started = await ask(
             self.link,
             ProcessStart(
@@ -334,15 +332,12 @@ class RemoteWorkspace(Workspace):
         return RemoteProcess(self.link, started.process_id)
 
     async def processes(self) -> list[ProcessInfo]:
-        """See Workspace.processes."""
         return await ask(self.link, ProcessList())
 
     def process(self, process_id: str) -> Process:
-        """See Workspace.process."""
         return RemoteProcess(self.link, process_id)
 
     def shell(self, name: str = "default") -> RemoteShell:
-        """See Workspace.shell."""
         return RemoteShell(self.link, name)
 
     async def upload(
@@ -353,7 +348,6 @@ class RemoteWorkspace(Workspace):
         on_progress: OnProgress | None = None,
         op_id: str | None = None,
     ) -> Transferred:
-        """See Workspace.upload."""
         call_id = op_id_or_new(op_id)
         async with open_source(source) as opened:
             size, mode = opened.size, opened.mode
@@ -371,7 +365,6 @@ class RemoteWorkspace(Workspace):
     async def download(
         self, source: str, target: LocalPath, *, on_progress: OnProgress | None = None
     ) -> Transferred:
-        """See Workspace.download."""
         call = Download(path=source, channel=NO_CHANNEL)
         async with atomic_file(target) as file, incoming(self.link, call) as stream:
             if on_progress is not None:
@@ -384,7 +377,7 @@ class RemoteWorkspace(Workspace):
             return await file.commit(mode=stream.mode)
 
     async def upload_dir(self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()) -> Transferred:
-        """See Workspace.upload_dir. Over another connection it goes on where it was, unless a file has changed."""
+        """Copy a folder there; over another connection it goes on where it was, unless a file has changed."""
         call = Upload(op_id=new_id(), path=remote, channel=NO_CHANNEL, unpack=True)
         source = Repeatable(lambda: packed(local, exclude))
         return await outgoing(self.link, call, source, Progress(None, 0))
@@ -392,7 +385,7 @@ class RemoteWorkspace(Workspace):
     async def download_dir(
         self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()
     ) -> Transferred:
-        """See Workspace.download_dir. Over another connection it goes on where it was, unless a file has changed."""
+        """Copy a folder here; over another connection it goes on where it was, unless a file has changed."""
         call = Download(path=remote, channel=NO_CHANNEL, pack=True, exclude=list(exclude))
         async with incoming(self.link, call) as stream:
             return await unpacked(local, aiter(stream))
@@ -401,7 +394,7 @@ class RemoteWorkspace(Workspace):
     async def read_stream(
         self, path: str, *, offset: int = 0, length: int | None = None
     ) -> AsyncIterator[FileStream]:
-        """See Workspace.read_stream; the SHA-256 of the other end is checked at the end.
+        """Open a file for reading in pieces; the SHA-256 of the other end is checked at the end.
 
         When the connection is lost it goes on over the next one. A file that was changed meanwhile raises
         ChangedDuringRead at the end.
@@ -415,7 +408,7 @@ class RemoteWorkspace(Workspace):
     async def write_stream(
         self, path: str, chunks: AsyncIterable[bytes], *, size: int | None = None, mode: int | None = None
     ) -> Transferred:
-        """See Workspace.write_stream; the other end checks the SHA-256.
+        """Write a file from pieces; the other end checks the SHA-256.
 
         `chunks` is read once. When the connection is lost it goes on over the next one, as long as the other
         end has all but the last 4 MiB; else, where its box was lost, this raises ConnectionLost, and nothing

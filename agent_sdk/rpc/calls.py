@@ -52,7 +52,7 @@ class Calls:
         self._admit()
 
     async def call(self, params: Method[R], timeout: float | None) -> R:
-        """See Peer.call."""
+        """Call a method of the other end and wait for the answer."""
         if timeout is None:
             return await self._call(params)
         try:

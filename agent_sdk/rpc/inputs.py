@@ -60,7 +60,7 @@ class Input:
 
 
 class Inputs:
-    """See the module's docstring; by op_id."""
+    """What calls are to read, by op_id."""
 
     def __init__(self, limit: int = INPUT_BYTES) -> None:
         self._limit = limit

@@ -87,7 +87,7 @@ class Source(Protocol):
         ...
 
 
-class LongMessages:
+class LongMessages(Source):
     """Messages that travel in pieces, one after the other, and short ones that must not overtake them."""
 
     def __init__(self, stream: int) -> None:
@@ -99,7 +99,6 @@ class LongMessages:
         self._position = 0
 
     def has_frames(self) -> bool:
-        """See Source."""
         return bool(self._messages)
 
     def put(self, message: bytes, left: Left | None = None) -> None:
@@ -107,7 +106,6 @@ class LongMessages:
         self._messages.append((message, left))
 
     def next_frame(self) -> Frame:
-        """See Source."""
         message, left = self._messages.first
         start, end = self._position, self._position + self.piece_bytes
         whole = start == 0 and len(message) <= self.whole_bytes
@@ -123,7 +121,7 @@ class LongMessages:
 
 
 class Lanes:
-    """See the module's docstring."""
+    """What waits to be sent on one connection, in three lanes."""
 
     def __init__(self, budget: int, on_work: Callable[[], object]) -> None:
         """Make empty lanes.

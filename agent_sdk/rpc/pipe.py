@@ -45,7 +45,7 @@ def lost(code: int, reason: str = "") -> ConnectionLost:
     return ConnectionLost(f"the connection ended with {code}{why}", close_code=code, reason=reason)
 
 
-class MemoryPipe:
+class MemoryPipe(Pipe):
     """One end of a pair inside this process. It holds at most 256 KiB, or one frame, per direction."""
 
     def __init__(self) -> None:
@@ -57,7 +57,6 @@ class MemoryPipe:
         self._left: asyncio.Future[None] | None = None
 
     async def send(self, frame: bytes | bytearray | memoryview, *, text: bool) -> None:
-        """See Pipe."""
         other = self._other
         while self._lost is None and other._frames and other._held + len(frame) > MEMORY_BYTES:
             if other._left is None or other._left.done():
@@ -70,7 +69,6 @@ class MemoryPipe:
         wake(other._arrived)
 
     async def receive(self) -> tuple[bytes, bool]:
-        """See Pipe."""
         while not self._frames:
             if self._lost is not None:
                 raise self._lost
@@ -82,7 +80,7 @@ class MemoryPipe:
         return frame, text
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """See Pipe. The other end still receives what was sent before."""
+        """End the connection. The other end still receives what was sent before."""
         self._frames.clear()
         self._end(lost(code, reason))
         self._other._end(lost(code, reason))

@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 from agent_sdk.protocol import frame as frames
 from agent_sdk.protocol.errors import AgentServerError, LimitExceeded, TransferBroken
 from agent_sdk.protocol.window import ReceiveWindow, SendWindow
-from agent_sdk.rpc.lanes import Frame, Lanes, Line
+from agent_sdk.rpc.lanes import Frame, Lanes, Line, Source
 from agent_sdk.rpc.pipe import wake
 
 QUEUED_FRAMES = 4
@@ -128,7 +128,7 @@ class ByteReader:
             wake(self._arrived)
 
 
-class ByteWriter:
+class ByteWriter(Source):
     """The sending end. One task at a time.
 
     Attributes:
@@ -211,11 +211,9 @@ class ByteWriter:
             await self._room
 
     def has_frames(self) -> bool:
-        """See lanes.Source."""
         return bool(self._frames)
 
     def next_frame(self) -> Frame:
-        """See lanes.Source."""
         frame = Frame(self._frames.popleft(), False)
         wake(self._room)
         if self.finished and not self._frames:

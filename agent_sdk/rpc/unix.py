@@ -31,8 +31,8 @@ _head = struct.Struct(">IB")
 _code = struct.Struct(">H")
 
 
-class UnixPipe(asyncio.Protocol):
-    """See Pipe. Reading pauses while more than 256 KiB wait to be received."""
+class UnixPipe(asyncio.Protocol, Pipe):
+    """A Pipe over a Unix socket. Reading pauses while more than 256 KiB wait to be received."""
 
     def __init__(self, frame_bytes: int) -> None:
         self._frame_bytes = frame_bytes
@@ -48,7 +48,6 @@ class UnixPipe(asyncio.Protocol):
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def send(self, frame: bytes | bytearray | memoryview, *, text: bool) -> None:
-        """See Pipe."""
         if self._lost is not None:
             raise self._lost
         self._write(_TEXT if text else _BINARY, frame)
@@ -56,7 +55,6 @@ class UnixPipe(asyncio.Protocol):
             await asyncio.shield(self._room)
 
     async def receive(self) -> tuple[bytes, bool]:
-        """See Pipe."""
         while not self._frames:
             if self._lost is not None:
                 raise self._lost
@@ -71,7 +69,7 @@ class UnixPipe(asyncio.Protocol):
         return frame, text
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """See Pipe. What cannot be flushed within 5 s is dropped."""
+        """End the connection. What cannot be flushed within 5 s is dropped."""
         transport = self._transport
         if self._lost is None and transport is not None:
             self._write(_CLOSE, _code.pack(code) + reason.encode()[:123])

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from aiohttp import ClientError, WebSocketError, WSMsgType
 
 from agent_sdk.protocol.errors import ConnectionLost
-from agent_sdk.rpc.pipe import lost
+from agent_sdk.rpc.pipe import Pipe, lost
 
 CLOSE_SECONDS = 5.0
 REASON_BYTES = 123
@@ -50,8 +50,8 @@ class WebSocket(Protocol):
         ...
 
 
-class WebSocketPipe:
-    """See Pipe."""
+class WebSocketPipe(Pipe):
+    """A Pipe over an aiohttp WebSocket."""
 
     def __init__(
         self,
@@ -82,7 +82,6 @@ class WebSocketPipe:
         self._wait_to_speak()
 
     async def send(self, frame: bytes | bytearray | memoryview, *, text: bool) -> None:
-        """See Pipe."""
         if self._lost is not None:
             raise self._lost
         self._has_spoken = True
@@ -96,7 +95,7 @@ class WebSocketPipe:
             raise self._end(1006, "closed while sending") from None
 
     async def receive(self) -> tuple[bytes, bool]:
-        """See Pipe. A text frame that is not UTF-8 ends the connection with 1007."""
+        """Return the next frame, and whether it is text; one that is not UTF-8 ends the connection with 1007."""
         if self._lost is not None:
             raise self._lost
         try:
@@ -115,7 +114,7 @@ class WebSocketPipe:
         raise self._end(self._ws.close_code or 1006, "" if broken is None else str(broken))
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """See Pipe. A socket that does not agree in time is shut down, after it has lingered."""
+        """End the connection. A socket that does not agree in time is shut down, after it has lingered."""
         self._end(code, reason)
         transport = self._ws.get_extra_info("socket")
         try:

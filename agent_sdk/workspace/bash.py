@@ -112,7 +112,7 @@ class Report:
 
 
 class Bash:
-    """See the module's docstring. `child` tells its end."""
+    """One bash in a terminal. `child` tells its end."""
 
     def __init__(
         self,

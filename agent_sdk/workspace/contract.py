@@ -352,7 +352,7 @@ class Git(Verbs, Protocol):
 
 
 class Workspace(Verbs, Protocol):
-    """See the module's docstring. Enter it with `async with`; leaving ends everything that runs in it."""
+    """A place to work. Enter it with `async with`; leaving ends everything that runs in it."""
 
     async def __aenter__(self) -> Self: ...
 

@@ -24,39 +24,36 @@ class LocalFiles(Files):
         self._root = root
 
     async def read(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
-        """See Files.read."""
         _check_count(offset, "offset")
         if limit is not None:
             _check_count(limit, "limit")
         return await in_thread(entries.read, self._root, path, offset, limit)
 
     async def write(self, path: str, data: bytes, *, mode: int | None = None) -> Transferred:
-        """See Files.write."""
         async with self._atomic(path, mode) as file:
             await file.write(data)
             return await file.commit()
 
     async def stat(self, path: str, *, follow: bool = False) -> FileInfo:
-        """See Files.stat; with `follow` what a symlink leads to."""
+        """Describe a path; a symlink itself, with `follow` what it leads to."""
         return await in_thread(entries.describe, self._root, path, follow)
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
-        """See Files.remove; a folder with content and no `recursive` is a PathError ENOTEMPTY."""
+        """Remove what is at a path; a folder with content and no `recursive` is a PathError ENOTEMPTY."""
         await in_thread(entries.remove, self._root, path, recursive)
 
     async def move(self, source: str, target: str) -> None:
-        """See Files.move; a symlink is moved itself."""
+        """Rename, replacing an existing file; a symlink is moved itself."""
         await in_thread(entries.move, self._root, source, target)
 
     async def mkdir(self, path: str) -> None:
-        """See Files.mkdir."""
         await in_thread(entries.make_folder, self._root, path)
 
     @asynccontextmanager
     async def read_stream(
         self, path: str, *, offset: int = 0, length: int | None = None, as_is: bool = False
     ) -> AsyncIterator[Source]:
-        """See Workspace.read_stream; with `as_is` what `read` returns."""
+        """Open a file for reading, as Workspace.read_stream does; with `as_is` what `read` returns."""
         _check_count(offset, "offset")
         if length is not None:
             _check_count(length, "length")
@@ -77,7 +74,7 @@ class LocalFiles(Files):
         mode: int | None = None,
         unpack: bool = False,
     ) -> Transferred:
-        """See Workspace.write_stream; with `unpack` an archive for a folder."""
+        """Write a file from pieces, as Workspace.write_stream does; with `unpack` an archive for a folder."""
         if size is not None:
             _check_count(size, "size")
         async with AsyncExitStack() as stack:
@@ -127,7 +124,7 @@ class LocalFiles(Files):
                 os.close(fd)
 
     async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
-        """See Files.list; a symlink to a folder below `path` is listed, not entered."""
+        """Return what is in a folder; a symlink to a folder below `path` is listed, not entered."""
         if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= 64:
             raise InvalidParams(f"depth: 1..64 (got {depth!r:.40})")
         return await in_thread(entries.listing, self._root, path, depth, hidden)

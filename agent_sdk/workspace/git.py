@@ -84,7 +84,6 @@ class LocalGit(Git):
         self._isolated = isolated
 
     async def changes(self, path: str = ".", *, base: str | None = None) -> list[GitChange]:
-        """See Git.changes."""
         found: dict[str, GitChange] = {}
         async with self._views() as views:
             async for place, tree in self._places(path, base, views):
@@ -96,7 +95,7 @@ class LocalGit(Git):
         return sorted(found.values(), key=lambda change: change.path)
 
     async def diff(self, path: str = ".", *, base: str | None = None) -> str:
-        """See Git.diff; untracked files are shown as new ones."""
+        """Return the unified diff against `base`; untracked files are shown as new ones."""
         text = b""
         async with self._views() as views:
             async for place, tree in self._places(path, base, views):

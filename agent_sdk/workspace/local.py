@@ -216,16 +216,13 @@ class LocalWorkspace(Workspace):
 
     @property
     def files(self) -> LocalFiles:
-        """See Workspace.files."""
         return self._files
 
     @property
     def git(self) -> LocalGit:
-        """See Workspace.git."""
         return self._git
 
     async def describe(self) -> WorkspaceInfo:
-        """See Workspace.describe."""
         machine = os.uname()
         return WorkspaceInfo(
             root=self.root,
@@ -253,7 +250,7 @@ class LocalWorkspace(Workspace):
         user: str | None = None,
         on_start: Callable[[LocalProcess], None] | None = None,
     ) -> ExecResult:
-        """See Workspace.execute; `on_start` gets the process as soon as it runs."""
+        """Run a command, as Workspace.execute says; `on_start` gets the process as soon as it runs."""
         if op_id is not None:
             options: dict[str, Any] = {
                 "cwd": cwd,
@@ -377,7 +374,6 @@ class LocalWorkspace(Workspace):
         op_id: str | None = None,
         user: str | None = None,
     ) -> LocalProcess:
-        """See Workspace.start."""
         if op_id is not None:
             options: dict[str, Any] = {"pty": pty, "rows": rows, "cols": cols, "timeout": timeout}
             options |= {} if user is None else {"user": user}
@@ -393,15 +389,12 @@ class LocalWorkspace(Workspace):
         return LocalProcess(self._opened().processes, running.child.id)
 
     async def processes(self) -> list[ProcessInfo]:
-        """See Workspace.processes."""
         return self._opened().processes.infos()
 
     def process(self, process_id: str) -> LocalProcess:
-        """See Workspace.process."""
         return LocalProcess(self._opened().processes, process_id)
 
     def shell(self, name: str = "default") -> LocalShell:
-        """See Workspace.shell."""
         opened = self._opened()
         if name not in opened.shells:
             opened.shells[name] = LocalShell(name, opened.spool_folder, self._start_bash, self._limits)
@@ -428,7 +421,6 @@ class LocalWorkspace(Workspace):
         on_progress: OnProgress | None = None,
         op_id: str | None = None,
     ) -> Transferred:
-        """See Workspace.upload."""
         if op_id is not None:
             work = partial(self.upload, source, target, on_progress=on_progress)
             return await self._opened().repeats.run(op_id, ("upload", os.fspath(source), target), work)
@@ -440,7 +432,6 @@ class LocalWorkspace(Workspace):
     async def download(
         self, source: str, target: LocalPath, *, on_progress: OnProgress | None = None
     ) -> Transferred:
-        """See Workspace.download."""
         self._opened()
         async with self._files.read_stream(source) as opened, atomic_file(target, opened.mode) as file:
             async with aclosing(Progress(on_progress, opened.size).watch(opened)) as chunks:
@@ -449,27 +440,23 @@ class LocalWorkspace(Workspace):
             return await file.commit(size=opened.size)
 
     async def upload_dir(self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()) -> Transferred:
-        """See Workspace.upload_dir."""
         self._opened()
         return await self._files.write_stream(remote, packed(local, exclude), unpack=True)
 
     async def download_dir(
         self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()
     ) -> Transferred:
-        """See Workspace.download_dir."""
         self._opened()
         return await unpacked(local, self._files.packed(remote, exclude))
 
     def read_stream(
         self, path: str, *, offset: int = 0, length: int | None = None
     ) -> AbstractAsyncContextManager[FileStream]:
-        """See Workspace.read_stream."""
         return self._files.read_stream(path, offset=offset, length=length)
 
     async def write_stream(
         self, path: str, chunks: AsyncIterable[bytes], *, size: int | None = None, mode: int | None = None
     ) -> Transferred:
-        """See Workspace.write_stream."""
         return await self._files.write_stream(path, chunks, size=size, mode=mode)
 
 

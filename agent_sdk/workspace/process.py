@@ -34,7 +34,6 @@ class LocalProcess(Process):
 
     @property
     def id(self) -> str:
-        """See Process.id."""
         return self._id
 
     def _find(self) -> Running:
@@ -47,15 +46,13 @@ class LocalProcess(Process):
         return feed
 
     async def write(self, data: bytes) -> None:
-        """See Process.write."""
         await self._feed().write(data)
 
     async def write_at(self, offset: int, data: bytes) -> None:
-        """See Feed.write_at."""
+        """Write to its standard input what lies behind `offset`, as Feed.write_at does."""
         await self._feed().write_at(offset, data)
 
     async def close_stdin(self) -> None:
-        """See Process.close_stdin."""
         running = self._find()
         if running.feed is None:
             return
@@ -67,7 +64,6 @@ class LocalProcess(Process):
     async def output(
         self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncIterator[bytes]:
-        """See Process.output."""
         async with aclosing(self.chunks(since, stream=stream, follow=follow)) as chunks:
             async for _, data in chunks:
                 yield data
@@ -80,7 +76,10 @@ class LocalProcess(Process):
         follow: bool = True,
         until: asyncio.Future[Any] | None = None,
     ) -> AsyncGenerator[tuple[int, bytes], None]:
-        """See Process.chunks; `until`: end with what there is when this is done, instead of with the process."""
+        """Yield like `output`, each piece with its offset.
+
+        `until`: end with what there is when this is done, instead of with the process.
+        """
         running = self._find()
         spool, over = running.spools.get(stream), until or running.child.over
         if spool is None:
@@ -106,7 +105,7 @@ class LocalProcess(Process):
                     end = max(position, spool.size)
 
     async def signal(self, name: str) -> None:
-        """See Process.signal; on a terminal the foreground job gets it, too."""
+        """Send a signal to its process group; on a terminal the foreground job gets it, too."""
         number = check_signal(name)
         running = self._find()
         foreground = 0
@@ -116,7 +115,7 @@ class LocalProcess(Process):
         running.child.send(number, foreground)
 
     async def resize(self, *, rows: int, cols: int) -> None:
-        """See Process.resize; a process without a terminal is a StateConflict."""
+        """Set the size of its terminal; a process without one is a StateConflict."""
         check_size(rows, cols)
         running = self._find()
         if running.terminal is None:
@@ -126,7 +125,6 @@ class LocalProcess(Process):
         resize(running.terminal.master, rows, cols)
 
     async def wait(self, timeout: float | None = None) -> Exit:
-        """See Process.wait."""
         check_seconds(timeout, "timeout")
         over = self._find().child.over
         await asyncio.wait((over,), timeout=timeout)

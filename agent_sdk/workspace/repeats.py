@@ -32,7 +32,7 @@ class _Call:
 
 
 class Repeats:
-    """See the module's docstring. Close it."""
+    """The calls of a workspace that carry an op_id, while it is open. Close it."""
 
     def __init__(self) -> None:
         self._calls: dict[str, _Call] = {}

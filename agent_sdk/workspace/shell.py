@@ -74,7 +74,6 @@ class LocalShell(Shell):
         until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
-        """See Shell.run."""
         limits = _limits(timeout, quiet)
         text = encode(command, "command")
         sought = _Sought(until)
@@ -108,7 +107,7 @@ class LocalShell(Shell):
         until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
-        """See Shell.send. When no command runs, nothing is typed and the answer is `done`."""
+        """Type into the running command. When none runs, nothing is typed and the answer is `done`."""
         limits = _limits(timeout, quiet)
         sought = _Sought(until)
         bash = await self._ready()
@@ -123,14 +122,13 @@ class LocalShell(Shell):
                 await typing
 
     async def reset(self, *, op_id: str | None = None) -> None:
-        """See Shell.reset."""
         async with self._starting:
             await self._end()
             self._begin()
             self._wake()
 
     async def close(self, *, op_id: str | None = None) -> None:
-        """See Shell.close; the files of its long outputs are removed."""
+        """End the shell and forget it; the files of its long outputs are removed."""
         async with self._starting:
             await self._end()
             self._wake()

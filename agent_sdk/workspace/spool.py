@@ -19,7 +19,7 @@ PENDING_BYTES = 4 << 20
 
 
 class Spool:
-    """See the module's docstring. One loop uses it; only `_write` and `pread` run in threads."""
+    """What one stream of a process said. One loop uses it; only `_write` and `pread` run in threads."""
 
     def __init__(self, path: str, *, memory: int = HEAD_BYTES, capacity: int = SPOOL_BYTES) -> None:
         """Make an empty one.

@@ -17,7 +17,7 @@ KEPT = 32
 
 
 class Uploads:
-    """See the module's docstring. Nothing of them is to be seen before all has come and was verified."""
+    """Files that come in parts. Nothing of them is to be seen before all has come and was verified."""
 
     def __init__(self, files: LocalFiles, *, seconds: float = KEPT_SECONDS) -> None:
         """Take the files they go to, and for how long a part waits."""

@@ -39,7 +39,10 @@ class ProviderClient:
         return f"<ProviderClient of {self._address.provider}/{self._address.model} [{state}]>"
 
     async def complete(self, request: ModelRequest, *, on_delta: OnDelta | None = None) -> Completion:
-        """See ModelClient.complete. An answer has at most 32 MiB, 64 tool calls and 1 MiB of arguments each."""
+        """Ask the provider once, without retrying. Raises as ModelClient.complete says.
+
+        An answer has at most 32 MiB, 64 tool calls and 1 MiB of arguments each.
+        """
         address = self._address
         encode = anthropic.encode if address.kind.dialect == "anthropic" else openai.encode
         try:

@@ -59,7 +59,7 @@ class ScriptedClient:
         return f"<ScriptedClient [{self._due} of {len(self._answers)} answers given]>"
 
     async def complete(self, request: ModelRequest, *, on_delta: OnDelta | None = None) -> Completion:
-        """See ModelClient.complete. A Hang waits; cancelling ends it, and it counts as met.
+        """Answer with the next step. A Hang waits; cancelling ends it, and it counts as met.
 
         Raises:
             ModelError: the kind that the Fail names.

@@ -59,7 +59,7 @@ class FileEditorTool:
         self._folder: str | None = None
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
-        """See Tool.run."""
+        """Run one command on a file; raises as Tool.run says."""
         wanted: FileEditorArguments = decode_arguments(arguments, FileEditorArguments)
         workspace = context.workspace
         if self._folder is None:

@@ -59,7 +59,7 @@ class TaskTrackerTool:
             self._tasks = []
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
-        """See Tool.run; the list is in `data`, too."""
+        """Keep or show the list of tasks, which is in `data`, too; raises as Tool.run says."""
         wanted: TaskTrackerArguments = decode_arguments(arguments, TaskTrackerArguments)
         if wanted.command == "plan":
             if wanted.task_list is None:

@@ -20,7 +20,7 @@ from agent_sdk.agent.tools.keys import keystroke
 from agent_sdk.agent.tools.screen import plain
 from agent_sdk.protocol.errors import GOES_ON, AgentServerError, OutcomeUnknown, ToolError
 from agent_sdk.protocol.specs import ToolSpec
-from agent_sdk.tools import ToolContext, ToolResult, decode_arguments, parameters_of
+from agent_sdk.tools import Resumable, ToolContext, ToolResult, decode_arguments, parameters_of
 from agent_sdk.workspace.contract import Shell, ShellResult
 from agent_sdk.workspace.digest import sha256
 
@@ -71,7 +71,7 @@ class TerminalArguments(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     reset: Annotated[bool, Meta(description="Open a fresh shell first.")] = False
 
 
-class TerminalTool:
+class TerminalTool(Resumable):
     """One per conversation; its shell has the conversation's name."""
 
     def __init__(self, conversation: str) -> None:
@@ -84,14 +84,14 @@ class TerminalTool:
         """The last call left a command running."""
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
-        """See Tool.run. Cancelling sends ^C to the command; one that does not care is ended with its shell.
+        """Run a command. Cancelling sends ^C to it; one that does not care is ended with its shell.
 
         Cancelled with GOES_ON the command runs on.
         """
         return await self._carry_out(arguments, context, begun=False)
 
     async def resume(self, arguments: str, context: ToolContext) -> ToolResult:
-        """See Resumable.resume. The shell's op_ids come from the call, so that the workspace knows what it has begun.
+        """Take up a command. The shell's op_ids come from the call, so that the workspace knows what it has begun.
 
         New secrets are left to the next call: the shell may be busy with this one.
         """
@@ -140,7 +140,6 @@ class TerminalTool:
             raise
 
     async def abandon(self, arguments: str, context: ToolContext) -> None:
-        """See Resumable.abandon."""
         await self._clear(context.workspace.shell(self._shell_name))
 
     async def _clear(self, shell: Shell) -> None:

@@ -167,7 +167,7 @@ class ProcessResize(Method[Done], frozen=True, kw_only=True):
 
 
 class ShellAnswer(Struct, frozen=True, kw_only=True):
-    """See workspace.ShellResult; the output went over the channel."""
+    """What a shell answered, as workspace.ShellResult has it; the output went over the channel."""
 
     status: Literal["done", "quiet", "timeout", "busy", "ended", "unknown", "said"]
     exit_code: ExitCode | None = None
