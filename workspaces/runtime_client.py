@@ -50,7 +50,7 @@ class Session(Struct, frozen=True, kw_only=True):
 
 
 class RuntimeClient:
-    """See the module's docstring. `async with` opens it."""
+    """The calls of a Runtime API. `async with` opens it."""
 
     def __init__(self, url: str, key: str, *, timeout: float, ssl: SSLContext | None = None) -> None:
         """Describe it.

@@ -149,7 +149,7 @@ class BoxLink:
         return lambda: self._listeners.pop(key, None) and None
 
     async def linked(self) -> Linked:
-        """See Link; starts the box when there is none, and wakes one that is frozen. Cancelling stops neither.
+        """Return the connection: start the box when there is none, wake one that is frozen. Cancelling stops neither.
 
         Raises:
             WorkspaceUnavailable, PathNotFound: it did not start, or the workspace is closed.

@@ -15,7 +15,7 @@ from agent_sdk.ids import new_id
 
 
 class BoxName:
-    """See the module's docstring. Blocks for some system calls."""
+    """The name of the box that lives, or of the next one. Blocks for some system calls."""
 
     def __init__(self, file: Path) -> None:
         """Take the file of the promise; what a former server has promised is kept."""

@@ -44,7 +44,7 @@ _SINCE = {"stdout": "stdout_since", "stderr": "stderr_since"}
 
 
 class Passage:
-    """See the module's docstring. Enter it before anything begins: a call whose streams are not free is refused then.
+    """One call on its way to a box. Enter it before anything begins: a call whose streams are not free is refused then.
 
     It may be tried again over another connection to the same box.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from agent_sdk.agent.place import Place
 from agent_sdk.protocol.errors import OutcomeUnknown
 from agent_sdk.protocol.results import Wait, WorkspaceInfo
 from agent_sdk.remote.link import Linked
@@ -13,8 +14,8 @@ from agent_server.boxes.link import BoxLink
 from agent_server.boxes.watch import STARTS
 
 
-class BoxPlace:
-    """See the module's docstring, and place.Place."""
+class BoxPlace(Place):
+    """The boxes of a workspace as the place where an agent's tools act."""
 
     def __init__(self, link: BoxLink, clients_back: asyncio.Event) -> None:
         """Take the boxes, and what is set when the clients are there again that the last server let go of."""
@@ -23,28 +24,23 @@ class BoxPlace:
 
     @property
     def instance(self) -> str:
-        """See Place.instance."""
         return self._link.named()
 
     @property
     def waits(self) -> tuple[Wait, ...]:
-        """See Place.waits."""
         return (Wait(what="box", reason=STARTS),) if self._link.is_starting else ()
 
     async def describe(self, workspace: Workspace) -> WorkspaceInfo:
-        """See Place.describe."""
         return self._link.where or await workspace.describe()
 
     def untouched(self, instance: str) -> bool:
-        """See Place.untouched."""
         return instance == self._link.instance and self._link.untouched
 
     def again(self, instance: str) -> RemoteWorkspace | None:
-        """See Place.again."""
         return RemoteWorkspace.over(_Same(self._link, instance)) if instance == self._link.instance else None
 
     async def ready(self) -> None:
-        """See Place.ready: what clients asked for while there was no server comes first."""
+        """Return when something new may begin there: what clients asked for while there was no server comes first."""
         await self._clients_back.wait()
 
 
@@ -56,7 +52,6 @@ class _Same:
         self._instance = instance
 
     async def linked(self) -> Linked:
-        """See Link."""
         linked = await self._link.again(self._instance)
         if linked is None:
             raise OutcomeUnknown("the box in which it ran was lost; whether it was done is not known")

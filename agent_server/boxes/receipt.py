@@ -19,7 +19,7 @@ _SIZES = {"stdout": "stdout_bytes", "stderr": "stderr_bytes", "channel": "output
 
 
 class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """See the module's docstring."""
+    """What an operation answered, as it is written down."""
 
     answer: bytes | None = None
     """JSON."""

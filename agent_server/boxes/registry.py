@@ -37,7 +37,7 @@ OnChange = Callable[[], None]
 
 
 class Boxes:
-    """See the module's docstring. Entering finds the boxes of the server before this one."""
+    """The boxes of a server. Entering finds those of the server before this one."""
 
     def __init__(
         self,

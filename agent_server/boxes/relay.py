@@ -55,7 +55,7 @@ LOST = "the box was lost; whether it was done is not known"
 
 
 class Relay:
-    """See the module's docstring; one for all connections of a conversation."""
+    """The workspace methods of a conversation, passed on to its box; one for all its connections."""
 
     def __init__(self, conversation: str, link: BoxLink, log: EventLog, work: Work) -> None:
         self._conversation = conversation

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class BoxWatch:
-    """See the module's docstring; a peer.Watch."""
+    """Whether a box answers at all, as a peer.Watch."""
 
     def __init__(self, peer: Peer, patience: float, still: Callable[[], bool]) -> None:
         """Take what it needs.

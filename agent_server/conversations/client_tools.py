@@ -22,7 +22,7 @@ class Asked(Protocol):
     """What of a Peer is needed here."""
 
     async def call(self, params: ToolCall, *, timeout: float | None = None) -> ToolOutput:
-        """See Peer.call."""
+        """Call a method of the client and wait for the answer, as Peer.call does."""
         ...
 
 

@@ -11,7 +11,7 @@ from agent_sdk.protocol.specs import Sandbox
 
 
 class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """See the module's docstring."""
+    """What a server notes about a conversation beside its log."""
 
     owner: str
     """The conversation whose workspace it uses; its own id, or that of the one it shares with."""
@@ -25,7 +25,7 @@ class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def workspace(self) -> str:
-        """See Snapshot.workspace."""
+        """The kind of workspace, as Snapshot.workspace has it."""
         return self.working_dir or self.owner
 
 

@@ -51,7 +51,7 @@ class Removable(Protocol):
 
 
 class Retention:
-    """See the module's docstring. Leaving it ends its tasks; what it was removing the next server removes."""
+    """Which conversations go by themselves. Leaving it ends its tasks; what it was removing the next server removes."""
 
     def __init__(self, conversations: Removable, log: EventLog, logs: Logs, longest: float | None) -> None:
         """Take what it looks at; `longest`: seconds without an event after which a conversation goes, None: never."""

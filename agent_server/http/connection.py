@@ -152,7 +152,7 @@ class Connection(web.RequestHandler):
             self._crowd.recognise(self)
 
     def look_again(self, counts: Callable[[bytes], bool]) -> None:
-        """See Guest."""
+        """End the connection if the key that it has shown does not count any more."""
         if self._shown is None or counts(self._shown) or self._tcp is None:
             return
         if self.violation is None:
@@ -172,7 +172,7 @@ class Connection(web.RequestHandler):
                 self._crowd.move(self, network_of(self.address))
 
     def give_way(self, refusal: Overloaded) -> None:
-        """See Guest. It is told why, where that is still possible."""
+        """End the connection for the sake of a newer one. It is told why, where that is still possible."""
         self._counted = False
         if self._tcp is None:
             return
@@ -193,7 +193,6 @@ class Connection(web.RequestHandler):
             self._tcp.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See asyncio.Protocol."""
         self._tcp = cast(asyncio.Transport, transport)  # other event loops have classes of their own
         peer = transport.get_extra_info("peername")
         self.address = self._peer = str(peer[0]) if isinstance(peer, tuple) else "local"
@@ -208,7 +207,6 @@ class Connection(web.RequestHandler):
         self._tcp.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """See asyncio.Protocol."""
         self._tcp = None
         if self._counted:
             self._counted = False
@@ -217,7 +215,6 @@ class Connection(web.RequestHandler):
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
         if not self._refused:
             super().data_received(data)
 

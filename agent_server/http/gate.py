@@ -56,7 +56,7 @@ _ALWAYS = {
 
 
 class Gate:
-    """See the module's docstring."""
+    """What every request passes before any route."""
 
     def __init__(
         self,

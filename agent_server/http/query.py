@@ -28,7 +28,7 @@ _SHOWN = 64
 
 
 def check_query(request: web.Request) -> None:
-    """See that an address is asked for nothing that it does not know.
+    """Check that an address is asked for nothing that it does not know.
 
     Raises:
         InvalidParams: it is, or a parameter comes twice.

@@ -19,7 +19,7 @@ from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, Works
 from agent_sdk.workspace.disk import in_thread
 from agent_server.logs import Logs
 from agent_server.refusal import TRY_LATER, StartRefused
-from agent_server.runtime_api.pods import PodSpec
+from agent_server.runtime_api.pods import Pod, Pods, PodSpec
 from workspaces.backend.docker.engine import Engine
 from workspaces.backend.docker.host_paths import HostPaths
 from workspaces.backend.docker.labels import INSTANCE, ROLE, SERVER
@@ -44,8 +44,8 @@ PULL: Mapping[str, Literal["missing", "always", "never"]] = {
 }
 
 
-class DockerPod:
-    """See pods.Pod."""
+class DockerPod(Pod):
+    """A pod that is a container."""
 
     def __init__(
         self, engine: Engine, spec: PodSpec, instance: str, network: str | None, disks: Disks
@@ -63,11 +63,9 @@ class DockerPod:
 
     @property
     def url(self) -> str:
-        """See pods.Pod."""
         return self._container.url if self._container is not None else ""
 
     async def start(self, seconds: float) -> None:
-        """See pods.Pod."""
         await self.let_go()
         # The engine may still be busy with what a server asked for that was killed.
         retrying = AsyncRetrying(
@@ -99,19 +97,16 @@ class DockerPod:
             raise
 
     async def died(self) -> str:
-        """See pods.Pod."""
         assert self._container is not None, "it was not started"
         return (await asyncio.shield(self._container.died)).reason
 
     async def pause(self) -> None:
-        """See pods.Pod."""
         found = await ServerContainer.find(self._engine, self._name)
         if found is not None:
             with suppress(WorkspaceUnavailable):
                 await found.pause()
 
     async def end(self) -> None:
-        """See pods.Pod."""
         await self.let_go()
         found = await ServerContainer.find(self._engine, self._name)
         if found is not None:
@@ -120,12 +115,10 @@ class DockerPod:
         await self._disks.remove(self._spec.runtime_id)
 
     async def let_go(self) -> None:
-        """See pods.Pod."""
         if self._container is not None:
             await self._container.let_go()
 
     async def last_words(self) -> str:
-        """See pods.Pod."""
         with suppress(AgentServerError):
             if self._container is not None and self._container.id:
                 return await self._engine.logs(self._container.id)
@@ -185,8 +178,8 @@ class DockerPod:
             ) from None
 
 
-class DockerPods:
-    """See pods.Pods."""
+class DockerPods(Pods):
+    """Makes pods that are containers of this machine's engine."""
 
     paused_keeps_memory = True
 
@@ -224,15 +217,12 @@ class DockerPods:
             yield cls(engine, instance, network, logs, disks)
 
     def pod(self, spec: PodSpec) -> DockerPod:
-        """See pods.Pods."""
         return DockerPod(self._engine, spec, self._instance, self._network, self._disks)
 
     def disk(self, wanted: int | None) -> int | None:
-        """See pods.Pods."""
         return None if self._disks.mechanism == "none" else wanted
 
     async def sweep(self, known: Callable[[], Collection[str]]) -> None:
-        """See pods.Pods."""
         sweep = Sweep(
             self._engine,
             self._instance,

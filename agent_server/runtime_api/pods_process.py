@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.environment import packed
-from agent_server.runtime_api.pods import PodSpec
+from agent_server.runtime_api.pods import Pod, Pods, PodSpec
 from agent_server.runtime_api.server_process import ServerProcess
 
 OPTIONS = {
@@ -19,8 +19,8 @@ OPTIONS = {
 }
 
 
-class ProcessPod:
-    """See pods.Pod. Paused means ended, with its data kept."""
+class ProcessPod(Pod):
+    """A pod that is a process. Paused means ended, with its data kept."""
 
     def __init__(self, spec: PodSpec, environment: Mapping[str, str]) -> None:
         self._spec = spec
@@ -37,39 +37,32 @@ class ProcessPod:
 
     @property
     def url(self) -> str:
-        """See pods.Pod."""
         return self._server.url
 
     async def start(self, seconds: float) -> None:
-        """See pods.Pod."""
         await self._server.start(seconds)
 
     async def died(self) -> str:
-        """See pods.Pod."""
         code = await self._server.died()
         if code is None:
             return "the server ended"
         return f"the server was ended by signal {-code}" if code < 0 else f"the server ended with {code}"
 
     async def pause(self) -> None:
-        """See pods.Pod."""
         await self._server.stop()
 
     async def end(self) -> None:
-        """See pods.Pod."""
         await self._server.stop()  # its folder is the runtime's, which removes it
 
     async def let_go(self) -> None:
-        """See pods.Pod."""
         self._server.let_go()
 
     async def last_words(self) -> str:
-        """See pods.Pod."""
         return await in_thread(self._server.last_words)
 
 
-class ProcessPods:
-    """See pods.Pods."""
+class ProcessPods(Pods):
+    """Makes pods that are processes of this machine."""
 
     paused_keeps_memory = False
 
@@ -78,11 +71,9 @@ class ProcessPods:
         self._environment = dict(environment)
 
     def pod(self, spec: PodSpec) -> ProcessPod:
-        """See pods.Pods."""
         return ProcessPod(spec, self._environment)
 
     def disk(self, wanted: int | None) -> int | None:
-        """See pods.Pods."""
         return None
 
     async def sweep(self, known: Callable[[], Collection[str]]) -> None:

@@ -85,7 +85,7 @@ ID = "{id}"
 
 
 class RuntimeProxy:
-    """See the module's docstring. Entering opens it, leaving closes its connections to runtimes."""
+    """The way to the runtimes. Entering opens it, leaving closes its connections to them."""
 
     def __init__(self, find: Callable[[str], Runtime | None], url: str = "") -> None:
         """Take what finds a runtime by its id, and the option `url`.

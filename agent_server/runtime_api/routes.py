@@ -30,7 +30,7 @@ class _Named(Struct, frozen=True):
 
 
 class RuntimeRoutes:
-    """See the module's docstring. Every request but those through the proxy shows the key of a tenant."""
+    """The addresses of the Runtime API. Every request but those through the proxy shows the key of a tenant."""
 
     def __init__(
         self,

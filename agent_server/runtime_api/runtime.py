@@ -84,7 +84,7 @@ class Shown(Struct, kw_only=True, omit_defaults=False):
 
 
 class Runtime:
-    """See the module's docstring. Every verb breaks off what an earlier one has begun."""
+    """One runtime. Every verb breaks off what an earlier one has begun."""
 
     def __init__(self, record: Record, pod: Pod, folder: Path, logs: Logs, *, start_seconds: float) -> None:
         """Describe it; `recover` or `start` makes it run.

@@ -74,7 +74,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
 
 
 class Runtimes:
-    """See the module's docstring. Entering finds what a former server left, leaving lets it go on."""
+    """All runtimes. Entering finds what a former server left, leaving lets it go on."""
 
     def __init__(self, config: RuntimeConfig, folder: Path, pods: Pods, logs: Logs, *, end: bool) -> None:
         """Describe them.
@@ -320,7 +320,7 @@ _SHARED = tuple(name for name in PodSpec.__struct_fields__ if name != "folder")
 
 
 def _check_command(command: str | list[str] | None) -> None:
-    """See that a text can be split into words.
+    """Check that a text can be split into words.
 
     Raises:
         InvalidParams: it cannot, or there is no word.

@@ -50,7 +50,7 @@ _WORDS = 500
 
 
 class Confinement(Struct, frozen=True):
-    """See the module's docstring."""
+    """How a box on this machine is kept apart from whoever starts it."""
 
     isolation: Isolation = "none"
     user: int | None = None
@@ -100,7 +100,7 @@ class Confinement(Struct, frozen=True):
                 os.chown(descriptor, self.user, self.user)
 
     def check_folder(self, folder: Path) -> None:
-        """See that a folder which clients have named is still where it was: a symlink would show what it leads to.
+        """Check that a folder which clients have named is still where it was: a symlink would show what it leads to.
 
         Raises:
             PathDenied: it is not.
@@ -154,7 +154,7 @@ class Confinement(Struct, frozen=True):
             folder.rmdir()
 
     async def check(self, data: Path) -> None:
-        """See that a box can be started like this.
+        """Check that a box can be started like this.
 
         Args:
             data: the server's folder, below which workspaces are.

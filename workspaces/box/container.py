@@ -39,6 +39,7 @@ from workspaces.backend.docker.container_body import (
 )
 from workspaces.backend.docker.engine_info import usable_runtime
 from workspaces.backend.docker.mounts import Source, sources
+from workspaces.box.contract import Box
 from workspaces.box.ending import Ending, ending_of
 from workspaces.box.folder import READY_LINE, BoxFolder, Record
 from workspaces.box.parts import box_parts, command_environment
@@ -58,8 +59,8 @@ USAGE_SECONDS = 2.0
 SHOWN_DIFFERENCES = 20
 
 
-class BoxContainer:
-    """See the module's docstring, and Box."""
+class BoxContainer(Box):
+    """A box in a hardened container."""
 
     def __init__(
         self,
@@ -134,7 +135,6 @@ class BoxContainer:
 
     @property
     def token(self) -> str:
-        """See Box."""
         return self._record.token if self._record else ""
 
     @property
@@ -144,11 +144,9 @@ class BoxContainer:
 
     @property
     def cause(self) -> str:
-        """See Box and Ending."""
         return self._ending.cause
 
     def last_words(self) -> str:
-        """See Box."""
         return self._ending.words
 
     # --- its start ---
@@ -368,16 +366,13 @@ class BoxContainer:
     # --- its end ---
 
     async def end(self) -> None:
-        """See Box."""
         await asyncio.shield(asyncio.ensure_future(self._end()))
 
     def kill(self) -> None:
-        """See Box."""
         if self._id is not None:
             self._spawn(self._kill(self._id))
 
     def let_go(self) -> None:
-        """See Box."""
         if self._watch is not None:
             self._watch.close()
             self._watch = None
@@ -438,14 +433,12 @@ class BoxContainer:
     # --- while it lives ---
 
     async def freeze(self) -> None:
-        """See Box."""
         engine, id = await self._site.engine(), self._running
         with self._expecting("pause"):
             await engine.pause(id)
             self._frozen = True
 
     async def thaw(self) -> None:
-        """See Box."""
         engine, id = await self._site.engine(), self._running
         with self._expecting("unpause"):
             await engine.unpause(id)
@@ -462,11 +455,10 @@ class BoxContainer:
             raise
 
     def follow(self, listener: Callable[[bool], None]) -> None:
-        """See Box."""
         self._listener = listener
 
     async def completed(self, info: WorkspaceInfo) -> WorkspaceInfo:
-        """See Box; what the engine does not tell now is left out."""
+        """Return what it says of itself with image, runtime and usage, as far as the engine tells them now."""
         usage, (mechanism, occupied, most) = Usage(), self._site.disk(self.owner)
         with suppress(AgentServerError, TimeoutError):
             async with asyncio.timeout(USAGE_SECONDS):

@@ -16,10 +16,8 @@ class Box(Protocol):
     the folder of its owner later finds it, or what is left of it.
     """
 
-    @property
-    def instance(self) -> str:
-        """Its name; chosen before it starts, and the same for everybody who finds it."""
-        ...
+    instance: str
+    """Its name; chosen before it starts, and the same for everybody who finds it."""
 
     @property
     def url(self) -> str:

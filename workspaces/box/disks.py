@@ -80,7 +80,7 @@ class Disks:
                 await self.remove(owner)
 
     def check(self, size: int | None, field: str = "sandbox.disk") -> None:
-        """See whether a workspace could have this limit; None: it needs none.
+        """Check whether a workspace could have this limit; None: it needs none.
 
         Raises:
             IsolationUnavailable: there is no way to limit it here.

@@ -14,7 +14,7 @@ KILLED = {128 + 9: "SIGKILL", 128 + 15: "SIGTERM"}
 
 
 class Ending(NamedTuple):
-    """See the module's docstring."""
+    """Why a sandbox ended."""
 
     cause: str = "engine"
     """`oom`, `killed`, `exit`, or `engine` where it was removed or lost by the engine."""

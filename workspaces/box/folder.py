@@ -43,7 +43,7 @@ class Record(Struct, frozen=True, kw_only=True):
 
 
 class BoxFolder:
-    """See the module's docstring. Blocks for some system calls."""
+    """The folder of a box in a container, on this machine. Blocks for some system calls."""
 
     def __init__(self, place: Path) -> None:
         self.place = place

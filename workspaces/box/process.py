@@ -111,7 +111,6 @@ class BoxProcess:
         self._pidfd = -1
         self._leaders: dict[int, int | None] = {}
         self.token = secrets.token_urlsafe(24)
-        """See Box."""
         self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -221,7 +220,7 @@ class BoxProcess:
         return "" if code is None else "killed" if code < 0 else "exit"
 
     async def freeze(self) -> None:
-        """See Box.
+        """Refuse to be frozen.
 
         Raises:
             IsolationUnavailable: always; a process with all its children cannot be frozen safely.
@@ -231,13 +230,13 @@ class BoxProcess:
         )
 
     async def thaw(self) -> None:
-        """See Box; it never is frozen."""
+        """Do nothing: it never is frozen."""
 
     def follow(self, listener: Callable[[bool], None]) -> None:
-        """See Box; nothing ever happens."""
+        """Do nothing: it never is frozen."""
 
     async def completed(self, info: WorkspaceInfo) -> WorkspaceInfo:
-        """See Box; it does not know how it is confined."""
+        """Return what it says of itself; its keeper knows no more."""
         return msgspec.structs.replace(info, isolation=self._confinement.isolation)
 
     # --- its start ---

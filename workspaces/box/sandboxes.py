@@ -29,7 +29,7 @@ from workspaces.box.container import BoxContainer
 from workspaces.box.contract import Box
 from workspaces.box.disks import Disks
 from workspaces.box.folder import BoxFolder, Record
-from workspaces.box.site import Places
+from workspaces.box.site import Places, Site
 from workspaces.box.snapshots import Snapshots
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ class _Ground(NamedTuple):
         return Path(self.paths.of(folder)).is_relative_to(self.engine.info.root_dir or "/")
 
 
-class Sandboxes:
-    """See the module's docstring. Leaving lets go of the engine and of all sandboxes that have an owner."""
+class Sandboxes(Site):
+    """The sandboxes of a server. Leaving lets go of the engine and of all sandboxes that have an owner."""
 
     def __init__(
         self, folder: Path, options: SandboxOptions, *, tell: Tell = lambda event, facts: None
@@ -134,28 +134,24 @@ class Sandboxes:
 
     @property
     def linger(self) -> float:
-        """See Site."""
         return self._options.linger
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """See Site."""
         return self._options.environment
 
     @property
     def allowed_mounts(self) -> tuple[str, ...]:
-        """See Site."""
         return self._options.mounts
 
     @property
     def preferred_runtime(self) -> str:
-        """See Site."""
         return self._options.runtime
 
     # --- one of them ---
 
     async def admit(self, spec: Sandbox) -> Engine:
-        """See whether there could be such a sandbox now, and return the engine.
+        """Check whether there could be such a sandbox now, and return the engine.
 
         Raises:
             EngineUnavailable: there is no engine.
@@ -227,7 +223,7 @@ class Sandboxes:
         return await asyncio.shield(self._runtime)
 
     async def accounts(self, image: Image) -> Accounts:
-        """See Site. Cancelling does not stop that."""
+        """Return the users of an image. Cancelling does not stop that."""
         engine = await self.engine()
         task = self._accounts.get(image.id)
         if task is None or (task.done() and _failed(task)):
@@ -237,7 +233,6 @@ class Sandboxes:
         return await asyncio.shield(task)
 
     def labels(self, owner: str) -> dict[str, str]:
-        """See Site."""
         return {
             labels.INSTANCE: self._instance,
             labels.ROLE: labels.BOX,
@@ -249,7 +244,6 @@ class Sandboxes:
 
     @asynccontextmanager
     async def at_hand(self, owner: str, spec: Sandbox, temporary: int) -> AsyncIterator[Places]:
-        """See Site."""
         ground, runtime = await self._ground(), await self.runtime()
         if spec.snapshot is not None:
             await self._snapshots.lay_out(spec.snapshot, owner, self._size(spec))
@@ -280,16 +274,13 @@ class Sandboxes:
             )
 
     def disk(self, owner: str) -> tuple[str, int | None, int | None]:
-        """See Site."""
         occupied, most = self._disks.used(owner) or (None, None)
         return self._disks.mechanism, occupied, most
 
     async def tidy(self, owner: str) -> None:
-        """See Site."""
         await asyncio.gather(self._spools.remove(owner), self._temporary.remove(owner))
 
     async def hand_over(self, owner: str, to: str) -> BoxFolder:
-        """See Site."""
         await self._disks.hand_over(owner, to)
         for disks in (self._spools, self._temporary):
             await disks.remove(to)

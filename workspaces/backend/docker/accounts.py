@@ -55,7 +55,7 @@ async def accounts(engine: Engine, image: Image, user: int, home: str) -> Accoun
 
 
 async def check_targets(engine: Engine, image: Image, targets: Iterable[str]) -> None:
-    """See that the image leads no mount elsewhere: the engine would follow a symlink to whatever of ours is there.
+    """Check that the image leads no mount elsewhere: the engine would follow a symlink to whatever of ours is there.
 
     Raises:
         ImageUnavailable: there is a symlink on the way.

@@ -100,7 +100,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     """The variables in which the server finds its key."""
 
     def check(self) -> None:
-        """See that it makes sense, without asking anybody.
+        """Check that it makes sense, without asking anybody.
 
         Raises:
             InvalidParams, PolicyDenied: it does not; the sentence names the field.
