@@ -13,6 +13,9 @@ READY := $(VENV)/.ready
 PACKAGES := agent_sdk workspaces agent_server
 MANYLINUX := manylinux_2_36 manylinux_2_34 manylinux_2_28 manylinux_2_17 manylinux2014 manylinux2010 manylinux1
 
+# With this, every server and box that a test starts would compile itself anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo examples run-server test test-docker test-all test-images cover lint fmt types contracts bench house docs docs-check image box-runtime chaos lock clean
 
