@@ -19,7 +19,7 @@ from tests.docker.points import ENDED, ENDING, RUNNING, SECONDS, STARTING, nothi
 from tests.docker.servers import SERVER
 from workspaces.backend.docker import labels
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow]
+pytestmark = pytest.mark.docker
 
 
 @pytest.fixture(params=STARTING)

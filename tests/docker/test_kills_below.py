@@ -28,7 +28,7 @@ from tests.docker.points import (
 from workspaces.backend.docker import labels
 from workspaces.backend.docker.engine import Engine
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow]
+pytestmark = pytest.mark.docker
 
 CREATED = {name: point for name, point in STARTING.items() if "create" not in name or "was" in name}
 NOT_ITS_END = {"unknown", "outcome_unknown", "workspace_lost", "workspace_unavailable", "engine_unavailable"}

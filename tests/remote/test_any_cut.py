@@ -14,7 +14,6 @@ from agent_sdk.testing import ScriptedLLM, call, say
 from tests.chaos.proxy import Direction, Proxy
 from tests.remote.conftest import place_of
 
-pytestmark = pytest.mark.slow
 
 STEP = 97
 PARTS = 8

@@ -90,7 +90,6 @@ def gone(pid: int) -> bool:
 
 @as_root
 @pytest.mark.elsewhere
-@pytest.mark.slow
 @pytest.mark.parametrize("isolation", ["user"])
 class TestAsAnotherUser(WorkspaceContract):
     pass
@@ -98,7 +97,6 @@ class TestAsAnotherUser(WorkspaceContract):
 
 @as_root
 @pytest.mark.elsewhere
-@pytest.mark.slow
 @pytest.mark.parametrize("isolation", ["bwrap"])
 class TestInNamespaces(WorkspaceContract):
     pass

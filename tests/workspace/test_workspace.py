@@ -233,7 +233,7 @@ async def test_more_output_than_is_kept_costs_neither_memory_nor_others(workspac
     await flood(workspace, SPOOL_BYTES + (44 << 20))
 
 
-@pytest.mark.slow
+@pytest.mark.night
 async def test_five_gibibytes_of_output_are_counted_exactly(workspace):
     await flood(workspace, 5 << 30)
 
