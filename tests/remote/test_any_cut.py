@@ -14,7 +14,6 @@ from agent_sdk.testing import ScriptedLLM, call, say
 from tests.chaos.proxy import Direction, Proxy
 from tests.remote.conftest import place_of
 
-
 STEP = 97
 PARTS = 8
 """Tests that share the cuts, so that they run side by side."""
