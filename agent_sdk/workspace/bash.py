@@ -179,6 +179,7 @@ class Bash:
             for fd in (*fds, self._terminal.master, self._terminal.slave):
                 os.close(fd)
             raise
+        self._source = end_of(command_in)
         for fd in (*theirs, rc_out):
             os.close(fd)
         self._commands = Feed(command_out)
@@ -277,7 +278,8 @@ class Bash:
     async def _last_words(self, *, lives_on: bool = False) -> None:
         child = self.child
         who = self._pid if lives_on else None
-        await last_words((self.intake,), {self._end}, child.pid, child.since, lives_on=who)
+        ends, source = {self._end}, self._source
+        await last_words((self.intake,), ends, child.pid, child.since, source=source, lives_on=who)
 
     def _shown(self, data: bytes, queries: bytes) -> bool:
         if self._marked < 0:
