@@ -1,6 +1,8 @@
 """The rules of the house that no linter knows: where things stand, how large they grow, what nobody calls."""
 
 import ast
+import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -172,6 +174,24 @@ def test_each_folder_says_what_its_files_are_for():
         return (f"does not name {name}" for name in sorted(here) if not re.search(rf"\b{name}\b", said))
 
     refuse(unsaid, sorted({path.with_name("__init__.py") for path in FILES}))
+
+
+def test_everything_public_says_what_it_is_for_or_inherits_a_text_that_does():
+    def undescribed(path: Path) -> Iterator[str]:
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for name, thing in vars(module).items():
+            if name.startswith("_") or getattr(thing, "__module__", "") != module.__name__:
+                continue
+            if not inspect.getdoc(thing):
+                yield name
+            members = [n for n in vars(thing) if not n.startswith("_")] if inspect.isclass(thing) else []
+            for member in members:
+                kind = inspect.getattr_static(thing, member)
+                is_called = inspect.isroutine(kind) or isinstance(kind, property)
+                if is_called and not inspect.getdoc(getattr(thing, member)):
+                    yield f"{name}.{member}"
+
+    refuse(undescribed, [path for path in FILES if path.stem not in {"__init__", "__main__"}])
 
 
 def test_the_name_of_a_test_is_a_sentence():

@@ -186,7 +186,6 @@ class FolderFile(AtomicFile):
         self._made = list(made)
 
     def close(self) -> None:
-        """See AtomicFile.close."""
         folder = os.dup(self._folder) if self._made else -1
         super().close()
         with suppress(OSError):  # there is something in it, or it is gone

@@ -56,7 +56,7 @@ def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
 
 
 def check_most(spec: Sandbox, config: ServerConfig, *, cpus: int, memory: int) -> None:
-    """See that a sandbox is within what this server allows at most.
+    """Check that a sandbox is within what this server allows at most.
 
     Args:
         spec: as it was `checked`.
@@ -138,7 +138,7 @@ def _mount(mount: str, allowed: Iterable[str]) -> str:
 
 
 def _check_targets(writable: Sequence[str], mounted: Sequence[str]) -> None:
-    """See that what is mounted hides nothing of the system or of ours, and that nothing leads from one into another."""
+    """Check that what is mounted hides nothing of the system or of ours, and that none lies below another."""
     if len(writable) > MOUNTS:
         raise InvalidParams(f"{WHERE}.writable: limit {MOUNTS}, got {len(writable)}")
     seen: list[str] = list(RESERVED)

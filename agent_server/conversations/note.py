@@ -25,7 +25,7 @@ class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def workspace(self) -> str:
-        """The kind of workspace, as Snapshot.workspace has it."""
+        """What tells its workspace from others, as Snapshot.workspace has it."""
         return self.working_dir or self.owner
 
 

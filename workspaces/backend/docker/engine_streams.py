@@ -162,7 +162,7 @@ class EngineEvents:
             self._spawn(self._look(id))
 
     async def _look(self, id: str, exit_code: int | None = None, *, ended: int | None = None) -> None:
-        """See whether it lives.
+        """Look whether it lives.
 
         Args:
             id: of the container.
