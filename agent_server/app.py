@@ -18,7 +18,7 @@ from agent_server.http.connection import Connection, Crowd
 from agent_server.http.gate import Gate
 from agent_server.refusal import TRY_LATER, StartRefused
 from agent_server.routes import Routes
-from agent_server.session.lobby import Lobby
+from agent_server.session.session import Sessions
 
 BACKLOG = 512
 SEND_BUFFER = 128 << 10
@@ -38,7 +38,7 @@ CANNOT_LISTEN = {
 @asynccontextmanager
 async def listening(
     config: ServerConfig,
-    lobby: Lobby,
+    sessions: Sessions,
     routes: Routes,
     crowd: Crowd,
     own_keys: Sequence[web.RouteDef] = (),
@@ -50,7 +50,7 @@ async def listening(
     finish and told the sessions.
 
     Args:
-        config, lobby, routes, crowd: what is served, and to whom.
+        config, sessions, routes, crowd: what is served, and to whom.
         own_keys: further routes, which check keys of their own.
         at: what serves all that is asked of another host name; None: this server does.
 
@@ -60,9 +60,9 @@ async def listening(
     gate = Gate(
         HostRules(config.host, config.allow_hosts),
         OriginRules(config.allow_origins),
-        lobby.authority,
-        lobby.logs,
-        lobby.metrics,
+        sessions.authority,
+        sessions.logs,
+        sessions.metrics,
         [route.handler for route in own_keys],
         at,
     )

@@ -1,9 +1,9 @@
 """The server's log lines: JSON or readable, one line per event, without secrets, never in the way of the loop.
 
-Events are past-tense verbs (`conversation_opened`); what they are about is bound by contextvars
-(`conversation`, `connection`). Nothing is configured globally: a server has its own logger, so that
-two of them in one process do not mix. Lines are written by a thread: a terminal that is held
-(^S) or a full pipe must not stop the server; when 10 000 lines wait, further ones are counted and dropped.
+Events are past-tense verbs (`conversation_opened`); what they are about (`conversation`, `connection`) is in
+ABOUT. Nothing is configured globally: a server has its own logger, so that two of them in one process do not
+mix. Lines are written by a thread: a terminal that is held (^S) or a full pipe must not stop the server; when
+10 000 lines wait, further ones are counted and dropped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal, TextIO
@@ -36,6 +37,9 @@ OURS = frozenset(
 )
 """What no secret of a client may hide from the operator: when, what, and about which."""
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+ABOUT: ContextVar[Mapping[str, Any]] = ContextVar("ABOUT")
+"""What the log lines of this task tell beside their own facts."""
 
 Event = MutableMapping[str, Any]
 Log = FilteringBoundLogger
@@ -198,7 +202,7 @@ def opened(
         log: Log = structlog.wrap_logger(
             lines,
             processors=[
-                structlog.contextvars.merge_contextvars,
+                _add_about,
                 structlog.processors.add_log_level,
                 _stamp,
                 redactor,
@@ -210,6 +214,10 @@ def opened(
         seldom = _Seldom(log, clock)
         with _foreign_records(log, seldom):
             yield Logs(log, redactor, lines, seldom)
+
+
+def _add_about(logger: Any, method: str, event: Event) -> Event:
+    return {**ABOUT.get({}), **event}
 
 
 def _stamp(logger: Any, method: str, event: Event) -> Event:

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import msgspec
-import structlog
 from aiohttp import hdrs, web
 from msgspec import Raw
 
@@ -24,20 +23,18 @@ from agent_sdk.protocol.errors import (
     LimitExceeded,
     to_wire,
 )
-from agent_sdk.protocol.methods import Delete, Done, EventPage, Initialize, Method
-from agent_sdk.rpc.peer import Peer
-from agent_sdk.rpc.pipe import memory_pipes
+from agent_sdk.protocol.methods import Delete, Done, EventPage, Initialize
 from agent_sdk.rpc.websocket import WebSocketPipe
+from agent_server.conversations.loaded import LoadedConversation
 from agent_server.http.answers import as_json, http_error
 from agent_server.http.connection import Connection
 from agent_server.http.gate import KEY_SHOWN
 from agent_server.http.query import LARGEST_SEQ, PAGE, checked_number, number, wanted
 from agent_server.http.upgrade import accept, check_upgrade
 from agent_server.session.event_stream import stream_events
-from agent_server.session.handlers import Handlers, HttpCall, needs_a_websocket, server_handlers
-from agent_server.session.introduction import NEW, check_initialize, initialized, named_or_new
-from agent_server.session.lobby import Lobby
-from agent_server.session.session import Session
+from agent_server.session.handshake import NEW, check_initialize, initialized, named_or_new
+from agent_server.session.methods import OF_THE_SERVER, HttpCall, needs_a_websocket
+from agent_server.session.session import Session, Sessions
 
 CLOSE_SECONDS = 1.5
 """How long a client may take to agree to the end of its connection."""
@@ -48,11 +45,10 @@ LINGER_SECONDS = 30.0
 class Routes:
     """See the module's docstring."""
 
-    def __init__(self, lobby: Lobby) -> None:
-        self._lobby = lobby
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
         self._ending = asyncio.Event()
         self._document: bytes | None = None
-        self._server_handlers = lobby.counter.around(server_handlers(lobby.conversations))
 
     def table(self) -> list[web.RouteDef]:
         """Return all routes."""
@@ -73,20 +69,20 @@ class Routes:
 
     async def health(self, request: web.Request) -> web.Response:
         """Say that the process lives, and what it cannot do at present: `disk`, it is full; reading goes on."""
-        if self._lobby.work.disk_full():
+        if self._sessions.work.disk_full():
             return as_json({"status": "degraded", "degraded": ["disk"]})
         return as_json({"status": "ok"})
 
     async def ready(self, request: web.Request) -> web.Response:
         """Say whether new work is welcome."""
-        if self._lobby.work.draining:
+        if self._sessions.work.draining:
             return http_error(503, "the server is stopping", {hdrs.RETRY_AFTER: "1"})
         return as_json({"status": "ready"})
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Give the numbers to Prometheus."""
-        self._lobby.metrics.tasks.set(len(asyncio.all_tasks()))
-        page = await asyncio.to_thread(self._lobby.metrics.page)
+        self._sessions.metrics.tasks.set(len(asyncio.all_tasks()))
+        page = await asyncio.to_thread(self._sessions.metrics.page)
         return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def openrpc(self, request: web.Request) -> web.Response:
@@ -99,36 +95,36 @@ class Routes:
 
     async def conversations(self, request: web.Request) -> web.Response:
         """List the conversations, newest first."""
-        return as_json(await self._lobby.conversations.snapshots(wanted(request)))
+        return as_json(await self._sessions.conversations.snapshots(wanted(request)))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Give a page of events as JSON, or all of them and live ones as Server-Sent Events."""
         after = number(request, "after", 0, 0, LARGEST_SEQ)
         limit = number(request, "limit", PAGE, 1, PAGE)
-        async with self._lobby.conversations.using(request.match_info["id"]) as hosted:
+        async with self._sessions.conversations.using(request.match_info["id"]) as loaded:
             if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
                 last = request.headers.get("Last-Event-ID", "")
                 if last:
                     after = checked_number("Last-Event-ID", last, 0, LARGEST_SEQ)
-                return await stream_events(request, hosted, after, self._ending)
-            page = await hosted.page(after, limit)
+                return await stream_events(request, loaded, after, self._ending)
+            page = await loaded.page(after, limit)
             events = [Raw(event) for _, event in page]
-            return as_json(EventPage(epoch=hosted.epoch, events=events, head_seq=hosted.head_seq))
+            return as_json(EventPage(epoch=loaded.epoch, events=events, head_seq=loaded.head_seq))
 
     async def socket(self, request: web.Request) -> web.StreamResponse:
         """Become a WebSocket that is bound to one conversation."""
         check_upgrade(request)
-        lobby, id = self._lobby, request.match_info["id"]
-        lobby.work.admit()
-        if request[KEY_SHOWN] and id != NEW and id not in lobby.conversations:
+        sessions, id = self._sessions, request.match_info["id"]
+        sessions.work.admit()
+        if request[KEY_SHOWN] and id != NEW and id not in sessions.conversations:
             raise ConversationNotFound(f"no conversation {id[:64]!r}", conversation=id[:64])
-        config = lobby.config
+        config = sessions.config
         socket = await accept(
             request, longest_message=config.limits.frame_bytes, heartbeat=config.heartbeat_seconds
         )
         assert isinstance(request.protocol, Connection)
         session = Session(
-            lobby,
+            sessions,
             WebSocketPipe(
                 socket,
                 heartbeat=config.heartbeat_seconds,
@@ -150,7 +146,7 @@ class Routes:
             return await self._answer(body, request.query.get("conversation"))
 
     async def _answer(self, body: bytearray, id: str | None) -> web.Response:
-        endpoint = Endpoint(self._lobby.config.limits, strict=True)
+        endpoint = Endpoint(self._sessions.config.limits, strict=True)
         call: Request | None = None
         try:
             message = endpoint.receive(body, text=True)
@@ -163,8 +159,8 @@ class Routes:
             answer = endpoint.refusal(exc) if call is None else endpoint.failure(call.id, to_wire(exc))
         except Exception as exc:  # noqa: BLE001  the boundary of a call, as in Peer
             incident = new_id()
-            self._lobby.metrics.bugs.inc()
-            self._lobby.logs.bug(exc, incident)
+            self._sessions.metrics.bugs.inc()
+            self._sessions.logs.bug(exc, incident)
             bug = InternalError("internal error", incident=incident)
             answer = endpoint.failure(call.id if call else None, to_wire(bug))
         return web.Response(body=answer, content_type="application/json")
@@ -176,12 +172,12 @@ class Routes:
         Raises:
             LimitExceeded, InvalidRequest, Overloaded: it is too long, too slow, or there is no room for it now.
         """
-        seconds, limit = self._lobby.config.body_seconds, self._lobby.config.limits.message_bytes
+        seconds, limit = self._sessions.config.body_seconds, self._sessions.config.limits.message_bytes
         too_long = LimitExceeded(f"a body of more than {limit} bytes", field="body", limit=limit)
         announced, body = request.content_length or 0, bytearray()
         if announced > limit:
             raise too_long
-        with closing(self._lobby.budget.share()) as share:
+        with closing(self._sessions.budget.share()) as share:
             share.take(announced)
             try:
                 async with asyncio.timeout(seconds):
@@ -199,15 +195,15 @@ class Routes:
         if call.method == Initialize.method:
             return await self._initialize(call, id or NEW)
         if id is None:
-            if call.method not in {method.method for method in self._server_handlers}:
+            if call.method not in OF_THE_SERVER:
                 raise InvalidParams(
                     "which conversation? POST /v1/rpc?conversation=ID; initialize makes one and answers its id"
                 )
-            return await _run(self._server_handlers, call)
-        conversations = self._lobby.conversations
+            return await self._run(call, None)
+        conversations = self._sessions.conversations
         try:
-            async with conversations.using(id) as hosted:
-                return await _run(self._lobby.table(hosted), call)
+            async with conversations.using(id) as loaded:
+                return await self._run(call, loaded)
         except ConversationDamaged:
             if call.method != Delete.method:
                 raise
@@ -220,18 +216,15 @@ class Routes:
         check_initialize(params)
         if params.resume is not None:
             raise needs_a_websocket()
-        conversations = self._lobby.conversations
-        id = await named_or_new(conversations, self._lobby.work, wanted, params)
-        async with conversations.using(id) as hosted:
-            return await initialized(self._lobby.config, hosted, new_id())
+        conversations = self._sessions.conversations
+        id = await named_or_new(conversations, self._sessions.work, wanted, params)
+        async with conversations.using(id) as loaded:
+            return await initialized(self._sessions.config, loaded, new_id())
 
-
-async def _run(handlers: Handlers, call: Request) -> Any:
-    methods: dict[str, type[Method[Any]]] = {method.method: method for method in handlers}
-    method = methods.get(call.method)
-    if method is None:
-        raise unknown_method(call.method)
-    # A peer that runs no connection: over HTTP there is nobody to call, see HttpCall.
-    inbound = HttpCall(Peer(memory_pipes()[0], opener=False), call.id)
-    with structlog.contextvars.bound_contextvars(call=call.id):
-        return await handlers[method](decode_params(method, call.params), inbound)
+    async def _run(self, call: Request, loaded: LoadedConversation | None) -> Any:
+        methods = self._sessions.methods
+        method = methods.over_http.get(call.method)
+        if method is None:
+            raise unknown_method(call.method)
+        inbound = HttpCall(call.id, loaded)
+        return await methods.answer(inbound, decode_params(method, call.params), inbound)

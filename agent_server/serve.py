@@ -30,8 +30,7 @@ from agent_server.refusal import CANNOT_CREATE, DISK_FAILED, StartRefused
 from agent_server.routes import Routes
 from agent_server.runtime_api.service import runtime_api
 from agent_server.sealing import obtain_sealer
-from agent_server.session.lobby import BACK_AFTER_MS, Lobby
-from agent_server.session.session import CLOSE_DRAINING
+from agent_server.session.session import BACK_AFTER_MS, CLOSE_DRAINING, Sessions
 from agent_server.work import Work
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -155,10 +154,10 @@ async def serving(
                 log.failed.add_done_callback(partial(_failed, opened, on_failure))
             for_metrics = ApiKey(config.metrics_key) if config.metrics_key else None
             authority = Authority(key, for_metrics=for_metrics)
-            lobby = Lobby(config, conversations, authority, opened, metrics, work)
-            routes = Routes(lobby)
+            sessions = Sessions(config, conversations, authority, opened, metrics, work)
+            routes = Routes(sessions)
             crowd = Crowd(_room(config, descriptors), config.max_strangers, metrics)
-            async with listening(config, lobby, routes, crowd, *runtime_routes) as port:
+            async with listening(config, sessions, routes, crowd, *runtime_routes) as port:
                 _read_again_at_hangup(config, key, crowd, opened)
                 ready = Ready(
                     url=_url(config.host, port),
@@ -173,7 +172,7 @@ async def serving(
                         yield
                     finally:
                         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
-                    await _drain(config, lobby, conversations, routes, stop, opened)
+                    await _drain(config, sessions, conversations, routes, stop, opened)
 
 
 def _read_again_at_hangup(config: ServerConfig, key: ApiKey, crowd: Crowd, opened: Logs) -> None:
@@ -198,16 +197,16 @@ def _read_again_at_hangup(config: ServerConfig, key: ApiKey, crowd: Crowd, opene
 
 async def _drain(
     config: ServerConfig,
-    lobby: Lobby,
+    sessions: Sessions,
     conversations: Conversations,
     routes: Routes,
     stop: Stop,
     opened: Logs,
 ) -> None:
-    work = lobby.work
+    work = sessions.work
     work.draining = True
     opened.log.info("server_draining", calls=work.running)
-    lobby.announce_end()
+    sessions.announce_end()
     routes.end()
     conversations.wind_down()
     waiting = asyncio.ensure_future(work.finished(config.drain_seconds * FOR_WORK))
@@ -217,7 +216,7 @@ async def _drain(
         opened.log.warning("server_stops_at_once", calls=work.running)
     await conversations.note_clients()
     dismissing = asyncio.ensure_future(
-        lobby.dismiss(CLOSE_DRAINING, f"the server is stopping; retry_after_ms={BACK_AFTER_MS}")
+        sessions.dismiss(CLOSE_DRAINING, f"the server is stopping; retry_after_ms={BACK_AFTER_MS}")
     )
     # Clients that listen hear why they are cut off before their commands are ended; frozen ones hold nothing up.
     await asyncio.wait([dismissing], timeout=FAREWELL_SECONDS)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 from agent_sdk.protocol.errors import RETRY_AFTER_MS as RETRY_AFTER_MS
 from agent_sdk.protocol.errors import Overloaded, draining
-from agent_sdk.protocol.methods import Effect
-from agent_sdk.rpc.ledger import Ledger
-
-T = TypeVar("T")
 
 
 class Work:
@@ -106,34 +101,3 @@ def _too_much(what: str, limit: int, got: int) -> Overloaded:
         got=got,
         retry_after_ms=RETRY_AFTER_MS,
     )
-
-
-class CountedLedger(Ledger):
-    """A ledger whose operations are work: the server waits for them, and begins no new ones while it drains.
-
-    An operation goes on when its caller loses the connection, so it is counted here and not with the call.
-    """
-
-    def __init__(self, work: Work, **options: Any) -> None:
-        super().__init__(**options)
-        self._work = work
-        self.running = 0
-        """Operations under way."""
-
-    async def run(self, call: Effect[Any], action: Callable[[], Awaitable[T]]) -> T:
-        """See Ledger.run.
-
-        Raises:
-            Overloaded: the operation is new, and the server drains.
-        """
-
-        async def counted() -> T:
-            self._work.admit()
-            self.running += 1
-            try:
-                with self._work.under_way():
-                    return await action()
-            finally:
-                self.running -= 1
-
-        return await super().run(call, counted)

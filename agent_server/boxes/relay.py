@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, suppress
 from typing import Any
 
@@ -26,7 +26,6 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.methods import (
-    WORKSPACE,
     Describe,
     Effect,
     Execute,
@@ -43,7 +42,7 @@ from agent_sdk.protocol.methods import (
 from agent_sdk.protocol.results import Exit, RunningOperation, WorkspaceInfo
 from agent_sdk.remote.link import Linked
 from agent_sdk.rpc.ledger import CHANNELS, did_nothing
-from agent_sdk.rpc.peer import Handler, Inbound
+from agent_sdk.rpc.peer import Inbound
 from agent_sdk.workspace.digest import digest_of
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.passage import Passage
@@ -71,10 +70,16 @@ class Relay:
     def __repr__(self) -> str:
         return f"<Relay to {self._link!r}: {len(self._running)} operations>"
 
-    def handlers(self) -> dict[type[Method[Any]], Handler]:
-        """Return who answers the workspace methods."""
-        relayed = {method: self._effect if issubclass(method, Effect) else self._look for method in WORKSPACE}
-        return {**relayed, Describe: self._describe, UploadOffset: self._offset}
+    def answer(self, params: Method[Any], call: Inbound) -> Awaitable[Any]:
+        """Answer a workspace method."""
+        match params:
+            case Effect():
+                return self._effect(params, call)
+            case Describe():
+                return self._describe(params, call)
+            case UploadOffset():
+                return self._offset(params, call)
+        return self._look(params, call)
 
     async def open(self) -> None:
         """Find out what a former server has begun."""

@@ -3,7 +3,7 @@
 Knows logs and boxes; nothing of connections.
 
 registry:     all conversations of a server
-hosted:       a conversation in memory
+loaded:       a conversation in memory
 client_tools: tools in the client's process
 retention:    which conversations go by themselves
 note:         what is kept of all conversations in memory

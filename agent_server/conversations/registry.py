@@ -33,7 +33,7 @@ from agent_server.boxes.link import BoxLink
 from agent_server.boxes.registry import Boxes
 from agent_server.boxes.sandbox_rules import check_most, checked
 from agent_server.config.options import ServerConfig
-from agent_server.conversations.hosted import BACK_SECONDS, CLOSE_GONE, Hosted
+from agent_server.conversations.loaded import BACK_SECONDS, CLOSE_GONE, LoadedConversation
 from agent_server.conversations.note import Note, note_of, snapshot_of
 from agent_server.conversations.retention import Retention, duration
 from agent_server.data_folder import DataFolder
@@ -71,7 +71,7 @@ class Conversations:
         """The states of those that the last server did not leave idle, until they are in memory."""
         self._awaited: dict[str, int] = {}
         """How many clients of each the last server let go of, for as long as they are waited for."""
-        self._hosted: dict[str, Hosted] = {}
+        self._loaded: dict[str, LoadedConversation] = {}
         self._boxes = Boxes(config, folder, logs, self._count_boxes)
         self._stopping = False
         self._retention = Retention(self, log, logs, duration(config.retention))
@@ -81,7 +81,7 @@ class Conversations:
         self._resuming: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<Conversations: {len(self._notes)}, {len(self._hosted)} in memory>"
+        return f"<Conversations: {len(self._notes)}, {len(self._loaded)} in memory>"
 
     async def __aenter__(self) -> Self:
         rows = await self._log.list()
@@ -115,7 +115,7 @@ class Conversations:
             await asyncio.wait([self._resuming])
         for timer in self._timers.values():
             timer.cancel()
-        for id in list(self._hosted):
+        for id in list(self._loaded):
             self._begin_close(id)
         if self._closing:
             await asyncio.wait(self._closing.values())
@@ -165,44 +165,44 @@ class Conversations:
         return id
 
     @asynccontextmanager
-    async def using(self, id: str) -> AsyncIterator[Hosted]:
+    async def using(self, id: str) -> AsyncIterator[LoadedConversation]:
         """Have a conversation in memory for the length of the block.
 
         Raises:
             ConversationNotFound: there is none of this id.
         """
-        hosted = await self.hold(id)
+        loaded = await self.hold(id)
         try:
-            yield hosted
+            yield loaded
         finally:
-            self.let_go(hosted)
+            self.let_go(loaded)
 
-    async def hold(self, id: str) -> Hosted:
+    async def hold(self, id: str) -> LoadedConversation:
         """Have a conversation in memory until `let_go`; cancelling lets it go.
 
         Raises:
             ConversationNotFound: there is none of this id.
         """
-        hosted = await self._get(id)
+        loaded = await self._get(id)
         try:
-            await hosted.open()
+            await loaded.open()
         except BaseException as exc:
             if isinstance(exc, ConversationDamaged):
                 self._left[id] = "damaged"
-            self.let_go(hosted)
+            self.let_go(loaded)
             raise
         self._left.pop(id, None)
-        return hosted
+        return loaded
 
-    def let_go(self, hosted: Hosted, *, for_good: bool = False) -> None:
+    def let_go(self, loaded: LoadedConversation, *, for_good: bool = False) -> None:
         """One user less; the last leaves it in memory for a while. `for_good`: that user does not come back."""
-        hosted.users -= 1
-        if not hosted.users and for_good and not self._stopping:
-            self._retention.left(hosted.id, hosted.head_seq)
-        if not hosted.users and self._hosted.get(hosted.id) is hosted:
+        loaded.users -= 1
+        if not loaded.users and for_good and not self._stopping:
+            self._retention.left(loaded.id, loaded.head_seq)
+        if not loaded.users and self._loaded.get(loaded.id) is loaded:
             loop = asyncio.get_running_loop()
-            delay = self._config.idle_seconds if hosted.id in self._notes else 0.0
-            self._timers[hosted.id] = loop.call_later(delay, self._evict, hosted)
+            delay = self._config.idle_seconds if loaded.id in self._notes else 0.0
+            self._timers[loaded.id] = loop.call_later(delay, self._evict, loaded)
 
     async def snapshots(self, wanted: ListConversations) -> list[Snapshot]:
         """Return a page of conversations, newest first. Those that are not in memory have no stats.
@@ -224,55 +224,55 @@ class Conversations:
     def _may_be(self, id: str, wanted: ListConversations) -> bool:
         if not wanted.tags.items() <= self._notes[id].tags.items():
             return False
-        return wanted.state is None or id in self._hosted or self._left.get(id, "idle") == wanted.state
+        return wanted.state is None or id in self._loaded or self._left.get(id, "idle") == wanted.state
 
     async def _read(self, ids: list[str]) -> list[Snapshot]:
         rows = {row.id: row for row in await self._log.list(ids)}
-        settings = await self._log.settings_of([id for id in ids if id not in self._hosted])
+        settings = await self._log.settings_of([id for id in ids if id not in self._loaded])
         found = []
         for id in ids:
-            hosted = self._hosted.get(id)
-            if hosted is not None and hosted.epoch:
-                found.append(await hosted.state())
+            loaded = self._loaded.get(id)
+            if loaded is not None and loaded.epoch:
+                found.append(await loaded.state())
             elif id in rows and id in self._notes:
                 missing = self._settings.missing(id, *settings[id]) if id in settings else ""
                 found.append(snapshot_of(rows[id], self._notes[id], missing))
         return found
 
-    async def note(self, hosted: Hosted) -> None:
+    async def note(self, loaded: LoadedConversation) -> None:
         """Keep title, tags and model of a conversation where the list finds them."""
-        state = await hosted.state()
-        note = replace(self._notes[hosted.id], title=state.title, tags=state.tags, model=state.model)
-        if note != self._notes[hosted.id]:
-            self._notes[hosted.id] = note
-            await self._log.set_meta(hosted.id, msgspec.to_builtins(note))
+        state = await loaded.state()
+        note = replace(self._notes[loaded.id], title=state.title, tags=state.tags, model=state.model)
+        if note != self._notes[loaded.id]:
+            self._notes[loaded.id] = note
+            await self._log.set_meta(loaded.id, msgspec.to_builtins(note))
 
-    async def delete(self, hosted: Hosted, *, caller: Peer | None = None) -> None:
+    async def delete(self, loaded: LoadedConversation, *, caller: Peer | None = None) -> None:
         """Remove a conversation with its log, and its workspace when nobody else uses that.
 
         Its connections are closed with 4404, but for the caller's, which still has to be answered.
         """
-        note = self._notes.pop(hosted.id, None)
+        note = self._notes.pop(loaded.id, None)
         await self._condemn(note)
-        await hosted.local.delete()
-        hosted.dismiss(CLOSE_GONE, "the conversation was deleted", but=caller)
-        await self._remove_place(hosted.id, note)
+        await loaded.local.delete()
+        loaded.dismiss(CLOSE_GONE, "the conversation was deleted", but=caller)
+        await self._remove_place(loaded.id, note)
 
-    async def snapshot(self, hosted: Hosted) -> SnapshotTaken:
+    async def snapshot(self, loaded: LoadedConversation) -> SnapshotTaken:
         """Copy the files of its workspace; nothing in it runs meanwhile.
 
         Raises:
             IsolationUnavailable: it is no sandbox, or this server takes none.
         """
-        note = self._notes[hosted.id]
+        note = self._notes[loaded.id]
         if note.sandbox is None:
             raise IsolationUnavailable("only the workspace of a sandbox can be copied", wanted="snapshot")
-        async with hosted.link.still():
+        async with loaded.link.still():
             return await self._boxes.sandboxes.snapshot(note.owner)
 
     def in_memory(self, id: str) -> bool:
         """Whether somebody uses it, or did a short while ago."""
-        return id in self._hosted
+        return id in self._loaded
 
     async def is_empty(self, id: str) -> bool:
         """Whether nothing would be missed: no file in its workspace, nothing that runs, and nobody who shares it."""
@@ -297,13 +297,13 @@ class Conversations:
 
     async def remove(self, id: str, *, unless_used: bool = False) -> None:
         """Remove a conversation that may be damaged, or that nobody uses; `unless_used`: see to that."""
-        hosted = self._hosted.get(id)
-        used = id in self._closing or (hosted is not None and (hosted.users or hosted.busy))
+        loaded = self._loaded.get(id)
+        used = id in self._closing or (loaded is not None and (loaded.users or loaded.busy))
         if unless_used and used:
             return
-        if hosted is not None and hosted.epoch:
+        if loaded is not None and loaded.epoch:
             async with self.using(id):
-                await self.delete(hosted)
+                await self.delete(loaded)
             return
         note = self._notes.pop(id, None)
         await self._condemn(note)
@@ -343,20 +343,20 @@ class Conversations:
 
     async def note_clients(self) -> None:
         """Leave word to the next server of who is there and will come back."""
-        clients = {id: hosted.clients for id, hosted in self._hosted.items() if hosted.clients}
+        clients = {id: loaded.subscribers for id, loaded in self._loaded.items() if loaded.subscribers}
         await asyncio.to_thread(self._folder.note_clients, clients)
 
     def wind_down(self) -> None:
         """Let go of every turn as soon as the next server can go on with it; it counts as work until then."""
-        for hosted in self._hosted.values():
-            task = asyncio.create_task(hosted.wind_down())
+        for loaded in self._loaded.values():
+            task = asyncio.create_task(loaded.wind_down())
             self._letting_go.add(task)
             task.add_done_callback(self._letting_go.discard)
 
     def dismiss(self, code: int, reason: str) -> None:
         """Close all connections."""
-        for hosted in self._hosted.values():
-            hosted.dismiss(code, reason)
+        for loaded in self._loaded.values():
+            loaded.dismiss(code, reason)
 
     async def _resume(self, abandoned: list[str]) -> None:
         """Open the conversations whose turns the last server left, a few at a time: opened, they go on."""
@@ -374,7 +374,7 @@ class Conversations:
 
     # --- in memory ---
 
-    async def _get(self, id: str) -> Hosted:
+    async def _get(self, id: str) -> LoadedConversation:
         while id in self._closing:
             await asyncio.wait([self._closing[id]])
         note = self._notes.get(id)
@@ -383,9 +383,9 @@ class Conversations:
         timer = self._timers.pop(id, None)
         if timer is not None:
             timer.cancel()
-        hosted = self._hosted.get(id)
-        if hosted is None:
-            hosted = Hosted(
+        loaded = self._loaded.get(id)
+        if loaded is None:
+            loaded = LoadedConversation(
                 id,
                 self._log,
                 self._link(note),
@@ -396,18 +396,18 @@ class Conversations:
                 settings=self._settings,
                 awaited=self._awaited.pop(id, 0),
             )
-            self._hosted[id] = hosted
-            self._metrics.conversations.set(len(self._hosted))
-        hosted.users += 1
-        return hosted
+            self._loaded[id] = loaded
+            self._metrics.conversations.set(len(self._loaded))
+        loaded.users += 1
+        return loaded
 
-    def _evict(self, hosted: Hosted) -> None:
+    def _evict(self, loaded: LoadedConversation) -> None:
         """Let an idle conversation go; one that is busy is looked at again later."""
-        if hosted.busy:
-            hosted.users += 1
-            self.let_go(hosted)
+        if loaded.busy:
+            loaded.users += 1
+            self.let_go(loaded)
         else:
-            self._begin_close(hosted.id)
+            self._begin_close(loaded.id)
 
     def _begin_close(self, id: str) -> None:
         self._timers.pop(id, None)
@@ -415,16 +415,16 @@ class Conversations:
             self._closing[id] = asyncio.create_task(self._close(id))
 
     async def _close(self, id: str) -> None:
-        hosted = self._hosted[id]
+        loaded = self._loaded[id]
         try:
-            await hosted.close()
-            others = (other for other in self._hosted.values() if other is not hosted)
-            if not self._stopping and not any(other.link is hosted.link for other in others):
-                await hosted.link.retire(self._config.idle_seconds)
+            await loaded.close()
+            others = (other for other in self._loaded.values() if other is not loaded)
+            if not self._stopping and not any(other.link is loaded.link for other in others):
+                await loaded.link.retire(self._config.idle_seconds)
         finally:
-            del self._hosted[id]
+            del self._loaded[id]
             del self._closing[id]
-            self._metrics.conversations.set(len(self._hosted))
+            self._metrics.conversations.set(len(self._loaded))
 
     # --- workspaces ---
 

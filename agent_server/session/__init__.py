@@ -2,10 +2,9 @@
 
 Knows the network and the conversations; it is where they meet.
 
-lobby:        what all WebSockets share
-session:      one WebSocket
-introduction: `initialize`
-feed:         replay, then live
-handlers:     method class to coroutine
+session:      a WebSocket, and all of them
+handshake:    `initialize`
+subscription: replay, then live
+methods:      method class to coroutine, and the dispatcher around all of them
 event_stream: events as Server-Sent Events
 """

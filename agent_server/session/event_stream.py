@@ -10,7 +10,7 @@ import asyncio
 from aiohttp import web
 
 from agent_sdk.protocol.errors import AgentServerError
-from agent_server.conversations.hosted import Hosted
+from agent_server.conversations.loaded import LoadedConversation
 
 KEEP_ALIVE_SECONDS = 15.0
 """Silence after which a comment is sent, so that proxies do not cut the connection."""
@@ -19,7 +19,7 @@ RETRY_MS = 1000
 
 
 class Reader:
-    """A hosted.Guest without a Peer."""
+    """A client without a Peer."""
 
     peer = None
 
@@ -34,7 +34,7 @@ class Reader:
 
 
 async def stream_events(
-    request: web.Request, hosted: Hosted, after: int, ending: asyncio.Event
+    request: web.Request, loaded: LoadedConversation, after: int, ending: asyncio.Event
 ) -> web.StreamResponse:
     """Send the events after a seq, then live ones, until the client or the conversation goes, or `ending` is set.
 
@@ -47,18 +47,18 @@ async def stream_events(
     await response.write(f"retry: {RETRY_MS}\n\n".encode())
     reader = Reader()
     news = reader.news
-    stop = hosted.subscribe(lambda seq, event: news.set())
-    hosted.guests.add(reader)
+    stop = loaded.subscribe(lambda seq, event: news.set())
+    loaded.connections.add(reader)
     try:
-        if after > hosted.head_seq:
+        if after > loaded.head_seq:
             await response.write(b'event: sync.reset\ndata: {"from_seq":1}\n\n')
             after = 0
         while not (ending.is_set() or reader.dismissed):
             news.clear()
-            for seq, event in await hosted.page(after):
+            for seq, event in await loaded.page(after):
                 after = seq
                 await _write(response, b"id: %d\ndata: %b\n\n" % (seq, event))
-            if hosted.head_seq > after:
+            if loaded.head_seq > after:
                 continue
             if not await _anything_new(news, ending):
                 await _write(response, b": still here\n\n")
@@ -67,7 +67,7 @@ async def stream_events(
     except AgentServerError:
         pass  # the log is gone or cannot be read: whoever asks again is told with a status
     finally:
-        hosted.guests.discard(reader)
+        loaded.connections.discard(reader)
         stop()
     return response
 

@@ -17,7 +17,7 @@ from agent_sdk.rpc import lanes, ledger
 from agent_sdk.workspace import process_tree
 from agent_server.boxes import registry as boxes
 from agent_server.cli import main as cli
-from agent_server.session import feed
+from agent_server.session import subscription
 from workspaces.box import process as box_process
 
 
@@ -68,13 +68,13 @@ def no_proof() -> None:
 
 def no_resume_mark() -> None:
     """Replay ends, and live events begin, wherever it happens to be."""
-    position = feed.Feed._position
+    position = subscription.Subscription._position
 
     def forgetful(self: Any, epoch: str | None, after: int) -> None:
         position(self, epoch, after)
         self._last = max(0, self._last - 1)
 
-    feed.Feed._position = forgetful
+    subscription.Subscription._position = forgetful
 
 
 def unbounded_queue() -> None:

@@ -3,12 +3,11 @@ import json
 import logging
 
 import pytest
-import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_sdk.agent.mask import Mask
-from agent_server.logs import Redactor, opened, shown
+from agent_server.logs import ABOUT, Redactor, opened, shown
 
 SECRET = "sk-0123456789abcdef"
 
@@ -34,8 +33,9 @@ def test_a_line_is_a_json_object_with_time_level_and_event():
 
 def test_what_is_bound_for_a_conversation_is_on_its_lines():
     def write(logs):
-        with structlog.contextvars.bound_contextvars(conversation="c1"):
-            logs.log.info("session_opened")
+        before = ABOUT.set({"conversation": "c1"})
+        logs.log.info("session_opened")
+        ABOUT.reset(before)
 
     assert json.loads(lines(write)[0])["conversation"] == "c1"
 

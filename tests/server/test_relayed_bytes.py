@@ -18,6 +18,7 @@ from agent_sdk.log.event_log import EventLog
 from agent_sdk.log.operations import KEPT, KEPT_SECONDS
 from agent_sdk.protocol.errors import InvalidParams, OpExpired, WorkspaceUnavailable
 from agent_sdk.protocol.methods import (
+    WORKSPACE,
     Describe,
     Execute,
     Executed,
@@ -200,7 +201,7 @@ async def relayed(folder: Path, log: EventLog, patience: float = 5.0) -> AsyncIt
     here, there = memory_pipes()
     try:
         async with (
-            Peer(there, relay.handlers(), opener=False, strict=True),
+            Peer(there, dict.fromkeys(WORKSPACE, relay.answer), opener=False, strict=True),
             Peer(here, {}, opener=True, strict=False) as caller,
         ):
             yield caller, link

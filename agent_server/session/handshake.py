@@ -9,7 +9,7 @@ from agent_sdk.protocol.methods import ClientInfo, Initialize, Initialized
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.version import __version__
 from agent_server.config.options import ServerConfig
-from agent_server.conversations.hosted import Hosted
+from agent_server.conversations.loaded import LoadedConversation
 from agent_server.conversations.registry import SHOWN_ID, Conversations
 from agent_server.work import Work
 
@@ -66,16 +66,16 @@ async def named_or_new(conversations: Conversations, work: Work, wanted: str, pa
     return wanted
 
 
-async def initialized(config: ServerConfig, hosted: Hosted, connection: str) -> Initialized:
+async def initialized(config: ServerConfig, loaded: LoadedConversation, connection: str) -> Initialized:
     """Return the answer to `initialize`."""
-    state = await hosted.state()
+    state = await loaded.state()
     return Initialized(
         protocol_version=PROTOCOL_VERSION,
         server=SERVER,
         limits=config.limits,
         connection_id=connection,
         heartbeat_s=config.heartbeat_seconds,
-        conversation=hosted.id,
+        conversation=loaded.id,
         epoch=state.epoch,
         head_seq=state.head_seq,
         state=state,

@@ -13,7 +13,7 @@ from agent_sdk.protocol.methods import EventsNotice, SyncReset
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_server.session.feed import Feed
+from agent_server.session.subscription import Subscription
 from tests.server.wire import GUARD
 
 
@@ -107,8 +107,8 @@ async def connected():
 
 
 @asynccontextmanager
-async def feed(source, reader, peer, cursor=(None, 0), *, patience=GUARD):
-    fed = Feed(source, peer, reader.give_up, reader.bugs.append, patience=patience)
+async def subscribed(source, reader, peer, cursor=(None, 0), *, patience=GUARD):
+    fed = Subscription(source, peer, reader.give_up, reader.bugs.append, patience=patience)
     fed.begin(*cursor)
     yield fed
     fed.close()
@@ -132,7 +132,7 @@ def large(seq: int) -> tuple[int, bytes]:
 async def test_replay_comes_first_and_live_events_follow(connected):
     reader, peer = connected
     source = Source(25)
-    async with feed(source, reader, peer, (None, 3)):
+    async with subscribed(source, reader, peer, (None, 3)):
         await live(source)
         source.write()
         source.announce()
@@ -149,7 +149,7 @@ async def test_an_event_that_comes_after_the_last_page_is_not_lost(connected):
         source.announce()
 
     source.after_page = once
-    async with feed(source, reader, peer, (None, 1)):
+    async with subscribed(source, reader, peer, (None, 1)):
         assert await reader.until(2) == [2]
 
 
@@ -157,7 +157,7 @@ async def test_an_event_that_was_read_before_it_is_announced_is_not_repeated(con
     reader, peer = connected
     source = Source(1)
     source.write()
-    async with feed(source, reader, peer):
+    async with subscribed(source, reader, peer):
         await live(source)
         source.announce()
         source.write()
@@ -168,15 +168,15 @@ async def test_an_event_that_was_read_before_it_is_announced_is_not_repeated(con
 @pytest.mark.parametrize(("epoch", "after"), [("e0", 1), ("e1", 9), (None, 9)])
 async def test_a_cursor_that_means_nothing_resets_before_the_first_event(connected, epoch, after):
     reader, peer = connected
-    async with feed(Source(2), reader, peer, (epoch, after)):
+    async with subscribed(Source(2), reader, peer, (epoch, after)):
         assert await reader.until(2) == [1, 2]
     assert [(reset.epoch, reset.from_seq) for reset in reader.resets] == [("e1", 1)]
 
 
-async def test_a_closed_feed_sends_nothing_more(connected):
+async def test_a_closed_subscription_sends_nothing_more(connected):
     reader, peer = connected
     source = Source(1)
-    async with feed(source, reader, peer) as fed:
+    async with subscribed(source, reader, peer) as fed:
         await live(source)
         fed.close()
         assert (source.listeners, source.deltas) == ([], [])
@@ -185,7 +185,7 @@ async def test_a_closed_feed_sends_nothing_more(connected):
 async def test_a_live_reader_that_falls_behind_catches_up_from_the_log(connected):
     reader, peer = connected
     source = Source(0)
-    async with feed(source, reader, peer):
+    async with subscribed(source, reader, peer):
         await live(source)
         for seq in range(1, 30):
             source.log.append(large(seq))
@@ -207,7 +207,7 @@ async def test_a_reader_that_takes_nothing_is_given_up(is_live):
         if not is_live:
             source.log = [large(seq) for seq in range(1, 30)]
             source.head_seq = 29
-        async with feed(source, reader, peer, patience=0.1):
+        async with subscribed(source, reader, peer, patience=0.1):
             if is_live:
                 await live(source)
                 for seq in range(1, 30):
@@ -224,7 +224,7 @@ async def test_a_reader_is_waited_for_while_it_replays(connected):
     source = Source(0)
     source.log = [large(seq) for seq in range(1, 100)]
     source.head_seq = 99
-    async with feed(source, reader, peer):
+    async with subscribed(source, reader, peer):
         assert await reader.until(99) == list(range(1, 100))
     assert reader.stuck == []
 
@@ -233,19 +233,19 @@ async def test_an_event_that_the_reader_cannot_take_is_not_skipped_in_silence(co
     reader, peer = connected
     peer.other_limits = Limits(message_bytes=64 << 10)
     source = Source(0)
-    async with feed(source, reader, peer):
+    async with subscribed(source, reader, peer):
         await live(source)
         source.log.append(large(1))
         source.announce()
     assert reader.stuck == [TOO_BIG]
 
 
-async def test_a_feed_of_a_connection_that_ends_while_it_replays_ends_too(connected):
+async def test_a_subscription_of_a_connection_that_ends_while_it_replays_ends_too(connected):
     reader, peer = connected
     source = Source(0)
     source.log = [large(seq) for seq in range(1, 100)]
     source.head_seq = 99
-    async with feed(source, reader, peer):
+    async with subscribed(source, reader, peer):
         await peer.close()
     assert (reader.stuck, source.listeners) == ([], [])
 
@@ -255,7 +255,7 @@ async def test_an_event_longer_than_the_budget_arrives_in_its_place(connected):
     source = Source(0)
     source.log = [large(1), (2, b'{"seq":2,"x":"%b"}' % (b"x" * (3 << 20))), large(3)]
     source.head_seq = 3
-    async with feed(source, reader, peer):
+    async with subscribed(source, reader, peer):
         assert await reader.until(3) == [1, 2, 3]
         await live(source)
         for seq in (4, 5, 6):
@@ -276,6 +276,6 @@ async def test_a_log_that_cannot_be_read_any_more_ends_the_connection_and_is_no_
 
     source = Source(3)
     source.after_page = fail
-    async with feed(source, reader, peer), asyncio.timeout(GUARD):
+    async with subscribed(source, reader, peer), asyncio.timeout(GUARD):
         await reader.given_up.wait()
     assert reader.stuck == [code]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 from msgspec.structs import replace
@@ -15,17 +15,17 @@ from agent_sdk.conversation.settings import Settings
 from agent_sdk.log.event_log import PAGE_EVENTS, EventLog
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted, Waiting, WorkspaceChanged
-from agent_sdk.protocol.methods import Method
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.remote.workspace import RemoteWorkspace
-from agent_sdk.rpc.peer import Handler, Peer
+from agent_sdk.rpc.ledger import Ledger
+from agent_sdk.rpc.peer import Peer
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.place import BoxPlace
 from agent_server.boxes.relay import Relay
 from agent_server.conversations.client_tools import ClientTools
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
-from agent_server.work import CountedLedger, Work
+from agent_server.work import Work
 
 CLOSE_GONE = 4404
 CLOSE_FAILED = 1011
@@ -34,7 +34,7 @@ BACK_SECONDS = 5.0
 """In which the clients of a server that was stopped may come back and stop a turn before it does anything new."""
 
 
-class Guest(Protocol):
+class Client(Protocol):
     """A connection that is bound to the conversation."""
 
     @property
@@ -47,8 +47,8 @@ class Guest(Protocol):
         ...
 
 
-class Hosted:
-    """See the module's docstring. It is a feed.Source."""
+class LoadedConversation:
+    """See the module's docstring. It is a Source."""
 
     def __init__(
         self,
@@ -69,13 +69,11 @@ class Hosted:
         self._workspace = workspace
         self.relay = Relay(id, link, log, work)
         self.tools = ClientTools()
-        self.ledger = CountedLedger(work)
-        self.guests: set[Guest] = set()
-        self.handlers: dict[type[Method[Any]], Handler] = {}
-        """Who answers its calls; put here by whoever answers the first."""
+        self.ledger = Ledger()
+        self.connections: set[Client] = set()
         self.users = 0
         """Connections and requests that hold it in memory."""
-        self.clients = 0
+        self.subscribers = 0
         """Connections that listen to its events."""
         self._awaited = awaited
         self._clients_back = asyncio.Event()
@@ -101,7 +99,7 @@ class Hosted:
         self._delta_listeners: dict[object, Callable[[bytes], None]] = {}
 
     def __repr__(self) -> str:
-        return f"<Hosted {self.id}, {self.users} users, {self.link!r}>"
+        return f"<LoadedConversation {self.id}, {self.users} users, {self.link!r}>"
 
     async def open(self) -> None:
         """Read the log; may be called again."""
@@ -134,16 +132,16 @@ class Hosted:
             forget()
         self._forget.clear()
 
-    def client_came(self) -> None:
+    def subscribed(self) -> None:
         """One more listens, and has said by now what it could not say while there was no server."""
-        self.clients += 1
-        if self.clients >= self._awaited:
+        self.subscribers += 1
+        if self.subscribers >= self._awaited:
             self._clients_back.set()
 
     @property
     def busy(self) -> bool:
         """Whether something goes on in it that nobody needs to be connected for."""
-        return self.local.working or self.ledger.running > 0 or self.relay.busy
+        return self.local.working or bool(self.ledger.under_way) or self.relay.busy
 
     @property
     def epoch(self) -> str:
@@ -156,7 +154,7 @@ class Hosted:
         return self.local.head_seq
 
     async def page(self, after: int, limit: int = PAGE_EVENTS) -> list[tuple[int, bytes]]:
-        """See feed.Source; at most `limit` events."""
+        """See Source; at most `limit` events."""
         return await self._log.read(self.id, after, limit)
 
     async def state(self) -> Snapshot:
@@ -165,11 +163,11 @@ class Hosted:
         return replace(await self.local.state(), operations=operations, workspace=self._workspace)
 
     def subscribe(self, listener: Callable[[int, bytes], None]) -> Callable[[], None]:
-        """See feed.Source."""
+        """See Source."""
         return self.local.subscribe(listener)
 
     def subscribe_deltas(self, listener: Callable[[bytes], None]) -> Callable[[], None]:
-        """See feed.Source; a delta is encoded once for all."""
+        """See Source; a delta is encoded once for all."""
         key = object()
         self._delta_listeners[key] = listener
 
@@ -184,9 +182,9 @@ class Hosted:
 
     def dismiss(self, code: int, reason: str, *, but: Peer | None = None) -> None:
         """Close its connections, `but` that one."""
-        for guest in list(self.guests):
-            if but is None or guest.peer is not but:
-                guest.dismiss(code, reason)
+        for client in list(self.connections):
+            if but is None or client.peer is not but:
+                client.dismiss(code, reason)
 
     async def wind_down(self) -> None:
         """The server stops: let go of the turn, as soon as the next server can go on with it; return then."""

@@ -52,7 +52,7 @@ class Source(Protocol):
         ...
 
 
-class Feed:
+class Subscription:
     """One connection's subscription. Close it."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Feed:
         self._stops: tuple[Stop, ...] = ()
 
     def __repr__(self) -> str:
-        return f"<Feed at seq {self._last}, {'live' if self._stops else 'behind'}>"
+        return f"<Subscription at seq {self._last}, {'live' if self._stops else 'behind'}>"
 
     def begin(self, epoch: str | None, after: int) -> None:
         """Replay what comes after a cursor, then be live.

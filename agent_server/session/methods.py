@@ -1,0 +1,317 @@
+"""What a conversation of this server answers, over a WebSocket and over plain HTTP alike: one table, one dispatcher."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Protocol
+
+from msgspec import Raw
+
+from agent_sdk.agent.mask import check_secrets, hidden_in
+from agent_sdk.conversation.receipts import operation
+from agent_sdk.log.event_log import Operation
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams, StateConflict
+from agent_sdk.protocol.methods import (
+    WORKSPACE,
+    Configure,
+    Delete,
+    Done,
+    Download,
+    Effect,
+    EventPage,
+    GetEvents,
+    GetState,
+    Initialize,
+    Initialized,
+    Interrupt,
+    ListConversations,
+    Method,
+    Pause,
+    PauseWorkspace,
+    Ping,
+    Pong,
+    RegisterTools,
+    Respond,
+    ResumeWorkspace,
+    Run,
+    RunAnswer,
+    SendMessage,
+    SetConfirmationPolicy,
+    SetTitle,
+    SnapshotTaken,
+    SnapshotWorkspace,
+    Subscribe,
+    Subscribed,
+    SwitchLlm,
+    UpdateSecrets,
+    result_type,
+)
+from agent_sdk.protocol.results import BUSY, Accepted, Snapshot
+from agent_sdk.rpc.peer import Inbound, Peer
+from agent_sdk.rpc.pipe import memory_pipes
+from agent_server.conversations.loaded import LoadedConversation
+from agent_server.conversations.registry import Conversations
+from agent_server.logs import ABOUT
+from agent_server.metrics import Metrics
+from agent_server.work import Work
+
+OF_THE_SERVER = frozenset({ListConversations.method, Ping.method})
+"""Methods that concern no particular conversation."""
+
+
+class Caller(Protocol):
+    """Whose call is answered: a WebSocket, or one request over plain HTTP."""
+
+    conversation: LoadedConversation
+    """The conversation of its calls; there is none yet for `initialize`, and need not be one for `OF_THE_SERVER`."""
+    about: dict[str, Any]
+    """What the log lines of its calls tell."""
+
+    async def initialize(self, params: Initialize) -> Initialized:
+        """Answer the first message of a WebSocket."""
+        ...
+
+    async def subscribe(self, params: Subscribe) -> Subscribed:
+        """Begin to send events over a WebSocket."""
+        ...
+
+
+Handler = Callable[[Caller, Any, Inbound], Awaitable[Any]]
+Action = Callable[[LoadedConversation, Any, Operation], Awaitable[Any]]
+
+
+class HttpCall(Inbound):
+    """A call over plain HTTP and its caller in one: there are no byte streams, and nobody to call back."""
+
+    __slots__ = ("about", "conversation")
+
+    def __init__(self, id: Any, conversation: LoadedConversation | None) -> None:
+        super().__init__(Peer(memory_pipes()[0], opener=False), id)
+        self.about = {"call": id}
+        if conversation is not None:
+            self.conversation = conversation
+            self.about["conversation"] = conversation.id
+
+    def reading(self, channel: int) -> Any:
+        """Refuse."""
+        raise needs_a_websocket()
+
+    def writing(self, channel: int) -> Any:
+        """Refuse."""
+        raise needs_a_websocket()
+
+    async def initialize(self, params: Initialize) -> Initialized:
+        """Refuse: plain HTTP has an answer of its own."""
+        raise needs_a_websocket()
+
+    async def subscribe(self, params: Subscribe) -> Subscribed:
+        """Refuse."""
+        raise needs_a_websocket()
+
+
+def needs_a_websocket() -> InvalidParams:
+    """Return the error for what plain HTTP cannot do."""
+    return InvalidParams("this needs a WebSocket: the method moves bytes or calls back")
+
+
+class Methods:
+    """The handler of every method, and the dispatcher around all of them; one for all conversations of a server."""
+
+    def __init__(self, conversations: Conversations, metrics: Metrics, work: Work) -> None:
+        self._conversations = conversations
+        self._metrics = metrics
+        self._work = work
+        self.handlers: dict[type[Method[Any]], Handler] = {
+            **dict.fromkeys(WORKSPACE, _forward),
+            Download: self._download,
+            Initialize: lambda caller, params, call: caller.initialize(params),
+            Subscribe: lambda caller, params, call: caller.subscribe(params),
+            Configure: self._configure,
+            RegisterTools: _register_tools,
+            SendMessage: self._once(_send_message, stored=False),
+            Run: self._once(_run),
+            Pause: self._once(lambda loaded, params, op: loaded.local.pause(run_id=params.turn, op=op)),
+            Interrupt: self._once(
+                lambda loaded, params, op: loaded.local.interrupt(params.reason, run_id=params.turn, op=op)
+            ),
+            Respond: self._once(
+                lambda loaded, params, op: loaded.local.respond(
+                    params.request_id, params.answer, reason=params.reason, op=op
+                )
+            ),
+            GetState: _state,
+            GetEvents: _events,
+            UpdateSecrets: self._update_secrets,
+            SetConfirmationPolicy: self._once(
+                lambda loaded, params, op: loaded.local.set_confirmation_policy(params.policy, op=op)
+            ),
+            SwitchLlm: self._once(self._switch_llm),
+            SetTitle: self._once(self._set_title),
+            Delete: self._delete,
+            PauseWorkspace: self._once(lambda loaded, params, op: loaded.link.pause(), stored=False),
+            ResumeWorkspace: self._once(lambda loaded, params, op: loaded.link.resume(), stored=False),
+            SnapshotWorkspace: self._once(self._snapshot, stored=False),
+            ListConversations: self._list,
+            Ping: _ping,
+        }
+        self.over_http = {
+            method.method: method for method in self.handlers if method not in (Initialize, Subscribe)
+        }
+        """By name, what plain HTTP may ask for beside `initialize`."""
+        rooms = {room: metrics.call_seconds.labels(room) for room in ("workspace", "conversation")}
+        self._seconds = {
+            method: rooms["workspace" if method in WORKSPACE else "conversation"] for method in self.handlers
+        }
+
+    async def answer(self, caller: Caller, params: Any, call: Inbound) -> Any:
+        """Answer one call: count it, time it, and have log lines tell what they are about."""
+        method: type[Method[Any]] = type(params)
+        outcome, began = "ok", time.monotonic()
+        before = ABOUT.set({**caller.about, "method": method.method})
+        try:
+            return await self.handlers[method](caller, params, call)
+        except AgentServerError as exc:
+            outcome = exc.kind
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except Exception:
+            outcome = "bug"
+            raise
+        finally:
+            ABOUT.reset(before)
+            self._seconds[method].observe(time.monotonic() - began)
+            self._metrics.calls(method.method, outcome).inc()
+
+    # --- once per op_id ---
+
+    def _once(self, action: Action, *, stored: bool = True) -> Handler:
+        """Return the handler that does something once per op_id; `stored`: the log keeps what it answered."""
+        return partial(self._run_once, action, stored)
+
+    async def _run_once(
+        self, action: Action, stored: bool, caller: Caller, params: Effect[Any], call: Inbound
+    ) -> Any:
+        """Attach to the call of this op_id that runs, or return what it answered in whatever process, or run it.
+
+        It goes on when its caller loses the connection. While the server drains no new one begins.
+        """
+        loaded, op = caller.conversation, operation(params)
+
+        async def act() -> Any:
+            self._work.admit()
+            with self._work.under_way():
+                if stored:
+                    known = await loaded.local.answered(op, result_type(type(params)))
+                    if known is not None:
+                        return known
+                answer = await action(loaded, params, op)
+                return Done() if answer is None else answer
+
+        return await loaded.ledger.run(params, act)
+
+    # --- what changes a conversation ---
+
+    async def _configure(self, caller: Caller, params: Configure, call: Inbound) -> Done:
+        await self._run_once(self._set_agent, True, caller, params, call)
+        if params.agent.client_tools and not isinstance(call, HttpCall):
+            caller.conversation.tools.register(call.peer, [tool.name for tool in params.agent.client_tools])
+        return Done()
+
+    async def _set_agent(self, loaded: LoadedConversation, params: Configure, op: Operation) -> None:
+        check_secrets(params.secrets)
+        loaded.mask([*hidden_in(params.agent.llm), *params.secrets.values()])
+        await loaded.local.configure(
+            params.agent,
+            max_iterations=params.max_iterations,
+            confirmation=params.confirmation,
+            secrets=params.secrets,
+            title=params.title,
+            tags=params.tags,
+            op=op,
+        )
+        await self._conversations.note(loaded)
+
+    async def _update_secrets(self, caller: Caller, params: UpdateSecrets, call: Inbound) -> Any:
+        check_secrets(params.secrets)
+        caller.conversation.mask(params.secrets.values())
+        return await self._run_once(
+            lambda loaded, params, op: loaded.local.update_secrets(params.secrets, op=op),
+            True,
+            caller,
+            params,
+            call,
+        )
+
+    async def _switch_llm(self, loaded: LoadedConversation, params: SwitchLlm, op: Operation) -> None:
+        loaded.mask(hidden_in(params.llm))
+        await loaded.local.switch_llm(params.llm, op=op)
+        await self._conversations.note(loaded)
+
+    async def _set_title(self, loaded: LoadedConversation, params: SetTitle, op: Operation) -> None:
+        await loaded.local.set_title(params.title, tags=params.tags, op=op)
+        await self._conversations.note(loaded)
+
+    async def _delete(self, caller: Caller, params: Delete, call: Inbound) -> Any:
+        """Its row goes with the log: a repeat after a restart finds no conversation, which is as good an answer."""
+
+        async def delete(loaded: LoadedConversation, params: Delete, op: Operation) -> None:
+            state = (await loaded.local.state()).state
+            if params.unless_busy and state in BUSY:
+                raise StateConflict(f"the conversation is {state}", state=state)
+            await self._conversations.delete(loaded, caller=call.peer)
+
+        return await self._run_once(delete, True, caller, params, call)
+
+    async def _snapshot(
+        self, loaded: LoadedConversation, params: SnapshotWorkspace, op: Operation
+    ) -> SnapshotTaken:
+        return await self._conversations.snapshot(loaded)
+
+    # --- what changes nothing ---
+
+    async def _download(self, caller: Caller, params: Download, call: Inbound) -> Any:
+        with self._work.under_way():  # the end of the server waits for it, too
+            return await _forward(caller, params, call)
+
+    async def _list(self, caller: Caller, params: ListConversations, call: Inbound) -> list[Snapshot]:
+        return await self._conversations.snapshots(params)
+
+
+def _forward(caller: Caller, params: Method[Any], call: Inbound) -> Awaitable[Any]:
+    return caller.conversation.relay.answer(params, call)
+
+
+async def _register_tools(caller: Caller, params: RegisterTools, call: Inbound) -> Done:
+    if isinstance(call, HttpCall):
+        raise needs_a_websocket()
+    caller.conversation.tools.register(call.peer, params.tools)
+    return Done()
+
+
+async def _send_message(loaded: LoadedConversation, params: SendMessage, op: Operation) -> Accepted:
+    with loaded.turn_admitted():
+        return await loaded.local.send_message(params.text, mode=params.mode, stops=params.turn, op=op)
+
+
+async def _run(loaded: LoadedConversation, params: Run, op: Operation) -> RunAnswer:
+    with loaded.turn_admitted():
+        return await loaded.local.begin(untold=params.turn, op=op)
+
+
+async def _state(caller: Caller, params: GetState, call: Inbound) -> Snapshot:
+    return await caller.conversation.state()
+
+
+async def _events(caller: Caller, params: GetEvents, call: Inbound) -> EventPage:
+    loaded = caller.conversation
+    page = await loaded.page(params.after, params.limit)
+    return EventPage(epoch=loaded.epoch, events=[Raw(event) for _, event in page], head_seq=loaded.head_seq)
+
+
+async def _ping(caller: Caller, params: Ping, call: Inbound) -> Pong:
+    return Pong()
