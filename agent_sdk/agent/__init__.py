@@ -3,14 +3,13 @@
 loop:     one turn, from start to end
 ending:   how an answer of the model ended, and what the turn does then
 calls:    the tool calls of a turn: order, approvals, results
-actor:    an agent at work: model client, tools, secrets
+actor:    an agent at work: model client, tools, secrets, and which calls wait for somebody
 place:    where its tools act, and whether that is the same place as before
 journal:  what a turn needs of its log
 progress: how far a turn has come, for whoever goes on with it
 history:  what the model is shown of the log
 prompt:   the system prompt
 toolbox:  the tools of a conversation
-approval: which calls wait for somebody
 mask:     secrets out of logs, streams and results
 clip:     long text, cut in its middle
 tools:    the built-in tools

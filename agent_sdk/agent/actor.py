@@ -6,9 +6,8 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from agent_sdk.agent.approval import needs_approval
+from agent_sdk.agent.llm.client import open_model
 from agent_sdk.agent.llm.contract import ModelClient
-from agent_sdk.agent.llm.open import open_model
 from agent_sdk.agent.mask import Mask, check_secrets, hidden_in
 from agent_sdk.agent.place import Passing, Place
 from agent_sdk.agent.prompt import system_prompt
@@ -16,11 +15,14 @@ from agent_sdk.agent.toolbox import Toolbox, local_and_remote
 from agent_sdk.agent.tools.registry import make_tool
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.events import AgentConfigured, RequestOpened
-from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
+from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model, ToolSpec
 from agent_sdk.tools import FunctionTool, ToolContext, ToolResult
 from agent_sdk.workspace.contract import Workspace
 
 RunClientTool = Callable[[RequestOpened], Awaitable[ToolResult]]
+
+HARMLESS = frozenset({"think", "finish"})
+"""Only speak; asking for approval of them would teach people to approve without reading."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
@@ -139,3 +141,12 @@ class Actor:
 
     def _remember(self) -> None:
         self.mask.hide([*hidden_in(self.llm), *self._secrets.values()])
+
+
+def needs_approval(policy: ConfirmationPolicy, tool: ToolSpec) -> bool:
+    """Whether a call of this tool waits for an answer."""
+    if tool.name in policy.tools:
+        return True
+    if tool.name in HARMLESS:
+        return False
+    return policy.mode == "always" or (policy.mode == "writes" and not tool.read_only)

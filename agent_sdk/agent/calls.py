@@ -15,7 +15,7 @@ from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.mask import HIDDEN, Mask
 from agent_sdk.agent.progress import Progress
 from agent_sdk.agent.toolbox import UNKNOWN, failed_call
-from agent_sdk.agent.tools.finish import FINISH
+from agent_sdk.agent.tools.registry import FINISH
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import GOES_ON, RequestNotFound
 from agent_sdk.protocol.events import Event, RequestOpened, RequestResolved, ToolCalled, ToolReturned

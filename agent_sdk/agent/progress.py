@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent_sdk.agent.tools.finish import FINISH
+from agent_sdk.agent.tools.registry import FINISH
 from agent_sdk.protocol.events import (
     AgentMessage,
     Event,

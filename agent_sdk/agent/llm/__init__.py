@@ -1,10 +1,9 @@
 """Reaching models: messages in, one Completion out.
 
 contract:         what the loop asks of any model
-open:             from an LLM or a ScriptedLLM to a client
 retry:            asking again after failures
 scripted:         a model without a model
-client:           a model of a provider: one request, one answer
+client:           from an LLM or a ScriptedLLM to a client; a model of a provider: one request, one answer
 provider:         the providers, their addresses and what sets them apart
 openai:           asking in OpenAI's chat completions; openai_answer reads what comes back
 anthropic:        asking in Anthropic's messages API; anthropic_answer reads what comes back

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import posixpath
+from collections import OrderedDict, deque
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 from agent_sdk.agent.tools.textfile import TextFile, decode_text, encode_text
-from agent_sdk.agent.tools.undo import Undo
 from agent_sdk.protocol.errors import AgentServerError, IsADirectory, PathNotFound, ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import ToolContext, ToolResult, decode_arguments, parameters_of
@@ -31,6 +31,10 @@ Look at files and change them. Paths are absolute, or relative to the working fo
 - undo_edit: take back the last change made to a file with this tool, up to ten times.
 
 Encoding and line ends of a file stay as they are. View a file before you change it."""
+
+KEPT_PER_FILE = 10
+KEPT_BYTES = 64 << 20
+"""Of all files together; beyond it the file that was edited longest ago is forgotten."""
 
 
 class FileEditorArguments(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -280,3 +284,25 @@ async def _folder(workspace: Workspace, path: str) -> ToolResult:
 
 def _told(command: str, path: str, text: str) -> ToolResult:
     return ToolResult(text=text, data={"command": command, "path": path})
+
+
+class Undo:
+    """The last states of each file, in memory. None stands for a file that did not exist."""
+
+    def __init__(self) -> None:
+        self._states: OrderedDict[str, deque[bytes | None]] = OrderedDict()
+
+    def remember(self, path: str, data: bytes | None) -> None:
+        """Keep what a file holds before an edit."""
+        self._states.setdefault(path, deque(maxlen=KEPT_PER_FILE)).append(data)
+        self._states.move_to_end(path)
+        while len(self._states) > 1 and self._bytes() > KEPT_BYTES:
+            self._states.popitem(last=False)
+
+    def take(self, path: str) -> tuple[bytes | None] | None:
+        """Take out the last state of a file, in a tuple; None when there is none."""
+        states = self._states.get(path)
+        return (states.pop(),) if states else None
+
+    def _bytes(self) -> int:
+        return sum(len(data or b"") for states in self._states.values() for data in states)

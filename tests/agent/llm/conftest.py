@@ -16,8 +16,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from agent_sdk.agent.llm.client import open_model
 from agent_sdk.agent.llm.contract import Completion
-from agent_sdk.agent.llm.open import open_model
 from agent_sdk.protocol.specs import LLM
 from tests.agent.llm.provider import HELLO, KEY, Ask, Respond
 

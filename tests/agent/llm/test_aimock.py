@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from agent_sdk.agent.llm.client import ProviderClient
+from agent_sdk.agent.llm.client import ProviderClient, open_model
 from agent_sdk.agent.llm.contract import (
     AssistantTurn,
     Completion,
@@ -14,7 +14,6 @@ from agent_sdk.agent.llm.contract import (
     ToolTurn,
     UserTurn,
 )
-from agent_sdk.agent.llm.open import open_model
 from agent_sdk.agent.llm.retry import Backoff, complete_with_retries
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,

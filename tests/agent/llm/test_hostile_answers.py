@@ -7,7 +7,7 @@ import json
 import pytest
 from aiohttp import web
 
-from agent_sdk.agent.llm.open import open_model
+from agent_sdk.agent.llm.client import open_model
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,
     ModelAnswerTooLarge,

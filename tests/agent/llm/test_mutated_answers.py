@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from agent_sdk.agent.llm.client import open_model
 from agent_sdk.agent.llm.contract import Completion
 from agent_sdk.agent.llm.failure import failure_in, failure_of
-from agent_sdk.agent.llm.open import open_model
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.protocol.errors import ModelError
 from agent_sdk.protocol.specs import LLM

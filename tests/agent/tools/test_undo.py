@@ -1,6 +1,6 @@
 """What files held before they were edited."""
 
-from agent_sdk.agent.tools.undo import KEPT_BYTES, KEPT_PER_FILE, Undo
+from agent_sdk.agent.tools.file_editor import KEPT_BYTES, KEPT_PER_FILE, Undo
 
 
 def test_states_come_back_last_first():
