@@ -14,7 +14,6 @@ from typing import Literal
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
-from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, WorkspaceUnavailable
 from agent_sdk.workspace.disk import in_thread
 from agent_server.logs import Logs
@@ -25,6 +24,7 @@ from workspaces.backend.docker.host_paths import HostPaths
 from workspaces.backend.docker.labels import INSTANCE, ROLE, SERVER
 from workspaces.backend.docker.server_container import ServerContainer
 from workspaces.backend.docker.server_spec import KEY_NAME, SERVER_PORT, ServerSpec, Volume
+from workspaces.backend.records import instance_of
 from workspaces.box.disks import Disks
 from workspaces.box.sweep import Sweep
 
@@ -204,7 +204,8 @@ class DockerPods(Pods):
         Raises:
             StartRefused: there is no engine that answers.
         """
-        instance = await in_thread(_instance, folder)
+        await in_thread(lambda: folder.mkdir(mode=0o700, parents=True, exist_ok=True))
+        instance = await in_thread(instance_of, folder / INSTANCE_FILE)
         async with AsyncExitStack() as stack:
             try:
                 engine = await stack.enter_async_context(Engine())
@@ -254,19 +255,6 @@ def _port(command: Sequence[str]) -> int:
             if value.isdecimal() and 0 < int(value) <= 65535:
                 return int(value)
     return SERVER_PORT
-
-
-def _instance(folder: Path) -> str:
-    """The owner of what is made for the runtimes in this folder; chosen once."""
-    file = folder / INSTANCE_FILE
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        return file.read_text(encoding="ascii").strip()
-    except FileNotFoundError:
-        fresh = file.with_suffix(".new")
-        fresh.write_text(f"{new_id()}\n", encoding="ascii")
-        fresh.replace(file)
-        return file.read_text(encoding="ascii").strip()
 
 
 def _is_taken(error: BaseException) -> bool:

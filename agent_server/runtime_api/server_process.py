@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -22,7 +21,8 @@ import agent_sdk
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.process_tree import Tree, end_tree
-from workspaces.backend.child import Child, Identity, first_line
+from workspaces.backend.child import Child, first_line
+from workspaces.backend.records import Identity, last_lines, read_record, write_record
 from workspaces.box.process import BoxProcess
 
 MARKER = "AGENT_RUNTIME"
@@ -30,8 +30,6 @@ RECORD = "process.json"
 LOG = "server.log"
 END_SECONDS = 15.0
 """Longer than a server may take that is told to drain for 5 s."""
-LAST_WORDS = 20
-LAST_BYTES = 64 << 10
 LONGEST_LINE = 64 << 10
 
 
@@ -116,16 +114,12 @@ class ServerProcess:
 
     def last_words(self) -> str:
         """Return the end of its log. Blocks for some system calls."""
-        with suppress(OSError), (self._folder / LOG).open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
-            return "\n".join(lines[-LAST_WORDS:])
-        return ""
+        return "\n".join(last_lines(self._folder / LOG))
 
     # --- its start ---
 
     async def _find(self) -> Child | None:
-        record = await in_thread(self._read)
+        record = await in_thread(read_record, self._folder / RECORD, Record)
         child = Child.find(record.identity) if record else None
         self.url = record.url if record and child else ""
         return child
@@ -149,7 +143,7 @@ class ServerProcess:
             raise WorkspaceUnavailable(
                 f"the server ended at its start with {code}: {words or 'it said nothing'}", phase="start"
             ) from None
-        await in_thread(self._write, Record(child.identity, self.url))
+        await in_thread(write_record, self._folder / RECORD, Record(child.identity, self.url))
         return child
 
     def _spawn(self, stdout: int) -> Child:
@@ -192,19 +186,6 @@ class ServerProcess:
             box = await BoxProcess.find(folder, self._folder / "data" / "output" / folder.name)
             if box is not None:
                 await box.end()
-
-    # --- its record ---
-
-    def _read(self) -> Record | None:
-        try:
-            return msgspec.json.decode((self._folder / RECORD).read_bytes(), type=Record)
-        except (OSError, msgspec.DecodeError):
-            return None
-
-    def _write(self, record: Record) -> None:
-        fresh = self._folder / f"{RECORD}.new"
-        fresh.write_bytes(msgspec.json.encode(record))
-        fresh.replace(self._folder / RECORD)
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -12,8 +12,8 @@ import pytest
 
 from tests.docker.servers import SERVER, state
 from workspaces import DockerWorkspace
-from workspaces.backend.child import is_dead, this_process
 from workspaces.backend.docker import labels
+from workspaces.backend.records import is_dead, this_process
 
 pytestmark = pytest.mark.docker
 

@@ -38,7 +38,7 @@ async def held(tmp_path) -> AsyncIterator[HeldEngine]:
 CLIENT = """
 import asyncio, sys
 from workspaces import DockerWorkspace
-from workspaces.backend.child import this_process
+from workspaces.backend.records import this_process
 
 async def main(url, image):
     print(this_process(), flush=True)

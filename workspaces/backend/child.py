@@ -1,7 +1,4 @@
-"""A child process that may outlive whoever started it: started, watched, found again by a later process.
-
-And what a process is called, so that others see whether it still lives.
-"""
+"""A child process that may outlive whoever started it: started, watched, found again by a later process."""
 
 from __future__ import annotations
 
@@ -14,23 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from msgspec import Struct
-
 from agent_sdk.workspace.launch import with_default_signals
-from agent_sdk.workspace.process_tree import started_ticks
-
-UNKNOWN = "unknown"
-"""A machine whose processes cannot be told from others'."""
-
-
-class Identity(Struct, frozen=True):
-    """Which process it is, on this machine and for ever."""
-
-    boot: str
-    """Of the machine: after another one nothing of it can be left."""
-    pid: int
-    ticks: int
-    """When it started, as the kernel counts: tells it from a later process of the same number."""
+from agent_sdk.workspace.process_tree import started_ticks, tick_now
+from workspaces.backend.records import Identity, boot_id
 
 
 class Child:
@@ -45,6 +28,8 @@ class Child:
         self.pid = pid
         self.ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         """Done when it has ended, with its exit code (negative for a signal), which only its starter learns."""
+        self.ended_at: int | None = None
+        """When it has ended, as the kernel counts."""
         self._pidfd = os.pidfd_open(pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._gone)
 
@@ -60,6 +45,8 @@ class Child:
         environment: Mapping[str, str],
         stdout: int,
         stderr: int,
+        inherited: Sequence[int] = (),
+        umask: int = -1,
     ) -> Self:
         """Start it in a session of its own.
 
@@ -74,6 +61,8 @@ class Child:
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
+            pass_fds=inherited,
+            umask=umask,
             preexec_fn=with_default_signals(),
         )
         popen.returncode = 0  # its end is seen here, and it may outlive us: Popen has nothing to wait for
@@ -90,6 +79,11 @@ class Child:
                 return child
             child.let_go()
         return None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it lives, and was not let go of."""
+        return self._pidfd >= 0
 
     @property
     def identity(self) -> Identity:
@@ -111,19 +105,12 @@ class Child:
 
     def _gone(self) -> None:
         self.let_go()
+        self.ended_at = tick_now()
         code = None
         with suppress(ChildProcessError):  # somebody else started it
             code = os.waitstatus_to_exitcode(os.waitpid(self.pid, os.WNOHANG)[1])
         if not self.ended.done():
             self.ended.set_result(code)
-
-
-def boot_id() -> str:
-    """Name what the machine's kernel has been through since it was started; empty where it does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 async def first_line(fd: int, limit: int) -> bytes:
@@ -141,26 +128,3 @@ async def first_line(fd: int, limit: int) -> bytes:
         return b""
     finally:
         transport.close()
-
-
-def this_process() -> str:
-    """Return a name of this process that no other one ever has."""
-    return f"{_machine()}.{os.getpid()}.{started_ticks(os.getpid()) or 0}"
-
-
-def is_dead(owner: str) -> bool:
-    """Whether the process of this name has ended; False also for those of other machines and containers."""
-    machine, _, process = owner.partition(".")
-    pid, _, ticks = process.partition(".")
-    if machine in ("", UNKNOWN) or machine != _machine() or not (pid.isdecimal() and ticks.isdecimal()):
-        return False
-    return started_ticks(int(pid)) != int(ticks)
-
-
-def _machine() -> str:
-    """The run of the kernel, and the process ids that are meant: containers count their own."""
-    boot = boot_id()
-    try:
-        return f"{boot}-{Path('/proc/self/ns/pid').readlink().name.strip('pid:[]')}" if boot else UNKNOWN
-    except OSError:
-        return UNKNOWN

@@ -14,12 +14,12 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 
 from agent_sdk.box.process import RECORD, SOCKET
 from agent_sdk.protocol.errors import IsolationUnavailable, WorkspaceUnavailable
 from agent_sdk.protocol.specs import Sandbox
+from workspaces.backend.records import read_record, write_record
 
 READY = "ready"
 READY_LINE = b"ready\n"
@@ -52,16 +52,11 @@ class BoxFolder:
 
     def read(self) -> Record | None:
         """Return the record, if there is one of a container."""
-        try:
-            return msgspec.json.decode((self.place / RECORD).read_bytes(), type=Record)
-        except (OSError, msgspec.DecodeError):
-            return None
+        return read_record(self.place / RECORD, Record)
 
     def write(self, record: Record) -> None:
         """Keep the record; it is whole or not there, whatever happens meanwhile."""
-        fresh = self.place / f"{RECORD}.new"
-        fresh.write_bytes(msgspec.json.encode(record))
-        fresh.replace(self.place / RECORD)
+        write_record(self.place / RECORD, record)
 
     def make(self) -> None:
         """Make it anew for a container that is about to start."""

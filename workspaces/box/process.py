@@ -14,7 +14,6 @@ import asyncio
 import os
 import secrets
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,9 +30,16 @@ from agent_sdk.protocol.errors import IsolationUnavailable, PathNotFound, Worksp
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.rpc.unix import listen_unix
 from agent_sdk.workspace.disk import in_thread
-from agent_sdk.workspace.launch import with_default_signals
-from agent_sdk.workspace.process_tree import Tree, children, end_tree, started_ticks, tick_now
-from workspaces.backend.child import first_line
+from agent_sdk.workspace.process_tree import Tree, children, end_tree
+from workspaces.backend.child import Child, first_line
+from workspaces.backend.records import (
+    LAST_BYTES,
+    Identity,
+    boot_id,
+    last_lines,
+    read_record,
+    write_record,
+)
 from workspaces.box.confinement import NOT_CONFINED, Confinement, Isolation
 
 MARKER = "AGENT_BOX"
@@ -42,8 +48,6 @@ LOG = "box.log"
 START_SECONDS = 30.0
 END_SECONDS = 8.0
 """Longer than the 5 s that a box gives its commands between TERM and KILL."""
-LAST_WORDS = 20
-LAST_BYTES = 64 << 10
 _DIED_BY = 128
 """What bwrap adds to the number of the signal that ended its process."""
 
@@ -107,9 +111,7 @@ class BoxProcess:
         self._linger = linger
         self._environment = {"PATH": os.defpath} if environment is None else dict(environment)
         self._confinement = confinement
-        self._pid: int | None = None
-        self._pidfd = -1
-        self._leaders: dict[int, int | None] = {}
+        self._child: Child | None = None
         self.token = secrets.token_urlsafe(24)
         self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
 
@@ -124,28 +126,26 @@ class BoxProcess:
             spool: what it was given at its start.
             confinement: what boxes have now. A box that was started with another one is ended, too.
         """
-        try:
-            record = msgspec.json.decode((folder / RECORD).read_bytes(), type=Record)
-        except (OSError, msgspec.DecodeError):  # nothing was started before that file was whole
+        record = read_record(folder / RECORD, Record)
+        if record is None:  # nothing was started before that file was whole
             await in_thread(_remove, spool, folder, confinement)
             return None
         started = Confinement(isolation=record.isolation, user=record.user)
         box = cls(folder, folder, spool=spool, instance=record.instance, confinement=started)
-        if record.boot == _boot():
-            with suppress(OSError):
-                box._watch(record.pid)
-                if record.ticks and started_ticks(record.pid) == record.ticks:
-                    box.token, box._leaders = record.token, {record.pid: None}
-                    if (started.isolation, started.user) == (confinement.isolation, confinement.user):
-                        return box
-                    await box.end()
-                box.let_go()
+        if record.boot == boot_id():
+            child = Child.find(Identity(record.boot, record.pid, record.ticks))
+            if child is not None:
+                box._hold(child)
+                box.token = record.token
+                if (started.isolation, started.user) == (confinement.isolation, confinement.user):
+                    return box
+                await box.end()
             await end_tree(box._tree, grace=0)
         await in_thread(_remove, spool, folder, started)
         return None
 
     def __repr__(self) -> str:
-        return f"<BoxProcess {self.instance} {f'pid {self._pid}' if self._pid else 'not started'}>"
+        return f"<BoxProcess {self.instance} {f'pid {self.pid}' if self.pid else 'not started'}>"
 
     @property
     def url(self) -> str:
@@ -155,7 +155,7 @@ class BoxProcess:
     @property
     def pid(self) -> int | None:
         """Its process id; None before it started."""
-        return self._pid
+        return self._child.pid if self._child is not None else None
 
     @property
     def ended(self) -> asyncio.Future[int | None]:
@@ -163,7 +163,7 @@ class BoxProcess:
         return self._ended
 
     async def __aenter__(self) -> Self:
-        if self._pid is None:
+        if self._child is None:
             await self.start()
         return self
 
@@ -194,24 +194,18 @@ class BoxProcess:
 
     def kill(self) -> None:
         """Kill the box alone; `end` cleans up after it."""
-        if self._pidfd >= 0:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        if self._child is not None:
+            self._child.signal(signal.SIGKILL)
 
     def let_go(self) -> None:
         """Leave it to itself: it goes on until its `linger` is over, and can be found again until then."""
-        if self._pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
+        if self._child is not None:
+            self._child.let_go()
 
     def last_words(self) -> str:
         """Return the end of what it said on standard error, as one line. Blocks for some system calls."""
-        with suppress(OSError), (self.folder / LOG).open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
-            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
-            return " | ".join(line for line in lines[-LAST_WORDS:] if line)
-        return ""
+        lines = (line.strip() for line in last_lines(self.folder / LOG))
+        return " | ".join(line for line in lines if line)
 
     @property
     def cause(self) -> str:
@@ -244,7 +238,7 @@ class BoxProcess:
     async def _start(self) -> None:
         record = Record(
             instance=self.instance,
-            boot=_boot(),
+            boot=boot_id(),
             started=time.time(),
             isolation=self._confinement.isolation,
             user=self._confinement.user,
@@ -253,22 +247,17 @@ class BoxProcess:
         reading, writing = os.pipe()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _write(self.folder, record)
-            popen = self._spawn(writing)
+            write_record(self.folder / RECORD, record)
+            child = self._spawn(writing)
+            self._hold(child)
+            now = child.identity
+            write_record(self.folder / RECORD, msgspec.structs.replace(record, pid=now.pid, ticks=now.ticks))
         except (OSError, WorkspaceUnavailable) as exc:
             os.close(reading)
             reason = getattr(exc, "strerror", None) or exc
             raise WorkspaceUnavailable(f"the box did not start: {reason}", phase="start") from None
         finally:
             os.close(writing)
-        try:
-            self._watch(popen.pid)
-            self._leaders[popen.pid] = None
-            ticks = started_ticks(popen.pid) or 0
-            _write(self.folder, msgspec.structs.replace(record, pid=popen.pid, ticks=ticks))
-        except OSError as exc:
-            os.close(reading)
-            raise WorkspaceUnavailable(f"the box cannot be watched: {exc.strerror}", phase="start") from None
         try:
             async with asyncio.timeout(START_SECONDS):
                 said = await first_line(reading, LAST_BYTES)
@@ -280,7 +269,7 @@ class BoxProcess:
             words = self.last_words() or said.decode(errors="replace") or "it said nothing"
             raise WorkspaceUnavailable(f"the box ended at its start: {words}", phase="start")
 
-    def _spawn(self, stdout: int) -> subprocess.Popen[bytes]:
+    def _spawn(self, stdout: int) -> Child:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         confined = self._confinement.isolation != "none"
         with ExitStack() as stack:
@@ -291,24 +280,19 @@ class BoxProcess:
                 given.append(stack.enter_context(listen_unix(str(self.folder / SOCKET))).fileno())
                 if self._spool is not None:
                     self._confinement.give(self._spool)
-            popen = subprocess.Popen(
+            return Child.start(
                 self._command(*given),
                 # Beside the package, so that `-m` finds it however it was installed.
                 cwd=Path(agent_sdk.__file__).parent.parent,
-                env={
+                environment={
                     **self._confinement.environment(self._environment, self._working_dir or self.root),
                     MARKER: self.instance,
                 },
-                stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=log,
-                start_new_session=True,
-                pass_fds=given,
+                inherited=given,
                 umask=self._confinement.umask,
-                preexec_fn=with_default_signals(),
             )
-        popen.returncode = 0  # its end is seen here, and it may outlive us: Popen has nothing to wait for
-        return popen
 
     def _command(self, token: int, listening: int | None = None) -> list[str]:
         place = ["--folder", str(self.folder)] if listening is None else ["--listen", str(listening)]
@@ -324,46 +308,43 @@ class BoxProcess:
 
     # --- its end ---
 
-    def _watch(self, pid: int) -> None:
-        self._pid = pid
-        self._pidfd = os.pidfd_open(pid)
-        asyncio.get_running_loop().add_reader(self._pidfd, self._gone, pid)
+    def _hold(self, child: Child) -> None:
+        self._child = child
+        child.ended.add_done_callback(self._gone)
 
-    def _gone(self, pid: int) -> None:
-        self.let_go()
-        self._leaders[pid] = tick_now()
-        code = None
-        with suppress(ChildProcessError):  # another server started it
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG)[1])
-            if self._confinement.isolation == "bwrap" and code > _DIED_BY:
-                code = _DIED_BY - code
+    def _gone(self, ended: asyncio.Future[int | None]) -> None:
+        code = ended.result()
+        if self._confinement.isolation == "bwrap" and code is not None and code > _DIED_BY:
+            code = _DIED_BY - code
         self._ended.set_result(code)
 
     @property
     def _tree(self) -> Tree:
         # Its environment may be hidden; then its session leads to it.
-        return Tree(f"{MARKER}={self.instance}\0".encode(), self._leaders, self._confinement.user)
+        leaders = {} if self._child is None else {self._child.pid: self._child.ended_at}
+        return Tree(f"{MARKER}={self.instance}\0".encode(), leaders, self._confinement.user)
 
     async def _end(self) -> None:
         """A box that crashes or does not end by itself does not end what it runs, and removes nothing: so we do."""
-        if self._pidfd >= 0:
-            await self._ask_to_end()
-            await asyncio.wait([self._ended], timeout=END_SECONDS)
-        if self._pid is not None and (self.folder / RECORD).exists():
+        child = self._child
+        if child is not None and child.is_held:
+            await self._ask_to_end(child)
+            await asyncio.wait([child.ended], timeout=END_SECONDS)
+        if (self.folder / RECORD).exists():
             await end_tree(self._tree, grace=0)
-            if self._pidfd >= 0:
-                await self._ended
+            if child is not None and child.is_held:
+                await child.ended
         await in_thread(_remove, self._spool, self.folder, self._confinement)
 
-    async def _ask_to_end(self) -> None:
-        if self._confinement.isolation == "bwrap" and self._pid is not None:
+    async def _ask_to_end(self, child: Child) -> None:
+        if self._confinement.isolation == "bwrap":
             # bwrap passes no signal on: to the first process of its namespaces, and from there to the box.
-            for first in await in_thread(children, self._pid):
+            for first in await in_thread(children, child.pid):
                 for box in (await in_thread(children, first))[:1]:
                     with suppress(OSError):
                         os.kill(box, signal.SIGTERM)
-        elif self._pidfd >= 0:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+        else:
+            child.signal(signal.SIGTERM)
 
 
 @contextmanager
@@ -378,20 +359,7 @@ def _pipe_with(text: str) -> Iterator[int]:
         os.close(reading)
 
 
-def _write(folder: Path, record: Record) -> None:
-    fresh = folder / f"{RECORD}.new"
-    fresh.write_bytes(msgspec.json.encode(record))
-    fresh.replace(folder / RECORD)
-
-
 def _remove(spool: Path | None, folder: Path, confinement: Confinement) -> None:
     if spool is not None:
         confinement.remove(spool)
     NOT_CONFINED.remove(folder)
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

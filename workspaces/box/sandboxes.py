@@ -23,6 +23,7 @@ from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.docker import labels
 from workspaces.backend.docker.accounts import Accounts, accounts
 from workspaces.backend.docker.container_body import UID, WORKSPACE
+from workspaces.backend.records import instance_of
 from workspaces.backend.sizes import parse_size
 from workspaces.box import their_files
 from workspaces.box.container import BoxContainer
@@ -330,7 +331,7 @@ class Sandboxes(Site):
         async with AsyncExitStack() as stack:
             engine = await stack.enter_async_context(Engine(self._options.engine))
             paths = await HostPaths.find(engine)
-            self._instance = await in_thread(_identity, self._folder)
+            self._instance = await in_thread(instance_of, self._folder / IDENTITY)
             await self._prepare_disks(paths)
             sweep = Sweep(
                 engine,
@@ -385,15 +386,3 @@ def _bytes(field: str, size: str | None) -> int | None:
 
 def _failed(task: asyncio.Task[Any]) -> bool:
     return task.cancelled() or task.exception() is not None
-
-
-def _identity(folder: Path) -> str:
-    """The id of a data folder, made with the first look. Blocks."""
-    file = folder / IDENTITY
-    try:
-        return file.read_text().strip()
-    except FileNotFoundError:
-        fresh = folder / f"{IDENTITY}.new"
-        fresh.write_text(f"{new_id()}\n")
-        fresh.replace(file)
-        return file.read_text().strip()
