@@ -29,8 +29,8 @@ from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.shield import to_its_end
 from agent_sdk.workspace.environment import from_caller
 from workspaces.backend.docker.labels import INSTANCE, OWNER, ROLE, SERVER
+from workspaces.backend.docker.profiles import ServerSpec, Volume
 from workspaces.backend.docker.reaper import Reaper
-from workspaces.backend.docker.server_spec import ServerSpec, Volume
 from workspaces.backend.records import is_dead, this_process
 
 if TYPE_CHECKING:

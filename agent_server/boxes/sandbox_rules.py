@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams, IsolationUnavailable, PolicyDenied
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.config.options import ServerConfig
-from workspaces.backend.docker.container_body import LEAST_MEMORY, RESERVED, UID
 from workspaces.backend.docker.engine_info import GVISOR, UNLIMITED
+from workspaces.backend.docker.profiles import LEAST_MEMORY, RESERVED, UID
 from workspaces.backend.sizes import parse_size
 
 WHERE = "$.params.workspace.sandbox"

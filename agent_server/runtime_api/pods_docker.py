@@ -22,8 +22,8 @@ from agent_server.runtime_api.pods import Pod, Pods, PodSpec
 from workspaces.backend.docker.engine import Engine
 from workspaces.backend.docker.host_paths import HostPaths
 from workspaces.backend.docker.labels import INSTANCE, ROLE, SERVER
+from workspaces.backend.docker.profiles import KEY_NAME, SERVER_PORT, ServerSpec, Volume
 from workspaces.backend.docker.server_container import ServerContainer
-from workspaces.backend.docker.server_spec import KEY_NAME, SERVER_PORT, ServerSpec, Volume
 from workspaces.backend.records import instance_of
 from workspaces.box.disks import Disks
 from workspaces.box.sweep import Sweep

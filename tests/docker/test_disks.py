@@ -12,8 +12,8 @@ import pytest
 
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, WorkspaceUnavailable
 from tests.docker.places import limited, unlimited
+from workspaces.backend.docker.profiles import UID
 from workspaces.box.disks import Disks
-from workspaces.box.their_files import USER
 
 pytestmark = pytest.mark.docker
 
@@ -59,7 +59,7 @@ async def test_a_workspace_holds_what_it_may_and_no_more(disks):
 async def test_a_workspace_belongs_to_the_user_of_sandboxes_and_gives_no_rights(disks, tmp_path):
     await disks.make("one", SIZE)
     async with disks.at_hand("one") as folder:
-        assert (folder.stat().st_uid, folder.stat().st_gid) == (USER, USER)
+        assert (folder.stat().st_uid, folder.stat().st_gid) == (UID, UID)
         assert list(folder.iterdir()) == []
         (line,) = mounted_below(tmp_path)
         assert {"nosuid", "nodev"} <= set(line.split()[5].split(","))
@@ -202,7 +202,7 @@ async def test_a_limit_that_cannot_be_enforced_is_refused(folders):
     folders.check(None)
     await folders.make("one", SIZE)
     async with folders.at_hand("one") as folder:
-        assert folder.stat().st_uid == (USER if os.geteuid() == 0 else os.geteuid())
+        assert folder.stat().st_uid == (UID if os.geteuid() == 0 else os.geteuid())
 
 
 async def test_where_the_engine_does_not_see_them_there_is_no_limit_and_a_reason(tmp_path):

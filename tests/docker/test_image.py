@@ -21,7 +21,7 @@ from tests.docker.servers import SERVER
 from tests.server.wire import GUARD
 from workspaces.backend.docker import labels
 from workspaces.backend.docker.engine import Engine
-from workspaces.backend.docker.server_spec import SERVER_PORT, ServerSpec
+from workspaces.backend.docker.profiles import SERVER_PORT, ServerSpec
 from workspaces.sync import DockerWorkspace
 
 pytestmark = pytest.mark.docker

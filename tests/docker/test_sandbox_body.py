@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from agent_sdk.protocol.errors import ImageUnavailable
 from agent_sdk.protocol.results import Mount, Profile
 from agent_sdk.protocol.specs import Sandbox
-from workspaces.backend.docker.container_body import Bind, Parts, create_body, temporary
+from workspaces.backend.docker.profiles import Bind, Parts, create_body, temporary
 from workspaces.box.verification import box_differences, engine_differences
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox_body.json"

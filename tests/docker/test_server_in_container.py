@@ -13,8 +13,8 @@ from tests.docker.conftest import remove_all
 from tests.docker.images import BUSYBOX
 from tests.docker.servers import SERVER
 from workspaces.backend.docker import labels
+from workspaces.backend.docker.profiles import ServerSpec, Volume
 from workspaces.backend.docker.server_container import ServerContainer
-from workspaces.backend.docker.server_spec import ServerSpec, Volume
 
 pytestmark = pytest.mark.docker
 

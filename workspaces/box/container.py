@@ -32,13 +32,13 @@ from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.connection import connect
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.docker.accounts import Accounts, check_targets
-from workspaces.backend.docker.container_body import (
+from workspaces.backend.docker.engine_info import usable_runtime
+from workspaces.backend.docker.mounts import Source, sources
+from workspaces.backend.docker.profiles import (
     SEALED,
     create_body,
     temporary,
 )
-from workspaces.backend.docker.engine_info import usable_runtime
-from workspaces.backend.docker.mounts import Source, sources
 from workspaces.box.contract import Box
 from workspaces.box.ending import Ending, ending_of
 from workspaces.box.folder import READY_LINE, BoxFolder, Record

@@ -18,9 +18,9 @@ from typing import Literal
 
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, IsolationUnavailable, StorageFull
 from agent_sdk.workspace.disk import in_thread
+from workspaces.backend.docker.profiles import UID
 from workspaces.box import their_files
 from workspaces.box.programs import COPY, run
-from workspaces.box.their_files import USER
 
 Mechanism = Literal["ext4-loop", "none"]
 
@@ -248,7 +248,7 @@ def _make_sparse(file: Path, size: int) -> None:
 
 def _format(image: Path) -> None:
     """Write an empty file system; what is not needed yet is not written, which makes it a matter of milliseconds."""
-    extended = f"lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner={USER}:{USER}"
+    extended = f"lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner={UID}:{UID}"
     options = ("-q", "-F", "-m", "0", "-i", str(BYTES_PER_INODE), "-E", extended)
     run("disk", "mkfs.ext4", *options, str(image))
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from agent_sdk.protocol.specs import Sandbox
 from workspaces.backend.docker.accounts import Accounts
-from workspaces.backend.docker.container_body import (
+from workspaces.backend.docker.images import Image
+from workspaces.backend.docker.profiles import (
     ENVIRONMENT,
     FOLDER,
     HOSTNAME,
@@ -16,7 +17,6 @@ from workspaces.backend.docker.container_body import (
     Bind,
     Parts,
 )
-from workspaces.backend.docker.images import Image
 from workspaces.box.folder import READY
 from workspaces.box.site import Places
 

@@ -22,7 +22,7 @@ from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.docker import labels
 from workspaces.backend.docker.accounts import Accounts, accounts
-from workspaces.backend.docker.container_body import UID, WORKSPACE
+from workspaces.backend.docker.profiles import UID, WORKSPACE
 from workspaces.backend.records import instance_of
 from workspaces.backend.sizes import parse_size
 from workspaces.box import their_files

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from msgspec import Struct
 
 from agent_sdk.protocol.specs import Sandbox
-from workspaces.backend.docker.container_body import Propagation
+from workspaces.backend.docker.profiles import Propagation
 
 if TYPE_CHECKING:
     from workspaces.backend.docker.accounts import Accounts

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from agent_sdk.protocol.errors import IsolationUnavailable
 from agent_sdk.workspace.rights import rights_of
+from workspaces.backend.docker.profiles import UID
 from workspaces.box.confinement import NOT_CONFINED, Confinement
 from workspaces.box.programs import COPY, run
 
-USER = 10001
-"""Of the commands in a sandbox, as its user and its group."""
 SERVERS = 0o711
 """Of a folder of the server in which theirs are: they may pass, and see nothing else."""
 
@@ -27,7 +26,7 @@ def make(folder: Path) -> None:
     """Make an empty one; where the server cannot give it away everybody may write to it. Blocks."""
     folder.mkdir(mode=0o700)
     try:
-        os.chown(folder, USER, USER)
+        os.chown(folder, UID, UID)
     except PermissionError:
         folder.chmod(0o777)  # what it is in can be entered by this user alone
 
@@ -36,7 +35,7 @@ def make_within(folder: Path, count: int) -> list[Path]:
     """Make so many empty folders in one of theirs, in which everybody may write. Blocks."""
     wanted = [folder / str(number) for number in range(count)]
     try:
-        with _reached(folder) as (_, there), rights_of(USER):
+        with _reached(folder) as (_, there), rights_of(UID):
             for place in wanted:
                 _make_open(f"{there}/{place.name}")
     except PermissionError:
@@ -48,7 +47,7 @@ def make_within(folder: Path, count: int) -> list[Path]:
 def open_to_all(folder: Path) -> None:
     """Let everybody make files in one. Blocks."""
     try:
-        with _reached(folder) as (_, there), rights_of(USER):
+        with _reached(folder) as (_, there), rights_of(UID):
             os.chmod(there, 0o1777)
     except PermissionError:
         folder.chmod(0o1777)
@@ -66,7 +65,7 @@ def remove(folder: Path) -> None:
         return
     with _reached(folder) as (_, there):
         try:
-            Confinement(isolation="user", user=USER).remove(Path(there))
+            Confinement(isolation="user", user=UID).remove(Path(there))
         except PermissionError:
             NOT_CONFINED.remove(folder)
 
@@ -83,7 +82,7 @@ def copy(source: Path, target: Path) -> None:
         return
     with _reached(source) as (around, there), _reached(target) as (beside, here):
         try:
-            run("snapshot", *COPY, "-a", "--", f"{there}/.", here, user=USER, keep=(around, beside))
+            run("snapshot", *COPY, "-a", "--", f"{there}/.", here, user=UID, keep=(around, beside))
         except PermissionError:
             raise IsolationUnavailable(
                 "this server may not read what commands in sandboxes have written; let it be root, or give it "
@@ -94,7 +93,7 @@ def copy(source: Path, target: Path) -> None:
 
 def size(folder: Path) -> int:
     """Return the bytes that one occupies; nothing is followed out of it. Blocks."""
-    with _reached(folder) as (_, there), rights_of(None if os.geteuid() == 0 else USER):
+    with _reached(folder) as (_, there), rights_of(None if os.geteuid() == 0 else UID):
         return sum(path.lstat().st_blocks * 512 for path in Path(there).rglob("*"))
 
 

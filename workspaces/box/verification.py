@@ -7,8 +7,8 @@ from typing import Any
 
 from agent_sdk.protocol.results import Profile
 from agent_sdk.workspace.users import HIGHEST
-from workspaces.backend.docker.container_body import KERNEL, UID
 from workspaces.backend.docker.mounts import Source
+from workspaces.backend.docker.profiles import KERNEL, UID
 
 TASKS = 1 << 5 | 1 << 6 | 1 << 7
 """What the box of a task keeps, and its commands do not: KILL, SETGID, SETUID."""

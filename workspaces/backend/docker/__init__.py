@@ -11,11 +11,10 @@ engine_info:       what the engine says of itself, and which of its runtimes a s
 images:            images, looked at and pulled
 docker_config:     what the `docker` command keeps for its user
 labels:            how containers, networks and volumes of ours are known
-container_body:    what a container with a box is to the engine
+profiles:          what containers are to the engine: those with a box, and those with a server
 accounts:          users and groups of an image, with the one of commands
 mounts:            what of this machine is mounted into sandboxes, and whether it is still that
 server_container:  a container with a server in it, and the server's lines in the client's log
-server_spec:       what such a container is to be
 reach:             over which address what listens in a container is reached; the container of this process
 host_paths:        what the engine calls the folders of a server that is in a container itself
 reaper:            the process that removes the container of a client that was killed

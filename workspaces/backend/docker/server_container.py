@@ -24,8 +24,8 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.rpc.shield import to_its_end
 from workspaces.backend.docker.engine import Death, Engine, Watch
 from workspaces.backend.docker.labels import PORT, ROLE, SERVER
+from workspaces.backend.docker.profiles import KEY_NAME, SERVER_PORT, ServerSpec
 from workspaces.backend.docker.reach import Reach, find_reach
-from workspaces.backend.docker.server_spec import KEY_NAME, SERVER_PORT, ServerSpec
 
 logger = logging.getLogger("workspaces")
 
