@@ -14,8 +14,7 @@ from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams, Isolation
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.config.options import ServerConfig
 from workspaces.backend.docker.engine_info import GVISOR, UNLIMITED
-from workspaces.backend.docker.profiles import LEAST_MEMORY, RESERVED, UID
-from workspaces.backend.sizes import parse_size
+from workspaces.backend.docker.profiles import LEAST_MEMORY, RESERVED, UID, parse_size
 
 WHERE = "$.params.workspace.sandbox"
 MOUNTS = 32

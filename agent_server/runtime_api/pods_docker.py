@@ -20,9 +20,9 @@ from agent_server.logs import Logs
 from agent_server.refusal import TRY_LATER, StartRefused
 from agent_server.runtime_api.pods import Pod, Pods, PodSpec
 from workspaces.backend.docker.engine import Engine
-from workspaces.backend.docker.host_paths import HostPaths
 from workspaces.backend.docker.labels import INSTANCE, ROLE, SERVER
 from workspaces.backend.docker.profiles import KEY_NAME, SERVER_PORT, ServerSpec, Volume
+from workspaces.backend.docker.reach import HostPaths
 from workspaces.backend.docker.server_container import ServerContainer
 from workspaces.backend.records import instance_of
 from workspaces.box.disks import Disks

@@ -14,7 +14,7 @@ from tests.docker.test_docker_options import address as address
 from tests.docker.test_docker_options import forwarded
 from workspaces.backend.docker import labels
 from workspaces.backend.docker.engine import Engine
-from workspaces.backend.docker.host_paths import HostPaths
+from workspaces.backend.docker.reach import HostPaths
 
 pytestmark = pytest.mark.docker
 

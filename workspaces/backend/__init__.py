@@ -5,5 +5,4 @@ Knows engines and processes; nothing of boxes, which are built from it.
 docker:  containers
 child:   a process that may outlive whoever started it
 records: what is written down so that a later process finds it
-sizes:   sizes as people write them
 """

@@ -19,8 +19,8 @@ from typing import Literal
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, IsolationUnavailable, StorageFull
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.docker.profiles import UID
-from workspaces.box import their_files
-from workspaces.box.programs import COPY, run
+from workspaces.box import sandbox_files
+from workspaces.box.sandbox_files import COPY, run
 
 Mechanism = Literal["ext4-loop", "none"]
 
@@ -191,7 +191,7 @@ class Disks:
 
     async def _make(self, owner: str, size: int) -> None:
         if self.mechanism == "none":
-            await in_thread(their_files.make, self.folder(owner))
+            await in_thread(sandbox_files.make, self.folder(owner))
             return
         fresh = self.image(owner).with_suffix(FRESH)
         try:
@@ -255,14 +255,14 @@ def _format(image: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     if source.is_dir():
-        their_files.make(target)
-        their_files.copy(source, target)
+        sandbox_files.make(target)
+        sandbox_files.copy(source, target)
     else:
         run("snapshot", *COPY, "--", str(source), str(target))
 
 
 def _remove(place: Path) -> None:
     if place.is_dir() and not place.is_symlink():
-        their_files.remove(place)
+        sandbox_files.remove(place)
     else:
         place.unlink(missing_ok=True)

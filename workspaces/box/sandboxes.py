@@ -22,10 +22,9 @@ from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.docker import labels
 from workspaces.backend.docker.accounts import Accounts, accounts
-from workspaces.backend.docker.profiles import UID, WORKSPACE
+from workspaces.backend.docker.profiles import UID, WORKSPACE, parse_size
 from workspaces.backend.records import instance_of
-from workspaces.backend.sizes import parse_size
-from workspaces.box import their_files
+from workspaces.box import sandbox_files
 from workspaces.box.container import BoxContainer
 from workspaces.box.contract import Box
 from workspaces.box.disks import Disks
@@ -35,7 +34,7 @@ from workspaces.box.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from workspaces.backend.docker.engine import Engine, Image
-    from workspaces.backend.docker.host_paths import HostPaths
+    from workspaces.backend.docker.reach import HostPaths
     from workspaces.box.pool import Pool
     from workspaces.box.runtime import BoxRuntime
 
@@ -195,7 +194,7 @@ class Sandboxes(Site):
             return True
         folder = self._disks.folder(owner)
         try:
-            return folder.exists() and their_files.size(folder) > 0
+            return folder.exists() and sandbox_files.size(folder) > 0
         except OSError:
             return True
 
@@ -259,10 +258,10 @@ class Sandboxes(Site):
             self._spools.at_hand(owner) as output,
             self._temporary.at_hand(owner) as around,
         ):
-            folders = await in_thread(their_files.make_within, around, temporary)
+            folders = await in_thread(sandbox_files.make_within, around, temporary)
             if spec.profile == "task":  # whoever commands are there
                 for place in (workspace, output):
-                    await in_thread(their_files.open_to_all, place)
+                    await in_thread(sandbox_files.open_to_all, place)
             yield Places(
                 workspace=ground.paths.of(workspace),
                 output=ground.paths.of(output),
@@ -324,7 +323,7 @@ class Sandboxes(Site):
 
     async def _connect(self) -> _Ground:
         from workspaces.backend.docker.engine import Engine  # noqa: PLC0415  aiodocker costs 0.3 s
-        from workspaces.backend.docker.host_paths import HostPaths  # noqa: PLC0415
+        from workspaces.backend.docker.reach import HostPaths  # noqa: PLC0415
         from workspaces.box.pool import Pool  # noqa: PLC0415
         from workspaces.box.sweep import Sweep  # noqa: PLC0415
 

@@ -14,10 +14,9 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, NotFound
 from agent_sdk.protocol.methods import SnapshotTaken
 from agent_sdk.workspace.disk import in_thread
-from workspaces.box import their_files
+from workspaces.box import sandbox_files
 from workspaces.box.disks import FRESH, Disks
-from workspaces.box.programs import COPY, run
-from workspaces.box.their_files import SERVERS
+from workspaces.box.sandbox_files import COPY, SERVERS, run
 
 DISK, FILES = "disk.img", "files"
 
@@ -53,8 +52,8 @@ class Snapshots:
                     await in_thread(run, "snapshot", "sync", "--file-system", str(files))
                     await in_thread(run, "snapshot", *COPY, str(self._disks.image(owner)), str(fresh / DISK))
                 else:
-                    await in_thread(their_files.make, fresh / FILES)
-                    await in_thread(their_files.copy, files, fresh / FILES)
+                    await in_thread(sandbox_files.make, fresh / FILES)
+                    await in_thread(sandbox_files.copy, files, fresh / FILES)
             size = await in_thread(_size, fresh)
             await in_thread(fresh.rename, self._folder / id)
         finally:
@@ -107,10 +106,10 @@ def _make(folder: Path) -> None:
 def _size(snapshot: Path) -> int:
     """Bytes that it occupies."""
     disk = snapshot / DISK
-    return disk.stat().st_blocks * 512 if disk.exists() else their_files.size(snapshot / FILES)
+    return disk.stat().st_blocks * 512 if disk.exists() else sandbox_files.size(snapshot / FILES)
 
 
 def _remove(snapshot: Path) -> None:
     if (snapshot / FILES).exists():
-        their_files.remove(snapshot / FILES)
+        sandbox_files.remove(snapshot / FILES)
     shutil.rmtree(snapshot, ignore_errors=True)

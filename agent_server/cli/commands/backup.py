@@ -15,7 +15,7 @@ from agent_server.cli.terminal import open_terminal
 from agent_server.config.options import load
 from agent_server.data_folder import LOG_FILE, DataFolder
 from agent_server.http.auth import KEY_FILE
-from workspaces.box.programs import COPY, PATH
+from workspaces.box.sandbox_files import COPY, PATH
 
 KEPT = (KEY_FILE, "workspaces", "disks", "snapshots")
 """Beside the log. The rest belongs to boxes and runtimes, which a copy does not have, or is made anew."""

@@ -15,7 +15,6 @@ profiles:          what containers are to the engine: those with a box, and thos
 accounts:          users and groups of an image, with the one of commands
 mounts:            what of this machine is mounted into sandboxes, and whether it is still that
 server_container:  a container with a server in it, and the server's lines in the client's log
-reach:             over which address what listens in a container is reached; the container of this process
-host_paths:        what the engine calls the folders of a server that is in a container itself
+reach:             how this process and containers find each other: addresses, networks, folders
 reaper:            the process that removes the container of a client that was killed
 """

@@ -20,7 +20,6 @@ from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.arguments import check_environment
 from agent_sdk.workspace.environment import packed
 from workspaces.backend.docker.labels import PORT, ROLE, SERVER
-from workspaces.backend.sizes import parse_size
 
 UID = 10001
 """Of the commands in a sandbox, as its user and its group."""
@@ -48,6 +47,7 @@ PIDS = 4096
 SERVER_CAPABILITIES = ("CHOWN", "KILL", "SETGID", "SETPCAP", "SETUID")
 """What the image's start needs to run commands as another user than the server. Commands have none."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{1,127}")
+_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 Propagation = Literal["rprivate", "rslave"]
 """Engines want `rslave` for folders that are their own, such as those of volumes."""
@@ -363,3 +363,22 @@ def _gpus(wanted: str) -> dict[str, Any]:
 
 def _mount(kind: str, source: str, target: str, read_only: bool) -> dict[str, Any]:
     return {"Type": kind, "Source": source, "Target": target, "ReadOnly": read_only}
+
+
+def parse_size(field: str, text: str, *, least: str = "1b") -> int:
+    """Return bytes for a number with a unit of `b`, `k`, `m`, `g` or `t` (powers of 1024).
+
+    Raises:
+        InvalidParams: it is no size, or below `least`; the sentence names the field.
+    """
+    size = _bytes(text)
+    if size is None:
+        raise InvalidParams(f"{field}: {text[:64]!r} is no size; write a number and a unit, like 512m")
+    if size < (_bytes(least) or 0):
+        raise InvalidParams(f"{field}: {text} is too small; give it {least} or more")
+    return size
+
+
+def _bytes(text: str) -> int | None:
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([bkmgt]?)(?:i?b)?", text.strip().lower())
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None

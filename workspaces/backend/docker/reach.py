@@ -3,7 +3,8 @@
 An engine of this machine publishes ports on 127.0.0.1. One that DOCKER_HOST names on another machine
 publishes them on the very address by which it is reached, and no other. When this process runs in a
 container of that engine itself, 127.0.0.1 is somebody else: then both containers are in one network, and
-nothing is published. Which container that is, its mounts tell.
+nothing is published. Which container that is, its mounts tell. The engine mounts folders of its own machine; such a
+process sees them elsewhere, and only those that are mounted into it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import asyncio
 import ipaddress
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -66,6 +68,53 @@ class Reach(Struct, frozen=True, kw_only=True):
                 phase="ready",
             )
         return f"http://{place}"
+
+
+class HostPaths:
+    """From paths of this process to those of the engine."""
+
+    def __init__(self, mounts: Mapping[Path, Path] | None = None, unseen: str = "") -> None:
+        """Take the folders of the engine by where they are mounted here; None: both see the same."""
+        self._mounts = mounts
+        self.unseen = unseen
+        """Why the engine does not see what is mounted here; empty: it does."""
+
+    @classmethod
+    async def find(cls, engine: Engine, *, process: Path = SELF) -> Self:
+        """Find out whether this process runs in a container that this engine knows, or on another machine than it.
+
+        Raises:
+            EngineUnavailable: the engine does not answer.
+        """
+        container = await own_container(engine, process)
+        if container is None:
+            here = await engine_address(engine) == LOOPBACK
+            return cls(None, "" if here else f"the engine at {engine.where} is on another machine")
+        mounts = container.get("Mounts") or ()
+        return cls(
+            {Path(mount["Destination"]): Path(mount["Source"]) for mount in mounts if mount.get("Source")},
+            "the server runs in a container, and its engine does not see what is mounted there",
+        )
+
+    def __repr__(self) -> str:
+        return f"<HostPaths {'the same' if self._mounts is None else dict(self._mounts)}>"
+
+    def of(self, path: Path) -> str:
+        """Return what the engine calls a folder.
+
+        Raises:
+            WorkspaceUnavailable: the engine cannot reach it, because it is not mounted into this container.
+        """
+        if self._mounts is None:
+            return str(path)
+        for place in (path, *path.parents):
+            if place in self._mounts:
+                return str(self._mounts[place] / path.relative_to(place))
+        raise WorkspaceUnavailable(
+            f"the server runs in a container, and {path} is not on a volume that sandboxes could mount, too; "
+            "mount a volume or a folder there (docker run --volume agent-data:/data)",
+            phase="create",
+        )
 
 
 async def find_reach(engine: Engine, network: str | None) -> Reach:

@@ -2,22 +2,28 @@
 
 Root needs nothing for that. A server with the capabilities SETUID and SETGID does it with the rights of that user, so
 that nothing in there can lead it to more. That user does not get through the folders above, which are the server's;
-so the way goes through a descriptor of the folder around.
+so the way goes through a descriptor of the folder around. Programs of this machine copy, mount and make file systems.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agent_sdk.protocol.errors import IsolationUnavailable
+from agent_sdk.protocol.errors import IsolationUnavailable, StorageFull, WorkspaceUnavailable
 from agent_sdk.workspace.rights import rights_of
 from workspaces.backend.docker.profiles import UID
 from workspaces.box.confinement import NOT_CONFINED, Confinement
-from workspaces.box.programs import COPY, run
 
+PATH = f"{os.defpath}:/usr/sbin:/sbin:/usr/local/bin:/usr/local/sbin"
+"""Ours, not the server's: those who start it need not have the folders of the administrator in theirs."""
+# What is equal on the disk stays shared where the file system can do that, and holes stay holes.
+COPY = ("cp", "--reflink=auto", "--sparse=always")
+FULL = ("no space left on device", "disk quota exceeded")
 SERVERS = 0o711
 """Of a folder of the server in which theirs are: they may pass, and see nothing else."""
 
@@ -105,3 +111,39 @@ def _reached(folder: Path) -> Iterator[tuple[int, str]]:
         yield around, f"/proc/self/fd/{around}/{folder.name}"
     finally:
         os.close(around)
+
+
+def run(phase: str, *command: str, user: int | None = None, keep: tuple[int, ...] = ()) -> None:
+    """Run a program to its end. Blocks.
+
+    Args:
+        phase: of the start, snapshot, … that it is for.
+        command: a program and its arguments.
+        user: as whom, and with the group of the same number; None: as this process.
+        keep: descriptors that it inherits.
+
+    Raises:
+        PermissionError: this process may not become that user.
+        StorageFull: it found no space.
+        WorkspaceUnavailable: it is missing or failed; the sentence has what it said first. Details: phase.
+    """
+    program = shutil.which(command[0], path=PATH)
+    if program is None:
+        raise WorkspaceUnavailable(f"{command[0]} is not installed on the server's machine", phase=phase)
+    ended = subprocess.run(
+        [program, *command[1:]],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env={"PATH": PATH, "LC_ALL": "C"},
+        user=user,
+        group=user,
+        extra_groups=None if user is None else (),
+        pass_fds=keep,
+        check=False,
+    )
+    if ended.returncode:
+        said = ended.stderr.decode(errors="replace").split("\n")
+        words = next((line.strip() for line in said if line.strip()), f"it ended with {ended.returncode}")
+        if any(full in words.lower() for full in FULL):
+            raise StorageFull(f"the disk of the server is full: {words}", path="")
+        raise WorkspaceUnavailable(f"{command[0]} failed: {words}", phase=phase)
