@@ -34,17 +34,18 @@ from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.docker.accounts import Accounts, check_targets
 from workspaces.backend.docker.engine_info import usable_runtime
 from workspaces.backend.docker.mounts import Source, sources
-from workspaces.backend.docker.profiles import (
-    SEALED,
-    create_body,
-    temporary,
-)
+from workspaces.backend.docker.profiles import SEALED, create_body, temporary
 from workspaces.box.contract import Box
-from workspaces.box.ending import Ending, ending_of
 from workspaces.box.folder import READY_LINE, BoxFolder, Record
 from workspaces.box.parts import box_parts, command_environment
 from workspaces.box.site import Site
-from workspaces.box.verification import OWN_KERNEL, box_differences, engine_differences, mount_differences
+from workspaces.box.verification import (
+    OWN_KERNEL,
+    Ending,
+    box_differences,
+    engine_differences,
+    mount_differences,
+)
 
 if TYPE_CHECKING:
     from workspaces.backend.docker.engine import Death, Engine, Watch
@@ -421,7 +422,7 @@ class BoxContainer(Box):
         said = ""
         with suppress(AgentServerError, OSError):
             said = await engine.logs(self._id or "")
-        self._ending = ending_of(death, self.spec, said)
+        self._ending = Ending.of(death, self.spec, said)
         if not self._ended.done():
             self._ended.set_result(death.exit_code)
 

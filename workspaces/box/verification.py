@@ -1,14 +1,22 @@
-"""Whether a sandbox is what was asked for: by the engine's account of it, and by what its box finds from inside."""
+"""Whether a sandbox is what was asked for: by the engine's account of it, and by what its box finds from inside.
+
+And why it is no more, by the engine's account.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from agent_sdk.protocol.results import Profile
+from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.users import HIGHEST
 from workspaces.backend.docker.mounts import Source
 from workspaces.backend.docker.profiles import KERNEL, UID
+from workspaces.box.folder import READY
+
+if TYPE_CHECKING:
+    from workspaces.backend.docker.engine import Death
 
 TASKS = 1 << 5 | 1 << 6 | 1 << 7
 """What the box of a task keeps, and its commands do not: KILL, SETGID, SETUID."""
@@ -20,6 +28,7 @@ _FROM_THE_ENGINE = (
     "/etc/hostname",
     "/etc/hosts",
 )
+KILLED = {128 + 9: "SIGKILL", 128 + 15: "SIGTERM"}
 OWN_KERNEL = frozenset({"runsc"})
 """Runtimes with a kernel of their own, which says other things of itself."""
 
@@ -135,3 +144,30 @@ def _mounts(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:
             and target not in KERNEL
         ):
             yield f"there is a mount at {target[:200]}"
+
+
+class Ending(NamedTuple):
+    """Why a sandbox ended: a word for programs and a sentence for people."""
+
+    cause: str = "engine"
+    """`oom`, `killed`, `exit`, or `engine` where it was removed or lost by the engine."""
+    words: str = ""
+
+    @classmethod
+    def of(cls, death: Death, spec: Sandbox, said: str) -> Self:
+        """Return what a death means; with the end of what the box said, in one line."""
+        cause, reason = _reason(death, spec)
+        lines = " | ".join(line.strip() for line in said.splitlines() if line.strip() not in ("", READY))
+        return cls(cause, f"{reason}: {lines}" if lines else reason)
+
+
+def _reason(death: Death, spec: Sandbox) -> tuple[str, str]:
+    if death.exit_code is None:
+        return "engine", death.reason
+    if death.oom:
+        return "oom", f"it ran out of memory ({spec.memory})"
+    if death.exit_code in KILLED:
+        return "killed", f"it was killed ({KILLED[death.exit_code]})"
+    if death.exit_code == 0:
+        return "exit", "it ended by itself, because nobody was connected to it any more"
+    return "exit", death.reason
