@@ -268,7 +268,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     """The variables in which the server finds its key."""
 
     def check(self) -> None:
-        """See that it makes sense, without asking anybody.
+        """Check that it makes sense, as far as the types of the arguments do not say so; nobody is asked.
 
         Raises:
             InvalidParams, PolicyDenied: it does not; the sentence names the field.
@@ -277,19 +277,12 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
             raise InvalidParams(
                 f"name: {self.name!r} is no name of a container; use letters, digits, dots, - and _"
             )
-        if not self.image or self.image != self.image.strip():
-            raise InvalidParams("server_image: it is empty, or has spaces around it")
-        for port in (*self.ports, *([self.host_port] if self.host_port is not None else [])):
-            if not 1 <= port <= 65535:
-                raise InvalidParams(f"ports: {port} is no port; they go from 1 to 65535")
         if self.memory is not None:
             parse_size("memory", self.memory, least=SERVER_LEAST_MEMORY)
         if self.cpus is not None and not 0.01 <= self.cpus <= 1024:
             raise InvalidParams(f"cpus: {self.cpus} must be between 0.01 and 1024")
         if self.pids is not None and not 32 <= self.pids <= 1 << 22:
             raise InvalidParams(f"pids: {self.pids} must be between 32 and {1 << 22}")
-        if self.gpus is not None and not self.gpus.strip():
-            raise InvalidParams("gpus: write all, a number, or ids separated by commas")
         check_environment(self.command_env)
 
     def body(self, api_key: str, bind: str | None) -> dict[str, Any]:
@@ -358,7 +351,7 @@ def _gpus(wanted: str) -> dict[str, Any]:
     request: dict[str, Any] = {"Driver": "", "Capabilities": [["gpu"]]}
     if wanted == "all" or wanted.isdecimal():
         return {**request, "Count": -1 if wanted == "all" else int(wanted)}
-    return {**request, "DeviceIDs": [part.strip() for part in wanted.split(",")]}
+    return {**request, "DeviceIDs": wanted.split(",")}
 
 
 def _mount(kind: str, source: str, target: str, read_only: bool) -> dict[str, Any]:
