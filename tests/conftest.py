@@ -22,6 +22,9 @@ import pytest
 os.environ["TESTS_RUN"] = secrets.token_hex(8)
 RUN = f"TESTS_RUN={os.environ['TESTS_RUN']}".encode()
 
+STRANGERS = set(os.listdir("/proc"))
+"""Processes that were there before this run, so they are none of it; and what else is in there."""
+
 SHORT_LIVED = {"AGENT_SERVER_BOXES_ON_STOP": "end", "AGENT_SERVER_BOX_LINGER_SECONDS": "120"}
 """For servers of tests: nothing stays for long, also when the run is killed."""
 
@@ -107,12 +110,19 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     before = remains()
     yield
     left = remains() - before
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in others():
         if is_box(process, folder) and not names(process / "cmdline", stays):
             left.add(f"box {process.name}")
             with suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGTERM)  # it ends what it runs
     assert not left, f"left behind: {sorted(left)}"
+
+
+def others() -> list[Path]:
+    """All processes that began during this run, in /proc."""
+    there = set(os.listdir("/proc"))
+    STRANGERS.intersection_update(there)
+    return [Path("/proc", name) for name in there - STRANGERS]
 
 
 def is_box(process: Path, folder: Path) -> bool:
@@ -123,11 +133,10 @@ def is_box(process: Path, folder: Path) -> bool:
 def remains() -> set[str]:
     """Processes of commands, boxes and servers; temporary folders; descriptors of sockets of this process."""
     found = {str(path) for path in Path(tempfile.gettempdir()).glob("agent-*")}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with suppress(OSError):
-                if is_ours(entry):
-                    found.add(f"process {entry.name}")
+    for process in others():
+        with suppress(OSError):
+            if is_ours(process):
+                found.add(f"process {process.name}")
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
             target = os.readlink(descriptor)
