@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,11 @@ UNQUEUED = (CancelCall.method, Ping.method)
 CANCEL_SECONDS = 10.0
 """How long a cancelled call waits for its answer: a command gets TERM, 5 s, KILL."""
 
+Leave = Callable[[], bool]
+"""Asked when a call of ours is cancelled: whether it goes on at the other end."""
+Watch = Callable[[Method[Any], "asyncio.Future[Any]"], None]
+"""Called with a call of ours and what it waits for, its turn or its answer; may end the waiting with an exception."""
+
 
 class Calls:
     """Who waits for which answer, and who waits to be allowed to call."""
@@ -36,6 +42,7 @@ class Calls:
     def __init__(self, endpoint: Endpoint, lanes: Lanes, limits: Limits) -> None:
         """Make an empty table; `limits`: those of the other end."""
         self.limits = limits
+        self.watch: Watch | None = None
         self._endpoint = endpoint
         self._lanes = lanes
         self._pending: dict[Id, asyncio.Future[Raw]] = {}
@@ -51,13 +58,13 @@ class Calls:
         self.limits = limits
         self._admit()
 
-    async def call(self, params: Method[R], timeout: float | None) -> R:
+    async def call(self, params: Method[R], timeout: float | None, leave: Leave | None) -> R:
         """Call a method of the other end and wait for the answer."""
         if timeout is None:
-            return await self._call(params)
+            return await self._call(params, leave)
         try:
             async with asyncio.timeout(timeout):
-                return await self._call(params)
+                return await self._call(params, leave)
         except AgentServerError:
             raise
         except TimeoutError:
@@ -81,17 +88,20 @@ class Calls:
                 future.set_exception(lost)
         self._admit()
 
-    async def _call(self, params: Method[R]) -> R:
+    async def _call(self, params: Method[R], leave: Leave | None) -> R:
         if params.method in UNQUEUED:
-            return _decode(params, await self._exchange(params))
-        await self._enter()
+            return _decode(params, await self._exchange(params, leave))
+        if self._in_flight < self.limits.calls and not self._queue:
+            self._in_flight += 1
+        else:
+            await self._enter(params)
         try:
-            answer = await self._exchange(params)
+            answer = await self._exchange(params, leave)
         finally:
             self._leave()
         return _decode(params, answer)
 
-    async def _exchange(self, params: Method[Any]) -> Raw:
+    async def _exchange(self, params: Method[Any], leave: Leave | None) -> Raw:
         if self._lost is not None:
             raise self._lost
         id, message = self._endpoint.request(params.method, params)
@@ -103,17 +113,18 @@ class Calls:
             )
         future: asyncio.Future[Raw] = asyncio.get_running_loop().create_future()
         self._pending[id] = future
+        if self.watch is not None:
+            self.watch(params, future)
         long = self._lanes.put_message(message)
         try:
             return await future
         except asyncio.CancelledError as exc:
-            if future.cancelled() and self._lost is None:
-                if exc.args == (DISCONNECTED,):
-                    self._endpoint.forget(id)
-                else:
-                    await self._cancel(id, long)
+            goes_on = leave() if leave is not None else exc.args == (DISCONNECTED,)
+            if future.cancelled() and self._lost is None and not goes_on:
+                await self._cancel(id, long)
             raise
         finally:
+            self._endpoint.forget(id)  # no answer came when the watch has ended the waiting
             del self._pending[id]
 
     async def _cancel(self, id: Id, long: bool) -> None:
@@ -129,16 +140,14 @@ class Calls:
             if answer.done():
                 answer.exception()  # seen: an error is as good an end as any
             else:
-                self._endpoint.forget(id)
                 self._endpoint.forget(cancelling)
 
-    async def _enter(self) -> None:
-        """Take a place among the calls in flight; waits in a queue for one."""
-        if self._in_flight < self.limits.calls and not self._queue:
-            self._in_flight += 1
-            return
+    async def _enter(self, params: Method[Any]) -> None:
+        """Wait in a queue for a place among the calls in flight, and take it."""
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append(place)
+        if self.watch is not None:
+            self.watch(params, place)
         try:
             await place
         except asyncio.CancelledError:

@@ -8,8 +8,8 @@ be on their way for a while: they are dropped.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from agent_sdk.protocol import frame as frames
 from agent_sdk.protocol.errors import (
@@ -27,6 +27,8 @@ EARLY_WINDOWS = 8
 REMEMBERED = 4096
 STRAY_FRAMES = 10_000
 
+S = TypeVar("S", bound=ByteReader | ByteWriter)
+
 
 class Early:
     """What came for a stream before anybody took it up."""
@@ -35,6 +37,23 @@ class Early:
         self.reader = reader
         self.allowed = 0
         self.broken: TransferBroken | None = None
+
+
+class Use(Generic[S]):
+    """An async context: it begins a stream, yields it, and ends it."""
+
+    __slots__ = ("_begin", "_leave", "_stream")
+
+    def __init__(self, begin: Callable[[], S], leave: Callable[[S], None]) -> None:
+        self._begin = begin
+        self._leave = leave
+
+    async def __aenter__(self) -> S:
+        self._stream = self._begin()
+        return self._stream
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._leave(self._stream)
 
 
 class Channels:
@@ -54,38 +73,38 @@ class Channels:
         self._over: dict[int, int] = {}
         self._lost: ConnectionLost | None = None
 
-    @asynccontextmanager
-    async def open_reader(self) -> AsyncIterator[ByteReader]:
+    def open_reader(self) -> Use[ByteReader]:
         """A stream of ours that the other end writes."""
-        reader = ByteReader(self._fresh(), self._window, self._lanes)
-        async with self._use_reader(reader):
-            yield reader
+        return Use(
+            lambda: self._add(ByteReader(self._fresh(), self._window, self._lanes)), self._leave_reader
+        )
 
-    @asynccontextmanager
-    async def open_writer(self) -> AsyncIterator[ByteWriter]:
+    def open_writer(self) -> Use[ByteWriter]:
         """A stream of ours that the other end reads."""
-        async with self._use_writer(self._writer(self._fresh())) as writer:
-            yield writer
+        return Use(lambda: self._add(self._writer(self._fresh())), self._leave_writer)
 
-    @asynccontextmanager
-    async def reading(self, channel: int) -> AsyncIterator[ByteReader]:
+    def reading(self, channel: int) -> Use[ByteReader]:
         """A stream of theirs that they write."""
-        early = self._take_up(channel)
-        reader = early.reader if early else ByteReader(channel, self._window, self._lanes)
-        async with self._use_reader(reader):
-            yield reader
 
-    @asynccontextmanager
-    async def writing(self, channel: int) -> AsyncIterator[ByteWriter]:
+        def take_up() -> ByteReader:
+            early = self._take_up(channel)
+            return self._add(early.reader if early else ByteReader(channel, self._window, self._lanes))
+
+        return Use(take_up, self._leave_reader)
+
+    def writing(self, channel: int) -> Use[ByteWriter]:
         """A stream of theirs that we write."""
-        early = self._take_up(channel)
-        writer = self._writer(channel)
-        if early is not None:
-            if early.broken is not None:
-                writer.fail(early.broken)
-            writer.granted(max(early.allowed, self.other_window))
-        async with self._use_writer(writer):
-            yield writer
+
+        def take_up() -> ByteWriter:
+            early = self._take_up(channel)
+            writer = self._writer(channel)
+            if early is not None:
+                if early.broken is not None:
+                    writer.fail(early.broken)
+                writer.granted(max(early.allowed, self.other_window))
+            return self._add(writer)
+
+        return Use(take_up, self._leave_writer)
 
     def receive(self, frame: frames.BinaryFrame) -> None:
         """Hand a frame to its stream.
@@ -123,31 +142,22 @@ class Channels:
             raise InvalidParams(f"channel {channel} is not one you have just opened")
         return self._early.pop(channel, None)
 
-    @asynccontextmanager
-    async def _use_reader(self, reader: ByteReader) -> AsyncIterator[None]:
-        self._add(reader)
-        try:
-            yield
-        finally:
-            if not reader.over:
-                self._lanes.put_control(frames.reset(reader.channel, "the reader stopped"))
-            self._end(reader)
+    def _leave_reader(self, reader: ByteReader) -> None:
+        if not reader.over:
+            self._lanes.put_control(frames.reset(reader.channel, "the reader stopped"))
+        self._end(reader)
 
-    @asynccontextmanager
-    async def _use_writer(self, writer: ByteWriter) -> AsyncIterator[ByteWriter]:
-        self._add(writer)
-        try:
-            yield writer
-        finally:
-            if not writer.finished and self._open.get(writer.channel) is writer:
-                writer.fail(TransferBroken("the stream was left unfinished"))
-                self._lanes.put_control(frames.reset(writer.channel, "the writer stopped"))
-                self._end(writer)
+    def _leave_writer(self, writer: ByteWriter) -> None:
+        if not writer.finished and self._open.get(writer.channel) is writer:
+            writer.fail(TransferBroken("the stream was left unfinished"))
+            self._lanes.put_control(frames.reset(writer.channel, "the writer stopped"))
+            self._end(writer)
 
-    def _add(self, stream: ByteReader | ByteWriter) -> None:
+    def _add(self, stream: S) -> S:
         if self._lost is not None:
             stream.fail(self._lost)
         self._open[stream.channel] = stream
+        return stream
 
     def _end(self, stream: ByteReader | ByteWriter) -> None:
         """Forget a stream, except for how many bytes may still be on their way."""

@@ -10,7 +10,7 @@ are cancelled.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
@@ -48,7 +48,7 @@ from agent_sdk.protocol.methods import (
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.answers import Answers, Table
 from agent_sdk.rpc.budget import Budget
-from agent_sdk.rpc.calls import Calls
+from agent_sdk.rpc.calls import Calls, Leave, Watch
 from agent_sdk.rpc.channels import Channels
 from agent_sdk.rpc.lanes import Lanes
 from agent_sdk.rpc.pipe import Pipe, lost
@@ -58,7 +58,6 @@ from agent_sdk.rpc.stream import ByteReader, ByteWriter
 Handler = Callable[[Any, "Inbound"], Awaitable[Any]]
 OnNotice = Callable[[str, Raw], None]
 OnBug = Callable[[BaseException, str], None]
-Watch = Callable[[Method[Any], Coroutine[Any, Any, Any]], Awaitable[Any]]
 
 NOBODY = Table({})
 FLUSH_SECONDS = 2.0
@@ -105,7 +104,6 @@ class Peer:
         progress: how much came of it that the next connection need not bring again: bytes of streams that came or were
             accepted, events, and what its users add: calls whose answer they have.
         ignored: how often something was ignored, by reason.
-        watch: awaits each call of ours instead of us; may be set at any time.
     """
 
     def __init__(
@@ -134,7 +132,6 @@ class Peer:
                 by default the event loop's exception handler gets it.
             budget: what holds messages that arrive in pieces; None: nobody counts them.
         """
-        self.watch: Watch | None = None
         self._pipe = pipe
         self._limits = limits
         self._on_notice = on_notice
@@ -179,6 +176,15 @@ class Peer:
         self._channels.other_window = limits.window_bytes
 
     @property
+    def watch(self) -> Watch | None:
+        """What is told of each call of ours as it begins to wait; may be set at any time."""
+        return self._calls.watch
+
+    @watch.setter
+    def watch(self, watch: Watch | None) -> None:
+        self._calls.watch = watch
+
+    @property
     def ignored(self) -> Mapping[str, int]:
         """How often something that cannot be answered was ignored, by reason."""
         return {**self._endpoint.ignored, "frame of an unknown stream": self._channels.strays}
@@ -202,28 +208,25 @@ class Peer:
     ) -> None:
         await _until_done(asyncio.create_task(self._end()))
 
-    async def call(self, params: Method[R], *, timeout: float | None = None) -> R:
+    async def call(self, params: Method[R], *, timeout: float | None = None, leave: Leave | None = None) -> R:
         """Call a method of the other end and return what it answers.
 
         Waits in a queue while as many calls are in flight as the other end accepts (not `ping` and
         `call.cancel`). Cancelling asks the other end to cancel the call, waits for the call's answer
         (10 s at most), then raises CancelledError. Cancelling with the message DISCONNECTED, as it happens
-        to handlers whose caller is gone, only forgets the call: it goes on there.
+        to handlers whose caller is gone, only forgets the call: it goes on there. `leave` decides instead, if given.
 
         Args:
             params: the method's params; their class says which method.
             timeout: seconds; when they are over the call is cancelled in the same way.
+            leave: asked when the call is cancelled: whether to forget it only.
 
         Raises:
             TimedOut: after `timeout`, or the other end said so.
             ConnectionLost: the connection ended; whether the call took effect is unknown.
             AgentServerError: what the other end answered, same class as there.
         """
-        calling = self._calls.call(params, timeout)
-        if self.watch is None:
-            return await calling
-        answer: R = await self.watch(params, calling)
-        return answer
+        return await self._calls.call(params, timeout, leave)
 
     def open_reader(self) -> AbstractAsyncContextManager[ByteReader]:
         """A stream the other end writes to; put its `channel` into the params of a call."""

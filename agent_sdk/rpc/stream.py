@@ -49,12 +49,20 @@ class ByteReader:
         self._chunks: deque[Chunk] = deque()
         self._error: AgentServerError | None = None
         self._arrived: asyncio.Future[None] | None = None
+        self._on_data: Callable[[], object] | None = None
         self._told = time.monotonic()
 
     @property
     def size(self) -> int:
         """The position behind the last byte that arrived; after the end, the size of it all."""
         return self.window.position
+
+    def when_data_comes(self, react: Callable[[], object]) -> None:
+        """Call `react` once: when the first bytes come, or now if some wait already."""
+        if self._chunks:
+            react()
+        else:
+            self._on_data = react
 
     @property
     def over(self) -> bool:
@@ -119,6 +127,9 @@ class ByteReader:
         else:
             self.window.arrived(frame.offset, len(frame.payload))
             self._chunks.append(Chunk(frame.offset, frame.payload))
+            if self._on_data is not None:
+                react, self._on_data = self._on_data, None
+                react()
         wake(self._arrived)
 
     def fail(self, error: AgentServerError) -> None:

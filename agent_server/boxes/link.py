@@ -405,7 +405,8 @@ class BoxLink:
         while not box.ended.done():
             async with AsyncExitStack() as stack:
                 peer = await self._connect(stack, box)
-                peer.watch = self._watch = BoxWatch(peer, self._patience, lambda: self._frozen or self._held)
+                watch = BoxWatch(peer, self._patience, lambda: self._frozen or self._held)
+                peer.watch = self._watch = await stack.enter_async_context(watch)
                 first = self._linked is None
                 if first:
                     self._name.redeem()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import Any, Self
 
 from msgspec.structs import replace
@@ -23,7 +25,6 @@ from agent_sdk.protocol.methods import (
     Upload,
 )
 from agent_sdk.rpc.peer import Inbound, Peer
-from agent_sdk.rpc.pipe import DISCONNECTED
 from agent_sdk.rpc.stream import ByteReader, ByteWriter
 
 KEPT_BYTES = 64 << 10
@@ -105,25 +106,16 @@ class Passage:
         async with AsyncExitStack() as stack:
             fields: dict[str, Any] = {}
             self.coming = await self._take_in(stack, peer, fields)
-            going = await self._take_out(stack, peer, fields)
-            calling = asyncio.ensure_future(peer.call(replace(self._params, **fields)))
+            outputs = await self._take_out(stack, peer, fields)
             try:
-                await asyncio.wait({calling})
-                answer = calling.result()
-                for field, pump in going.items():
-                    if field in carrying(self._params, answer):
-                        await pump
+                answer = await peer.call(replace(self._params, **fields), leave=lambda: self.let_go)
+                for field in carrying(self._params, answer):
+                    if field in outputs:
+                        await outputs[field].passed()
                 await self.end_streams()
                 return answer
-            except asyncio.CancelledError:
-                calling.cancel(DISCONNECTED if self.let_go else None)
-                await asyncio.wait({calling})
-                raise
             finally:
-                pumps = [*self.coming, *going.values()]
-                for pump in pumps:
-                    pump.cancel()
-                await asyncio.gather(calling, *pumps, return_exceptions=True)
+                await ended([*self.coming, *(pump for output in outputs.values() if (pump := output.pump))])
 
     async def _take_in(
         self, stack: AsyncExitStack, peer: Peer, fields: dict[str, Any]
@@ -152,8 +144,8 @@ class Passage:
 
     async def _take_out(
         self, stack: AsyncExitStack, peer: Peer, fields: dict[str, Any]
-    ) -> dict[str, asyncio.Task[None]]:
-        pumps = {}
+    ) -> dict[str, _Output]:
+        outputs = {}
         for field, way in self.ways.items():
             reader = await stack.enter_async_context(peer.open_reader())
             fields[field] = reader.channel
@@ -162,14 +154,8 @@ class Passage:
                     fields[_SINCE.get(field, "since")] = 0  # to be kept whole
                 else:
                     self.kept = None
-            pumps[field] = asyncio.create_task(self._bring_out(field, reader, way))
-        return pumps
-
-    async def _bring_out(self, field: str, reader: ByteReader, way: Way) -> None:
-        async for chunk in reader:
-            self._keep(field, chunk.offset, chunk.data)
-            await way.pass_on(chunk.offset, chunk.data)
-        await way.finish(reader.size, reader.trailer)
+            outputs[field] = _Output(reader, way, partial(self._keep, field))
+        return outputs
 
     def _keep(self, field: str, offset: int, data: bytes) -> None:
         if self.kept is None or not isinstance(self._params, Effect):
@@ -179,6 +165,31 @@ class Passage:
             kept += data
         else:
             self.kept = None
+
+
+class _Output:
+    """What a box says over one stream; a task passes it on from the first byte on, because most commands say nothing."""
+
+    def __init__(self, reader: ByteReader, way: Way, keep: Callable[[int, bytes], None]) -> None:
+        self.pump: asyncio.Task[None] | None = None
+        self._reader = reader
+        self._way = way
+        self._keep = keep
+        reader.when_data_comes(self._begin)
+
+    async def passed(self) -> None:
+        """Return when all of it is on its way to the caller."""
+        await (self._begin() if self.pump is None else self.pump)
+
+    def _begin(self) -> asyncio.Task[None]:
+        self.pump = asyncio.create_task(self._pass_on())
+        return self.pump
+
+    async def _pass_on(self) -> None:
+        async for chunk in self._reader:
+            self._keep(chunk.offset, chunk.data)
+            await self._way.pass_on(chunk.offset, chunk.data)
+        await self._way.finish(self._reader.size, self._reader.trailer)
 
 
 class Way:
@@ -201,6 +212,14 @@ class Way:
         with suppress(ConnectionLost, TransferBroken):
             await self._writer.skip_to(max(size, self._writer.offset))
             await self._writer.finish(trailer)
+
+
+async def ended(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have ended, however that is."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def carrying(params: Method[Any], answer: Any) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ from agent_sdk.rpc.ledger import CHANNELS, did_nothing
 from agent_sdk.rpc.peer import Inbound
 from agent_sdk.workspace.digest import digest_of
 from agent_server.boxes.link import BoxLink
-from agent_server.boxes.passage import Passage
+from agent_server.boxes.passage import Passage, ended
 from agent_server.boxes.receipt import Receipt
 from agent_server.boxes.watch import is_silent
 from agent_server.work import Work
@@ -110,7 +110,7 @@ class Relay:
             self._link.owing = True
             for run in runs:
                 run.passage.let_go = True
-            await _end([run.task for run in runs])
+            await ended([run.task for run in runs])
 
     # --- what changes nothing ---
 
@@ -269,12 +269,12 @@ class Relay:
         runs = [run for run in self._running.get(op_id, ()) if isinstance(run.params, Upload)]
         for run in runs:
             run.passage.let_go = True
-        await _end([run.task for run in runs if run.call.peer.lost is None])
+        await ended([run.task for run in runs if run.call.peer.lost is None])
         if runs:
             await asyncio.wait({run.task for run in runs})
 
     async def _stop(self, op_id: str, which: Callable[[_Run], bool]) -> None:
-        await _end([run.task for run in self._running.get(op_id, ()) if which(run)])
+        await ended([run.task for run in self._running.get(op_id, ()) if which(run)])
 
 
 class _Run:
@@ -290,13 +290,6 @@ class _Run:
         self.work = ExitStack()
         self.in_vain = False
         """Whether it failed so that the box has forgotten it."""
-
-
-async def _end(tasks: list[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
 
 
 def _digest(params: Effect[Any]) -> bytes:

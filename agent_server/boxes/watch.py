@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
 from agent_sdk.protocol.events import Waiting
@@ -20,11 +20,9 @@ START_SECONDS = 1.0
 """A start that takes longer is told in an event: usual ones take less, the pull of an image minutes."""
 STARTS = "its box, which is being started; an image that is missing is pulled first"
 
-T = TypeVar("T")
-
 
 class BoxWatch:
-    """Whether a box answers at all, as a peer.Watch."""
+    """Whether a box answers at all, as a rpc.calls.Watch. Leaving it ends the questions that are under way."""
 
     def __init__(self, peer: Peer, patience: float, still: Callable[[], bool]) -> None:
         """Take what it needs.
@@ -37,36 +35,49 @@ class BoxWatch:
         self._peer = peer
         self._patience = patience
         self._still = still
+        self._asking: set[asyncio.Task[None]] = set()
 
-    async def __call__(self, params: Method[Any], calling: Coroutine[Any, Any, T]) -> T:
-        """Await what the box answers to a call.
+    async def __aenter__(self) -> Self:
+        return self
 
-        Raises:
-            WorkspaceUnavailable: it does not answer at all; details: phase `silent`. What was asked for may still be
-                done.
+    async def __aexit__(self, *exc: object) -> None:
+        for asking in self._asking:
+            asking.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+
+    def __call__(self, params: Method[Any], waiting: asyncio.Future[Any]) -> None:
+        """End the waiting of a call with WorkspaceUnavailable, details: phase `silent`, when the box does not answer at
+        all: the limit of the call is over, or SILENT_SECONDS where it has none. What was asked for may still be done.
         """
         if isinstance(params, Ping):
-            return await calling
+            return
         limit = getattr(params, "timeout_ms", None)
         patience = SILENT_SECONDS if limit is None else self._patience
-        seconds = patience if limit is None else limit / 1000 + patience
-        task = asyncio.ensure_future(calling)
-        try:
-            while not (await asyncio.wait([task], timeout=seconds))[0]:
-                if not await self.answers(patience):
-                    task.cancel(DISCONNECTED)
-                    raise WorkspaceUnavailable(
-                        "the box does not answer: it was stopped, or hangs; let it go on and repeat the call with its "
-                        "op_id, or delete the conversation",
-                        phase=SILENT,
-                    )
-                seconds = SILENT_SECONDS
-            return task.result()
-        except asyncio.CancelledError as exc:
-            task.cancel(*exc.args)
-            raise
-        finally:
-            await asyncio.wait([task])
+        self._look_after(patience if limit is None else limit / 1000 + patience, waiting, patience)
+
+    def _look_after(self, seconds: float, waiting: asyncio.Future[Any], patience: float) -> None:
+        timer = asyncio.get_running_loop().call_later(seconds, self._look, waiting, patience)
+        waiting.add_done_callback(lambda _: timer.cancel())
+
+    def _look(self, waiting: asyncio.Future[Any], patience: float) -> None:
+        asking = asyncio.create_task(self._ask(waiting, patience))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+
+    async def _ask(self, waiting: asyncio.Future[Any], patience: float) -> None:
+        answers = await self.answers(patience)
+        if waiting.done():
+            return
+        if answers:
+            self._look_after(SILENT_SECONDS, waiting, patience)
+        else:
+            waiting.set_exception(
+                WorkspaceUnavailable(
+                    "the box does not answer: it was stopped, or hangs; let it go on and repeat the call with its "
+                    "op_id, or delete the conversation",
+                    phase=SILENT,
+                )
+            )
 
     async def answers(self, seconds: float) -> bool:
         """Whether the box answers within these seconds, or need not."""
