@@ -83,14 +83,14 @@ def checked(function: Callable[P, T], contract: Callable[..., Any] | None = None
     @wraps(function)
     def checking(*args: P.args, **kwargs: P.kwargs) -> T:
         positional, named, several, others = _rules(function, contract or function)
-        for (name, hint, fits), value in zip(positional, args, strict=False):
-            if fits is not None and not fits(value):
+        for (name, hint, fits, default), value in zip(positional, args, strict=False):
+            if fits is not None and value is not default and not fits(value):
                 raise _refused(name, hint, value)
         for name, value in kwargs.items():
-            name, hint, fits = named.get(name, others)
-            if fits is not None and not fits(value):
+            name, hint, fits, default = named.get(name, others)
+            if fits is not None and value is not default and not fits(value):
                 raise _refused(name, hint, value)
-        name, hint, fits = several
+        name, hint, fits, _ = several
         for value in args[len(positional) :]:
             if fits is not None and not fits(value):
                 raise _refused(name, hint, value)
@@ -169,8 +169,9 @@ def _is_for_system(hint: Any) -> bool:
     return hint is ForSystem or any(map(_is_for_system, get_args(hint)))
 
 
-_Rule = tuple[str, Any, Test | None]
-"""Of an argument: its name, its type, and what tells whether a value is of it; None: every value is."""
+_Rule = tuple[str, Any, Test | None, Any]
+"""Of an argument: its name, its type, what tells whether a value is of it (None: every value is), its default, which is
+of it without being asked about."""
 
 
 @cache
@@ -180,12 +181,12 @@ def _rules(
     """Of the arguments by position, of those by name, of `*args`, of `**kwargs`."""
     positional: list[_Rule] = []
     named: dict[str, _Rule] = {}
-    several: _Rule = ("", Any, None)
+    several: _Rule = ("", Any, None, None)
     others: _Rule = several
     known = inspect.signature(contract).parameters
     for name, parameter in inspect.signature(function).parameters.items():
         hint = _hint(contract if name in known else function, name)
-        rule: _Rule = (name, hint, _test(hint))
+        rule: _Rule = (name, hint, _test(hint), parameter.default)
         match parameter.kind:
             case parameter.VAR_POSITIONAL:
                 several = rule

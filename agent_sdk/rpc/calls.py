@@ -91,7 +91,7 @@ class Calls:
     async def _call(self, params: Method[R], leave: Leave | None) -> R:
         if params.method in UNQUEUED:
             return _decode(params, await self._exchange(params, leave))
-        if self._in_flight < self.limits.calls and not self._queue:
+        if self._in_flight < self.limits.calls and self._queue.items is None:
             self._in_flight += 1
         else:
             await self._enter(params)
@@ -160,7 +160,7 @@ class Calls:
         self._admit()
 
     def _admit(self) -> None:
-        while self._queue and (self._in_flight < self.limits.calls or self._lost is not None):
+        while self._queue.items is not None and (self._in_flight < self.limits.calls or self._lost is not None):
             place = self._queue.popleft()
             if not place.done():
                 self._in_flight += 1

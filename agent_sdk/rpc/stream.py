@@ -222,12 +222,12 @@ class ByteWriter(Source):
             await self._room
 
     def has_frames(self) -> bool:
-        return bool(self._frames)
+        return self._frames.items is not None
 
     def next_frame(self) -> Frame:
         frame = Frame(self._frames.popleft(), False)
         wake(self._room)
-        if self.finished and not self._frames:
+        if self.finished and self._frames.items is None:
             self._on_end(self)
         return frame
 

