@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from msgspec.structs import replace
 
 from agent_sdk.protocol.methods import Execute
-from agent_sdk.remote.streams import Collector, with_output
+from agent_sdk.remote.streams import Collector, collected, with_output
 from agent_sdk.remote.transfers import come
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteReader, ByteWriter
@@ -47,9 +47,11 @@ class Command:
                 stdout_since=self._out.position,
                 stderr_since=self._err.position,
             )
-            answer = await with_output(
-                peer.call(call), self._hear("stdout", self._out, out), self._hear("stderr", self._err, err)
-            )
+            if self._on_output is None:
+                answer = await collected(peer.call(call), (self._out, out), (self._err, err))
+            else:
+                hearing = self._hear("stdout", self._out, out), self._hear("stderr", self._err, err)
+                answer = await with_output(peer.call(call), *hearing)
         return ExecResult(
             status=answer.status,
             exit_code=answer.exit_code,

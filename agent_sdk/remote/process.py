@@ -22,10 +22,10 @@ from agent_sdk.protocol.methods import (
 )
 from agent_sdk.remote.feed import Feed
 from agent_sdk.remote.link import Link, Until, ask, persistent
-from agent_sdk.remote.streams import Collector, milliseconds, pass_failure, with_output
+from agent_sdk.remote.streams import Collector, collected, milliseconds, pass_failure
 from agent_sdk.remote.transfers import NO_CHANNEL
 from agent_sdk.rpc.peer import Peer
-from agent_sdk.rpc.stream import ByteReader, Chunk
+from agent_sdk.rpc.stream import Chunk
 from agent_sdk.workspace.contract import Exit, OutputName, Process, Shell, ShellResult
 
 
@@ -171,7 +171,7 @@ class RemoteShell(Shell):
         async def answered(peer: Peer) -> ShellAnswer:
             async with peer.open_reader() as reader:
                 asked = replace(call, channel=reader.channel, since=output.position)
-                return await with_output(peer.call(asked), _collected(output, reader))
+                return await collected(peer.call(asked), (output, reader))
 
         answer = await persistent(self._link, answered)
         return ShellResult(
@@ -187,8 +187,3 @@ class RemoteShell(Shell):
 
 def _keys(until: bytes | None) -> str:
     return (until or b"").decode("latin-1")
-
-
-async def _collected(collector: Collector, reader: ByteReader) -> None:
-    async for chunk in reader:
-        collector.add(chunk)

@@ -40,6 +40,16 @@ class Collector:
         return Output(bytes(self._head), bytes(self._tail[-TAIL_BYTES:]), max(size, self.position))
 
 
+async def collected(call: Coroutine[Any, Any, A], *outputs: tuple[Collector, ByteReader]) -> A:
+    """Await a call and the output it sends, which is collected as it comes."""
+    for collector, reader in outputs:
+        reader.deliver(collector.add)
+    answer = await call
+    for _, reader in outputs:
+        await reader.delivered()
+    return answer
+
+
 async def with_output(call: Coroutine[Any, Any, A], *listening: Coroutine[Any, Any, None]) -> A:
     """Await a call, and those who take the output it sends meanwhile.
 

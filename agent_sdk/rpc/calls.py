@@ -160,7 +160,9 @@ class Calls:
         self._admit()
 
     def _admit(self) -> None:
-        while self._queue.items is not None and (self._in_flight < self.limits.calls or self._lost is not None):
+        while self._queue.items is not None and (
+            self._in_flight < self.limits.calls or self._lost is not None
+        ):
             place = self._queue.popleft()
             if not place.done():
                 self._in_flight += 1

@@ -50,12 +50,32 @@ class ByteReader:
         self._error: AgentServerError | None = None
         self._arrived: asyncio.Future[None] | None = None
         self._on_data: Callable[[], object] | None = None
+        self._take: Callable[[Chunk], object] | None = None
         self._told = time.monotonic()
 
     @property
     def size(self) -> int:
         """The position behind the last byte that arrived; after the end, the size of it all."""
         return self.window.position
+
+    def deliver(self, take: Callable[[Chunk], object]) -> None:
+        """From now on hand each piece to `take` as it comes, instead of keeping it for whoever iterates."""
+        self._take = take
+        while self._chunks:
+            self._hand_over(self._chunks.popleft())
+
+    async def delivered(self) -> None:
+        """Wait until the last piece was handed over.
+
+        Raises:
+            TransferBroken: the other end gave up, after what it had sent.
+            ConnectionLost: the connection ended, after what had come.
+        """
+        while not self.window.ended:
+            if self._error is not None:
+                raise self._error
+            self._arrived = asyncio.get_running_loop().create_future()
+            await self._arrived
 
     def when_data_comes(self, react: Callable[[], object]) -> None:
         """Call `react` once: when the first bytes come, or now if some wait already."""
@@ -87,11 +107,7 @@ class ByteReader:
             self._arrived = asyncio.get_running_loop().create_future()
             await self._arrived
         chunk = self._chunks.popleft()
-        now = time.monotonic()
-        allowed = self.window.consumed(len(chunk.data), any_room=now - self._told > CREDIT_SECONDS)
-        if allowed is not None and self._error is None:
-            self._told = now
-            self._lanes.put_control(frames.credit(self.channel, allowed))
+        self._consumed(chunk)
         return chunk
 
     async def read_all(self, limit: int) -> bytes:
@@ -126,11 +142,28 @@ class ByteReader:
             self.trailer = frame.trailer
         else:
             self.window.arrived(frame.offset, len(frame.payload))
-            self._chunks.append(Chunk(frame.offset, frame.payload))
+            chunk = Chunk(frame.offset, frame.payload)
+            if self._take is not None:
+                self._hand_over(chunk)
+                return
+            self._chunks.append(chunk)
             if self._on_data is not None:
                 react, self._on_data = self._on_data, None
                 react()
         wake(self._arrived)
+
+    def _hand_over(self, chunk: Chunk) -> None:
+        assert self._take is not None
+        self._take(chunk)
+        self._consumed(chunk)
+
+    def _consumed(self, chunk: Chunk) -> None:
+        """Give the sender new credit."""
+        now = time.monotonic()
+        allowed = self.window.consumed(len(chunk.data), any_room=now - self._told > CREDIT_SECONDS)
+        if allowed is not None and self._error is None:
+            self._told = now
+            self._lanes.put_control(frames.credit(self.channel, allowed))
 
     def fail(self, error: AgentServerError) -> None:
         """Nothing more comes; without effect when all of it has come."""

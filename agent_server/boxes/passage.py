@@ -168,7 +168,7 @@ class Passage:
 
 
 class _Output:
-    """What a box says over one stream; a task passes it on from the first byte on, because most commands say nothing."""
+    """What a box says over one stream; a task passes it on from the first byte on: most commands say nothing."""
 
     def __init__(self, reader: ByteReader, way: Way, keep: Callable[[int, bytes], None]) -> None:
         self.pump: asyncio.Task[None] | None = None
