@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from agent_sdk.protocol.endpoint import Endpoint, Id, Request, decode_params, unknown_method
 from agent_sdk.protocol.errors import (
@@ -38,14 +38,22 @@ class Table:
         self.by_name = {method.method: (method, handler) for method, handler in handlers.items()}
 
 
+class Call(Protocol):
+    """What a handler is told of its call."""
+
+    goes_on: bool
+    """Whether the handler goes on when the connection is lost; it ends by itself then, and nobody waits for it."""
+
+
 class Running:
     """A call whose answer has not left yet."""
 
-    __slots__ = ("cancels", "task")
+    __slots__ = ("call", "cancels", "task")
 
-    def __init__(self, task: asyncio.Task[Any]) -> None:
+    def __init__(self, task: asyncio.Task[Any], call: Call) -> None:
         """Make an entry for a handler that has just begun."""
         self.task = task
+        self.call = call
         self.cancels: list[Id] = []
         """Ids of the `call.cancel` calls that wait for what becomes of it."""
 
@@ -62,7 +70,7 @@ class Answers:
         lanes: Lanes,
         limits: Limits,
         *,
-        context: Callable[[Id], Any],
+        context: Callable[[Id], Call],
         report: Callable[[BaseException], str],
     ) -> None:
         """Make an empty table.
@@ -91,8 +99,8 @@ class Answers:
 
     @property
     def tasks(self) -> set[asyncio.Task[Any]]:
-        """The handlers."""
-        return {call.task for call in self._running.values()}
+        """The handlers that do not go on without their caller."""
+        return {running.task for running in self._running.values() if not running.call.goes_on}
 
     def use(self, handlers: Mapping[type[Method[Any]], AnyHandler] | Table) -> None:
         """From now on these answer."""
@@ -124,8 +132,8 @@ class Answers:
     def lose(self) -> None:
         """Nobody hears answers any more."""
         self._lost = True
-        for call in self._running.values():
-            call.task.cancel(DISCONNECTED)
+        for task in self.tasks:
+            task.cancel(DISCONNECTED)
 
     def _start(self, message: Request) -> None:
         if message.id in self._running:
@@ -135,8 +143,9 @@ class Answers:
             raise Overloaded(text, limit=self._limit, retry_after_ms=RETRY_AFTER_MS)
         method, handler = self.handlers[message.method]
         params = decode_params(method, message.params)
-        task = asyncio.create_task(_run(handler, params, self._context(message.id)))
-        self._running[message.id] = Running(task)
+        call = self._context(message.id)
+        task = asyncio.create_task(_run(handler, params, call))
+        self._running[message.id] = Running(task, call)
         task.add_done_callback(partial(self._done, message.id))
 
     def _cancel_call(self, id: Id, params: CancelCall) -> None:

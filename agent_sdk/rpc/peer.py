@@ -72,14 +72,16 @@ class Inbound:
     Attributes:
         peer: the connection it came over.
         id: its JSON-RPC id.
+        goes_on: whether the handler goes on when the connection is lost; else it is cancelled, and waited for.
     """
 
-    __slots__ = ("id", "peer")
+    __slots__ = ("goes_on", "id", "peer")
 
     def __init__(self, peer: Peer, id: Id) -> None:
         """Made by the peer."""
         self.peer = peer
         self.id = id
+        self.goes_on = False
 
     def reading(self, channel: int) -> AbstractAsyncContextManager[ByteReader]:
         """The bytes the caller sends on its channel; leaving early tells the caller to stop.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 from agent_sdk.log.event_log import EventLog
@@ -45,7 +45,7 @@ from agent_sdk.rpc.ledger import CHANNELS, did_nothing
 from agent_sdk.rpc.peer import Inbound
 from agent_sdk.workspace.digest import digest_of
 from agent_server.boxes.link import BoxLink
-from agent_server.boxes.passage import Passage, ended
+from agent_server.boxes.passage import Passage
 from agent_server.boxes.receipt import Receipt
 from agent_server.boxes.watch import is_silent
 from agent_server.work import Work
@@ -110,7 +110,7 @@ class Relay:
             self._link.owing = True
             for run in runs:
                 run.passage.let_go = True
-            await ended([run.task for run in runs])
+            await _stop(runs)
 
     # --- what changes nothing ---
 
@@ -169,69 +169,64 @@ class Relay:
 
     async def _effect(self, params: Effect[Any], call: Inbound) -> Any:
         self._work.admit()
-        async with AsyncExitStack() as streams:
-            passage = await streams.enter_async_context(Passage(params, call))
-            return await self._pass(params, call, passage, streams)
-
-    async def _pass(
-        self, params: Effect[Any], call: Inbound, passage: Passage, streams: AsyncExitStack
-    ) -> Any:
-        op_id, digest = params.op_id, _digest(params)
-        instance = self._link.named()
-        self._beginning[op_id] += 1
-        try:
-            known = await self._log.begin_operation(
-                self._conversation, op_id, digest, method=params.method, instance=instance
-            )
-        finally:
-            self._beginning -= Counter((op_id,))
-        if known is not None and known.result is not None:
-            receipt = Receipt.read(known.result)
-            if receipt.whole or known.instance != instance:  # else the box still has the bytes
-                return await receipt.give(params, passage.ways)
-        if isinstance(params, Upload):
-            await self._end_upload(op_id)  # the rest of its bytes comes over this call
-        if known is not None:
-            runs = self._running.get(op_id)
-            instance = runs[0].instance if runs else known.instance
-        run = _Run(params, call, instance, passage)
-        run.task = asyncio.create_task(
-            self._operate(run, streams.pop_all(), fresh=known is None or isinstance(params, Upload))
-        )
-        run.work.enter_context(self._work.under_way())
-        self._running.setdefault(op_id, []).append(run)
-        run.task.add_done_callback(lambda _: self._ended(run))
-        try:
-            await asyncio.wait({run.task})
-        except asyncio.CancelledError:
-            if call.peer.lost is None:
-                await self._cancel(run)
-            raise
-        if run.task.cancelled():
-            raise Cancelled("the operation was cancelled by another caller")
-        return run.task.result()
-
-    async def _operate(self, run: _Run, streams: AsyncExitStack, *, fresh: bool) -> Any:
-        async with streams:
+        async with Passage(params, call) as passage:
+            op_id, digest = params.op_id, _digest(params)
+            instance = self._link.named()
+            self._beginning[op_id] += 1
             try:
-                linked = await (self._link.linked() if fresh else self._link.again(run.instance))
-                if linked is None:
-                    raise OutcomeUnknown(LOST, op_id=run.params.op_id)
-                run.instance = linked.instance
-                answer = await self._through(run.passage, linked)
-            except OutcomeUnknown as exc:
-                answer = _unknown(run.params, exc)
-                await run.passage.end_streams()
-            except AgentServerError as exc:
-                if is_silent(exc):
-                    self._link.owing = True
-                elif did_nothing(run.params, exc):
-                    await self._withdraw(run)
-                else:
-                    await self._finish(run, Receipt.of_error(exc))
+                known = await self._log.begin_operation(
+                    self._conversation, op_id, digest, method=params.method, instance=instance
+                )
+            finally:
+                self._beginning -= Counter((op_id,))
+            if known is not None and known.result is not None:
+                receipt = Receipt.read(known.result)
+                if receipt.whole or known.instance != instance:  # else the box still has the bytes
+                    return await receipt.give(params, passage.ways)
+            if isinstance(params, Upload):
+                await self._end_upload(op_id)  # the rest of its bytes comes over this call
+            if known is not None:
+                runs = self._running.get(op_id)
+                instance = runs[0].instance if runs else known.instance
+            run = _Run(params, call, instance, passage)
+            return await self._run(run, fresh=known is None or isinstance(params, Upload))
+
+    async def _run(self, run: _Run, *, fresh: bool) -> Any:
+        """Operate in the task of the call, which from now on goes on without its caller."""
+        self._running.setdefault(run.params.op_id, []).append(run)
+        run.call.goes_on = True
+        try:
+            with self._work.under_way():
+                return await self._operate(run, fresh=fresh)
+        except asyncio.CancelledError:
+            if not run.stopped:
+                await self._cancel(run)
                 raise
-            await self._finish(run, Receipt.of(answer, run.passage.kept))
-            return answer
+            run.task.uncancel()
+            raise Cancelled("the operation was cancelled by another caller") from None
+        finally:
+            self._ended(run)
+
+    async def _operate(self, run: _Run, *, fresh: bool) -> Any:
+        try:
+            linked = await (self._link.linked() if fresh else self._link.again(run.instance))
+            if linked is None:
+                raise OutcomeUnknown(LOST, op_id=run.params.op_id)
+            run.instance = linked.instance
+            answer = await self._through(run.passage, linked)
+        except OutcomeUnknown as exc:
+            answer = _unknown(run.params, exc)
+            await run.passage.end_streams()
+        except AgentServerError as exc:
+            if is_silent(exc):
+                self._link.owing = True
+            elif did_nothing(run.params, exc):
+                await self._withdraw(run)
+            else:
+                await self._finish(run, Receipt.of_error(exc))
+            raise
+        await self._finish(run, Receipt.of(answer, run.passage.kept))
+        return answer
 
     async def _finish(self, run: _Run, receipt: Receipt) -> None:
         try:
@@ -249,19 +244,18 @@ class Relay:
             await self._log.withdraw_operation(self._conversation, op_id)
 
     def _ended(self, run: _Run) -> None:
-        run.work.close()
         runs = self._running[run.params.op_id]
         runs.remove(run)
         if not runs:
             del self._running[run.params.op_id]
+        run.over.set_result(None)
         self._link.use()
-        if not run.task.cancelled():
-            run.task.exception()  # who waited for it may be gone
 
     async def _cancel(self, run: _Run) -> None:
         """Its caller does not want it any more; those whose callers lost their connection want nothing either."""
-        await self._stop(run.params.op_id, lambda other: other is run or other.call.peer.lost is not None)
-        if run.params.op_id not in self._running and run.task.cancelled():
+        others = [other for other in self._running[run.params.op_id] if other is not run]
+        await _stop([other for other in others if other.call.peer.lost is not None])
+        if self._running[run.params.op_id] == [run]:
             await self._finish(run, Receipt.of_error(Cancelled("the call was cancelled")))
 
     async def _end_upload(self, op_id: str) -> None:
@@ -269,12 +263,9 @@ class Relay:
         runs = [run for run in self._running.get(op_id, ()) if isinstance(run.params, Upload)]
         for run in runs:
             run.passage.let_go = True
-        await ended([run.task for run in runs if run.call.peer.lost is None])
+        await _stop([run for run in runs if run.call.peer.lost is None])
         if runs:
-            await asyncio.wait({run.task for run in runs})
-
-    async def _stop(self, op_id: str, which: Callable[[_Run], bool]) -> None:
-        await ended([run.task for run in self._running.get(op_id, ()) if which(run)])
+            await asyncio.wait([run.over for run in runs])
 
 
 class _Run:
@@ -286,10 +277,23 @@ class _Run:
         self.instance = instance
         """Of the box it is in."""
         self.passage = passage
-        self.task: asyncio.Task[Any]
-        self.work = ExitStack()
+        task = asyncio.current_task()
+        assert task is not None
+        self.task: asyncio.Task[Any] = task
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when it is through, or has been stopped."""
+        self.stopped = False
+        """Whether the relay has stopped it, not its caller."""
         self.in_vain = False
         """Whether it failed so that the box has forgotten it."""
+
+
+async def _stop(runs: list[_Run]) -> None:
+    for run in runs:
+        run.stopped = True
+        run.task.cancel()
+    if runs:
+        await asyncio.wait([run.over for run in runs])
 
 
 def _digest(params: Effect[Any]) -> bytes:
