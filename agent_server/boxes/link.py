@@ -407,8 +407,7 @@ class BoxLink:
                 peer = await self._connect(stack, box)
                 watch = BoxWatch(peer, self._patience, lambda: self._frozen or self._held)
                 peer.watch = self._watch = await stack.enter_async_context(watch)
-                first = self._linked is None
-                if first:
+                if first := self._linked is None:
                     self._name.redeem()
                 self._linked = Linked(peer, box.instance)
                 if first and self._idle is not None:
