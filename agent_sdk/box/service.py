@@ -36,6 +36,9 @@ from agent_sdk.workspace.service import weight, without_output, workspace_handle
 FIRST_SECONDS = 30.0
 """How long it waits for its first company at least, however short it lingers later."""
 
+STRANGERS = 32
+"""Connections that have not shown the token, at a time. The oldest gives way: who has it shows it at once."""
+
 _STRANGER = "this box serves whoever has started it, and nobody else: show its token in initialize"
 
 logger = logging.getLogger("agent_sdk.box")
@@ -70,6 +73,8 @@ class BoxService:
         self._limits = limits
         self._peers: set[Peer] = set()
         """Those that may use it. The others are no company: a command of its own may be at the other end."""
+        self._strangers: dict[Peer, asyncio.Task[None]] = {}
+        """Those others, the oldest first, and what serves them."""
         self._token = token
         self._workspace = workspace
         self._ledger = Ledger(weigh=weight, strip=without_output)
@@ -96,12 +101,18 @@ class BoxService:
     async def serve(self, pipe: Pipe) -> None:
         """Serve one connection until it ends."""
         peer = Peer(pipe, self._handlers, opener=False, strict=True, on_bug=_log_bug)
+        task = asyncio.current_task()
         if not self._token:
             self._welcome(peer)
+        elif task is not None:
+            self._strangers[peer] = task
+            if len(self._strangers) > STRANGERS:
+                self._strangers.pop(next(iter(self._strangers))).cancel()
         try:
             async with peer:
                 await peer.wait_closed()
         finally:
+            self._strangers.pop(peer, None)
             if peer in self._peers:
                 self._peers.discard(peer)
                 if not self._peers:
@@ -110,6 +121,7 @@ class BoxService:
     def _welcome(self, peer: Peer) -> None:
         if self._alone is not None:
             self._alone.cancel()
+        self._strangers.pop(peer, None)
         self._peers.add(peer)
 
     def _hide(self) -> None:

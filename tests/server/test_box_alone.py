@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
 from agent_sdk.box.profile import present_profile
+from agent_sdk.box.service import STRANGERS
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import OpMismatch, StateConflict, Unauthorized
 from agent_sdk.protocol.methods import Claim, ClientInfo, Describe, Execute, FilesList, Initialize
@@ -128,6 +129,18 @@ async def test_whoever_does_not_show_the_token_is_served_nothing_and_is_no_compa
             await other.call(hello("a token"))
             assert await ran(other, "echo $((6 * 7))") == "42\n"
         assert await ran(keeper, "echo still") == "still\n"
+
+
+async def test_of_too_many_strangers_the_oldest_gives_way_to_who_comes_with_the_token(connect):
+    async with connect() as keeper, AsyncExitStack() as stack:
+        await keeper.call(Claim(op_id=new_id(), instance=new_id(), token="a token"))
+        crowd = [await stack.enter_async_context(connect()) for _ in range(STRANGERS + 5)]
+        async with asyncio.timeout(GUARD), connect() as other:
+            await other.call(hello("a token"))
+            for stranger in crowd[:5]:
+                await stranger.wait_closed()
+            assert await ran(other, "echo $((6 * 7))") == "42\n"
+        assert [stranger.lost for stranger in crowd[10:]] == [None] * (STRANGERS - 5)
 
 
 def hello(token):

@@ -2,11 +2,17 @@
 
 import json
 import os
+import resource
+import selectors
 import socket
 import struct
 
 from .attempt import GIVEN, attack, call, each, enough, lines
 
+CROWD = 64
+"""Connections that a box may be left with."""
+PATIENCE = 5
+"""Seconds in which a box has taken or refused another connection."""
 WAIT = 0.3
 """Seconds for an answer."""
 TOPS = ("/run", "/var", "/tmp", "/workspace")
@@ -166,6 +172,33 @@ def use_the_socket_of_the_box():
         while b'"id":2' not in answer.replace(b" ", b"") and (more := one.recv(1 << 16)):
             answer += more
     return enough([answer] if b'"result"' in answer else [])
+
+
+@attack
+def crowd_the_box():
+    """Hold ten thousand connections to it that say nothing, so that it has no descriptor left for anybody."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    held, refused = [], None
+    with selectors.EpollSelector() as hang_ups:
+        for _ in range(10_000):
+            try:
+                one = socket.socket(socket.AF_UNIX)
+                one.settimeout(WAIT)
+                one.connect(f"{GIVEN.get('box', '/run/agent')}/box.sock")
+            except OSError as exc:  # no descriptor is left here, or nobody takes it in there
+                refused = exc
+                break
+            held.append(one)
+            hang_ups.register(one, selectors.EVENT_READ)
+        if not held:
+            raise refused
+        left = len(held)
+        while left > CROWD and (over := hang_ups.select(PATIENCE)):
+            left -= len(over)
+            for key, _ in over:
+                hang_ups.unregister(key.fileobj)
+    return enough([f"{left} of {len(held)}"] if left > CROWD else [])
 
 
 def speaks(path):
