@@ -152,13 +152,15 @@ class Mask:
 
     def _spans(self, text: str) -> Iterator[tuple[int, int]]:
         for needle in self._needles:
-            start = at = text.find(needle)
+            at = text.find(needle)
             while at >= 0:
-                further = text.find(needle, at + 1)
-                if not at < further <= at + len(needle):
-                    yield start, at + len(needle)
-                    start = further
-                at = further
+                start, at = at, text.find(needle, at + 1)
+                if not start < at < start + len(needle):
+                    yield start, start + len(needle)
+                    continue
+                at = _last_of_run(text, needle, at, at - start)
+                yield start, at + len(needle)
+                at = text.find(needle, at + 1)
 
 
 class MaskedStream:
@@ -195,6 +197,17 @@ class MaskedStream:
         return "".join(parts)
 
 
+def _last_of_run(text: str, needle: str, at: int, period: int) -> int:
+    """Return where a needle that is found here, and overlaps itself again and again, begins for the last time."""
+    times = len(needle) // period
+    while times:
+        if text.startswith(needle, at + times * period):
+            at += times * period
+        else:
+            times //= 2
+    return at
+
+
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Yield the stretches that these cover, in order; those that touch are one."""
     start, end = -1, -1
@@ -210,7 +223,8 @@ def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 def _needles(value: str) -> Iterator[str]:
     """Yield what to look for."""
-    yield from value.splitlines()
+    for line in value.splitlines():
+        yield from _pieces(line, _PIECE)
     escaped = quote(value, safe="", errors="replace")
     lower = re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), escaped)
     words = (quote_plus(value, errors="replace"), quote(value, errors="replace"), escaped, lower)

@@ -80,6 +80,31 @@ def test_what_repeats_itself_leaves_nothing():
     assert Mask(["abcabcab"]).text("abcabcabcabcab.") == f"{HIDDEN}."
 
 
+class Counting(str):
+    """Text that counts how often it is looked at."""
+
+    looks = 0
+
+    def find(self, *arguments):
+        self.looks += 1
+        return super().find(*arguments)
+
+    def startswith(self, *arguments):
+        self.looks += 1
+        return super().startswith(*arguments)
+
+
+@pytest.mark.parametrize("again", ["a", "abc", "a" * 100 + "b"])
+@pytest.mark.parametrize("between", ["", "X"])
+def test_a_flood_of_what_repeats_itself_is_searched_in_proportion_to_its_length(again, between):
+    """A secret that is one letter, and a command that prints nothing else, took minutes for a mebibyte."""
+    mask = Mask([again * (MOST_CHARS // len(again))])
+    text = Counting((again * (600 // len(again)) + again[:1] + between) * 200)
+    assert HIDDEN in mask.text(text)
+    assert text.looks < len(text) / 4
+    assert max(map(len, mask._needles)) <= 256
+
+
 def test_pieces_of_a_stream_are_shown_as_the_whole_would_be():
     mask, chance = Mask(["hunter2-hunter2", LONG]), random.Random(2)
     words = ["hunter2-hunter2", "hunter2", "hun", "-", " ", "abc", LONG, LONG[:300]]
