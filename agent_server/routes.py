@@ -43,7 +43,7 @@ LINGER_SECONDS = 30.0
 
 
 class Routes:
-    """See the module's docstring."""
+    """What the server answers at which address."""
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions

@@ -194,6 +194,16 @@ def test_everything_public_says_what_it_is_for_or_inherits_a_text_that_does():
     refuse(undescribed, [path for path in FILES if path.stem not in {"__init__", "__main__"}])
 
 
+def test_no_docstring_sends_its_reader_elsewhere():
+    def sent(path: Path) -> Iterator[int]:
+        described = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        for node in nodes(path):
+            if isinstance(node, described) and (ast.get_docstring(node) or "").startswith("See "):
+                yield getattr(node, "lineno", 1)
+
+    refuse(sent)
+
+
 def test_the_name_of_a_test_is_a_sentence():
     def labels(path: Path) -> Iterator[str]:
         names = (f.name for f in functions(path) if f.name.startswith("test_"))

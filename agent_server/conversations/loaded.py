@@ -48,7 +48,7 @@ class Client(Protocol):
 
 
 class LoadedConversation:
-    """See the module's docstring. It is a Source."""
+    """One conversation while it is in this server's memory; a subscription.Source."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class LoadedConversation:
         return self.local.head_seq
 
     async def page(self, after: int, limit: int = PAGE_EVENTS) -> list[tuple[int, bytes]]:
-        """See Source; at most `limit` events."""
+        """Return at most `limit` events after a seq, as (seq, JSON); empty at the end of the log."""
         return await self._log.read(self.id, after, limit)
 
     async def state(self) -> Snapshot:
@@ -163,11 +163,11 @@ class LoadedConversation:
         return replace(await self.local.state(), operations=operations, workspace=self._workspace)
 
     def subscribe(self, listener: Callable[[int, bytes], None]) -> Callable[[], None]:
-        """See Source."""
+        """Call with every event from now on; return what ends it."""
         return self.local.subscribe(listener)
 
     def subscribe_deltas(self, listener: Callable[[bytes], None]) -> Callable[[], None]:
-        """See Source; a delta is encoded once for all."""
+        """Call with every delta from now on, encoded once for all; return what ends it."""
         key = object()
         self._delta_listeners[key] = listener
 

@@ -46,7 +46,7 @@ RESUMED_AT_ONCE = 8
 
 
 class Conversations:
-    """See the module's docstring. Entering lets turns go on that the last server left; leaving ends all boxes."""
+    """The conversations of a server. Entering lets turns go on that the last server left; leaving ends all boxes."""
 
     def __init__(
         self,
