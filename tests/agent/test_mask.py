@@ -94,7 +94,7 @@ class Counting(str):
         return super().startswith(*arguments)
 
 
-@pytest.mark.parametrize("again", ["a", "abc", "a" * 100 + "b"])
+@pytest.mark.parametrize("again", ["a", "abc"])
 @pytest.mark.parametrize("between", ["", "X"])
 def test_a_flood_of_what_repeats_itself_is_searched_in_proportion_to_its_length(again, between):
     """A secret that is one letter, and a command that prints nothing else, took minutes for a mebibyte."""
