@@ -8,8 +8,7 @@ be on their way for a while: they are dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from agent_sdk.protocol import frame as frames
 from agent_sdk.protocol.errors import (
@@ -39,23 +38,6 @@ class Early:
         self.broken: TransferBroken | None = None
 
 
-class Use(Generic[S]):
-    """An async context: it begins a stream, yields it, and ends it."""
-
-    __slots__ = ("_begin", "_leave", "_stream")
-
-    def __init__(self, begin: Callable[[], S], leave: Callable[[S], None]) -> None:
-        self._begin = begin
-        self._leave = leave
-
-    async def __aenter__(self) -> S:
-        self._stream = self._begin()
-        return self._stream
-
-    async def __aexit__(self, *exc: object) -> None:
-        self._leave(self._stream)
-
-
 class Channels:
     """The byte streams of one connection."""
 
@@ -73,38 +55,38 @@ class Channels:
         self._over: dict[int, int] = {}
         self._lost: ConnectionLost | None = None
 
-    def open_reader(self) -> Use[ByteReader]:
-        """A stream of ours that the other end writes."""
-        return Use(
-            lambda: self._add(ByteReader(self._fresh(), self._window, self._lanes)), self._leave_reader
-        )
+    def open_reader(self) -> ByteReader:
+        """Return a stream of ours that the other end writes; enter it."""
+        self._last += 2
+        return self._add(self._reader(self._last))
 
-    def open_writer(self) -> Use[ByteWriter]:
-        """A stream of ours that the other end reads."""
-        return Use(lambda: self._add(self._writer(self._fresh())), self._leave_writer)
+    def open_writer(self) -> ByteWriter:
+        """Return a stream of ours that the other end reads; enter it."""
+        self._last += 2
+        return self._add(self._writer(self._last))
 
-    def reading(self, channel: int) -> Use[ByteReader]:
-        """A stream of theirs that they write."""
+    def reading(self, channel: int) -> ByteReader:
+        """Return a stream of theirs that they write; enter it.
 
-        def take_up() -> ByteReader:
-            early = self._take_up(channel)
-            return self._add(early.reader if early else ByteReader(channel, self._window, self._lanes))
+        Raises:
+            InvalidParams: it is none that they have just opened.
+        """
+        early = self._take_up(channel)
+        return self._add(early.reader if early else self._reader(channel))
 
-        return Use(take_up, self._leave_reader)
+    def writing(self, channel: int) -> ByteWriter:
+        """Return a stream of theirs that we write; enter it.
 
-    def writing(self, channel: int) -> Use[ByteWriter]:
-        """A stream of theirs that we write."""
-
-        def take_up() -> ByteWriter:
-            early = self._take_up(channel)
-            writer = self._writer(channel)
-            if early is not None:
-                if early.broken is not None:
-                    writer.fail(early.broken)
-                writer.granted(max(early.allowed, self.other_window))
-            return self._add(writer)
-
-        return Use(take_up, self._leave_writer)
+        Raises:
+            InvalidParams: it is none that they have just opened.
+        """
+        early = self._take_up(channel)
+        writer = self._writer(channel)
+        if early is not None:
+            if early.broken is not None:
+                writer.fail(early.broken)
+            writer.granted(max(early.allowed, self.other_window))
+        return self._add(writer)
 
     def receive(self, frame: frames.BinaryFrame) -> None:
         """Hand a frame to its stream.
@@ -127,15 +109,14 @@ class Channels:
             stream.fail(lost)
         self._early.clear()
 
-    def _fresh(self) -> int:
-        self._last += 2
-        return self._last
-
     def _is_theirs(self, channel: int) -> bool:
         return channel > 0 and channel % 2 != self._ours
 
+    def _reader(self, channel: int) -> ByteReader:
+        return ByteReader(channel, self._window, self._lanes, self._leave_reader)
+
     def _writer(self, channel: int) -> ByteWriter:
-        return ByteWriter(channel, self.other_window, self._lanes, self._end)
+        return ByteWriter(channel, self.other_window, self._lanes, self._end, self._leave_writer)
 
     def _take_up(self, channel: int) -> Early | None:
         if not self._is_theirs(channel) or channel in self._open or channel in self._over:
@@ -212,7 +193,7 @@ class Channels:
 
     def _early_one(self, channel: int) -> Early:
         if channel not in self._early:
-            self._early[channel] = Early(ByteReader(channel, self._window, self._lanes))
+            self._early[channel] = Early(self._reader(channel))
         return self._early[channel]
 
     def _bound_early(self) -> None:

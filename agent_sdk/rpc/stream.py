@@ -40,9 +40,12 @@ class ByteReader:
         trailer: what the end frame carried, e.g. a SHA-256; empty before the end.
     """
 
-    def __init__(self, channel: int, window_bytes: int, lanes: Lanes) -> None:
+    def __init__(
+        self, channel: int, window_bytes: int, lanes: Lanes, leave: Callable[[ByteReader], None]
+    ) -> None:
         """Streams are made by `Peer.open_reader` and `Inbound.reading`."""
         self.channel = channel
+        self._leave = leave
         self.trailer = b""
         self.window = ReceiveWindow(window_bytes)
         self._lanes = lanes
@@ -52,6 +55,12 @@ class ByteReader:
         self._on_data: Callable[[], object] | None = None
         self._take: Callable[[Chunk], object] | None = None
         self._told = time.monotonic()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._leave(self)
 
     @property
     def size(self) -> int:
@@ -150,7 +159,8 @@ class ByteReader:
             if self._on_data is not None:
                 react, self._on_data = self._on_data, None
                 react()
-        wake(self._arrived)
+        if self._arrived is not None:
+            wake(self._arrived)
 
     def _hand_over(self, chunk: Chunk) -> None:
         assert self._take is not None
@@ -181,7 +191,12 @@ class ByteWriter(Source):
     """
 
     def __init__(
-        self, channel: int, window_bytes: int, lanes: Lanes, on_end: Callable[[ByteWriter], None]
+        self,
+        channel: int,
+        window_bytes: int,
+        lanes: Lanes,
+        on_end: Callable[[ByteWriter], None],
+        leave: Callable[[ByteWriter], None],
     ) -> None:
         """Streams are made by `Peer.open_writer` and `Inbound.writing`."""
         self.channel = channel
@@ -192,9 +207,16 @@ class ByteWriter(Source):
         self._longest = FIRST_BYTES
         self._lanes = lanes
         self._on_end = on_end
+        self._leave = leave
         self._frames: Line[bytes] = Line()
         self._error: AgentServerError | None = None
         self._room: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._leave(self)
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send bytes; waits for the reader's credit and for the connection. `data` may be reused afterwards.
@@ -259,7 +281,8 @@ class ByteWriter(Source):
 
     def next_frame(self) -> Frame:
         frame = Frame(self._frames.popleft(), False)
-        wake(self._room)
+        if self._room is not None:
+            wake(self._room)
         if self.finished and self._frames.items is None:
             self._on_end(self)
         return frame
