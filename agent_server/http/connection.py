@@ -134,7 +134,6 @@ class Connection(web.RequestHandler):
         """Done when the client has broken the rules of WebSocket; made when it becomes one."""
         self._crowd = crowd
         self._proxies = proxies or ProxyRules()
-        self._longest_message = longest_message
         self._peer = ""
         self._shown: bytes | None = None
         self.is_stranger = True
@@ -143,6 +142,8 @@ class Connection(web.RequestHandler):
         """Whether it is not taken up at all."""
         self._counted = False
         self._tcp: asyncio.Transport | None = None
+        self._watch = FrameWatch(longest_message)
+        self._from_stranger = 0
 
     def recognise(self, digest: bytes | None = None) -> None:
         """It has shown the key; `digest`: which, where it may be revoked."""
@@ -215,14 +216,31 @@ class Connection(web.RequestHandler):
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._refused:
+        """See asyncio.Protocol."""
+        if not self._refused and self._is_fine(data):
             super().data_received(data)
 
     def set_parser(self, parser: Any, data_received_cb: Callable[[], None] | None = None) -> None:
         """Become a WebSocket: from here on every byte is looked at before aiohttp's parser gets it."""
         self.violation = asyncio.get_running_loop().create_future()
-        watched: Any = _Watched(parser, self, self._longest_message, self.violation)
-        super().set_parser(watched, data_received_cb)
+        if not self._is_fine(self._message_tail):
+            self._message_tail = b""
+        super().set_parser(parser, data_received_cb)
+
+    def _is_fine(self, data: bytes) -> bool:
+        """Whether aiohttp may have these bytes; a violation ends the connection."""
+        if self.violation is None:
+            return True
+        if self.violation.done():
+            return False
+        found = self._watch.look(data, asyncio.get_running_loop().time())
+        if found is None and self.is_stranger:
+            self._from_stranger += len(data)
+            if self._from_stranger > STRANGER_BYTES:
+                found = Violation(POLICY, f"limit {STRANGER_BYTES} bytes before initialize")
+        if found is not None:
+            self.violation.set_result(found)
+        return found is None
 
     def handle_error(
         self,
@@ -243,38 +261,6 @@ class Connection(web.RequestHandler):
             answer = http_error(status, "internal error")
         answer.force_close()
         return answer
-
-
-class _Watched:
-    """aiohttp's WebSocket parser behind a FrameWatch."""
-
-    def __init__(
-        self, parser: Any, connection: Connection, limit: int, violation: asyncio.Future[Violation]
-    ) -> None:
-        self._parser = parser
-        self._connection = connection
-        self._watch = FrameWatch(limit)
-        self._violation = violation
-        self._now = asyncio.get_running_loop().time
-        self._from_stranger = 0
-
-    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
-        if self._violation.done():
-            return False, b""
-        violation = self._watch.look(data, self._now())
-        if violation is None and self._connection.is_stranger:
-            self._from_stranger += len(data)
-            if self._from_stranger > STRANGER_BYTES:
-                violation = Violation(POLICY, f"limit {STRANGER_BYTES} bytes before initialize")
-        if violation is None:
-            eof, rest = self._parser.feed_data(data)
-            return eof, rest
-        self._violation.set_result(violation)
-        self._parser.feed_data(data[: violation.at])
-        return False, b""
-
-    def feed_eof(self) -> None:
-        self._parser.feed_eof()
 
 
 def _raw_answer(error: Overloaded) -> bytes:
