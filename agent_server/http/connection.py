@@ -216,7 +216,7 @@ class Connection(web.RequestHandler):
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
+        """Take bytes, unless the connection is refused or breaks a rule."""
         if not self._refused and self._is_fine(data):
             super().data_received(data)
 

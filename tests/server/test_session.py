@@ -63,6 +63,12 @@ async def test_nothing_is_answered_before_initialize(server):
             assert error["error"]["data"]["kind"] == "not_initialised", method
 
 
+async def test_a_ping_is_answered_before_initialize(server):
+    async with await server.wire() as wire:
+        await wire.upgrade(server.key)
+        assert (await wire.call("ping"))["result"] == {}
+
+
 async def test_a_browser_shows_its_key_in_the_first_message(start):
     async with start(allow_origins=("https://console.example",)) as server, await server.wire() as wire:
         await wire.upgrade(None)
