@@ -18,7 +18,7 @@ from agent_sdk.remote.link import ask
 from agent_sdk.testing import ScriptedLLM, say
 from tests.chaos.proxy import Direction, Proxy
 
-DATA = os.urandom(600_000)
+DATA = os.urandom(350_000)
 LIFE = 100_000
 """Bytes after which each connection is cut."""
 
