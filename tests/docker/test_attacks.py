@@ -11,12 +11,18 @@ from pathlib import Path
 import pytest
 
 from agent_sdk import RemoteWorkspace
-from agent_sdk.protocol.errors import OutsideWorkspace, PathNotFound
+from agent_sdk.protocol.errors import (
+    InvalidParams,
+    OutsideWorkspace,
+    PathNotFound,
+    PolicyDenied,
+)
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.contract import Workspace
 from tests.docker import images
 from tests.docker.attacks.__main__ import ATTACKS
 from tests.docker.fresh import fresh
+from tests.docker.sandboxes import sandbox
 from tests.docker.servers import SERVER
 from workspaces import DockerWorkspace
 from workspaces.backend.docker import labels
@@ -145,6 +151,28 @@ async def test_no_attack_gets_out_of_a_sandbox(running_server, port, tmp_path, i
     async with fresh(place) as workspace:
         secret, file = running_server.api_key[::-1], str(tmp_path / "file")
         assert await attacked(workspace, PYTHON, canary=secret, host_file=file, host_port=port) == {}
+
+
+PREPARED = {
+    "swap_what_is_mounted": ("{shared}/a:/data", "mv /data/a /data/away && ln -s /etc /data/a"),
+    "mount_over_the_runtime": ("{shared}:/opt/agent", "mkdir /data/bin && touch /data/bin/python3"),
+    "mount_over_the_init": ("{shared}:/usr/sbin", "touch /data/docker-init"),
+}
+"""What one sandbox mounts, and what the command of another one has done to that before it starts."""
+
+
+@pytest.mark.parametrize("attack", PREPARED)
+async def test_no_sandbox_prepares_a_way_out_for_another_one(started, engine, tmp_path, attack):
+    shared = tmp_path / "shared"
+    (shared / "a").mkdir(parents=True)
+    shared.chmod(0o777)
+    mount, prepare = PREPARED[attack]
+    async with started(sandbox_mounts=(str(shared),)) as server:
+        with pytest.raises((PolicyDenied, InvalidParams)):
+            async with sandbox(server, mounts=(mount.format(shared=shared),)) as workspace:
+                async with sandbox(server, mounts=(f"{shared}:/data",)) as other:
+                    assert (await other.execute(prepare)).exit_code == 0
+                await workspace.execute("cat /data/passwd")
 
 
 async def test_no_attack_reaches_the_server_beside_or_the_host_below(port, tmp_path):
