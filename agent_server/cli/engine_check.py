@@ -9,9 +9,11 @@ import stat
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
 
 from agent_sdk.protocol.errors import EngineUnavailable
-from agent_server.cli.check import Check
 from agent_server.config.options import ServerConfig
 from workspaces.backend.docker.engine import Engine, EngineInfo
 from workspaces.backend.docker.engine_info import GVISOR, reaches_sandboxes
@@ -21,6 +23,19 @@ SAFE_RUNC = {(1, 2): 8, (1, 3): 3}
 """The first patch releases with the fixes of CVE-2025-31133, CVE-2025-52565 and CVE-2025-52881; later lines have
 them, earlier ones do not."""
 DAEMON = "in /etc/docker/daemon.json"
+
+State = Literal["ok", "warning", "problem"]
+
+
+class Check(Struct, frozen=True, kw_only=True):
+    """One thing that was looked at."""
+
+    name: str
+    state: State
+    """`warning`: something is missing that not everybody needs; `problem`: a server would not work."""
+    found: str
+    mend: str = ""
+    """What to do; empty when all is well."""
 
 
 async def examine_engine(config: ServerConfig) -> AsyncIterator[Check]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from agent_sdk.protocol.visible import visible, visible_json
-from agent_server.cli.outlet import Outlet
+from agent_server.cli.stdio import Outlet
 
 STDOUT, STDERR = 1, 2
 __all__ = ["STDERR", "STDOUT", "Style", "Terminal", "json_line", "one_line", "open_terminal", "visible"]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from agent_sdk.conversation.contract import Conversation
 from agent_sdk.protocol.events import Delta, Event, encode
-from agent_server.cli.outlet import Outlet
+from agent_server.cli.stdio import Outlet
 from agent_server.cli.terminal import STDERR, STDOUT, Terminal, json_line, one_line, open_terminal
 from agent_server.cli.transcript import CHARACTERS_SHOWN, Piece, Transcript
 

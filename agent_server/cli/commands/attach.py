@@ -15,7 +15,7 @@ from agent_sdk.conversation.contract import Conversation as ConversationContract
 from agent_sdk.protocol.errors import AgentServerError, TimedOut
 from agent_sdk.protocol.events import RequestOpened, RequestResolved, TurnEnded, UserMessage
 from agent_server.cli.client import find_server
-from agent_server.cli.inlet import STDIN, Inlet
+from agent_server.cli.stdio import STDIN, Inlet
 from agent_server.cli.terminal import STDERR, one_line, open_terminal
 from agent_server.cli.viewer import Viewer, open_viewer, tell_waits
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent_server.cli.outlet import Outlet
+from agent_server.cli.stdio import Outlet
 from agent_server.cli.terminal import STDERR, STDOUT, json_line, one_line, open_terminal
 from agent_server.config.options import Setting, load, settings
 

@@ -11,10 +11,9 @@ from agent_sdk import RemoteWorkspace
 from agent_sdk.protocol.errors import InvalidParams, IsADirectory, PathNotFound
 from agent_sdk.workspace.contract import Transferred, Workspace
 from agent_sdk.workspace.disk import in_thread
-from agent_server.cli.inlet import Inlet
-from agent_server.cli.outlet import Outlet
-from agent_server.cli.places import entered
+from agent_server.cli.stdio import Inlet, Outlet
 from agent_server.cli.terminal import STDOUT, one_line, open_terminal
+from agent_server.cli.workspace import entered
 
 MARK = ":"
 PIPE = "-"

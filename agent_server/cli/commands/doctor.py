@@ -22,10 +22,9 @@ import msgspec
 from agent_sdk import LLM, RemoteWorkspace
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.protocol.errors import AgentServerError
-from agent_server.cli.check import Check, State
 from agent_server.cli.client import KEY_FILE
-from agent_server.cli.engine_check import examine_engine
-from agent_server.cli.outlet import Outlet
+from agent_server.cli.engine_check import Check, State, examine_engine
+from agent_server.cli.stdio import Outlet
 from agent_server.cli.terminal import STDOUT, Style, json_line, one_line, open_terminal
 from agent_server.config.options import ServerConfig, client_environment, load
 from agent_server.http.auth import obtain_keys

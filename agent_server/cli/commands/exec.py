@@ -6,10 +6,9 @@ import argparse
 
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.workspace.contract import ExecResult, OutputName
-from agent_server.cli.inlet import Inlet
-from agent_server.cli.outlet import Outlet
-from agent_server.cli.places import entered
+from agent_server.cli.stdio import Inlet, Outlet
 from agent_server.cli.terminal import STDERR, STDOUT, one_line
+from agent_server.cli.workspace import entered
 
 
 async def main(given: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import msgspec
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.results import Snapshot
 from agent_server.cli.client import find_server
-from agent_server.cli.outlet import Outlet
+from agent_server.cli.stdio import Outlet
 from agent_server.cli.terminal import STDOUT, Style, json_line, one_line, open_terminal
 
 HEAD = ("CONVERSATION", "STATE", "UPDATED", "EVENTS", "MODEL", "TITLE")

@@ -13,8 +13,8 @@ from agent_sdk import LLM, Agent, Conversation, ScriptedLLM
 from agent_sdk.conversation.contract import Conversation as ConversationContract
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, PathDenied, PathNotFound
 from agent_sdk.protocol.specs import Model, Step
-from agent_server.cli.places import entered
 from agent_server.cli.viewer import open_viewer
+from agent_server.cli.workspace import entered
 from agent_server.config.options import client_environment
 
 STOP_SECONDS = 15.0

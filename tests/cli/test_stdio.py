@@ -8,8 +8,7 @@ import pytest
 
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from agent_sdk.protocol.visible import shown
-from agent_server.cli.inlet import Inlet
-from agent_server.cli.outlet import Outlet
+from agent_server.cli.stdio import Inlet, Outlet
 from agent_server.cli.terminal import Terminal, json_line, one_line, visible
 
 
