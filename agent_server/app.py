@@ -1,4 +1,4 @@
-"""The HTTP server: routes behind the gate, its own listening socket, its own start and stop."""
+"""The HTTP server: routes behind the security, its own listening socket, its own start and stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler
 from agent_server.config.hosts import HostRules, OriginRules, ProxyRules
 from agent_server.config.options import ServerConfig
 from agent_server.http.connection import Connection, Crowd
-from agent_server.http.gate import Gate
+from agent_server.http.security import Security
 from agent_server.refusal import TRY_LATER, StartRefused
 from agent_server.routes import Routes
 from agent_server.session.session import Sessions
@@ -57,7 +57,7 @@ async def listening(
     Raises:
         StartRefused: the address or the port cannot be had.
     """
-    gate = Gate(
+    security = Security(
         HostRules(config.host, config.allow_hosts),
         OriginRules(config.allow_origins),
         sessions.authority,
@@ -67,8 +67,8 @@ async def listening(
         at,
     )
     proxies = ProxyRules(config.trusted_proxies)
-    app = web.Application(middlewares=gate.middlewares(), client_max_size=config.limits.message_bytes)
-    app.on_response_prepare.append(gate.label)
+    app = web.Application(middlewares=security.middlewares(), client_max_size=config.limits.message_bytes)
+    app.on_response_prepare.append(security.label)
     app.add_routes([*routes.table(), *own_keys])
     runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=LAST_ANSWERS_SECONDS)
     await runner.setup()

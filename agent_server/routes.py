@@ -26,10 +26,10 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.methods import Delete, Done, EventPage, Initialize
 from agent_sdk.rpc.websocket import WebSocketPipe
 from agent_server.conversations.loaded import LoadedConversation
-from agent_server.http.answers import as_json, http_error
 from agent_server.http.connection import Connection
-from agent_server.http.gate import KEY_SHOWN
+from agent_server.http.errors import as_json, http_error
 from agent_server.http.query import LARGEST_SEQ, PAGE, checked_number, number, wanted
+from agent_server.http.security import KEY_SHOWN
 from agent_server.http.upgrade import accept, check_upgrade
 from agent_server.session.event_stream import stream_events
 from agent_server.session.handshake import NEW, check_initialize, initialized, named_or_new

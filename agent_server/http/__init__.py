@@ -5,8 +5,8 @@ Knows nothing of conversations; what is at which address stands in `agent_server
 connection: one network connection
 frames:     WebSocket frames, before they are parsed
 upgrade:    the WebSocket handshake
-gate:       Host, Origin, key; errors
+security:   Host, Origin, key; errors
 auth:       the API keys
-answers:    JSON over HTTP
+errors:     JSON over HTTP
 query:      what may follow the `?` of an address
 """

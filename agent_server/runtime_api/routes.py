@@ -11,8 +11,8 @@ from aiohttp import hdrs, web
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import InvalidParams, InvalidRequest, LimitExceeded
-from agent_server.http.answers import as_json
 from agent_server.http.connection import Connection
+from agent_server.http.errors import as_json
 from agent_server.runtime_api.proxy import ID, RuntimeProxy
 from agent_server.runtime_api.runtime import Runtime
 from agent_server.runtime_api.runtimes import Runtimes, Wanted

@@ -12,7 +12,7 @@ import pytest
 from agent_sdk.protocol.document import ADDRESSES, CLOSE_CODES, HTTP, protocol
 from agent_sdk.rpc import peer
 from agent_server.config.options import ServerConfig
-from agent_server.http import answers, auth, connection, frames, upgrade
+from agent_server.http import auth, connection, errors, frames, upgrade
 from agent_server.routes import PAGE, Routes
 from agent_server.session import event_stream
 from tests.server.wire import request
@@ -61,7 +61,7 @@ def test_every_address_is_documented_and_no_other():
 
 
 def test_every_status_is_documented():
-    statuses = {status for _, status in answers._STATUS if status < 500} | {503}
+    statuses = {status for _, status in errors._STATUS if status < 500} | {503}
     documented = {
         int(number) for row in re.findall(r"^\| ([0-9, ]+) \|", HTTP, re.M) for number in row.split(",")
     }

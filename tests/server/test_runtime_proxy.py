@@ -13,7 +13,7 @@ from yarl import URL
 from agent_server.config.hosts import HostRules, OriginRules
 from agent_server.http.auth import ApiKey, Authority
 from agent_server.http.connection import Connection, Crowd
-from agent_server.http.gate import Gate
+from agent_server.http.security import Security
 from agent_server.logs import opened
 from agent_server.metrics import Metrics
 from agent_server.refusal import StartRefused
@@ -166,8 +166,8 @@ async def proxied(behind, aiohttp_server, tmp_path):
                 RuntimeProxy(lambda id: it if id == "r" else None, "http://{id}.agents.example:8443")
             )
             rules = (HostRules("127.0.0.1"), OriginRules(), Authority(ApiKey("x" * 20)), logs, Metrics())
-            gate = Gate(*rules, [proxy.serve], proxy.at)
-            app = web.Application(middlewares=gate.middlewares())
+            security = Security(*rules, [proxy.serve], proxy.at)
+            app = web.Application(middlewares=security.middlewares())
             app.router.add_get("/health", health)
             app.router.add_route("*", r"/runtimes/{runtime_id}/{rest:.*}", proxy.serve)
             runner = web.AppRunner(app)

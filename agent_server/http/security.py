@@ -10,9 +10,9 @@ from aiohttp.typedefs import Handler, Middleware
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, InternalError, NotFound, UseHeader
 from agent_server.config.hosts import HostRules, OriginRules
-from agent_server.http.answers import http_error, refusal
 from agent_server.http.auth import Authority, bearer
 from agent_server.http.connection import Connection
+from agent_server.http.errors import http_error, refusal
 from agent_server.http.query import check_query
 from agent_server.http.upgrade import is_upgrade
 from agent_server.logs import Logs
@@ -55,7 +55,7 @@ _ALWAYS = {
 }
 
 
-class Gate:
+class Security:
     """What every request passes before any route."""
 
     def __init__(
