@@ -1,4 +1,4 @@
-"""The HTTP server: routes behind the security, its own listening socket, its own start and stop."""
+"""The HTTP server: routes behind its security, its own listening socket, its own start and stop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aiohttp.typedefs import Handler
 
 from agent_server.config.hosts import HostRules, OriginRules, ProxyRules
 from agent_server.config.options import ServerConfig
-from agent_server.http.connection import Connection, Crowd
+from agent_server.http.connection import Connection, ConnectionLimiter
 from agent_server.http.security import Security
 from agent_server.refusal import TRY_LATER, StartRefused
 from agent_server.routes import Routes
@@ -40,7 +40,7 @@ async def listening(
     config: ServerConfig,
     sessions: Sessions,
     routes: Routes,
-    crowd: Crowd,
+    limiter: ConnectionLimiter,
     own_keys: Sequence[web.RouteDef] = (),
     at: Callable[[str], Handler | None] = lambda host: None,
 ) -> AsyncIterator[int]:
@@ -50,7 +50,7 @@ async def listening(
     finish and told the sessions.
 
     Args:
-        config, sessions, routes, crowd: what is served, and to whom.
+        config, sessions, routes, limiter: what is served, and to whom.
         own_keys: further routes, which check keys of their own.
         at: what serves all that is asked of another host name; None: this server does.
 
@@ -80,7 +80,7 @@ async def listening(
         def connect() -> Connection:
             return Connection(
                 server,
-                crowd,
+                limiter,
                 longest_message=config.limits.frame_bytes,
                 proxies=proxies,
                 access_log=None,

@@ -23,7 +23,7 @@ from agent_server.config.hosts import is_loopback
 from agent_server.config.options import ServerConfig
 from agent_server.conversations.registry import Conversations
 from agent_server.http.auth import ApiKey, Authority, obtain_keys, read_keys
-from agent_server.http.connection import Crowd
+from agent_server.http.connection import ConnectionLimiter
 from agent_server.logs import Log, Logs
 from agent_server.metrics import Metrics
 from agent_server.refusal import CANNOT_CREATE, DISK_FAILED, StartRefused
@@ -156,9 +156,9 @@ async def serving(
             authority = Authority(key, for_metrics=for_metrics)
             sessions = Sessions(config, conversations, authority, opened, metrics, work)
             routes = Routes(sessions)
-            crowd = Crowd(_room(config, descriptors), config.max_strangers, metrics)
-            async with listening(config, sessions, routes, crowd, *runtime_routes) as port:
-                _read_again_at_hangup(config, key, crowd, opened)
+            limiter = ConnectionLimiter(_room(config, descriptors), config.max_strangers, metrics)
+            async with listening(config, sessions, routes, limiter, *runtime_routes) as port:
+                _read_again_at_hangup(config, key, limiter, opened)
                 ready = Ready(
                     url=_url(config.host, port),
                     api_key_file=str(key.file) if key.file else None,
@@ -175,7 +175,9 @@ async def serving(
                     await _drain(config, sessions, conversations, routes, stop, opened)
 
 
-def _read_again_at_hangup(config: ServerConfig, key: ApiKey, crowd: Crowd, opened: Logs) -> None:
+def _read_again_at_hangup(
+    config: ServerConfig, key: ApiKey, limiter: ConnectionLimiter, opened: Logs
+) -> None:
     """Have SIGHUP read the file of keys again. Where there is no such file the signal means what it always does."""
     if not config.api_keys_file:
         return
@@ -189,7 +191,7 @@ def _read_again_at_hangup(config: ServerConfig, key: ApiKey, crowd: Crowd, opene
             return
         opened.redactor.add(texts)
         key.replace(texts)
-        crowd.look_again(key.has)
+        limiter.look_again(key.has)
         opened.log.info("keys_read", count=len(texts))
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read)

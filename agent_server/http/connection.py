@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import msgspec
 from aiohttp import web
@@ -24,19 +24,7 @@ STRANGER_BYTES = 64 << 10
 """What a WebSocket may send before it has shown the key: enough for `initialize`, too little to fill memory."""
 
 
-class Guest(Protocol):
-    """Somebody who is connected."""
-
-    def give_way(self, refusal: Overloaded) -> None:
-        """End the connection, which has not shown a key, for the sake of a newer one."""
-        ...
-
-    def look_again(self, counts: Callable[[bytes], bool]) -> None:
-        """End the connection if the key that it has shown does not count any more."""
-        ...
-
-
-class Crowd:
+class ConnectionLimiter:
     """Who is connected: everybody, and the strangers (who have not shown a key) of each network.
 
     Where strangers are too many the one that came first gives way: whoever has a key shows it at once, so who
@@ -48,17 +36,17 @@ class Crowd:
         self._limit = limit
         self._strangers_limit = strangers
         self._all = 0
-        self._known: set[Guest] = set()
-        self._strangers: dict[Guest, str] = {}
+        self._known: set[Connection] = set()
+        self._strangers: dict[Connection, str] = {}
         """And their networks, those who came first first."""
         self._networks: Counter[str] = Counter()
         self._metrics = metrics
 
-    def arrive(self, guest: Guest, network: str) -> Overloaded | None:
+    def arrive(self, connection: Connection, network: str) -> Overloaded | None:
         """Count a new stranger, for whom an older one may give way, or say why it has to go.
 
         Args:
-            guest: who came.
+            connection: who came.
             network: where from; empty: that shows with its first request.
         """
         if self._all >= self._limit and not self._strangers:
@@ -67,41 +55,43 @@ class Crowd:
             self._make_room("connections", self._limit)
         self._all += 1
         self._metrics.connections.set(self._all)
-        self._strangers[guest] = ""
-        self.move(guest, network)
+        self._strangers[connection] = ""
+        self.move(connection, network)
         return None
 
-    def move(self, guest: Guest, network: str) -> None:
+    def move(self, connection: Connection, network: str) -> None:
         """A stranger turns out to be of this network."""
-        before = self._strangers.get(guest, network)
+        before = self._strangers.get(connection, network)
         if before == network:
             return
         if self._networks[network] >= self._strangers_limit:
             self._make_room("connections without a key from one network", self._strangers_limit, network)
         self._forget(before)
-        self._strangers[guest] = network
+        self._strangers[connection] = network
         self._networks[network] += 1
 
-    def recognise(self, guest: Guest) -> None:
+    def recognise(self, connection: Connection) -> None:
         """This one has shown the key."""
-        self._forget(self._strangers.pop(guest, ""))
-        self._known.add(guest)
+        self._forget(self._strangers.pop(connection, ""))
+        self._known.add(connection)
 
     def look_again(self, counts: Callable[[bytes], bool]) -> None:
         """Have everybody go whose key, told by its digest, does not count any more."""
-        for guest in list(self._known):
-            guest.look_again(counts)
+        for connection in list(self._known):
+            connection.look_again(counts)
 
-    def leave(self, guest: Guest) -> None:
+    def leave(self, connection: Connection) -> None:
         """This one is gone."""
-        self._forget(self._strangers.pop(guest, ""))
-        self._known.discard(guest)
+        self._forget(self._strangers.pop(connection, ""))
+        self._known.discard(connection)
         self._all -= 1
         self._metrics.connections.set(self._all)
 
     def _make_room(self, what: str, limit: int, network: str | None = None) -> None:
         oldest = next(
-            guest for guest, its_network in self._strangers.items() if network in (None, its_network)
+            connection
+            for connection, its_network in self._strangers.items()
+            if network in (None, its_network)
         )
         self.leave(oldest)
         oldest.give_way(self._refusal(what, limit))
@@ -121,7 +111,7 @@ class Connection(web.RequestHandler):
     def __init__(
         self,
         server: web.Server,
-        crowd: Crowd,
+        limiter: ConnectionLimiter,
         *,
         longest_message: int,
         proxies: ProxyRules | None = None,
@@ -132,7 +122,7 @@ class Connection(web.RequestHandler):
         """Who asks: the other end, or for whom a trusted proxy does."""
         self.violation: asyncio.Future[Violation] | None = None
         """Done when the client has broken the rules of WebSocket; made when it becomes one."""
-        self._crowd = crowd
+        self._limiter = limiter
         self._proxies = proxies or ProxyRules()
         self._peer = ""
         self._shown: bytes | None = None
@@ -150,7 +140,7 @@ class Connection(web.RequestHandler):
         self._shown = digest or self._shown
         if self.is_stranger and self._counted:
             self.is_stranger = False
-            self._crowd.recognise(self)
+            self._limiter.recognise(self)
 
     def look_again(self, counts: Callable[[bytes], bool]) -> None:
         """End the connection if the key that it has shown does not count any more."""
@@ -170,7 +160,7 @@ class Connection(web.RequestHandler):
         if self._proxies.trusts(self._peer):
             self.address = self._proxies.client(self._peer, headers)
             if self.is_stranger and self._counted:
-                self._crowd.move(self, network_of(self.address))
+                self._limiter.move(self, network_of(self.address))
 
     def give_way(self, refusal: Overloaded) -> None:
         """End the connection for the sake of a newer one. It is told why, where that is still possible."""
@@ -198,7 +188,7 @@ class Connection(web.RequestHandler):
         peer = transport.get_extra_info("peername")
         self.address = self._peer = str(peer[0]) if isinstance(peer, tuple) else "local"
         network = "" if self._proxies.trusts(self._peer) else network_of(self._peer)
-        refusal = self._crowd.arrive(self, network)
+        refusal = self._limiter.arrive(self, network)
         if refusal is None:
             self._counted = True
             super().connection_made(transport)
@@ -211,7 +201,7 @@ class Connection(web.RequestHandler):
         self._tcp = None
         if self._counted:
             self._counted = False
-            self._crowd.leave(self)
+            self._limiter.leave(self)
         if not self._refused:
             super().connection_lost(exc)
 

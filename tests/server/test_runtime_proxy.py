@@ -12,7 +12,7 @@ from yarl import URL
 
 from agent_server.config.hosts import HostRules, OriginRules
 from agent_server.http.auth import ApiKey, Authority
-from agent_server.http.connection import Connection, Crowd
+from agent_server.http.connection import Connection, ConnectionLimiter
 from agent_server.http.security import Security
 from agent_server.logs import opened
 from agent_server.metrics import Metrics
@@ -173,10 +173,10 @@ async def proxied(behind, aiohttp_server, tmp_path):
             runner = web.AppRunner(app)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            crowd = Crowd(100, 100, Metrics())
+            limiter = ConnectionLimiter(100, 100, Metrics())
 
             def connect():
-                return Connection(runner.server, crowd, longest_message=MIB, auto_decompress=False)
+                return Connection(runner.server, limiter, longest_message=MIB, auto_decompress=False)
 
             listener = await asyncio.get_running_loop().create_server(connect, "127.0.0.1", 0)
             stack.callback(listener.close)
