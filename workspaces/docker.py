@@ -234,7 +234,7 @@ class DockerWorkspace(RemoteWorkspace):
         found = await ServerContainer.find(engine, self._spec.name, on_log=self._log())
         if found is None:
             return None
-        if OWNER in found.spec.labels:
+        if found.spec.labels.get(OWNER):
             raise InvalidParams(
                 f"name: a container {found.name} is in use by another client; choose another name"
             )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import subprocess
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from agent_sdk import RemoteWorkspace
+from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     InvalidParams,
     OutsideWorkspace,
@@ -22,11 +25,14 @@ from agent_sdk.workspace.contract import Workspace
 from tests.docker import images
 from tests.docker.attacks.__main__ import ATTACKS
 from tests.docker.fresh import fresh
-from tests.docker.sandboxes import sandbox
-from tests.docker.servers import SERVER
+from tests.docker.sandboxes import container, sandbox
+from tests.docker.servers import SERVER, state
 from workspaces import DockerWorkspace
 from workspaces.backend.docker import labels
 from workspaces.backend.docker.engine import Engine
+from workspaces.backend.records import this_process
+from workspaces.box.sweep import Sweep
+from workspaces.docker import _remove_leftovers
 
 pytestmark = pytest.mark.docker
 
@@ -173,6 +179,70 @@ async def test_no_sandbox_prepares_a_way_out_for_another_one(started, engine, tm
                 async with sandbox(server, mounts=(f"{shared}:/data",)) as other:
                     assert (await other.execute(prepare)).exit_code == 0
                 await workspace.execute("cat /data/passwd")
+
+
+OTHER = new_id()
+"""Another owner on the same engine, of whom no record says anything."""
+IMITATED = {
+    "be_anothers": {labels.INSTANCE: OTHER},
+    "be_another_conversations": {labels.CONVERSATION: OTHER, labels.CREATE: OTHER, labels.NAME: OTHER},
+    "be_over": {labels.INSTANCE: OTHER, labels.EXPIRES: "1"},
+    "be_left_by_a_dead_client": {labels.ROLE: labels.SERVER, labels.OWNER: this_process() + "0"},
+}
+"""Labels that an image has so that somebody else takes its containers for theirs, or for left over."""
+
+
+@asynccontextmanager
+async def labelled(image: str, marks: dict[str, str]) -> AsyncIterator[str]:
+    """Another image, which has these labels."""
+
+    async def docker(*command: str) -> str:
+        done = await asyncio.to_thread(
+            subprocess.run, ["docker", *command], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    name, bare = f"agent-test/labelled:{new_id()}", await docker("create", image)
+    try:
+        changes = [f"--change=LABEL {mark}={value}" for mark, value in marks.items()]
+        await docker("commit", *changes, bare, name)
+        yield name
+    finally:
+        await docker("rm", bare)
+        await docker("rmi", name)
+
+
+async def let_others_sweep(engine: Engine) -> None:
+    """Let all remove what they take for theirs or for left over: another server, and a client that starts."""
+    problems: list[Exception] = []
+    await Sweep(engine, OTHER, tuple, on_removed=lambda *_: None, on_problem=problems.append).once()
+    await _remove_leftovers(engine)
+    assert problems == []
+
+
+@pytest.mark.parametrize("attack", IMITATED)
+async def test_no_label_of_an_image_has_a_sandbox_taken_for_anothers(server, engine, attack):
+    async with (
+        labelled(images.BUSYBOX, IMITATED[attack]) as image,
+        fresh(RemoteWorkspace(server.url, server.key, sandbox=Sandbox(image=image))) as workspace,
+    ):
+        await workspace.execute("echo kept >/tmp/file")
+        made = await container(engine, workspace)
+        await let_others_sweep(engine)
+        assert (await container(engine, workspace))["Id"] == made["Id"]
+        assert (await workspace.execute("cat /tmp/file")).stdout == "kept\n"
+
+
+@pytest.mark.parametrize("attack", IMITATED)
+async def test_no_label_of_an_image_has_a_kept_server_taken_for_anothers(engine, free_name, attack):
+    async with labelled(SERVER, IMITATED[attack]) as image:
+        async with DockerWorkspace(image, name=free_name, keep=True):
+            pass
+        await engine.stop(free_name)  # as when the machine is switched off
+        await let_others_sweep(engine)
+        assert await state(engine, free_name) == "exited"
+        async with DockerWorkspace(image, name=free_name):
+            pass
 
 
 async def test_no_attack_reaches_the_server_beside_or_the_host_below(port, tmp_path):

@@ -101,7 +101,7 @@ class Engine:
         """
         mark = new_id()
         marks = {labels.CREATE: mark, labels.NAME: name}
-        body = {**body, "Labels": {**(body.get("Labels") or {}), **marks}}
+        body = {**body, "Labels": {**labels.NOT_GIVEN, **(body.get("Labels") or {}), **marks}}
         async with self._gate:
             call = asyncio.ensure_future(self._create(name, body, platform))
             try:

@@ -20,5 +20,7 @@ OWNER = "io.agentserver.owner"
 NAME = "io.agentserver.name"
 """The container's own name. An image that was made of one of ours hands all of these labels on; a container of it has
 another name, so it is nobody's of us."""
+NOT_GIVEN = {EXPIRES: "", OWNER: ""}
+"""What a container that is made without these gets: its image may have them, too, and it would be removed by them."""
 CREATE = "io.agentserver.create"
 """Names one call of `Engine.create`, so that what it made is found when its answer is lost."""
