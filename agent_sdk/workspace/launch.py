@@ -236,7 +236,8 @@ def _ignored() -> list[int]:
             mask = int(status.read().partition(b"\nSigIgn:")[2][:18], 16)
     except (OSError, ValueError):  # not every kernel tells
         return [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
-    return [number + 1 for number in range(mask.bit_length()) if mask >> number & 1]
+    # make lets its children ignore 32, which is the C library's own: nobody can ask for it to be changed.
+    return [number for number in signal.valid_signals() if mask >> (number - 1) & 1]
 
 
 def _folder_failed(exc: OSError, folder: Folder) -> SpawnFailed:

@@ -6,6 +6,8 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +82,26 @@ async def test_what_the_program_ignores_its_commands_hear(deaf, root):
         shell = workspace.shell()
         await begun(shell, "bash -c 'echo ready; exec sleep 1000'")
         assert (await shell.send(CTRL_C)).exit_code == 130
+
+
+PROGRAM_OF_MAKE = """
+import asyncio
+from agent_sdk import LocalWorkspace
+
+async def main():
+    async with LocalWorkspace(".") as workspace:
+        print((await workspace.execute("echo heard")).stdout)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_program_that_make_has_started_starts_commands(root):
+    (root / "program.py").write_text(PROGRAM_OF_MAKE)
+    (root / "Makefile").write_text(f"all:\n\t@'{sys.executable}' program.py\n")
+    making = await asyncio.create_subprocess_exec("make", "-s", cwd=root, stdout=PIPE, stderr=PIPE)
+    said, errors = await making.communicate()
+    assert (said.split(), making.returncode) == ([b"heard"], 0), errors.decode()
 
 
 def living(pid: str) -> bool:
