@@ -41,15 +41,15 @@ def checked_op_id(op_id: str) -> str:
 
 
 def checked_new_conversation(id: str | None) -> str | None:
-    """Return the id that a conversation is to be made under.
+    """Return the id that a conversation is to be made under on a server.
 
     Raises:
         InvalidParams: it is no UUID in lower case.
     """
     if id is not None and not _UUID.match(id):
         raise InvalidParams(
-            f"id: there is no conversation {id[:64]!r}, and a new one is called by a UUID as lower-case text, "
-            "like str(uuid.uuid4())",
+            f"id: there is no conversation {id[:64]!r} on the server, and a new one there is called by a UUID as "
+            "lower-case text, like str(uuid.uuid4())",
             field="id",
         )
     return id

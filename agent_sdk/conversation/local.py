@@ -84,7 +84,7 @@ class LocalConversation(Conversation):
         Args:
             agent: None: `configure` says later which agent answers.
             workspace: a folder, which the conversation enters and leaves; or a workspace, which the caller does.
-            id: one that the log has is attached to; another one is a UUID, like str(uuid.uuid4()). None: a fresh one.
+            id: 1 to 64 letters, digits, `_`, `.`, `-`; one that the log has is attached to. None: a fresh one.
             persistence_dir: folder of the log; None: the conversation lives in memory.
             log: an open log, instead of `persistence_dir`; the caller closes it.
             run_client_tool: runs tools of `AgentSpec.client_tools` that are no functions of this process.

@@ -18,7 +18,6 @@ from agent_sdk.conversation.follower import Follower
 from agent_sdk.conversation.journal import Journal
 from agent_sdk.conversation.settings import Settings
 from agent_sdk.conversation.turns import Turns
-from agent_sdk.ids import checked_new_conversation, is_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import HistoryLost, StateConflict
 from agent_sdk.protocol.events import Event, decode
@@ -129,15 +128,12 @@ async def open_conversation(
 
     Raises:
         HistoryLost: `since` is of another history.
-        InvalidParams: there is no such conversation, and a new one cannot be called so.
     """
     async with AsyncExitStack() as stack:
         configuration.open(await _entered(place, stack, on_close))
         stack.push_async_callback(configuration.close)
         if not isinstance(log, EventLog):
             log = await stack.enter_async_context(EventLog.open(log))
-        if not is_id(configuration.conversation) and not await log.list([configuration.conversation]):
-            checked_new_conversation(configuration.conversation)
         epoch = await log.create(configuration.conversation)
         journal = Journal(log, configuration.conversation, epoch, delivery)
         journal.mask = configuration.mask

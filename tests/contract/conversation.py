@@ -132,11 +132,6 @@ class ConversationContract(ToolCallsContract):
             await conversation.send_message("2", op_id="mine")
         assert [event.text for event in await these(conversation, UserMessage)] == ["1"]
 
-    async def test_a_new_conversation_is_called_by_a_uuid(self, open: Open) -> None:
-        with pytest.raises(InvalidParams, match="no conversation 'mine', and a new one is called by a UUID"):
-            conversation = await open(acting(say("Hello.")), id="mine")
-            await conversation.send_message("Hi")
-
     async def test_an_empty_message_is_refused(self, open: Open) -> None:
         conversation = await open(acting(say("one")))
         with pytest.raises(InvalidParams, match="text"):

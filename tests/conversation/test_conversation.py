@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_sdk.conversation.local import FILE_NAME, LocalConversation
+from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch, StateConflict
 from agent_sdk.protocol.events import (
@@ -81,9 +81,7 @@ async def test_a_conversation_that_is_closed_while_it_opens_accepts_nothing(work
         assert await these(again, UserMessage) == []
 
 
-async def test_a_conversation_that_was_called_otherwise_before_is_opened_under_its_name(workspace, tmp_path):
-    async with EventLog.open(tmp_path / FILE_NAME) as log:
-        await log.create("mine")
+async def test_a_conversation_here_may_have_any_plain_name(workspace, tmp_path):
     async with LocalConversation(acting(say("done")), workspace, id="mine", persistence_dir=tmp_path) as old:
         await old.send_message("go")
         assert (await old.run(timeout=PATIENCE)).status == "finished"
