@@ -115,7 +115,7 @@ class Passage:
                 await self.end_streams()
                 return answer
             finally:
-                await ended([*self.coming, *(pump for output in outputs.values() if (pump := output.pump))])
+                await _end([*self.coming, *(pump for output in outputs.values() if (pump := output.pump))])
 
     async def _take_in(
         self, stack: AsyncExitStack, peer: Peer, fields: dict[str, Any]
@@ -214,7 +214,7 @@ class Way:
             await self._writer.finish(trailer)
 
 
-async def ended(tasks: Collection[asyncio.Task[Any]]) -> None:
+async def _end(tasks: Collection[asyncio.Task[Any]]) -> None:
     """Cancel tasks and wait until they have ended, however that is."""
     for task in tasks:
         task.cancel()
