@@ -95,10 +95,11 @@ class Child:
         """
         if not self.alive:
             raise ProcessNotFound(f"the process has ended: {self.id}", process=self.id)
-        groups = {self.pid, foreground or self.pid}
+        # The leader first: of a signal that came after its program's end it would know nothing.
+        groups = dict.fromkeys((self.pid, foreground or self.pid))
         for pid in children(self.pid) if self._keeper is not None else ():
             with suppress(ProcessLookupError):
-                groups.add(os.getpgid(pid))  # a shell with jobs leaves the group that it was started in
+                groups[os.getpgid(pid)] = None  # a shell with jobs leaves the group that it was started in
         for group in groups:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, number)

@@ -241,9 +241,10 @@ class ProcessContract:
         assert await whole(process) == b"hi\r\n"
         assert (await process.wait(PATIENCE)).exit_code == 3
 
-    @pytest.mark.parametrize("command", ["echo ready; exec sleep 1000", ["bash", "--norc", "-i"]])
-    async def test_a_signal_ends_what_runs_on_a_terminal(self, workspace, command):
-        process = await workspace.start(command, pty=True, env={"PS1": "ready"})
+    # With job control, shell and job have process groups of their own. (At its prompt, bash may miss a signal.)
+    @pytest.mark.parametrize("jobs", ["", "set -m; "])
+    async def test_a_signal_ends_what_runs_on_a_terminal(self, workspace, jobs):
+        process = await workspace.start(f"{jobs}sh -c 'echo ready; exec sleep 1000'; exit $?", pty=True)
         await until_said(process, b"ready")
         await process.signal("HUP")
         exit = await process.wait(PATIENCE)
