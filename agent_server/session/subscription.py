@@ -2,8 +2,10 @@
 or repetition.
 
 Pages of the log are sent until it has no more; in the very step in which that shows, the connection
-begins to listen. Nothing is kept aside meanwhile, so a long replay costs no memory, and a reader that
-is slow during the replay is waited for. A live reader that does not keep up misses deltas first. When the
+begins to listen. Of events none is kept aside meanwhile, so a long replay costs no memory, and a reader that
+is slow during the replay is waited for. Deltas that come meanwhile take their place behind the events that
+they followed, as far as 64 KiB hold them: whoever sends a message right after connecting misses no beginning
+of its answer. A live reader that does not keep up misses deltas first. When the
 budget of its connection is full it is not live any more: nothing is queued for it, and it catches up from
 the log as soon as half of the budget is free. One that is over its budget for `patience` seconds, or takes
 nothing at all for so long, is cut off (4408), and resumes later where it stopped.
@@ -12,6 +14,7 @@ nothing at all for so long, is cut off (4408), and resumes later where it stoppe
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Protocol
 
@@ -20,6 +23,8 @@ from agent_sdk.protocol.methods import SyncReset
 from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
 
 GONE, UNREADABLE = 4404, 1011
+EARLY_BYTES = 64 << 10
+"""Of deltas kept during a replay; when more come, those so far are left out."""
 
 Stop = Callable[[], None]
 OnStuck = Callable[[int, str], None]
@@ -79,10 +84,13 @@ class Subscription:
         self._stuck = False
         """Whether the reader was given up."""
         self._replay: asyncio.Task[None] | None = None
+        self._early: deque[tuple[int, bytes]] = deque()
+        """Deltas that came during the replay, with the seq of the event before them."""
+        self._early_bytes = 0
         self._stops: tuple[Stop, ...] = ()
 
     def __repr__(self) -> str:
-        return f"<Subscription at seq {self._last}, {'live' if self._stops else 'behind'}>"
+        return f"<Subscription at seq {self._last}, {'behind' if self._replay is not None else 'live'}>"
 
     def begin(self, epoch: str | None, after: int) -> None:
         """Replay what comes after a cursor, then be live.
@@ -90,6 +98,7 @@ class Subscription:
         Args:
             epoch: of the log that `after` is from; None: of this one.
         """
+        self._stops = (self._source.subscribe_deltas(self._keep),)
         self._begin_replay(self._from(epoch, after))
 
     def close(self) -> None:
@@ -168,6 +177,8 @@ class Subscription:
     # --- live ---
 
     def _listen(self) -> None:
+        self._stop_listening()
+        self._send_early(self._last)
         self._stops = (
             self._source.subscribe(self._live),
             self._source.subscribe_deltas(self._peer.publish_delta),
@@ -185,7 +196,21 @@ class Subscription:
                 self._full = True
                 self._begin_replay(self._catch_up())
 
+    def _keep(self, delta: bytes) -> None:
+        self._early.append((self._source.head_seq, delta))
+        self._early_bytes += len(delta)
+        if self._early_bytes > EARLY_BYTES:
+            self._early.clear()
+            self._early_bytes = 0
+
+    def _send_early(self, last: int) -> None:
+        while self._early and self._early[0][0] <= last:
+            _, delta = self._early.popleft()
+            self._early_bytes -= len(delta)
+            self._peer.publish_delta(delta)
+
     def _send(self, seq: int, event: bytes) -> bool:
+        self._send_early(seq - 1)
         try:
             sent = self._peer.publish(event, epoch=self._epoch)
         except LimitExceeded as exc:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
-from agent_sdk.protocol.methods import EventsNotice, SyncReset
+from agent_sdk.protocol.methods import DeltaNotice, EventsNotice, SyncReset
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
 from agent_sdk.rpc.pipe import memory_pipes
@@ -50,6 +50,11 @@ class Source:
         for listener in list(self.listeners):
             listener(*self.log[self.head_seq - 1])
 
+    def say(self, text: str) -> None:
+        """A piece of an answer comes."""
+        for listener in list(self.deltas):
+            listener(b'{"text":"%b"}' % text.encode())
+
     def subscribe(self, listener):
         self.listeners.append(listener)
         self.turned.set()
@@ -65,6 +70,8 @@ class Reader:
 
     def __init__(self) -> None:
         self.seqs: list[int] = []
+        self.came_in: list[object] = []
+        """Seqs of events and texts of deltas, in their order."""
         self.resets: list[SyncReset] = []
         self.stuck: list[int] = []
         self.bugs: list[BaseException] = []
@@ -78,7 +85,12 @@ class Reader:
     def noticed(self, method, params) -> None:
         if method == EventsNotice.method:
             events = msgspec.json.decode(params, type=EventsNotice).events
-            self.seqs += [msgspec.json.decode(event)["seq"] for event in events]
+            seqs = [msgspec.json.decode(event)["seq"] for event in events]
+            self.seqs += seqs
+            self.came_in += seqs
+        elif method == DeltaNotice.method:
+            delta = msgspec.json.decode(params, type=DeltaNotice).delta
+            self.came_in.append(msgspec.json.decode(delta)["text"])
         elif method == SyncReset.method:
             self.resets.append(msgspec.json.decode(params, type=SyncReset))
         self.came.set()
@@ -151,6 +163,48 @@ async def test_an_event_that_comes_after_the_last_page_is_not_lost(connected):
     source.after_page = once
     async with subscribed(source, reader, peer, (None, 1)):
         assert await reader.until(2) == [2]
+
+
+async def test_deltas_that_come_during_the_replay_take_their_place_among_the_events(connected):
+    reader, peer = connected
+    source = Source(7)
+
+    def first() -> None:
+        source.after_page = second
+        source.say("a")
+
+    def second() -> None:
+        source.after_page = lambda: None
+        source.write()
+        source.announce()
+        source.say("b")
+
+    source.after_page = first
+    async with subscribed(source, reader, peer, (None, 1)):
+        await live(source)
+        source.say("c")
+        source.write()
+        source.announce()
+        await reader.until(9)
+    assert reader.came_in == [2, 3, 4, 5, 6, 7, "a", 8, "b", "c", 9]
+
+
+async def test_a_long_replay_keeps_64_KiB_of_deltas_at_most(connected):
+    reader, peer = connected
+    source = Source(1)
+
+    def talk() -> None:
+        source.after_page = lambda: None
+        for _ in range(100):
+            source.say("x" * 1000)
+
+    source.after_page = talk
+    async with subscribed(source, reader, peer):
+        await live(source)
+        source.write()
+        source.announce()
+        await reader.until(2)
+    assert 0 < len(reader.came_in) - 2 <= 64
 
 
 async def test_an_event_that_was_read_before_it_is_announced_is_not_repeated(connected):
