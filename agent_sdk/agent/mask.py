@@ -1,8 +1,8 @@
 """Keeping secrets out of what the model reads, the log keeps, clients are streamed and operators see.
 
 A value is found as it is, in the lines it has, and as programs usually write it: escaped for JSON or for a URL, in
-base64 (wherever it begins in there) and in hex. Searching takes time in proportion to the text: a value is cut into
-pieces of bounded length, and what may be hidden is bounded.
+base64 (wherever it begins in there) and in hex. Searching takes time in proportion to the text, however many values
+there are (see Needles): a value is cut into pieces of bounded length, and what may be hidden is bounded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -27,6 +29,8 @@ MOST_SECRETS = 100
 MOST_CHARS = 32 << 10
 MOST_LINES = 500
 _PIECE = 256
+_CHUNK = 4096
+"""Characters of a text that are looked through at once."""
 _BASE64_LINE = 76
 _HEX_LINE = 60
 _CUT = 4
@@ -58,6 +62,93 @@ def check_secrets(secrets: Mapping[str, str]) -> None:
             )
 
 
+class Needles:
+    """Texts of at least SHORTEST characters to look for, all at once.
+
+    A chunk of a text is first compared as a row of 32-bit words, at the speed of C: wherever a needle stands, one of
+    the words lies within its first seven bytes. Only a chunk with such a word is searched, place by place, and at a
+    place that may be one the longest needle is found by bisection among all of them.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        """Take the needles; each is wanted once."""
+        self.texts = sorted(set(texts))
+        self._longest = max(map(len, self.texts), default=0)
+        self._shorter = _prefixes(self.texts)
+        self._starts = {needle[:SHORTEST] for needle in self.texts}
+        starts = [start.encode("utf-8", "surrogatepass") for start in self._starts]
+        self._words = {word for start in starts for at in range(4) for word in _words(start[at : at + 4])}
+
+    def __bool__(self) -> bool:
+        return bool(self.texts)
+
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield where needles stand, each as (start, end); what lies wholly within another may be left out."""
+        starts, skipped = self._starts, 0
+        last: dict[int, int] = {}
+        for chunk in range(0, len(text), _CHUNK):
+            piece = text[chunk : chunk + _CHUNK + SHORTEST - 1]
+            if self._words.isdisjoint(_words(piece.encode("utf-8", "surrogatepass"))):
+                continue
+            for start in range(max(chunk, skipped), chunk + len(piece) - SHORTEST + 1):
+                if text[start : start + SHORTEST] not in starts or start < skipped:
+                    continue
+                if (found := self._at(text, start)) < 0:
+                    continue
+                end = start + len(needle := self.texts[found])
+                before, last[found] = last.get(found), start
+                if before is not None and start < before + len(needle):
+                    end = _last_of_run(text, needle, start, start - before) + len(needle)
+                    skipped = end - self._longest
+                yield start, end
+
+    def _at(self, text: str, start: int) -> int:
+        """Return which is the longest needle that stands here, or -1."""
+        # What lies in order between a needle and a text that begins with it begins with that needle, too.
+        at = bisect_right(self.texts, text[start : start + self._longest]) - 1
+        while at >= 0 and not text.startswith(self.texts[at], start):
+            at = self._shorter[at]
+        return at
+
+    def begun(self, text: str, least: int = 1) -> int:
+        """Return how many characters at the end of a text, `least` or more, are a needle's beginning but not all."""
+        return _longest_start(self.texts, text[-self._longest :], least)
+
+    def ended(self, text: str, least: int = 1) -> int:
+        """Return how many characters at the beginning of a text, `least` or more, are a needle's end but not all."""
+        return _longest_start(self._backwards, text[: self._longest][::-1], least)
+
+    @cached_property
+    def _backwards(self) -> list[str]:
+        return sorted(needle[::-1] for needle in self.texts)
+
+
+def _words(data: bytes) -> memoryview:
+    """Return the bytes, but for up to three at the end, as numbers of 32 bits."""
+    return memoryview(data)[: len(data) // 4 * 4].cast("I")
+
+
+def _prefixes(needles: Sequence[str]) -> list[int]:
+    """Return, for each of the sorted needles, which is the longest other one that it begins with; -1: none."""
+    found: list[int] = []
+    for at, needle in enumerate(needles):
+        shorter = at - 1
+        while shorter >= 0 and not needle.startswith(needles[shorter]):
+            shorter = found[shorter]
+        found.append(shorter)
+    return found
+
+
+def _longest_start(needles: Sequence[str], text: str, least: int) -> int:
+    """Return how many characters at the end of a text are the beginning, but not all, of one of the sorted needles."""
+    for start in range(len(text) - least + 1):
+        end = text[start:]
+        at = bisect_right(needles, end)
+        if at < len(needles) and needles[at].startswith(end):
+            return len(end)
+    return 0
+
+
 class Mask:
     """Replaces values by `<secret-hidden>`. More can be added; the oldest are forgotten when they are too many."""
 
@@ -65,7 +156,7 @@ class Mask:
         self._bounded = bounded
         self._values: dict[str, frozenset[str]] = {}
         """What to look for, by value; the newest last."""
-        self._needles: tuple[str, ...] = ()
+        self.needles = Needles(())
         self.hide(values)
 
     def __repr__(self) -> str:
@@ -83,19 +174,19 @@ class Mask:
             len(self._values) > 2 * MOST_SECRETS or sum(map(len, self._values)) > 2 * MOST_CHARS
         ):
             del self._values[next(iter(self._values))]
-        self._needles = tuple(frozenset().union(*self._values.values()))
+        self.needles = Needles(frozenset().union(*self._values.values()))
 
     def text(self, text: str, sign: str = HIDDEN) -> str:
         """Return the text with `sign` in the place of the values."""
         parts, done = [], 0
-        for start, end in _joined(self._spans(text)):
+        for start, end in _joined(self.needles.spans(text)):
             parts += [text[done:start], sign]
             done = end
         return "".join((*parts, text[done:])) if parts else text
 
     def data(self, value: Any) -> Any:
         """Return JSON-able data without the values, however deep they are."""
-        if not self._needles:
+        if not self.needles:
             return value
         if isinstance(value, str):
             return self.text(value)
@@ -107,7 +198,7 @@ class Mask:
 
     def event(self, event: Event) -> Event:
         """Return the event without the values."""
-        if not self._needles:
+        if not self.needles:
             return event
         changed: dict[str, Any] = {}
         for name in _OUTSIDE:
@@ -115,7 +206,7 @@ class Mask:
             if value and (masked := self.data(value)) != value:
                 changed[name] = masked
         provider = getattr(event, "provider", None)
-        if provider is not None and any(self._spans(bytes(provider).decode())):
+        if provider is not None and any(self.needles.spans(bytes(provider).decode())):
             changed["provider"] = (
                 None  # it is signed as a whole; without it the provider sees the answer's text
             )
@@ -123,44 +214,11 @@ class Mask:
 
     def ends(self, head: str, tail: str) -> tuple[str, str]:
         """Return the two ends of a text whose middle is left out; a value that was cut is not shown in part either."""
-        kept, begun = len(head) - self.unfinished(head, _CUT), self._ended(tail)
+        kept, begun = len(head) - self.needles.begun(head, _CUT), self.needles.ended(tail, _CUT)
         return (
             self.text(head[:kept]) + HIDDEN * (kept < len(head)),
             HIDDEN * (begun > 0) + self.text(tail[begun:]),
         )
-
-    def unfinished(self, text: str, least: int = 1) -> int:
-        """Return how many characters at the end of a text are the beginning of a value."""
-        longest = 0
-        for needle in self._needles:
-            at = text.find(needle[:least], max(0, len(text) - len(needle) + 1))
-            while at >= 0 and len(text) - at > longest:
-                if needle.startswith(text[at:]):
-                    longest = len(text) - at
-                at = text.find(needle[:least], at + 1)
-        return longest
-
-    def _ended(self, text: str) -> int:
-        """Return how many characters at the beginning of a text are the end of a value."""
-        longest = 0
-        for needle in self._needles:
-            for size in range(min(len(needle) - 1, len(text)), max(longest, _CUT - 1), -1):
-                if needle.endswith(text[:size]):
-                    longest = size
-                    break
-        return longest
-
-    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
-        for needle in self._needles:
-            at = text.find(needle)
-            while at >= 0:
-                start, at = at, text.find(needle, at + 1)
-                if not start < at < start + len(needle):
-                    yield start, start + len(needle)
-                    continue
-                at = _last_of_run(text, needle, at, at - start)
-                yield start, at + len(needle)
-                at = text.find(needle, at + 1)
 
 
 class MaskedStream:
@@ -175,14 +233,14 @@ class MaskedStream:
     def feed(self, text: str) -> str:
         """Return what can be shown by now."""
         text = self._held + text
-        return self._shown(text, len(text) - self._mask.unfinished(text))
+        return self._shown(text, len(text) - self._mask.needles.begun(text))
 
     def flush(self) -> str:
         """Return what is held: no more comes."""
         return self._shown(self._held, len(self._held))
 
     def _shown(self, text: str, until: int) -> str:
-        spans = list(self._mask._spans(text))
+        spans = list(self._mask.needles.spans(text))
         if self._known is not None:
             spans.append((0, self._known))
         parts, done = [], 0
