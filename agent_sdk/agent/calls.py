@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 from msgspec.structs import replace
 
 from agent_sdk.agent.actor import Actor
-from agent_sdk.agent.clip import clip_result
+from agent_sdk.agent.clip import RESULT_BYTES, clip_result
 from agent_sdk.agent.ending import CUT_CALL
 from agent_sdk.agent.journal import Journal
-from agent_sdk.agent.mask import HIDDEN, Mask
+from agent_sdk.agent.mask import HIDDEN
 from agent_sdk.agent.progress import Progress
 from agent_sdk.agent.toolbox import UNKNOWN, failed_call
 from agent_sdk.agent.tools.registry import FINISH
@@ -318,14 +318,16 @@ class Calls:
 
     def _returned(self, call: ToolCalled) -> ToolReturned:
         result = self._results.pop(call.call_id)
-        mask = self.actor.mask if self.actor else Mask()
-        text, cut = clip_result(mask.text(result.text))
+        text = result.text
+        if self.actor and len(text) > RESULT_BYTES // 8:  # the journal masks, but what may be cut is masked before
+            text = self.actor.mask.text(text)
+        text, cut = clip_result(text)
         return ToolReturned(
             call_id=call.call_id,
             tool=call.tool,
             text=text,
             is_error=result.is_error,
-            data=mask.data(result.data),
+            data=result.data,
             bytes_cut=result.bytes_cut + cut,
         )
 
