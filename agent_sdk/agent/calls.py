@@ -319,7 +319,8 @@ class Calls:
     def _returned(self, call: ToolCalled) -> ToolReturned:
         result = self._results.pop(call.call_id)
         text = result.text
-        if self.actor and len(text) > RESULT_BYTES // 8:  # the journal masks, but what may be cut is masked before
+        # The journal masks, but what may be cut is masked before.
+        if self.actor and len(text) > RESULT_BYTES // 8:
             text = self.actor.mask.text(text)
         text, cut = clip_result(text)
         return ToolReturned(
