@@ -23,7 +23,9 @@ from agent_sdk.protocol.errors import (
     LimitExceeded,
     to_wire,
 )
-from agent_sdk.protocol.methods import Delete, Done, EventPage, Initialize
+from agent_sdk.protocol.methods.connection import Initialize
+from agent_sdk.protocol.methods.conversation import Delete, EventPage
+from agent_sdk.protocol.methods.method import Done
 from agent_sdk.rpc.websocket import WebSocketPipe
 from agent_server.conversations.loaded import LoadedConversation
 from agent_server.http.connection import Connection

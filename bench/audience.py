@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.methods import SetTitle
+from agent_sdk.protocol.methods.conversation import SetTitle
 from agent_sdk.remote.connection import Connection
 from bench.crowd import Report
 from bench.server import Server

@@ -13,7 +13,8 @@ import msgspec
 from agent_sdk import RemoteWorkspace, Sandbox
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable
-from agent_sdk.protocol.methods import Delete, Ping
+from agent_sdk.protocol.methods.connection import Ping
+from agent_sdk.protocol.methods.conversation import Delete
 from agent_sdk.remote.link import ask
 from bench.measure import Row, percentile, times
 from bench.server import Server, running_server

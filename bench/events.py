@@ -14,7 +14,7 @@ from msgspec import Raw
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol import events
 from agent_sdk.protocol.events import UserMessage
-from agent_sdk.protocol.methods import EventsNotice
+from agent_sdk.protocol.methods.connection import EventsNotice
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_sdk.rpc.unix import connect_unix, serve_unix

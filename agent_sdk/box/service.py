@@ -12,17 +12,9 @@ from msgspec.structs import replace
 from agent_sdk.box.profile import present_profile
 from agent_sdk.box.seccomp import hide_memory
 from agent_sdk.protocol.errors import StateConflict, StorageFull, Unauthorized
-from agent_sdk.protocol.methods import (
-    Claim,
-    ClientInfo,
-    Describe,
-    Done,
-    Initialize,
-    Initialized,
-    Notice,
-    Ping,
-    Pong,
-)
+from agent_sdk.protocol.methods.connection import ClientInfo, Initialize, Initialized, Ping, Pong
+from agent_sdk.protocol.methods.method import Done, Notice
+from agent_sdk.protocol.methods.workspace import Claim, Describe
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.rpc.ledger import Ledger

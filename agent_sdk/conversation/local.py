@@ -41,7 +41,8 @@ from agent_sdk.protocol.arguments import Name
 from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import HistoryLost, StateConflict, draining
 from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
-from agent_sdk.protocol.methods import Done, RunAnswer, SendMessage
+from agent_sdk.protocol.methods.conversation import RunAnswer, SendMessage
+from agent_sdk.protocol.methods.method import Done
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.workspace.contract import Workspace
 

@@ -11,7 +11,7 @@ from agent_sdk.conversation.journal import Journal
 from agent_sdk.log.event_log import Operation
 from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch
-from agent_sdk.protocol.methods import Effect
+from agent_sdk.protocol.methods.method import Effect
 from agent_sdk.protocol.results import Accepted
 from agent_sdk.workspace.digest import digest_of
 

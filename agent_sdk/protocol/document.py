@@ -17,9 +17,9 @@ from msgspec import inspect
 
 from agent_sdk.protocol import events, frame
 from agent_sdk.protocol.errors import table
-from agent_sdk.protocol.methods import NOTICES, Method, result_type
+from agent_sdk.protocol.methods import GROUPS, NOTICES
+from agent_sdk.protocol.methods.method import Method, result_type
 from agent_sdk.protocol.openrpc import (
-    GROUPS,
     SUMMARIES,
     field_docs,
     openrpc,

@@ -39,7 +39,8 @@ from agent_sdk.protocol.errors import (
     ParseError,
     to_wire,
 )
-from agent_sdk.protocol.methods import NOTICES, Method, Notice, all_methods
+from agent_sdk.protocol.methods import NOTICES, all_methods
+from agent_sdk.protocol.methods.method import Method, Notice
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.protocol.strictness import check_depth, repeats_a_member, without_lone_surrogates
 

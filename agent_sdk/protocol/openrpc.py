@@ -14,29 +14,12 @@ import msgspec
 
 from agent_sdk.protocol import events
 from agent_sdk.protocol.errors import AgentServerError, table
-from agent_sdk.protocol.methods import (
-    BOX,
-    CLIENT,
-    CONNECTION,
-    CONVERSATION,
-    NOTICES,
-    SANDBOX,
-    WORKSPACE,
-    Method,
-    result_type,
-)
+from agent_sdk.protocol.methods import GROUPS, NOTICES
+from agent_sdk.protocol.methods.method import Method, result_type
 from agent_sdk.protocol.specs import PROTOCOL_VERSION
 
 Json = dict[str, Any]
 
-GROUPS: dict[str, tuple[type[Method[Any]], ...]] = {
-    "connection": CONNECTION,
-    "workspace": WORKSPACE,
-    "sandbox": SANDBOX,
-    "box": BOX,
-    "conversation": CONVERSATION,
-    "client": CLIENT,
-}
 SUMMARIES = {
     "connection": "Answered by both ends, `initialize` by the accepting one.",
     "workspace": "Answered by a box, and by a server on behalf of its box.",

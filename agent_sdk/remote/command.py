@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from msgspec.structs import replace
 
-from agent_sdk.protocol.methods import Execute
+from agent_sdk.protocol.methods.workspace import Execute
 from agent_sdk.remote.streams import Collector, collected, with_output
 from agent_sdk.remote.transfers import come
 from agent_sdk.rpc.peer import Peer

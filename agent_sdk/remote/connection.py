@@ -14,7 +14,8 @@ from msgspec import Raw
 from agent_sdk.ids import checked_new_conversation
 from agent_sdk.outbound import proxy_for, trusted
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, InvalidParams, Unauthorized
-from agent_sdk.protocol.methods import ClientInfo, Initialize, Initialized, Method
+from agent_sdk.protocol.methods.connection import ClientInfo, Initialize, Initialized
+from agent_sdk.protocol.methods.method import Method
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, SUBPROTOCOL, Limits, WorkspaceSpec
 from agent_sdk.remote.address import checked_key, checked_url
 from agent_sdk.remote.refusal import (

@@ -45,17 +45,15 @@ from agent_sdk.protocol.errors import (
     TimedOut,
 )
 from agent_sdk.protocol.events import AgentConfigured, Delta, Event, RequestResolved, TurnEnded, TurnStarted
-from agent_sdk.protocol.methods import (
+from agent_sdk.protocol.methods.connection import DeltaNotice, EventsNotice, Initialized, SyncReset
+from agent_sdk.protocol.methods.conversation import (
+    PAGE_EVENTS,
     Configure,
     Delete,
-    DeltaNotice,
-    Effect,
-    EventsNotice,
+    EventPage,
     GetEvents,
     GetState,
-    Initialized,
     Interrupt,
-    Method,
     Pause,
     RegisterTools,
     Respond,
@@ -66,12 +64,10 @@ from agent_sdk.protocol.methods import (
     Subscribe,
     Subscribed,
     SwitchLlm,
-    SyncReset,
     ToolCall,
     UpdateSecrets,
 )
-from agent_sdk.protocol.methods.conversation import PAGE_EVENTS, EventPage
-from agent_sdk.protocol.methods.method import Done
+from agent_sdk.protocol.methods.method import Done, Effect, Method
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model, WorkspaceSpec
 from agent_sdk.remote.connection import ANSWER_SECONDS, Connection
 from agent_sdk.remote.delivery import Delivery

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, ProcessNotFound
-from agent_sdk.protocol.methods import Count, ProcessInput, ProcessList
+from agent_sdk.protocol.methods.workspace import Count, ProcessInput, ProcessList
 from agent_sdk.remote.link import Link, ask, passed
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteWriter

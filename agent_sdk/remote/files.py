@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ChangedDuringRead
-from agent_sdk.protocol.methods import (
+from agent_sdk.protocol.methods.workspace import (
     LISTED,
     Download,
     FilesList,

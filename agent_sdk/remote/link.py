@@ -21,7 +21,7 @@ from agent_sdk.protocol.errors import (
     Overloaded,
     TimedOut,
 )
-from agent_sdk.protocol.methods import Effect, Method
+from agent_sdk.protocol.methods.method import Effect, Method
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.version import __version__
 

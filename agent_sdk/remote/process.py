@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ConnectionLost, TransferBroken
-from agent_sdk.protocol.methods import (
+from agent_sdk.protocol.methods.workspace import (
     ProcessOutput,
     ProcessResize,
     ProcessSignal,

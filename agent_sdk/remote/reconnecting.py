@@ -28,7 +28,7 @@ from agent_sdk.protocol.errors import (
     PolicyDenied,
     Unauthorized,
 )
-from agent_sdk.protocol.methods import Draining
+from agent_sdk.protocol.methods.connection import Draining
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.protocol.specs import WorkspaceSpec
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS, Connection, connect

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agent_sdk.protocol.errors import Cancelled
-from agent_sdk.protocol.methods import ToolCall, ToolOutput
+from agent_sdk.protocol.methods.conversation import ToolCall, ToolOutput
 from agent_sdk.rpc.peer import Inbound
 from agent_sdk.rpc.pipe import DISCONNECTED
 from agent_sdk.tools import FunctionTool

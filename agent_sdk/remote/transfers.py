@@ -24,7 +24,7 @@ from agent_sdk.protocol.errors import (
     TransferBroken,
     WorkspaceUnavailable,
 )
-from agent_sdk.protocol.methods import Download, FilesStat, Upload, UploadOffset
+from agent_sdk.protocol.methods.workspace import Download, FilesStat, Upload, UploadOffset
 from agent_sdk.protocol.results import Transferred
 from agent_sdk.remote.link import Link, ask, passed, persistent
 from agent_sdk.remote.streams import pass_failure

@@ -28,8 +28,8 @@ from agent_sdk.protocol.errors import (
     InvalidParams,
     OutcomeUnknown,
 )
-from agent_sdk.protocol.methods import (
-    Delete,
+from agent_sdk.protocol.methods.conversation import Delete
+from agent_sdk.protocol.methods.workspace import (
     Describe,
     Download,
     Execute,

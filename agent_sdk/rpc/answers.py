@@ -18,7 +18,8 @@ from agent_sdk.protocol.errors import (
     Overloaded,
     to_wire,
 )
-from agent_sdk.protocol.methods import CancelCall, CancelOutcome, Method, Ping, Pong
+from agent_sdk.protocol.methods.connection import CancelCall, CancelOutcome, Ping, Pong
+from agent_sdk.protocol.methods.method import Method
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.lanes import Lanes
 from agent_sdk.rpc.pipe import DISCONNECTED

@@ -19,7 +19,8 @@ from agent_sdk.protocol.errors import (
     TimedOut,
     from_wire,
 )
-from agent_sdk.protocol.methods import CancelCall, Method, Ping, R, result_type
+from agent_sdk.protocol.methods.connection import CancelCall, Ping
+from agent_sdk.protocol.methods.method import Method, R, result_type
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.lanes import Lanes, Line
 from agent_sdk.rpc.pipe import DISCONNECTED

@@ -21,7 +21,8 @@ from agent_sdk.protocol.errors import (
     PathError,
     PolicyDenied,
 )
-from agent_sdk.protocol.methods import Effect, Execute, ProcessStart, Upload
+from agent_sdk.protocol.methods.method import Effect
+from agent_sdk.protocol.methods.workspace import Execute, ProcessStart, Upload
 from agent_sdk.rpc.pipe import DISCONNECTED
 
 FINISHED = 10_000

@@ -38,13 +38,8 @@ from agent_sdk.protocol.errors import (
     Overloaded,
 )
 from agent_sdk.protocol.frame import Credit, Data
-from agent_sdk.protocol.methods import (
-    CancelNotice,
-    EventsNotice,
-    Method,
-    Notice,
-    R,
-)
+from agent_sdk.protocol.methods.connection import CancelNotice, EventsNotice
+from agent_sdk.protocol.methods.method import Method, Notice, R
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.answers import Answers, Table
 from agent_sdk.rpc.budget import Budget

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
-from agent_sdk.protocol.methods import LimitReached
+from agent_sdk.protocol.methods.workspace import LimitReached
 from agent_sdk.workspace.cgroup import Cgroup
 
 FULL_BYTES = 1 << 20

@@ -20,13 +20,12 @@ from agent_sdk.protocol.errors import (
     ProcessNotFound,
     TransferBroken,
 )
-from agent_sdk.protocol.methods import (
+from agent_sdk.protocol.methods.method import Done, Effect, Method
+from agent_sdk.protocol.methods.workspace import (
     Count,
     Describe,
     DiffText,
-    Done,
     Download,
-    Effect,
     Execute,
     Executed,
     FilesList,
@@ -36,7 +35,6 @@ from agent_sdk.protocol.methods import (
     FilesStat,
     GitChanges,
     GitDiff,
-    Method,
     ProcessInput,
     ProcessList,
     ProcessOutput,

@@ -19,7 +19,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.events import Waiting, WorkspaceChanged
-from agent_sdk.protocol.methods import Describe, LimitReached, ProcessList
+from agent_sdk.protocol.methods.workspace import Describe, LimitReached, ProcessList
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.remote.connection import connect
 from agent_sdk.remote.link import Linked

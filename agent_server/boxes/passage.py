@@ -11,12 +11,11 @@ from typing import Any, Self
 from msgspec.structs import replace
 
 from agent_sdk.protocol.errors import ConnectionLost, TransferBroken
-from agent_sdk.protocol.methods import (
+from agent_sdk.protocol.methods.method import Effect, Method
+from agent_sdk.protocol.methods.workspace import (
     Download,
-    Effect,
     Execute,
     Executed,
-    Method,
     ProcessInput,
     ProcessOutput,
     ShellAnswer,

@@ -10,7 +10,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from agent_sdk.protocol.errors import AgentServerError, ErrorObject, from_wire, to_wire
-from agent_sdk.protocol.methods import Effect, Executed, ShellAnswer, result_type
+from agent_sdk.protocol.methods.method import Effect, result_type
+from agent_sdk.protocol.methods.workspace import Executed, ShellAnswer
 from agent_server.boxes.passage import KEPT_BYTES, OUTWARD, Way
 
 NOT_KEPT = "its output is not kept any more"

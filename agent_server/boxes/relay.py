@@ -25,12 +25,11 @@ from agent_sdk.protocol.errors import (
     WorkspaceLost,
     WorkspaceUnavailable,
 )
-from agent_sdk.protocol.methods import (
+from agent_sdk.protocol.methods.method import Effect, Method
+from agent_sdk.protocol.methods.workspace import (
     Describe,
-    Effect,
     Execute,
     Executed,
-    Method,
     ProcessList,
     ProcessWait,
     ShellAnswer,

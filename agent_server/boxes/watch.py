@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
 from agent_sdk.protocol.events import Waiting
-from agent_sdk.protocol.methods import Method, Ping
+from agent_sdk.protocol.methods.connection import Ping
+from agent_sdk.protocol.methods.method import Method
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import DISCONNECTED
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from agent_sdk.protocol.errors import AgentServerError, Cancelled, ConnectionLost
 from agent_sdk.protocol.events import RequestOpened
-from agent_sdk.protocol.methods import ToolCall, ToolOutput
+from agent_sdk.protocol.methods.conversation import ToolCall, ToolOutput
 from agent_sdk.tools import ToolResult
 
 

@@ -25,7 +25,8 @@ from agent_sdk.protocol.errors import (
     PathNotFound,
     PolicyDenied,
 )
-from agent_sdk.protocol.methods import ListConversations, SnapshotTaken
+from agent_sdk.protocol.methods.conversation import ListConversations
+from agent_sdk.protocol.methods.workspace import SnapshotTaken
 from agent_sdk.protocol.results import Snapshot, State
 from agent_sdk.protocol.specs import WorkspaceSpec
 from agent_sdk.rpc.peer import Peer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import asdict
 
 from agent_sdk.protocol.errors import ConversationNotFound, InvalidParams
-from agent_sdk.protocol.methods import ClientInfo, Initialize, Initialized
+from agent_sdk.protocol.methods.connection import ClientInfo, Initialize, Initialized
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.version import __version__
 from agent_server.config.options import ServerConfig

@@ -14,40 +14,36 @@ from agent_sdk.agent.mask import check_secrets, hidden_in
 from agent_sdk.conversation.receipts import operation
 from agent_sdk.log.event_log import Operation
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, StateConflict
-from agent_sdk.protocol.methods import (
-    WORKSPACE,
+from agent_sdk.protocol.methods.connection import Initialize, Initialized, Ping, Pong
+from agent_sdk.protocol.methods.conversation import (
     Configure,
     Delete,
-    Done,
-    Download,
-    Effect,
     EventPage,
     GetEvents,
     GetState,
-    Initialize,
-    Initialized,
     Interrupt,
     ListConversations,
-    Method,
     Pause,
-    PauseWorkspace,
-    Ping,
-    Pong,
     RegisterTools,
     Respond,
-    ResumeWorkspace,
     Run,
     RunAnswer,
     SendMessage,
     SetConfirmationPolicy,
     SetTitle,
-    SnapshotTaken,
-    SnapshotWorkspace,
     Subscribe,
     Subscribed,
     SwitchLlm,
     UpdateSecrets,
-    result_type,
+)
+from agent_sdk.protocol.methods.method import Done, Effect, Method, result_type
+from agent_sdk.protocol.methods.workspace import (
+    WORKSPACE,
+    Download,
+    PauseWorkspace,
+    ResumeWorkspace,
+    SnapshotTaken,
+    SnapshotWorkspace,
 )
 from agent_sdk.protocol.results import BUSY, Accepted, Snapshot
 from agent_sdk.rpc.peer import Inbound, Peer

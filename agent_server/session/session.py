@@ -15,7 +15,8 @@ from agent_sdk.protocol.errors import (
     Overloaded,
     Unauthorized,
 )
-from agent_sdk.protocol.methods import Draining, Initialize, Initialized, Ping, Subscribe, Subscribed
+from agent_sdk.protocol.methods.connection import Draining, Initialize, Initialized, Ping
+from agent_sdk.protocol.methods.conversation import Subscribe, Subscribed
 from agent_sdk.rpc.answers import Table
 from agent_sdk.rpc.budget import Budget
 from agent_sdk.rpc.peer import SLOW_READER, Inbound, Peer

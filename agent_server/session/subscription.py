@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine
 from typing import Protocol
 
 from agent_sdk.protocol.errors import AgentServerError, ConversationNotFound, LimitExceeded
-from agent_sdk.protocol.methods import SyncReset
+from agent_sdk.protocol.methods.connection import SyncReset
 from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
 
 GONE, UNREADABLE = 4404, 1011

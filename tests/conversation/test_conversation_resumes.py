@@ -26,7 +26,7 @@ from agent_sdk.protocol.events import (
     UserMessage,
     kind_of,
 )
-from agent_sdk.protocol.methods import SendMessage
+from agent_sdk.protocol.methods.conversation import SendMessage
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, ScriptedLLM
 from agent_sdk.testing import call, calls, hang, say
 from agent_sdk.tools import ToolResult, tool

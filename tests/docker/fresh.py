@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from agent_sdk import Conversation, RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError
-from agent_sdk.protocol.methods import Delete
+from agent_sdk.protocol.methods.conversation import Delete
 from agent_sdk.remote.link import ask
 from tests.contract.vocabulary import Open, Places
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, WorkspaceUnavailable
-from agent_sdk.protocol.methods import Delete
+from agent_sdk.protocol.methods.conversation import Delete
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.link import ask
 from agent_sdk.workspace.contract import ExecResult

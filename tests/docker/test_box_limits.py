@@ -14,7 +14,7 @@ from agent_sdk import RemoteWorkspace
 from agent_sdk.agent.tools.terminal import TerminalTool
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import StorageFull
-from agent_sdk.protocol.methods import Execute, LimitReached
+from agent_sdk.protocol.methods.workspace import Execute, LimitReached
 from agent_sdk.remote.connection import connect
 from agent_sdk.tools import ToolContext
 from tests.docker.boxes import box

@@ -7,7 +7,7 @@ import pytest
 
 from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.methods import SetTitle
+from agent_sdk.protocol.methods.conversation import SetTitle
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.link import ask
 from tests.contract.conversation import ConversationContract

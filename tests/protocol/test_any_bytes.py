@@ -24,7 +24,8 @@ from agent_sdk.protocol.errors import (
     InvalidRequest,
     ParseError,
 )
-from agent_sdk.protocol.methods import NOTICES, all_methods, result_type
+from agent_sdk.protocol.methods import NOTICES, all_methods
+from agent_sdk.protocol.methods.method import result_type
 from tests.protocol.examples import JSON, values
 
 METHODS = all_methods()

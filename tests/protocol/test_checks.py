@@ -17,7 +17,7 @@ from agent_sdk import (
 from agent_sdk.protocol import specs
 from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import InvalidParams
-from agent_sdk.protocol.methods import Configure
+from agent_sdk.protocol.methods.conversation import Configure
 from agent_sdk.testing import ScriptedLLM, hang, say
 from workspaces import APIRemoteWorkspace, DockerWorkspace
 

@@ -31,7 +31,8 @@ from agent_sdk.protocol.errors import (
     MethodNotFound,
     ParseError,
 )
-from agent_sdk.protocol.methods import Describe, Execute, Initialize, ProcessSignal, Upload
+from agent_sdk.protocol.methods.connection import Initialize
+from agent_sdk.protocol.methods.workspace import Describe, Execute, ProcessSignal, Upload
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.protocol.specs import Limits
 

@@ -17,7 +17,8 @@ import pytest
 
 from agent_sdk.protocol import events
 from agent_sdk.protocol.endpoint import Endpoint, Notification, Request, Response, decode_params
-from agent_sdk.protocol.methods import NOTICES, all_methods, result_type
+from agent_sdk.protocol.methods import NOTICES, all_methods
+from agent_sdk.protocol.methods.method import result_type
 
 sys.path[:0] = [] if __name__ != "__main__" else [str(Path(__file__).parents[2])]
 from tests.protocol.examples import example  # noqa: E402

@@ -26,7 +26,9 @@ from agent_sdk.protocol.errors import (
     Unauthorized,
 )
 from agent_sdk.protocol.events import Interrupted, PauseRequested, ToolReturned, TurnEnded, TurnStarted
-from agent_sdk.protocol.methods import ClientInfo, Delete, Describe, Initialized
+from agent_sdk.protocol.methods.connection import ClientInfo, Initialized
+from agent_sdk.protocol.methods.conversation import Delete
+from agent_sdk.protocol.methods.workspace import Describe
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, SUBPROTOCOL, Limits
 from agent_sdk.remote.link import ask
 from agent_sdk.remote.reconnecting import ServerLink, Target, final_error

@@ -15,7 +15,7 @@ from agent_sdk.protocol.errors import (
     NotFound,
     Unauthorized,
 )
-from agent_sdk.protocol.methods import Describe
+from agent_sdk.protocol.methods.workspace import Describe
 from agent_sdk.protocol.specs import PROTOCOL_VERSION
 from agent_sdk.remote.address import checked_key, checked_url
 from agent_sdk.remote.link import Fixed, ask

@@ -13,7 +13,7 @@ import pytest
 from agent_sdk import Agent, Conversation, RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ChangedDuringRead
-from agent_sdk.protocol.methods import Delete
+from agent_sdk.protocol.methods.conversation import Delete
 from agent_sdk.remote.link import ask
 from agent_sdk.testing import ScriptedLLM, say
 from tests.chaos.proxy import Direction, Proxy

@@ -8,7 +8,7 @@ import pytest
 from agent_sdk import LocalWorkspace, RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, Unauthorized
-from agent_sdk.protocol.methods import Delete
+from agent_sdk.protocol.methods.conversation import Delete
 from agent_sdk.remote.link import Fixed, ask
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from agent_sdk.protocol.errors import Cancelled, OpExpired, OpMismatch, PathNotFound, TransferBroken
-from agent_sdk.protocol.methods import Done, Execute, FilesMkdir
+from agent_sdk.protocol.methods.method import Done
+from agent_sdk.protocol.methods.workspace import Execute, FilesMkdir
 from agent_sdk.rpc.ledger import FINISHED_BYTES, Ledger
 from agent_sdk.rpc.pipe import DISCONNECTED
 

@@ -19,20 +19,16 @@ from agent_sdk.protocol.errors import (
     TimedOut,
     WorkspaceLost,
 )
-from agent_sdk.protocol.methods import (
-    CancelCall,
-    CancelOutcome,
+from agent_sdk.protocol.methods.connection import CancelCall, CancelOutcome, Ping, Pong
+from agent_sdk.protocol.methods.conversation import ToolCall, ToolOutput
+from agent_sdk.protocol.methods.method import Done
+from agent_sdk.protocol.methods.workspace import (
     Describe,
     DiffText,
-    Done,
     FilesMkdir,
     FilesStat,
     GitDiff,
-    Ping,
-    Pong,
     ProcessList,
-    ToolCall,
-    ToolOutput,
 )
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import Peer

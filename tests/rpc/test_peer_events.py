@@ -8,16 +8,9 @@ import pytest
 
 from agent_sdk.protocol import frame
 from agent_sdk.protocol.errors import ConnectionLost, LimitExceeded
-from agent_sdk.protocol.methods import (
-    DiffText,
-    Draining,
-    EventsNotice,
-    GitDiff,
-    Ping,
-    Pong,
-    SendMessage,
-    SyncReset,
-)
+from agent_sdk.protocol.methods.connection import Draining, EventsNotice, Ping, Pong, SyncReset
+from agent_sdk.protocol.methods.conversation import SendMessage
+from agent_sdk.protocol.methods.workspace import DiffText, GitDiff
 from agent_sdk.protocol.results import Accepted
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import Peer

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from agent_sdk.protocol.endpoint import MESSAGES
 from agent_sdk.protocol.errors import ConnectionLost
 from agent_sdk.protocol.frame import _head
-from agent_sdk.protocol.methods import Count, Done, Download, FilesMkdir, GitDiff, ProcessInput
+from agent_sdk.protocol.methods.method import Done
+from agent_sdk.protocol.methods.workspace import Count, Download, FilesMkdir, GitDiff, ProcessInput
 from agent_sdk.protocol.results import Transferred
 from tests.rpc.links import SMALL, raw_to_peer
 

@@ -6,7 +6,8 @@ import pytest
 
 from agent_sdk.protocol import frame
 from agent_sdk.protocol.errors import ConnectionLost
-from agent_sdk.protocol.methods import DiffText, GitDiff, Ping, Pong, SyncReset
+from agent_sdk.protocol.methods.connection import Ping, Pong, SyncReset
+from agent_sdk.protocol.methods.workspace import DiffText, GitDiff
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import DISCONNECTED, memory_pipes

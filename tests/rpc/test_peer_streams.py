@@ -8,7 +8,8 @@ import pytest
 from agent_sdk.ids import new_id
 from agent_sdk.protocol import frame
 from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, LimitExceeded, TransferBroken
-from agent_sdk.protocol.methods import Count, Download, Ping, Pong, ProcessInput, SyncReset, Upload
+from agent_sdk.protocol.methods.connection import Ping, Pong, SyncReset
+from agent_sdk.protocol.methods.workspace import Count, Download, ProcessInput, Upload
 from agent_sdk.protocol.results import Transferred
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.stream import FIRST_BYTES

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from agent_sdk.protocol.errors import ConnectionLost
-from agent_sdk.protocol.methods import DiffText, GitDiff
+from agent_sdk.protocol.methods.workspace import DiffText, GitDiff
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.websocket import WebSocketPipe
 from tests.rpc.links import web_server

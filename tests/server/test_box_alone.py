@@ -13,7 +13,8 @@ from agent_sdk.box.profile import present_profile
 from agent_sdk.box.service import STRANGERS
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import OpMismatch, StateConflict, Unauthorized
-from agent_sdk.protocol.methods import Claim, ClientInfo, Describe, Execute, FilesList, Initialize
+from agent_sdk.protocol.methods.connection import ClientInfo, Initialize
+from agent_sdk.protocol.methods.workspace import Claim, Describe, Execute, FilesList
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.unix import connect_unix

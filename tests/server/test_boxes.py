@@ -15,7 +15,8 @@ from agent_sdk.conversation.contract import Waits
 from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.protocol.errors import ConnectionLost, OutcomeUnknown, PathNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.events import Waiting
-from agent_sdk.protocol.methods import Describe, Initialize, Initialized
+from agent_sdk.protocol.methods.connection import Initialize, Initialized
+from agent_sdk.protocol.methods.workspace import Describe
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.remote.link import persistent
 from agent_sdk.remote.workspace import RemoteWorkspace

@@ -8,7 +8,7 @@ import pytest
 
 from agent_sdk.protocol.errors import InternalError
 from agent_sdk.protocol.events import RequestOpened
-from agent_sdk.protocol.methods import ToolCall, ToolOutput
+from agent_sdk.protocol.methods.conversation import ToolCall, ToolOutput
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from agent_server.conversations.client_tools import ClientTools

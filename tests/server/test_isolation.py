@@ -20,7 +20,7 @@ import pytest
 import agent_server
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import PolicyDenied
-from agent_sdk.protocol.methods import Delete
+from agent_sdk.protocol.methods.conversation import Delete
 from agent_sdk.remote.link import ask
 from agent_sdk.remote.workspace import RemoteWorkspace
 from tests.conftest import SHORT_LIVED, let_others_through

@@ -14,7 +14,7 @@ import pytest
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import AgentMessage, ToolCalled, TurnStarted, UserMessage
-from agent_sdk.protocol.methods import Execute
+from agent_sdk.protocol.methods.workspace import Execute
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.boxes.relay import _digest
 from tests.docker.fake_engine import FakeEngine, never

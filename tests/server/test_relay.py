@@ -18,17 +18,15 @@ import pytest
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import Cancelled, OpMismatch, PathNotFound, TransferBroken
-from agent_sdk.protocol.methods import (
+from agent_sdk.protocol.methods.conversation import GetEvents, GetState, SetTitle
+from agent_sdk.protocol.methods.method import Done
+from agent_sdk.protocol.methods.workspace import (
     Describe,
-    Done,
     Execute,
     Executed,
     FilesMkdir,
     FilesRemove,
     FilesStat,
-    GetEvents,
-    GetState,
-    SetTitle,
     ShellReset,
     ShellRun,
     Upload,

@@ -17,7 +17,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.log.operations import KEPT, KEPT_SECONDS
 from agent_sdk.protocol.errors import InvalidParams, OpExpired, WorkspaceUnavailable
-from agent_sdk.protocol.methods import (
+from agent_sdk.protocol.methods.workspace import (
     WORKSPACE,
     Describe,
     Execute,

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from agent_sdk import LocalWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import InvalidParams, PathNotFound
-from agent_sdk.protocol.methods import (
+from agent_sdk.protocol.methods.workspace import (
     Describe,
     Download,
     Execute,

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
-from agent_sdk.protocol.methods import DeltaNotice, EventsNotice, SyncReset
+from agent_sdk.protocol.methods.connection import DeltaNotice, EventsNotice, SyncReset
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
 from agent_sdk.rpc.pipe import memory_pipes

@@ -19,7 +19,7 @@ from agent_sdk.conversation.receipts import operation, receipt
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import UserMessage
-from agent_sdk.protocol.methods import SendMessage
+from agent_sdk.protocol.methods.conversation import SendMessage
 from tests.agent.llm.provider import events as spoken
 from tests.conftest import SHORT_LIVED
 from tests.server.wire import GUARD

@@ -26,7 +26,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceLost,
     WorkspaceUnavailable,
 )
-from agent_sdk.protocol.methods import Claim
+from agent_sdk.protocol.methods.workspace import Claim
 from agent_sdk.protocol.results import Usage, WorkspaceInfo
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.connection import connect

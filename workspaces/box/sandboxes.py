@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
-from agent_sdk.protocol.methods import SnapshotTaken
+from agent_sdk.protocol.methods.workspace import SnapshotTaken
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.docker import labels

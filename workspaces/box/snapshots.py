@@ -12,7 +12,7 @@ from pathlib import Path
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, NotFound
-from agent_sdk.protocol.methods import SnapshotTaken
+from agent_sdk.protocol.methods.workspace import SnapshotTaken
 from agent_sdk.workspace.disk import in_thread
 from workspaces.box import sandbox_files
 from workspaces.box.disks import FRESH, Disks

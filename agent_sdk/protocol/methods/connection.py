@@ -123,3 +123,8 @@ class Draining(Notice, frozen=True, kw_only=True):
 
     method = "draining"
     retry_after_ms: int = 1000
+
+
+CONNECTION: tuple[type[Method[Any]], ...] = (Initialize, Ping, CancelCall)
+"""Answered by both ends, `initialize` by the accepting one."""
+NOTICES: tuple[type[Notice], ...] = (EventsNotice, DeltaNotice, SyncReset, Draining, CancelNotice)

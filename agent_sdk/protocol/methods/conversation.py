@@ -193,3 +193,26 @@ class ToolCall(Method[ToolOutput], frozen=True, kw_only=True):
     call_id: str
     tool: str
     arguments: str
+
+
+CONVERSATION: tuple[type[Method[Any]], ...] = (
+    Configure,
+    RegisterTools,
+    SendMessage,
+    Run,
+    Pause,
+    Interrupt,
+    Respond,
+    GetState,
+    GetEvents,
+    Subscribe,
+    UpdateSecrets,
+    SetConfirmationPolicy,
+    SwitchLlm,
+    SetTitle,
+    Delete,
+    ListConversations,
+)
+"""Answered by a server."""
+CLIENT: tuple[type[Method[Any]], ...] = (ToolCall,)
+"""Answered by a client: the server calls them over the same connection."""

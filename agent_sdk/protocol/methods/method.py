@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
 from msgspec import Meta, Struct
 
@@ -20,7 +20,9 @@ __all__ = [
     "Offset",
     "OpId",
     "Path",
+    "R",
     "UserName",
+    "result_type",
 ]
 
 R = TypeVar("R")
@@ -55,3 +57,9 @@ class Notice(Struct, frozen=True, kw_only=True):
 
 class Done(Struct, frozen=True):
     """It is done."""
+
+
+def result_type(method: type[Method[R]]) -> type[R]:
+    """Return the R of a method class."""
+    found: Any = method
+    return get_args(found.__orig_bases__[0])[0]  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -380,3 +380,35 @@ class LimitReached(Notice, frozen=True, kw_only=True):
     method = "box.limit"
     limit: Literal["memory", "pids", "disk"]
     detail: str = ""
+
+
+WORKSPACE: tuple[type[Method[Any]], ...] = (
+    Describe,
+    Execute,
+    ProcessStart,
+    ProcessList,
+    ProcessWait,
+    ProcessInput,
+    ProcessOutput,
+    ProcessSignal,
+    ProcessResize,
+    ShellRun,
+    ShellSend,
+    ShellReset,
+    Upload,
+    UploadOffset,
+    Download,
+    FilesList,
+    FilesStat,
+    FilesRemove,
+    FilesMove,
+    FilesMkdir,
+    GitChanges,
+    GitDiff,
+)
+"""Answered by whatever serves a Workspace: a box, and a server on behalf of its box."""
+SANDBOX: tuple[type[Method[Any]], ...] = (PauseWorkspace, ResumeWorkspace, SnapshotWorkspace)
+"""Answered by a server about the container of a workspace."""
+BOX: tuple[type[Method[Any]], ...] = (Claim,)
+"""Answered by a box about itself."""
+NOTICES: tuple[type[Notice], ...] = (LimitReached,)
