@@ -3,6 +3,7 @@
 api:          Conversation(agent, workspace), here or there
 definition:   Agent and LLM
 tools:        @tool and the contract of a tool
+models:       the contract of a model
 callbacks:    calling what users gave us
 sync:         the same names, blocking
 portal:       from blocking code into the event loop, and back

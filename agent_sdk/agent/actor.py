@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from agent_sdk.agent.llm.client import open_model
-from agent_sdk.agent.llm.contract import ModelClient
 from agent_sdk.agent.mask import Mask, check_secrets, hidden_in
 from agent_sdk.agent.place import Passing, Place
 from agent_sdk.agent.prompt import system_prompt
 from agent_sdk.agent.toolbox import Toolbox, local_and_remote
 from agent_sdk.agent.tools.registry import make_tool
+from agent_sdk.models import ModelClient
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.events import AgentConfigured, RequestOpened
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model, ToolSpec

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from agent_sdk.agent.clip import MODEL_CHARS, clip_chars
 from agent_sdk.agent.ending import ending_of, nudge
-from agent_sdk.agent.llm.contract import AssistantTurn, ToolTurn, ToolUse, Turn, UserTurn
+from agent_sdk.models import AssistantTurn, ToolTurn, ToolUse, Turn, UserTurn
 from agent_sdk.protocol.events import AgentMessage, Event, ToolCalled, ToolReturned, UserMessage
 
 

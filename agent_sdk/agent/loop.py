@@ -20,11 +20,11 @@ from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
 from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure, is_whole
 from agent_sdk.agent.journal import Journal
-from agent_sdk.agent.llm.contract import CUT, Completion, ModelRequest
 from agent_sdk.agent.llm.retry import complete_with_retries
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.progress import Progress
 from agent_sdk.conversation.contract import Outcome, outcome_of
+from agent_sdk.models import CUT, Completion, ModelRequest
 from agent_sdk.protocol.errors import (
     GOES_ON,
     AgentServerError,

@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from agent_sdk.agent.history import History
-from agent_sdk.agent.llm.contract import AssistantTurn, ToolTurn, ToolUse, UserTurn
+from agent_sdk.models import AssistantTurn, ToolTurn, ToolUse, UserTurn
 from agent_sdk.protocol.events import AgentMessage, Event, ToolCalled, ToolReturned, UserMessage
 
 

@@ -8,11 +8,11 @@ import pytest
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.clip import ARGUMENT_BYTES
-from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ToolTurn, ToolUse, Usage, UserTurn
 from agent_sdk.agent.loop import Turn
 from agent_sdk.conversation.delivery import Delivery
 from agent_sdk.conversation.journal import Journal
 from agent_sdk.log.event_log import EventLog
+from agent_sdk.models import AssistantTurn, Completion, ToolTurn, ToolUse, Usage, UserTurn
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelRefused, WorkspaceLost
 from agent_sdk.protocol.events import (
     AgentMessage,

@@ -1,6 +1,5 @@
 """Reaching models: messages in, one Completion out.
 
-contract:         what the loop asks of any model
 retry:            asking again after failures
 scripted:         a model without a model
 client:           from an LLM or a ScriptedLLM to a client; a model of a provider: one request, one answer

@@ -6,10 +6,10 @@ import math
 
 from msgspec import Raw
 
-from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ModelRequest, OnDelta, ToolUse, Usage
 from agent_sdk.agent.llm.failure import broken, failure_in, says_something, too_large
 from agent_sdk.agent.llm.provider import Address
 from agent_sdk.ids import new_id
+from agent_sdk.models import AssistantTurn, Completion, ModelRequest, OnDelta, ToolUse, Usage
 from agent_sdk.protocol.errors import ModelError
 from agent_sdk.protocol.specs import LLM
 from agent_sdk.tools import as_utf8

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import msgspec
 from msgspec import Raw
 
-from agent_sdk.agent.llm.contract import AssistantTurn, ModelRequest, ToolTurn, ToolUse, Turn
 from agent_sdk.agent.llm.history import fitting_arguments, fitting_id, fitting_name, is_blank, kept
 from agent_sdk.agent.llm.provider import Address
+from agent_sdk.models import AssistantTurn, ModelRequest, ToolTurn, ToolUse, Turn
 from agent_sdk.protocol.specs import LLM, Json
 
 MAX_TOKENS = 32_000

@@ -13,10 +13,10 @@ from msgspec import Raw, Struct
 
 from agent_sdk.agent.llm import lenient
 from agent_sdk.agent.llm.answer import PLACES, Answer, ToolDraft
-from agent_sdk.agent.llm.contract import CUT, Completion
 from agent_sdk.agent.llm.failure import broken, decoded, failure_in, too_large
 from agent_sdk.agent.llm.history import keep
 from agent_sdk.agent.llm.sse import ServerSentEvent
+from agent_sdk.models import CUT, Completion
 from agent_sdk.protocol.specs import Json
 from agent_sdk.tools import as_utf8
 

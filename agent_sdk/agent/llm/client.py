@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from agent_sdk.agent.llm import anthropic, openai
 from agent_sdk.agent.llm.answer import ANSWER_BYTES, Answer
 from agent_sdk.agent.llm.anthropic_answer import Reading as AnthropicReading
-from agent_sdk.agent.llm.contract import Completion, ModelClient, ModelRequest, OnDelta
 from agent_sdk.agent.llm.failure import ERROR_BYTES, broken, failure_of, too_large
 from agent_sdk.agent.llm.openai_answer import Reading as OpenAIReading
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.llm.scripted import ScriptedClient
 from agent_sdk.agent.llm.sse import BOM, EventParser, is_whole
+from agent_sdk.models import Completion, ModelClient, ModelRequest, OnDelta
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelRefused
 from agent_sdk.protocol.specs import LLM, Model, ScriptedLLM
 

@@ -15,8 +15,8 @@ import msgspec
 from msgspec import Raw
 
 from agent_sdk.agent.llm import lenient
-from agent_sdk.agent.llm.contract import AssistantTurn, Turn
 from agent_sdk.agent.llm.provider import Address
+from agent_sdk.models import AssistantTurn, Turn
 
 _object: msgspec.json.Decoder[dict[str, Raw]] = msgspec.json.Decoder(dict[str, Raw])
 _kept: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])

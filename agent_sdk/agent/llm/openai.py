@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import msgspec
 
-from agent_sdk.agent.llm.contract import AssistantTurn, ModelRequest, ToolTurn, Turn
 from agent_sdk.agent.llm.history import fitting_arguments, fitting_id, fitting_name, is_blank, kept
 from agent_sdk.agent.llm.provider import Address
+from agent_sdk.models import AssistantTurn, ModelRequest, ToolTurn, Turn
 from agent_sdk.protocol.specs import LLM, Json, ToolSpec
 
 

@@ -13,7 +13,7 @@ from msgspec import Struct
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential, wait_random
 
-from agent_sdk.agent.llm.contract import Completion, ModelClient, ModelRequest, OnDelta
+from agent_sdk.models import Completion, ModelClient, ModelRequest, OnDelta
 from agent_sdk.protocol.errors import ModelError
 from agent_sdk.protocol.specs import LLM, Model
 

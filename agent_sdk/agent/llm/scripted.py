@@ -13,7 +13,7 @@ import re
 
 import msgspec
 
-from agent_sdk.agent.llm.contract import (
+from agent_sdk.models import (
     AssistantTurn,
     Completion,
     ModelRequest,

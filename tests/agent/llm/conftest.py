@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from agent_sdk.agent.llm.client import open_model
-from agent_sdk.agent.llm.contract import Completion
+from agent_sdk.models import Completion
 from agent_sdk.protocol.specs import LLM
 from tests.agent.llm.provider import HELLO, KEY, Ask, Respond
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
 
-from agent_sdk.agent.llm.contract import Completion, ModelRequest, UserTurn
+from agent_sdk.models import Completion, ModelRequest, UserTurn
 
 KEY = "sk-0123456789abcdef"
 HELLO = ModelRequest(system="Help.", turns=[UserTurn("hi")])

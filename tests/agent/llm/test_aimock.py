@@ -6,7 +6,8 @@ import aiohttp
 import pytest
 
 from agent_sdk.agent.llm.client import ProviderClient, open_model
-from agent_sdk.agent.llm.contract import (
+from agent_sdk.agent.llm.retry import Backoff, complete_with_retries
+from agent_sdk.models import (
     AssistantTurn,
     Completion,
     ModelClient,
@@ -14,7 +15,6 @@ from agent_sdk.agent.llm.contract import (
     ToolTurn,
     UserTurn,
 )
-from agent_sdk.agent.llm.retry import Backoff, complete_with_retries
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,
     ModelError,

@@ -3,8 +3,8 @@
 import pytest
 
 from agent_sdk.agent.llm.answer import Answer
-from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ModelRequest, ToolUse
 from agent_sdk.agent.llm.provider import address_of
+from agent_sdk.models import AssistantTurn, Completion, ModelRequest, ToolUse
 from agent_sdk.protocol.errors import ModelAnswerTooLarge
 from agent_sdk.protocol.specs import LLM
 

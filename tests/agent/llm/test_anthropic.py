@@ -5,8 +5,8 @@ from typing import Any
 import msgspec
 
 from agent_sdk.agent.llm.anthropic import encode
-from agent_sdk.agent.llm.contract import AssistantTurn, ModelRequest, ToolTurn, ToolUse, UserTurn
 from agent_sdk.agent.llm.provider import address_of
+from agent_sdk.models import AssistantTurn, ModelRequest, ToolTurn, ToolUse, UserTurn
 from agent_sdk.protocol.specs import LLM, ToolSpec
 
 CLAUDE = LLM(model="anthropic/claude-sonnet-5")

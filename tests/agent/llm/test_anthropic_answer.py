@@ -8,9 +8,9 @@ import pytest
 from agent_sdk.agent.llm.answer import Answer
 from agent_sdk.agent.llm.anthropic import encode
 from agent_sdk.agent.llm.anthropic_answer import Reading
-from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ModelRequest, ToolUse, UserTurn
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.llm.sse import ServerSentEvent
+from agent_sdk.models import AssistantTurn, Completion, ModelRequest, ToolUse, UserTurn
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelAnswerTooLarge, ModelRefused, ModelUnavailable
 from agent_sdk.protocol.specs import LLM
 

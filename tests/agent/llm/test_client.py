@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from agent_sdk.agent.llm.client import open_model
-from agent_sdk.agent.llm.contract import ModelClient, ModelRequest, UserTurn
+from agent_sdk.models import ModelClient, ModelRequest, UserTurn
 from agent_sdk.protocol.errors import ModelError, ModelRefused
 from agent_sdk.protocol.specs import LLM
 from tests.agent.llm.provider import HELLO, JSON, STREAM, WHOLE, Ask, events, sending

@@ -5,9 +5,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent_sdk.agent.llm.contract import AssistantTurn, ModelRequest, ToolTurn, ToolUse, UserTurn
 from agent_sdk.agent.llm.openai import encode
 from agent_sdk.agent.llm.provider import address_of
+from agent_sdk.models import AssistantTurn, ModelRequest, ToolTurn, ToolUse, UserTurn
 from agent_sdk.protocol.specs import LLM, ToolSpec
 
 GPT = LLM(model="openai/gpt-5.5")

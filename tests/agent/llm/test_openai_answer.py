@@ -7,11 +7,11 @@ import msgspec
 import pytest
 
 from agent_sdk.agent.llm.answer import Answer
-from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ModelRequest, ToolTurn, ToolUse, UserTurn
 from agent_sdk.agent.llm.openai import encode
 from agent_sdk.agent.llm.openai_answer import Reading
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.llm.sse import ServerSentEvent
+from agent_sdk.models import AssistantTurn, Completion, ModelRequest, ToolTurn, ToolUse, UserTurn
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelError, ModelRateLimited, ModelUnavailable
 from agent_sdk.protocol.specs import LLM, ToolSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent_sdk.agent.llm.client import open_model
-from agent_sdk.agent.llm.contract import Completion
+from agent_sdk.models import Completion
 from agent_sdk.protocol.errors import ModelError, ModelRefused, ModelUnauthorized
 from agent_sdk.protocol.specs import LLM
 from tests.agent.llm.provider import HELLO, events

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from agent_sdk.agent.llm.client import open_model
-from agent_sdk.agent.llm.contract import AssistantTurn, Completion, ModelRequest, ToolTurn, UserTurn
+from agent_sdk.models import AssistantTurn, Completion, ModelRequest, ToolTurn, UserTurn
 from agent_sdk.protocol.errors import InvalidParams, ModelRefused, ModelUnavailable
 from agent_sdk.protocol.specs import Call, Calls, Fail, Hang, Say, ScriptedLLM
 

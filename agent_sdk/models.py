@@ -1,4 +1,4 @@
-"""What the loop asks of any model: messages in, one Completion out. One file per provider family implements it."""
+"""The contract of a model: what was said before goes in, one Completion comes out. `agent.llm` keeps it per dialect."""
 
 from __future__ import annotations
 
