@@ -62,6 +62,9 @@ class ToolContext(Struct, frozen=True, kw_only=True):
     """Of this call and no other, in whatever process it is run or taken up again."""
     same_place: bool = True
     """For `resume`: the workspace is the one in which the call began, with all that ran there."""
+    leaving: Callable[[], bool] = lambda: False
+    """Returns whether another process goes on with the call: what it has begun in the workspace then stays, although
+    the call is cancelled here."""
 
 
 class Tool(Protocol):

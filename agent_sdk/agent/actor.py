@@ -111,8 +111,16 @@ class Actor:
         spec = self.toolbox.spec(tool)
         return spec is not None and spec.read_only
 
-    def context(self, call_key: str, begun_in: str | None = None) -> ToolContext:
-        """Return what tools may use in a call; `begun_in`: the place in which another process may have begun it."""
+    def context(
+        self, call_key: str, begun_in: str | None = None, leaving: Callable[[], bool] = lambda: False
+    ) -> ToolContext:
+        """Return what tools may use in a call.
+
+        Args:
+            call_key: what tells it from all others.
+            begun_in: the place in which another process may have begun it.
+            leaving: whether another process goes on with it.
+        """
         place = self.workspace if begun_in is None else self.place.again(begun_in)
         return ToolContext(
             workspace=place or self.workspace,
@@ -120,6 +128,7 @@ class Actor:
             call_key=call_key,
             same_place=place is not None,
             ends=self.mask.ends,
+            leaving=leaving,
         )
 
     def configured(self) -> AgentConfigured:

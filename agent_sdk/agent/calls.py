@@ -17,7 +17,7 @@ from agent_sdk.agent.progress import Progress
 from agent_sdk.agent.toolbox import UNKNOWN, failed_call
 from agent_sdk.agent.tools.registry import FINISH
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import GOES_ON, RequestNotFound
+from agent_sdk.protocol.errors import RequestNotFound
 from agent_sdk.protocol.events import Event, RequestOpened, RequestResolved, ToolCalled, ToolReturned
 from agent_sdk.tools import ToolResult
 from agent_sdk.workspace.digest import sha256
@@ -149,10 +149,13 @@ class Calls:
                 raise asyncio.CancelledError
         return final
 
+    def _left(self) -> bool:
+        return self.leaving and not self.stopped
+
     def leave(self) -> None:
         """End the turn here, if it is let go of."""
         if self.leaving:
-            raise asyncio.CancelledError(GOES_ON)
+            raise asyncio.CancelledError
 
     async def respond(
         self, request_id: str, answer: Literal["approve", "reject"], reason: str, op: Any = None
@@ -223,7 +226,7 @@ class Calls:
             result = await self._run_in_client(call)
         if result is None:
             begun = call.call_id in self._begun
-            context = self._present().context(_key(call), call.place if begun else None)
+            context = self._present().context(_key(call), call.place if begun else None, self._left)
             result = await toolbox.run(call.tool, self._real(call), context, begun=begun)
         self._results[call.call_id] = result
 

@@ -26,7 +26,6 @@ from agent_sdk.agent.progress import Progress
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.models import CUT, Completion, ModelRequest
 from agent_sdk.protocol.errors import (
-    GOES_ON,
     AgentServerError,
     ConnectionLost,
     InternalError,
@@ -171,7 +170,7 @@ class Turn:
         must_end = self._asking or self._calls.must_end
         ends = self.ending or self._stopped is not None  # its end in the log must not be broken off
         if self._task is not None and not ends and (now or not must_end):
-            self._task.cancel(GOES_ON)
+            self._task.cancel()
 
     async def respond(
         self, request_id: str, answer: Literal["approve", "reject"], reason: str, op: Any = None

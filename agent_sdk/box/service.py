@@ -175,7 +175,7 @@ class BoxService:
                 raise StateConflict(f"the box is claimed already, by {self._instance}; start another one")
             return Done()
 
-        await self._ledger.run(params, claim)
+        await self._ledger.run(params, claim, call)
         info: WorkspaceInfo = await self._describe(Describe(), call)
         return info
 

@@ -145,10 +145,6 @@ class BadBinaryHeader(InvalidRequest):
     """A binary frame breaks the rules; the connection is closed with 4400."""
 
 
-GOES_ON = "the connection ended"
-"""The message of a CancelledError that ends the waiting only: what was asked for goes on where it runs."""
-
-
 class Cancelled(AgentServerError, code=-32800):
     """The caller cancelled the call (the number is the Language Server Protocol's)."""
 

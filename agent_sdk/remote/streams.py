@@ -69,9 +69,6 @@ async def with_output(call: Coroutine[Any, Any, A], *listening: Coroutine[Any, A
             if error is not None:
                 raise error
         return calling.result()
-    except asyncio.CancelledError as exc:
-        calling.cancel(*exc.args)  # it says whether the command shall end, too
-        raise
     finally:
         for task in tasks:
             task.cancel()

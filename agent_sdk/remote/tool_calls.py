@@ -9,7 +9,6 @@ from typing import Any
 from agent_sdk.protocol.errors import Cancelled
 from agent_sdk.protocol.methods.conversation import ToolCall, ToolOutput
 from agent_sdk.rpc.peer import Inbound
-from agent_sdk.rpc.pipe import DISCONNECTED
 from agent_sdk.tools import FunctionTool
 
 
@@ -39,8 +38,8 @@ class ToolCalls:
             run = self._runs[params.request_id] = asyncio.create_task(self._run(params))
         try:
             await asyncio.wait({run})
-        except asyncio.CancelledError as exc:
-            if exc.args != (DISCONNECTED,):
+        except asyncio.CancelledError:
+            if not call.abandoned:
                 await self._cancel(params.request_id)
             raise
         return run.result()

@@ -22,7 +22,6 @@ from agent_sdk.protocol.methods.connection import CancelCall, CancelOutcome, Pin
 from agent_sdk.protocol.methods.method import Method
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.lanes import Lanes
-from agent_sdk.rpc.pipe import DISCONNECTED
 
 AnyHandler = Callable[[Any, Any], Awaitable[Any]]
 
@@ -134,7 +133,7 @@ class Answers:
         """Nobody hears answers any more."""
         self._lost = True
         for task in self.tasks:
-            task.cancel(DISCONNECTED)
+            task.cancel()
 
     def _start(self, message: Request) -> None:
         if message.id in self._running:

@@ -23,7 +23,6 @@ from agent_sdk.protocol.methods.connection import CancelCall, Ping
 from agent_sdk.protocol.methods.method import Method, R, result_type
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.lanes import Lanes, Line
-from agent_sdk.rpc.pipe import DISCONNECTED
 from agent_sdk.rpc.shield import shielded
 
 UNQUEUED = (CancelCall.method, Ping.method)
@@ -44,6 +43,8 @@ class Calls:
         """Make an empty table; `limits`: those of the other end."""
         self.limits = limits
         self.watch: Watch | None = None
+        self.leave: Leave = lambda: False
+        """Asked where a call has no `leave` of its own."""
         self._endpoint = endpoint
         self._lanes = lanes
         self._pending: dict[Id, asyncio.Future[Raw]] = {}
@@ -119,9 +120,8 @@ class Calls:
         long = self._lanes.put_message(message)
         try:
             return await future
-        except asyncio.CancelledError as exc:
-            goes_on = leave() if leave is not None else exc.args == (DISCONNECTED,)
-            if future.cancelled() and self._lost is None and not goes_on:
+        except asyncio.CancelledError:
+            if future.cancelled() and self._lost is None and not (leave or self.leave)():
                 await self._cancel(id, long)
             raise
         finally:

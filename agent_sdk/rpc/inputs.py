@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from agent_sdk.protocol.errors import LimitExceeded, TransferBroken
-from agent_sdk.rpc.pipe import DISCONNECTED
+from agent_sdk.rpc.peer import Inbound
 from agent_sdk.rpc.stream import ByteReader
 
 INPUT_BYTES = 64 << 20
@@ -75,8 +75,8 @@ class Inputs:
         return known
 
     @asynccontextmanager
-    async def turn(self, op_id: str) -> AsyncIterator[Input]:
-        """Read on, instead of whoever does so for this call now. A call that is cancelled leaves nothing."""
+    async def turn(self, op_id: str, call: Inbound) -> AsyncIterator[Input]:
+        """Read on, instead of whoever does so for this call now. A call that is cancelled on purpose leaves nothing."""
         known = self._inputs.pop(op_id, None) or Input(self._limit)
         self._inputs[op_id] = known  # behind the others
         known.let_go()
@@ -85,8 +85,8 @@ class Inputs:
         try:
             async with known.turn:
                 yield known
-        except asyncio.CancelledError as exc:
-            if exc.args != (DISCONNECTED,):
+        except asyncio.CancelledError:
+            if not call.abandoned:
                 self._forget(op_id, known)
             raise
         finally:

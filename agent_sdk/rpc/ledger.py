@@ -23,7 +23,7 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.methods.method import Effect
 from agent_sdk.protocol.methods.workspace import Execute, ProcessStart, Upload
-from agent_sdk.rpc.pipe import DISCONNECTED
+from agent_sdk.rpc.peer import Inbound
 
 FINISHED = 10_000
 FINISHED_SECONDS = 24 * 3600.0
@@ -108,13 +108,20 @@ class Ledger:
         while (entry := self._running.get(op_id)) is not None and entry.task is not None:
             await asyncio.wait({entry.task})
 
-    async def run(self, call: Effect[Any], action: Callable[[], Awaitable[T]]) -> T:
+    async def run(
+        self, call: Effect[Any], action: Callable[[], Awaitable[T]], inbound: Inbound | None = None
+    ) -> T:
         """Run `action` for this call, or attach to its run, or return what it returned, or raise what it raised.
 
         Failures before any effect are not kept: the same call then runs again; nor is an OpMismatch of the
         action, which knows an earlier owner of the op_id. Cancelling the last
         one who waits cancels the action, waits for its end and forgets it; but an action whose
         callers only lost their connection goes on, so that they can come back to it.
+
+        Args:
+            call: its params.
+            action: does what it asks for.
+            inbound: who waits; None: nobody that could lose a connection.
 
         Raises:
             OpMismatch: the op_id came before with other params.
@@ -135,7 +142,7 @@ class Ledger:
         elif entry.digest != digest:
             raise OpMismatch(f"op_id {call.op_id} came before with other params", op_id=call.op_id)
         if (running := entry.task) is not None:
-            await self._wait(entry, running)
+            await self._wait(entry, running, inbound)
             if running.cancelled():
                 raise Cancelled("the operation was cancelled by another caller")
             result: T = running.result()
@@ -152,12 +159,12 @@ class Ledger:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _wait(self, entry: Entry, task: asyncio.Task[Any]) -> None:
+    async def _wait(self, entry: Entry, task: asyncio.Task[Any], inbound: Inbound | None) -> None:
         entry.waiting += 1
         try:
             await asyncio.wait({task})
-        except asyncio.CancelledError as exc:
-            if entry.waiting == 1 and exc.args != (DISCONNECTED,):
+        except asyncio.CancelledError:
+            if entry.waiting == 1 and not (inbound is not None and inbound.abandoned):
                 task.cancel()
                 await asyncio.wait({task})
             raise

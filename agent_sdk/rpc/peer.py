@@ -78,6 +78,11 @@ class Inbound:
         self.id = id
         self.goes_on = False
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether the connection has ended: a handler that is cancelled then is not told to undo what it does."""
+        return self.peer.lost is not None
+
     def reading(self, channel: int) -> AbstractAsyncContextManager[ByteReader]:
         """The bytes the caller sends on its channel; leaving early tells the caller to stop.
 
@@ -182,6 +187,15 @@ class Peer:
         self._calls.watch = watch
 
     @property
+    def leave(self) -> Leave:
+        """Whether a call of ours that is cancelled is only forgotten, where the call itself does not say it."""
+        return self._calls.leave
+
+    @leave.setter
+    def leave(self, leave: Leave) -> None:
+        self._calls.leave = leave
+
+    @property
     def ignored(self) -> Mapping[str, int]:
         """How often something that cannot be answered was ignored, by reason."""
         return {**self._endpoint.ignored, "frame of an unknown stream": self._channels.strays}
@@ -210,13 +224,12 @@ class Peer:
 
         Waits in a queue while as many calls are in flight as the other end accepts (not `ping` and
         `call.cancel`). Cancelling asks the other end to cancel the call, waits for the call's answer
-        (10 s at most), then raises CancelledError. Cancelling with the message DISCONNECTED, as it happens
-        to handlers whose caller is gone, only forgets the call: it goes on there. `leave` decides instead, if given.
+        (10 s at most), then raises CancelledError, unless `leave` says that the call goes on there.
 
         Args:
             params: the method's params; their class says which method.
             timeout: seconds; when they are over the call is cancelled in the same way.
-            leave: asked when the call is cancelled: whether to forget it only.
+            leave: asked when the call is cancelled: whether to forget it only; None: the `leave` of the peer is asked.
 
         Raises:
             TimedOut: after `timeout`, or the other end said so.

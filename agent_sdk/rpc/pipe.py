@@ -6,11 +6,9 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-from agent_sdk.protocol.errors import GOES_ON, ConnectionLost
+from agent_sdk.protocol.errors import ConnectionLost
 
 MEMORY_BYTES = 256 << 10
-DISCONNECTED = GOES_ON
-"""The message of the CancelledError in handlers whose caller is gone; others were cancelled on purpose."""
 
 
 class Pipe(Protocol):

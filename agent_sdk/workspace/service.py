@@ -61,7 +61,6 @@ from agent_sdk.protocol.results import (
 from agent_sdk.rpc.inputs import Inputs
 from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound
-from agent_sdk.rpc.pipe import DISCONNECTED
 from agent_sdk.rpc.stream import ByteWriter
 from agent_sdk.workspace.contract import ExecResult, Output, OutputName, ShellResult
 from agent_sdk.workspace.digest import sha256
@@ -131,7 +130,7 @@ class _Served:
             since: dict[OutputName, int] = {"stdout": params.stdout_since, "stderr": params.stderr_since}
             if params.follow and writers:
                 return await self._follow(params, call, stdin, writers, since)
-            result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin))
+            result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin), call)
             for name, writer in writers.items():
                 await _finish(writer, result.out if name == "stdout" else result.err, since[name])
             return _executed(result, with_text=not params.stdout)
@@ -140,7 +139,7 @@ class _Served:
         """Read what the command is to read; who repeats the call need not send it again."""
         if not params.stdin:
             return None
-        async with call.reading(params.stdin) as reader, self._inputs.turn(params.op_id) as stdin:
+        async with call.reading(params.stdin) as reader, self._inputs.turn(params.op_id, call) as stdin:
             return None if params.op_id in self._ledger else await stdin.read(reader)
 
     async def _follow(
@@ -153,7 +152,7 @@ class _Served:
     ) -> Executed:
         """Send output while the command runs, from where the caller says; it is read from where it is kept."""
         begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
-        running = asyncio.ensure_future(self._ledger.run(params, lambda: self._run(params, stdin)))
+        running = asyncio.ensure_future(self._ledger.run(params, lambda: self._run(params, stdin), call))
         try:
             await asyncio.wait((running, begun), return_when=asyncio.FIRST_COMPLETED)
             process = begun.result() if begun.done() else None
@@ -165,7 +164,7 @@ class _Served:
             )
             result: ExecResult = await running
         except asyncio.CancelledError:
-            running.cancel(DISCONNECTED if call.peer.lost is not None else None)
+            running.cancel()
             await asyncio.wait((running,))
             raise
         finally:
@@ -230,7 +229,7 @@ class _Served:
             )
             return Started(process.id)
 
-        return await self._ledger.run(params, start)
+        return await self._ledger.run(params, start, call)
 
     async def processes(self, params: ProcessList, call: Inbound) -> list[ProcessInfo]:
         return await self._workspace.processes()
@@ -258,7 +257,7 @@ class _Served:
 
     async def signal(self, params: ProcessSignal, call: Inbound) -> Done:
         process = self._workspace.process(params.process_id)
-        return await self._done(params, lambda: process.signal(params.name))
+        return await self._done(params, call, lambda: process.signal(params.name))
 
     async def resize(self, params: ProcessResize, call: Inbound) -> Done:
         await self._workspace.process(params.process_id).resize(rows=params.rows, cols=params.cols)
@@ -286,7 +285,7 @@ class _Served:
             writer = None
             if params.channel:
                 writer = await stack.enter_async_context(call.writing(params.channel))
-            result = await self._ledger.run(params, lambda: act(**limits))
+            result = await self._ledger.run(params, lambda: act(**limits), call)
             if writer is not None:
                 await _finish(writer, result.output, params.since)
             return ShellAnswer(
@@ -302,7 +301,7 @@ class _Served:
 
     async def shell_reset(self, params: ShellReset, call: Inbound) -> Done:
         shell = self._workspace.shell(params.name)
-        return await self._done(params, shell.reset if params.fresh else shell.close)
+        return await self._done(params, call, shell.reset if params.fresh else shell.close)
 
     # --- files ---
 
@@ -317,7 +316,7 @@ class _Served:
                 mode=params.mode,
                 unpack=params.unpack,
             )
-            return await self._ledger.run(params, receive)
+            return await self._ledger.run(params, receive, call)
 
     async def upload_offset(self, params: UploadOffset, call: Inbound) -> Count:
         if (stdin := await self._inputs.settled(params.op_id)) is not None:
@@ -365,13 +364,15 @@ class _Served:
 
     async def files_remove(self, params: FilesRemove, call: Inbound) -> Done:
         remove = self._workspace.files.remove
-        return await self._done(params, lambda: remove(params.path, recursive=params.recursive))
+        return await self._done(params, call, lambda: remove(params.path, recursive=params.recursive))
 
     async def files_move(self, params: FilesMove, call: Inbound) -> Done:
-        return await self._done(params, lambda: self._workspace.files.move(params.source, params.target))
+        return await self._done(
+            params, call, lambda: self._workspace.files.move(params.source, params.target)
+        )
 
     async def files_mkdir(self, params: FilesMkdir, call: Inbound) -> Done:
-        return await self._done(params, lambda: self._workspace.files.mkdir(params.path))
+        return await self._done(params, call, lambda: self._workspace.files.mkdir(params.path))
 
     async def git_changes(self, params: GitChanges, call: Inbound) -> list[GitChange]:
         return await self._workspace.git.changes(params.path, base=params.base)
@@ -379,12 +380,12 @@ class _Served:
     async def git_diff(self, params: GitDiff, call: Inbound) -> DiffText:
         return DiffText(await self._workspace.git.diff(params.path, base=params.base))
 
-    async def _done(self, params: Effect[Done], action: Any) -> Done:
+    async def _done(self, params: Effect[Done], call: Inbound, action: Any) -> Done:
         async def act() -> Done:
             await action()
             return Done()
 
-        return await self._ledger.run(params, act)
+        return await self._ledger.run(params, act, call)
 
 
 def weight(result: object) -> int:

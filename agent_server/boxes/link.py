@@ -77,6 +77,8 @@ class BoxLink:
         """Whether a call has begun in the box whose result is nowhere else."""
         self.awaited = False
         """Whether a call is written down that has not begun, for the box of this name."""
+        self.leaving = False
+        """Whether this server stops: calls that are cancelled here go on in the box, for the next one."""
         self._name = name
         self._make = make
         self._tell = tell
@@ -407,6 +409,7 @@ class BoxLink:
                 peer = await self._connect(stack, box)
                 watch = BoxWatch(peer, self._patience, lambda: self._frozen or self._held)
                 peer.watch = self._watch = await stack.enter_async_context(watch)
+                peer.leave = lambda: self.leaving
                 if first := self._linked is None:
                     self._name.redeem()
                 self._linked = Linked(peer, box.instance)

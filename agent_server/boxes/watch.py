@@ -12,7 +12,6 @@ from agent_sdk.protocol.events import Waiting
 from agent_sdk.protocol.methods.connection import Ping
 from agent_sdk.protocol.methods.method import Method
 from agent_sdk.rpc.peer import Peer
-from agent_sdk.rpc.pipe import DISCONNECTED
 
 SILENT_SECONDS = 15.0
 """A call without a limit of its own asks so often whether the box answers, and gives it so long."""
@@ -82,12 +81,12 @@ class BoxWatch:
 
     async def answers(self, seconds: float) -> bool:
         """Whether the box answers within these seconds, or need not."""
-        asking = asyncio.ensure_future(self._peer.call(Ping()))
+        asking = asyncio.ensure_future(self._peer.call(Ping(), leave=lambda: True))
         try:
             await asyncio.wait([asking], timeout=seconds)
             return asking.done() or self._still()
         finally:
-            asking.cancel(DISCONNECTED)
+            asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
 
 

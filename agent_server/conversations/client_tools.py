@@ -9,7 +9,7 @@ answer counts. With nobody to ask the call waits, for a week if need be.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from agent_sdk.protocol.errors import AgentServerError, Cancelled, ConnectionLost
@@ -21,7 +21,7 @@ from agent_sdk.tools import ToolResult
 class Asked(Protocol):
     """What of a Peer is needed here."""
 
-    async def call(self, params: ToolCall, *, timeout: float | None = None) -> ToolOutput:
+    async def call(self, params: ToolCall, *, leave: Callable[[], bool]) -> ToolOutput:
         """Call a method of the client and wait for the answer, as Peer.call does."""
         ...
 
@@ -32,6 +32,8 @@ class ClientTools:
     def __init__(self) -> None:
         self._registered: dict[str, list[Asked]] = {}
         self._pending: dict[str, _Pending] = {}
+        self.leaving = False
+        """Whether this server stops: calls that are cancelled here go on in the client, for the next one."""
 
     def register(self, peer: Asked, tools: Iterable[str]) -> None:
         """From now on this connection answers calls of these tools, those that wait included."""
@@ -59,16 +61,12 @@ class ClientTools:
         """
         pending = _Pending(request, self)
         self._pending[request.request_id] = pending
-        why: tuple[str, ...] = ()
         try:
             pending.ask(self.newest(request.tool, set()))
             return await pending.result
-        except asyncio.CancelledError as exc:
-            why = exc.args  # it says whether the client's code shall end, too
-            raise
         finally:
             del self._pending[request.request_id]
-            pending.withdraw(*why)
+            pending.withdraw()
 
     def newest(self, tool: str, others: set[Asked]) -> Asked | None:
         """Return the connection that registered the tool last, other than these; None: there is none."""
@@ -88,9 +86,9 @@ class _Pending:
         if peer is not None and peer not in self._asking and not self.result.done():
             self._asking[peer] = asyncio.create_task(self._ask(peer))
 
-    def withdraw(self, *why: str) -> None:
+    def withdraw(self) -> None:
         for task in self._asking.values():
-            task.cancel(*why)
+            task.cancel()
 
     async def _ask(self, peer: Asked) -> None:
         request = self.request
@@ -101,7 +99,7 @@ class _Pending:
             arguments=request.arguments,
         )
         try:
-            output = await peer.call(call)
+            output = await peer.call(call, leave=lambda: self._tools.leaving)
         except (ConnectionLost, Cancelled):  # it is gone, or has closed its conversation
             self._tools.forget(peer)
             del self._asking[peer]

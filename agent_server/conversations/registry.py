@@ -116,7 +116,8 @@ class Conversations:
             await asyncio.wait([self._resuming])
         for timer in self._timers.values():
             timer.cancel()
-        for id in list(self._loaded):
+        for id, loaded in list(self._loaded.items()):
+            loaded.leave()
             self._begin_close(id)
         if self._closing:
             await asyncio.wait(self._closing.values())

@@ -46,7 +46,7 @@ async def reader():
     inputs = Inputs(limit=5)
 
     async def read(params: Execute, call) -> str:
-        async with call.reading(params.stdin) as stream, inputs.turn(params.op_id) as known:
+        async with call.reading(params.stdin) as stream, inputs.turn(params.op_id, call) as known:
             return {"status": "exited", "reason": (await known.read(stream)).decode()}
 
     here, there = memory_pipes()

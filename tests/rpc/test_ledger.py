@@ -8,7 +8,8 @@ from agent_sdk.protocol.errors import Cancelled, OpExpired, OpMismatch, PathNotF
 from agent_sdk.protocol.methods.method import Done
 from agent_sdk.protocol.methods.workspace import Execute, FilesMkdir
 from agent_sdk.rpc.ledger import FINISHED_BYTES, Ledger
-from agent_sdk.rpc.pipe import DISCONNECTED
+from agent_sdk.rpc.peer import Inbound, Peer
+from agent_sdk.rpc.pipe import memory_pipes
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -121,9 +122,10 @@ async def test_a_cancelled_operation_may_run_again():
 
 async def test_an_operation_whose_callers_lost_their_connection_goes_on():
     ledger, action = Ledger(), Action(waits=True)
-    calling = asyncio.create_task(ledger.run(mkdir(), action))
-    await action.entered.wait()
-    calling.cancel(DISCONNECTED)
+    async with Peer(memory_pipes()[0], opener=False) as peer:
+        calling = asyncio.create_task(ledger.run(mkdir(), action, Inbound(peer, 1)))
+        await action.entered.wait()
+    calling.cancel()
     await asyncio.wait({calling})
     again = asyncio.create_task(ledger.run(mkdir(), action))
     action.go.set()

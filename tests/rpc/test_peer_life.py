@@ -10,7 +10,7 @@ from agent_sdk.protocol.methods.connection import Ping, Pong, SyncReset
 from agent_sdk.protocol.methods.workspace import DiffText, GitDiff
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import Peer
-from agent_sdk.rpc.pipe import DISCONNECTED, memory_pipes
+from agent_sdk.rpc.pipe import memory_pipes
 from tests.rpc.links import Raw, raw_to_peer
 
 pytestmark = pytest.mark.timeout(30)
@@ -21,16 +21,16 @@ class Handler:
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
-        self.why = None
+        self.abandoned = None
 
     async def __call__(self, params, call):
         self.entered.set()
         try:
             await asyncio.Event().wait()
-        except asyncio.CancelledError as exc:
+        except asyncio.CancelledError:
             for _ in range(10):
                 await asyncio.sleep(0)
-            self.why = exc.args
+            self.abandoned = call.abandoned
             raise
 
 
@@ -58,7 +58,8 @@ async def test_calls_under_way_hear_why_the_connection_ended(peers):
             await client.call(Ping())
 
 
-async def test_a_call_that_is_let_go_of_because_its_own_caller_is_gone_goes_on(peers):
+@pytest.mark.parametrize("said", ["of the call", "of all calls"])
+async def test_a_call_that_is_left_to_the_other_end_goes_on_there_when_it_is_cancelled(peers, said):
     entered, go, ended = (asyncio.Event() for _ in range(3))
 
     async def work(params, call):
@@ -68,9 +69,11 @@ async def test_a_call_that_is_let_go_of_because_its_own_caller_is_gone_goes_on(p
         return DiffText("done")
 
     async with peers({GitDiff: work}) as (client, _):
-        calling = asyncio.create_task(client.call(GitDiff()))
+        leave = (lambda: True) if said == "of the call" else None
+        client.leave = lambda: said == "of all calls"
+        calling = asyncio.create_task(client.call(GitDiff(), leave=leave))
         await entered.wait()
-        calling.cancel(DISCONNECTED)
+        calling.cancel()
         with pytest.raises(asyncio.CancelledError):
             await calling
         assert await client.call(Ping()) == Pong()  # a cancellation would have come before it
@@ -87,7 +90,7 @@ async def test_handlers_are_cancelled_and_waited_for(peers):
         await client.close()
         await asyncio.wait({calling})
         assert isinstance(calling.exception(), ConnectionLost)
-    assert handler.why == (DISCONNECTED,)
+    assert handler.abandoned
     assert len(server._answers) == 0
 
 
@@ -110,7 +113,7 @@ async def test_leaving_closes_the_connection_and_waits_for_handlers_even_when_it
     serving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await serving
-    assert handler.why is not None
+    assert handler.abandoned
 
 
 async def test_an_error_in_the_body_closes_the_connection(peers):

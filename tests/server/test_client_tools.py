@@ -8,6 +8,7 @@ import pytest
 
 from agent_sdk.protocol.errors import InternalError
 from agent_sdk.protocol.events import RequestOpened
+from agent_sdk.protocol.methods.connection import Ping
 from agent_sdk.protocol.methods.conversation import ToolCall, ToolOutput
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
@@ -147,6 +148,20 @@ async def test_cancelling_withdraws_the_call(connect):
     await client.cancelled.wait()
     with pytest.raises(asyncio.CancelledError):
         await waiting
+
+
+async def test_a_call_that_the_server_leaves_to_the_next_one_goes_on_in_the_client(connect):
+    tools, client = ClientTools(), Client()
+    peer = await connect(client)
+    tools.register(peer, ["price"])
+    waiting = asyncio.create_task(tools.run(REQUEST))
+    await client.was_asked.wait()
+    tools.leaving = True
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await peer.call(Ping())  # a cancellation would have come before it
+    assert not client.cancelled.is_set()
 
 
 async def test_a_connection_that_left_is_not_asked(connect):

@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 from agent_sdk.agent.clip import MODEL_CHARS
 from agent_sdk.agent.tools.keys import keystroke
 from agent_sdk.agent.tools.screen import plain
-from agent_sdk.protocol.errors import GOES_ON, AgentServerError, OutcomeUnknown, ToolError
+from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import Resumable, ToolContext, ToolResult, decode_arguments, parameters_of
 from agent_sdk.workspace.contract import Shell, ShellResult
@@ -86,7 +86,7 @@ class TerminalTool(Resumable):
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
         """Run a command. Cancelling sends ^C to it; one that does not care is ended with its shell.
 
-        Cancelled with GOES_ON the command runs on.
+        It runs on where another process goes on with the call.
         """
         return await self._carry_out(arguments, context, begun=False)
 
@@ -121,22 +121,21 @@ class TerminalTool(Resumable):
         else:
             if not begun:
                 await self._export(shell, context.secrets)
-            result = await self._run(shell, wanted.command, limits, _op_id(context, "run"))
+            result = await self._run(shell, wanted.command, limits, context)
         self._running = result.status in ("quiet", "timeout", "busy")
         if result.status == "ended":
             self._exported = {}
         return _told(result, wanted, context.ends)
 
     async def _run(
-        self, shell: Shell, command: str, limits: dict[str, Any], op_id: str | None
+        self, shell: Shell, command: str, limits: dict[str, Any], context: ToolContext
     ) -> ShellResult:
         try:
-            return await shell.run(command, **limits, op_id=op_id)
-        except asyncio.CancelledError as exc:
-            if exc.args == (GOES_ON,):
-                raise
-            with suppress(AgentServerError):  # the place may be gone, too
-                await self._clear(shell)
+            return await shell.run(command, **limits, op_id=_op_id(context, "run"))
+        except asyncio.CancelledError:
+            if not context.leaving():
+                with suppress(AgentServerError):  # the place may be gone, too
+                    await self._clear(shell)
             raise
 
     async def abandon(self, arguments: str, context: ToolContext) -> None:
