@@ -74,7 +74,7 @@ fmt: $(READY) ## format the code and apply the safe fixes
 	$(BIN)/ruff format .
 
 types: $(READY) ## check types
-	$(BIN)/mypy $(PACKAGES) $(wildcard examples bench) tests/typed_by_users.py
+	$(BIN)/mypy $(PACKAGES) $(wildcard examples bench tools) tests/typed_by_users.py
 
 contracts: $(READY) ## check who may import whom
 	$(BIN)/lint-imports --no-logo --no-cache
@@ -85,15 +85,11 @@ bench: $(READY) ## measure, next to the physical limits; writes bench/results.js
 house: $(READY) ## count the lines and files of the product, and what a call crosses
 	$(BIN)/python -m bench.house $(ARGS)
 
-docs: $(READY) ## write docs/protocol.md and docs/openrpc.json from the message classes
-	$(BIN)/python -m agent_sdk.protocol.document docs
+docs: $(READY) ## write the references in docs/ from the code
+	$(BIN)/python -m tools.documents
 
-docs-check: $(READY) ## fail when the generated documents are stale
-	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
-	$(BIN)/python -m agent_sdk.protocol.document "$$fresh" && \
-	for name in protocol.md openrpc.json; do \
-	  diff -u "docs/$$name" "$$fresh/$$name" || { echo "docs/$$name is stale: run make docs" >&2; exit 1; }; \
-	done
+docs-check: $(READY) ## fail when a generated reference is stale
+	@$(BIN)/python -m tools.documents --check
 
 # The wheels are for the Python of the base; given a wheelhouse, nothing is fetched.
 image: $(READY) ## build the container image (BASE_IMAGE= IMAGE= WHEELHOUSE=folder)
@@ -130,4 +126,4 @@ lock: ## resolve requirements anew (ARGS="--upgrade")
 clean: ## remove everything that can be made again
 	rm -rf .venv .venv-* .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache \
 	  .coverage .coverage.* htmlcov build dist *.egg-info
-	find $(PACKAGES) tests $(wildcard examples bench) -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(PACKAGES) tests $(wildcard examples bench tools) -name __pycache__ -type d -prune -exec rm -rf {} +

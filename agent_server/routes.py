@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
+from pathlib import Path
 from typing import Any
 
-import msgspec
 from aiohttp import hdrs, web
 from msgspec import Raw
 
@@ -43,6 +43,9 @@ CLOSE_SECONDS = 1.5
 LINGER_SECONDS = 30.0
 """How long a client that reads nothing can still find out why it was cut off."""
 
+_DOCUMENT = Path(__file__).with_name("openrpc.json")
+"""Written by `make docs`."""
+
 
 class Routes:
     """What the server answers at which address."""
@@ -50,7 +53,6 @@ class Routes:
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
         self._ending = asyncio.Event()
-        self._document: bytes | None = None
 
     def table(self) -> list[web.RouteDef]:
         """Return all routes."""
@@ -70,37 +72,65 @@ class Routes:
         self._ending.set()
 
     async def health(self, request: web.Request) -> web.Response:
-        """Say that the process lives, and what it cannot do at present: `disk`, it is full; reading goes on."""
+        """Tell that the process lives, and what it cannot do at present. `HEAD` works, too.
+
+        Returns:
+            `{"status": "ok"}`, or `{"status": "degraded", "degraded": ["disk"]}`: the disk is full, reading goes on.
+        """
         if self._sessions.work.disk_full():
             return as_json({"status": "degraded", "degraded": ["disk"]})
         return as_json({"status": "ok"})
 
     async def ready(self, request: web.Request) -> web.Response:
-        """Say whether new work is welcome."""
+        """Tell whether new work is welcome.
+
+        Returns:
+            `{"status": "ready"}`; 503 with `Retry-After` while the server stops.
+        """
         if self._sessions.work.draining:
             return http_error(503, "the server is stopping", {hdrs.RETRY_AFTER: "1"})
         return as_json({"status": "ready"})
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """Give the numbers to Prometheus."""
+        """Return the metrics for Prometheus. The key in the option `metrics_key` opens this address, and no other.
+
+        Returns:
+            The metrics in the text format of Prometheus, version 0.0.4.
+        """
         self._sessions.metrics.tasks.set(len(asyncio.all_tasks()))
         page = await asyncio.to_thread(self._sessions.metrics.page)
         return web.Response(body=page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def openrpc(self, request: web.Request) -> web.Response:
-        """Describe the methods."""
-        if self._document is None:
-            from agent_sdk.protocol.openrpc import openrpc  # noqa: PLC0415  large, and seldom asked for
+        """Return the description of all methods.
 
-            self._document = msgspec.json.encode(await asyncio.to_thread(openrpc))
-        return web.Response(body=self._document, content_type="application/json")
+        Returns:
+            An OpenRPC document.
+        """
+        document = await asyncio.to_thread(_DOCUMENT.read_bytes)
+        return web.Response(body=document, content_type="application/json")
 
     async def conversations(self, request: web.Request) -> web.Response:
-        """List the conversations, newest first."""
+        """List the conversations, newest first.
+
+        Returns:
+            A list of [Snapshot](protocol.md#snapshot).
+
+        Raises:
+            InvalidParams: a parameter makes no sense.
+        """
         return as_json(await self._sessions.conversations.snapshots(wanted(request)))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """Give a page of events as JSON, or all of them and live ones as Server-Sent Events."""
+        """Return a page of events, or with `Accept: text/event-stream` all of them and then live ones, see below.
+
+        Returns:
+            `epoch`, `events` and `head_seq`, the `seq` of the last event of the conversation; or Server-Sent Events.
+
+        Raises:
+            InvalidParams: a parameter, or `Last-Event-ID`, is no number or out of range.
+            ConversationNotFound: no conversation has this id.
+        """
         after = number(request, "after", 0, 0, LARGEST_SEQ)
         limit = number(request, "limit", PAGE, 1, PAGE)
         async with self._sessions.conversations.using(request.match_info["id"]) as loaded:
@@ -114,7 +144,16 @@ class Routes:
             return as_json(EventPage(epoch=loaded.epoch, events=events, head_seq=loaded.head_seq))
 
     async def socket(self, request: web.Request) -> web.StreamResponse:
-        """Become a WebSocket that is bound to one conversation."""
+        """Become a WebSocket that is bound to the conversation. The id `new` makes a conversation, see `initialize`.
+
+        Returns:
+            101, and from then on the frames of the [protocol](protocol.md).
+
+        Raises:
+            InvalidRequest: the request is no upgrade (426), or its handshake is wrong.
+            ConversationNotFound: no conversation has this id.
+            Overloaded: the server is stopping.
+        """
         check_upgrade(request)
         sessions, id = self._sessions, request.match_info["id"]
         sessions.work.admit()
@@ -143,7 +182,16 @@ class Routes:
     # --- one call over HTTP ---
 
     async def rpc(self, request: web.Request) -> web.Response:
-        """Answer one JSON-RPC call, for the conversation that `?conversation=` names where it concerns one."""
+        """Answer one JSON-RPC call. Methods that move bytes or call back need a WebSocket.
+
+        Returns:
+            The answer of JSON-RPC, with the status 200 also where it holds an error.
+
+        Raises:
+            LimitExceeded: the body is longer than `limits.message_bytes`.
+            InvalidRequest: the body did not arrive in time (408).
+            Overloaded: too many bytes of all clients are on their way.
+        """
         async with self._body(request) as body:
             return await self._answer(body, request.query.get("conversation"))
 

@@ -13,6 +13,4 @@ checks:   what people write in Python, held to its types
 defaults: what calls leave out
 errors:   the exception tree, which is the error table
 visible:  text of others where people read it
-openrpc:  the OpenRPC document, made from the classes
-document: docs/protocol.md and docs/openrpc.json, printed from the classes
 """

@@ -254,3 +254,4 @@ class Limits(Struct, frozen=True, kw_only=True):
     queue_bytes: int = 4 << 20
     """Events that may wait for one reader; beyond it the connection is closed with 4408."""
     json_depth: int = 64
+    """How deep JSON may be nested."""

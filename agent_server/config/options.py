@@ -50,6 +50,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     """The address to listen on."""
     port: Port = 8000
+    """The port to listen on."""
     data: str = ""
     """The folder of everything that lasts: key, log, workspaces. Empty: `agent-server` in the user's data folder."""
     api_key: str | None = None
@@ -76,6 +77,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     log_format: Literal["auto", "json", "console"] = "auto"
     """`auto`: console on a terminal, else one JSON object per line."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important lines that are logged."""
     drain_seconds: Annotated[float, Meta(ge=0, le=600, description="0..600 seconds")] = 20.0
     """How long running calls may go on after SIGTERM."""
     isolation: Literal["none", "user", "bwrap"] = "none"
@@ -105,6 +107,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     slow_reader_seconds: Timeout = 10.0
     """How long a connection may be over its budget of events before it is closed with 4408."""
     max_connections: Count = 16_000
+    """Network connections at a time, as far as the limit of open files allows; a quarter is for those with a key."""
     max_turns: Count = 1000
     """Agent turns at a time; further messages are refused before they are written."""
     max_turn_restarts: Count = 10
@@ -198,7 +201,7 @@ _RUNTIMES = {
     for name, hint in get_type_hints(RuntimeConfig, include_extras=True).items()
     if name != "tenants"
 }
-_TENANT = get_type_hints(TenantConfig, include_extras=True)
+TENANT = get_type_hints(TenantConfig, include_extras=True)
 
 
 def _between(low: int, high: int) -> Any:
@@ -215,7 +218,10 @@ _LIMITS: dict[str, Any] = {
     "queue_bytes": _between(1 << 20, 1 << 30),
     "json_depth": _between(8, 256),
 }
-_TABLES: dict[str, dict[str, Any]] = {"server": _OPTIONS, "limits": _LIMITS, "runtime_api": _RUNTIMES}
+TABLES: dict[str, dict[str, Any]] = {"server": _OPTIONS, "limits": _LIMITS, "runtime_api": _RUNTIMES}
+"""Every option of each table, and what it may be."""
+FLAGS = ("host", "port", "data")
+"""The options that commands take, too."""
 
 
 def load(
@@ -237,7 +243,7 @@ def load(
     environ = os.environ if environ is None else environ
     if file is None and environ.get(f"{PREFIX}CONFIG"):
         file = Path(environ[f"{PREFIX}CONFIG"])
-    sources = Sources(_TABLES, _TENANT)
+    sources = Sources(TABLES, TENANT)
     if file is not None:
         sources.read_file(file)
     sources.read_environment(environ)
@@ -288,9 +294,9 @@ class Setting(Struct, frozen=True, kw_only=True):
 def settings(config: ServerConfig) -> list[Setting]:
     """Return all options in force, in the order of the documentation, without showing a secret."""
     tables = {"server": config, "limits": config.limits, "runtime_api": config.runtimes}
-    found = {f"{table}.{name}": getattr(tables[table], name) for table in _TABLES for name in _TABLES[table]}
+    found = {f"{table}.{name}": getattr(tables[table], name) for table in TABLES for name in TABLES[table]}
     for tenant, options in config.runtimes.tenants.items():
-        found |= {f"runtime_api.tenants.{tenant}.{name}": getattr(options, name) for name in _TENANT}
+        found |= {f"runtime_api.tenants.{tenant}.{name}": getattr(options, name) for name in TENANT}
     places = config.places
     tenants = places.get("runtime_api.tenants", "default")
     return [

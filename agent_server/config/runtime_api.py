@@ -25,8 +25,11 @@ class TenantConfig(Struct, frozen=True, kw_only=True):
     key_file: str | None = None
     """A file that holds the key."""
     sandboxes: Runtimes | None = None
+    """Runtimes that it may have at a time, paused and failed ones included."""
     cpus: Cpus | None = None
+    """Processors that its running ones may have together."""
     memory: Bytes | None = None
+    """Bytes of memory that its running ones, and paused containers, may have together."""
 
     def __repr__(self) -> str:
         return f"TenantConfig(sandboxes={self.sandboxes}, cpus={self.cpus}, memory={self.memory})"
@@ -40,22 +43,23 @@ class RuntimeConfig(Struct, frozen=True, kw_only=True):
     runtime_classes: dict[str, str] = field(default_factory=lambda: dict(CLASSES))
     """What tenants may ask for as `runtime_class`, and the engine's runtime that it means; empty: its default."""
     network: str = ""
-    """Of containers; one that exists. Empty: the engine's default."""
+    """The network of containers, one that exists; empty: the engine's default."""
     url: str = ""
     """What clients reach this server by, e.g. `https://agents.example`; empty: the Host that they asked for.
     With `{id}`, e.g. `https://{id}.agents.example`, each runtime has a name of its own."""
     unit_cpus: Cpus = 1.0
-    """Of a runtime whose resource_factor is 1."""
+    """Processors of a runtime whose resource_factor is 1."""
     unit_memory: Bytes = 2 * GIB
+    """Bytes of memory of such a runtime."""
     unit_disk: Annotated[int, Meta(ge=0, le=1 << 50, description="a number of bytes, 0: no limit")] = 8 * GIB
-    """What the data of such a runtime may take, where this machine can limit it: as root, with loop devices."""
+    """Bytes that the data of such a runtime may take, where this machine can limit it: as root, with loop devices."""
     start_seconds: StartSeconds = 120.0
-    """How long a runtime may take until it is ready."""
+    """Seconds that a runtime may take until it is ready."""
     sandboxes: Runtimes | None = None
     """Runtimes that one tenant may have, paused and failed ones included; None: any number."""
     cpus: Cpus | None = None
     """Processors that the running ones may have together."""
     memory: Bytes | None = None
-    """Bytes of memory that the running ones may have together."""
+    """Bytes of memory that the running ones, and paused containers, may have together."""
     tenants: dict[str, TenantConfig] = {}
     """By name; none: there is one, `default`, whose key is the server's own."""

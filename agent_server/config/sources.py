@@ -209,10 +209,11 @@ def _checked(known: Options, name: str, value: Any, where: str, *, text: bool = 
         return msgspec.convert(value, kind, strict=not text)
     except msgspec.DecodeError:  # ValidationError is one
         got = "" if is_secret(name) else f" (got {_short(value)})"
-        raise StartRefused(f"{where} must be {_wanted(kind)}{got}") from None
+        raise StartRefused(f"{where} must be {wanted(kind)}{got}") from None
 
 
-def _wanted(kind: Any) -> str:
+def wanted(kind: Any) -> str:
+    """Say what the value of an option may be."""
     if type(None) in get_args(kind):
         kind = get_args(kind)[0]
     if get_origin(kind) is Annotated:

@@ -66,7 +66,8 @@ def as_json(value: Any, *, status: int = 200, headers: Mapping[str, str] | None 
 
 def refusal(error: AgentServerError) -> web.Response:
     """Return an exception as an answer. `status` and `headers` in its details are for HTTP alone."""
-    status = error.details.pop("status", None) or _status(error)
+    draining = error.details.get("reason") == "draining"
+    status = error.details.pop("status", None) or (503 if draining else status_of(type(error)))
     headers = dict(error.details.pop("headers", {}))
     if error.retry_after_ms is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_ms / 1000))
@@ -82,7 +83,6 @@ def http_error(status: int, message: str, headers: Mapping[str, str] | None = No
     return as_json({"error": error}, status=status, headers=headers)
 
 
-def _status(error: AgentServerError) -> int:
-    if error.details.get("reason") == "draining":
-        return HTTPStatus.SERVICE_UNAVAILABLE
-    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+def status_of(kind: type[AgentServerError]) -> int:
+    """Return the status of the answer to a request that fails like this."""
+    return next((status for group, status in _STATUS if issubclass(kind, group)), 500)

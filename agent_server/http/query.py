@@ -16,13 +16,21 @@ from agent_sdk.protocol.results import State
 
 PAGE = 1000
 LARGEST_SEQ = 2**53
-PARAMETERS: dict[str, tuple[str, ...]] = {
-    "/v1/conversations": ("limit", "before", "state", "tag"),
-    "/v1/conversations/{id}/events": ("after", "limit"),
-    "/v1/rpc": ("conversation",),
-}
-"""By address; others take none."""
 STATES: tuple[str, ...] = get_args(State)
+PARAMETERS: dict[str, dict[str, str]] = {
+    "/v1/conversations": {
+        "limit": f"how many at most, 1..{PAGE} (100)",
+        "before": "only those that are older than the conversation with this id",
+        "state": f"only those in this state: {', '.join(STATES)}",
+        "tag": "only those with this tag, `NAME=VALUE`; may be repeated",
+    },
+    "/v1/conversations/{id}/events": {
+        "after": "only events with a higher `seq` (0)",
+        "limit": f"how many at most on a page, 1..{PAGE} ({PAGE})",
+    },
+    "/v1/rpc": {"conversation": "the id of the conversation that the call concerns, if it concerns one"},
+}
+"""By address, each with what it is for; other addresses take none."""
 _REPEATED = "tag"
 _SHOWN = 64
 
@@ -36,7 +44,7 @@ def check_query(request: web.Request) -> None:
     resource = request.match_info.route.resource
     if resource is None:  # there is no such address
         return
-    known = PARAMETERS.get(resource.canonical, ())
+    known = PARAMETERS.get(resource.canonical, {})
     for name in request.query:
         if name not in known:
             takes = f"takes {', '.join(known)}" if known else "takes none"

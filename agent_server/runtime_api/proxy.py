@@ -127,7 +127,10 @@ class RuntimeProxy:
         return serve
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """Pass a request on that names its runtime in the path.
+        """Pass a request on to the server in a runtime, HTTP and WebSocket as they come; its own key protects it.
+
+        Returns:
+            What that server answers.
 
         Raises:
             NotFound: there is no such runtime.

@@ -1,4 +1,4 @@
-"""What the Runtime API answers at which address; see docs/runtime_api.md."""
+"""What the Runtime API answers at which address."""
 
 from __future__ import annotations
 
@@ -21,12 +21,24 @@ from agent_server.work import Work
 
 LONGEST_BODY = 1 << 20
 LONGEST_WAIT = 60.0
+_WAIT = {
+    "wait": f"seconds until the answer comes at the latest, 0..{LONGEST_WAIT:g} (0); before that it comes when the "
+    "runtime is ready or has failed"
+}
+PARAMETERS = dict.fromkeys(("/start", "/resume", "/sessions/{session_id}"), _WAIT)
+"""By address, each with what it is for."""
 
 T = TypeVar("T")
 
 
-class _Named(Struct, frozen=True):
+class Named(Struct, frozen=True):
+    """The body of calls about one runtime."""
+
     runtime_id: str
+
+
+BODIES = {"/start": Wanted, "/stop": Named, "/pause": Named, "/resume": Named}
+"""By address."""
 
 
 class RuntimeRoutes:
@@ -72,7 +84,16 @@ class RuntimeRoutes:
         ]
 
     async def start(self, request: web.Request) -> web.Response:
-        """Start the runtime of a session, or return the one there is."""
+        """Start the runtime of a session, or return the one there is; a paused or failed one is started again.
+
+        Returns:
+            The runtime.
+
+        Raises:
+            InvalidParams: the body does not fit, or there is no such factor.
+            PolicyDenied: the image or the class is not allowed, or it is more than the tenant may ever have.
+            Overloaded: over the tenant's quota until something is paused or stopped; or the server is stopping (503).
+        """
         tenant = self._tenant(request)
         wanted = await self._body(request, Wanted)
         self._work.admit()
@@ -80,19 +101,41 @@ class RuntimeRoutes:
         return await self._answer(request, runtime)
 
     async def stop(self, request: web.Request) -> web.Response:
-        """End a runtime and remove all of it."""
+        """End a runtime and remove it with its files. The answer comes when that is done.
+
+        Returns:
+            The runtime.
+
+        Raises:
+            NotFound: the tenant has no such runtime.
+        """
         runtime = await self._named(request)
         await self._runtimes.stop(runtime)
         return self._shown(request, runtime)
 
     async def pause(self, request: web.Request) -> web.Response:
-        """Let nothing in a runtime run until it is resumed."""
+        """Let nothing in a runtime run until it is resumed; its files stay. The answer comes when that is done.
+
+        Returns:
+            The runtime.
+
+        Raises:
+            NotFound: the tenant has no such runtime.
+        """
         runtime = await self._named(request)
         await runtime.pause()
         return self._shown(request, runtime)
 
     async def resume(self, request: web.Request) -> web.Response:
-        """Let a runtime run again."""
+        """Let a runtime run again.
+
+        Returns:
+            The runtime.
+
+        Raises:
+            NotFound: the tenant has no such runtime.
+            Overloaded: over the tenant's quota until something is paused or stopped; or the server is stopping (503).
+        """
         tenant = self._tenant(request)
         runtime = await self._named(request)
         self._work.admit()
@@ -100,12 +143,23 @@ class RuntimeRoutes:
         return await self._answer(request, runtime)
 
     async def session(self, request: web.Request) -> web.Response:
-        """Tell of the runtime of a session."""
+        """Describe the runtime of a session.
+
+        Returns:
+            The runtime.
+
+        Raises:
+            NotFound: the tenant has no such session.
+        """
         runtime = self._runtimes.session(self._tenant(request), request.match_info["session_id"])
         return await self._answer(request, runtime)
 
     async def list(self, request: web.Request) -> web.Response:
-        """Tell of all runtimes of the tenant, the oldest first."""
+        """List all runtimes of the tenant, the oldest first.
+
+        Returns:
+            `{"runtimes": […]}`.
+        """
         tenant = self._tenant(request)
         found = [
             runtime.shown(self._address(request, runtime.record.runtime_id))
@@ -123,7 +177,7 @@ class RuntimeRoutes:
 
     async def _named(self, request: web.Request) -> Runtime:
         tenant = self._tenant(request)
-        return self._runtimes.named(tenant, (await self._body(request, _Named)).runtime_id)
+        return self._runtimes.named(tenant, (await self._body(request, Named)).runtime_id)
 
     async def _body(self, request: web.Request, kind: type[T]) -> T:
         if (request.content_length or 0) > LONGEST_BODY:

@@ -66,21 +66,32 @@ class Shown(Struct, kw_only=True, omit_defaults=False):
     """A runtime as the Runtime API tells of it."""
 
     session_id: str
+    """The client's name for it."""
     runtime_id: str
+    """This server's name for it; a session that was stopped gets another runtime."""
     url: str
+    """The address of the agent server in it."""
     session_api_key: str
+    """The key of that server: `Authorization: Bearer KEY`."""
     status: Literal["running", "paused", "stopped", "error"]
+    """`running` and `paused`: what was asked for; `error`: it failed."""
     pod_status: PodStatus
+    """What it is at present; `not found`: it is paused."""
     container_statuses: list[dict[str, Any]]
     events: list[str]
+    """Why it failed."""
     restart_count: int
+    """How often it ended by itself and was started again with its files; after four times within a minute it is
+    given up."""
     restart_reasons: list[str]
     pod_logs: str
+    """The end of its log, where it failed."""
     image: str
     resource_factor: int
     disk: int | None
-    """Bytes that its data may take; None: there is no limit here."""
+    """Bytes that its data may take; None: there is no limit here, because the machine has none or `unit_disk` is 0."""
     created_at: float
+    """Seconds since the epoch."""
 
 
 class Runtime:

@@ -61,16 +61,25 @@ class Wanted(Struct, frozen=True, kw_only=True):
     image: Annotated[str, Meta(min_length=1, max_length=512)]
     session_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     environment: dict[_Name, _Value] = {}
-    """See PodSpec, also for what follows."""
+    """Variables of the server's process and, in our own images, of the commands, too."""
     resource_factor: int = 1
+    """1, 2, 4 or 8: how many times `unit_cpus`, `unit_memory` and `unit_disk` it has."""
     runtime_class: str | None = None
+    """A name in `runtime_classes`; None: the engine's default."""
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     command: Annotated[str, _TEXT] | Annotated[list[Annotated[str, _TEXT]], Meta(max_length=256)] | None = (
         None
     )
+    """What is run instead of what the image says; a text is split as a shell does it. Any server will do: it is reached
+    at the port that follows `--port`, else at 8000, is ready when `GET /health` answers, and finds its key in
+    `AGENT_SERVER_API_KEY`, `SESSION_API_KEY` and `OH_SESSION_API_KEYS_0`."""
     working_dir: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)] | None = None
+    """The folder of that command."""
     run_as_user: _User | None = None
+    """The user of that command; in our own images, without a command, the one of the commands."""
     fs_group: _User | None = None
+    """A further group of that command: `/data` belongs to it with all that is made in it later, and it may write there.
+    In our own images the data is the server's alone."""
 
 
 class Runtimes:

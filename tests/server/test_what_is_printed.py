@@ -1,21 +1,21 @@
-"""What docs/protocol.md says of addresses, statuses, limits and close codes is what the server does."""
+"""What is printed of addresses, statuses, limits and close codes is what the server does."""
 
 from __future__ import annotations
 
 import ast
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from agent_sdk.protocol.document import ADDRESSES, CLOSE_CODES, HTTP, protocol
+from agent_sdk.protocol.errors import table
 from agent_sdk.rpc import peer
 from agent_server.config.options import ServerConfig
 from agent_server.http import auth, connection, errors, frames, upgrade
-from agent_server.routes import PAGE, Routes
 from agent_server.session import event_stream
 from tests.server.wire import request
+from tools.http import RULES, STATUSES, addresses, http, runtime_addresses
+from tools.protocol import CLOSE_CODES
 
 ROOT = Path(__file__).parents[2]
 CODE = re.compile(
@@ -53,28 +53,25 @@ def test_every_close_code_that_is_sent_is_documented_and_no_other():
     assert {code for code, _, _ in CLOSE_CODES} - NEVER_SENT == sent() - NEVER_SENT
 
 
-def test_every_address_is_documented_and_no_other():
-    served = {(route.method, route.path) for route in Routes(SimpleNamespace()).table()}
-    assert {(method, path) for method, path, _, _ in ADDRESSES} == served
-    document = protocol()
-    assert all(f"`{method} {path}`" in document for method, path in served)
+def test_every_address_says_what_it_answers():
+    document = http()
+    for address in (*addresses(), *runtime_addresses()):
+        section = document.partition(f"### {address.heading}\n")[2].partition("\n### ")[0]
+        assert re.search(r"^Answer: .+\.$", section, re.MULTILINE), address.heading
 
 
 def test_every_status_is_documented():
-    statuses = {status for _, status in errors._STATUS if status < 500} | {503}
-    documented = {
-        int(number) for row in re.findall(r"^\| ([0-9, ]+) \|", HTTP, re.M) for number in row.split(",")
-    }
-    assert statuses <= documented
+    assert {errors.status_of(kind) for kind in table()} | {int(status) for status in errors._KINDS} <= set(
+        STATUSES
+    )
 
 
 def test_the_numbers_are_those_of_the_server():
     config = ServerConfig()
-    text = " ".join(HTTP.split())
+    text = " ".join(RULES.split())
     codes = {code: meaning for code, _, meaning in CLOSE_CODES}
     for sentence in (
         f"within {config.handshake_seconds:g} s",
-        f"did not arrive within {config.body_seconds:g} s",
         f"After {auth.WRONG_KEYS} wrong keys in a minute",
         f"pings after {config.heartbeat_seconds:g} s of silence and gives a connection up that does not answer "
         f"within {config.heartbeat_seconds / 2:g} s",
@@ -90,14 +87,13 @@ def test_the_numbers_are_those_of_the_server():
     assert f"{frames.FRAGMENTS} fragments" in codes[1008]
     assert f"{frames.CONTROLS_PER_SECOND} control frames" in codes[1008]
     assert f"{config.handshake_seconds:g} s" in codes[4401]
-    assert (
-        f"1..{PAGE}" in dict((path, what) for _, path, _, what in ADDRESSES)["/v1/conversations/{id}/events"]
-    )
+    assert f"{config.body_seconds:g} s" in STATUSES[408]
     assert peer.NO_ROOM in codes
 
 
-@pytest.mark.parametrize(("method", "path", "key"), [row[:3] for row in ADDRESSES])
-async def test_a_key_is_needed_where_the_document_says_so(server, method, path, key):
+@pytest.mark.parametrize("address", addresses(), ids=lambda address: address.path)
+async def test_a_key_is_needed_where_the_document_says_so(server, address):
+    path = address.path.replace("{id}", "x")
     async with await server.wire() as wire:
-        status = (await wire.ask(request(method, path.replace("{id}", "x"), [("Host", "localhost")]))).status
-    assert (status == 401) is (key != "no")
+        status = (await wire.ask(request(address.method, path, [("Host", "localhost")]))).status
+    assert (status == 401) is (address.key != "no")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import sys
 from collections.abc import Iterable
-from functools import cache
 from inspect import cleandoc
-from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
@@ -17,6 +13,7 @@ from agent_sdk.protocol.errors import AgentServerError, table
 from agent_sdk.protocol.methods import GROUPS, NOTICES
 from agent_sdk.protocol.methods.method import Method, result_type
 from agent_sdk.protocol.specs import PROTOCOL_VERSION
+from tools.docstrings import field_docs, said
 
 Json = dict[str, Any]
 
@@ -65,11 +62,6 @@ def openrpc() -> Json:
     }
 
 
-def said(cls: type) -> str:
-    """The first paragraph of a class's docstring."""
-    return " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
-
-
 def structs_in(types: Iterable[Any]) -> list[type[msgspec.Struct]]:
     """Every struct class that the types are made of, in order of appearance."""
     found: dict[type[msgspec.Struct], None] = {}
@@ -90,32 +82,6 @@ def _collect(info: Any, found: dict[type[msgspec.Struct], None]) -> None:
             _collect(inner, found)
     for inner in [*getattr(info, "types", ()), *getattr(info, "item_types", ())]:
         _collect(inner, found)
-
-
-@cache
-def field_docs(cls: type) -> dict[str, str]:
-    """What the strings below the fields of a class say, its bases' included."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        source = sys.modules[base.__module__].__file__ if base.__module__.startswith("agent_sdk.") else None
-        if source is not None:
-            docs |= _docs_in(Path(source)).get(base.__name__, {})
-    return docs
-
-
-@cache
-def _docs_in(source: Path) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for field, after in zip(node.body, node.body[1:], strict=False):
-            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-                continue
-            match after:
-                case ast.Expr(value=ast.Constant(value=str(text))):
-                    found.setdefault(node.name, {})[field.target.id] = " ".join(text.split())
-    return found
 
 
 def _describe(schema: Json | None, cls: type) -> None:
