@@ -135,11 +135,6 @@ class BoxLink:
         return self.is_running and self._linked is None
 
     @property
-    def is_sandbox(self) -> bool:
-        """Whether its boxes are containers."""
-        return self._idle is not None
-
-    @property
     def lasts(self) -> bool:
         """Whether it is never stopped because nobody uses it: more than the workspace would be lost."""
         return self._idle == inf and self.is_running
@@ -216,7 +211,7 @@ class BoxLink:
 
         A sandbox ends when its own time is over.
         """
-        if self.is_sandbox:
+        if self._idle is not None:
             return
         if self.is_running:
             await self._look(seconds)
@@ -319,7 +314,7 @@ class BoxLink:
             busy = True
         if not self.is_running:
             return
-        if busy or (uses != self._uses and self.is_sandbox):
+        if busy or (uses != self._uses and self._idle is not None):
             self._rest(max(self._idle or seconds, LOOK_SECONDS))
         elif uses == self._uses:
             self._let_go.set_result(False)
@@ -451,7 +446,7 @@ class BoxLink:
 
     def _publish(self, event: WorkspaceChanged) -> None:
         """Tell the listeners; how a box has ended is kept for the first who comes when there are none."""
-        if event.state != "lost" and not self.is_sandbox:
+        if event.state != "lost" and self._idle is None:
             return
         if not self._listeners and event.state in ("lost", "stopped"):
             self.untold = event
