@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from agent_sdk.protocol.errors import ProcessNotFound
@@ -24,12 +25,15 @@ SPOOL_KEPT_BYTES = 1 << 30
 class Processes:
     """The processes of one workspace, oldest first; of the ended ones the last 64, or 1 GiB of output."""
 
-    def __init__(self, children: Children, spool_folder: str) -> None:
+    def __init__(self, children: Children, spool_folder: str, *, kept_bytes: int = SPOOL_KEPT_BYTES) -> None:
         self._children = children
         self._spool_folder = spool_folder
+        self._kept_bytes = kept_bytes
         self._running: dict[str, Running] = {}
         self._ended: dict[str, Running] = {}
         """Those of `_running` that have ended, the first to end first."""
+        self._ended_on_disk = 0
+        """Bytes of disk that the output of those takes."""
         self._hidden: set[Running] = set()
         """Those nobody can ask for: not listed ones, and ended ones whose children still write."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -118,7 +122,12 @@ class Processes:
         return running
 
     def _spool(self, child: Child, kind: str) -> Spool:
-        return Spool(os.path.join(self._spool_folder, f"{child.id}.{kind}"))
+        path = os.path.join(self._spool_folder, f"{child.id}.{kind}")
+        return Spool(path, on_written=partial(self._wrote, child.id))
+
+    def _wrote(self, process_id: str, size: int) -> None:
+        if process_id in self._ended:
+            self._ended_on_disk += size
 
     def find(self, process_id: str) -> Running:
         """Return a process.
@@ -140,15 +149,16 @@ class Processes:
             if spool.wrapped and not running.intakes[name].open:
                 self.hold(spool.settle(final=True))
         self._ended[running.child.id] = running
+        self._ended_on_disk += running.on_disk
         self._forget_old()
 
     def _forget_old(self) -> None:
-        kept = sum(running.on_disk for running in self._ended.values())
         for process_id, oldest in tuple(self._ended.items()):
-            if len(self._ended) <= ENDED_KEPT and (kept <= SPOOL_KEPT_BYTES or len(self._ended) == 1):
+            too_much = self._ended_on_disk > self._kept_bytes and len(self._ended) > 1
+            if len(self._ended) <= ENDED_KEPT and not too_much:
                 return
             if not oldest.readers:
-                kept -= oldest.on_disk
+                self._ended_on_disk -= oldest.on_disk
                 del self._running[process_id], self._ended[process_id]
                 self._forget(oldest)
 

@@ -21,13 +21,21 @@ PENDING_BYTES = 4 << 20
 class Spool:
     """What one stream of a process said. One loop uses it; only `_write` and `pread` run in threads."""
 
-    def __init__(self, path: str, *, memory: int = HEAD_BYTES, capacity: int = SPOOL_BYTES) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        memory: int = HEAD_BYTES,
+        capacity: int = SPOOL_BYTES,
+        on_written: Callable[[int], None] | None = None,
+    ) -> None:
         """Make an empty one.
 
         Args:
             path: of the file, which is made when there is more than `memory`.
             memory: bytes that need no file, at most 64 KiB.
             capacity: bytes that are kept from the start.
+            on_written: called with how many more bytes of disk it takes.
         """
         self.path = path
         self.size = 0
@@ -36,6 +44,7 @@ class Spool:
         """Called when `full` has become false."""
         self._memory = min(memory, HEAD_BYTES)
         self._capacity = capacity
+        self._on_written = on_written
         self._head = bytearray()
         self._pending: deque[bytes] = deque()
         self._pending_bytes = 0
@@ -129,6 +138,8 @@ class Spool:
         done = 0 if writing.cancelled() else writing.result()
         size = sum(map(len, batch))
         self._written += done
+        if self._on_written is not None:
+            self._on_written(done)
         for _ in batch:
             self._pending.popleft()
         self._pending_bytes -= size

@@ -25,9 +25,12 @@ from agent_sdk.protocol.errors import (
     StorageFull,
     WorkspaceUnavailable,
 )
+from agent_sdk.workspace.children import SH, Children
 from agent_sdk.workspace.contract import SPOOL_BYTES, TAIL_BYTES
+from agent_sdk.workspace.launch import Folder
 from agent_sdk.workspace.local import LocalWorkspace
-from agent_sdk.workspace.processes import ENDED_KEPT
+from agent_sdk.workspace.processes import ENDED_KEPT, Processes
+from agent_sdk.workspace.running import Running
 from tests.contract.commands import HEARS_SIGNALS, PATIENCE, SIGNALS_HEARD, STUBBORN, alive
 from tests.contract.shells import CTRL_C, begun
 from tests.contract.workspace import OpenWorkspaceContract, WorkspaceContract
@@ -291,6 +294,31 @@ async def test_what_a_forgotten_process_left_running_can_still_write(workspace):
     await workspace.execute("touch go; until [ -s wrote ]; do sleep 0.01; done")
     assert (await workspace.files.read("wrote")) == b"0\n"
     assert await alive(workspace)
+
+
+async def test_of_the_output_of_ended_processes_so_much_is_kept_also_when_it_comes_late(root):
+    """The first is forgotten when it takes too much disk, though it had written nothing yet when it ended."""
+    children = Children()
+    processes = Processes(children, str(root), kept_bytes=1000 << 10)
+    folder = Folder(os.open(root, os.O_RDONLY), str(root))
+
+    async def run(command: str) -> Running:
+        launch = SH.launch((b"-c", command.encode()), {"PATH": os.defpath})
+        running = processes.start(command, launch, folder, stdin=False)
+        await running.child.over
+        return running
+
+    late = await run("(while [ ! -e go ]; do sleep 0.01; done; head -c 700k /dev/zero) &")
+    await run("head -c 700k /dev/zero; touch go")
+    spool = late.spools["stdout"]
+    while spool.on_disk < 700 << 10:
+        await spool.changed()
+    assert len(processes.infos()) == 2
+    await run("true")
+    assert [info.stdout_bytes for info in processes.infos()] == [700 << 10, 0]
+    await children.close()
+    await processes.close()
+    folder.close()
 
 
 # --- files ---
