@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from agent_sdk.protocol.errors import ProcessNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import Exit, Status
+from agent_sdk.workspace.contract import KILL_GRACE_SECONDS
 from agent_sdk.workspace.environment import MARKER
 from agent_sdk.workspace.launch import Folder, Interpreter, Launch, spawn
 from agent_sdk.workspace.limits import LimitWatch
@@ -50,8 +51,8 @@ class Child:
             tree: how to find what will come of it.
             started: when, on the monotonic clock.
             since: when, in clock ticks since boot; what came of it is not older.
-            keeper: `popen` keeps the terminal of a program that is its child; it says here when that has ended,
-                and ends when this is closed.
+            keeper: `popen` keeps the terminal of a program that is its child; it says here when that has begun and
+                when it has ended, and ends when this is closed.
             by_thread: wait in a thread, as one has to without pidfds.
             why: called at its end, for the reason of its Exit.
         """
@@ -76,16 +77,24 @@ class Child:
         self._found: Exit | None = None
         self._keeper = keeper
         self._loop = asyncio.get_running_loop()
+        self._begun = self._loop.create_future()
         self._pidfd = -1
         self._why = why
         if keeper is not None:
             self._loop.add_reader(keeper, self._told)
+        else:
+            self._begun.set_result(None)
         self._watch(by_thread)
 
     @property
     def alive(self) -> bool:
         """Whether the process itself runs (its number is still its own)."""
         return self._lasted is None
+
+    async def begun(self, timeout: float | None = None) -> None:
+        """Wait until the program is there that signals are for, or has ended, but so many seconds at most."""
+        if not self._begun.done():
+            await asyncio.wait((self._begun,), timeout=timeout)
 
     def send(self, number: signal.Signals, foreground: int = 0) -> None:
         """Send a signal to its process group, and to the one in the foreground of its terminal.
@@ -110,21 +119,24 @@ class Child:
             self._reap()
 
     def end(
-        self, verdict: Status | None = None, *, hang_up: bool = False, grace: float | None = None
+        self, verdict: Status | None = None, *, hang_up: bool = False, grace: float = KILL_GRACE_SECONDS
     ) -> None:
         """Begin to end its whole tree; `over` follows. A second call changes nothing.
 
         Args:
             verdict: the status of its Exit when it was not over yet; None: what wait() says.
             hang_up: see `end_tree`.
-            grace: seconds between TERM and KILL; None: 5.
+            grace: seconds between TERM and KILL.
         """
         if self._ending is None:
             if not self.over.done():
                 self._verdict = verdict
-            options = {} if grace is None else {"grace": grace}
-            self._ending = self._loop.create_task(end_tree(self._tree, hang_up=hang_up, **options))
+            self._ending = self._loop.create_task(self._end_tree(hang_up, grace))
             self._ending.add_done_callback(lambda _: self._settle())
+
+    async def _end_tree(self, hang_up: bool, grace: float) -> None:
+        await self.begun(grace)
+        await end_tree(self._tree, hang_up=hang_up, grace=grace)
 
     async def ended(self) -> None:
         """Wait until the tree that is being ended has ended, even when cancelled meanwhile."""
@@ -169,17 +181,25 @@ class Child:
             self._died(status)
 
     def _told(self) -> None:
-        if self._keeper is not None:
+        if self._keeper is None:
+            return
+        said = b""
+        with suppress(ConnectionResetError):  # the keeper itself was killed, as when nothing comes
+            said = self._keeper.recv(64)
+        if said and not self._begun.done():
+            self._begun.set_result(None)
+        if b"ended" in said or not said:
             self._loop.remove_reader(self._keeper)
-            with suppress(ConnectionResetError):  # the keeper itself was killed, as when nothing comes
-                if self._keeper.recv(1):
-                    self._ended_itself()
-                    self._settle()
+        if b"ended" in said:
+            self._ended_itself()
+            self._settle()
 
     def _ended_itself(self) -> float:
         """Take note of the end of the program, once; returns how long it lasted."""
         if self._lasted is None:
             self._lasted = time.monotonic() - self.started
+            if not self._begun.done():
+                self._begun.set_result(None)
             if (rest := self.on_death()) is not None:
                 self._last_words = self._loop.create_task(rest)
                 self._last_words.add_done_callback(lambda _: self._settle())
@@ -290,6 +310,7 @@ class Children:
         if self._count == 0:
             return
         waiting = [child.over for child in self._living]
+        await asyncio.gather(*(child.begun(KILL_GRACE_SECONDS) for child in self._living))
         await end_tree(Tree(f"{MARKER}={self._nonce}-".encode(), self._leaders), hang_up=True)
         if waiting:
             await asyncio.wait(waiting)

@@ -30,17 +30,17 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 # When the leader ends, the terminal hangs up on whatever runs in the foreground: also on filters that the program
 # wrote through. So the leader is a shell that stays: it begins when told to, tells the end of the program, waits until
 # it is let go, and ends as the program did. A signal that both got, as one process group, ends both; one that the
-# program alone got makes an exit code.
+# program alone got makes an exit code. Before the copy of the shell that becomes the program has told that it is there,
+# a signal would reach the leader alone, which outlives it.
 _ON_TERMINAL = rb"""
 read -r name || exit
 : <"$0"
 got=
 for name in HUP INT QUIT USR1 USR2 ALRM TERM PIPE VTALRM PROF XCPU XFSZ; do trap "got=\"\$got $name \"" $name; done
-[ -z "$got" ] || exit
-(exec "$@" <"$0" >"$0" 2>&1)
+(echo begun; exec "$@" <"$0" >"$0" 2>&1)
 code=$?
 trap '' HUP INT QUIT USR1 USR2 ALRM TERM PIPE VTALRM PROF XCPU XFSZ
-echo
+echo ended
 read -r name
 [ $code -le 128 ] || name=$(kill -l $code)
 case $got in *" ${name:--} "*) trap - $name; kill -s $name $$;; esac
@@ -172,7 +172,7 @@ def spawn(
     """Start a program in a session of its own, with a terminal as a child of `sh`; returns when it runs.
 
     With a terminal, `stdin` and `stdout` are those of `sh`, which starts the program when it reads a line, writes
-    one when that has ended, and ends at the end of its input.
+    `begun` when that is there and `ended` when it has ended, and ends at the end of its input.
 
     Raises:
         SpawnFailed: it does not.

@@ -386,6 +386,12 @@ class LocalWorkspace(Workspace):
         except SpawnFailed as failed:
             raise failed.error from None
         running.limit(timeout)
+        try:
+            await running.child.begun()
+        except BaseException:  # cancelled: nobody will know that it runs
+            running.child.end()
+            await running.child.ended()
+            raise
         return LocalProcess(self._opened().processes, running.child.id)
 
     async def processes(self) -> list[ProcessInfo]:

@@ -250,6 +250,13 @@ class ProcessContract:
         exit = await process.wait(PATIENCE)
         assert (exit.status, exit.exit_code, exit.signal) == ("killed", None, 1)
 
+    async def test_the_interrupt_key_right_after_the_start_ends_what_runs_on_a_terminal(self, workspace):
+        for _ in range(10):
+            process = await workspace.start(["sleep", "1000"], pty=True)
+            await process.write(b"\x03")
+            exit = await process.wait(PATIENCE)
+            assert (exit.status, exit.exit_code, exit.signal) == ("killed", None, 2)
+
     async def test_a_program_on_a_terminal_may_end_with_any_exit_code(self, workspace):
         process = await workspace.start("exit 143", pty=True)
         exit = await process.wait(PATIENCE)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from agent_sdk.workspace.environment import workspace_environment
 from agent_sdk.workspace.launch import Launch, open_folder
 from agent_sdk.workspace.paths import Root
 from agent_sdk.workspace.process_tree import Tree, end_tree, find
+from agent_sdk.workspace.terminal import open_terminal
 
 GRACE = 0.3
 
@@ -117,6 +119,27 @@ async def test_those_who_end_in_time_are_not_killed(run, tmp_path):
     await child.ended()
     assert (tmp_path / "left").read_text() == "clean\n"
     assert child.exit.exit_code == 3
+
+
+async def test_a_program_that_was_only_just_given_a_terminal_ends_by_the_first_signal(tmp_path):
+    """Whoever keeps its terminal outlives signals: they must not come before the program is there."""
+    children, ends = Children(), set()
+    folder = open_folder(Root(str(tmp_path)), ".")
+    none = subprocess.DEVNULL
+    for nth in range(30):
+        terminal = open_terminal(24, 80)
+        launch = Launch((b"sleep", b"1000"), workspace_environment(), terminal=terminal.name)
+        child = children.spawn(launch, folder, stdin=none, stdout=none, stderr=none)
+        for _ in range(nth % 5):  # each as far as the loop has come
+            await asyncio.to_thread(os.sched_yield)
+        child.end(hang_up=True)
+        await child.ended()
+        ends.add(child.exit.signal)
+        terminal.close_slave()
+        os.close(terminal.master)
+    folder.close()
+    await children.close()
+    assert ends <= {signal.SIGHUP, signal.SIGTERM}
 
 
 async def test_processes_of_others_are_left_alone(bystander):
