@@ -1,12 +1,16 @@
-"""Identities that are made where they are needed: UUIDs of version 7 (RFC 9562), which sort by time."""
+"""Names of what is made here, UUIDs of version 7 (RFC 9562), which sort by time; and of bytes, their SHA-256."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
+from typing import TYPE_CHECKING, Any
 
 from agent_sdk.protocol.errors import InvalidParams
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 
@@ -58,3 +62,19 @@ def checked_new_conversation(id: str | None) -> str | None:
 def op_id_or_new(op_id: str | None) -> str:
     """Return the op_id that a caller has chosen, or a fresh one; see `checked_op_id`."""
     return new_id() if op_id is None else checked_op_id(op_id)
+
+
+def sha256() -> _Hash:
+    """Return a fresh SHA-256."""
+    import hashlib  # noqa: PLC0415  it loads OpenSSL, 3.6 MB that a box without transfers does not need
+
+    return hashlib.sha256()
+
+
+def digest_of(*params: Any) -> bytes:
+    """Return the SHA-256 of values that JSON can say: the same for the same values."""
+    import msgspec  # noqa: PLC0415  an id needs none
+
+    digest = sha256()
+    digest.update(msgspec.json.encode(params, order="sorted"))
+    return digest.digest()

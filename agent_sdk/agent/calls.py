@@ -16,11 +16,10 @@ from agent_sdk.agent.mask import HIDDEN
 from agent_sdk.agent.progress import Progress
 from agent_sdk.agent.toolbox import UNKNOWN, failed_call
 from agent_sdk.agent.tools.registry import FINISH
-from agent_sdk.ids import new_id
+from agent_sdk.ids import new_id, sha256
 from agent_sdk.protocol.errors import RequestNotFound
 from agent_sdk.protocol.events import Event, RequestOpened, RequestResolved, ToolCalled, ToolReturned
 from agent_sdk.tools import ToolResult
-from agent_sdk.workspace.digest import sha256
 
 CALLS_PER_ANSWER = 64
 NOT_KEPT = (

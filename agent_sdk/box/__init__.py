@@ -7,4 +7,5 @@ process:  a box: LocalWorkspace behind a Unix socket
 service:  what serves its connections
 seccomp:  a filter of system calls for a box
 profile:  what is in force for a box
+capabilities: what the box of a task keeps of root
 """

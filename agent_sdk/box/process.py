@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(handlers=[BoundedLog()], level=logging.WARNING)
     try:
         if given.user is not None:
-            from agent_sdk.workspace.capabilities import become  # noqa: PLC0415  only some boxes in containers need it
+            from agent_sdk.box.capabilities import become  # noqa: PLC0415  only some boxes in containers need it
 
             become(give_name(find_user(given.user)))
         if given.seccomp:

@@ -8,12 +8,12 @@ import msgspec
 from msgspec.structs import replace
 
 from agent_sdk.conversation.journal import Journal
+from agent_sdk.ids import digest_of
 from agent_sdk.log.event_log import Operation
 from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch
 from agent_sdk.protocol.methods.method import Effect
 from agent_sdk.protocol.results import Accepted
-from agent_sdk.workspace.digest import digest_of
 
 T = TypeVar("T")
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
+from agent_sdk.ids import sha256
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ChangedDuringRead,
@@ -30,7 +31,6 @@ from agent_sdk.remote.link import Link, ask, passed, persistent
 from agent_sdk.remote.streams import pass_failure
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteWriter
-from agent_sdk.workspace.digest import sha256
 from agent_sdk.workspace.disk import Progress
 
 NO_CHANNEL = 1

@@ -51,6 +51,7 @@ from agent_sdk.remote.process import RemoteProcess, RemoteShell
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink, Target
 from agent_sdk.remote.streams import milliseconds
 from agent_sdk.remote.transfers import NO_CHANNEL, Once, Repeatable, incoming, outgoing
+from agent_sdk.workspace.atomic_file import atomic_file
 from agent_sdk.workspace.contract import (
     ExecResult,
     FileStream,
@@ -61,7 +62,7 @@ from agent_sdk.workspace.contract import (
     Workspace,
     WorkspaceInfo,
 )
-from agent_sdk.workspace.disk import LocalPath, OnProgress, Progress, atomic_file, open_source
+from agent_sdk.workspace.disk import LocalPath, OnProgress, Progress, open_source
 from agent_sdk.workspace.folders import packed, unpacked
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ bash:              one bash in a terminal, driven over pipes of its own
 shell:             persistent shells
 paths:             paths that cannot leave the root
 files:             files of a workspace
-entries:           what can be done with one of them; blocks
 git:               the repository of a workspace
 git_configuration: how git is to read a repository
 arguments:         limits on what callers ask for
@@ -30,10 +29,9 @@ uploads:           files that come in parts, over connections that are lost
 repeats:           calls that are carried out once, however often they come
 contract:          the contract of a Workspace
 disk:              files of this machine as streams
+atomic_file:       files that are replaced as a whole
 folders:           whole folders as streams
 service:           a Workspace behind a Peer
-capabilities:      what the box of a task keeps of root
 limits:            what in a box ran into a limit
 cgroup:            the limits of a control group, and how often they were run into
-digest:            the SHA-256 of files that move
 """

@@ -32,10 +32,11 @@ from typing import Any
 
 from agent_sdk.protocol.errors import ProcessNotFound
 from agent_sdk.workspace.children import Child, Children
+from agent_sdk.workspace.disk import Folder
 from agent_sdk.workspace.feed import Feed
 from agent_sdk.workspace.intake import Intake
 from agent_sdk.workspace.last_words import end_of, last_words
-from agent_sdk.workspace.launch import Folder, Interpreter
+from agent_sdk.workspace.launch import Interpreter
 from agent_sdk.workspace.process_tree import is_stopped
 from agent_sdk.workspace.terminal import Reading, make_plain, open_terminal, reading
 

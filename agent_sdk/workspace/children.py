@@ -19,8 +19,9 @@ from msgspec.structs import replace
 from agent_sdk.protocol.errors import ProcessNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import Exit, Status
 from agent_sdk.workspace.contract import KILL_GRACE_SECONDS
+from agent_sdk.workspace.disk import Folder
 from agent_sdk.workspace.environment import MARKER
-from agent_sdk.workspace.launch import Folder, Interpreter, Launch, spawn
+from agent_sdk.workspace.launch import Interpreter, Launch, spawn
 from agent_sdk.workspace.limits import LimitWatch
 from agent_sdk.workspace.process_tree import HAS_PIDFD, Tree, children, end_tree, tick_now
 

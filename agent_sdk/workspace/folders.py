@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, aclosing, closing, suppress
 from fnmatch import fnmatchcase
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -27,7 +27,17 @@ from agent_sdk.protocol.errors import (
     TransferBroken,
 )
 from agent_sdk.protocol.results import Transferred
-from agent_sdk.workspace.disk import BLOCK_BYTES, PIECE_BYTES, AtomicFile, in_thread, local_path, path_error
+from agent_sdk.workspace.atomic_file import AtomicFile
+from agent_sdk.workspace.disk import (
+    BLOCK_BYTES,
+    PIECE_BYTES,
+    Folder,
+    in_thread,
+    local_path,
+    open_folder,
+    open_in_thread,
+    path_error,
+)
 
 if TYPE_CHECKING:
     import tarfile
@@ -42,21 +52,17 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 async def packed(folder: str | PathLike[str], exclude: Sequence[str]) -> AsyncGenerator[bytes, None]:
     """Yield a folder of this machine as an archive, in pieces of at most 64 KiB; see `pack`."""
-    path = local_path(folder)
-    fd = await in_thread(open_folder, path)
-    try:
-        async for piece in pack(fd, path, exclude):
-            yield piece
-    finally:
-        os.close(fd)
+    with closing(await open_in_thread(open_folder, local_path(folder))) as opened:
+        async with aclosing(pack(opened, exclude)) as pieces:
+            async for piece in pieces:
+                yield piece
 
 
-async def pack(fd: int, shown: str, exclude: Sequence[str]) -> AsyncGenerator[bytes, None]:
-    """Yield an open folder as an archive; the descriptor stays the caller's.
+async def pack(folder: Folder, exclude: Sequence[str]) -> AsyncGenerator[bytes, None]:
+    """Yield an open folder as an archive.
 
     Args:
-        fd: of the folder.
-        shown: its path, for messages.
+        folder: stays the caller's.
         exclude: patterns (`*`, `?`, `[…]`) of what is left out with all that is in it: with a `/` they are
             compared with the path in the folder, without one with the name.
 
@@ -65,18 +71,10 @@ async def pack(fd: int, shown: str, exclude: Sequence[str]) -> AsyncGenerator[by
         NotARegularFile: something in it is no file, folder or symlink.
         ChangedDuringRead: a file changes meanwhile.
     """
-    blocks = _Packer(shown, exclude).blocks(fd)
+    blocks = _Packer(folder.path, exclude).blocks(folder.fd)
     while block := await in_thread(next, blocks, b""):
         for start in range(0, len(block), PIECE_BYTES):
             yield block[start : start + PIECE_BYTES]
-
-
-def open_folder(path: str) -> int:
-    """Open a folder of this machine. Blocks."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise path_error(exc, path) from exc
 
 
 class _Packer:
@@ -214,21 +212,16 @@ class FolderFile(AtomicFile):
 
 async def unpacked(folder: str | PathLike[str], pieces: AsyncIterator[bytes]) -> Transferred:
     """Write the archive that comes into a folder of this machine; it and its parents are made."""
-    path = local_path(folder)
-    opened: list[FolderFile] = []
-    try:
-        await in_thread(_open, path, opened)
-        async for data in pieces:
-            await opened[0].write(data)
-        return await opened[0].commit()
-    finally:
+    async with AsyncExitStack() as stack:
         if isinstance(pieces, AsyncGenerator):
-            await pieces.aclose()
-        for file in opened:
-            await in_thread(file.close)
+            stack.push_async_callback(pieces.aclose)
+        file = await stack.enter_async_context(aclosing(await open_in_thread(_open, local_path(folder))))
+        async for data in pieces:
+            await file.write(data)
+        return await file.commit()
 
 
-def _open(path: str, opened: list[FolderFile]) -> None:
+def _open(path: str) -> FolderFile:
     made: list[bytes] = []
     above = os.path.abspath(path)
     while not os.path.lexists(above):
@@ -240,8 +233,7 @@ def _open(path: str, opened: list[FolderFile]) -> None:
         raise NotADirectory(f"not a folder: {path}", path=path) from None
     except OSError as exc:
         raise path_error(exc, path) from exc
-    opened.append(FolderFile(open_folder(path), path, made))
-    opened[0].open()
+    return FolderFile(open_folder(path).fd, path, made).open()
 
 
 class _Heads:

@@ -19,7 +19,7 @@ from agent_sdk.protocol.errors import (
     PathNotFound,
     PolicyDenied,
 )
-from agent_sdk.workspace.disk import path_error
+from agent_sdk.workspace.disk import Folder, path_error
 from agent_sdk.workspace.environment import MARKER
 from agent_sdk.workspace.paths import Root
 from agent_sdk.workspace.users import User
@@ -59,18 +59,6 @@ class SpawnFailed(Exception):
         self.error = error
         self.reason = f"{code}: {error.message}"
         self.exit_code = exit_code
-
-
-@dataclass(frozen=True)
-class Folder:
-    """An open folder where a program starts."""
-
-    fd: int
-    path: str
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self.fd)
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,15 @@ from agent_sdk.workspace.arguments import (
     check_seconds,
     check_size,
 )
+from agent_sdk.workspace.atomic_file import atomic_file
 from agent_sdk.workspace.bash import Bash, Report
 from agent_sdk.workspace.children import Children
 from agent_sdk.workspace.contract import ExecResult, FileStream, OnOutput, Workspace
 from agent_sdk.workspace.disk import (
+    Folder,
     LocalPath,
     OnProgress,
     Progress,
-    atomic_file,
     in_thread,
     open_source,
     path_error,
@@ -52,7 +53,6 @@ from agent_sdk.workspace.folders import packed, unpacked
 from agent_sdk.workspace.git import LocalGit
 from agent_sdk.workspace.herald import Herald
 from agent_sdk.workspace.launch import (
-    Folder,
     Interpreter,
     Launch,
     SpawnFailed,

@@ -13,7 +13,8 @@ from typing import Any
 from agent_sdk.protocol.errors import ProcessNotFound
 from agent_sdk.protocol.results import ProcessInfo
 from agent_sdk.workspace.children import Child, Children
-from agent_sdk.workspace.launch import Folder, Launch
+from agent_sdk.workspace.disk import Folder
+from agent_sdk.workspace.launch import Launch
 from agent_sdk.workspace.running import Running
 from agent_sdk.workspace.spool import Spool
 from agent_sdk.workspace.terminal import open_terminal

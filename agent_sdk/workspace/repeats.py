@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from agent_sdk.ids import checked_op_id
+from agent_sdk.ids import checked_op_id, digest_of
 from agent_sdk.protocol.errors import AgentServerError, OpMismatch
-from agent_sdk.workspace.digest import digest_of
 
 KEPT = 1000
 """Results of ended calls."""

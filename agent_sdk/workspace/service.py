@@ -13,6 +13,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from agent_sdk.ids import sha256
 from agent_sdk.protocol.errors import (
     ChangedDuringRead,
     ConnectionLost,
@@ -63,7 +64,6 @@ from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound
 from agent_sdk.rpc.stream import ByteWriter
 from agent_sdk.workspace.contract import ExecResult, Output, OutputName, ShellResult
-from agent_sdk.workspace.digest import sha256
 from agent_sdk.workspace.local import LocalWorkspace
 from agent_sdk.workspace.process import LocalProcess
 

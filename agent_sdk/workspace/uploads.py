@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from agent_sdk.protocol.errors import ConnectionLost, OpMismatch, TransferBroken
 from agent_sdk.protocol.results import Transferred
-from agent_sdk.workspace.disk import AtomicFile, in_thread
+from agent_sdk.workspace.atomic_file import AtomicFile
 from agent_sdk.workspace.files import LocalFiles
 
 KEPT_SECONDS = 600.0
@@ -75,12 +76,10 @@ class Uploads:
             self._keep(op_id, path, mode, file)
             raise TransferBroken(f"it broke off after {file.size} bytes, which are kept: {exc}") from None
         except BaseException:
-            await in_thread(file.close)
+            await file.aclose()
             raise
-        try:
+        async with aclosing(file):
             return await file.commit(size=size, digest=digest())
-        finally:
-            await in_thread(file.close)
 
     async def _append(
         self, op_id: str, file: AtomicFile, pieces: AsyncIterable[tuple[int, bytes]], since: int
@@ -117,14 +116,7 @@ class Uploads:
                 raise OpMismatch(f"op_id {op_id} came before with other params", op_id=op_id)
             part.timer.cancel()
             return part.file
-        opened: list[AtomicFile] = []
-        try:
-            await self._files.open_atomic(path, mode, opened, unpack=unpack)
-        except BaseException:
-            for file in opened:
-                await in_thread(file.close)
-            raise
-        return opened[0]
+        return await self._files.open_atomic(path, mode, unpack=unpack)
 
     def _keep(self, op_id: str, path: str, mode: int | None, file: AtomicFile) -> None:
         timer = asyncio.get_running_loop().call_later(self._seconds, self._drop, op_id)
@@ -135,7 +127,7 @@ class Uploads:
     def _drop(self, op_id: str) -> None:
         part = self._waiting.pop(op_id)
         part.timer.cancel()
-        closing = asyncio.create_task(in_thread(part.file.close))
+        closing = asyncio.create_task(part.file.aclose())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
+from agent_sdk.ids import digest_of
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import (
@@ -42,7 +43,6 @@ from agent_sdk.protocol.results import Exit, RunningOperation, WorkspaceInfo
 from agent_sdk.remote.link import Linked
 from agent_sdk.rpc.ledger import CHANNELS, did_nothing
 from agent_sdk.rpc.peer import Inbound
-from agent_sdk.workspace.digest import digest_of
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.passage import Passage
 from agent_server.boxes.receipt import Receipt

@@ -15,7 +15,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay, 
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable
-from agent_sdk.workspace.disk import atomic_file
+from agent_sdk.workspace.atomic_file import atomic_file
 from agent_server.logs import Logs
 from agent_server.runtime_api.pods import Pod
 

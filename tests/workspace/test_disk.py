@@ -19,7 +19,8 @@ from agent_sdk.protocol.errors import (
     PathNotFound,
     TransferBroken,
 )
-from agent_sdk.workspace.disk import BLOCK_BYTES, PIECE_BYTES, atomic_file, in_thread, open_source
+from agent_sdk.workspace.atomic_file import atomic_file
+from agent_sdk.workspace.disk import BLOCK_BYTES, PIECE_BYTES, in_thread, open_source
 from tests.conftest import let_others_through
 
 DATA = bytes(range(256)) * 9000

@@ -18,11 +18,11 @@ from msgspec import Meta, Struct
 from agent_sdk.agent.clip import MODEL_CHARS
 from agent_sdk.agent.tools.keys import keystroke
 from agent_sdk.agent.tools.screen import plain
+from agent_sdk.ids import sha256
 from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import Resumable, ToolContext, ToolResult, decode_arguments, parameters_of
 from agent_sdk.workspace.contract import Shell, ShellResult
-from agent_sdk.workspace.digest import sha256
 
 QUIET_SECONDS = 30.0
 """Without new output until the call returns, when no timeout is given."""
