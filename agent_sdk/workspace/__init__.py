@@ -23,8 +23,7 @@ git:               the repository of a workspace
 git_configuration: how git is to read a repository
 arguments:         limits on what callers ask for
 environment:       what a command finds in its environment
-rights:            the rights of another user, for a block
-users:             as whom a command runs
+users:             as whom a command runs, and the rights of another user for a block
 uploads:           files that come in parts, over connections that are lost
 repeats:           calls that are carried out once, however often they come
 contract:          the contract of a Workspace

@@ -23,7 +23,7 @@ from agent_sdk.workspace.disk import Folder
 from agent_sdk.workspace.environment import MARKER
 from agent_sdk.workspace.launch import Interpreter, Launch, spawn
 from agent_sdk.workspace.limits import LimitWatch
-from agent_sdk.workspace.process_tree import HAS_PIDFD, Tree, children, end_tree, tick_now
+from agent_sdk.workspace.process_tree import Tree, children, end_tree, tick_now
 
 SESSIONS = 4096
 SH = Interpreter("/bin/sh")
@@ -41,7 +41,6 @@ class Child:
         since: int,
         *,
         keeper: socket.socket | None = None,
-        by_thread: bool = not HAS_PIDFD,
         why: Callable[[int | None], str] | None = None,
     ) -> None:
         """Begin to wait for the end of `popen`.
@@ -54,7 +53,6 @@ class Child:
             since: when, in clock ticks since boot; what came of it is not older.
             keeper: `popen` keeps the terminal of a program that is its child; it says here when that has begun and
                 when it has ended, and ends when this is closed.
-            by_thread: wait in a thread, as one has to without pidfds.
             why: called at its end, for the reason of its Exit.
         """
         self.id = process_id
@@ -85,7 +83,7 @@ class Child:
             self._loop.add_reader(keeper, self._told)
         else:
             self._begun.set_result(None)
-        self._watch(by_thread)
+        self._watch()
 
     @property
     def alive(self) -> bool:
@@ -153,15 +151,13 @@ class Child:
 
     # --- the end of the process itself ---
 
-    def _watch(self, by_thread: bool) -> None:
-        if not by_thread:
-            try:
-                self._pidfd = os.pidfd_open(self.pid)
-                self._loop.add_reader(self._pidfd, self._reap)
-                return
-            except OSError:
-                pass  # out of descriptors, or an old kernel
-        threading.Thread(target=self._wait_in_thread, name=f"wait-{self.pid}", daemon=True).start()
+    def _watch(self) -> None:
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError:  # out of descriptors, or refused
+            threading.Thread(target=self._wait_in_thread, name=f"wait-{self.pid}", daemon=True).start()
+        else:
+            self._loop.add_reader(self._pidfd, self._reap)
 
     def _wait_in_thread(self) -> None:
         try:
@@ -241,19 +237,15 @@ class Child:
 class Children:
     """All of a workspace. `close` ends every process that came of it."""
 
-    def __init__(
-        self, sh: Interpreter = SH, limits: LimitWatch | None = None, *, by_thread: bool = not HAS_PIDFD
-    ) -> None:
+    def __init__(self, sh: Interpreter = SH, limits: LimitWatch | None = None) -> None:
         """Begin with none.
 
         Args:
             sh: gives programs their terminal.
             limits: looked at when one has ended.
-            by_thread: as in Child.
         """
         self._sh = sh
         self._limits = limits
-        self._by_thread = by_thread
         self._nonce = os.urandom(6).hex()
         self._count = 0
         # Pids of leaders; kept after their end, because what they left behind is in their session.
@@ -292,7 +284,7 @@ class Children:
                 keeper.send(b"\n")
         self._leaders[popen.pid] = None
         tree = Tree(f"{MARKER}={name}\0".encode(), {popen.pid: None})
-        child = Child(name, popen, tree, started, since, keeper=keeper, by_thread=self._by_thread, why=why)
+        child = Child(name, popen, tree, started, since, keeper=keeper, why=why)
         self._living.add(child)
         child.over.add_done_callback(lambda _: self._ended(child))
         return child

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 SMALLEST_READ, LARGEST_READ = 64 << 10, 1 << 20
-_SET_PIPE_SIZE = getattr(fcntl, "F_SETPIPE_SZ", None)
 
 
 class Intake:
@@ -98,7 +97,6 @@ class Intake:
         """Whoever fills a whole read writes much: fewer, larger reads, and a wider pipe."""
         if self._amount < LARGEST_READ:
             self._amount = min(LARGEST_READ, self._amount * 4)
-            if _SET_PIPE_SIZE is not None:
-                # It fails on a terminal, and when the user's share of pipe memory is used up.
-                with suppress(OSError):
-                    fcntl.fcntl(self._fd, _SET_PIPE_SIZE, LARGEST_READ)
+            # It fails on a terminal, and when the user's share of pipe memory is used up.
+            with suppress(OSError):
+                fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, LARGEST_READ)

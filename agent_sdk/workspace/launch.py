@@ -47,7 +47,7 @@ case $got in *" ${name:--} "*) trap - $name; kill -s $name $$;; esac
 exit $code
 """
 
-_MENDED_BY_POPEN = (signal.SIGPIPE, getattr(signal, "SIGXFSZ", signal.SIGPIPE))
+_MENDED_BY_POPEN = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class SpawnFailed(Exception):
@@ -89,8 +89,7 @@ def open_folder(root: Root, cwd: str) -> Folder:
     """
     try:
         with root.entry(cwd, field="cwd") as entry:
-            flags = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
-            return Folder(entry.open(flags), root.absolute(entry.names))
+            return Folder(entry.open(os.O_PATH | os.O_DIRECTORY), root.absolute(entry.names))
     except (InvalidParams, PolicyDenied):
         raise
     except PathNotFound:
@@ -176,7 +175,7 @@ def spawn(
         if user is not None:  # it opens the terminal as who it is
             os.chmod(launch.terminal, 0o666)
     # Through the descriptor the child enters the very folder that was checked.
-    cwd = f"/proc/self/fd/{folder.fd}" if os.path.exists("/proc/self/fd") else folder.path
+    cwd = f"/proc/self/fd/{folder.fd}"
     try:
         return subprocess.Popen(
             argv,

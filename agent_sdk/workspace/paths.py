@@ -34,8 +34,8 @@ PATH_BYTES = 4096
 NAME_BYTES = 255
 SYMLINKS = 40
 
-# O_PATH opens a folder one may pass but not list. Where it is missing, listing is needed.
-_PASS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_PATH opens a folder one may pass but not list.
+_PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)

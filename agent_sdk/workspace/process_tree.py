@@ -4,7 +4,7 @@ A process belongs to an operation when its session is the operation's, when an a
 or when the marker stands in the environment it was started with. So `setsid`, double forks and new
 process groups do not help it; only clearing the environment *and* losing its parent *and* leaving the
 session together do. Each found process is held by a pidfd, so no signal ever meets a process that got
-a recycled number. Without /proc and pidfds (not Linux) only process groups whose leader runs are ended.
+a recycled number.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from agent_sdk.workspace.contract import KILL_GRACE_SECONDS
 from agent_sdk.workspace.disk import in_thread
-from agent_sdk.workspace.rights import rights_of
+from agent_sdk.workspace.users import fsuid
 
-HAS_PIDFD = hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")
 # After KILL only a process inside an uninterruptible system call stays; nobody can wait for that.
 _DEATH_SECONDS = 2.0
 _ROUNDS = 50
@@ -68,8 +67,6 @@ class Tree:
 
 def tick_now() -> int:
     """Return clock ticks since boot, as /proc counts them."""
-    if not hasattr(time, "CLOCK_BOOTTIME"):
-        return 0
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
@@ -95,7 +92,7 @@ def find(tree: Tree) -> set[Seen]:
     """Return the living processes of a tree. Blocks for some milliseconds."""
     table = {seen.pid: seen for seen in all_processes()}
     table.pop(os.getpid(), None)
-    with rights_of(tree.user):
+    with fsuid(tree.user):
         chosen = {pid for pid, seen in table.items() if _belongs(seen, tree)}
     while True:
         more = {
@@ -132,7 +129,7 @@ def _environment(seen: Seen) -> bytes:
 
 
 def all_processes() -> Iterable[Seen]:
-    """Yield every living process that can be seen; none without /proc."""
+    """Yield every living process that can be seen."""
     return _seen(_numbers())
 
 
@@ -149,7 +146,7 @@ def younger(pid: int, since: int) -> Iterable[Seen]:
 
 
 def _numbers() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()] if _has_proc() else []
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def _seen(numbers: Iterable[int]) -> Iterable[Seen]:
@@ -239,9 +236,6 @@ async def end_tree(tree: Tree, *, hang_up: bool = False, grace: float = KILL_GRA
         hang_up: send HUP as well, which interactive shells obey (they ignore TERM).
         grace: seconds between TERM and KILL; 0: KILL at once.
     """
-    if not (HAS_PIDFD and _has_proc()):
-        await _end_groups(tree.leaders, grace)
-        return
     # CONT, because a stopped process acts on TERM only when it goes on.
     gentle = (*((signal.SIGHUP,) if hang_up else ()), signal.SIGTERM, signal.SIGCONT)
     loop = asyncio.get_running_loop()
@@ -260,20 +254,3 @@ async def end_tree(tree: Tree, *, hang_up: bool = False, grace: float = KILL_GRA
         kills += late
         if kills > _ROUNDS:
             return
-
-
-def _has_proc() -> bool:
-    return os.path.exists("/proc/self/stat")
-
-
-async def _end_groups(leaders: Mapping[int, int | None], grace: float) -> None:
-    # An ended leader's number may be somebody else's by now.
-    living = [leader for leader, ended in leaders.items() if ended is None]
-    for leader in living:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(leader, signal.SIGTERM)
-    if living:
-        await asyncio.sleep(grace)
-    for leader in living:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(leader, signal.SIGKILL)

@@ -168,16 +168,36 @@ async def test_cancelling_does_not_stop_the_ending(run, tmp_path):
     assert not living(tmp_path / "ready")
 
 
-async def test_without_pidfds_a_thread_waits(tmp_path):
-    children = Children(by_thread=True)
-    folder = open_folder(Root(str(tmp_path)), ".")
-    none = subprocess.DEVNULL
-    launch = Launch((b"bash", b"-c", b"exit 9"), workspace_environment())
-    child = children.spawn(launch, folder, stdin=none, stdout=none, stderr=none)
-    folder.close()
-    async with asyncio.timeout(30):
-        assert (await child.over).exit_code == 9
-    await children.close()
+WITHOUT_PIDFDS = """
+import asyncio, ctypes, os, struct
+from agent_sdk import LocalWorkspace
+
+PIDFD_OPEN, REFUSED, ALLOWED = 434, 0x00050001, 0x7FFF0000
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, PIDFD_OPEN), (0x06, 0, 0, REFUSED), (0x06, 0, 0, ALLOWED)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(code)))
+prctl = ctypes.CDLL(None).prctl
+prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+assert prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, ctypes.addressof(program), 0, 0) == 0
+try:
+    os.pidfd_open(os.getpid())
+except PermissionError:
+    print("refused")
+
+async def main():
+    async with LocalWorkspace() as workspace:
+        result = await asyncio.wait_for(workspace.execute("echo said; exit 9"), 30)
+        print(result.stdout.strip(), result.exit_code)
+
+asyncio.run(main())
+"""
+
+
+def test_where_pidfds_are_refused_a_thread_waits(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PIDFDS], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (run.stdout, run.stderr) == ("refused\nsaid 9\n", "")
 
 
 async def test_an_exit_code_that_somebody_else_took_is_unknown(run, tmp_path):

@@ -24,7 +24,7 @@ from msgspec import Struct
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import IsolationUnavailable, PathDenied
 from agent_sdk.workspace.disk import in_thread
-from agent_sdk.workspace.rights import rights_of
+from agent_sdk.workspace.users import fsuid
 from workspaces.backend.docker.accounts import with_user
 from workspaces.box.runtime import MOUNT, BoxRuntime, box_runtime
 
@@ -140,13 +140,13 @@ class Confinement(Struct, frozen=True):
 
     def is_empty(self, folder: Path) -> bool:
         """Whether there is nothing in a folder that belongs to the boxes; True also when it is not there. Blocks."""
-        with rights_of(self.user), suppress(FileNotFoundError), os.scandir(folder) as entries:
+        with fsuid(self.user), suppress(FileNotFoundError), os.scandir(folder) as entries:
             return next(entries, None) is None
         return True
 
     def remove(self, folder: Path) -> None:
         """Remove a folder that belongs to the boxes, as far as it can be done. Blocks."""
-        with rights_of(self.user):
+        with fsuid(self.user):
             with suppress(RecursionError):
                 shutil.rmtree(folder, ignore_errors=True)
             _remove_stubborn(folder)
@@ -319,7 +319,7 @@ def _reason(words: str) -> str:
 
 
 def _reaches(user: int, data: Path) -> bool:
-    with suppress(OSError), rights_of(user):
+    with suppress(OSError), fsuid(user):
         return (data / "workspaces").is_dir()
     return False
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from agent_sdk.protocol.errors import IsolationUnavailable, StorageFull, WorkspaceUnavailable
-from agent_sdk.workspace.rights import rights_of
+from agent_sdk.workspace.users import fsuid
 from workspaces.backend.docker.profiles import UID
 from workspaces.box.confinement import NOT_CONFINED, Confinement
 
@@ -41,7 +41,7 @@ def make_within(folder: Path, count: int) -> list[Path]:
     """Make so many empty folders in one of theirs, in which everybody may write. Blocks."""
     wanted = [folder / str(number) for number in range(count)]
     try:
-        with _reached(folder) as (_, there), rights_of(UID):
+        with _reached(folder) as (_, there), fsuid(UID):
             for place in wanted:
                 _make_open(f"{there}/{place.name}")
     except PermissionError:
@@ -53,7 +53,7 @@ def make_within(folder: Path, count: int) -> list[Path]:
 def open_to_all(folder: Path) -> None:
     """Let everybody make files in one. Blocks."""
     try:
-        with _reached(folder) as (_, there), rights_of(UID):
+        with _reached(folder) as (_, there), fsuid(UID):
             os.chmod(there, 0o1777)
     except PermissionError:
         folder.chmod(0o1777)
@@ -99,7 +99,7 @@ def copy(source: Path, target: Path) -> None:
 
 def size(folder: Path) -> int:
     """Return the bytes that one occupies; nothing is followed out of it. Blocks."""
-    with _reached(folder) as (_, there), rights_of(None if os.geteuid() == 0 else UID):
+    with _reached(folder) as (_, there), fsuid(None if os.geteuid() == 0 else UID):
         return sum(path.lstat().st_blocks * 512 for path in Path(there).rglob("*"))
 
 
