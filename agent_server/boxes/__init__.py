@@ -6,7 +6,7 @@ registry:      all boxes of a server: their starts, ends and survival
 link:          the way to a box
 name:          what a box is called, and promised
 place:         where an agent's tools act
-watch:         whether a box answers at all
+watch:         whether a box answers at all, and what happens to it
 relay:         calls to a box, once each
 passage:       a call to a box, with its bytes
 receipt:       what calls answered, kept

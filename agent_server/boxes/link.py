@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from math import inf
 from typing import Any, Literal
-
-import msgspec
-from msgspec import Raw
 
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -18,28 +15,24 @@ from agent_sdk.protocol.errors import (
     WorkspaceLost,
     WorkspaceUnavailable,
 )
-from agent_sdk.protocol.events import Waiting, WorkspaceChanged
-from agent_sdk.protocol.methods.workspace import Describe, LimitReached, ProcessList
+from agent_sdk.protocol.events import WorkspaceChanged
+from agent_sdk.protocol.methods.workspace import Describe, ProcessList
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.remote.connection import connect
 from agent_sdk.remote.link import Linked
 from agent_sdk.rpc.peer import Peer
 from agent_server.boxes.name import BoxName
-from agent_server.boxes.watch import BoxWatch, told_if_long
+from agent_server.boxes.watch import BoxEvents, BoxWatch, told_if_long
 from workspaces.box.contract import Box
 
 ANSWER_SECONDS = 5.0
 LOOK_SECONDS = 1.0
 """At least between two looks at a box that is to end as soon as no call runs in it."""
-SHOWN_DETAIL = 500
 BARREN_CONNECTIONS = 10
 """In a row, before anything came of them: a box that hangs up so often is killed."""
-LIMITED_SECONDS = 10.0
-"""At least between two events that tell of the same limit: a box could say so without end."""
 
 Change = Literal["started", "found", "ended", "left", "lost", "paused", "resumed"]
 """`found`: it was there before this server; `left`: it goes on without it."""
-Listener = Callable[[WorkspaceChanged | Waiting], None]
 
 
 class BoxLink:
@@ -71,8 +64,7 @@ class BoxLink:
         self.where = where
         self.survived = False
         """Whether the box was there before this server."""
-        self.untold: WorkspaceChanged | None = None
-        """How the last box ended, when nobody listened; for whoever tells it, once."""
+        self.events = BoxEvents(sandbox=idle is not None)
         self.owing = False
         """Whether a call has begun in the box whose result is nowhere else."""
         self.awaited = False
@@ -85,7 +77,6 @@ class BoxLink:
         self._admit = admit
         self._patience = patience
         self._idle = idle
-        self._listeners: dict[object, Listener] = {}
         self._box: Box | None = None
         self._linked: Linked | None = None
         self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -99,8 +90,6 @@ class BoxLink:
         self._held = False
         """Whether it is frozen for a moment, for a copy of its files."""
         self._thawing: asyncio.Task[None] | None = None
-        self._limited: dict[str, float] = {}
-        """When each limit was told of last."""
         self._uses = 0
         self._used_at = 0.0
         self._closed = False
@@ -138,12 +127,6 @@ class BoxLink:
     def lasts(self) -> bool:
         """Whether it is never stopped because nobody uses it: more than the workspace would be lost."""
         return self._idle == inf and self.is_running
-
-    def on_change(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener` with whatever happens to the box; returns how to stop that."""
-        key = object()
-        self._listeners[key] = listener
-        return lambda: self._listeners.pop(key, None) and None
 
     async def linked(self) -> Linked:
         """Return the connection: start the box when there is none, wake one that is frozen. Cancelling stops neither.
@@ -366,9 +349,9 @@ class BoxLink:
             self._turn(error)
         self._tell(change, words)
         if change == "lost":
-            self._publish(WorkspaceChanged(state="lost", reason=words, cause=cause))
+            self.events.publish(WorkspaceChanged(state="lost", reason=words, cause=cause))
         elif began and change == "ended":
-            self._publish(
+            self.events.publish(
                 WorkspaceChanged(state="stopped", reason="nobody used it; its files stay", cause="idle")
             )
 
@@ -391,7 +374,7 @@ class BoxLink:
 
     async def _live(self, box: Box, found: bool) -> Change:
         if not found:
-            with told_if_long(self._hear):
+            with told_if_long(self.events.tell):
                 await box.start()
         await self._stay(box, "found" if found else "started")
         return "lost"
@@ -414,7 +397,7 @@ class BoxLink:
                 if first:
                     self._tell(begins, "")
                     if begins == "started":
-                        self._publish(WorkspaceChanged(state="ready"))
+                        self.events.publish(WorkspaceChanged(state="ready"))
                 closed: asyncio.Future[Any] = asyncio.ensure_future(peer.wait_closed())
                 try:
                     await asyncio.wait((closed, box.ended), return_when=asyncio.FIRST_COMPLETED)
@@ -428,7 +411,7 @@ class BoxLink:
         """Connect; a box that does not answer is killed, because nothing can be had from it any more."""
         hanging = asyncio.get_running_loop().call_later(self._patience, box.kill)
         try:
-            reached = connect(box.url, box.token, on_notice=self._heed)
+            reached = connect(box.url, box.token, on_notice=self.events.heed)
             return (await stack.enter_async_context(reached)).peer
         finally:
             hanging.cancel()
@@ -442,20 +425,6 @@ class BoxLink:
             news.set_exception(error)
             news.exception()  # those who waited may be gone
 
-    # --- what is told of it ---
-
-    def _publish(self, event: WorkspaceChanged) -> None:
-        """Tell the listeners; how a box has ended is kept for the first who comes when there are none."""
-        if event.state != "lost" and self._idle is None:
-            return
-        if not self._listeners and event.state in ("lost", "stopped"):
-            self.untold = event
-        self._hear(event)
-
-    def _hear(self, event: WorkspaceChanged | Waiting) -> None:
-        for listener in list(self._listeners.values()):
-            listener(event)
-
     def _set_frozen(self, frozen: bool) -> None:
         """It was frozen or woken up: by us, or by somebody who uses the engine, too."""
         if frozen == self._frozen:
@@ -463,7 +432,7 @@ class BoxLink:
         self._frozen = frozen
         self._tell("paused" if frozen else "resumed", "")
         state: Literal["paused", "ready"] = "paused" if frozen else "ready"
-        self._publish(WorkspaceChanged(state=state, cause="" if frozen else "resumed"))
+        self.events.publish(WorkspaceChanged(state=state, cause="" if frozen else "resumed"))
 
     async def _thaw(self, box: Box) -> None:
         try:
@@ -476,18 +445,6 @@ class BoxLink:
                 raise
         finally:
             self._thawing = None
-
-    def _heed(self, method: str, params: Raw) -> None:
-        """Take a notice of the box."""
-        if method != LimitReached.method:
-            return
-        with suppress(msgspec.DecodeError):
-            limit = msgspec.json.decode(params, type=LimitReached)
-            now = asyncio.get_running_loop().time()
-            if now >= self._limited.get(limit.limit, 0.0):
-                self._limited[limit.limit] = now + LIMITED_SECONDS
-                reason = limit.detail[:SHOWN_DETAIL]
-                self._publish(WorkspaceChanged(state="limited", cause=limit.limit, reason=reason))
 
 
 def _failed(exc: Exception) -> AgentServerError:

@@ -168,7 +168,7 @@ class Boxes:
             if box is not None:
                 await self.link(place.name).adopt(box, self._config.box_linger_seconds)
             elif died:
-                self.link(place.name).untold = UNUSED
+                self.link(place.name).events.untold = UNUSED
 
     async def _find_sandbox(self, owner: str, record: Record) -> None:
         link = self.sandbox(owner, record.spec)
@@ -182,7 +182,7 @@ class Boxes:
             await link.adopt(box, self._config.box_linger_seconds)
         elif box is not None:
             if record.claimed:
-                link.untold = WorkspaceChanged(state="lost", reason=box.last_words(), cause=box.cause)
+                link.events.untold = WorkspaceChanged(state="lost", reason=box.last_words(), cause=box.cause)
             await box.end()
 
     async def _stop(self, link: BoxLink) -> None:

@@ -1,16 +1,20 @@
-"""What is asked of a box is waited for as long as it answers at all: one that was stopped or hangs is told in time."""
+"""What is to be seen of a box: whether it answers at all, so that nobody waits for one that hangs, and what happens."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
+import msgspec
+from msgspec import Raw
+
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
-from agent_sdk.protocol.events import Waiting
+from agent_sdk.protocol.events import Waiting, WorkspaceChanged
 from agent_sdk.protocol.methods.connection import Ping
 from agent_sdk.protocol.methods.method import Method
+from agent_sdk.protocol.methods.workspace import LimitReached
 from agent_sdk.rpc.peer import Peer
 
 SILENT_SECONDS = 15.0
@@ -18,7 +22,55 @@ SILENT_SECONDS = 15.0
 SILENT = "silent"
 START_SECONDS = 1.0
 """A start that takes longer is told in an event: usual ones take less, the pull of an image minutes."""
+LIMITED_SECONDS = 10.0
+"""At least between two events that tell of the same limit: a box could say so without end."""
+SHOWN_DETAIL = 500
 STARTS = "its box, which is being started; an image that is missing is pulled first"
+
+Listener = Callable[[WorkspaceChanged | Waiting], None]
+
+
+class BoxEvents:
+    """What happens to the boxes of a workspace, for those who listen. Of plain processes, their loss alone."""
+
+    def __init__(self, *, sandbox: bool) -> None:
+        self.untold: WorkspaceChanged | None = None
+        """How the last box ended, when nobody listened; for whoever tells it, once."""
+        self._sandbox = sandbox
+        self._listeners: dict[object, Listener] = {}
+        self._limited: dict[str, float] = {}
+        """When each limit may be told of again."""
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` with each event from now on; returns how to stop that."""
+        key = object()
+        self._listeners[key] = listener
+        return lambda: self._listeners.pop(key, None) and None
+
+    def publish(self, event: WorkspaceChanged) -> None:
+        """Tell the listeners; how a box has ended is kept for the first who comes when there are none."""
+        if event.state != "lost" and not self._sandbox:
+            return
+        if not self._listeners and event.state in ("lost", "stopped"):
+            self.untold = event
+        self.tell(event)
+
+    def tell(self, event: WorkspaceChanged | Waiting) -> None:
+        """Tell the listeners there are."""
+        for listener in list(self._listeners.values()):
+            listener(event)
+
+    def heed(self, method: str, params: Raw) -> None:
+        """Take a notice of a box."""
+        if method != LimitReached.method:
+            return
+        with suppress(msgspec.DecodeError):
+            limit = msgspec.json.decode(params, type=LimitReached)
+            now = asyncio.get_running_loop().time()
+            if now >= self._limited.get(limit.limit, 0.0):
+                self._limited[limit.limit] = now + LIMITED_SECONDS
+                reason = limit.detail[:SHOWN_DETAIL]
+                self.publish(WorkspaceChanged(state="limited", cause=limit.limit, reason=reason))
 
 
 class BoxWatch:

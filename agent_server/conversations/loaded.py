@@ -107,13 +107,13 @@ class LoadedConversation:
             self._forget.append(self._logs.redactor.of(self.id, self.local.mask))
             self._forget.append(self.local.subscribe(self._follow_turns))
             self._forget.append(self.local.subscribe_deltas(self._pass_delta))
-            self._forget.append(self.link.on_change(self._changed))
+            self._forget.append(self.link.events.listen(self._changed))
             patience = BACK_SECONDS if self._awaited else 0.0
             back = asyncio.get_running_loop().call_later(patience, self._clients_back.set)
             self._forget.append(back.cancel)
         await self.local.__aenter__()
-        if self.link.untold is not None:
-            untold, self.link.untold = self.link.untold, None
+        if self.link.events.untold is not None:
+            untold, self.link.events.untold = self.link.events.untold, None
             await self._note(untold)
         if not self._opened:
             self._opened = True

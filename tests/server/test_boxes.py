@@ -85,7 +85,7 @@ async def describe(link):
 async def lost(link):
     """Wait until the box is known to be lost; returns its last words."""
     told = asyncio.get_running_loop().create_future()
-    link.on_change(told.set_result)
+    link.events.listen(told.set_result)
     async with asyncio.timeout(GUARD):
         return (await told).reason
 
