@@ -3,6 +3,7 @@
 docker:  DockerWorkspace, a server in a container that is started for one client
 api:     APIRemoteWorkspace, a server that a Runtime API starts
 runtime_client: the calls of a Runtime API
+server:  an agent server on a machine of any backend
 sync:    the same workspaces, blocking
 backend: where things are run: the container engine, processes
 box:     boxes and what confines them: process, other user, sandbox

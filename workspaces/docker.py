@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import pathlib
+import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Literal, Self
@@ -18,6 +19,7 @@ from agent_sdk.protocol.checks import OsText, checked
 from agent_sdk.protocol.errors import (
     AgentServerError,
     InvalidParams,
+    NotFound,
     PathDenied,
     PathNotFound,
     WorkspaceLost,
@@ -27,15 +29,18 @@ from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.shield import to_its_end
-from agent_sdk.workspace.environment import from_caller
-from workspaces.backend.docker.labels import INSTANCE, OWNER, ROLE, SERVER
-from workspaces.backend.docker.profiles import ServerSpec, Volume
+from agent_sdk.workspace.arguments import check_environment
+from agent_sdk.workspace.environment import from_caller, packed
+from workspaces.backend.contract import KEY_NAME, SERVER_PORT, Machine, Mount, parse_size
+from workspaces.backend.docker.labels import INSTANCE, OWNER, PORT, ROLE, SERVER
 from workspaces.backend.docker.reaper import Reaper
 from workspaces.backend.records import is_dead, this_process
 
 if TYPE_CHECKING:
+    from workspaces.backend.contract import Backend, OnProgress
+    from workspaces.backend.docker.backend import DockerBackend
     from workspaces.backend.docker.engine import Engine
-    from workspaces.backend.docker.server_container import OnLog, OnProgress, ServerContainer
+    from workspaces.server import OnLog, Server
 
 logger = logging.getLogger("workspaces")
 
@@ -123,28 +128,28 @@ class DockerWorkspace(RemoteWorkspace):
         self._target = msgspec.structs.replace(self._target, url=f"docker:{server_image}")
         if keep and name is None:
             raise InvalidParams("keep: a container that is kept needs a name, by which it is found again")
-        self._spec = ServerSpec(
-            image=server_image,
-            env={"AGENT_SERVER_FILES_ROOT": "/"},  # all of the container is the one client's
+        self._machine = Machine(
             name=name or f"agent-server-{new_id()}",
-            command_env={**from_caller(forward_env), **(env or {})},
-            volumes=tuple(Volume.parse(text) for text in volumes),
+            labels={INSTANCE: new_id(), **({} if keep else {OWNER: this_process()})},
+            image=server_image,
+            env=_environment({**from_caller(forward_env), **(env or {})}),
+            secret_env={KEY_NAME: secrets.token_urlsafe(32)},
+            mounts=tuple(Mount.parse(text) for text in volumes),
             network=network,
             host_port=host_port,
-            ports=tuple(ports),
+            ports=(SERVER_PORT, *ports),
             platform=platform,
             gpus=gpus,
-            memory=memory,
+            memory=None if memory is None else parse_size("memory", memory, least="64m"),
             cpus=cpus,
             pids=pids,
             pull=pull,
         )
-        self._spec.check()
         self._keep = keep
         self._startup_timeout = startup_timeout
         self._docker_url = docker_url
         self._on_progress, self._on_log = on_progress, on_log
-        self._container: ServerContainer | None = None
+        self._server: Server | None = None
 
     async def __aenter__(self) -> Self:
         """Start it, and connect.
@@ -168,15 +173,15 @@ class DockerWorkspace(RemoteWorkspace):
         await to_its_end(self._leave())
 
     async def _leave(self) -> None:
-        if self._container is not None and self._is_paused and not self._keep:
+        if self._server is not None and self._is_paused and not self._keep:
             with suppress(AgentServerError):
-                await self._container.resume()  # or closing the connection would wait for an answer
+                await self._server.resume()  # or closing the connection would wait for an answer
         await super().__aexit__()
 
     @property
     def container(self) -> str | None:
         """Name of the container; None before it was entered."""
-        return self._container.name if self._container is not None else None
+        return self._machine.name if self._server is not None else None
 
     async def port_url(self, port: Port) -> str:
         """Return where one of the further `ports` is reached, as a URL.
@@ -197,82 +202,94 @@ class DockerWorkspace(RemoteWorkspace):
         self._is_paused = False
 
     @property
-    def _entered(self) -> ServerContainer:
-        if self._container is None:
+    def _entered(self) -> Server:
+        if self._server is None:
             raise InvalidParams("the workspace is not open; enter it with `async with`")
-        return self._container
+        return self._server
 
     # --- its start ---
 
     async def _start(self, until: float) -> None:
-        from workspaces.backend.docker.engine import Engine  # noqa: PLC0415  the engine's client costs 0.4 s
+        from workspaces.backend.docker.backend import DockerBackend  # noqa: PLC0415  its client costs 0.4 s
+        from workspaces.backend.docker.engine import Engine  # noqa: PLC0415
 
         async with self._in_time(until):
             engine = await self._stack.enter_async_context(Engine(self._docker_url))
-            await _remove_leftovers(engine)
-            container = await self._kept(engine) or await self._fresh(engine)
-        self._container = container
+            backend = DockerBackend(engine)
+            await _remove_leftovers(backend)
+            kept, machine = await self._kept(backend)
+            if kept is None and (user := await self._commands_user(engine)) is not None:
+                env = {**machine.env, "AGENT_SERVER_BOX_USER": str(user)}
+                machine = msgspec.structs.replace(machine, env=env)
+            server = self._server = self._described(backend, machine)
+            reaper = await self._own(server, kept)
         left = max(until - asyncio.get_running_loop().time(), 0.0)
-        if container.id:
-            await container.attach(left)
-            await self._own(container)
+        if kept is not None:
+            await server.attach(kept, left)
         else:
-            reaper = await self._own(container)
-            await container.start(left)
+            await server.start(left)
             if self._keep and reaper is not None:
                 await reaper.dismiss()
         gone: asyncio.Future[AgentServerError] = asyncio.get_running_loop().create_future()
-        telling = asyncio.create_task(_tell_end(container, gone))
+        telling = asyncio.create_task(_tell_end(server, gone))
         self._stack.push_async_callback(_cancelled, telling)
         self._target = msgspec.structs.replace(
-            self._target, url=container.url, api_key=container.api_key, direct=True, gone=gone
+            self._target, url=server.url, api_key=server.api_key, direct=True, gone=gone
         )
 
-    async def _kept(self, engine: Engine) -> ServerContainer | None:
-        from workspaces.backend.docker.server_container import ServerContainer  # noqa: PLC0415
-
-        found = await ServerContainer.find(engine, self._spec.name, on_log=self._log())
-        if found is None:
-            return None
-        if found.spec.labels.get(OWNER):
+    async def _kept(self, backend: Backend) -> tuple[str | None, Machine]:
+        """Return the id of the container of this name that can be used again, if there is one, and what it is."""
+        name = self._machine.name
+        try:
+            found = await backend.inspect(name)
+        except NotFound:
+            return None, self._machine
+        if found.labels.get(ROLE) != SERVER or KEY_NAME not in found.env:
             raise InvalidParams(
-                f"name: a container {found.name} is in use by another client; choose another name"
+                f"name: the container {name} is no agent server that was started from here; choose another name"
             )
-        if found.spec.image != self._spec.image:
+        if found.labels.get(OWNER):
+            raise InvalidParams(f"name: a container {name} is in use by another client; choose another name")
+        if found.image != self._machine.image:
             raise InvalidParams(
-                f"name: the container {found.name} was kept with the image {found.spec.image}, "
-                f"not {self._spec.image}; choose another name, or remove it: docker rm -f {found.name}"
+                f"name: the container {name} was kept with the image {found.image}, "
+                f"not {self._machine.image}; choose another name, or remove it: docker rm -f {name}"
             )
-        return found
-
-    async def _fresh(self, engine: Engine) -> ServerContainer:
-        from workspaces.backend.docker.server_container import ServerContainer  # noqa: PLC0415
-
-        owner = {} if self._keep else {OWNER: this_process()}
-        spec = msgspec.structs.replace(
-            self._spec,
-            labels={INSTANCE: new_id(), **owner},
-            box_user=await self._commands_user(engine),
+        return found.id, msgspec.structs.replace(
+            self._machine,
+            labels=found.labels,
+            secret_env={KEY_NAME: found.env[KEY_NAME]},
+            ports=(int(found.labels.get(PORT, SERVER_PORT)), *self._machine.ports[1:]),
         )
-        return ServerContainer(engine, spec, on_progress=self._on_progress, on_log=self._log())
 
-    async def _own(self, container: ServerContainer) -> Reaper | None:
+    def _described(self, backend: DockerBackend, machine: Machine) -> Server:
+        from workspaces.server import Server, ServerLog  # noqa: PLC0415  structlog costs 60 ms
+
+        return Server(
+            backend,
+            machine,
+            follow=backend.follow,
+            on_progress=self._on_progress,
+            on_log=ServerLog(machine.name, self._on_log),
+        )
+
+    async def _own(self, server: Server, kept: str | None) -> Reaper | None:
         """Have it removed at the end, by us or by the reaper; one that is to be kept only until it is ready."""
         reaper = None
-        if not (self._keep and container.url):
-            instance = container.spec.labels[INSTANCE]
+        if not (self._keep and kept):
+            instance = server.machine.labels[INSTANCE]
             reaper = await self._stack.enter_async_context(Reaper(instance, self._docker_url))
 
         async def end() -> None:
             try:
-                if self._keep and container.url:
-                    await container.let_go()
+                if self._keep and (kept or server.url):
+                    await server.let_go()
                 else:
-                    await container.stop()
+                    await server.stop()
                 if reaper is not None:
                     await reaper.dismiss()
             except AgentServerError as exc:
-                logger.warning("the container %s is left to the reaper: %s", container.name, exc)
+                logger.warning("the container %s is left to the reaper: %s", self._machine.name, exc)
 
         self._stack.push_async_callback(end)
         return reaper
@@ -281,8 +298,8 @@ class DockerWorkspace(RemoteWorkspace):
         """The owner of the first folder they may write; see that all folders are there, where we see them."""
         from workspaces.backend.docker.reach import find_reach  # noqa: PLC0415
 
-        folders = [volume for volume in self._spec.volumes if volume.is_folder]
-        if not folders or not (await find_reach(engine, self._spec.network)).is_here:
+        folders = [mount for mount in self._machine.mounts if mount.is_folder]
+        if not folders or not (await find_reach(engine, self._machine.network)).is_here:
             return None
         owners = [(volume, _owner(volume)) for volume in folders]
         writable = [(volume, owner) for volume, owner in owners if not volume.read_only]
@@ -305,20 +322,21 @@ class DockerWorkspace(RemoteWorkspace):
         except TimeoutError as exc:
             if isinstance(exc, AgentServerError) or not limit.expired():
                 raise
-            phase = self._container.phase if self._container is not None else "engine"
+            phase = self._server.phase if self._server is not None else "engine"
             raise WorkspaceUnavailable(
-                f"the server of {self._spec.image} was not ready after {self._startup_timeout:g} s "
+                f"the server of {self._machine.image} was not ready after {self._startup_timeout:g} s "
                 f"(phase {phase}); give it more with startup_timeout",
                 phase=phase,
             ) from None
 
-    def _log(self) -> OnLog:
-        from workspaces.backend.docker.server_container import ServerLog  # noqa: PLC0415  structlog costs 60 ms
 
-        return ServerLog(self._spec.name, self._on_log)
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """That of a server whose commands have these variables; all of its container is the one client's."""
+    check_environment(variables)
+    return {"AGENT_SERVER_FILES_ROOT": "/", **(packed(variables) if variables else {})}
 
 
-def _owner(volume: Volume) -> int:
+def _owner(volume: Mount) -> int:
     path = pathlib.Path(volume.source)
     try:
         found = path.stat()
@@ -331,18 +349,18 @@ def _owner(volume: Volume) -> int:
     return found.st_uid
 
 
-async def _remove_leftovers(engine: Engine) -> None:
+async def _remove_leftovers(backend: Backend) -> None:
     """Remove what clients of this machine left whose reaper was killed, too."""
     with suppress(AgentServerError):
-        for container in await engine.containers({OWNER: None, ROLE: SERVER}):
-            if is_dead(container["Labels"][OWNER]):
-                await engine.remove(container["Id"])
+        for found in await backend.list({OWNER: None, ROLE: SERVER}):
+            if is_dead(found.labels[OWNER]):
+                await backend.stop(found.id)
 
 
-async def _tell_end(container: ServerContainer, gone: asyncio.Future[AgentServerError]) -> None:
+async def _tell_end(server: Server, gone: asyncio.Future[AgentServerError]) -> None:
     """Say why there will be no server any more, when its container has ended."""
-    await asyncio.wait([container.died])
-    gone.set_result(WorkspaceLost(await container.epitaph(), phase="run"))
+    await server.ended()
+    gone.set_result(WorkspaceLost(server.epitaph(), phase="run"))
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -24,7 +24,8 @@ from agent_server.config.options import ServerConfig
 from agent_server.data_folder import DataFolder
 from agent_server.logs import Logs
 from agent_server.work import RETRY_AFTER_MS
-from workspaces.backend.docker.profiles import WORKSPACE, parse_size
+from workspaces.backend.contract import parse_size
+from workspaces.backend.docker.profiles import WORKSPACE
 from workspaces.box.folder import Record
 from workspaces.box.process import BoxProcess
 from workspaces.box.sandboxes import Sandboxes, SandboxOptions

@@ -17,7 +17,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable
 from agent_sdk.workspace.atomic_file import atomic_file
 from agent_server.logs import Logs
-from agent_server.runtime_api.pods import Pod
+from workspaces.server import Server
 
 RECORD = "session.json"
 RESTARTS = 3
@@ -97,19 +97,21 @@ class Shown(Struct, kw_only=True, omit_defaults=False):
 class Runtime:
     """One runtime. Every verb breaks off what an earlier one has begun."""
 
-    def __init__(self, record: Record, pod: Pod, folder: Path, logs: Logs, *, start_seconds: float) -> None:
+    def __init__(
+        self, record: Record, server: Server, folder: Path, logs: Logs, *, start_seconds: float
+    ) -> None:
         """Describe it; `recover` or `start` makes it run.
 
         Args:
             record: what it should be.
-            pod: where it runs.
+            server: what runs in it.
             folder: its own; it holds the record.
             logs: what happens to it is told there.
             start_seconds: how long it may take until it is ready.
         """
         self.record = record
         self.pod_status: PodStatus = "pending" if record.wanted == "running" else "not found"
-        self._pod = pod
+        self._server = server
         self._folder = folder
         self._logs = logs
         self._log = logs.log.bind(runtime=record.runtime_id)
@@ -127,7 +129,7 @@ class Runtime:
     @property
     def url(self) -> str:
         """Where its server listens on this machine; valid while it is ready."""
-        return self._pod.url
+        return self._server.url
 
     @property
     def runs(self) -> bool:
@@ -235,8 +237,8 @@ class Runtime:
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
         if end and self.runs and self.record.wanted == "running":
-            await self._pod.pause()
-        await self._pod.let_go()
+            await self._server.pause()
+        await self._server.let_go()
 
     async def _want(self, wanted: Literal["running", "paused", "gone"]) -> None:
         self.record.wanted = wanted
@@ -274,7 +276,7 @@ class Runtime:
             try:
                 await self._ready()
                 self._show("ready")
-                reason = await self._pod.died()
+                reason = (await self._server.ended()).reason
             except AgentServerError as exc:
                 if not deaths:
                     await self._failed("failed", str(exc))
@@ -305,20 +307,20 @@ class Runtime:
             retry=retry_if_exception_type(EngineUnavailable),
             reraise=True,
         )
-        await retrying(self._pod.start, self._start_seconds)
+        await retrying(self._server.start, self._start_seconds)
         took = asyncio.get_running_loop().time() - began
         self._log.info("runtime_ready", seconds=round(took, 3))
 
     async def _failed(self, status: PodStatus, problem: str) -> None:
         self._problem = self._words = problem
         with suppress(AgentServerError, OSError):
-            self._words = await self._pod.last_words() or problem
+            self._words = await self._server.last_words() or problem
         self._log.warning("runtime_failed", problem=problem)
         self._show(status)
 
     async def _pause(self) -> None:
         try:
-            await self._pod.pause()
+            await self._server.pause()
         except AgentServerError:
             await self._want("running")
             self._begin(self._run)
@@ -327,7 +329,7 @@ class Runtime:
             self._show("not found")
 
     async def _end(self) -> None:
-        await self._pod.end()
+        await self._server.stop()
         self._show("not found")
 
     def _show(self, status: PodStatus) -> None:

@@ -12,7 +12,7 @@ import secrets
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
@@ -34,9 +34,11 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.workspace.disk import in_thread
 from agent_server.config.runtime_api import RuntimeConfig
 from agent_server.logs import Logs
-from agent_server.runtime_api.pods import Pods, PodSpec
+from agent_server.runtime_api.machine import machine_name, machine_of
 from agent_server.runtime_api.runtime import RECORD, Record, Runtime
 from agent_server.runtime_api.tenants import Tenant
+from workspaces.backend.contract import Backend
+from workspaces.server import Server
 
 FACTORS = (1, 2, 4, 8)
 SWEEP_SECONDS = 15.0
@@ -85,19 +87,30 @@ class Wanted(Struct, frozen=True, kw_only=True):
 class Runtimes:
     """All runtimes. Entering finds what a former server left, leaving lets it go on."""
 
-    def __init__(self, config: RuntimeConfig, folder: Path, pods: Pods, logs: Logs, *, end: bool) -> None:
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        folder: Path,
+        backend: Backend,
+        logs: Logs,
+        *,
+        labels: Mapping[str, str],
+        end: bool,
+    ) -> None:
         """Describe them.
 
         Args:
             config: the table `runtime_api`.
             folder: where they are kept; made when it is missing.
-            pods: what they run in.
+            backend: where they run.
             logs: what happens to them is told there.
+            labels: of the machines of all of them, and of nothing else.
             end: whether nothing of them runs on when this is left.
         """
         self._config = config
         self._folder = folder
-        self._pods = pods
+        self._backend = backend
+        self._labels = dict(labels)
         self._logs = logs
         self._end = end
         self._all: dict[str, Runtime] = {}
@@ -257,13 +270,14 @@ class Runtimes:
                 )
 
     def _holds_memory(self, runtime: Runtime) -> bool:
-        return runtime.runs or (self._pods.paused_keeps_memory and runtime.pod_status == "not found")
+        return runtime.runs or ("freeze" in self._backend.can and runtime.pod_status == "not found")
 
     # --- what is kept ---
 
     def _record(self, tenant: Tenant, wanted: Wanted) -> Record:
         factor = wanted.resource_factor
         given = {name: getattr(wanted, name) for name in wanted.__struct_fields__}
+        disk = self._config.unit_disk * factor if "disk_limit" in self._backend.can else 0
         given["environment"] = {name: text for name, text in wanted.environment.items() if name not in _OURS}
         return Record(
             **given,
@@ -272,20 +286,20 @@ class Runtimes:
             api_key=secrets.token_urlsafe(32),
             cpus=self._config.unit_cpus * factor,
             memory=self._config.unit_memory * factor,
-            disk=self._pods.disk(self._config.unit_disk * factor if self._config.unit_disk else None),
+            disk=disk or None,
             created=time.time(),
         )
 
     def _add(self, record: Record) -> Runtime:
         folder = self._folder / record.runtime_id
-        given = {name: getattr(record, name) for name in _SHARED}
+        isolation = record.runtime_class
         # A class that the operator has taken away meanwhile is nothing that may be guessed.
         with suppress(PolicyDenied):
-            given["runtime_class"] = self._engines_runtime(record.runtime_class)
-        spec = PodSpec(folder=folder, **given)
-        runtime = Runtime(
-            record, self._pods.pod(spec), folder, self._logs, start_seconds=self._config.start_seconds
-        )
+            isolation = self._engines_runtime(record.runtime_class)
+        network = self._config.network or None
+        machine = machine_of(record, labels=self._labels, network=network, runtime=isolation)
+        server = Server(self._backend, machine, patience="start_seconds")
+        runtime = Runtime(record, server, folder, self._logs, start_seconds=self._config.start_seconds)
         self._all[record.runtime_id] = runtime
         if record.wanted != "gone":
             self._sessions[record.tenant, record.session_id] = runtime
@@ -322,10 +336,14 @@ class Runtimes:
             if runtime.record.wanted == "gone":
                 with suppress(AgentServerError):
                     await self.stop(runtime)
-        await self._pods.sweep(lambda: [*self._all, *self._unreadable])
-
-
-_SHARED = tuple(name for name in PodSpec.__struct_fields__ if name != "folder")
+        # Looked for first: what is not on record by then is nobody's.
+        found = await self._backend.list(self._labels)
+        known = {machine_name(runtime_id) for runtime_id in (*self._all, *self._unreadable)}
+        for machine in found:
+            if machine.name not in known:
+                with suppress(AgentServerError):  # in use, or the engine is busy: the next sweep tries again
+                    await self._backend.stop(machine.name)
+                    self._logs.log.warning("leftover_removed", name=machine.name)
 
 
 def _check_command(command: str | list[str] | None) -> None:

@@ -19,9 +19,10 @@ from tests.docker import images
 from tests.docker.fresh import fresh
 from tests.docker.servers import SERVER
 from tests.server.wire import GUARD
+from workspaces.backend.contract import KEY_NAME, SERVER_PORT, Machine
 from workspaces.backend.docker import labels
 from workspaces.backend.docker.engine import Engine
-from workspaces.backend.docker.profiles import SERVER_PORT, ServerSpec
+from workspaces.backend.docker.profiles import server_body
 from workspaces.sync import DockerWorkspace
 
 pytestmark = pytest.mark.docker
@@ -55,8 +56,14 @@ async def container(engine: Engine, instance: str) -> AsyncIterator[Started]:
     @asynccontextmanager
     async def started(env: Mapping[str, str] = {}, **fields: Any) -> AsyncIterator[str]:
         name = f"agent-server-{new_id()}"
-        spec = ServerSpec(image=SERVER, name=name, env=env, labels={labels.INSTANCE: instance})
-        body = spec.body(secrets.token_hex(16), "127.0.0.1")
+        machine = Machine(
+            image=SERVER,
+            name=name,
+            env=env,
+            secret_env={KEY_NAME: secrets.token_hex(16)},
+            labels={labels.INSTANCE: instance},
+        )
+        body = server_body(machine, storage=None, bind="127.0.0.1", network=None)
         body["HostConfig"] |= fields.pop("HostConfig", {})
         id = await engine.create(name, body | fields)
         try:

@@ -218,7 +218,7 @@ async def test_what_a_killed_start_has_left_is_swept_up_and_nothing_else(start, 
     mine.write_text(instance)
     body = {"Image": SERVER, "Labels": {labels.INSTANCE: instance}}
     left = await engine.create(f"agent-server-{new_id()}", body)
-    await engine.create_volume(f"agent-data-{new_id()}", {"Labels": {labels.INSTANCE: instance}})
+    await engine.create_volume(f"agent-server-{new_id()}-data", {"Labels": {labels.INSTANCE: instance}})
     foreign = await engine.create(f"test-{new_id()}", {"Image": SERVER})
     try:
         async with start(

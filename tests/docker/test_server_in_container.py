@@ -12,30 +12,31 @@ from agent_sdk.protocol.errors import IsolationUnavailable, WorkspaceUnavailable
 from tests.docker.conftest import remove_all
 from tests.docker.images import BUSYBOX
 from tests.docker.servers import SERVER
+from workspaces.backend.contract import KEY_NAME, Machine, Mount
 from workspaces.backend.docker import labels
-from workspaces.backend.docker.profiles import ServerSpec, Volume
-from workspaces.backend.docker.server_container import ServerContainer
+from workspaces.backend.docker.backend import DockerBackend
+from workspaces.server import Server
 
 pytestmark = pytest.mark.docker
 
 
 @asynccontextmanager
 async def server(engine, instance, *volumes, data="/data"):
-    socket = Volume("/var/run/docker.sock", "/var/run/docker.sock")
-    spec = ServerSpec(
+    socket = Mount("/var/run/docker.sock", "/var/run/docker.sock")
+    machine = Machine(
         image=SERVER,
         name=f"agent-test-{new_id()}",
-        volumes=(socket, *volumes),
+        mounts=(socket, *volumes),
         labels={labels.INSTANCE: instance},
         env={"AGENT_SERVER_BOXES_ON_STOP": "end", "AGENT_SERVER_DATA": data},
+        secret_env={KEY_NAME: new_id()},
     )
-    container = ServerContainer(engine, spec)
-    await container.start()
+    container = Server(DockerBackend(engine), machine)
+    await container.start(120)
     try:
         yield container
     finally:
-        await engine.stop(container.id, 20)  # it ends its sandboxes, as it would for whoever stops it
-        await container.stop()
+        await container.stop(grace=20)  # it ends its sandboxes, as it would for whoever stops it
 
 
 @asynccontextmanager
@@ -70,7 +71,7 @@ async def content(engine, instance, volume):
 
 
 async def test_it_starts_sandboxes_beside_itself_and_removes_all_of_them(engine, instance, volume):
-    async with server(engine, instance, Volume(volume, "/data")) as beside:
+    async with server(engine, instance, Mount(volume, "/data")) as beside:
         async with sandbox(beside) as workspace:
             result = await workspace.execute(
                 "echo works >file; cat file; mkdir -p a/b; touch a/b/c; chmod 0 a/b; id -u"
@@ -90,7 +91,7 @@ async def test_it_starts_sandboxes_beside_itself_and_removes_all_of_them(engine,
 
 
 async def test_it_copies_what_belongs_to_the_user_of_sandboxes(engine, instance, volume):
-    async with server(engine, instance, Volume(volume, "/data")) as beside:
+    async with server(engine, instance, Mount(volume, "/data")) as beside:
         async with sandbox(beside) as workspace:
             await workspace.execute("mkdir -m 700 a; echo mine >a/b; chmod 600 a/b; ln -s /etc/passwd c")
             taken = await workspace.snapshot()
@@ -102,7 +103,7 @@ async def test_it_copies_what_belongs_to_the_user_of_sandboxes(engine, instance,
 
 
 async def test_a_limit_of_the_disk_is_refused_with_the_reason(engine, instance, volume):
-    async with server(engine, instance, Volume(volume, "/data")) as beside:
+    async with server(engine, instance, Mount(volume, "/data")) as beside:
         with pytest.raises(IsolationUnavailable, match="disk: .* the server runs in a container"):
             async with sandbox(beside, disk="64m"):
                 pass

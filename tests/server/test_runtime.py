@@ -9,20 +9,15 @@ import pytest
 from agent_sdk.protocol.errors import EngineUnavailable, WorkspaceUnavailable
 from agent_server.logs import opened
 from agent_server.runtime_api.runtime import RECORD, Record, Runtime
+from workspaces.backend.contract import Ending
 
 
-class SteppedPod:
-    """A pod whose steps last until they are let go on, and fail when they are told to."""
+class Steps:
+    """Steps that last until they are let go on."""
 
-    url = "http://127.0.0.1:1"
-
-    def __init__(self, record) -> None:
-        self.did = []
-        self.record = record
+    def __init__(self) -> None:
         self.gates = {}
         self.held = []
-        self.errors = {}
-        self.death = None
 
     def hold(self, step):
         self.gates[step] = gate = (asyncio.Event(), asyncio.Event())
@@ -34,17 +29,35 @@ class SteppedPod:
         for go_on in self.held:
             go_on.set()
 
+    async def reach(self, name):
+        """Wait if this step is held; return whether it was."""
+        reached, go_on = self.gates.pop(name, (None, None))
+        if reached is not None:
+            reached.set()
+            await go_on.wait()
+        return reached is not None
+
+
+class SteppedServer(Steps):
+    """A server whose steps last until they are let go on, and fail when they are told to."""
+
+    url = "http://127.0.0.1:1"
+
+    def __init__(self, record) -> None:
+        super().__init__()
+        self.did = []
+        self.record = record
+        self.errors = {}
+        self.death = None
+
     async def step(self, name):
         self.did.append((name, msgspec.json.decode(self.record.read_bytes())["wanted"]))
-        if name in self.gates:
-            reached, go_on = self.gates.pop(name)
-            reached.set()
-            try:
-                await go_on.wait()
-            except asyncio.CancelledError:
-                self.did.append((f"{name} broken off", None))
-                raise
-            self.did.append((f"{name} done", None))
+        try:
+            if await self.reach(name):
+                self.did.append((f"{name} done", None))
+        except asyncio.CancelledError:
+            self.did.append((f"{name} broken off", None))
+            raise
         if self.errors.get(name):
             raise self.errors[name].pop(0)
 
@@ -52,14 +65,14 @@ class SteppedPod:
         await self.step("start")
         self.death = asyncio.get_running_loop().create_future()
 
-    async def died(self):
-        return await asyncio.shield(self.death)
+    async def ended(self):
+        return Ending("exit", 1, await asyncio.shield(self.death))
 
     async def pause(self):
         await self.step("pause")
 
-    async def end(self):
-        await self.step("end")
+    async def stop(self):
+        await self.step("stop")
 
     async def let_go(self):
         self.did.append(("let go", None))
@@ -85,10 +98,10 @@ async def made(tmp_path):
         created=0,
     )
     with opened(style="json", stream=io.StringIO()) as logs:
-        pod = SteppedPod(tmp_path / RECORD)
-        runtime = Runtime(record, pod, tmp_path, logs, start_seconds=5)
-        yield runtime, pod
-        pod.release()
+        server = SteppedServer(tmp_path / RECORD)
+        runtime = Runtime(record, server, tmp_path, logs, start_seconds=5)
+        yield runtime, server
+        server.release()
         await runtime.close(end=False)
 
 
@@ -99,43 +112,42 @@ async def ready(runtime):
 
 
 async def test_what_is_wanted_is_on_the_disk_before_anything_is_done(made):
-    runtime, pod = made
+    runtime, server = made
     await ready(runtime)
     await runtime.pause()
     await ready(runtime)
     await runtime.stop()
-    assert pod.did == [("start", "running"), ("pause", "paused"), ("start", "running"), ("end", "gone")]
+    assert server.did == [("start", "running"), ("pause", "paused"), ("start", "running"), ("stop", "gone")]
 
 
 async def test_a_start_waits_for_a_pause_that_is_under_way(made):
-    runtime, pod = made
+    runtime, server = made
     await ready(runtime)
-    reached, go_on = pod.hold("pause")
+    reached, go_on = server.hold("pause")
     pausing = asyncio.create_task(runtime.pause())
     await reached.wait()
     await runtime.start()
     go_on.set()
     await pausing
     await runtime.settled(10)
-    assert [name for name, _ in pod.did] == ["start", "pause", "pause done", "start"]
+    assert [name for name, _ in server.did] == ["start", "pause", "pause done", "start"]
     assert (runtime.status, runtime.pod_status) == ("running", "ready")
 
 
 @pytest.mark.parametrize("verb", ["pause", "stop"])
 async def test_a_start_that_is_under_way_is_broken_off(made, verb):
-    runtime, pod = made
-    reached, _ = pod.hold("start")
+    runtime, server = made
+    reached, _ = server.hold("start")
     await runtime.start()
     await reached.wait()
     await (runtime.pause() if verb == "pause" else runtime.stop())
-    last = "pause" if verb == "pause" else "end"
-    assert [name for name, _ in pod.did] == ["start", "start broken off", last]
+    assert [name for name, _ in server.did] == ["start", "start broken off", verb]
 
 
 async def test_a_caller_that_goes_away_does_not_break_off_what_it_asked_for(made):
-    runtime, pod = made
+    runtime, server = made
     await ready(runtime)
-    reached, go_on = pod.hold("end")
+    reached, go_on = server.hold("stop")
     stopping = asyncio.create_task(runtime.stop())
     await reached.wait()
     stopping.cancel()
@@ -143,13 +155,13 @@ async def test_a_caller_that_goes_away_does_not_break_off_what_it_asked_for(made
         await stopping
     go_on.set()
     await runtime.stop()
-    assert [name for name, _ in pod.did] == ["start", "end", "end done", "end"]
+    assert [name for name, _ in server.did] == ["start", "stop", "stop done", "stop"]
 
 
 async def test_a_pause_that_fails_leaves_it_running(made):
-    runtime, pod = made
+    runtime, server = made
     await ready(runtime)
-    pod.errors["pause"] = [WorkspaceUnavailable("no")]
+    server.errors["pause"] = [WorkspaceUnavailable("no")]
     with pytest.raises(WorkspaceUnavailable):
         await runtime.pause()
     await runtime.settled(10)
@@ -157,8 +169,8 @@ async def test_a_pause_that_fails_leaves_it_running(made):
 
 
 async def test_a_first_start_that_fails_is_told_at_once_and_may_be_repeated(made):
-    runtime, pod = made
-    pod.errors["start"] = [WorkspaceUnavailable("the image is broken")]
+    runtime, server = made
+    server.errors["start"] = [WorkspaceUnavailable("the image is broken")]
     await runtime.start()
     await runtime.settled(10)
     shown = runtime.shown("http://here")
@@ -169,25 +181,25 @@ async def test_a_first_start_that_fails_is_told_at_once_and_may_be_repeated(made
 
 
 async def test_an_engine_that_is_away_for_a_moment_is_waited_for(made):
-    runtime, pod = made
-    pod.errors["start"] = [EngineUnavailable("away", phase="engine")] * 2
+    runtime, server = made
+    server.errors["start"] = [EngineUnavailable("away", phase="engine")] * 2
     await ready(runtime)
-    assert len(pod.did) == 3
+    assert len(server.did) == 3
 
 
 async def test_a_restart_that_fails_is_tried_again_before_it_is_given_up(made):
-    runtime, pod = made
+    runtime, server = made
     await ready(runtime)
-    pod.errors["start"] = [WorkspaceUnavailable("not yet")]
-    pod.death.set_result("killed")
+    server.errors["start"] = [WorkspaceUnavailable("not yet")]
+    server.death.set_result("killed")
     while runtime.record.restarts < 2 or runtime.pod_status != "ready":
         await runtime._changed.wait()
     assert runtime.record.reasons == ["killed", "not yet"]
 
 
-async def test_a_bug_in_a_pod_is_a_failure_and_no_silence(made):
-    runtime, pod = made
-    pod.errors["start"] = [ZeroDivisionError()]
+async def test_a_bug_in_a_server_is_a_failure_and_no_silence(made):
+    runtime, server = made
+    server.errors["start"] = [ZeroDivisionError()]
     await runtime.start()
     await runtime.settled(10)
     assert runtime.pod_status == "failed"
@@ -196,24 +208,24 @@ async def test_a_bug_in_a_pod_is_a_failure_and_no_silence(made):
 
 @pytest.mark.parametrize(("wanted", "step"), [("running", "start"), ("paused", "pause")])
 async def test_the_next_server_brings_about_what_was_wanted(made, wanted, step):
-    runtime, pod = made
+    runtime, server = made
     runtime.record.wanted = wanted
-    pod.record.write_bytes(msgspec.json.encode(runtime.record))
-    reached, go_on = pod.hold(step)
+    server.record.write_bytes(msgspec.json.encode(runtime.record))
+    reached, go_on = server.hold(step)
     runtime.recover()
     await reached.wait()
     go_on.set()
     await runtime.settled(10)
-    assert pod.did[0] == (step, wanted)
+    assert server.did[0] == (step, wanted)
 
 
 async def test_a_runtime_that_died_runs_again_although_that_cannot_be_written_down(made, tmp_path):
-    runtime, pod = made
+    runtime, server = made
     await ready(runtime)
-    pod.record = (tmp_path / RECORD).rename(tmp_path / "kept")
+    server.record = (tmp_path / RECORD).rename(tmp_path / "kept")
     (tmp_path / RECORD).mkdir()
-    reached, go_on = pod.hold("start")
-    pod.death.set_result("it died")
+    reached, go_on = server.hold("start")
+    server.death.set_result("it died")
     await reached.wait()
     go_on.set()
     await runtime.settled(10)

@@ -19,12 +19,13 @@ from agent_server.metrics import Metrics
 from agent_server.refusal import StartRefused
 from agent_server.runtime_api.proxy import RuntimeProxy
 from agent_server.runtime_api.runtime import Record, Runtime
+from workspaces.backend.contract import Ending
 
 MIB = 1 << 20
 
 
-class StandingPod:
-    """A pod that runs already, at this address."""
+class StandingServer:
+    """A server that runs already, at this address."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -32,7 +33,7 @@ class StandingPod:
     async def start(self, seconds: float) -> None:
         pass
 
-    async def died(self) -> str:
+    async def ended(self) -> Ending:
         await asyncio.Event().wait()
 
     async def pause(self) -> None:
@@ -142,7 +143,7 @@ def runtime(tmp_path, logs, url):
         image_pull_policy="Never",
         created=0,
     )
-    return Runtime(record, StandingPod(url), tmp_path, logs, start_seconds=5)
+    return Runtime(record, StandingServer(url), tmp_path, logs, start_seconds=5)
 
 
 async def health(request):
@@ -339,7 +340,7 @@ async def test_what_cannot_be_reached_has_a_status_of_its_own(proxied, unused_tc
         assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
         assert "it is paused" in (await answer.json())["error"]["message"]
     await proxied.it.start()
-    proxied.it._pod.url = f"http://127.0.0.1:{unused_tcp_port}"
+    proxied.it._server.url = f"http://127.0.0.1:{unused_tcp_port}"
     async with proxied.get("/runtimes/r/x") as answer:
         assert (answer.status, answer.headers["Retry-After"]) == (502, "1")
 

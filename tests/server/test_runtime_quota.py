@@ -5,48 +5,69 @@ import io
 from contextlib import asynccontextmanager
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from agent_sdk.protocol.errors import Overloaded
 from agent_server.config.runtime_api import GIB, RuntimeConfig
 from agent_server.logs import opened
-from agent_server.runtime_api.runtime import RECORD
 from agent_server.runtime_api.runtimes import Runtimes, Wanted
 from agent_server.runtime_api.tenants import Tenant
-from tests.server.test_runtime import SteppedPod
+from tests.server.test_runtime import Steps
 from tests.server.wire import GUARD
 
 IMAGE = "agent-server:1"
 
 
-class SteppedPods:
-    """Pods whose steps last until they are let go on."""
+class SteppedBackend(Steps):
+    """A backend of one server for all machines, whose pauses and stops last until they are let go on."""
 
-    def __init__(self, paused_keeps_memory):
-        self.paused_keeps_memory = paused_keeps_memory
-        self.made = []
+    def __init__(self, url, can):
+        super().__init__()
+        self.can = frozenset(can)
+        self._url = url
 
-    def pod(self, spec):
-        self.made.append(SteppedPod(spec.folder / RECORD))
-        return self.made[-1]
+    async def create(self, machine, on_progress=None):
+        return machine.name
 
-    def disk(self, wanted):
-        return wanted
-
-    async def sweep(self, known):
+    async def start(self, id):
         pass
+
+    async def wait(self, id):
+        await asyncio.Event().wait()
+
+    async def endpoint(self, id, port):
+        return self._url
+
+    async def pause(self, id):
+        await self.reach("pause")
+
+    async def stop(self, id, *, grace=0, keep_data=False):
+        await self.reach("stop")
+
+    async def list(self, labels):
+        return []
+
+
+async def healthy(request):
+    return web.Response()
 
 
 @asynccontextmanager
-async def runtimes(tmp_path, *, paused_keeps_memory=False):
-    pods = SteppedPods(paused_keeps_memory)
+async def runtimes(tmp_path, *can):
+    app = web.Application()
+    app.router.add_get("/health", healthy)
     with opened(style="json", stream=io.StringIO()) as logs:
-        async with Runtimes(RuntimeConfig(), tmp_path / "runtimes", pods, logs, end=False) as made:
-            try:
-                async with asyncio.timeout(GUARD):
-                    yield made, pods
-            finally:
-                for pod in pods.made:
-                    pod.release()
+        async with TestServer(app) as server:
+            backend = SteppedBackend(f"http://{server.host}:{server.port}", can)
+            async with Runtimes(
+                RuntimeConfig(), tmp_path / "runtimes", backend, logs, labels={}, end=False
+            ) as made:
+                try:
+                    async with asyncio.timeout(GUARD):
+                        yield made, backend
+                finally:
+                    backend.release()
 
 
 def tenant(**quota):
@@ -63,9 +84,9 @@ async def started(runtimes, tenant, session):
 @pytest.mark.parametrize("quota", [{"cpus": 1.0}, {"memory": 2 * GIB}])
 async def test_what_is_being_paused_counts_until_it_is(tmp_path, quota):
     alice = tenant(**quota)
-    async with runtimes(tmp_path) as (made, pods):
+    async with runtimes(tmp_path) as (made, backend):
         first = await started(made, alice, "one")
-        reached, go_on = pods.made[0].hold("pause")
+        reached, go_on = backend.hold("pause")
         pausing = asyncio.create_task(first.pause())
         await reached.wait()
         with pytest.raises(Overloaded):
@@ -78,9 +99,9 @@ async def test_what_is_being_paused_counts_until_it_is(tmp_path, quota):
 @pytest.mark.parametrize("quota", [{"cpus": 1.0}, {"memory": 2 * GIB}, {"sandboxes": 1}])
 async def test_what_is_being_stopped_counts_until_it_is_gone(tmp_path, quota):
     alice = tenant(**quota)
-    async with runtimes(tmp_path) as (made, pods):
+    async with runtimes(tmp_path) as (made, backend):
         first = await started(made, alice, "one")
-        reached, go_on = pods.made[0].hold("end")
+        reached, go_on = backend.hold("stop")
         stopping = asyncio.create_task(made.stop(first))
         await reached.wait()
         for session in ("one", "two"):
@@ -93,7 +114,7 @@ async def test_what_is_being_stopped_counts_until_it_is_gone(tmp_path, quota):
 
 async def test_of_many_that_are_resumed_at_once_no_more_run_than_may(tmp_path):
     alice, bob = tenant(cpus=1.0), tenant()
-    async with runtimes(tmp_path) as (made, pods):
+    async with runtimes(tmp_path) as (made, backend):
         paused = [await started(made, bob, f"{number}") for number in range(4)]
         for runtime in paused:
             await runtime.pause()
@@ -106,9 +127,9 @@ async def test_of_many_that_are_resumed_at_once_no_more_run_than_may(tmp_path):
 
 async def test_a_pause_that_is_taken_back_frees_nothing(tmp_path):
     alice = tenant(cpus=1.0)
-    async with runtimes(tmp_path) as (made, pods):
+    async with runtimes(tmp_path) as (made, backend):
         first = await started(made, alice, "one")
-        reached, go_on = pods.made[0].hold("pause")
+        reached, go_on = backend.hold("pause")
         pausing = asyncio.create_task(first.pause())
         await reached.wait()
         await made.resume(alice, first)
@@ -123,7 +144,7 @@ async def test_a_pause_that_is_taken_back_frees_nothing(tmp_path):
 @pytest.mark.parametrize("keeps", [True, False])
 async def test_the_memory_of_a_paused_one_counts_where_it_keeps_it(tmp_path, keeps):
     alice = tenant(memory=2 * GIB)
-    async with runtimes(tmp_path, paused_keeps_memory=keeps) as (made, pods):
+    async with runtimes(tmp_path, *(["freeze"] if keeps else [])) as (made, backend):
         first = await started(made, alice, "one")
         await first.pause()
         if keeps:

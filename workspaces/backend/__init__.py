@@ -1,8 +1,10 @@
-"""Where things are run: the container engine, and processes that outlive whoever started them.
+"""Where machines run: on the container engine, or as processes that outlive whoever started them.
 
-Knows engines and processes; nothing of boxes, which are built from it.
+Knows engines and processes; nothing of boxes and servers, which are built from it.
 
-docker:  containers
-child:   a process that may outlive whoever started it
-records: what is written down so that a later process finds it
+contract: what a machine is, and what every backend promises of it
+docker:   machines that are containers
+process:  machines that are processes
+child:    a process that may outlive whoever started it
+records:  what is written down so that a later process finds it
 """

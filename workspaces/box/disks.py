@@ -73,11 +73,14 @@ class Disks:
 
     async def keep(self, wanted: Callable[[str], bool]) -> None:
         """Remove the workspaces of all owners but those that are wanted."""
-        owners = {image.stem for image in self._disks.glob("*.img")}
-        owners |= {folder.name for folder in self._folders.iterdir()}
-        for owner in owners:
+        for owner in await in_thread(self.owners):
             if not wanted(owner):
                 await self.remove(owner)
+
+    def owners(self) -> set[str]:
+        """Return all who have a workspace. Blocks."""
+        owners = {image.stem for image in self._disks.glob("*.img")}
+        return owners | {folder.name for folder in self._folders.iterdir()}
 
     def check(self, size: int | None, field: str = "sandbox.disk") -> None:
         """Check whether a workspace could have this limit; None: it needs none.

@@ -2,6 +2,7 @@
 
 The only room that speaks to a container engine.
 
+backend:           machines that are containers
 engine:            containers made, run, watched and removed
 engine_connection: how the engine is called
 engine_streams:    what happens to containers, and what they write
@@ -14,7 +15,6 @@ labels:            how containers, networks and volumes of ours are known
 profiles:          what containers are to the engine: those with a box, and those with a server
 accounts:          users and groups of an image, with the one of commands
 mounts:            what of this machine is mounted into sandboxes, and whether it is still that
-server_container:  a container with a server in it, and the server's lines in the client's log
 reach:             how this process and containers find each other: addresses, networks, folders
 reaper:            the process that removes the container of a client that was killed
 """

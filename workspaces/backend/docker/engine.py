@@ -21,14 +21,15 @@ from aiodocker.volumes import DockerVolume
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, NotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import Usage
+from workspaces.backend.contract import OnProgress, Pull
 from workspaces.backend.docker import labels
 from workspaces.backend.docker.engine_archive import give_to_group, read_file
 from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, Call, EngineConnection
 from workspaces.backend.docker.engine_info import EngineInfo, usage_of
 from workspaces.backend.docker.engine_streams import Death, EngineEvents, Watch, last_lines, output
-from workspaces.backend.docker.images import Image, OnProgress, Pull, ensure_image
+from workspaces.backend.docker.images import Image, ensure_image
 
-__all__ = ["Death", "Engine", "EngineInfo", "Image", "OnProgress", "Watch", "engine_version"]
+__all__ = ["Death", "Engine", "EngineInfo", "Image", "Watch", "engine_version"]
 
 CREATE_SECONDS = 30.0
 START_SECONDS = 20.0

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import aiodocker
 import aiohttp
@@ -15,6 +14,7 @@ from msgspec import Struct
 
 from agent_sdk.protocol.errors import ImageUnavailable, NotFound
 from agent_sdk.workspace.disk import in_thread
+from workspaces.backend.contract import OnProgress, Pull
 from workspaces.backend.docker.docker_config import key_for
 from workspaces.backend.docker.engine_connection import EngineConnection
 from workspaces.backend.docker.engine_info import EngineInfo
@@ -24,10 +24,6 @@ STALL_SECONDS = 60.0
 STEP_BYTES = 1 << 20
 """At least between two reports of progress."""
 _REFERENCE = re.compile(r"(?!.*(\.\.|//))[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}")
-
-Pull = Literal["missing", "always", "never"]
-OnProgress = Callable[[str, int, int | None], None]
-"""Called with the phase, and how much of how much is done; None: nobody knows how much there is."""
 
 
 class Image(Struct, frozen=True, kw_only=True):

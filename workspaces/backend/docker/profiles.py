@@ -8,17 +8,15 @@ do not support with a warning that nobody reads.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from msgspec import Struct
 
-from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams
+from agent_sdk.protocol.errors import ImageUnavailable
 from agent_sdk.protocol.specs import Sandbox
-from agent_sdk.workspace.arguments import check_environment
-from agent_sdk.workspace.environment import packed
+from workspaces.backend.contract import Machine, Mount, parse_size
 from workspaces.backend.docker.labels import PORT, ROLE, SERVER
 
 UID = 10001
@@ -39,15 +37,10 @@ SEALED = 4_000_000_000
 RESERVED = (WORKSPACE, FOLDER, OUTPUT, RUNTIME, "/tmp", "/run")
 KERNEL = ("/proc", "/sys", "/dev")
 
-SERVER_PORT = 8000
-KEY_NAME = "AGENT_SERVER_API_KEY"
-SERVER_LEAST_MEMORY = "64m"
 PIDS = 4096
 """Processes and threads at a time, where nobody says otherwise."""
 SERVER_CAPABILITIES = ("CHOWN", "KILL", "SETGID", "SETPCAP", "SETUID")
 """What the image's start needs to run commands as another user than the server. Commands have none."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{1,127}")
-_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 Propagation = Literal["rprivate", "rslave"]
 """Engines want `rslave` for folders that are their own, such as those of volumes."""
@@ -194,140 +187,59 @@ def temporary(spec: Sandbox, image: str, volumes: Iterable[str]) -> list[str]:
     return wanted
 
 
-class Volume(Struct, frozen=True):
-    """A folder of the engine's machine, or a named volume, and where it is in the container."""
+def server_body(
+    machine: Machine, *, storage: str | None, bind: str | None, network: str | None
+) -> dict[str, Any]:
+    """Return the body of POST /containers/create for a machine with a server.
 
-    source: str
-    target: str
-    read_only: bool = False
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder of the machine."""
-        return self.source.startswith("/")
-
-    @classmethod
-    def parse(cls, text: str) -> Volume:
-        """Read `/host:/in[:ro]` or `name:/in[:ro]`.
-
-        Raises:
-            InvalidParams: it is neither.
-        """
-        source, _, rest = text.partition(":")
-        target, _, mode = rest.partition(":")
-        if not target.startswith("/") or target.rstrip("/") == "" or mode not in ("", "ro", "rw"):
-            raise InvalidParams(f"volumes: {text!r} must look like /host/folder:/folder or name:/folder[:ro]")
-        if not source.startswith("/") and not _NAME.fullmatch(source):
-            raise InvalidParams(
-                f"volumes: {source!r} is neither an absolute path nor the name of a volume; "
-                "a folder is written with its whole path"
-            )
-        return cls(source, target, mode == "ro")
-
-    def mount(self) -> dict[str, Any]:
-        """Return it as the engine takes it. A folder that is missing is an error there, and not made."""
-        return _mount("bind" if self.is_folder else "volume", self.source, self.target, self.read_only)
-
-
-class ServerSpec(Struct, frozen=True, kw_only=True):
-    """What a server in a container is to be. See `DockerWorkspace` for what each means."""
-
-    image: str
-    name: str
-    env: Mapping[str, str] = {}
-    """Of the server: its options."""
-    command_env: Mapping[str, str] = {}
-    """Of the commands that run in its workspaces."""
-    volumes: tuple[Volume, ...] = ()
-    network: str | None = None
-    host_port: int | None = None
-    """None: one that the engine chooses."""
-    ports: tuple[int, ...] = ()
-    platform: str | None = None
-    gpus: str | None = None
-    memory: str | None = None
-    cpus: float | None = None
-    pids: int | None = None
-    runtime: str | None = None
-    """Of the engine, e.g. `runsc`; None: its default."""
-    labels: Mapping[str, str] = {}
-    pull: Literal["missing", "always", "never"] = "missing"
-    box_user: int | None = None
-    """The user whose commands run; None: the image's."""
-    port: int = SERVER_PORT
-    """Where the server in it listens."""
-    command: tuple[str, ...] | None = None
-    """Run instead of what the image says."""
-    working_dir: str | None = None
-    """Of that command."""
-    user: int | None = None
-    """Of that command; None: the image's."""
-    group: int | None = None
-    """A further group of its process, which may write the volumes."""
-    key_names: tuple[str, ...] = (KEY_NAME,)
-    """The variables in which the server finds its key."""
-
-    def check(self) -> None:
-        """Check that it makes sense, as far as the types of the arguments do not say so; nobody is asked.
-
-        Raises:
-            InvalidParams, PolicyDenied: it does not; the sentence names the field.
-        """
-        if not _NAME.fullmatch(self.name):
-            raise InvalidParams(
-                f"name: {self.name!r} is no name of a container; use letters, digits, dots, - and _"
-            )
-        if self.memory is not None:
-            parse_size("memory", self.memory, least=SERVER_LEAST_MEMORY)
-        if self.cpus is not None and not 0.01 <= self.cpus <= 1024:
-            raise InvalidParams(f"cpus: {self.cpus} must be between 0.01 and 1024")
-        if self.pids is not None and not 32 <= self.pids <= 1 << 22:
-            raise InvalidParams(f"pids: {self.pids} must be between 32 and {1 << 22}")
-        check_environment(self.command_env)
-
-    def body(self, api_key: str, bind: str | None) -> dict[str, Any]:
-        """Return what the engine is asked to create.
-
-        Args:
-            api_key: what clients will need.
-            bind: the address on which ports are published; None: none is.
-        """
-        options = {**self.env, **dict.fromkeys(self.key_names, api_key)}
-        if self.command_env:
-            options.update(packed(self.command_env))
-        if self.box_user is not None:
-            options["AGENT_SERVER_BOX_USER"] = str(self.box_user)
-        body: dict[str, Any] = {
-            "Image": self.image,
-            "Env": [f"{name}={value}" for name, value in options.items()],
-            "Labels": {**self.labels, ROLE: SERVER, PORT: str(self.port)},
-            "ExposedPorts": {f"{port}/tcp": {} for port in (self.port, *self.ports)},
-            "HostConfig": self._host_config(bind),
-        }
-        if self.command is not None:
-            body |= {"Entrypoint": list(self.command), "Cmd": []}
-        if self.working_dir is not None:
-            body["WorkingDir"] = self.working_dir
-        if self.user is not None:
-            body["User"] = str(self.user)
-        return body
-
-    def _host_config(self, bind: str | None) -> dict[str, Any]:
-        memory = 0 if self.memory is None else parse_size("memory", self.memory)
-        return {
-            **_common(memory, self.cpus or 0, self.pids or PIDS, self.gpus, log=("10m", 3)),
+    Args:
+        machine: what it is to be.
+        storage: where it stores what it stores: a volume, or a folder of the engine's machine.
+        bind: the address on which ports are published; None: none is.
+        network: which it is in; None: the engine's default.
+    """
+    env = {**machine.env, **machine.secret_env}
+    body: dict[str, Any] = {
+        "Image": machine.image,
+        "Env": [f"{name}={value}" for name, value in env.items()],
+        "Labels": {**machine.labels, ROLE: SERVER, PORT: str(machine.ports[0])},
+        "ExposedPorts": {f"{port}/tcp": {} for port in machine.ports},
+        "HostConfig": {
+            **_common(
+                machine.memory or 0, machine.cpus or 0, machine.pids or PIDS, machine.gpus, log=("10m", 3)
+            ),
             "CapAdd": list(SERVER_CAPABILITIES),
-            "NetworkMode": self.network or "default",
-            "PortBindings": {} if bind is None else self._published(bind),
-            "Mounts": [volume.mount() for volume in self.volumes],
-            "GroupAdd": [] if self.group is None else [str(self.group)],
-            **({"Runtime": self.runtime} if self.runtime else {}),
-        }
+            "NetworkMode": network or "default",
+            "PortBindings": {} if bind is None else _published(machine, bind),
+            "Mounts": [
+                _mount("bind" if mount.is_folder else "volume", mount.source, mount.target, mount.read_only)
+                for mount in folders(machine, storage)
+            ],
+            "GroupAdd": [] if machine.group is None else [str(machine.group)],
+            **({"Runtime": machine.runtime} if machine.runtime else {}),
+        },
+    }
+    if machine.command is not None:
+        body |= {"Entrypoint": list(machine.command), "Cmd": []}
+    if machine.working_dir is not None:
+        body["WorkingDir"] = machine.working_dir
+    if machine.user is not None:
+        body["User"] = str(machine.user)
+    return body
 
-    def _published(self, bind: str) -> dict[str, Any]:
-        own = "" if self.host_port is None else str(self.host_port)
-        further = {f"{port}/tcp": [{"HostIp": bind, "HostPort": ""}] for port in self.ports}
-        return {**further, f"{self.port}/tcp": [{"HostIp": bind, "HostPort": own}]}
+
+def folders(machine: Machine, storage: str | None) -> tuple[Mount, ...]:
+    """Return what is mounted into a machine, where it stores what it stores included."""
+    if machine.storage is None or storage is None:
+        return machine.mounts
+    return (*machine.mounts, Mount(storage, machine.storage.target))
+
+
+def _published(machine: Machine, bind: str) -> dict[str, Any]:
+    own = "" if machine.host_port is None else str(machine.host_port)
+    first, *further = machine.ports
+    ports = {f"{port}/tcp": [{"HostIp": bind, "HostPort": ""}] for port in further}
+    return {**ports, f"{first}/tcp": [{"HostIp": bind, "HostPort": own}]}
 
 
 def _common(memory: int, cpus: float, pids: int, gpus: str | None, *, log: tuple[str, int]) -> dict[str, Any]:
@@ -356,22 +268,3 @@ def _gpus(wanted: str) -> dict[str, Any]:
 
 def _mount(kind: str, source: str, target: str, read_only: bool) -> dict[str, Any]:
     return {"Type": kind, "Source": source, "Target": target, "ReadOnly": read_only}
-
-
-def parse_size(field: str, text: str, *, least: str = "1b") -> int:
-    """Return bytes for a number with a unit of `b`, `k`, `m`, `g` or `t` (powers of 1024).
-
-    Raises:
-        InvalidParams: it is no size, or below `least`; the sentence names the field.
-    """
-    size = _bytes(text)
-    if size is None:
-        raise InvalidParams(f"{field}: {text[:64]!r} is no size; write a number and a unit, like 512m")
-    if size < (_bytes(least) or 0):
-        raise InvalidParams(f"{field}: {text} is too small; give it {least} or more")
-    return size
-
-
-def _bytes(text: str) -> int | None:
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([bkmgt]?)(?:i?b)?", text.strip().lower())
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None

@@ -1,0 +1,299 @@
+"""The container engine as a backend: a machine is a container, and what it stores a volume or a disk of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
+
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    ImageUnavailable,
+    InvalidParams,
+    NotFound,
+    WorkspaceUnavailable,
+)
+from agent_sdk.workspace.disk import in_thread
+from workspaces.backend.contract import (
+    Backend,
+    Can,
+    Cause,
+    Ending,
+    Facts,
+    Found,
+    Machine,
+    OnProgress,
+    State,
+    one_line,
+)
+from workspaces.backend.docker.engine import Death, Engine
+from workspaces.backend.docker.labels import INSTANCE, ROLE, SERVER
+from workspaces.backend.docker.profiles import folders, server_body
+from workspaces.backend.docker.reach import find_reach
+
+OWN_IMAGE = "agent-server"
+TAKEN_SECONDS = 15.0
+"""How long the name of a container may be taken by one that cannot be seen yet."""
+DATA = "-data"
+"""Ends the name of the volume in which a machine stores what it stores."""
+_STATES: Mapping[str, State] = {
+    "created": "created",
+    "running": "running",
+    "restarting": "running",
+    "paused": "paused",
+}
+_CAUSES: Mapping[int, Cause] = {128 + 9: "killed", 128 + 15: "killed"}
+_FULL_ID = 64
+
+
+class Disks(Protocol):
+    """Folders of limited size, by the names of machines."""
+
+    @property
+    def mechanism(self) -> str:
+        """What limits them; `none`: nothing does."""
+        ...
+
+    def owners(self) -> set[str]:
+        """Return whose there are. Blocks."""
+        ...
+
+    async def make(self, owner: str, size: int) -> None:
+        """Make one that is not there."""
+        ...
+
+    def at_hand(self, owner: str) -> AbstractAsyncContextManager[Path]:
+        """Have it mounted while a container starts."""
+        ...
+
+    def has(self, owner: str) -> bool:
+        """Return whether there is one."""
+        ...
+
+    async def remove(self, owner: str) -> None:
+        """Remove it for good, if there is one."""
+        ...
+
+
+class DockerBackend(Backend):
+    """Machines that are containers of one engine."""
+
+    def __init__(self, engine: Engine, *, disks: Disks | None = None) -> None:
+        """Take an engine that answers, and where machines store what is limited; None: nothing can be."""
+        self._engine = engine
+        self._disks = disks
+        self._limits = disks is not None and disks.mechanism != "none"
+        can: set[Can] = {"freeze", "folders"}
+        self.can = frozenset[Can](can | {"disk_limit"} if self._limits else can)
+
+    def __repr__(self) -> str:
+        return f"<DockerBackend at {self._engine.where}>"
+
+    # --- its start ---
+
+    async def create(self, machine: Machine, on_progress: OnProgress | None = None) -> str:
+        # The engine may still be busy with what was asked for by somebody who was killed.
+        retrying = AsyncRetrying(
+            wait=wait_random_exponential(multiplier=0.1, max=1),
+            stop=stop_before_delay(TAKEN_SECONDS),
+            retry=retry_if_exception(lambda exc: isinstance(exc, _TakenError)),
+            reraise=True,
+        )
+        try:
+            return await retrying(self._create, machine, on_progress or _nobody)
+        except _TakenError as exc:
+            raise exc.error from None
+
+    async def _create(self, machine: Machine, tell: OnProgress) -> str:
+        with suppress(NotFound):
+            found = await self.inspect(machine.name)
+            if found.labels.get(INSTANCE) == machine.labels.get(INSTANCE):
+                return found.id
+        tell("engine", 0, 1)
+        reach = await find_reach(self._engine, machine.network)
+        await self._check_volumes(machine)
+        tell("engine", 1, 1)
+        await self._have_image(machine, tell)
+        tell("create", 0, 1)
+        async with self._stored(machine) as storage:
+            body = server_body(machine, storage=storage, bind=reach.bind, network=reach.network)
+            try:
+                id = await self._engine.create(machine.name, body, platform=machine.platform)
+            except WorkspaceUnavailable as exc:
+                if exc.details.get("status") == 409:
+                    raise _TakenError(exc) from None
+                raise
+        if machine.group is not None:
+            for mount in folders(machine, storage):
+                await self._engine.give_to_group(id, mount.target, machine.group)
+        tell("create", 1, 1)
+        return id
+
+    async def _check_volumes(self, machine: Machine) -> None:
+        """A named volume that does not exist would be made by the engine, and stay."""
+        wanted = {mount.source for mount in machine.mounts if not mount.is_folder}
+        missing = wanted - {volume["Name"] for volume in await self._engine.volumes({})} if wanted else None
+        if missing:
+            name = min(missing)
+            raise InvalidParams(f"volumes: there is no volume {name}; make it: docker volume create {name}")
+
+    async def _have_image(self, machine: Machine, tell: OnProgress) -> None:
+        """Pull the image where it is missing. Nobody publishes ours under its own name: that one is made."""
+        own = machine.image.partition(":")[0] == OWN_IMAGE
+        pull = "never" if own else machine.pull
+        try:
+            await self._engine.image(machine.image, pull=pull, platform=machine.platform, on_progress=tell)
+        except ImageUnavailable as exc:
+            if not own:
+                raise
+            raise ImageUnavailable(f"{exc}; make it: make image", **exc.details) from None
+
+    @asynccontextmanager
+    async def _stored(self, machine: Machine) -> AsyncIterator[str | None]:
+        """Where a machine stores what it stores, made where it is missing."""
+        if machine.storage is None:
+            yield None
+        elif machine.storage.size is not None and self._disks is not None and self._limits:
+            await self._disks.make(machine.name, machine.storage.size)
+            async with self._disks.at_hand(machine.name) as folder:
+                yield str(folder)
+        else:
+            volume = f"{machine.name}{DATA}"
+            await self._engine.create_volume(volume, {"Labels": {**machine.labels, ROLE: SERVER}})
+            yield volume
+
+    async def start(self, id: str) -> None:
+        inspected = await self._engine.inspect(id)
+        state, name = inspected["State"], _name(inspected)
+        if state["Paused"]:
+            await self._engine.unpause(id)
+        elif not state["Running"]:
+            async with self._at_hand(name):
+                await self._engine.start(id)
+
+    @asynccontextmanager
+    async def _at_hand(self, name: str) -> AsyncIterator[None]:
+        if self._disks is not None and self._disks.has(name):
+            async with self._disks.at_hand(name):
+                yield
+        else:
+            yield
+
+    # --- its life ---
+
+    async def wait(self, id: str) -> Ending:
+        full = id
+        if len(id) != _FULL_ID:
+            try:
+                full = (await self.inspect(id)).id
+            except NotFound:
+                return Ending("engine", None, "it was removed")
+        watch = self._engine.watch(full)
+        try:
+            death = await asyncio.shield(watch.died)
+        finally:
+            watch.close()
+        return Ending(_cause(death), death.exit_code, death.reason, one_line(await self.logs(full)))
+
+    async def endpoint(self, id: str, port: int) -> str:
+        inspected = await self._engine.inspect(id)
+        reach = await find_reach(self._engine, _network(inspected))
+        return reach.url(inspected, port)
+
+    async def pause(self, id: str) -> None:
+        try:
+            await self._engine.pause(id)
+        except NotFound:
+            pass
+        except WorkspaceUnavailable as exc:
+            if exc.details.get("status") != 409:  # "is not running"
+                raise
+
+    async def resume(self, id: str) -> None:
+        await self._engine.unpause(id)
+
+    async def inspect(self, id: str) -> Facts:
+        found = await self._engine.inspect(id)
+        config = found["Config"]
+        return Facts(
+            id=found["Id"],
+            name=_name(found),
+            state=_state(found["State"]["Status"]),
+            labels=config["Labels"] or {},
+            image=config["Image"],
+            env=dict(text.partition("=")[::2] for text in config["Env"] or ()),
+            network=_network(found),
+        )
+
+    async def logs(self, id: str, lines: int = 20) -> str:
+        return await self._engine.logs(id, lines)
+
+    def follow(self, id: str, since_now: bool) -> AsyncIterator[str]:
+        """Return the lines that a machine writes, as `Engine.follow_logs` does."""
+        return self._engine.follow_logs(id, since_now=since_now)
+
+    async def list(self, labels: Mapping[str, str | None]) -> list[Found]:
+        containers = [
+            Found(found["Id"], found["Names"][0].strip("/"), found["Labels"], _state(found["State"]))
+            for found in await self._engine.containers(labels)
+        ]
+        stored = {
+            volume["Name"].removesuffix(DATA): volume["Labels"]
+            for volume in await self._engine.volumes(labels)
+        }
+        if self._disks is not None:  # they are all of whoever has this backend
+            stored |= dict.fromkeys(await in_thread(self._disks.owners), labels)
+        for container in containers:
+            stored.pop(container.name, None)
+        return containers + [Found(name, name, its, "data") for name, its in stored.items()]
+
+    # --- its end ---
+
+    async def stop(self, id: str, *, grace: float = 0, keep_data: bool = False) -> None:
+        if grace or keep_data:
+            await self._engine.stop(id, round(grace))
+        if keep_data:
+            return
+        name = id
+        if len(id) == _FULL_ID:
+            try:
+                name = (await self.inspect(id)).name
+            except NotFound:
+                return
+        await self._engine.remove(id)
+        await self._engine.remove_volume(f"{name}{DATA}")
+        if self._disks is not None:
+            await self._disks.remove(name)
+
+
+class _TakenError(Exception):
+    def __init__(self, error: AgentServerError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _name(inspected: Mapping[str, Any]) -> str:
+    return str(inspected["Name"]).strip("/")
+
+
+def _network(inspected: Mapping[str, Any]) -> str | None:
+    network = str(inspected["HostConfig"]["NetworkMode"])
+    return None if network in ("default", "bridge") else network
+
+
+def _state(status: str) -> State:
+    return _STATES.get(status, "ended")
+
+
+def _cause(death: Death) -> Cause:
+    if death.exit_code is None:
+        return "engine"
+    return "oom" if death.oom else _CAUSES.get(death.exit_code, "exit")
+
+
+def _nobody(phase: str, done: int, total: int | None) -> None:
+    """Nobody wants to know how far it is."""
