@@ -4,6 +4,7 @@ import asyncio
 
 import aiohttp
 import pytest
+from msgspec.structs import replace
 
 from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
@@ -80,6 +81,13 @@ class BackendContract:
             assert await other.create(running.machine) == running.id
             await other.start(running.id)
         assert await key_fits(running)
+
+    async def test_a_name_that_is_somebody_elses_is_not_taken(self, backend, machine, labels):
+        id = await backend.create(machine)
+        others = dict.fromkeys(labels, "somebody else")
+        with pytest.raises(InvalidParams, match=f"^name: .*{machine.name} of somebody else"):
+            await backend.create(replace(machine, labels=others))
+        assert [found.id for found in await backend.list(labels)] == [id]
 
     async def test_it_is_found_by_its_name_with_all_that_is_needed_to_use_it(self, again, running):
         async with again() as other:

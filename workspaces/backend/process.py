@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Struct
 
 import agent_sdk
-from agent_sdk.protocol.errors import NotFound, WorkspaceUnavailable
+from agent_sdk.protocol.errors import InvalidParams, NotFound, WorkspaceUnavailable
 from agent_sdk.rpc.shield import to_its_end
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.process_tree import Tree, end_tree
@@ -111,8 +111,11 @@ class ProcessBackend(Backend):
     def _write_down(self, machine: Machine) -> None:
         place = self._place(machine.name)
         place.mkdir(mode=0o700, exist_ok=True)
-        if not (place / MACHINE).exists():
+        found = read_record(place / MACHINE, Machine)
+        if found is None:
             write_record(place / MACHINE, machine)
+        elif not _has(found.labels, machine.labels):
+            raise InvalidParams(f"name: there is a machine {machine.name} of somebody else")
 
     async def start(self, id: str) -> None:
         machine = await self._machine(id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from agent_sdk.protocol.errors import (
     NotFound,
     WorkspaceUnavailable,
 )
+from agent_sdk.rpc.shield import to_its_end
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.contract import (
     Backend,
@@ -26,6 +27,7 @@ from workspaces.backend.contract import (
     Facts,
     Found,
     Machine,
+    Mount,
     OnProgress,
     State,
     one_line,
@@ -100,19 +102,17 @@ class DockerBackend(Backend):
         retrying = AsyncRetrying(
             wait=wait_random_exponential(multiplier=0.1, max=1),
             stop=stop_before_delay(TAKEN_SECONDS),
-            retry=retry_if_exception(lambda exc: isinstance(exc, _TakenError)),
+            retry=retry_if_exception(_is_taken),
             reraise=True,
         )
-        try:
-            return await retrying(self._create, machine, on_progress or _nobody)
-        except _TakenError as exc:
-            raise exc.error from None
+        return await retrying(self._create, machine, on_progress or _nobody)
 
     async def _create(self, machine: Machine, tell: OnProgress) -> str:
         with suppress(NotFound):
             found = await self.inspect(machine.name)
-            if found.labels.get(INSTANCE) == machine.labels.get(INSTANCE):
-                return found.id
+            if found.labels.get(INSTANCE) != machine.labels.get(INSTANCE):
+                raise InvalidParams(f"name: there is a container {machine.name} of somebody else")
+            return found.id
         tell("engine", 0, 1)
         reach = await find_reach(self._engine, machine.network)
         await self._check_volumes(machine)
@@ -121,17 +121,20 @@ class DockerBackend(Backend):
         tell("create", 0, 1)
         async with self._stored(machine) as storage:
             body = server_body(machine, storage=storage, bind=reach.bind, network=reach.network)
-            try:
-                id = await self._engine.create(machine.name, body, platform=machine.platform)
-            except WorkspaceUnavailable as exc:
-                if exc.details.get("status") == 409:
-                    raise _TakenError(exc) from None
-                raise
-        if machine.group is not None:
-            for mount in folders(machine, storage):
-                await self._engine.give_to_group(id, mount.target, machine.group)
+            id = await self._engine.create(machine.name, body, platform=machine.platform)
+            if machine.group is not None:
+                await self._give(id, folders(machine, storage), machine.group)
         tell("create", 1, 1)
         return id
+
+    async def _give(self, id: str, mounts: Iterable[Mount], group: int) -> None:
+        try:
+            for mount in mounts:
+                await self._engine.give_to_group(id, mount.target, group)
+        except BaseException:
+            with suppress(AgentServerError):
+                await to_its_end(self._engine.remove(id))
+            raise
 
     async def _check_volumes(self, machine: Machine) -> None:
         """A named volume that does not exist would be made by the engine, and stay."""
@@ -270,10 +273,8 @@ class DockerBackend(Backend):
             await self._disks.remove(name)
 
 
-class _TakenError(Exception):
-    def __init__(self, error: AgentServerError) -> None:
-        super().__init__(str(error))
-        self.error = error
+def _is_taken(error: BaseException) -> bool:
+    return isinstance(error, WorkspaceUnavailable) and error.details.get("status") == 409
 
 
 def _name(inspected: Mapping[str, Any]) -> str:
