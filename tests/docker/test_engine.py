@@ -176,9 +176,12 @@ async def test_bytes_that_are_no_text_are_shown_as_such(engine, instance):
 
 
 async def test_what_a_container_uses_is_counted(engine, instance):
-    async with container(engine, instance, Memory=64 << 20, PidsLimit=50) as id:
+    says = ("sh", "-c", "echo up; exec sleep 1000")
+    async with container(engine, instance, *says, Memory=64 << 20, PidsLimit=50) as id:
         assert (await engine.stats(id)).memory is None
         await engine.start(id)
+        async for _ in engine.follow_logs(id):  # before that, the program that starts containers is still in there
+            break
         usage = await engine.stats(id)
     assert (usage.memory_max, usage.pids, usage.pids_max) == (64 << 20, 1, 50)
     assert usage.memory and usage.cpu_seconds
