@@ -180,7 +180,8 @@ async def test_what_a_container_uses_is_counted(engine, instance):
     async with container(engine, instance, *says, Memory=64 << 20, PidsLimit=50) as id:
         assert (await engine.stats(id)).memory is None
         await engine.start(id)
-        async for _ in engine.follow_logs(id):  # before that, the program that starts containers is still in there
+        # Before its first word, the program that starts containers is still in there.
+        async for _ in engine.follow_logs(id):
             break
         usage = await engine.stats(id)
     assert (usage.memory_max, usage.pids, usage.pids_max) == (64 << 20, 1, 50)
