@@ -7,6 +7,9 @@ variables on another. Whatever throws bash out of the loop (^C, an unset variabl
 which starts the loop again. So no command is too long for a terminal's line, none can be cut by a quote
 that never closes, and what is typed reaches the running program and nothing else.
 
+Where the loop cannot start again, because a command took away what it is made of (`enable -n builtin`), bash
+shows its prompt. That names the process, which is ended then, so that a fresh one goes on in its place.
+
 The last exit status is in `$?` when the next command begins: the two arms of an `if` see the status of its
 condition, and unlike a plain command that fails, a condition sets off no ERR trap.
 
@@ -48,7 +51,7 @@ _HIGH = 200
 
 _DRIVER = r"""
 exec RC<&- {__tty}>&1 {__commands}<&COMMANDS COMMANDS<&- {__status}>&STATUS STATUS>&-
-PS1= PS2=
+PS1='\e]133;D;NONCE;-$$\a' PS2=
 unset HISTFILE
 set +o history
 __n=0 __operation=$AGENT_SERVER_OP
@@ -64,7 +67,9 @@ __next() {
   builtin set +e
   builtin jobs >/dev/null
   [[ ${PROMPT_COMMAND-} == "$__prompt" ]] || PROMPT_COMMAND=$__prompt
+  __command=NONCE
   IFS= TMOUT= builtin read -r -d '' -u $__commands __command || builtin exit
+  [[ $__command != NONCE ]] || : "${__nothing_was_read:?}"
   __n=$((__n + 1))
   builtin printf 'NONCE begin %s\0\0' "$__n" >&$__status
 }
@@ -290,6 +295,11 @@ class Bash:
         return self._take_output(data) if data else True
 
     def _mark(self, number: int) -> None:
+        if number < 0:  # of whoever shows its prompt
+            if -number == self._pid:
+                with suppress(OSError):
+                    os.kill(self._pid, signal.SIGKILL)
+            return
         self._marked = max(self._marked, number)
         self._tell()
 

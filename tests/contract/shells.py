@@ -93,6 +93,20 @@ class ShellContract:
         assert (await shell.run(command)).status in ("done", "ended")
         assert (await shell.run("echo alive")).output.text == "alive\n"
 
+    @pytest.mark.parametrize("command", ["enable -n builtin", "builtin() { :; }", "declare -r __last"])
+    async def test_a_shell_that_was_left_without_what_it_is_driven_by_is_replaced(self, workspace, command):
+        shell = workspace.shell()
+        await shell.run("mkdir sub; cd sub; export KEPT='a b'")
+        assert (await shell.run(command)).status == "ended"
+        assert (await shell.run('echo "$KEPT"; basename "$PWD"')).output.text == "a b\nsub\n"
+
+    async def test_a_program_may_show_the_prompt_of_its_shell(self, workspace):
+        shell = workspace.shell()
+        await shell.run("export PS1; name=kept")
+        await shell.run("bash --norc -i", quiet=0.5)
+        assert (await shell.send(b"exit 3\n")).exit_code == 3
+        assert (await shell.run("echo $name")).output.text == "kept\n"
+
     async def test_a_shell_that_was_stopped_goes_on(self, workspace):
         shell = workspace.shell()
         result = await shell.run("kill -STOP $$; echo on", quiet=0.5)
