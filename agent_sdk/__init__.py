@@ -3,6 +3,7 @@
 api:          Conversation(agent, workspace), here or there
 definition:   Agent and LLM
 tools:        @tool and the contract of a tool
+middleware:   the contract of a middleware
 models:       the contract of a model
 callbacks:    calling what users gave us
 sync:         the same names, blocking
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from agent_sdk.api import Conversation
     from agent_sdk.conversation.contract import Accepted, Cursor, Outcome, Snapshot, Stats
     from agent_sdk.definition import LLM, Agent
+    from agent_sdk.middleware import Middleware, ModelCall, Section, Stop, TurnContext
+    from agent_sdk.models import Completion
     from agent_sdk.protocol import errors, events
     from agent_sdk.protocol.events import Delta, Event
     from agent_sdk.protocol.specs import ConfirmationPolicy, Sandbox, ScriptedLLM
     from agent_sdk.remote.server import AgentServer
     from agent_sdk.remote.workspace import RemoteWorkspace
-    from agent_sdk.tools import tool
+    from agent_sdk.tools import ToolResult, tool
     from agent_sdk.workspace.contract import ExecResult, Exit, FileInfo, Process, Transferred, Workspace
     from agent_sdk.workspace.local import LocalWorkspace
 
@@ -46,6 +49,7 @@ __all__ = [
     "Accepted",
     "Agent",
     "AgentServer",
+    "Completion",
     "ConfirmationPolicy",
     "Conversation",
     "Cursor",
@@ -55,14 +59,20 @@ __all__ = [
     "Exit",
     "FileInfo",
     "LocalWorkspace",
+    "Middleware",
+    "ModelCall",
     "Outcome",
     "Process",
     "RemoteWorkspace",
     "Sandbox",
     "ScriptedLLM",
+    "Section",
     "Snapshot",
     "Stats",
+    "Stop",
+    "ToolResult",
     "Transferred",
+    "TurnContext",
     "Workspace",
     "__version__",
     "errors",
@@ -80,6 +90,12 @@ _HOME = {
     "Agent": "definition",
     "LLM": "definition",
     "LocalWorkspace": "workspace.local",
+    "Middleware": "middleware",
+    "ModelCall": "middleware",
+    "Section": "middleware",
+    "Stop": "middleware",
+    "TurnContext": "middleware",
+    "Completion": "models",
     "Delta": "protocol.events",
     "Event": "protocol.events",
     "ConfirmationPolicy": "protocol.specs",
@@ -87,6 +103,7 @@ _HOME = {
     "ScriptedLLM": "protocol.specs",
     "AgentServer": "remote.server",
     "RemoteWorkspace": "remote.workspace",
+    "ToolResult": "tools",
     "tool": "tools",
     "ExecResult": "workspace.contract",
     "Exit": "workspace.contract",

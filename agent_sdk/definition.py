@@ -6,12 +6,15 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import msgspec
 from msgspec import Struct
 
+from agent_sdk.middleware import Middleware
 from agent_sdk.protocol import specs
 from agent_sdk.protocol.checks import flaw
+from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams
-from agent_sdk.protocol.specs import AgentSpec, Model
+from agent_sdk.protocol.specs import AgentSpec, MiddlewareSpec, Model
 from agent_sdk.tools import FunctionTool
 
 DEFAULT_TOOLS = ("terminal", "file_editor", "task_tracker", "think", "finish")
@@ -45,6 +48,8 @@ class Agent(Struct, frozen=True, kw_only=True):
     """Names of built-in tools, and functions made with `@tool`, which run in this process wherever the agent runs."""
     instructions: str = ""
     """Added to the system prompt."""
+    middleware: tuple[Middleware, ...] | list[Middleware] = ()
+    """Features beside those of every agent. Where the agent runs on a server, that has to know their classes."""
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -56,6 +61,7 @@ class Agent(Struct, frozen=True, kw_only=True):
             ("llm", specs.LLM | specs.ScriptedLLM, "LLM(…) or ScriptedLLM(…)"),
             ("tools", list | tuple, "a list of names and of functions made with @tool"),
             ("instructions", str, "text"),
+            ("middleware", list | tuple, "a list of middleware"),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind):
@@ -77,6 +83,13 @@ class Agent(Struct, frozen=True, kw_only=True):
             if name in seen:
                 raise InvalidParams(f"tools: there are two tools called {name!r}; rename one", field="tools")
             seen.add(name)
+        features: Sequence[object] = self.middleware
+        for feature in features:
+            if not isinstance(feature, Middleware):
+                raise InvalidParams(
+                    f"middleware: expected objects of classes of Middleware, got {feature!r:.64}",
+                    field="middleware",
+                )
 
     def spec(self) -> AgentSpec:
         """Return the agent as it crosses the wire."""
@@ -85,8 +98,14 @@ class Agent(Struct, frozen=True, kw_only=True):
             tools=tuple(entry for entry in self.tools if isinstance(entry, str)),
             client_tools=tuple(entry.spec for entry in self.tools if isinstance(entry, FunctionTool)),
             instructions=self.instructions,
+            middleware=tuple(map(_described, self.middleware)),
         )
 
     def functions(self) -> dict[str, FunctionTool[..., Any]]:
         """Return the tools that run in this process, by name."""
         return {entry.spec.name: entry for entry in self.tools if isinstance(entry, FunctionTool)}
+
+
+def _described(feature: Middleware) -> MiddlewareSpec:
+    options = msgspec.to_builtins(without_defaults(feature, everywhere=True))
+    return MiddlewareSpec(kind=options.pop("kind"), options=options)

@@ -17,6 +17,8 @@ class ToolUse(Struct, frozen=True, kw_only=True):
     tool: str
     arguments: str
     """JSON text exactly as the model wrote it."""
+    ask: bool = False
+    """Somebody has to approve the call before it runs. No model says so, but a middleware."""
 
 
 class UserTurn(Struct, frozen=True):

@@ -8,10 +8,10 @@ place:    where its tools act, and whether that is the same place as before
 journal:  what a turn needs of its log
 progress: how far a turn has come, for whoever goes on with it
 history:  what the model is shown of the log
-prompt:   the system prompt
 toolbox:  the tools of a conversation
 mask:     secrets out of logs, streams and results
 clip:     long text, cut in its middle
 tools:    the built-in tools
 llm:      reaching models
+middleware: the features of an agent, one file each
 """

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from agent_sdk.agent.llm.client import open_model
 from agent_sdk.agent.mask import Mask, check_secrets, hidden_in
+from agent_sdk.agent.middleware.registry import chain_of
 from agent_sdk.agent.place import Passing, Place
-from agent_sdk.agent.prompt import system_prompt
 from agent_sdk.agent.toolbox import Toolbox, local_and_remote
 from agent_sdk.agent.tools.registry import make_tool
+from agent_sdk.middleware import Middleware
 from agent_sdk.models import ModelClient
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.events import AgentConfigured, RequestOpened
-from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model, ToolSpec
+from agent_sdk.protocol.results import WorkspaceInfo
+from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.tools import FunctionTool, ToolContext, ToolResult
 from agent_sdk.workspace.contract import Workspace
 
 RunClientTool = Callable[[RequestOpened], Awaitable[ToolResult]]
-
-HARMLESS = frozenset({"think", "finish"})
-"""Only speak; asking for approval of them would teach people to approve without reading."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
@@ -41,6 +40,7 @@ class Actor:
         *,
         conversation: str,
         functions: Mapping[str, FunctionTool[..., Any]],
+        middleware: Sequence[Middleware] = (),
         max_iterations: int,
         confirmation: ConfirmationPolicy,
         mask: Mask | None = None,
@@ -53,7 +53,8 @@ class Actor:
         self.confirmation = confirmation
         self.run_client_tool: RunClientTool | None = None
         self.place: Place = Passing()
-        built_in = [make_tool(name, conversation) for name in spec.tools]
+        self.chain = chain_of(middleware, instructions=spec.instructions)
+        built_in = [*(make_tool(name, conversation) for name in spec.tools), *self.chain.tools()]
         self.toolbox: Toolbox = local_and_remote(built_in, functions, spec.client_tools)
         self.llm: Model = spec.llm
         self.client: ModelClient = open_model(spec.llm)
@@ -61,7 +62,7 @@ class Actor:
         self._secrets: dict[str, str] = {}
         self.mask = mask or Mask()
         """What hides them."""
-        self._system: str | None = None
+        self._info: WorkspaceInfo | None = None
         self._remember()
 
     def __repr__(self) -> str:
@@ -72,12 +73,11 @@ class Actor:
         """Sorted; the values are for the context and the mask only."""
         return tuple(sorted(self._secrets))
 
-    async def system(self) -> str:
-        """Return the system prompt; the workspace is asked once."""
-        if self._system is None:
-            info = await self.place.describe(self.workspace)
-            self._system = system_prompt(info, self.spec.instructions)
-        return self._system
+    async def describe(self) -> WorkspaceInfo:
+        """Return what an agent is told of where it is; the workspace is asked once."""
+        if self._info is None:
+            self._info = await self.place.describe(self.workspace)
+        return self._info
 
     def switch(self, llm: Model) -> None:
         """Use another model from the next call on; the former client serves the call under way."""
@@ -100,11 +100,6 @@ class Actor:
         check_secrets({**self._secrets, **secrets})
         self._secrets = {**self._secrets, **secrets}
         self._remember()
-
-    def needs_approval(self, tool: str) -> bool:
-        """Whether a call of this tool waits for an answer."""
-        spec = self.toolbox.spec(tool)
-        return spec is not None and needs_approval(self.confirmation, spec)
 
     def reads_only(self, tool: str) -> bool:
         """Whether a call of this tool may run beside others."""
@@ -150,12 +145,3 @@ class Actor:
 
     def _remember(self) -> None:
         self.mask.hide([*hidden_in(self.llm), *self._secrets.values()])
-
-
-def needs_approval(policy: ConfirmationPolicy, tool: ToolSpec) -> bool:
-    """Whether a call of this tool waits for an answer."""
-    if tool.name in policy.tools:
-        return True
-    if tool.name in HARMLESS:
-        return False
-    return policy.mode == "always" or (policy.mode == "writes" and not tool.read_only)

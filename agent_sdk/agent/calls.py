@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import replace
 
 from agent_sdk.agent.actor import Actor
-from agent_sdk.agent.clip import RESULT_BYTES, clip_result
 from agent_sdk.agent.ending import CUT_CALL
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.mask import HIDDEN
@@ -17,6 +16,7 @@ from agent_sdk.agent.progress import Progress
 from agent_sdk.agent.toolbox import UNKNOWN, failed_call
 from agent_sdk.agent.tools.registry import FINISH
 from agent_sdk.ids import new_id, sha256
+from agent_sdk.middleware import TurnContext
 from agent_sdk.protocol.errors import RequestNotFound
 from agent_sdk.protocol.events import Event, RequestOpened, RequestResolved, ToolCalled, ToolReturned
 from agent_sdk.tools import ToolResult
@@ -38,7 +38,7 @@ class _Decision(NamedTuple):
 class Calls:
     """The calls of one turn, one answer after the other."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, turn: Callable[[], TurnContext]) -> None:
         self.actor: Actor | None = None
         """Who runs them; needed by all but `respond` and `close`."""
         self.stopped = False
@@ -48,6 +48,8 @@ class Calls:
         self.must_end = False
         """A tool runs that no other process could take up."""
         self._journal = journal
+        self._turn = turn
+        """Returns what middleware may know of it."""
         self._results: dict[str, ToolResult] = {}
         """Of calls whose ToolReturned is not written yet."""
         self._resolved: dict[str, RequestResolved] = {}
@@ -74,11 +76,20 @@ class Calls:
         """Whether one of the calls without a result may have begun where tools act."""
         return any(call_id in self._begun | self._under_way for call_id in self._journal.history.open_calls)
 
-    def open(self, calls: Sequence[ToolCalled]) -> list[RequestOpened]:
-        """Return the approvals that these calls of one answer need; they are to be written with the calls."""
+    def open(self, calls: Sequence[ToolCalled], asked: Container[str]) -> list[RequestOpened]:
+        """Begin with the calls of an answer; return the requests to be written with them.
+
+        Args:
+            calls: in the order of the answer.
+            asked: ids of those that need an approval.
+        """
         self._deciding, self._begun, self._before = {}, frozenset(), 0
         self._arguments = {call.call_id: call.arguments for call in calls}
-        requests = [_request(call, "approval") for call in calls[:CALLS_PER_ANSWER] if self._waits(call)]
+        requests = [
+            _request(call, "approval")
+            for call in calls[:CALLS_PER_ANSWER]
+            if call.call_id in asked and self._refusal(call) is None
+        ]
         for request in requests:
             self._expect(request)
         return requests
@@ -219,15 +230,21 @@ class Calls:
 
     async def _run_call(self, call: ToolCalled) -> None:
         """Put the call's result into `_results`."""
-        toolbox = self._present().toolbox
         result = self._results.get(call.call_id) or self._refusal(call)
-        if result is None and toolbox.runs_in_client(call.tool):
-            result = await self._run_in_client(call)
         if result is None:
-            begun = call.call_id in self._begun
-            context = self._present().context(_key(call), call.place if begun else None, self._left)
-            result = await toolbox.run(call.tool, self._real(call), context, begun=begun)
+            real = replace(call, arguments=self._arguments.get(call.call_id, call.arguments))
+            result = await self._present().chain.around_tool(self._turn(), real, self._carry_out)
         self._results[call.call_id] = result
+
+    async def _carry_out(self, call: ToolCalled) -> ToolResult:
+        actor = self._present()
+        if refusal := actor.toolbox.refusal(call.tool, call.arguments):  # a middleware may have changed it
+            return refusal
+        if actor.toolbox.runs_in_client(call.tool):
+            return await self._run_in_client(call)
+        begun = call.call_id in self._begun
+        context = actor.context(_key(call), call.place if begun else None, self._left)
+        return await actor.toolbox.run(call.tool, call.arguments, context, begun=begun)
 
     async def _run_in_client(self, call: ToolCalled) -> ToolResult:
         runner = self._present().run_client_tool
@@ -239,7 +256,7 @@ class Calls:
             opened = self._client_requests[call.call_id] = _request(call, "client_tool")
             await self._journal.append(opened)
         try:
-            result = await runner(replace(opened, arguments=self._real(call)))
+            result = await runner(replace(opened, arguments=call.arguments))
         except BaseException as exc:  # noqa: BLE001  part of the turn's boundary, like Toolbox.run
             result = failed_call(call.tool, exc)
         del self._client_requests[call.call_id]
@@ -254,9 +271,6 @@ class Calls:
             return UNKNOWN if call.call_id in self._begun else ToolResult(text=NOT_KEPT, is_error=True)
         return self._present().toolbox.refusal(call.tool, call.arguments)
 
-    def _real(self, call: ToolCalled) -> str:
-        return self._arguments.get(call.call_id, call.arguments)
-
     def _may_be_left(self, call: ToolCalled) -> bool:
         toolbox = self._present().toolbox
         return toolbox.runs_in_client(call.tool) or toolbox.may_be_left(call.tool)
@@ -270,10 +284,6 @@ class Calls:
         return self.actor
 
     # --- approvals ---
-
-    def _waits(self, call: ToolCalled) -> bool:
-        actor = self._present()
-        return self._refusal(call) is None and actor.needs_approval(call.tool)
 
     def _expect(self, request: RequestOpened, answer: RequestResolved | None = None) -> None:
         decision: asyncio.Future[_Decision] = asyncio.get_running_loop().create_future()
@@ -320,18 +330,13 @@ class Calls:
 
     def _returned(self, call: ToolCalled) -> ToolReturned:
         result = self._results.pop(call.call_id)
-        text = result.text
-        # The journal masks, but what may be cut is masked before.
-        if self.actor and len(text) > RESULT_BYTES // 8:
-            text = self.actor.mask.text(text)
-        text, cut = clip_result(text)
         return ToolReturned(
             call_id=call.call_id,
             tool=call.tool,
-            text=text,
+            text=result.text,
             is_error=result.is_error,
             data=result.data,
-            bytes_cut=result.bytes_cut + cut,
+            bytes_cut=result.bytes_cut,
         )
 
 

@@ -88,21 +88,27 @@ class History:
             self._answer = answer
             self._close_answer()
 
+    def coming(self) -> list[Turn]:
+        """Return what the model would be shown if it were asked now, all messages up to `head_seq` among it."""
+        return [*self.turns, *self._news(self._unread)]
+
     def read(self, seq: int | None = None) -> int:
         """Show the model the messages up to `seq` (None: all), from the next request on; return the head's seq.
 
         Without any, a model that has answered is told why it is asked again.
         """
-        while self._unread and (seq is None or self._unread[0].seq <= seq):
-            self.turns.append(UserTurn(self._unread.pop(0).text))
+        messages = [message for message in self._unread if seq is None or message.seq <= seq]
+        self.turns += self._news(messages)
+        if messages:
+            del self._unread[: len(messages)]
             self._last = None
-        if (
-            self._last is not None
-            and (words := nudge(self._last))
-            and not isinstance(self.turns[-1], UserTurn)
-        ):
-            self.turns.append(UserTurn(words))
         return self.head_seq
+
+    def _news(self, messages: list[UserMessage]) -> list[Turn]:
+        if messages:
+            return [UserTurn(message.text) for message in messages]
+        words = nudge(self._last) if self._last is not None else None
+        return [UserTurn(words)] if words and not isinstance(self.turns[-1], UserTurn) else []
 
     def fresh_call_id(self, wanted: str) -> str:
         """Return `wanted`, or something like it when it is empty or was used: ids tell results apart."""

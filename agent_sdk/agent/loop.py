@@ -20,11 +20,11 @@ from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
 from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure, is_whole
 from agent_sdk.agent.journal import Journal
-from agent_sdk.agent.llm.retry import complete_with_retries
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.progress import Progress
 from agent_sdk.conversation.contract import Outcome, outcome_of
-from agent_sdk.models import CUT, Completion, ModelRequest
+from agent_sdk.middleware import ModelCall, Stop, TurnContext
+from agent_sdk.models import CUT, Completion
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -108,12 +108,14 @@ class Turn:
         self._progress = progress
         self._restarts = restarts
         self._op = op
-        self._calls = Calls(journal)
+        self._calls = Calls(journal, self._context)
         self._iterations = 0
         if progress is not None:
             self._iterations = progress.iterations
             self._calls.take_up(progress)
             self.begun.set()
+        self._system: str | None = None
+        self._max_model_calls = 0
         self._in_vain = 0
         """How many answers in a row the output limit has cut, or were empty."""
         self._full = False
@@ -182,10 +184,9 @@ class Turn:
 
     async def _work(self) -> None:
         try:
-            final = await (self._start() if self._progress is None else self._resume(self._progress))
-            ended = await self._steps(final)
+            events = await self._course()
             self.ending = True
-            await self._journal.append(ended)
+            await self._journal.append(*events)
         except asyncio.CancelledError:
             if self._task is not None:
                 self._task.uncancel()
@@ -195,6 +196,17 @@ class Turn:
                 await self._interrupted()
         except Exception as exc:  # noqa: BLE001  the turn's boundary: every failure becomes an event
             await self._failed(exc)
+
+    async def _course(self) -> list[Event]:
+        """Work until the turn ends by itself; return the events that say so, to be written without giving way."""
+        try:
+            final = await (self._start() if self._progress is None else self._resume(self._progress))
+            return [await self._steps(final)]
+        except Stop as stop:
+            await self._mine.chain.on_turn_end(self._context(), stop.status)
+            await self._journal.settle()
+            events = self._calls.close(f"[no result: {stop.reason}]")
+            return [*events, self._end(stop.status, final_text=stop.final_text, reason=stop.reason)]
 
     async def _start(self) -> str | None:
         await self._journal.mend()
@@ -223,38 +235,35 @@ class Turn:
             raise asyncio.CancelledError
         self._calls.leave()
         self._actor = self._calls.actor = await self._present()
+        self._max_model_calls = self._actor.max_iterations
         self._calls.leave()
 
     async def _steps(self, final: str | None) -> TurnEnded:
-        journal = self._journal
-        limit = self._mine.max_iterations
+        if not self._iterations:
+            await self._mine.chain.on_turn_start(self._context())
         while True:
             self._calls.leave()
-            if final is not None:
-                await journal.settle()
-                if not journal.history.unread:
-                    return self._end("finished", final_text=final)
+            if final is not None and await self._is_over():
+                return self._end("finished", final_text=final)
             await self._mine.place.ready()
-            if journal.pause_requested:
-                return self._end("paused")
-            if self._iterations >= limit:
-                return self._end("limit", reason=f"the turn has made {limit} model calls, which is its limit")
-            if self._full:
-                return self._end("limit", final_text=journal.history.said, reason=FULL)
-            if self._in_vain > CONTINUED:
-                return self._end(
-                    "limit",
-                    final_text=journal.history.said,
-                    reason=f"the output limit of the model cut {self._in_vain} answers in a row; "
-                    "raise max_output_tokens, or run again to have the answer continued",
-                )
-            self._iterations += 1
+            if self._journal.pause_requested:
+                raise Stop("", status="paused")
             final = await self._step()
+
+    async def _is_over(self) -> bool:
+        """Whether nobody has said anything that the model has not read, also not because the turn is to end."""
+        journal = self._journal
+        await journal.settle()
+        if not journal.history.unread:
+            await self._mine.chain.on_turn_end(self._context(), "finished")
+            await journal.settle()
+        return not journal.history.unread
 
     async def _step(self) -> str | None:
         """Ask once and do what follows from the answer; return the final text when the agent is done."""
+        request, seen = await self._request()
         with self._unbroken():
-            message, calls = await self._ask()
+            message, calls = await self._ask(request, seen)
         ending = ending_of(message)
         if ending == "done":
             return self._journal.history.said
@@ -268,19 +277,41 @@ class Turn:
         self._calls.leave()
         return await self._calls.run()
 
-    async def _ask(self) -> tuple[AgentMessage, list[ToolCalled]]:
-        """Ask the model and write down what it answers."""
+    async def _request(self) -> tuple[ModelCall, int]:
+        """Return what the model is asked, and the log's last seq that is in it."""
         actor, history = self._mine, self._journal.history
-        system = await actor.system()
-        seen, started, llm = history.read(), time.monotonic(), actor.llm
-        self._seen = seen
-        completion = await complete_with_retries(
-            actor.client,
-            ModelRequest(system=system, turns=history.turns, tools=actor.toolbox.specs),
-            llm,
-            on_delta=self._hear,
-            on_failure=self._model_failed,
+        if self._system is None:
+            sections = await actor.chain.prompt(self._context())
+            self._system = "\n\n".join(section.text for section in sections)
+        seen = history.head_seq
+        request = ModelCall(
+            system=self._system,
+            turns=history.coming(),
+            tools=actor.toolbox.specs,
+            llm=actor.llm,
+            client=actor.client,
         )
+        request = await actor.chain.before_model(self._context(), request)
+        if self._full:
+            raise Stop(FULL, final_text=history.said)
+        if self._in_vain > CONTINUED:
+            raise Stop(
+                f"the output limit of the model cut {self._in_vain} answers in a row; "
+                "raise max_output_tokens, or run again to have the answer continued",
+                final_text=history.said,
+            )
+        return request, seen
+
+    async def _ask(self, request: ModelCall, seen: int) -> tuple[AgentMessage, list[ToolCalled]]:
+        """Ask the model and write down what it answers, in any case."""
+        self._seen, self._iterations, started = seen, self._iterations + 1, time.monotonic()
+        self._journal.history.read(seen)
+        completion = await request.client.complete(request, on_delta=self._hear)
+        seconds, raised = time.monotonic() - started, None
+        try:
+            completion = await self._mine.chain.after_model(self._context(), completion)
+        except Exception as exc:  # noqa: BLE001  raised again when the answer is written
+            raised = exc
         self._finish_reason = as_utf8(completion.finish_reason)
         calls = self._called(completion)
         message = AgentMessage(
@@ -292,10 +323,13 @@ class Turn:
             seen_seq=seen,
             provider=completion.provider,
         )
-        used = _used(self.run_id, llm.model, completion, time.monotonic() - started)
+        used = _used(self.run_id, request.llm.model, completion, seconds)
+        asked = {call.call_id for call, use in zip(calls, completion.tool_calls, strict=False) if use.ask}
         self._pieces.clear()
         # In one commit: a call without a request needed none, whatever the policy is after a restart.
-        await self._journal.append(message, *calls, used, *self._calls.open(calls))
+        await self._journal.append(message, *calls, used, *self._calls.open(calls, asked))
+        if raised is not None:
+            raise raised
         return message, calls
 
     def _hear(self, text: str, thinking: str) -> None:
@@ -348,18 +382,24 @@ class Turn:
             for use in completion.tool_calls
         ]
 
-    async def _model_failed(self, error: ModelError, attempt: int, retry_in: float | None) -> None:
-        if retry_in is not None:
-            self._pieces.clear()  # the next try begins from the start
-        await self._journal.append(
-            ModelFailed(
-                run_id=self.run_id,
-                error=error.kind,
-                message=as_utf8(self._masked(error.message)),
-                attempt=attempt,
-                retry_in=retry_in,
-            )
+    def _context(self) -> TurnContext:
+        actor = self._mine
+        return TurnContext(
+            run_id=self.run_id,
+            workspace=actor.workspace,
+            tools=actor.toolbox.by_name,
+            model_calls=self._iterations,
+            max_model_calls=self._max_model_calls,
+            confirmation=actor.confirmation,
+            describe=actor.describe,
+            hide=actor.mask.data,
+            append=self._note,
         )
+
+    async def _note(self, event: Event) -> None:
+        if isinstance(event, ModelFailed) and event.retry_in is not None:
+            self._pieces.clear()  # the next try begins from the start
+        await self._journal.append(event)
 
     async def _interrupted(self) -> None:
         """Write how far it came; a turn whose end is on its way has nothing to add."""
@@ -384,7 +424,7 @@ class Turn:
     async def _failed(self, exc: Exception) -> None:
         self.ending = True
         known = exc if isinstance(exc, AgentServerError) else InternalError(f"{type(exc).__name__}: {exc}")
-        if known is not exc:
+        if isinstance(known, InternalError):
             logger.error("turn %s failed", self.run_id, exc_info=exc)
         message, come = as_utf8(self._masked(known.message)), self._broken_off()
         self._finish_reason = str(known.details.get("finish_reason", self._finish_reason))

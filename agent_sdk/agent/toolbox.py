@@ -46,18 +46,19 @@ class Toolbox:
 
     def __init__(self, tools: Iterable[Tool], client_tools: Iterable[ToolSpec] = ()) -> None:
         self._tools: dict[str, Tool] = {}
-        self._specs: dict[str, ToolSpec] = {}
+        self.by_name: dict[str, ToolSpec] = {}
+        """What the model is told of."""
         for tool in tools:
             self._add(tool.spec)
             self._tools[tool.spec.name] = tool
         for spec in client_tools:
             self._add(spec)
-        self.specs: tuple[ToolSpec, ...] = tuple(self._specs.values())
+        self.specs: tuple[ToolSpec, ...] = tuple(self.by_name.values())
 
     def _add(self, spec: ToolSpec) -> None:
-        if spec.name in self._specs:
+        if spec.name in self.by_name:
             raise InvalidParams(f"tools: there are two tools called {spec.name!r}; give one another name")
-        self._specs[spec.name] = spec
+        self.by_name[spec.name] = spec
 
     def recall(self, results: Mapping[str, dict[str, Any]]) -> None:
         """Let tools that remember go on from the `data` of their last results, by tool."""
@@ -68,16 +69,16 @@ class Toolbox:
 
     def spec(self, name: str) -> ToolSpec | None:
         """Return what the model was told about a tool; None when it was told of none."""
-        return self._specs.get(name)
+        return self.by_name.get(name)
 
     def runs_in_client(self, name: str) -> bool:
         """Whether calls of this tool are somebody else's to answer."""
-        return name in self._specs and name not in self._tools
+        return name in self.by_name and name not in self._tools
 
     def refusal(self, name: str, arguments: str) -> ToolResult | None:
         """Return why a call cannot be run at all, in words for the model; None when it can."""
-        if name not in self._specs:
-            known = ", ".join(self._specs) or "none"
+        if name not in self.by_name:
+            known = ", ".join(self.by_name) or "none"
             return ToolResult(text=f"There is no tool {name[:64]!r}. The tools are: {known}.", is_error=True)
         if len(arguments) > ARGUMENT_BYTES:
             return ToolResult(
@@ -87,7 +88,7 @@ class Toolbox:
 
     def repeatable(self, name: str) -> bool:
         """Whether a call of this tool does no harm when it is run again."""
-        spec = self._specs.get(name)
+        spec = self.by_name.get(name)
         return spec is not None and (spec.read_only or spec.idempotent)
 
     def may_be_left(self, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -10,10 +10,13 @@ from msgspec.structs import replace
 
 from agent_sdk.agent.actor import Actor, RunClientTool
 from agent_sdk.agent.mask import Mask, check_secrets
+from agent_sdk.agent.middleware.registry import made_of
 from agent_sdk.agent.place import Passing, Place
 from agent_sdk.conversation.fold import Fold
+from agent_sdk.conversation.journal import Journal
 from agent_sdk.conversation.settings import Settings
 from agent_sdk.definition import Agent
+from agent_sdk.middleware import Middleware
 from agent_sdk.protocol.errors import AgentServerError, InternalError, InvalidParams, StateConflict
 from agent_sdk.protocol.events import (
     AgentConfigured,
@@ -61,6 +64,7 @@ class Configuration:
         self.place: Place = Passing()
         self._functions: Mapping[str, FunctionTool[..., Any]] = {}
         self._former: list[Actor] = []
+        self._recalled: Actor | None = None
 
     @property
     def run_client_tool(self) -> RunClientTool | None:
@@ -113,7 +117,7 @@ class Configuration:
         self, agent: Agent | AgentSpec, *, max_iterations: int, confirmation: ConfirmationPolicy
     ) -> None:
         """Use this agent from now on; one that differs in nothing but its model keeps its tools."""
-        spec, functions = _parts(agent)
+        spec, functions, _ = _parts(agent)
         actor = self.actor
         same = (
             actor is not None and replace(actor.spec, llm=spec.llm) == spec and functions == self._functions
@@ -128,10 +132,16 @@ class Configuration:
             actor.switch(spec.llm)
         actor.max_iterations, actor.confirmation = max_iterations, confirmation
 
-    def recall(self, fold: Fold) -> None:
-        """Let the agent's tools go on where the log left them."""
-        if self.actor is not None:
-            self.actor.toolbox.recall(fold.results)
+    async def recall(self, journal: Journal) -> None:
+        """Let the agent's tools and middleware go on where the log left them."""
+        actor = self.actor
+        if actor is None:
+            return
+        actor.toolbox.recall(journal.fold.results)
+        if actor.chain.reduces and actor is not self._recalled:
+            await journal.reduce(actor.chain.add)
+        self._recalled = actor
+        journal.delivery.observers = actor.chain.observers
 
     def introduction(self, fold: Fold) -> list[Event]:
         """Return the events that say who and what this conversation is, as far as the log does not say it yet."""
@@ -188,12 +198,13 @@ class Configuration:
     def _made(self, agent: Agent | AgentSpec, max_iterations: int, confirmation: ConfirmationPolicy) -> Actor:
         if self._workspace is None:
             raise StateConflict("the conversation is not open", state="closed")
-        spec, self._functions = _parts(agent)
+        spec, self._functions, middleware = _parts(agent)
         actor = Actor(
             spec,
             self._workspace,
             conversation=self.conversation,
             functions=self._functions,
+            middleware=middleware,
             max_iterations=max_iterations,
             confirmation=confirmation,
             mask=self.mask,
@@ -204,7 +215,9 @@ class Configuration:
         return actor
 
 
-def _parts(agent: Agent | AgentSpec) -> tuple[AgentSpec, Mapping[str, FunctionTool[..., Any]]]:
+def _parts(
+    agent: Agent | AgentSpec,
+) -> tuple[AgentSpec, Mapping[str, FunctionTool[..., Any]], Sequence[Middleware]]:
     if isinstance(agent, AgentSpec):
-        return agent, {}
-    return agent.spec(), agent.functions()
+        return agent, {}, [made_of(spec) for spec in agent.middleware]
+    return agent.spec(), agent.functions(), agent.middleware

@@ -31,6 +31,8 @@ class Delivery:
 
     def __init__(self, callbacks: Sequence[Callback], on_delta: OnDelta | None) -> None:
         self._callbacks = tuple(callbacks)
+        self.observers: tuple[Callback, ...] = ()
+        """The agent's; like callbacks, for new events only."""
         self._on_delta = on_delta
         self._listeners: dict[object, Listener] = {}
         self._delta_listeners: dict[object, DeltaListener] = {}
@@ -66,7 +68,7 @@ class Delivery:
                 listener(event.seq, body)
             except Exception:  # one broken listener must not take events from the others
                 logger.exception("a listener failed")
-        if self._callbacks:
+        if self._callbacks or self.observers:
             self._enqueue(event)
 
     def publish_delta(self, delta: Delta) -> None:
@@ -103,12 +105,12 @@ class Delivery:
         try:
             if self._past is not None:
                 async for event in self._past:
-                    await self._tell_all(event)
+                    await self._tell_all(event, self._callbacks)
                 self._past = None
             while self._waiting:
                 item = self._waiting.popleft()
                 if not isinstance(item, Delta):
-                    await self._tell_all(item)
+                    await self._tell_all(item, (*self._callbacks, *self.observers))
                 elif self._on_delta is not None:
                     await tell(self._on_delta, item)
         except Exception:  # the past could not be read; later events would come out of order
@@ -117,9 +119,9 @@ class Delivery:
         finally:
             self._task = None
 
-    async def _tell_all(self, event: Event) -> None:
+    async def _tell_all(self, event: Event, callbacks: tuple[Callback, ...]) -> None:
         self.seq = event.seq
-        for callback in self._callbacks:
+        for callback in callbacks:
             await tell(callback, event)
 
 

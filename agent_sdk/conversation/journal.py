@@ -9,7 +9,7 @@ cancelled.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from agent_sdk.agent.history import History
 from agent_sdk.agent.mask import Mask, MaskedStream
@@ -35,6 +35,7 @@ class Journal:
         self._streams: tuple[str, MaskedStream, MaskedStream] | None = None
         """The turn whose answer is streamed, its text and its thinking."""
         self._under_way: set[asyncio.Future[list[Record]]] = set()
+        self._reducers: list[Callable[[Event], None]] = []
 
     @property
     def head_seq(self) -> int:
@@ -56,6 +57,12 @@ class Journal:
             for _, body in page:
                 self._grow(decode(body))
         self.epoch = await self.log.epoch(self.conversation)
+
+    async def reduce(self, reducer: Callable[[Event], None]) -> None:
+        """Call it with every event that the log has, and from then on with every new one, before anybody is told."""
+        async for _, body in self.pages(0):
+            reducer(decode(body))
+        self._reducers.append(reducer)
 
     async def pages(self, after: int) -> AsyncIterator[tuple[int, bytes]]:
         """Yield (seq, JSON) of the events after a seq, up to the head.
@@ -136,3 +143,5 @@ class Journal:
     def _grow(self, event: Event) -> None:
         self.history.add(event)
         self.fold.add(event)
+        for reducer in self._reducers:
+            reducer(event)

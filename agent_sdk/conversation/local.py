@@ -379,7 +379,7 @@ class LocalConversation(Conversation):
         policy = confirmation or ConfirmationPolicy()
         self._configuration.replace(agent, max_iterations=max_iterations, confirmation=policy)
         fold = opened.journal.fold
-        self._configuration.recall(fold)
+        await self._configuration.recall(opened.journal)
         events = self._configuration.news(fold)
         if secrets:
             events.append(self._configuration.add_secrets(secrets))

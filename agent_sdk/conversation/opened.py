@@ -144,7 +144,7 @@ async def open_conversation(
             await journal.mend()
         elif stored := await log.settings(configuration.conversation):
             configuration.restore(settings, stored)
-        configuration.recall(journal.fold)
+        await configuration.recall(journal)
         if events := configuration.introduction(journal.fold):
             await journal.append(*events)
         turns = Turns(journal, restarts=settings.restarts if settings else None)

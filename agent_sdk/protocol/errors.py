@@ -125,6 +125,10 @@ class InternalError(AgentServerError, code=-32603):
     """A bug on the other side. Details: incident, the id under which it is logged there."""
 
 
+class MiddlewareFailed(InternalError):
+    """A middleware of the agent raised, or returned what it must not. Details: middleware, its kind."""
+
+
 class MaxDepth(ParseError):
     """The JSON is nested too deeply. Details: limit."""
 

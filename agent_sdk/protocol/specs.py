@@ -152,6 +152,14 @@ class ToolSpec(Checked, frozen=True, kw_only=True):
     """A call may be run again when nobody knows whether it was carried out; `read_only` implies it."""
 
 
+class MiddlewareSpec(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A feature of an agent, by the name under which the place where the agent runs knows it."""
+
+    kind: Name
+    options: Json = {}
+    """Its fields."""
+
+
 class AgentSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An Agent as it crosses the wire."""
 
@@ -162,6 +170,8 @@ class AgentSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Tools that run in the client's process."""
     instructions: str = ""
     """Added to the system prompt."""
+    middleware: tuple[MiddlewareSpec, ...] = ()
+    """Features beside those of every agent, in this order."""
 
 
 class Sandbox(Checked, frozen=True, forbid_unknown_fields=True):

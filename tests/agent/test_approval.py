@@ -2,7 +2,7 @@
 
 import pytest
 
-from agent_sdk.agent.actor import needs_approval
+from agent_sdk.agent.middleware.approval import needs_approval
 from agent_sdk.protocol.specs import ConfirmationPolicy, ToolSpec
 
 

@@ -1,21 +1,43 @@
 """The system prompt."""
 
-from agent_sdk.agent.prompt import system_prompt
+from agent_sdk.agent.middleware.registry import chain_of
+from agent_sdk.middleware import TurnContext
 from agent_sdk.protocol.results import WorkspaceInfo
+from agent_sdk.protocol.specs import ConfirmationPolicy
 
 INFO = WorkspaceInfo(root="/r", working_dir="/r/w", platform="linux x86_64", python="3.11", confined=True)
 
 
-def test_the_prompt_says_where_the_agent_is():
-    prompt = system_prompt(INFO)
+async def described():
+    return INFO
+
+
+async def system_prompt(instructions=""):
+    turn = TurnContext(
+        run_id="run",
+        workspace=None,
+        tools={},
+        model_calls=0,
+        max_model_calls=1,
+        confirmation=ConfirmationPolicy(),
+        describe=described,
+        hide=str,
+        append=None,
+    )
+    sections = await chain_of((), instructions=instructions).prompt(turn)
+    return "\n\n".join(section.text for section in sections)
+
+
+async def test_the_prompt_says_where_the_agent_is():
+    prompt = await system_prompt()
     assert "/r/w" in prompt
     assert "linux x86_64" in prompt
     assert "below /r only" in prompt
 
 
-def test_instructions_of_the_user_come_last():
-    assert system_prompt(INFO, "  Speak French.\n").endswith("Instructions of your user\nSpeak French.")
+async def test_instructions_of_the_user_come_last():
+    assert (await system_prompt("  Speak French.\n")).endswith("Instructions of your user\nSpeak French.")
 
 
-def test_the_prompt_is_short():
-    assert len(system_prompt(INFO)) < 2500
+async def test_the_prompt_is_short():
+    assert len(await system_prompt()) < 2500

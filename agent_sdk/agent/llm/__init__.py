@@ -1,6 +1,5 @@
 """Reaching models: messages in, one Completion out.
 
-retry:            asking again after failures
 scripted:         a model without a model
 client:           from an LLM or a ScriptedLLM to a client; a model of a provider: one request, one answer
 provider:         the providers, their addresses and what sets them apart

@@ -6,7 +6,7 @@ import aiohttp
 import pytest
 
 from agent_sdk.agent.llm.client import ProviderClient, open_model
-from agent_sdk.agent.llm.retry import Backoff, complete_with_retries
+from agent_sdk.agent.middleware.retries import Backoff, complete_with_retries
 from agent_sdk.models import (
     AssistantTurn,
     Completion,

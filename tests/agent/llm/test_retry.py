@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from agent_sdk.agent.llm.client import open_model
-from agent_sdk.agent.llm.retry import Backoff, complete_with_retries
+from agent_sdk.agent.middleware.retries import Backoff, complete_with_retries
 from agent_sdk.models import Completion, ModelRequest, OnDelta, UserTurn
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,

@@ -10,12 +10,16 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from msgspec import Struct
+from msgspec.structs import replace
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential, wait_random
 
+from agent_sdk.middleware import Middleware, ModelCall, TurnContext
 from agent_sdk.models import Completion, ModelClient, ModelRequest, OnDelta
 from agent_sdk.protocol.errors import ModelError
+from agent_sdk.protocol.events import ModelFailed
 from agent_sdk.protocol.specs import LLM, Model
+from agent_sdk.tools import as_utf8
 
 SCRIPTED_RETRIES = 5
 
@@ -34,6 +38,41 @@ class Backoff(Struct, frozen=True, kw_only=True):
 
 AT_ONCE = Backoff(first=0.0, longest=0.0)
 """For scripted models: nobody has to be spared."""
+
+
+class Retries(Middleware, frozen=True):
+    """Asks again after failures that may pass, `LLM.retries` times at most, and writes each down as ModelFailed."""
+
+    async def before_model(self, turn: TurnContext, request: ModelCall) -> ModelCall:
+        return replace(request, client=_Persistent(request.client, request.llm, turn))
+
+
+class _Persistent(ModelClient):
+    """Asks another client until it answers."""
+
+    def __init__(self, client: ModelClient, llm: Model, turn: TurnContext) -> None:
+        self._client = client
+        self._llm = llm
+        self._turn = turn
+
+    async def complete(self, request: ModelRequest, *, on_delta: OnDelta | None = None) -> Completion:
+        return await complete_with_retries(
+            self._client, request, self._llm, on_delta=on_delta, on_failure=self._failed
+        )
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def _failed(self, error: ModelError, attempt: int, retry_in: float | None) -> None:
+        await self._turn.append(
+            ModelFailed(
+                run_id=self._turn.run_id,
+                error=error.kind,
+                message=as_utf8(error.message),
+                attempt=attempt,
+                retry_in=retry_in,
+            )
+        )
 
 
 async def complete_with_retries(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from agent_sdk.middleware import Middleware, Section, TurnContext
 from agent_sdk.protocol.results import WorkspaceInfo
 
 _HOW = """\
@@ -35,16 +36,31 @@ Care
 When you are done, say in a few plain sentences what you did, what you found and what is left open."""
 
 
-def system_prompt(info: WorkspaceInfo, instructions: str = "") -> str:
-    """Return the prompt for an agent in this workspace; `instructions` come last and count most."""
-    place = [
+class Prompt(Middleware, frozen=True):
+    """Says how the agent works and where it is."""
+
+    async def prompt(self, turn: TurnContext, sections: tuple[Section, ...]) -> tuple[Section, ...]:
+        return (*sections, Section("how", _HOW), Section("place", _place(await turn.describe())))
+
+
+class Instructions(Middleware, frozen=True):
+    """Says what the user added, which comes last and counts most."""
+
+    text: str
+
+    async def prompt(self, turn: TurnContext, sections: tuple[Section, ...]) -> tuple[Section, ...]:
+        text = self.text.strip()
+        return (
+            (*sections, Section("instructions", f"Instructions of your user\n{text}")) if text else sections
+        )
+
+
+def _place(info: WorkspaceInfo) -> str:
+    lines = [
         "Where you are",
         f"- working folder: {info.working_dir}",
         f"- platform: {info.platform}",
     ]
     if info.confined:
-        place.append(f"- file tools reach what is below {info.root} only")
-    parts = [_HOW, "\n".join(place)]
-    if instructions.strip():
-        parts.append(f"Instructions of your user\n{instructions.strip()}")
-    return "\n\n".join(parts)
+        lines.append(f"- file tools reach what is below {info.root} only")
+    return "\n".join(lines)
