@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from agent_sdk.protocol.errors import WorkspaceUnavailable
@@ -20,9 +22,13 @@ NEEDS = {
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as data:
+    with tempfile.TemporaryDirectory() as data, installed() as path:
         command = [sys.executable, "-m", "agent_server", "serve", "--port", "0", "--json", "--data", data]
-        options = {"AGENT_SERVER_BOXES_ON_STOP": "end", "AGENT_SERVER_RUNTIME_API": "process"}
+        options = {
+            "AGENT_SERVER_BOXES_ON_STOP": "end",
+            "AGENT_SERVER_RUNTIME_API": "process",
+            "PYTHONPATH": path,
+        }
         with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **options}) as server:
             try:
                 assert server.stdout is not None
@@ -33,6 +39,16 @@ def main() -> int:
                 return run({**os.environ, **there, **api})
             finally:
                 server.terminate()
+
+
+@contextmanager
+def installed() -> Iterator[str]:
+    """A PYTHONPATH in which the example's middleware is as if it had been installed beside the server."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = Path(folder) / "call_limit-1.0.dist-info/entry_points.txt"
+        names.parent.mkdir()
+        names.write_text("[agent_server.middleware]\ncall_limit = 07_middleware:CallLimit\n")
+        yield os.pathsep.join((folder, str(HERE), os.environ.get("PYTHONPATH", "")))
 
 
 def run(environ: dict[str, str]) -> int:

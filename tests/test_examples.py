@@ -14,6 +14,7 @@ import pytest
 
 from agent_sdk import testing
 from agent_sdk.testing import Call
+from examples.__main__ import installed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -31,15 +32,14 @@ def run(name, **environ):
 
 
 @contextmanager
-def runtime_api(data):
-    """A Runtime API with processes behind it, and what the example wants to know of it."""
+def serving(data, **options):
+    """A server with these options; its address and its key."""
     command = [sys.executable, "-m", "agent_server", "serve", "--port", "0", "--json", "--data", str(data)]
-    options = {"AGENT_SERVER_BOXES_ON_STOP": "end", "AGENT_SERVER_RUNTIME_API": "process"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **options}) as server:
+    environ = {**os.environ, "AGENT_SERVER_BOXES_ON_STOP": "end", **options}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as server:
         try:
             ready = json.loads(server.stdout.readline())
-            key = Path(ready["api_key_file"]).read_text().strip()
-            yield {"API_URL": ready["url"], "API_KEY": key, "API_IMAGE": "agent-server:latest"}
+            yield ready["url"], Path(ready["api_key_file"]).read_text().strip()
         finally:
             server.terminate()
 
@@ -100,9 +100,23 @@ def test_here_and_there_give_the_same_events_and_the_same_files(running_server, 
 
 
 def test_a_server_that_a_runtime_api_starts_gives_the_same_events(tmp_path):
-    with runtime_api(tmp_path / "data") as environ:
-        there = run("05_runtime_api.py", **environ)
+    with serving(tmp_path / "data", AGENT_SERVER_RUNTIME_API="process") as (url, key):
+        there = run("05_runtime_api.py", API_URL=url, API_KEY=key, API_IMAGE="agent-server:latest")
     assert there == run("01_here.py", EXAMPLE_DIR=str(tmp_path))
+
+
+def test_a_middleware_of_ones_own_works_here_and_there(tmp_path):
+    here = run("07_middleware.py", EXAMPLE_DIR=str(tmp_path))
+    with installed() as path, serving(tmp_path / "data", PYTHONPATH=path) as (url, key):
+        there = run("07_middleware.py", AGENT_SERVER_URL=url, AGENT_SERVER_API_KEY=key)
+    said = "status='limit', reason='the agent has made 3 tool calls, which is its limit'"
+    assert said in here
+    assert said in there
+
+
+def test_a_middleware_that_a_server_has_not_installed_is_refused(running_server):
+    with pytest.raises(AssertionError, match="InvalidParams: middleware: there is no 'call_limit' where"):
+        run("07_middleware.py", **there(running_server))
 
 
 def test_the_blocking_snippet_runs(running_server):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -58,9 +58,8 @@ class Chain:
         for at in self._states:
             member = self._members[at]
             try:
-                with named(member):
-                    self._states[at] = member.reduce(self._states[at], event)
-            except (AgentServerError, Stop) as exc:
+                self._states[at] = member.reduce(self._states[at], event)
+            except (Exception, SystemExit) as exc:  # noqa: BLE001  the log goes on, the agent does not
                 self._failure = self._failure or _failure(member, exc)
 
     async def on_turn_start(self, turn: TurnContext) -> None:
@@ -104,9 +103,9 @@ class Chain:
         return await run(call)
 
     async def on_turn_end(self, turn: TurnContext, status: RunStatus) -> None:
-        """End a turn."""
+        """End a turn; one that wants to stop it then is late."""
         for at, member in self._turn_end:
-            with named(member):
+            with suppress(Stop), named(member):
                 await member.on_turn_end(self._known(turn, at), status)
 
     async def _around(
