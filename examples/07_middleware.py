@@ -20,9 +20,8 @@ class CallLimit(Middleware, frozen=True):
         return request
 
 
-agent = Agent(
-    llm=ScriptedLLM([call("terminal", command="date")], repeat=True), middleware=[CallLimit(calls=3)]
-)
+llm = ScriptedLLM([call("terminal", command="date")], repeat=True)
+agent = Agent(llm=llm, middleware=[CallLimit(calls=3)])
 
 
 async def main() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import replace
 
 from agent_sdk.agent.actor import Actor
-from agent_sdk.agent.ending import CUT_CALL
+from agent_sdk.agent.ending import CUT_CALL, is_whole
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.mask import HIDDEN
 from agent_sdk.agent.progress import Progress
@@ -17,9 +17,10 @@ from agent_sdk.agent.toolbox import UNKNOWN, failed_call
 from agent_sdk.agent.tools.registry import FINISH
 from agent_sdk.ids import new_id, sha256
 from agent_sdk.middleware import TurnContext
+from agent_sdk.models import CUT, Completion
 from agent_sdk.protocol.errors import RequestNotFound
 from agent_sdk.protocol.events import Event, RequestOpened, RequestResolved, ToolCalled, ToolReturned
-from agent_sdk.tools import ToolResult
+from agent_sdk.tools import ToolResult, as_utf8
 
 CALLS_PER_ANSWER = 64
 NOT_KEPT = (
@@ -76,23 +77,31 @@ class Calls:
         """Whether one of the calls without a result may have begun where tools act."""
         return any(call_id in self._begun | self._under_way for call_id in self._journal.history.open_calls)
 
-    def open(self, calls: Sequence[ToolCalled], asked: Container[str]) -> list[RequestOpened]:
-        """Begin with the calls of an answer; return the requests to be written with them.
-
-        Args:
-            calls: in the order of the answer.
-            asked: ids of those that need an approval.
-        """
+    def open(self, run_id: str, answer: Completion) -> tuple[list[ToolCalled], list[RequestOpened]]:
+        """Begin with the calls of an answer; return them, and the requests to be written with them."""
+        uses = () if answer.finish_reason in ("refused", "filtered") else answer.tool_calls
+        place, limited = self._present().place.instance, answer.finish_reason in CUT
+        calls = [
+            ToolCalled(
+                run_id=run_id,
+                call_id=self._journal.history.fresh_call_id(as_utf8(use.call_id)),
+                tool=as_utf8(use.tool),
+                arguments=as_utf8(use.arguments),
+                cut=limited and not is_whole(use.arguments),
+                place=place,
+            )
+            for use in uses
+        ]
         self._deciding, self._begun, self._before = {}, frozenset(), 0
         self._arguments = {call.call_id: call.arguments for call in calls}
         requests = [
             _request(call, "approval")
-            for call in calls[:CALLS_PER_ANSWER]
-            if call.call_id in asked and self._refusal(call) is None
+            for call, use in zip(calls[:CALLS_PER_ANSWER], uses, strict=False)
+            if use.ask and self._refusal(call) is None
         ]
         for request in requests:
             self._expect(request)
-        return requests
+        return calls, requests
 
     def take_up(self, progress: Progress) -> None:
         """Go on with the requests of the last answer that another process has opened."""

@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
-from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure, is_whole
+from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.progress import Progress
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.middleware import ModelCall, Stop, TurnContext
-from agent_sdk.models import CUT, Completion
+from agent_sdk.models import Completion
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -281,8 +281,7 @@ class Turn:
         """Return what the model is asked, and the log's last seq that is in it."""
         actor, history = self._mine, self._journal.history
         if self._system is None:
-            sections = await actor.chain.prompt(self._context())
-            self._system = "\n\n".join(section.text for section in sections)
+            self._system = await actor.chain.prompt(self._context())
         seen = history.head_seq
         request = ModelCall(
             system=self._system,
@@ -313,7 +312,7 @@ class Turn:
         except Exception as exc:  # noqa: BLE001  raised again when the answer is written
             raised = exc
         self._finish_reason = as_utf8(completion.finish_reason)
-        calls = self._called(completion)
+        calls, requests = self._calls.open(self.run_id, completion)
         message = AgentMessage(
             run_id=self.run_id,
             text=as_utf8(completion.text),
@@ -324,10 +323,9 @@ class Turn:
             provider=completion.provider,
         )
         used = _used(self.run_id, request.llm.model, completion, seconds)
-        asked = {call.call_id for call, use in zip(calls, completion.tool_calls, strict=False) if use.ask}
         self._pieces.clear()
         # In one commit: a call without a request needed none, whatever the policy is after a restart.
-        await self._journal.append(message, *calls, used, *self._calls.open(calls, asked))
+        await self._journal.append(message, *calls, used, *requests)
         if raised is not None:
             raise raised
         return message, calls
@@ -366,35 +364,8 @@ class Turn:
         assert self._actor is not None
         return self._actor
 
-    def _called(self, completion: Completion) -> list[ToolCalled]:
-        if not completion.tool_calls or self._finish_reason in ("refused", "filtered"):
-            return []
-        place, limited = self._mine.place.instance, self._finish_reason in CUT
-        return [
-            ToolCalled(
-                run_id=self.run_id,
-                call_id=self._journal.history.fresh_call_id(as_utf8(use.call_id)),
-                tool=as_utf8(use.tool),
-                arguments=as_utf8(use.arguments),
-                cut=limited and not is_whole(use.arguments),
-                place=place,
-            )
-            for use in completion.tool_calls
-        ]
-
     def _context(self) -> TurnContext:
-        actor = self._mine
-        return TurnContext(
-            run_id=self.run_id,
-            workspace=actor.workspace,
-            tools=actor.toolbox.by_name,
-            model_calls=self._iterations,
-            max_model_calls=self._max_model_calls,
-            confirmation=actor.confirmation,
-            describe=actor.describe,
-            hide=actor.mask.data,
-            append=self._note,
-        )
+        return self._mine.turn_context(self.run_id, self._iterations, self._max_model_calls, self._note)
 
     async def _note(self, event: Event) -> None:
         if isinstance(event, ModelFailed) and event.retry_in is not None:

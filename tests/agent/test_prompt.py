@@ -24,8 +24,7 @@ async def system_prompt(instructions=""):
         hide=str,
         append=None,
     )
-    sections = await chain_of((), instructions=instructions).prompt(turn)
-    return "\n\n".join(section.text for section in sections)
+    return await chain_of((), instructions=instructions).prompt(turn)
 
 
 async def test_the_prompt_says_where_the_agent_is():

@@ -68,15 +68,15 @@ class Chain:
             with named(member):
                 await member.on_turn_start(self._known(turn, at))
 
-    async def prompt(self, turn: TurnContext) -> tuple[Section, ...]:
-        """Return the sections of the system prompt."""
+    async def prompt(self, turn: TurnContext) -> str:
+        """Return the system prompt."""
         sections: tuple[Section, ...] = ()
         for at, member in self._prompt:
             with named(member):
                 sections = tuple(await member.prompt(self._known(turn, at), sections))
                 for section in sections:
                     _check(section, Section, "prompt")
-        return sections
+        return "\n\n".join(section.text for section in sections)
 
     async def before_model(self, turn: TurnContext, request: ModelCall) -> ModelCall:
         """Return the request as it is sent."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 
 import msgspec
 
@@ -44,6 +43,8 @@ def made_of(spec: MiddlewareSpec) -> Middleware:
     Raises:
         InvalidParams: nobody has installed it here, or its options are not acceptable.
     """
+    from importlib.metadata import entry_points  # noqa: PLC0415  costs much, and hardly any agent names one
+
     for entry in entry_points(group=ENTRY_POINTS, name=spec.kind):
         kind = entry.load()
         try:
