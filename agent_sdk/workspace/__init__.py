@@ -3,18 +3,14 @@
 Knows the operating system and no agent. Only `service` knows the wire: it answers calls with a workspace.
 
 local:             LocalWorkspace, a workspace on this machine
-process:           a process as its users see it
-processes:         the processes of a workspace
-running:           a process with its streams
-children:          started programs, and their ends
+process:           a process as its callers see it
+child_process:     a started process, its streams and its end
+process_table:     the processes of a workspace
+pipes:             the pipes and terminals of a process
 launch:            starting a program
 process_tree:      all processes of an operation, found and ended
 spool:             what a process said, by offset
-intake:            bytes from a process
-feed:              bytes into a process
-herald:            telling a caller what a process says
 last_words:        when the output of a command is whole
-terminal:          pseudo terminals
 bash:              one bash in a terminal, driven over pipes of its own
 shell:             persistent shells
 paths:             paths that cannot leave the root

@@ -26,7 +26,6 @@ import fcntl
 import os
 import re
 import signal
-import subprocess
 import termios
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
@@ -34,14 +33,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent_sdk.protocol.errors import ProcessNotFound
-from agent_sdk.workspace.children import Child, Children
+from agent_sdk.workspace.child_process import ChildProcess
 from agent_sdk.workspace.disk import Folder
-from agent_sdk.workspace.feed import Feed
-from agent_sdk.workspace.intake import Intake
 from agent_sdk.workspace.last_words import end_of, last_words
 from agent_sdk.workspace.launch import Interpreter
+from agent_sdk.workspace.pipes import PipeReader, PipeWriter, Reading, make_plain, open_terminal, reading
+from agent_sdk.workspace.process_table import ProcessTable
 from agent_sdk.workspace.process_tree import is_stopped
-from agent_sdk.workspace.terminal import Reading, make_plain, open_terminal, reading
 
 ROWS, COLS = 50, 200
 INTERRUPT = b"\x03"
@@ -122,7 +120,7 @@ class Bash:
 
     def __init__(
         self,
-        children: Children,
+        processes: ProcessTable,
         folder: Folder,
         environment: Mapping[str, str],
         interpreter: Interpreter,
@@ -132,11 +130,11 @@ class Bash:
         """Start it; the first report (number 0) comes when it is ready.
 
         Args:
-            children: where it belongs.
+            processes: where it belongs.
             folder: where it starts; the descriptor stays the caller's.
             environment: what it starts with.
             interpreter: bash.
-            take: gets what the terminal shows, see Intake.
+            take: gets what the terminal shows, as PipeReader says.
             on_report: called after a command's end, when its whole output was taken.
         """
         self._nonce = os.urandom(8).hex()
@@ -157,17 +155,21 @@ class Bash:
         self._terminal = open_terminal(ROWS, COLS)
         make_plain(self._terminal.slave)
         environment = {"TERM": "dumb", **environment, "COLUMNS": str(COLS), "LINES": str(ROWS)}
-        status = self._spawn(children, folder, environment, interpreter)
+        status = self._spawn(processes, folder, environment, interpreter)
         self.child.on_death = self._died
         self._end = end_of(self._terminal.slave)
         self._telling: asyncio.Task[None] | None = None
         self._untold: Report | None = None
-        self._feed = Feed(os.dup(self._terminal.master))
-        self.intake = Intake(self._terminal.master, _Filter(self._nonce, self._shown, self._mark).take)
-        self._status_intake = Intake(status, self._take_status)
+        self._typed = PipeWriter(os.dup(self._terminal.master))
+        self.reader = PipeReader(self._terminal.master, _Filter(self._nonce, self._shown, self._mark).take)
+        self._status_reader = PipeReader(status, self._take_status)
 
     def _spawn(
-        self, children: Children, folder: Folder, environment: Mapping[str, str], interpreter: Interpreter
+        self,
+        processes: ProcessTable,
+        folder: Folder,
+        environment: Mapping[str, str],
+        interpreter: Interpreter,
     ) -> int:
         """Start bash with its three pipes; returns the reading end of the status pipe."""
         fds = [_high(fd) for _ in range(3) for fd in os.pipe()]
@@ -178,9 +180,8 @@ class Bash:
         os.write(rc_out, driver.encode())
         arguments = (b"--noprofile", b"--rcfile", f"/dev/fd/{rc_in}".encode(), b"--noediting", b"-i")
         launch = interpreter.launch(arguments, environment, self._terminal.name, theirs)
-        none = subprocess.DEVNULL
         try:
-            self.child: Child = children.spawn(launch, folder, stdin=none, stdout=none, stderr=none)
+            self.child: ChildProcess = processes.spawn(launch, folder)
         except BaseException:
             for fd in (*fds, self._terminal.master, self._terminal.slave):
                 os.close(fd)
@@ -188,7 +189,7 @@ class Bash:
         self._source = end_of(command_in)
         for fd in (*theirs, rc_out):
             os.close(fd)
-        self._commands = Feed(command_out)
+        self._commands = PipeWriter(command_out)
         return status_in
 
     def run(self, command: bytes) -> int:
@@ -236,11 +237,11 @@ class Bash:
             reads = reading(self._terminal.slave)
             if enter or (enter is None and _wants_enter(data, reads)):
                 data += b"\n" if reads == "lines" else b"\r"
-        await self._feed.write(data)
+        await self._typed.write(data)
 
     def _type_now(self, data: bytes) -> None:
         with suppress(ProcessNotFound):
-            self._feed.write_now(data)
+            self._typed.write_now(data)
 
     def is_gone(self) -> bool:
         """Return whether it has ended, also when that is not known here yet: who keeps its terminal tells it later."""
@@ -264,28 +265,28 @@ class Bash:
     def close(self) -> None:
         """Close all descriptors; it has to be ended already."""
         self._terminal.close_slave()
-        for part in (self._feed, self.intake, self._commands, self._status_intake):
+        for part in (self._typed, self.reader, self._commands, self._status_reader):
             part.close()
 
     # --- what comes back ---
 
     def _died(self) -> Coroutine[Any, Any, None] | None:
-        self._status_intake.drain()
-        self.intake.drain()
+        self._status_reader.drain()
+        self.reader.drain()
         self._terminal.close_slave()
-        self.intake.drain()
+        self.reader.drain()
         self._tell_now()
         if self._last is not None:
             self._on_report(self._last)
-        self._feed.close()
+        self._typed.close()
         self._commands.close()
-        return self._last_words() if self.intake.open else None
+        return self._last_words() if self.reader.open else None
 
     async def _last_words(self, *, lives_on: bool = False) -> None:
         child = self.child
         who = self._pid if lives_on else None
         ends, source = {self._end}, self._source
-        await last_words((self.intake,), ends, child.pid, child.since, source=source, lives_on=who)
+        await last_words((self.reader,), ends, child.pid, child.since, source=source, lives_on=who)
 
     def _shown(self, data: bytes, queries: bytes) -> bool:
         if self._marked < 0:

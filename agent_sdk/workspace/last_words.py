@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from agent_sdk.workspace.disk import in_thread
-from agent_sdk.workspace.intake import Intake
+from agent_sdk.workspace.pipes import PipeReader
 from agent_sdk.workspace.process_tree import Seen, younger
 
 QUIET_SECONDS = 0.05
@@ -62,7 +62,7 @@ def end_of(fd: int) -> End:
 
 
 async def last_words(
-    intakes: Collection[Intake],
+    readers: Collection[PipeReader],
     ends: Set[End],
     pid: int,
     since: int,
@@ -73,7 +73,7 @@ async def last_words(
     """Return when all is taken that a command has said which has ended just now.
 
     Args:
-        intakes: what reads its pipes or its terminal.
+        readers: what reads its pipes or its terminal.
         ends: where it wrote to.
         pid: of the process.
         since: clock ticks since boot, before it was started.
@@ -82,10 +82,10 @@ async def last_words(
     """
     loop = asyncio.get_running_loop()
     began, before = loop.time(), _Carriers()
-    while listening := [intake for intake in intakes if intake.open]:
+    while listening := [reader for reader in readers if reader.open]:
         carriers = await in_thread(_look, ends, pid, since, source, lives_on)
         now = loop.time()
-        quiet = now - max(began, *(now if intake.paused else intake.heard for intake in listening))
+        quiet = now - max(began, *(now if reader.paused else reader.heard for reader in listening))
         working = carriers.working or carriers.trace != before.trace
         if carriers.bound_to_end:
             patience = (_WORK_SECONDS if working else _SLEEP_SECONDS) - quiet
@@ -94,10 +94,10 @@ async def last_words(
             patience = patience if working else min(patience, QUIET_SECONDS - quiet)
         if not carriers.there or patience <= 0:
             break
-        await asyncio.wait([intake.ended for intake in listening], timeout=min(patience, QUIET_SECONDS))
+        await asyncio.wait([reader.ended for reader in listening], timeout=min(patience, QUIET_SECONDS))
         before = carriers
-    for intake in intakes:
-        intake.drain()
+    for reader in readers:
+        reader.drain()
 
 
 def _look(ends: Set[End], pid: int, since: int, source: End | None, shell: int | None) -> _Carriers:

@@ -36,7 +36,7 @@ from agent_sdk.workspace.arguments import (
 )
 from agent_sdk.workspace.atomic_file import atomic_file
 from agent_sdk.workspace.bash import Bash, Report
-from agent_sdk.workspace.children import Children
+from agent_sdk.workspace.child_process import ChildProcess
 from agent_sdk.workspace.contract import ExecResult, FileStream, OnOutput, Workspace
 from agent_sdk.workspace.disk import (
     Folder,
@@ -51,7 +51,6 @@ from agent_sdk.workspace.environment import temporary_folder, workspace_environm
 from agent_sdk.workspace.files import LocalFiles
 from agent_sdk.workspace.folders import packed, unpacked
 from agent_sdk.workspace.git import LocalGit
-from agent_sdk.workspace.herald import Herald
 from agent_sdk.workspace.launch import (
     Interpreter,
     Launch,
@@ -62,10 +61,9 @@ from agent_sdk.workspace.launch import (
 )
 from agent_sdk.workspace.limits import LimitWatch
 from agent_sdk.workspace.paths import Root
-from agent_sdk.workspace.process import LocalProcess, result_of
-from agent_sdk.workspace.processes import Processes
+from agent_sdk.workspace.process import LocalProcess, OutputPump
+from agent_sdk.workspace.process_table import ProcessTable
 from agent_sdk.workspace.repeats import Repeats
-from agent_sdk.workspace.running import Running
 from agent_sdk.workspace.shell import LocalShell
 from agent_sdk.workspace.uploads import Uploads
 from agent_sdk.workspace.users import other_user
@@ -75,8 +73,7 @@ from agent_sdk.workspace.users import other_user
 class _Open:
     """What exists between entering and leaving."""
 
-    children: Children
-    processes: Processes
+    processes: ProcessTable
     spool_folder: str
     environment: dict[str, str]
     shell: Interpreter
@@ -170,9 +167,10 @@ class LocalWorkspace(Workspace):
         except OSError as exc:
             raise path_error(exc, spool_dir) from exc
         environment = workspace_environment(self._env)
-        children = Children(find_sh(environment, self._spare_bash), self._limits)
+        sh = find_sh(environment, self._spare_bash)
+        processes = ProcessTable(spool_folder, sh=sh, limits=self._limits)
         shell = find_bash(environment, self._spare_bash)
-        return _Open(children, Processes(children, spool_folder), spool_folder, environment, shell)
+        return _Open(processes, spool_folder, environment, shell)
 
     async def __aexit__(self, *exc: object) -> None:
         """End every process tree (TERM, after 5 s KILL) and remove the spool folder; conversations close before."""
@@ -195,7 +193,7 @@ class LocalWorkspace(Workspace):
             if opened is not None:
                 await opened.repeats.close()
                 await self.uploads.close()
-                await opened.children.close()
+                await opened.processes.end()
                 for shell in opened.shells.values():
                     await shell.close()
                 await opened.processes.close()
@@ -267,24 +265,24 @@ class LocalWorkspace(Workspace):
         timeout, yield_after = check_clocks(timeout, yield_after)
         data = check_input(stdin)
         try:
-            running = self._launch(command, cwd, env, user, stdin=bool(data), merge=merge)
+            child = self._launch(command, cwd, env, user, stdin=bool(data), merge=merge)
         except SpawnFailed as failed:
             return ExecResult(status="spawn_failed", exit_code=failed.exit_code, reason=failed.reason)
-        process = LocalProcess(self._opened().processes, running.child.id)
-        running.limit(timeout)
+        process = LocalProcess(self._opened().processes, child.id)
+        child.limit(timeout)
         if on_start is not None:
             on_start(process)
         if data:
-            self._feed(running, data)
-        with running.reading():
+            self._feed(child, data)
+        with child.reading():
             try:
-                await _wait(running, yield_after, on_output)
+                await _wait(child, yield_after, on_output)
             except BaseException:
                 # Cancelled, or the callback failed: nobody is left who could want the command to go on.
-                running.child.end()
-                await running.child.ended()
+                child.end()
+                await child.ended()
                 raise
-            return await result_of(running, process)
+            return await process.result()
 
     def _launch(
         self,
@@ -296,7 +294,7 @@ class LocalWorkspace(Workspace):
         stdin: bool,
         size: tuple[int, int] | None = None,
         merge: bool = False,
-    ) -> Running:
+    ) -> ChildProcess:
         opened = self._opened()
         checked = check_command(command)
         other = other_user(user)
@@ -322,42 +320,42 @@ class LocalWorkspace(Workspace):
         try:
             place = open_folder(self._root, folder)
             try:
-                running = opened.processes.start(argv, launch, place, stdin=False, listed=False)
+                child = opened.processes.start(argv, launch, place, stdin=False, listed=False)
             finally:
                 place.close()
         except SpawnFailed as failed:
             return failed.exit_code, b"", failed.reason
         try:
-            await asyncio.wait((running.child.over,))
-            out = await running.spools["stdout"].beginning(limit)
-            err = await running.spools["stderr"].output()
+            await asyncio.wait((child.over,))
+            out = await child.spools["stdout"].beginning(limit)
+            err = await child.spools["stderr"].output()
         finally:
-            await opened.processes.drop(running)
-        exit = running.child.exit
+            await opened.processes.drop(child)
+        exit = child.exit
         return None if exit is None else exit.exit_code, out, err.text
 
     def _folder(self, cwd: str | None) -> Folder:
         """Open where a command starts; relative paths start at the working folder."""
         return open_folder(self._root, self.working_dir if cwd is None else cwd)
 
-    def _feed(self, running: Running, data: bytes) -> None:
-        feed = running.feed
-        if feed is None:
+    def _feed(self, child: ChildProcess, data: bytes) -> None:
+        stdin = child.stdin
+        if stdin is None:
             return
         try:
-            rest = memoryview(data)[feed.write_now(data) :]
+            rest = memoryview(data)[stdin.write_now(data) :]
         except ProcessNotFound:
             return  # it did not want its input; its exit code tells the rest
         if not rest:
-            feed.close()
+            stdin.close()
             return
 
         async def go_on() -> None:
             try:
-                await feed.write(bytes(rest))
+                await stdin.write(bytes(rest))
             except ProcessNotFound:
                 return
-            feed.close()
+            stdin.close()
 
         self._opened().processes.hold(go_on())
 
@@ -382,17 +380,17 @@ class LocalWorkspace(Workspace):
         timeout = check_seconds(timeout, "timeout")
         size = check_size(rows, cols)
         try:
-            running = self._launch(command, cwd, env, user, stdin=True, size=size if pty else None)
+            child = self._launch(command, cwd, env, user, stdin=True, size=size if pty else None)
         except SpawnFailed as failed:
             raise failed.error from None
-        running.limit(timeout)
+        child.limit(timeout)
         try:
-            await running.child.begun()
+            await child.begun()
         except BaseException:  # cancelled: nobody will know that it runs
-            running.child.end()
-            await running.child.ended()
+            child.end()
+            await child.ended()
             raise
-        return LocalProcess(self._opened().processes, running.child.id)
+        return LocalProcess(self._opened().processes, child.id)
 
     async def processes(self) -> list[ProcessInfo]:
         return self._opened().processes.infos()
@@ -413,7 +411,7 @@ class LocalWorkspace(Workspace):
         try:
             folder = self._folder(None)
             try:
-                return Bash(opened.children, folder, opened.environment, opened.shell, take, on_report)
+                return Bash(opened.processes, folder, opened.environment, opened.shell, take, on_report)
             finally:
                 folder.close()
         except SpawnFailed as failed:
@@ -466,14 +464,13 @@ class LocalWorkspace(Workspace):
         return await self._files.write_stream(path, chunks, size=size, mode=mode)
 
 
-async def _wait(running: Running, yield_after: float | None, on_output: OnOutput | None) -> None:
-    child = running.child
+async def _wait(child: ChildProcess, yield_after: float | None, on_output: OnOutput | None) -> None:
     left = None if yield_after is None else max(0.0, child.started + yield_after - time.monotonic())
     if on_output is None:
         await asyncio.wait((child.over,), timeout=left)
     else:
         until = None if left is None else asyncio.get_running_loop().time() + left
-        await Herald(running, on_output).tell(until)
+        await OutputPump(child, on_output).run(until)
 
 
 def _remove_folder(path: str) -> None:

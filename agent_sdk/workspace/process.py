@@ -1,10 +1,12 @@
-"""A process as its users see it; see the contract in `agent_sdk.workspace.contract`."""
+"""A process as its callers see it: what the contract says of one, and its output passed to a callback."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
@@ -12,20 +14,21 @@ from typing import Any
 from agent_sdk.protocol.errors import ProcessNotFound, StateConflict, TimedOut
 from agent_sdk.protocol.results import Exit
 from agent_sdk.workspace.arguments import check_seconds, check_signal, check_size
-from agent_sdk.workspace.contract import ExecResult, Output, OutputName, Process
-from agent_sdk.workspace.feed import Feed
-from agent_sdk.workspace.processes import Processes
-from agent_sdk.workspace.running import Running
-from agent_sdk.workspace.terminal import resize
+from agent_sdk.workspace.child_process import ChildProcess
+from agent_sdk.workspace.contract import ExecResult, OnOutput, Output, OutputName, Process
+from agent_sdk.workspace.pipes import PipeWriter, resize
+from agent_sdk.workspace.process_table import ProcessTable
 
 PIECE_BYTES = 256 << 10
 END_OF_FILE = b"\x04"
+TURNS = 4096
+"""How often the streams may change places before the order between them is no longer kept."""
 
 
 class LocalProcess(Process):
-    """Implements `workspace.Process`."""
+    """A process by its id, which is looked up at each call: the process may be forgotten by then."""
 
-    def __init__(self, processes: Processes, process_id: str) -> None:
+    def __init__(self, processes: ProcessTable, process_id: str) -> None:
         self._processes = processes
         self._id = process_id
 
@@ -36,30 +39,30 @@ class LocalProcess(Process):
     def id(self) -> str:
         return self._id
 
-    def _find(self) -> Running:
+    def _find(self) -> ChildProcess:
         return self._processes.find(self._id)
 
-    def _feed(self) -> Feed:
-        feed = self._find().feed
-        if feed is None or not feed.open:
+    def _stdin(self) -> PipeWriter:
+        stdin = self._find().stdin
+        if stdin is None or not stdin.open:
             raise ProcessNotFound(f"the process has ended or closed its input: {self._id}", process=self._id)
-        return feed
+        return stdin
 
     async def write(self, data: bytes) -> None:
-        await self._feed().write(data)
+        await self._stdin().write(data)
 
     async def write_at(self, offset: int, data: bytes) -> None:
-        """Write to its standard input what lies behind `offset`, as Feed.write_at does."""
-        await self._feed().write_at(offset, data)
+        """Write to its standard input what lies behind `offset`, as PipeWriter.write_at does."""
+        await self._stdin().write_at(offset, data)
 
     async def close_stdin(self) -> None:
-        running = self._find()
-        if running.feed is None:
+        child = self._find()
+        if child.stdin is None:
             return
-        if running.terminal is None:
-            running.feed.close()
-        elif running.feed.open:
-            await running.feed.write(END_OF_FILE)
+        if child.terminal is None:
+            child.stdin.close()
+        elif child.stdin.open:
+            await child.stdin.write(END_OF_FILE)
 
     async def output(
         self, since: int = 0, *, stream: OutputName = "stdout", follow: bool = True
@@ -80,11 +83,11 @@ class LocalProcess(Process):
 
         `until`: end with what there is when this is done, instead of with the process.
         """
-        running = self._find()
-        spool, over = running.spools.get(stream), until or running.child.over
+        child = self._find()
+        spool, over = child.spools.get(stream), until or child.over
         if spool is None:
             return
-        with running.reading():
+        with child.reading():
             end = None if follow and not over.done() else spool.size
             position = since
             while end is None or position < end:
@@ -107,44 +110,109 @@ class LocalProcess(Process):
     async def signal(self, name: str) -> None:
         """Send a signal to its process group; on a terminal the foreground job gets it, too."""
         number = check_signal(name)
-        running = self._find()
+        child = self._find()
         foreground = 0
-        if running.terminal is not None:
+        if child.terminal is not None:
             with suppress(OSError):
-                foreground = os.tcgetpgrp(running.terminal.master)
-        running.child.send(number, foreground)
+                foreground = os.tcgetpgrp(child.terminal.master)
+        child.send(number, foreground)
 
     async def resize(self, *, rows: int, cols: int) -> None:
         """Set the size of its terminal; a process without one is a StateConflict."""
         check_size(rows, cols)
-        running = self._find()
-        if running.terminal is None:
+        child = self._find()
+        if child.terminal is None:
             raise StateConflict(f"the process has no terminal: {self._id}")
-        if not running.child.alive:
+        if not child.alive:
             raise ProcessNotFound(f"the process has ended: {self._id}", process=self._id)
-        resize(running.terminal.master, rows, cols)
+        resize(child.terminal.master, rows, cols)
 
     async def wait(self, timeout: float | None = None) -> Exit:
         check_seconds(timeout, "timeout")
-        over = self._find().child.over
+        over = self._find().over
         await asyncio.wait((over,), timeout=timeout)
         if not over.done():
             raise TimedOut(f"the process still runs after {timeout} s: {self._id}", seconds=timeout)
         return over.result()
 
+    async def result(self) -> ExecResult:
+        """Return how the command stands: what it said so far, and how it ended when it did."""
+        child = self._find()
+        spools, exit = child.spools, child.exit
+        return ExecResult(
+            status="running" if exit is None else exit.status,
+            exit_code=None if exit is None else exit.exit_code,
+            signal=None if exit is None else exit.signal,
+            out=await spools["stdout"].output(),
+            err=await spools["stderr"].output() if "stderr" in spools else Output(),
+            duration=time.monotonic() - child.started if exit is None else exit.duration,
+            process_id=self._id,
+            process=self,
+            reason="" if exit is None else exit.reason,
+        )
 
-async def result_of(running: Running, process: LocalProcess) -> ExecResult:
-    """Return how a command stands: what it said so far, and how it ended when it did."""
-    child, spools = running.child, running.spools
-    exit = child.exit
-    return ExecResult(
-        status="running" if exit is None else exit.status,
-        exit_code=None if exit is None else exit.exit_code,
-        signal=None if exit is None else exit.signal,
-        out=await spools["stdout"].output(),
-        err=await spools["stderr"].output() if "stderr" in spools else Output(),
-        duration=time.monotonic() - child.started if exit is None else exit.duration,
-        process_id=child.id,
-        process=process,
-        reason="" if exit is None else exit.reason,
-    )
+
+class OutputPump:
+    """Calls `on_output` with the output of a process, in the order it came, at the caller's pace.
+
+    The process never waits for the caller: what is not passed on yet is in the spools.
+    """
+
+    def __init__(self, child: ChildProcess, on_output: OnOutput) -> None:
+        """Listen to a process that has said nothing yet."""
+        self._child = child
+        self._on_output = on_output
+        # Which stream came next, and how far: (name, offset of its end).
+        self._turns: deque[tuple[OutputName, int]] = deque()
+        self._passed: dict[OutputName, int] = {"stdout": 0, "stderr": 0}
+        self._news = asyncio.Event()
+        child.on_news = self._note
+
+    def _note(self, name: OutputName, size: int) -> None:
+        turns = self._turns
+        if turns and turns[-1][0] == name:
+            turns[-1] = (name, size)
+        elif len(turns) >= TURNS and turns[-2][0] == name:
+            turns[-2] = (name, size)
+        else:
+            turns.append((name, size))
+        self._news.set()
+
+    async def run(self, until: float | None) -> None:
+        """Call until the process is over and all is passed on, or until the loop's clock says `until`."""
+        loop, over = asyncio.get_running_loop(), self._child.over
+        try:
+            while True:
+                while self._turns:
+                    if until is not None and loop.time() >= until:
+                        return
+                    await self._pass_on(*self._turns.popleft())
+                if over.done():
+                    return
+                self._news.clear()
+                left = None if until is None else until - loop.time()
+                if left is not None and left <= 0:
+                    return
+                await _first(self._news, over, left)
+        finally:
+            self._child.on_news = None
+
+    async def _pass_on(self, name: OutputName, end: int) -> None:
+        spool = self._child.spools[name]
+        while self._passed[name] < end:
+            position = self._passed[name]
+            found, data = await spool.read(position, min(PIECE_BYTES, end - position))
+            data = data[: max(0, end - found)]
+            self._passed[name] = found + len(data) if data else end
+            if data:
+                answer = self._on_output(name, data)
+                if inspect.isawaitable(answer):
+                    await answer
+
+
+async def _first(news: asyncio.Event, over: asyncio.Future[Exit], seconds: float | None) -> None:
+    waiting = asyncio.ensure_future(news.wait())
+    try:
+        await asyncio.wait((waiting, over), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()

@@ -15,7 +15,7 @@ from agent_sdk.workspace.arguments import check_seconds, encode
 from agent_sdk.workspace.bash import Bash, Report, restoring
 from agent_sdk.workspace.contract import TAIL_BYTES, Output, Shell, ShellResult
 from agent_sdk.workspace.limits import Counts, LimitWatch
-from agent_sdk.workspace.processes import SPOOL_KEPT_BYTES
+from agent_sdk.workspace.process_table import SPOOL_KEPT_BYTES
 from agent_sdk.workspace.spool import Spool
 
 OUTPUT_IN_MEMORY = 24_000
@@ -181,7 +181,7 @@ class LocalShell(Shell):
 
     def _resume_with(self, bash: Bash) -> None:
         if self._spool is not None:
-            self._spool.on_room = bash.intake.resume
+            self._spool.on_room = bash.reader.resume
 
     def _heard_from(self, report: Report) -> None:
         self._report = report

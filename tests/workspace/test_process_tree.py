@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from agent_sdk import LocalWorkspace
-from agent_sdk.workspace.children import Children
 from agent_sdk.workspace.environment import workspace_environment
 from agent_sdk.workspace.launch import Launch, open_folder
 from agent_sdk.workspace.paths import Root
+from agent_sdk.workspace.pipes import open_terminal
+from agent_sdk.workspace.process_table import ProcessTable
 from agent_sdk.workspace.process_tree import Tree, end_tree, find
-from agent_sdk.workspace.terminal import open_terminal
 
 GRACE = 0.3
 
@@ -34,19 +34,18 @@ while True: time.sleep(100)
 @pytest.fixture
 async def run(tmp_path):
     """Starts bash text and waits until it has made the file `ready`."""
-    children = Children()
+    processes = ProcessTable(str(tmp_path))
     folder = open_folder(Root(str(tmp_path)), ".")
-    none = subprocess.DEVNULL
 
     async def run(text: str, argv: tuple[bytes, ...] = ()):
         launch = Launch(argv or (b"bash", b"-c", text.encode()), workspace_environment())
-        child = children.spawn(launch, folder, stdin=none, stdout=none, stderr=none)
+        child = processes.spawn(launch, folder)
         await asyncio.to_thread(until_exists, tmp_path / "ready")
         return child
 
     yield run
     folder.close()
-    await children.close()
+    await processes.end()
 
 
 def until_exists(path: Path) -> None:
@@ -123,13 +122,12 @@ async def test_those_who_end_in_time_are_not_killed(run, tmp_path):
 
 async def test_a_program_that_was_only_just_given_a_terminal_ends_by_the_first_signal(tmp_path):
     """Whoever keeps its terminal outlives signals: they must not come before the program is there."""
-    children, ends = Children(), set()
+    processes, ends = ProcessTable(str(tmp_path)), set()
     folder = open_folder(Root(str(tmp_path)), ".")
-    none = subprocess.DEVNULL
     for nth in range(30):
         terminal = open_terminal(24, 80)
         launch = Launch((b"sleep", b"1000"), workspace_environment(), terminal=terminal.name)
-        child = children.spawn(launch, folder, stdin=none, stdout=none, stderr=none)
+        child = processes.spawn(launch, folder)
         for _ in range(nth % 5):  # each as far as the loop has come
             await asyncio.to_thread(os.sched_yield)
         child.end(hang_up=True)
@@ -138,7 +136,7 @@ async def test_a_program_that_was_only_just_given_a_terminal_ends_by_the_first_s
         terminal.close_slave()
         os.close(terminal.master)
     folder.close()
-    await children.close()
+    await processes.end()
     assert ends <= {signal.SIGHUP, signal.SIGTERM}
 
 

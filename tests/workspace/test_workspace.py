@@ -25,12 +25,11 @@ from agent_sdk.protocol.errors import (
     StorageFull,
     WorkspaceUnavailable,
 )
-from agent_sdk.workspace.children import SH, Children
+from agent_sdk.workspace.child_process import ChildProcess
 from agent_sdk.workspace.contract import SPOOL_BYTES, TAIL_BYTES
-from agent_sdk.workspace.launch import Folder
+from agent_sdk.workspace.disk import Folder
 from agent_sdk.workspace.local import LocalWorkspace
-from agent_sdk.workspace.processes import ENDED_KEPT, Processes
-from agent_sdk.workspace.running import Running
+from agent_sdk.workspace.process_table import ENDED_KEPT, SH, ProcessTable
 from tests.contract.commands import HEARS_SIGNALS, PATIENCE, SIGNALS_HEARD, STUBBORN, alive
 from tests.contract.shells import CTRL_C, begun
 from tests.contract.workspace import OpenWorkspaceContract, WorkspaceContract
@@ -298,15 +297,14 @@ async def test_what_a_forgotten_process_left_running_can_still_write(workspace):
 
 async def test_of_the_output_of_ended_processes_so_much_is_kept_also_when_it_comes_late(root):
     """The first is forgotten when it takes too much disk, though it had written nothing yet when it ended."""
-    children = Children()
-    processes = Processes(children, str(root), kept_bytes=1000 << 10)
+    processes = ProcessTable(str(root), kept_bytes=1000 << 10)
     folder = Folder(os.open(root, os.O_RDONLY), str(root))
 
-    async def run(command: str) -> Running:
+    async def run(command: str) -> ChildProcess:
         launch = SH.launch((b"-c", command.encode()), {"PATH": os.defpath})
-        running = processes.start(command, launch, folder, stdin=False)
-        await running.child.over
-        return running
+        child = processes.start(command, launch, folder, stdin=False)
+        await child.over
+        return child
 
     late = await run("(while [ ! -e go ]; do sleep 0.01; done; head -c 700k /dev/zero) &")
     await run("head -c 700k /dev/zero; touch go")
@@ -316,7 +314,7 @@ async def test_of_the_output_of_ended_processes_so_much_is_kept_also_when_it_com
     assert len(processes.infos()) == 2
     await run("true")
     assert [info.stdout_bytes for info in processes.infos()] == [700 << 10, 0]
-    await children.close()
+    await processes.end()
     await processes.close()
     folder.close()
 

@@ -1,4 +1,4 @@
-"""The processes a workspace has started: their numbers, their ends, and the end of all that came of them."""
+"""A started process: its number, its end, its streams, and the end of all that came of it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import ExitStack, suppress
-from functools import partial
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from msgspec.structs import replace
 
-from agent_sdk.protocol.errors import ProcessNotFound, WorkspaceUnavailable
-from agent_sdk.protocol.results import Exit, Status
-from agent_sdk.workspace.contract import KILL_GRACE_SECONDS
-from agent_sdk.workspace.disk import Folder
-from agent_sdk.workspace.environment import MARKER
-from agent_sdk.workspace.launch import Interpreter, Launch, spawn
-from agent_sdk.workspace.limits import LimitWatch
+from agent_sdk.protocol.errors import ProcessNotFound
+from agent_sdk.protocol.results import Exit, ProcessInfo, Status
+from agent_sdk.workspace.contract import KILL_GRACE_SECONDS, OutputName
+from agent_sdk.workspace.last_words import End, end_of, last_words
+from agent_sdk.workspace.pipes import PipeReader, PipeWriter, Terminal
 from agent_sdk.workspace.process_tree import Tree, children, end_tree, tick_now
+from agent_sdk.workspace.spool import Spool
 
-SESSIONS = 4096
-SH = Interpreter("/bin/sh")
+OnNews = Callable[[OutputName, int], None]
+
+_FILTER_SECONDS = 1.0
+"""So much longer than the command may take what it wrote through, when it ended in time itself."""
 
 
-class Child:
-    """A started process. Its end is seen here and nowhere else; the exit code comes from wait() alone."""
+class ChildProcess:
+    """A started process and its streams; it stays one after its end.
+
+    Its end is seen here and nowhere else; the exit code comes from wait() alone.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,8 @@ class Child:
         started: float,
         since: int,
         *,
+        command: str | list[str] = "",
+        terminal: Terminal | None = None,
         keeper: socket.socket | None = None,
         why: Callable[[int | None], str] | None = None,
     ) -> None:
@@ -51,6 +56,8 @@ class Child:
             tree: how to find what will come of it.
             started: when, on the monotonic clock.
             since: when, in clock ticks since boot; what came of it is not older.
+            command: as the caller wrote it.
+            terminal: its own.
             keeper: `popen` keeps the terminal of a program that is its child; it says here when that has begun and
                 when it has ended, and ends when this is closed.
             why: called at its end, for the reason of its Exit.
@@ -61,12 +68,25 @@ class Child:
         """On the monotonic clock, right before the spawn."""
         self.since = since
         self.started_at = time.time()
+        self.command = command
+        self.terminal = terminal
+        self.stdin: PipeWriter | None = None
+        self.spools: dict[OutputName, Spool] = {}
+        self.readers: dict[OutputName, PipeReader] = {}
+        self.on_news: OnNews | None = None
+        """Called with the name of a stream and its size when more came, up to the process's end."""
+        self.in_use = 0
+        """How many need its output at this moment; until then it is not forgotten."""
+        self.forgotten = False
         self.exit: Exit | None = None
-        self.on_death: Callable[[], Coroutine[Any, Any, None] | None] = _nothing
+        self.on_death = self._take_rest
         """Called once when the process itself has ended; `over` waits for what it returns."""
         self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         """Done when it has ended, all it said is taken and, if it is being ended, its whole tree has."""
         self._last_words: asyncio.Task[None] | None = None
+        self._ends: set[End] = set()
+        self._source: End | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._popen = popen
         self._tree = tree
         self._ending: asyncio.Task[None] | None = None
@@ -111,11 +131,6 @@ class Child:
         for group in groups:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, number)
-
-    def look(self) -> None:
-        """Notice at once if it has ended, before the loop comes to tell."""
-        if self.alive and self._keeper is None and self._pidfd >= 0:
-            self._reap()
 
     def end(
         self, verdict: Status | None = None, *, hang_up: bool = False, grace: float = KILL_GRACE_SECONDS
@@ -231,83 +246,106 @@ class Child:
             seconds = time.monotonic() - self.started
             found = replace(found, status=self._verdict, exit_code=None, duration=seconds)
         self.exit = found
+        self.on_news = None
+        if self._timer is not None:
+            self._timer.cancel()
         self.over.set_result(found)
 
+    # --- its streams ---
 
-class Children:
-    """All of a workspace. `close` ends every process that came of it."""
+    def write_to(self, fd: int) -> None:
+        """Write its input to `fd`, which it takes over."""
+        self._source = end_of(fd)
+        self.stdin = PipeWriter(fd)
 
-    def __init__(self, sh: Interpreter = SH, limits: LimitWatch | None = None) -> None:
-        """Begin with none.
+    def read_from(self, fd: int, name: OutputName, spool: Spool) -> None:
+        """Keep what comes from `fd`, which it takes over, in `spool`."""
+        self.spools[name] = spool
+        self._ends.add(end_of(fd if self.terminal is None else self.terminal.slave))
 
-        Args:
-            sh: gives programs their terminal.
-            limits: looked at when one has ended.
+        def take(data: bytes) -> bool:
+            if self.forgotten:
+                return True
+            spool.feed(data)
+            if self.on_news is not None:
+                self.on_news(name, spool.size)
+            return not spool.full
+
+        reader = self.readers[name] = PipeReader(fd, take)
+        spool.on_room = reader.resume
+
+    def _take_rest(self) -> Coroutine[Any, Any, None] | None:
+        """Take what it said last; return what waits for the rest, when others still have its pipes open.
+
+        What its children in the background say later is kept, but nobody waits for it.
         """
-        self._sh = sh
-        self._limits = limits
-        self._nonce = os.urandom(6).hex()
-        self._count = 0
-        # Pids of leaders; kept after their end, because what they left behind is in their session.
-        self._leaders: dict[int, int | None] = {}
-        self._living: set[Child] = set()
-        self._closed = False
+        if self.stdin is not None:
+            self.stdin.close()
+        self._drain()
+        if self.terminal is not None:
+            self.terminal.close_slave()
+            self._drain()
+        if not self.is_heard:
+            return None
+        return last_words(self.readers.values(), self._ends, self.pid, self.since, source=self._source)
 
-    def spawn(self, launch: Launch, folder: Folder, *, stdin: int, stdout: int, stderr: int) -> Child:
-        """Start a program. The descriptors stay the caller's.
+    def _drain(self) -> None:
+        for reader in self.readers.values():
+            reader.drain()
 
-        Raises:
-            SpawnFailed: it did not start.
-            WorkspaceUnavailable: the workspace is closed.
-        """
-        if self._closed:
-            raise WorkspaceUnavailable("the workspace is closed")
-        self._count += 1
-        name = f"{self._nonce}-{self._count}"
-        started, since = time.monotonic(), tick_now()
-        why = None
-        if self._limits is not None:
-            why = partial(self._limits.why, self._limits.look())
-        keeper = None
-        with ExitStack() as until_started, ExitStack() as unless_started:
-            if launch.terminal is not None:
-                keeper, theirs = socket.socketpair()
-                unless_started.callback(keeper.close)
-                until_started.callback(theirs.close)
-                stdin = stdout = theirs.fileno()
-            popen = spawn(launch, folder, name, self._sh, stdin=stdin, stdout=stdout, stderr=stderr)
-            unless_started.pop_all()
-        if self._limits is not None:
-            self._limits.expose(popen.pid)
-        if keeper is not None:
-            with suppress(BrokenPipeError):  # it was killed at once
-                keeper.send(b"\n")
-        self._leaders[popen.pid] = None
-        tree = Tree(f"{MARKER}={name}\0".encode(), {popen.pid: None})
-        child = Child(name, popen, tree, started, since, keeper=keeper, why=why)
-        self._living.add(child)
-        child.over.add_done_callback(lambda _: self._ended(child))
-        return child
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep its output from being forgotten."""
+        self.in_use += 1
+        try:
+            yield
+        finally:
+            self.in_use -= 1
 
-    def _ended(self, child: Child) -> None:
-        self._living.discard(child)
-        self._leaders[child.pid] = tick_now()
-        if len(self._leaders) > SESSIONS:
-            # What is forgotten here can still be found by its marker.
-            oldest = next(pid for pid, ended in self._leaders.items() if ended is not None)
-            del self._leaders[oldest]
+    def limit(self, seconds: float | None) -> None:
+        """End its tree `seconds` after its start."""
+        if seconds is not None:
+            left = self.started + seconds - time.monotonic()
+            self._timer = self._loop.call_later(max(0.0, left), self._time_over)
 
-    async def close(self) -> None:
-        """End every process tree: HUP and TERM, after 5 s KILL. Nothing can be started any more."""
-        self._closed = True
-        if self._count == 0:
-            return
-        waiting = [child.over for child in self._living]
-        await asyncio.gather(*(child.begun(KILL_GRACE_SECONDS) for child in self._living))
-        await end_tree(Tree(f"{MARKER}={self._nonce}-".encode(), self._leaders), hang_up=True)
-        if waiting:
-            await asyncio.wait(waiting)
+    def _time_over(self) -> None:
+        if self.alive and self._keeper is None and self._pidfd >= 0:
+            self._reap()  # it may have ended before the loop came to tell
+        if self.alive:
+            self.end("timeout")
+        elif not self.over.done():
+            self._timer = self._loop.call_later(_FILTER_SECONDS, self.end, "timeout")
 
+    @property
+    def on_disk(self) -> int:
+        """Bytes of disk its output takes."""
+        return sum(spool.on_disk for spool in self.spools.values())
 
-def _nothing() -> None:
-    return None
+    @property
+    def is_heard(self) -> bool:
+        """Whether somebody can still write to its streams."""
+        return any(reader.open for reader in self.readers.values())
+
+    def info(self) -> ProcessInfo:
+        """Describe it."""
+        sizes = {name: spool.size for name, spool in self.spools.items()}
+        return ProcessInfo(
+            id=self.id,
+            command=self.command,
+            pid=self.pid,
+            pty=self.terminal is not None,
+            running=self.exit is None,
+            started_at=self.started_at,
+            exit=self.exit,
+            stdout_bytes=sizes.get("stdout", 0),
+            stderr_bytes=sizes.get("stderr", 0),
+            stdin_bytes=self.stdin.taken if self.stdin is not None else 0,
+        )
+
+    def close(self) -> None:
+        """Close its descriptors; its output stays readable."""
+        if self.stdin is not None:
+            self.stdin.close()
+        self._drain()
+        for reader in self.readers.values():
+            reader.close()
