@@ -16,6 +16,7 @@ from tools.configuration import configuration
 from tools.http import http
 from tools.openrpc import openrpc
 from tools.protocol import protocol
+from tools.sdk import sdk
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS: dict[str, Callable[[], str]] = {
@@ -23,6 +24,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/protocol.md": protocol,
     "docs/http.md": http,
     "docs/configuration.md": configuration,
+    "docs/sdk.md": sdk,
 }
 
 

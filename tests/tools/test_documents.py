@@ -5,6 +5,9 @@ import re
 
 import pytest
 
+import agent_sdk
+import workspaces
+from agent_sdk.conversation.contract import Conversation
 from agent_sdk.protocol import events
 from agent_sdk.protocol.errors import table
 from agent_sdk.protocol.methods import NOTICES, all_methods
@@ -35,6 +38,25 @@ def test_a_stale_document_is_shown_by_how_it_differs(tmp_path, capsys):
 def test_no_argument_is_needed_and_only_one_is_understood(capsys):
     assert main(["docs"]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", [name for name in DOCUMENTS if name.endswith(".md")])
+def test_links_between_the_pages_lead_to_headings(page):
+    pages = {name: make() for name, make in DOCUMENTS.items() if name.endswith(".md")}
+    for target, anchor in re.findall(r"\]\(([a-z_]*\.md)?#([a-z_]+)\)", pages[page]):
+        text = pages.get(f"docs/{target}", pages[page]) if target else pages[page]
+        headings = {
+            line.strip("# `[]").lower().replace(" ", "-") for line in text.splitlines() if line[:1] == "#"
+        }
+        assert anchor in headings
+
+
+def test_everything_public_of_the_sdk_is_described():
+    text = DOCUMENTS["docs/sdk.md"]()
+    names = {*agent_sdk.__all__, *workspaces.__all__} - {"__version__", "errors", "events", "Event", "Delta"}
+    assert all(f"### {name}\n" in text for name in names)
+    verbs = [name for name in vars(Conversation) if not name.startswith("_")]
+    assert all(f"#### conversation.{verb}\n" in text for verb in verbs)
 
 
 def test_the_generators_are_in_no_package():
