@@ -60,7 +60,7 @@ def checked_new_conversation(id: str | None) -> str | None:
 
 
 def op_id_or_new(op_id: str | None) -> str:
-    """Return the op_id that a caller has chosen, or a fresh one; see `checked_op_id`."""
+    """Return the op_id that a caller has chosen, checked, or a fresh one."""
     return new_id() if op_id is None else checked_op_id(op_id)
 
 

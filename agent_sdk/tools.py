@@ -97,7 +97,7 @@ class Resumable(Protocol):
 
         Raises:
             OutcomeUnknown: whether and how far it was carried out cannot be found out.
-            ToolError, WorkspaceError, OSError: see Tool.run.
+            ToolError, WorkspaceError, OSError: the model reads the message.
         """
         ...
 

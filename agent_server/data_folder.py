@@ -69,7 +69,7 @@ class DataFolder:
 
     @property
     def names(self) -> Path:
-        """A file per box that calls are written down for while nothing has begun in it, see box_name."""
+        """A file per box that calls are written down for while nothing has begun in it."""
         return self.root / "names"
 
     @property

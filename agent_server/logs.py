@@ -46,7 +46,7 @@ Log = FilteringBoundLogger
 
 
 class Redactor:
-    """Masks secrets by their value in what others have written; what is ours (see OURS) stays as it is.
+    """Masks secrets by their value in what others have written; what is ours stays as it is.
 
     Those of a conversation are masked in the lines about it, and in lines of which nobody knows whose they are.
     """
@@ -190,7 +190,7 @@ def opened(
     """Open the server's log, and catch what libraries log meanwhile.
 
     Args:
-        style: see ServerConfig.log_format.
+        style: the option `log_format`.
         level: the least level that is written.
         stream: where to; None: standard error.
         clock: monotonic seconds, for the rate limit of refused requests.

@@ -122,7 +122,7 @@ class Routes:
         return as_json(await self._sessions.conversations.snapshots(wanted(request)))
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """Return a page of events, or with `Accept: text/event-stream` all of them and then live ones, see below.
+        """Return a page of events, or with `Accept: text/event-stream` all of them and then live ones.
 
         Returns:
             `epoch`, `events` and `head_seq`, the `seq` of the last event of the conversation; or Server-Sent Events.
@@ -144,7 +144,7 @@ class Routes:
             return as_json(EventPage(epoch=loaded.epoch, events=events, head_seq=loaded.head_seq))
 
     async def socket(self, request: web.Request) -> web.StreamResponse:
-        """Become a WebSocket that is bound to the conversation. The id `new` makes a conversation, see `initialize`.
+        """Become a WebSocket that is bound to the conversation. The id `new` makes a conversation.
 
         Returns:
             101, and from then on the frames of the [protocol](protocol.md).

@@ -99,7 +99,7 @@ async def serve(config: ServerConfig, *, on_ready: OnReady, log_to: TextIO | Non
 
 
 class Stop:
-    """Somebody wants the server to end: `asked` to finish what runs, `now` to let it be."""
+    """The wish that the server ends: `asked` to finish what runs, `now` to let it be."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -119,7 +119,7 @@ async def serving(
     log_to: TextIO | None = None,
     on_failure: OnFailure | None = None,
 ) -> AsyncIterator[None]:
-    """Run a server for the length of the block; leaving drains it. See `serve`.
+    """Run a server for the length of the block; leaving drains it.
 
     Args:
         on_failure: called when the disk below the log has failed, and no write can be trusted any more.

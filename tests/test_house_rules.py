@@ -17,6 +17,10 @@ PACKAGES = ("agent_sdk", "workspaces", "agent_server")
 FILE_LINES = 500
 FUNCTION_LINES = 60
 NAMES_OF_NOTHING = {"utils", "util", "helpers", "helper", "common", "base", "core", "impl", "manager", "misc"}
+NOUNS_ARE_MISSING = {
+    *("It", "They", "This", "That", "These", "Those", "He", "She", "We", "You", "I", "Its", "Their", "So"),
+    *("Somebody", "Someone", "Nobody", "Whoever", "There", "Here", "Now", "One's"),
+}
 READS_THE_ENVIRONMENT = {
     "agent_server/config/options.py",
     "agent_sdk/definition.py",  # LLM.from_env
@@ -194,14 +198,33 @@ def test_everything_public_says_what_it_is_for_or_inherits_a_text_that_does():
     refuse(undescribed, [path for path in FILES if path.stem not in {"__init__", "__main__"}])
 
 
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Where a docstring of something public stands, and its text."""
+    for node in nodes(path):
+        if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_"):
+            yield f"{node.lineno}: {node.name}", ast.get_docstring(node) or ""
+
+
 def test_no_docstring_sends_its_reader_elsewhere():
-    def sent(path: Path) -> Iterator[int]:
-        described = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        for node in nodes(path):
-            if isinstance(node, described) and (ast.get_docstring(node) or "").startswith("See "):
-                yield getattr(node, "lineno", 1)
+    def sent(path: Path) -> Iterator[str]:
+        return (where for where, text in docstrings(path) if re.search(r"(^|[.;:(,])\s*[Ss]ee\b", text))
 
     refuse(sent)
+
+
+def test_a_docstring_begins_with_what_is_done_or_with_the_thing_itself():
+    """With an imperative verb or a noun: not with a pronoun whose noun is missing, nor with what somebody else does."""
+    verbs = {text.split()[0].strip(".,;:") for path in FILES for _, text in docstrings(path) if text}
+
+    def begins_otherwise(path: Path) -> Iterator[str]:
+        called = {f"{f.lineno}: {f.name}" for f in functions(path)}
+        for where, text in docstrings(path):
+            first = (text.split() or [""])[0].strip(".,;:")
+            told = where in called and first.endswith("s") and first[:-1] in verbs
+            if first in NOUNS_ARE_MISSING or told:
+                yield f"{where} begins with {first}"
+
+    refuse(begins_otherwise)
 
 
 def test_the_name_of_a_test_is_a_sentence():

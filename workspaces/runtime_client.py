@@ -98,7 +98,7 @@ class RuntimeClient:
                 that does not know of this answers at once.
 
         Raises:
-            RemoteApiError: see `call`.
+            RemoteApiError: the Runtime API refuses, or does not answer in time.
         """
         suffix = f"?wait={wait:g}" if wait else ""
         try:
@@ -112,7 +112,7 @@ class RuntimeClient:
         """Start a runtime, or learn which one the session has.
 
         Raises:
-            RemoteApiError: see `call`.
+            RemoteApiError: the Runtime API refuses, or does not answer in time.
         """
         session = _session(await self.call("POST", "/start", body, "start", timeout))
         if not session.runtime_id or not session.url:
@@ -126,7 +126,7 @@ class RuntimeClient:
         """Ask to `resume`, `pause` or `stop` a runtime.
 
         Raises:
-            RemoteApiError: see `call`.
+            RemoteApiError: the Runtime API refuses, or does not answer in time.
         """
         await self.call("POST", f"/{name}", {"runtime_id": runtime_id}, name, timeout)
 

@@ -54,7 +54,7 @@ _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def ending_of(message: AgentMessage) -> Ending:
-    """Return what the answer is; see the table."""
+    """Return what the answer is, by the table of this module."""
     if message.finish_reason == INTERRUPTED:
         return "interrupted"
     if message.finish_reason in ("refused", "filtered"):

@@ -139,7 +139,7 @@ class Turn:
         return f"<Turn {self.run_id} after {self._iterations} steps>"
 
     async def run(self) -> None:
-        """Work to the end; raises nothing, see `failure`. Cancelling the task is an interruption."""
+        """Work to the end. An error is kept in `failure`, not raised. Cancelling the task is an interruption."""
         self._task = asyncio.current_task()
         try:
             await self._work()

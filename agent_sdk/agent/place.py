@@ -13,7 +13,7 @@ class Place(Protocol):
 
     @property
     def instance(self) -> str:
-        """Names what calls begin in from now on, until it is lost. It is written down with every call."""
+        """The name of the box in which calls begin from now on, until it is lost; written down with every call."""
         ...
 
     @property

@@ -165,7 +165,7 @@ class Conversation(Verbs, Protocol):
 
     @property
     def id(self) -> str:
-        """Its id; known after the first use."""
+        """The id of the conversation; known after the first use."""
         ...
 
     @property

@@ -240,7 +240,7 @@ class LocalConversation(Conversation):
         return await (await self._open()).run(timeout, on_waiting or self._on_waiting)
 
     async def begin(self, *, untold: str | None = None, op: Operation | None = None) -> RunAnswer:
-        """Like `run`, without waiting: make the turn go on, and say which it is or was; see Run about `untold`."""
+        """Like `run`, without waiting: make the turn go on, and return which it is. `untold` is the `turn` of Run."""
         opened = await self._open()
         opened.turns.check()
         if opened.turns.current is None:

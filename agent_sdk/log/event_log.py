@@ -206,7 +206,7 @@ class EventLog:
     ) -> asyncio.Future[list[Record]]:
         """Like `append`, but queue it now; submissions of a conversation are committed in their order.
 
-        With `settings` they are replaced in the same commit, see `store_settings`.
+        With `settings` the stored settings of the conversation are replaced in the same commit.
         """
 
         def work(database: Database) -> list[Record]:

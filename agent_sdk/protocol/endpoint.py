@@ -152,7 +152,7 @@ class Room(Protocol):
 
 
 class Endpoint:
-    """Ids and their fates. See the module's docstring."""
+    """The ids of calls in both directions, and what becomes of each."""
 
     def __init__(self, limits: Limits = DEFAULTS, *, strict: bool = False, room: Room | None = None) -> None:
         """Make an end that accepts what `limits` allow.
@@ -173,7 +173,7 @@ class Endpoint:
         self._partial: dict[int, bytearray] = {}
 
     def request(self, method: str, params: Any) -> tuple[int, bytes]:
-        """A call under a fresh id, as JSON; see `defaults` for what it leaves out.
+        """Return a call under a fresh id, as JSON; params at their default are left out.
 
         Raises:
             InvalidParams: the params cannot be written as JSON, e.g. text with lone surrogates.
@@ -203,14 +203,14 @@ class Endpoint:
         return _encode(_Refusal("2.0", exc.details.get("id"), to_wire(exc)))
 
     def forget(self, id: Id) -> None:
-        """Nobody waits for the answer to this call of ours any more."""
+        """Forget a call of ours: its answer is ignored when it comes."""
         self._awaiting.discard(id)
 
     def receive(self, frame: bytes | bytearray, *, text: bool) -> Message | frames.BinaryFrame | None:
         """The message in a frame; None: part of a longer one, or something that is ignored.
 
         Raises:
-            ParseError, InvalidRequest, MethodNotFound: a message that is refused; see `refusal`.
+            ParseError, InvalidRequest, MethodNotFound: a message that is refused; `refusal` makes the answer.
             BadBinaryHeader, LimitExceeded, Overloaded: the connection has to be closed.
         """
         if text:

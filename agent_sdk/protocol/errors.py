@@ -274,7 +274,7 @@ class WorkspaceLost(WorkspaceUnavailable, ConnectionError):
 
 
 class OutcomeUnknown(WorkspaceLost, retryable=False):
-    """It had begun, or may have, when the place where it ran was lost; it is not run again. Details: op_id."""
+    """An operation may have begun when the place where it ran was lost; it is not run again. Details: op_id."""
 
 
 class EngineUnavailable(WorkspaceUnavailable):
@@ -286,7 +286,7 @@ class ImageUnavailable(WorkspaceUnavailable, retryable=False):
 
 
 class IsolationUnavailable(WorkspaceUnavailable, retryable=False):
-    """This machine cannot give the isolation that was asked for. Details: wanted."""
+    """The isolation that was asked for cannot be had on this machine. Details: wanted."""
 
 
 class ProfileMismatch(WorkspaceUnavailable, retryable=False):

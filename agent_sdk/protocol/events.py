@@ -52,7 +52,7 @@ class AgentConfigured(Base, frozen=True, tag="agent_configured"):
 
 
 class UserMessage(Base, frozen=True, tag="user_message"):
-    """Somebody said something to the agent."""
+    """A message to the agent."""
 
     text: str
     op_id: str | None = None
@@ -149,7 +149,7 @@ class ModelFailed(Base, frozen=True, tag="model_failed"):
 
 
 class RequestOpened(Base, frozen=True, tag="request_opened"):
-    """Somebody has to answer before the agent can go on."""
+    """A request that somebody has to answer before the agent can go on."""
 
     request_id: str
     call_id: str

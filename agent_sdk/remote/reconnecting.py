@@ -102,7 +102,7 @@ class Resident(Protocol):
         ...
 
     def ended(self, error: AgentServerError) -> None:
-        """There will be no further connection."""
+        """Note that there will be no further connection, and why."""
         ...
 
 

@@ -31,7 +31,7 @@ class AgentServer:
 
     @checked
     def __init__(self, url: str, api_key: str | None = None, *, ssl: SSLContext | None = None) -> None:
-        """Say where it is; nothing is sent yet.
+        """Describe the server; nothing is sent yet.
 
         Args:
             url: http:// or https://.
@@ -87,7 +87,7 @@ class AgentServer:
         Raises:
             ConversationNotFound: there is none of this id.
             StateConflict: it is busy.
-            ConnectionLost, Unauthorized, Overloaded, …: see `conversations`.
+            ConnectionLost, Unauthorized, Overloaded, …: nobody answers there, or the server refuses.
         """
         params = {"op_id": new_id(), **({"unless_busy": True} if unless_busy else {})}
         call = {"jsonrpc": "2.0", "id": 1, "method": "conversation.delete", "params": params}

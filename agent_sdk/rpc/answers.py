@@ -130,7 +130,7 @@ class Answers:
         return call
 
     def lose(self) -> None:
-        """Nobody hears answers any more."""
+        """Cancel what is under way: nobody hears answers any more."""
         self._lost = True
         for task in self.tasks:
             task.cancel()

@@ -12,7 +12,7 @@ RETRY_AFTER_MS = 1000
 
 
 class Budget:
-    """So many bytes. Where they are all in use, who has held some for long without an end gives way."""
+    """Bytes that several may hold. Where all are in use, who has held some for long without an end gives way."""
 
     def __init__(self, limit: int, *, patience: float = PATIENCE_SECONDS) -> None:
         """Take the bytes, and the seconds that a message may take while others wait for room."""

@@ -16,7 +16,7 @@ KEPT_SECONDS = 600.0
 
 
 class Input:
-    """What has come for one call. One at a time reads on; see Inputs.turn."""
+    """What has come for one call. One at a time reads on, whose turn it is."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

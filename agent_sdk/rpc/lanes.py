@@ -77,7 +77,7 @@ class Frame(NamedTuple):
 
 
 class Source(Protocol):
-    """Somebody with bulk frames."""
+    """A source of bulk frames."""
 
     in_turn: bool
     """Whether it waits in the bulk lane; the lanes' business."""

@@ -32,7 +32,7 @@ _OPEN_FILES = "/proc/self/fd"
 
 
 class AtomicFile:
-    """A file that comes into being as a whole; see `atomic_file`."""
+    """A file that comes into being as a whole, or not at all."""
 
     def __init__(self, folder: int, name: bytes, path: str, mode: int | None = None) -> None:
         """Takes over the descriptor `folder`.

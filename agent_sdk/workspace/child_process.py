@@ -139,7 +139,7 @@ class ChildProcess:
 
         Args:
             verdict: the status of its Exit when it was not over yet; None: what wait() says.
-            hang_up: see `end_tree`.
+            hang_up: send HUP as well, which interactive shells obey (they ignore TERM).
             grace: seconds between TERM and KILL.
         """
         if self._ending is None:

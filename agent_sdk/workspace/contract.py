@@ -136,12 +136,12 @@ class ExecResult(Struct, frozen=True, kw_only=True):
 
     @property
     def stdout(self) -> str:
-        """Standard output as text; see Output.text."""
+        """Standard output as text, decoded as UTF-8, without what is missing in its middle."""
         return self.out.text
 
     @property
     def stderr(self) -> str:
-        """Standard error as text, see Output.text; of a command that did not start the reason."""
+        """Standard error as text, decoded as UTF-8; of a command that did not start the reason."""
         return f"{self.reason}\n" if self.status == "spawn_failed" else self.err.text
 
     @property
@@ -282,7 +282,7 @@ class Shell(Verbs, Protocol):
             enter: press Enter after it. None: as a person would, unless it ends with a newline: where the program
                 reads lines, and after more than one character where it edits lines itself, but never where it
                 reads single keys (`read -n1`).
-            timeout, quiet, until, op_id: see `run`.
+            timeout, quiet, until, op_id: as for `run`.
         """
         ...
 
@@ -423,7 +423,7 @@ class Workspace(Verbs, Protocol):
         op_id: OpId | None = None,
         user: OsText | None = None,
     ) -> Process:
-        """Start a command and return at once; it runs until it or the workspace ends. `op_id`, `user`: see `execute`.
+        """Start a command and return at once; it runs until it or the workspace ends. `op_id`, `user`: as in `execute`.
 
         Raises:
             PathNotFound, PathDenied: the program or folder is missing or not executable.
@@ -468,7 +468,7 @@ class Workspace(Verbs, Protocol):
         ...
 
     async def upload_dir(self, local: LocalPath, remote: Path, *, exclude: Sequence[str] = ()) -> Transferred:
-        """Copy what is in a folder of this machine into one of the workspace, as one stream; see folders.py.
+        """Copy what is in a folder of this machine into one of the workspace, as one stream.
 
         `exclude`: patterns (`.git`, `*.pyc`, `build/*`) of names, or with a `/` of paths in the folder.
         """

@@ -76,7 +76,7 @@ class Progress:
             await self.reach(position)
 
     async def reach(self, position: int) -> None:
-        """So many bytes have moved."""
+        """Count bytes that have moved."""
         if self._on_progress is not None and position > self._reached:
             self._reached = position
             waiting = self._on_progress(position, self._total)

@@ -111,7 +111,7 @@ class LocalFiles(Files):
         return await open_in_thread(_open_atomic, self._root, path, mode)
 
     async def packed(self, path: str, exclude: Sequence[str]) -> AsyncGenerator[bytes, None]:
-        """Yield a folder as an archive; see folders.pack."""
+        """Yield a folder as an archive."""
         with closing(await open_in_thread(_open_folder, self._root, path)) as folder:
             async with aclosing(pack(folder, exclude)) as pieces:
                 async for piece in pieces:

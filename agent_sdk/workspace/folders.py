@@ -51,7 +51,7 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 async def packed(folder: str | PathLike[str], exclude: Sequence[str]) -> AsyncGenerator[bytes, None]:
-    """Yield a folder of this machine as an archive, in pieces of at most 64 KiB; see `pack`."""
+    """Yield a folder of this machine as an archive, in pieces of at most 64 KiB."""
     with closing(await open_in_thread(open_folder, local_path(folder))) as opened:
         async with aclosing(pack(opened, exclude)) as pieces:
             async for piece in pieces:

@@ -117,7 +117,7 @@ class Interpreter:
         terminal: str | None = None,
         pass_fds: Sequence[int] = (),
     ) -> Launch:
-        """Return how it is started with these arguments; see Launch."""
+        """Return how a command is started with these arguments."""
         argv = (os.fsencode(os.path.basename(self.path)), *self.options, *arguments)
         return Launch(argv, environment, self.path, terminal, pass_fds)
 

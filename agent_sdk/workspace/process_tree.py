@@ -49,7 +49,7 @@ class Seen(NamedTuple):
 
     @property
     def identity(self) -> tuple[int, int]:
-        """Names this process for ever; parent and session may change."""
+        """The pid and start time, which together name this process for ever; parent and session may change."""
         return self.pid, self.started
 
 

@@ -78,7 +78,7 @@ class Spool:
         return bool(self._ring)
 
     def feed(self, data: bytes) -> None:
-        """Append bytes; never waits, see `full`."""
+        """Append bytes without waiting; `full` asks the feeder to wait."""
         start, self.size = self.size, self.size + len(data)
         if len(self._head) < HEAD_BYTES:
             self._head += data[: HEAD_BYTES - len(self._head)]

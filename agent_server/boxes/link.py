@@ -270,7 +270,7 @@ class BoxLink:
     # --- its time ---
 
     def use(self) -> None:
-        """It is being used, or was until now."""
+        """Note that the box is being used, or was until now."""
         self._uses += 1
         self._used_at = asyncio.get_running_loop().time()
         if self._unused is not None and self._idle is None:

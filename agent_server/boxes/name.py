@@ -70,7 +70,7 @@ class BoxName:
             self.value = new_id()
 
     def forget(self) -> None:
-        """Nobody needs it any more."""
+        """Give the promise up: nobody needs it any more."""
         with suppress(OSError):
             self._file.unlink()
         self.promised = False

@@ -47,7 +47,7 @@ class ClientTools:
                     pending.ask(peer)
 
     def forget(self, peer: Asked) -> None:
-        """This connection is gone."""
+        """Forget a connection that is gone."""
         for tool, peers in list(self._registered.items()):
             if peer in peers:
                 peers.remove(peer)

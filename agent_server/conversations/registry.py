@@ -298,7 +298,7 @@ class Conversations:
         return await asyncio.to_thread(self._folder.confinement.is_empty, self._folder.workspace(id))
 
     async def remove(self, id: str, *, unless_used: bool = False) -> None:
-        """Remove a conversation that may be damaged, or that nobody uses; `unless_used`: see to that."""
+        """Remove a conversation that may be damaged, or that nobody uses; with `unless_used` only where that is so."""
         loaded = self._loaded.get(id)
         used = id in self._closing or (loaded is not None and (loaded.users or loaded.busy))
         if unless_used and used:

@@ -35,7 +35,7 @@ class _Kind(Struct):
 
 
 class Removable(Protocol):
-    """What it asks of the conversations; see Conversations."""
+    """The conversations, as Retention sees them."""
 
     def in_memory(self, id: str) -> bool:
         """Whether somebody uses it, or did a short while ago."""
@@ -73,7 +73,7 @@ class Retention:
             await asyncio.wait(self._tasks)
 
     def left(self, id: str, head_seq: int) -> None:
-        """Somebody has left a conversation for good: it goes when it was only looked at."""
+        """Remove a conversation that somebody has left for good, when it was only looked at."""
         if head_seq <= FEW_EVENTS:
             self._start(self._remove_if_empty(id))
 

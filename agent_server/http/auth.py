@@ -63,7 +63,7 @@ def obtain_keys(config: ServerConfig) -> tuple[ApiKey, list[str]]:
     """Return what counts as the key, and the texts, which no log line may show.
 
     Raises:
-        StartRefused: see `obtain_key` and `read_keys`.
+        StartRefused: a key file cannot be read or written, or holds no key.
     """
     if not config.api_keys_file:
         key, text = obtain_key(config)
@@ -161,7 +161,7 @@ def _make_key(file: Path) -> str:
 
 
 class Attempts:
-    """Wrong keys per network in the last minute, see `network_of`."""
+    """Wrong keys per network in the last minute."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -195,7 +195,7 @@ class Authority:
         self._attempts = attempts or Attempts()
 
     def check(self, given: str | None, address: str, *, metrics: bool = False) -> bytes:
-        """Accept a key; returns its digest, see `ApiKey.has`.
+        """Accept a key; returns its digest.
 
         Args:
             given: what was shown.

@@ -71,7 +71,7 @@ class ConnectionLimiter:
         self._networks[network] += 1
 
     def recognise(self, connection: Connection) -> None:
-        """This one has shown the key."""
+        """Count a connection among those that have shown the key."""
         self._forget(self._strangers.pop(connection, ""))
         self._known.add(connection)
 
@@ -81,7 +81,7 @@ class ConnectionLimiter:
             connection.look_again(counts)
 
     def leave(self, connection: Connection) -> None:
-        """This one is gone."""
+        """Forget a connection that is gone."""
         self._forget(self._strangers.pop(connection, ""))
         self._known.discard(connection)
         self._all -= 1
@@ -136,7 +136,7 @@ class Connection(web.RequestHandler):
         self._from_stranger = 0
 
     def recognise(self, digest: bytes | None = None) -> None:
-        """It has shown the key; `digest`: which, where it may be revoked."""
+        """Note that the connection has shown the key; `digest`: which, where it may be revoked."""
         self._shown = digest or self._shown
         if self.is_stranger and self._counted:
             self.is_stranger = False

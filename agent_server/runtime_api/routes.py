@@ -72,7 +72,7 @@ class RuntimeRoutes:
         self._body_seconds = body_seconds
 
     def table(self) -> list[web.RouteDef]:
-        """Return all routes. What is at the name of a runtime is not among them, see RuntimeProxy.at."""
+        """Return all routes, without what is at the name of a runtime."""
         return [
             web.post("/start", self.start),
             web.post("/stop", self.stop),

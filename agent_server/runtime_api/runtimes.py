@@ -202,12 +202,12 @@ class Runtimes:
         """Make it run, unless it does.
 
         Raises:
-            PolicyDenied, Overloaded: see start.
+            PolicyDenied, Overloaded: it is more than the tenant may have, ever or at present.
         """
         await runtime.start(partial(self._admit, tenant, runtime.record))
 
     async def stop(self, runtime: Runtime) -> None:
-        """End it and remove all of it; its session is free at once. See Runtime.stop."""
+        """End it and remove all of it; its session is free at once."""
         record = runtime.record
         if self._sessions.get((record.tenant, record.session_id)) is runtime:
             del self._sessions[record.tenant, record.session_id]

@@ -18,7 +18,7 @@ DEFAULT = "default"
 
 
 class Tenant(Struct, frozen=True, kw_only=True):
-    """Somebody who may use the Runtime API; None: no limit."""
+    """One tenant of the Runtime API and its quota; None: no limit."""
 
     name: str
     sandboxes: int | None

@@ -210,7 +210,7 @@ class Session:
     # --- initialize ---
 
     async def initialize(self, params: Initialize) -> Initialized:
-        """Answer the first message; see Caller."""
+        """Answer the first message."""
         if self._begun:
             raise InvalidRequest("initialize came already")
         check_initialize(params)
@@ -265,7 +265,7 @@ class Session:
     # --- events ---
 
     async def subscribe(self, params: Subscribe) -> Subscribed:
-        """Begin to send events; see Caller."""
+        """Begin to send events."""
         if self._subscription is not None:
             raise InvalidRequest("the connection is subscribed already")
         self._subscribe(params.epoch, params.after_seq)

@@ -154,7 +154,7 @@ class BoxProcess:
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None before it started."""
+        """The process id of the box; None before it started."""
         return self._child.pid if self._child is not None else None
 
     @property

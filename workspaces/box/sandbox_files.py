@@ -81,7 +81,7 @@ def copy(source: Path, target: Path) -> None:
 
     Raises:
         IsolationUnavailable: this server may not read what is in there.
-        StorageFull, WorkspaceUnavailable: see `run`.
+        StorageFull, WorkspaceUnavailable: there is no room, or it cannot be copied.
     """
     if os.geteuid() == 0:
         run("snapshot", *COPY, "-a", "--", f"{source}/.", str(target))

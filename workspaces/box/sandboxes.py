@@ -200,7 +200,7 @@ class Sandboxes(Site):
             return True
 
     async def snapshot(self, owner: str) -> SnapshotTaken:
-        """Copy the files of an owner; nothing may write them meanwhile. See Snapshots.take."""
+        """Copy the files of an owner; nothing may write them meanwhile."""
         return await self._snapshots.take(owner)
 
     # --- what they share ---

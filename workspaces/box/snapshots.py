@@ -89,7 +89,7 @@ class Snapshots:
         """Make the workspace of an owner who has none from a snapshot; nothing happens to one that is there.
 
         Raises:
-            InvalidParams, IsolationUnavailable: see `check`.
+            InvalidParams, IsolationUnavailable: there is no such snapshot, or it cannot be used here.
             StorageFull: there is no room for a copy.
         """
         if self._disks.has(owner):

@@ -37,7 +37,7 @@ class ProviderClient:
     """Asks one model. Connects at the first request and keeps connections until `close`.
 
     Raises:
-        InvalidParams: the LLM cannot be reached as it is described; see `address_of`.
+        InvalidParams: the LLM cannot be reached as it is described.
     """
 
     def __init__(self, llm: LLM) -> None:

@@ -112,7 +112,7 @@ class SyncReset(Notice, frozen=True, kw_only=True):
 
 
 class DeltaNotice(Notice, frozen=True, kw_only=True):
-    """A transient piece of an answer; see events.Delta."""
+    """A transient piece of an answer; it has no `seq` and may be left out."""
 
     method = "delta"
     delta: Raw

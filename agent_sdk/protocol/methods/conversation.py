@@ -25,7 +25,7 @@ class Configure(Effect[Done], frozen=True, kw_only=True):
 
 
 class RegisterTools(Method[Done], frozen=True, kw_only=True):
-    """This connection answers calls of these client tools; pending ones are delivered to it."""
+    """Let this connection answer the calls of these client tools; pending ones are delivered to it."""
 
     method = "tools.register"
     tools: list[str]

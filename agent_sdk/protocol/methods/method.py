@@ -44,7 +44,7 @@ class Method(Struct, Generic[R], frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Effect(Method[R], frozen=True, kw_only=True):
-    """A method that changes something; see the module's docstring."""
+    """A method that changes something: carried out once per op_id."""
 
     op_id: OpId
 
@@ -56,7 +56,7 @@ class Notice(Struct, frozen=True, kw_only=True):
 
 
 class Done(Struct, frozen=True):
-    """It is done."""
+    """The answer of a method that has nothing to tell."""
 
 
 def result_type(method: type[Method[R]]) -> type[R]:

@@ -81,7 +81,7 @@ class Engine:
 
     @property
     def where(self) -> str:
-        """Its address."""
+        """The address of the engine."""
         return self._connection.where
 
     # --- containers ---

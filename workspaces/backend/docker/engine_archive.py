@@ -31,7 +31,7 @@ _AROUND = 64 << 10
 
 
 async def read_file(connection: EngineConnection, id: str, path: str, most: int) -> tuple[str, bytes]:
-    """Return where a path of a container leads to, and its content; see Engine.read_file."""
+    """Return where a path of a container leads to, and its content."""
     target, content = await _read(connection, id, path, most)
     if target == path:
         return path, content
@@ -41,7 +41,7 @@ async def read_file(connection: EngineConnection, id: str, path: str, most: int)
 
 
 async def give_to_group(connection: EngineConnection, id: str, folder: str, group: int) -> None:
-    """Let a group write what is in a folder of a container; see Engine.give_to_group."""
+    """Let a group write what is in a folder of a container."""
     what = f"give {folder} of a container to the group {group}"
     async with connection.stream("GET", f"containers/{id}/archive", {"path": folder}, what=what) as response:
         content = await _whole(response.content, _GIVEN_BYTES)

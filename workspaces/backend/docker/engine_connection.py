@@ -113,7 +113,7 @@ class EngineConnection:
             raise self._failed(exc, what, phase, seconds) from None
 
     async def ask(self, what: str, call: Call, *, seconds: float = ANSWER_SECONDS) -> Any:
-        """Return what a call answers that may be repeated when the connection is lost; see `bounded`."""
+        """Return what a call answers that may be repeated when the connection is lost."""
         async with self.bounded(what, seconds=seconds):
             return await tenacity.AsyncRetrying(**_REPEATED)(call)
 

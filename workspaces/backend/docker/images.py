@@ -55,7 +55,7 @@ async def ensure_image(
     platform: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Image:
-    """Return an image, pulled where that is wanted; see Engine.image."""
+    """Return an image, pulled where that is wanted."""
     if not _REFERENCE.fullmatch(name):
         raise ImageUnavailable(
             f"no image can have the name {name[:80]!r}: correct it", image=name[:80], phase="image"

@@ -62,7 +62,7 @@ class Reaper:
 
 
 def main(arguments: list[str]) -> int:
-    """Wait for the client's end; see the module's docstring. Returns the exit code."""
+    """Wait for the client's end, then remove its container; returns the exit code."""
     if sys.stdin.buffer.read() == FAREWELL:
         return 0
     import asyncio  # noqa: PLC0415  costs what most of these processes never need
