@@ -12,9 +12,9 @@ from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.ending import CUT_CALL, is_whole
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.mask import HIDDEN
-from agent_sdk.agent.progress import Progress
 from agent_sdk.agent.toolbox import UNKNOWN, failed_call
 from agent_sdk.agent.tools.registry import FINISH
+from agent_sdk.agent.turn_state import Course
 from agent_sdk.ids import new_id, sha256
 from agent_sdk.middleware import TurnContext
 from agent_sdk.models import CUT, Completion
@@ -39,16 +39,11 @@ class _Decision(NamedTuple):
 class Calls:
     """The calls of one turn, one answer after the other."""
 
-    def __init__(self, journal: Journal, turn: Callable[[], TurnContext]) -> None:
+    def __init__(self, journal: Journal, course: Course, turn: Callable[[], TurnContext]) -> None:
         self.actor: Actor | None = None
         """Who runs them; needed by all but `respond` and `close`."""
-        self.stopped = False
-        """The turn was interrupted; a tool that swallows its cancellation must not let it go on."""
-        self.leaving = False
-        """The turn is let go of: nothing new begins."""
-        self.must_end = False
-        """A tool runs that no other process could take up."""
         self._journal = journal
+        self._course = course
         self._turn = turn
         """Returns what middleware may know of it."""
         self._results: dict[str, ToolResult] = {}
@@ -75,7 +70,7 @@ class Calls:
     @property
     def begun(self) -> bool:
         """Whether one of the calls without a result may have begun where tools act."""
-        return any(call_id in self._begun | self._under_way for call_id in self._journal.history.open_calls)
+        return any(call_id in self._begun | self._under_way for call_id in self._journal.turn.open_calls)
 
     def open(self, run_id: str, answer: Completion) -> tuple[list[ToolCalled], list[RequestOpened]]:
         """Begin with the calls of an answer; return them, and the requests to be written with them."""
@@ -103,10 +98,11 @@ class Calls:
             self._expect(request)
         return calls, requests
 
-    def take_up(self, progress: Progress) -> None:
+    def take_up(self) -> None:
         """Go on with the requests of the last answer that another process has opened."""
-        for request in progress.requests.values():
-            answer = progress.answers.get(request.request_id)
+        state = self._journal.turn
+        for request in state.requests.values():
+            answer = state.answers.get(request.request_id)
             if request.request == "approval":
                 self._expect(request, answer)
             elif answer is None:
@@ -115,25 +111,25 @@ class Calls:
         self._unanswered = frozenset(
             call_id for call_id, decision in self._deciding.items() if not decision.done()
         )
-        self._begun = frozenset(self._journal.history.open_calls) - self._unanswered
+        self._begun = frozenset(self._journal.turn.open_calls) - self._unanswered
 
-    async def resume(self, progress: Progress) -> str | None:
+    async def resume(self) -> str | None:
         """Like `run`, for calls that another process may have begun; `take_up` came before.
 
         Only the first group can have begun: a group starts when the results of the one before are written.
         """
-        calls = list(self._journal.history.open_calls.values())
-        self._before = progress.calls - len(calls)
+        calls = list(self._journal.turn.open_calls.values())
+        self._before = self._journal.turn.calls - len(calls)
         first = next(self._groups(calls), [])
         place = self._present().place
         begun = {call.call_id for call in first if not place.untouched(call.place)}
         self._begun = frozenset(begun) - self._unanswered
-        return await self.run() or progress.concluded
+        return await self.run() or self._journal.turn.concluded
 
     async def abandon(self) -> None:
         """End what another process has begun of the calls, where it still runs: nobody goes on with them."""
         actor = self._present()
-        for call in self._journal.history.open_calls.values():
+        for call in self._journal.turn.open_calls.values():
             if call.call_id in self._begun and not actor.place.untouched(call.place):
                 context = actor.context(_key(call), call.place)
                 await actor.toolbox.abandon(call.tool, call.arguments, context)
@@ -146,35 +142,23 @@ class Calls:
         Raises:
             WorkspaceUnavailable, ConnectionLost: the place where tools act is gone.
         """
-        calls = list(self._journal.history.open_calls.values())
+        calls = list(self._journal.turn.open_calls.values())
         for call in calls[max(0, CALLS_PER_ANSWER - self._before) :]:
             text = f"Not run: at most {CALLS_PER_ANSWER} calls fit into one answer."
             self._results[call.call_id] = ToolResult(text=text, is_error=True)
         final = None
         for group in self._groups(calls):
-            self.leave()
+            self._course.check()
             await self._refuse(group)
             if any(call.call_id not in self._begun for call in group):
                 await self._present().place.ready()
-            self.leave()
-            try:
-                self.must_end = not all(self._may_be_left(call) for call in group)
-                self._under_way = frozenset(call.call_id for call in group if self._acts_here(call))
+            self._course.check()
+            self._under_way = frozenset(call.call_id for call in group if self._acts_here(call))
+            with self._course.finishing(not all(self._may_be_left(call) for call in group)):
                 said = await self._finish(group)
-            finally:
-                self.must_end = False
             final = said if said is not None else final
-            if self.stopped:
-                raise asyncio.CancelledError
+            self._course.check()  # a tool that swallows its cancellation must not let the turn go on
         return final
-
-    def _left(self) -> bool:
-        return self.leaving and not self.stopped
-
-    def leave(self) -> None:
-        """End the turn here, if it is let go of."""
-        if self.leaving:
-            raise asyncio.CancelledError
 
     async def respond(
         self, request_id: str, answer: Literal["approve", "reject"], reason: str, op: Any = None
@@ -204,7 +188,7 @@ class Calls:
         ]
         self._approvals.clear()
         self._client_requests.clear()
-        calls = list(self._journal.history.open_calls.values())
+        calls = list(self._journal.turn.open_calls.values())
         for call in calls:
             self._results.setdefault(call.call_id, ToolResult(text=why, is_error=True))
         return [
@@ -252,7 +236,7 @@ class Calls:
         if actor.toolbox.runs_in_client(call.tool):
             return await self._run_in_client(call)
         begun = call.call_id in self._begun
-        context = actor.context(_key(call), call.place if begun else None, self._left)
+        context = actor.context(_key(call), call.place if begun else None, lambda: self._course.leaving)
         return await actor.toolbox.run(call.tool, call.arguments, context, begun=begun)
 
     async def _run_in_client(self, call: ToolCalled) -> ToolResult:

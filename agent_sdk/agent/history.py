@@ -17,8 +17,6 @@ class History:
 
     def __init__(self) -> None:
         self.turns: list[Turn] = []
-        self.open_calls: dict[str, ToolCalled] = {}
-        """Calls without a result yet, in the order they were made."""
         self.head_seq = 0
         self._unread: list[UserMessage] = []
         self._answer: AgentMessage | None = None
@@ -30,7 +28,7 @@ class History:
         self._call_ids: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"<History {len(self.turns)} turns, {len(self._unread)} unread, {len(self.open_calls)} open calls>"
+        return f"<History {len(self.turns)} turns, {len(self._unread)} unread>"
 
     @property
     def unread(self) -> bool:
@@ -64,13 +62,11 @@ class History:
                 self.read(event.seen_seq)
                 self._take(event)
             case ToolCalled():
-                self.open_calls[event.call_id] = event
                 self._call_ids.add(event.call_id)
                 self._uses.append(ToolUse(call_id=event.call_id, tool=event.tool, arguments=event.arguments))
                 if self._answer is not None and len(self._uses) == self._answer.tool_calls:
                     self._close_answer()
             case ToolReturned():
-                self.open_calls.pop(event.call_id, None)
                 text = clip_chars(event.text, MODEL_CHARS, event.bytes_cut)
                 self.turns.append(ToolTurn(call_id=event.call_id, text=text, is_error=event.is_error))
 

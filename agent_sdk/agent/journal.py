@@ -6,6 +6,7 @@ from collections.abc import Awaitable
 from typing import Any, Protocol
 
 from agent_sdk.agent.history import History
+from agent_sdk.agent.turn_state import TurnState
 from agent_sdk.protocol.events import Event
 
 
@@ -15,8 +16,8 @@ class Journal(Protocol):
     history: History
 
     @property
-    def pause_requested(self) -> bool:
-        """Whether the running turn was asked to pause."""
+    def turn(self) -> TurnState:
+        """What the log says of turns."""
         ...
 
     def submit(self, *events: Event, op: Any = None) -> Awaitable[Any]:

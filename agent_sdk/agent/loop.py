@@ -12,8 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
@@ -21,7 +20,7 @@ from agent_sdk.agent.calls import Calls
 from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure
 from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.mask import Mask
-from agent_sdk.agent.progress import Progress
+from agent_sdk.agent.turn_state import Course, Phase, Stage
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.middleware import ModelCall, Stop, TurnContext
 from agent_sdk.models import Completion
@@ -77,7 +76,6 @@ class Turn:
         present: Callable[[], Awaitable[Actor]],
         journal: Journal,
         *,
-        progress: Progress | None = None,
         restarts: int = RESTARTS,
         op: Any = None,
     ) -> None:
@@ -87,13 +85,11 @@ class Turn:
             run_id: its id.
             present: returns who works in it, and waits as long as nobody is there.
             journal: where it is written down.
-            progress: of a turn that another process has begun.
-            restarts: how many in a row may end while they run it, without bringing it further.
+            restarts: how many processes in a row may end while they run it, without bringing it further.
             op: the operation that starts it, see Journal.append.
         """
         self.run_id = run_id
-        self.ending = False
-        """Its end is decided: a message from now on belongs to the next turn."""
+        self.course = Course()
         self.begun = asyncio.Event()
         """Set when its start is in the log, or cannot get there."""
         self.over = asyncio.Event()
@@ -105,14 +101,15 @@ class Turn:
         self._present = present
         self._actor: Actor | None = None
         self._journal = journal
-        self._progress = progress
+        self._resumes = journal.turn.is_open and journal.turn.run_id == run_id
+        """Whether another process has begun it."""
         self._restarts = restarts
         self._op = op
-        self._calls = Calls(journal, self._context)
+        self._calls = Calls(journal, self.course, self._context)
         self._iterations = 0
-        if progress is not None:
-            self._iterations = progress.iterations
-            self._calls.take_up(progress)
+        if self._resumes:
+            self._iterations = journal.turn.iterations
+            self._calls.take_up()
             self.begun.set()
         self._system: str | None = None
         self._max_model_calls = 0
@@ -125,10 +122,9 @@ class Turn:
         """Text and thinking that have come of the answer that is being written."""
         self._seen = 0
         """The log's last seq when the model was asked for it."""
-        self._asking = False
-        """The model is asked: what it costs is not to be lost when the turn is let go of."""
         self._task: asyncio.Task[None] | None = None
-        self._stopped: tuple[str, bool, Any] | None = None
+        self._why: tuple[str, bool, Any] = ("the program that ran it was stopped", False, None)
+        """What `stop` was told; a task that is cancelled without it belongs to a program that ends."""
 
     @property
     def calls_begun(self) -> bool:
@@ -144,7 +140,7 @@ class Turn:
         try:
             await self._work()
         except Exception as exc:  # the turn's boundary: even the log may fail
-            self.ending = True
+            self.course.end()
             self.failure = exc
             bug = None if isinstance(exc, AgentServerError) else exc
             logger.error("the end of turn %s could not be written: %s", self.run_id, exc, exc_info=bug)
@@ -155,10 +151,9 @@ class Turn:
 
     def stop(self, reason: str, *, asked: bool = True, op: Any = None) -> None:
         """End it at once: calls under way are cancelled. Not `asked` for by a user: it may be continued."""
-        if self.ending or self._stopped is not None:
+        if self.course.stage in (Stage.STOPPING, Stage.ENDING):
             return
-        self._stopped = (reason, asked, op)
-        self._calls.stopped = True
+        self.course.stage, self._why = Stage.STOPPING, (reason, asked, op)
         if self._task is not None:
             self._task.cancel()
 
@@ -168,39 +163,39 @@ class Turn:
         What nobody could take up is finished first and written down: an answer of the model, a tool that
         runs in this process. With `now` it is broken off.
         """
-        self._calls.leaving = True
-        must_end = self._asking or self._calls.must_end
-        ends = self.ending or self._stopped is not None  # its end in the log must not be broken off
-        if self._task is not None and not ends and (now or not must_end):
+        if self.course.stage is Stage.WORKING:
+            self.course.stage = Stage.LEAVING
+        # Else its end in the log must not be broken off.
+        if self.course.leaving and self._task is not None and (now or not self.course.unbroken):
             self._task.cancel()
 
     async def respond(
         self, request_id: str, answer: Literal["approve", "reject"], reason: str, op: Any = None
     ) -> None:
         """Answer an approval; returns when the answer is in the log."""
-        if self.ending:
+        if self.course.ending:
             raise RequestNotFound("the turn that asked has ended", request=request_id)
         await self._calls.respond(request_id, answer, reason, op)
 
     async def _work(self) -> None:
         try:
-            events = await self._course()
-            self.ending = True
+            events = await self._until_end()
+            self.course.end()
             await self._journal.append(*events)
         except asyncio.CancelledError:
             if self._task is not None:
                 self._task.uncancel()
-            if self._calls.leaving and self._stopped is None:
+            if self.course.leaving:
                 logger.info("turn %s is left to another process", self.run_id)
             else:
                 await self._interrupted()
         except Exception as exc:  # noqa: BLE001  the turn's boundary: every failure becomes an event
             await self._failed(exc)
 
-    async def _course(self) -> list[Event]:
+    async def _until_end(self) -> list[Event]:
         """Work until the turn ends by itself; return the events that say so, to be written without giving way."""
         try:
-            final = await (self._start() if self._progress is None else self._resume(self._progress))
+            final = await (self._resume() if self._resumes else self._start())
             return [await self._steps(final)]
         except Stop as stop:
             await self._mine.chain.on_turn_end(self._context(), stop.status)
@@ -215,38 +210,37 @@ class Turn:
         await self._enter()
         return self._journal.history.answered
 
-    async def _resume(self, progress: Progress) -> str | None:
+    async def _resume(self) -> str | None:
         """Go on where the log ends; return the final text when nothing but the end was missing."""
         await self._enter()
-        if progress.in_vain >= self._restarts:
+        state = self._journal.turn
+        if state.in_vain >= self._restarts:
             await self._calls.abandon()
             raise LimitExceeded(
-                f"the turn was given up: {progress.in_vain} processes in a row ended while they ran it; "
+                f"the turn was given up: {state.in_vain} processes in a row ended while they ran it; "
                 "what it still ran was ended"
             )
-        await self._journal.append(TurnResumed(run_id=self.run_id, generation=progress.generation + 1))
-        if self._journal.history.open_calls:
-            return await self._calls.resume(progress)
-        return progress.concluded or self._journal.history.answered
+        await self._journal.append(TurnResumed(run_id=self.run_id, generation=state.generation + 1))
+        if state.open_calls:
+            return await self._calls.resume()
+        return state.concluded or self._journal.history.answered
 
     async def _enter(self) -> None:
         """Wait for who works in this turn."""
-        if self._stopped is not None:
-            raise asyncio.CancelledError
-        self._calls.leave()
+        self.course.check()
         self._actor = self._calls.actor = await self._present()
         self._max_model_calls = self._actor.max_iterations
-        self._calls.leave()
+        self.course.check()
 
     async def _steps(self, final: str | None) -> TurnEnded:
         if not self._iterations:
             await self._mine.chain.on_turn_start(self._context())
         while True:
-            self._calls.leave()
+            self.course.check()
             if final is not None and await self._is_over():
                 return self._end("finished", final_text=final)
             await self._mine.place.ready()
-            if self._journal.pause_requested:
+            if self._journal.turn.phase is Phase.PAUSING:
                 raise Stop("", status="paused")
             final = await self._step()
 
@@ -262,7 +256,7 @@ class Turn:
     async def _step(self) -> str | None:
         """Ask once and do what follows from the answer; return the final text when the agent is done."""
         request, seen = await self._request()
-        with self._unbroken():
+        with self.course.finishing():  # what it costs is not to be lost
             message, calls = await self._ask(request, seen)
         ending = ending_of(message)
         if ending == "done":
@@ -274,7 +268,7 @@ class Turn:
             raise failure(message)
         if ending != "calls":
             return None
-        self._calls.leave()
+        self.course.check()
         return await self._calls.run()
 
     async def _request(self) -> tuple[ModelCall, int]:
@@ -351,14 +345,6 @@ class Turn:
             )
         ]
 
-    @contextmanager
-    def _unbroken(self) -> Iterator[None]:
-        self._asking = True
-        try:
-            yield
-        finally:
-            self._asking = False
-
     @property
     def _mine(self) -> Actor:
         assert self._actor is not None
@@ -374,12 +360,11 @@ class Turn:
 
     async def _interrupted(self) -> None:
         """Write how far it came; a turn whose end is on its way has nothing to add."""
-        decided, self.ending = self.ending, True
+        decided_now = self.course.end()
         await self._journal.settle()
-        if decided:
+        if not decided_now:
             return
-        # A task that is cancelled without `stop` belongs to a program that ends.
-        reason, asked, op = self._stopped or ("the program that ran it was stopped", False, None)
+        reason, asked, op = self._why
         why = f"interrupted before it returned: {reason}" if reason else "interrupted before it returned"
         events = [
             *self._broken_off(),
@@ -393,7 +378,7 @@ class Turn:
         return (self._actor.mask if self._actor else Mask()).text(text)
 
     async def _failed(self, exc: Exception) -> None:
-        self.ending = True
+        self.course.end()
         known = exc if isinstance(exc, AgentServerError) else InternalError(f"{type(exc).__name__}: {exc}")
         if isinstance(known, InternalError):
             logger.error("turn %s failed", self.run_id, exc_info=exc)

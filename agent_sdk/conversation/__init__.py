@@ -10,8 +10,7 @@ sealed:        secrets at rest
 receipts:      what the sender of a message gets, once and again
 turns:         which turn runs, and which answers a message
 journal:       its part of the log, and who follows it
-fold:          what follows from its log: state, stats, title
-repair:        the end of a turn whose process ended in the middle
+state:         what follows from its log: state, stats, title
 delivery:      events on their way to callbacks
 follower:      reading a log and going on with what comes
 contract:      the contract of a Conversation

@@ -12,9 +12,9 @@ from agent_sdk.agent.actor import Actor, RunClientTool
 from agent_sdk.agent.mask import Mask, check_secrets
 from agent_sdk.agent.middleware.registry import made_of
 from agent_sdk.agent.place import Passing, Place
-from agent_sdk.conversation.fold import Fold
 from agent_sdk.conversation.journal import Journal
 from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.state import ConversationState
 from agent_sdk.definition import Agent
 from agent_sdk.middleware import Middleware
 from agent_sdk.protocol.errors import AgentServerError, InternalError, InvalidParams, StateConflict
@@ -137,26 +137,26 @@ class Configuration:
         actor = self.actor
         if actor is None:
             return
-        actor.toolbox.recall(journal.fold.results)
+        actor.toolbox.recall(journal.state.results)
         if actor.chain.reduces and actor is not self._recalled:
             await journal.reduce(actor.chain.add)
         self._recalled = actor
         journal.delivery.observers = actor.chain.observers
 
-    def introduction(self, fold: Fold) -> list[Event]:
+    def introduction(self, state: ConversationState) -> list[Event]:
         """Return the events that say who and what this conversation is, as far as the log does not say it yet."""
-        events: list[Event] = [] if fold.created else [ConversationCreated(conversation=self.conversation)]
-        events += self.news(fold)
-        return [*events, *fold.retitled(self._title, self._tags)]
+        events: list[Event] = [] if state.created else [ConversationCreated(conversation=self.conversation)]
+        events += self.news(state)
+        return [*events, *state.retitled(self._title, self._tags)]
 
-    def news(self, fold: Fold) -> list[Event]:
+    def news(self, state: ConversationState) -> list[Event]:
         """Return the events that say of the agent what the log does not say yet."""
         events: list[Event] = []
         if self.actor is not None:
             configured = self.actor.configured()
-            if fold.configured is None or replace(fold.configured, seq=0, at=0.0) != configured:
+            if state.configured is None or replace(state.configured, seq=0, at=0.0) != configured:
                 events.append(configured)
-        if not fold.secret_names.issuperset(self._secrets):
+        if not state.secret_names.issuperset(self._secrets):
             events.append(SecretsChanged(names=tuple(sorted(self._secrets))))
         return events
 

@@ -1,7 +1,7 @@
 """One conversation's part of the event log, and everybody who follows it.
 
 What is submitted is committed in the order of submission. In the moment the loop learns of a commit,
-and before anybody who waited for it goes on, history and fold grow and the listeners are called. So
+and before anybody who waited for it goes on, history and state grow and the listeners are called. So
 nobody ever hears of an event that is not in the log, and nobody misses one because a waiter was
 cancelled.
 """
@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Callable
 
 from agent_sdk.agent.history import History
 from agent_sdk.agent.mask import Mask, MaskedStream
+from agent_sdk.agent.turn_state import TurnState
 from agent_sdk.conversation.delivery import Delivery
-from agent_sdk.conversation.fold import Fold
-from agent_sdk.conversation.repair import missing_end
+from agent_sdk.conversation.state import ConversationState
 from agent_sdk.log.event_log import EventLog, Operation, Record
 from agent_sdk.protocol.events import Delta, Event, decode
 
@@ -28,7 +28,7 @@ class Journal:
         self.conversation = conversation
         self.epoch = epoch
         self.history = History()
-        self.fold = Fold()
+        self.state = ConversationState()
         self.delivery = delivery
         self.mask = Mask()
         """Hides secrets in all that is written and published: the one place where that is done for clients."""
@@ -43,9 +43,9 @@ class Journal:
         return self.history.head_seq
 
     @property
-    def pause_requested(self) -> bool:
-        """Whether the running turn was asked to pause."""
-        return self.fold.pause_requested
+    def turn(self) -> TurnState:
+        """What the log says of turns."""
+        return self.state.turn
 
     async def replay(self) -> None:
         """Take in what the log has already; nobody is told of it. A damaged end is cut off.
@@ -67,7 +67,7 @@ class Journal:
     async def pages(self, after: int) -> AsyncIterator[tuple[int, bytes]]:
         """Yield (seq, JSON) of the events after a seq, up to the head.
 
-        The file may be ahead of the head for a moment. An event that fold does not know of yet is not
+        The file may be ahead of the head for a moment. An event that the state does not know of yet is not
         shown to anybody, or whoever sees it and asks for the state would be told the state before it.
         """
         while after < self.head_seq:
@@ -104,7 +104,7 @@ class Journal:
 
     async def mend(self) -> None:
         """Close a turn that nobody runs any more, if there is one."""
-        if events := missing_end(self.fold, self.history):
+        if events := self.turn.missing_end():
             await self.append(*events)
 
     async def settle(self) -> None:
@@ -142,6 +142,6 @@ class Journal:
 
     def _grow(self, event: Event) -> None:
         self.history.add(event)
-        self.fold.add(event)
+        self.state.add(event)
         for reducer in self._reducers:
             reducer(event)

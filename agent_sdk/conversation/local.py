@@ -1,7 +1,7 @@
 """A Conversation here: the log in a file or in memory, the agent in this process.
 
 What happens in a turn is agent.loop's business, which turn runs is that of turns, what follows from
-the log that of fold and history. This file opens and closes, and turns verbs into events.
+the log that of state and history. This file opens and closes, and turns verbs into events.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Literal, Self, TypeVar
 from agent_sdk.agent.actor import RunClientTool
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.place import Place
+from agent_sdk.agent.turn_state import Phase
 from agent_sdk.conversation.configuration import Configuration
 from agent_sdk.conversation.contract import (
     Accepted,
@@ -250,11 +251,11 @@ class LocalConversation(Conversation):
             turn = opened.turns.current
         if turn is not None:
             await turn.begun.wait()
-            if opened.journal.fold.run_id != turn.run_id:
+            if opened.journal.turn.run_id != turn.run_id:
                 raise turn.failure or draining()
             answer = RunAnswer(run_id=turn.run_id, running=True)
         else:
-            last, ended = opened.last, opened.journal.fold.ended_seq
+            last, ended = opened.last, opened.journal.turn.ended_seq
             answer = RunAnswer(run_id=last.run_id, running=False, ended_seq=ended)
         await self._note(answering(op, answer))
         return answer
@@ -265,7 +266,7 @@ class LocalConversation(Conversation):
         opened.turns.check()
         turn = opened.turns.current if opened.turns.meant(run_id) else None
         done = answering(op, Done())
-        if turn is not None and not turn.ending and not opened.journal.pause_requested:
+        if turn is not None and not turn.course.ending and opened.journal.turn.phase is not Phase.PAUSING:
             await opened.journal.append(PauseRequested(), op=done)
         else:
             await self._note(done)
@@ -312,9 +313,9 @@ class LocalConversation(Conversation):
         """Return the present state; a closed conversation has one, too."""
         closed = self._closing is not None
         opened = self._opened if closed and self._opened is not None else await self._open()
-        fold, epoch = opened.journal.fold, opened.journal.epoch
+        known, epoch = opened.journal.state, opened.journal.epoch
         waits = (*opened.turns.waits, *self.place.waits)
-        return fold.snapshot(self.id, epoch, working=self.working, closed=closed, waits=waits)
+        return known.snapshot(self.id, epoch, working=self.working, closed=closed, waits=waits)
 
     async def stats(self) -> Stats:
         return (await self.state()).stats
@@ -352,7 +353,7 @@ class LocalConversation(Conversation):
     ) -> None:
         """Name the conversation; tags are merged. What does not change is not written."""
         opened = await self._open()
-        if events := opened.journal.fold.retitled(title, tags):
+        if events := opened.journal.state.retitled(title, tags):
             await opened.journal.append(*events, op=answering(op, Done()))
         else:
             await self._note(answering(op, Done()))
@@ -378,12 +379,12 @@ class LocalConversation(Conversation):
         opened = await self._open()
         policy = confirmation or ConfirmationPolicy()
         self._configuration.replace(agent, max_iterations=max_iterations, confirmation=policy)
-        fold = opened.journal.fold
+        known = opened.journal.state
         await self._configuration.recall(opened.journal)
-        events = self._configuration.news(fold)
+        events = self._configuration.news(known)
         if secrets:
             events.append(self._configuration.add_secrets(secrets))
-        events += fold.retitled(title, tags)
+        events += known.retitled(title, tags)
         opened.turns.actor = self._configuration.actor
         await self._write(opened, events, op)
 

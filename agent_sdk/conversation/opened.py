@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from agent_sdk.agent.loop import Turn
+from agent_sdk.agent.turn_state import Phase
 from agent_sdk.conversation.configuration import Configuration
 from agent_sdk.conversation.contract import Cursor, OnWaiting, Outcome, Wait, still_runs, tell_waits
 from agent_sdk.conversation.delivery import Delivery
@@ -45,9 +46,9 @@ class Opened:
         Raises:
             StateConflict: there was none.
         """
-        if self.journal.fold.outcome is None:
+        if self.journal.turn.outcome is None:
             raise StateConflict("there is no message yet", state="idle")
-        return self.journal.fold.outcome
+        return self.journal.turn.outcome
 
     async def run(self, timeout: float | None, on_waiting: OnWaiting | None) -> Outcome:
         """Wait for the end of the turn, as LocalConversation.run does."""
@@ -63,7 +64,7 @@ class Opened:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise still_runs(timeout, self.journal.fold.waits) from None
+            raise still_runs(timeout, self.journal.state.waits) from None
         if turn.failure is not None:
             raise turn.failure
         if self.untold == turn.run_id:  # else another message has come since
@@ -80,7 +81,7 @@ class Opened:
         try:
             while not over.done():
                 news.clear()
-                await tell_waits(self.journal.fold.waits, told, on_waiting)
+                await tell_waits(self.journal.state.waits, told, on_waiting)
                 await news.wait()
         finally:
             stop()
@@ -92,11 +93,10 @@ class Opened:
         With `suspend` the turn stays open in the log.
         """
         try:
-            self.turns.accepts = False
             if suspend:
                 await self.turns.let_go(now=True)
             else:
-                await self.turns.stop("the conversation was closed", asked=False)
+                await self.turns.end("the conversation was closed")
             await self.journal.settle()
             for follower in self.followers:
                 follower.end()
@@ -145,7 +145,7 @@ async def open_conversation(
         elif stored := await log.settings(configuration.conversation):
             configuration.restore(settings, stored)
         await configuration.recall(journal)
-        if events := configuration.introduction(journal.fold):
+        if events := configuration.introduction(journal.state):
             await journal.append(*events)
         turns = Turns(journal, restarts=settings.restarts if settings else None)
         turns.missing, turns.obstacle = configuration.missing, configuration.obstacle
@@ -176,8 +176,8 @@ def _past(journal: Journal, since: Cursor) -> AsyncIterator[Event]:
 
 async def _promised(journal: Journal) -> str | None:
     """The turn that a message was promised when the process ended before it had started one."""
-    message, fold = journal.history.last_unread, journal.fold
-    if message is None or message.op_id is None or message.seq < fold.ended_seq or fold.paused:
+    message, last = journal.history.last_unread, journal.turn
+    if message is None or message.op_id is None or message.seq < last.ended_seq or last.phase is Phase.PAUSED:
         return None
     known = await journal.log.operation(journal.conversation, message.op_id)
     if known is None or not isinstance(known.result, bytes):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.loop import RESTARTS, Turn
-from agent_sdk.agent.progress import Progress
+from agent_sdk.agent.turn_state import Course, Phase, Stage
 from agent_sdk.conversation.journal import Journal
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import Operation
@@ -40,9 +40,8 @@ class Turns:
         Args:
             restarts: a turn that is open in it is gone on with, so often at most; None: it is closed.
         """
-        self.accepts = True
-        """Whether new turns may start."""
-        self._leaving = False
+        self.course = Course()
+        """Of all of them: new ones start while it is working."""
         self._failure: Exception | None = None
         """Why the end of the last turn could not be written: it is open, and nobody runs it."""
         self.on_failure: Callable[[Exception], None] = lambda failure: None
@@ -89,14 +88,14 @@ class Turns:
     @property
     def current(self) -> Turn | None:
         """The turn that runs: its end is not in the log yet."""
-        turn, outcome = self._turn, self._journal.fold.outcome
+        turn, outcome = self._turn, self._journal.turn.outcome
         over = turn is not None and outcome is not None and outcome.run_id == turn.run_id
         return None if over else turn
 
     @property
     def run_id(self) -> str:
         """The turn that answers a message submitted now."""
-        joins = self._turn is not None and not self._turn.ending
+        joins = self._turn is not None and not self._turn.course.ending
         return self._turn.run_id if joins and self._turn else self._coming
 
     def check(self) -> None:
@@ -105,7 +104,7 @@ class Turns:
         Raises:
             Overloaded: it is let go of, for another process: that one takes the call.
         """
-        if self._leaving:
+        if self.course.leaving:
             raise draining()
 
     def message_committed(self, future: asyncio.Future[Any], *, run_id: str, wake: bool) -> None:
@@ -116,7 +115,8 @@ class Turns:
         """
         if future.cancelled() or future.exception() is not None or not self._journal.history.unread:
             return
-        if run_id == self._coming and self.accepts and (wake or not self._journal.fold.paused):
+        paused = self._journal.turn.phase is Phase.PAUSED
+        if run_id == self._coming and self.course.stage is Stage.WORKING and (wake or not paused):
             self._start()
 
     def begin(self, op: Operation | None = None, *, untold: str | None = None) -> Turn | None:
@@ -129,12 +129,12 @@ class Turns:
         current = self.current
         if current is not None:
             return current
-        fold = self._journal.fold
-        if fold.stopped and not fold.turn_open:
+        last = self._journal.turn
+        if last.phase is Phase.STOPPED:
             return None
-        if untold is not None and untold == fold.failed_run_id and not self._journal.history.unread:
+        if untold is not None and untold == last.failed_run_id and not self._journal.history.unread:
             return None
-        if self._journal.history.unread or fold.resumable or fold.turn_open:
+        if self._journal.history.unread or last.resumable or last.is_open:
             return self._start(op)
         return None
 
@@ -154,14 +154,14 @@ class Turns:
             await turn.respond(request_id, answer, reason, op)
         except RequestNotFound:
             await self._journal.settle()
-            if not self._journal.fold.answered(request_id, answer):
+            if not self._journal.turn.answered(request_id, answer):
                 raise
             return False
         return True
 
     def take_up(self, promised: str | None) -> None:
         """Go on where another process has stopped: with the open turn, or with the one `promised` to a message."""
-        if self._abandoned is not None and self.ready:
+        if self._abandoned and self.ready:
             self._start()
         elif promised is not None and self.ready:
             self._next_run_id = promised
@@ -184,9 +184,15 @@ class Turns:
             turn.stop(reason, asked=asked, op=op)
             await self.ended(turn)
 
+    async def end(self, reason: str) -> None:
+        """Start no more turns, and end the running one at once; it may be continued."""
+        self.course.end()
+        await self.stop(reason, asked=False)
+
     async def let_go(self, *, now: bool) -> None:
         """Start no more turns, end the work of the present one without an end in the log, and wait for that."""
-        self.accepts, self._leaving = False, True
+        if self.course.stage is Stage.WORKING:
+            self.course.stage = Stage.LEAVING
         turn = self._turn
         if turn is not None:
             self._left = turn
@@ -195,31 +201,31 @@ class Turns:
 
     def left(self, place: str) -> Left:
         """Return what the turn that was let go of has left here: calls that are written down, or that have begun."""
-        open_calls = self._journal.history.open_calls.values()
-        if not self._journal.fold.turn_open or all(call.place != place for call in open_calls):
+        open_calls = self._journal.turn.open_calls.values()
+        if not self._journal.turn.is_open or all(call.place != place for call in open_calls):
             return "nothing"
         return "begun" if self._left is None or self._left.calls_begun else "written"
 
     @property
-    def _abandoned(self) -> Progress | None:
-        """How far the turn came that is open in the log and that nobody runs."""
-        return self._journal.fold.progress if self._restarts is not None and self._turn is None else None
+    def _abandoned(self) -> str | None:
+        """The turn that is open in the log, that nobody runs, and that is gone on with."""
+        left = self._restarts is not None and self._turn is None and self._journal.turn.is_open
+        return self._journal.turn.run_id if left else None
 
     @property
     def _coming(self) -> str:
-        return self._abandoned.run_id if self._abandoned else self._next_run_id
+        return self._abandoned or self._next_run_id
 
     def _start(self, op: Operation | None = None) -> Turn:
         if not self.ready:
             raise StateConflict("no agent is configured yet", state="idle")
-        if not self.accepts:
+        if self.course.stage is not Stage.WORKING:
             raise StateConflict("the conversation is closed", state="closed")
         self._failure = None
         turn = Turn(
             self._coming,
             self._present,
             self._journal,
-            progress=self._abandoned,
             restarts=RESTARTS if self._restarts is None else self._restarts,
             op=op,
         )

@@ -51,11 +51,6 @@ def test_an_answer_has_all_its_calls_and_the_results_follow():
     ]
 
 
-def test_calls_are_open_until_their_result_is_there():
-    history = grown(asks(), answers("", seen=1, calls=2), calls("1"), calls("2"), returns("1"))
-    assert list(history.open_calls) == ["2"]
-
-
 def test_a_message_that_came_while_the_model_wrote_stands_after_its_answer():
     events = [asks("a"), asks("b"), answers("to a", seen=1), asks("c")]
     live = History()
