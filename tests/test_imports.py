@@ -40,6 +40,15 @@ def test_a_box_takes_nothing_along_that_its_runtime_has_not():
     assert (loaded("import agent_sdk.box.process") - loaded("pass")) & _NOT_OF_THE_LIBRARY == set()
 
 
+def test_a_client_can_be_imported_where_only_linux_is_missing():
+    code = (
+        "import sys, os, fcntl; del os.O_PATH, os.O_TMPFILE, os.pidfd_open, fcntl.F_SETPIPE_SZ; "
+        "sys.modules.update(fcntl=None, termios=None, resource=None); "
+        "import agent_sdk.remote.workspace, agent_sdk.remote.conversation"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_workspace_in_a_container_loads_no_heavy_package_before_it_is_entered():
     assert not loaded("from workspaces import DockerWorkspace; DockerWorkspace()") & HEAVY
     assert not loaded("import workspaces.backend.docker.reaper") & (HEAVY | {"msgspec", "anyio", "asyncio"})

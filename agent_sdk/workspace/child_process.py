@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from signal import Signals
 from typing import Any
 
 from msgspec.structs import replace
@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from agent_sdk.protocol.errors import ProcessNotFound
 from agent_sdk.protocol.results import Exit, ProcessInfo, Status
 from agent_sdk.workspace.contract import KILL_GRACE_SECONDS, OutputName
+from agent_sdk.workspace.disk import until_done
 from agent_sdk.workspace.last_words import End, end_of, last_words
 from agent_sdk.workspace.pipes import PipeReader, PipeWriter, Terminal
 from agent_sdk.workspace.process_tree import Tree, children, end_tree, tick_now
@@ -115,7 +116,7 @@ class ChildProcess:
         if not self._begun.done():
             await asyncio.wait((self._begun,), timeout=timeout)
 
-    def send(self, number: signal.Signals, foreground: int = 0) -> None:
+    def signal(self, number: Signals) -> None:
         """Send a signal to its process group, and to the one in the foreground of its terminal.
 
         Raises:
@@ -124,7 +125,10 @@ class ChildProcess:
         if not self.alive:
             raise ProcessNotFound(f"the process has ended: {self.id}", process=self.id)
         # The leader first: of a signal that came after its program's end it would know nothing.
-        groups = dict.fromkeys((self.pid, foreground or self.pid))
+        groups = {self.pid: None}
+        if self.terminal is not None:
+            with suppress(OSError):
+                groups[os.tcgetpgrp(self.terminal.master) or self.pid] = None
         for pid in children(self.pid) if self._keeper is not None else ():
             with suppress(ProcessLookupError):
                 groups[os.getpgid(pid)] = None  # a shell with jobs leaves the group that it was started in
@@ -154,15 +158,8 @@ class ChildProcess:
 
     async def ended(self) -> None:
         """Wait until the tree that is being ended has ended, even when cancelled meanwhile."""
-        cancelled: asyncio.CancelledError | None = None
-        ending = self._ending
-        while ending is not None and not (ending.done() and self.over.done()):
-            try:
-                await asyncio.wait((ending, self.over), return_when=asyncio.ALL_COMPLETED)
-            except asyncio.CancelledError as exc:
-                cancelled = exc
-        if cancelled is not None:
-            raise cancelled
+        if self._ending is not None:
+            await until_done(self._ending, self.over)
 
     # --- the end of the process itself ---
 

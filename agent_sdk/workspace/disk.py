@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from os import PathLike
-from typing import Protocol, TypeVar, TypeVarTuple, Unpack
+from typing import Any, Protocol, TypeVar, TypeVarTuple, Unpack
 
 from agent_sdk.protocol.checks import OsText
 from agent_sdk.protocol.errors import (
@@ -93,16 +93,24 @@ async def in_thread(work: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         future = asyncio.get_running_loop().run_in_executor(None, work, *args)
     except RuntimeError:  # the program is ending, and there are no threads any more
         return work(*args)
+    try:
+        await until_done(future)
+    except asyncio.CancelledError:
+        future.exception()  # who cancelled wants to hear nothing else
+        raise
+    return future.result()
+
+
+async def until_done(*futures: asyncio.Future[Any]) -> None:
+    """Wait until all of these are done, even when cancelled meanwhile; then be cancelled."""
     cancelled: asyncio.CancelledError | None = None
-    while not future.done():
+    while not all(future.done() for future in futures):
         try:
-            await asyncio.wait((future,))
+            await asyncio.wait(futures)
         except asyncio.CancelledError as exc:
             cancelled = exc
     if cancelled is not None:
-        future.exception()
         raise cancelled
-    return future.result()
 
 
 async def open_in_thread(work: Callable[[Unpack[Ts]], Opened], *args: *Ts) -> Opened:

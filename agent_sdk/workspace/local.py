@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -21,7 +21,6 @@ from agent_sdk.protocol.errors import (
     NotADirectory,
     OutsideWorkspace,
     PathNotFound,
-    ProcessNotFound,
     StateConflict,
     WorkspaceUnavailable,
 )
@@ -46,6 +45,7 @@ from agent_sdk.workspace.disk import (
     in_thread,
     open_source,
     path_error,
+    until_done,
 )
 from agent_sdk.workspace.environment import temporary_folder, workspace_environment
 from agent_sdk.workspace.files import LocalFiles
@@ -174,16 +174,11 @@ class LocalWorkspace(Workspace):
 
     async def __aexit__(self, *exc: object) -> None:
         """End every process tree (TERM, after 5 s KILL) and remove the spool folder; conversations close before."""
-        closing = asyncio.ensure_future(self._close())
-        cancelled: asyncio.CancelledError | None = None
-        while not closing.done():
-            try:
-                await asyncio.wait((closing,))
-            except asyncio.CancelledError as interruption:
-                cancelled = interruption
-        closing.result()
-        if cancelled is not None:
-            raise cancelled
+        task = asyncio.ensure_future(self._close())
+        try:
+            await until_done(task)
+        finally:
+            task.result()
 
     async def _close(self) -> None:
         try:
@@ -272,8 +267,8 @@ class LocalWorkspace(Workspace):
         child.limit(timeout)
         if on_start is not None:
             on_start(process)
-        if data:
-            self._feed(child, data)
+        if child.stdin is not None:
+            self._opened().processes.hold(child.stdin.write_last(data))
         with child.reading():
             try:
                 await _wait(child, yield_after, on_output)
@@ -305,11 +300,8 @@ class LocalWorkspace(Workspace):
         else:
             launch = Launch(checked, environment)
         launch = replace(launch, user=other)
-        folder = self._folder(cwd)
-        try:
+        with closing(self._folder(cwd)) as folder:
             return opened.processes.start(command, launch, folder, stdin=stdin, size=size, merge=merge)
-        finally:
-            folder.close()
 
     async def _run_git(
         self, argv: list[str], folder: str, environment: dict[str, str], limit: int
@@ -318,11 +310,8 @@ class LocalWorkspace(Workspace):
         inherited = {name: value for name, value in opened.environment.items() if name[:4] != "GIT_"}
         launch = Launch(check_argv(argv), {**inherited, **environment})
         try:
-            place = open_folder(self._root, folder)
-            try:
+            with closing(open_folder(self._root, folder)) as place:
                 child = opened.processes.start(argv, launch, place, stdin=False, listed=False)
-            finally:
-                place.close()
         except SpawnFailed as failed:
             return failed.exit_code, b"", failed.reason
         try:
@@ -337,27 +326,6 @@ class LocalWorkspace(Workspace):
     def _folder(self, cwd: str | None) -> Folder:
         """Open where a command starts; relative paths start at the working folder."""
         return open_folder(self._root, self.working_dir if cwd is None else cwd)
-
-    def _feed(self, child: ChildProcess, data: bytes) -> None:
-        stdin = child.stdin
-        if stdin is None:
-            return
-        try:
-            rest = memoryview(data)[stdin.write_now(data) :]
-        except ProcessNotFound:
-            return  # it did not want its input; its exit code tells the rest
-        if not rest:
-            stdin.close()
-            return
-
-        async def go_on() -> None:
-            try:
-                await stdin.write(bytes(rest))
-            except ProcessNotFound:
-                return
-            stdin.close()
-
-        self._opened().processes.hold(go_on())
 
     async def start(
         self,
@@ -409,11 +377,8 @@ class LocalWorkspace(Workspace):
         if not opened.shell.is_bash:
             raise WorkspaceUnavailable("bash is needed for a shell, and is not installed")
         try:
-            folder = self._folder(None)
-            try:
+            with closing(self._folder(None)) as folder:
                 return Bash(opened.processes, folder, opened.environment, opened.shell, take, on_report)
-            finally:
-                folder.close()
         except SpawnFailed as failed:
             raise failed.error from None
 

@@ -135,6 +135,12 @@ class PipeWriter:
         async with self._turn:
             await self._write(memoryview(data))
 
+    async def write_last(self, data: bytes) -> None:
+        """Write all of it, as far as somebody reads, and close."""
+        with suppress(ProcessNotFound):
+            await self.write(data)
+        self.close()
+
     async def write_at(self, offset: int, data: bytes) -> None:
         """Like `write`, for bytes that belong at `offset` of all the input: what went in already is left out.
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
 from agent_sdk.protocol.errors import ProcessNotFound, StateConflict, TimedOut
@@ -110,12 +109,7 @@ class LocalProcess(Process):
     async def signal(self, name: str) -> None:
         """Send a signal to its process group; on a terminal the foreground job gets it, too."""
         number = check_signal(name)
-        child = self._find()
-        foreground = 0
-        if child.terminal is not None:
-            with suppress(OSError):
-                foreground = os.tcgetpgrp(child.terminal.master)
-        child.send(number, foreground)
+        self._find().signal(number)
 
     async def resize(self, *, rows: int, cols: int) -> None:
         """Set the size of its terminal; a process without one is a StateConflict."""
@@ -181,6 +175,7 @@ class OutputPump:
     async def run(self, until: float | None) -> None:
         """Call until the process is over and all is passed on, or until the loop's clock says `until`."""
         loop, over = asyncio.get_running_loop(), self._child.over
+        over.add_done_callback(lambda _: self._news.set())
         try:
             while True:
                 while self._turns:
@@ -190,10 +185,11 @@ class OutputPump:
                 if over.done():
                     return
                 self._news.clear()
-                left = None if until is None else until - loop.time()
-                if left is not None and left <= 0:
+                try:
+                    async with asyncio.timeout_at(until):
+                        await self._news.wait()
+                except TimeoutError:
                     return
-                await _first(self._news, over, left)
         finally:
             self._child.on_news = None
 
@@ -208,11 +204,3 @@ class OutputPump:
                 answer = self._on_output(name, data)
                 if inspect.isawaitable(answer):
                     await answer
-
-
-async def _first(news: asyncio.Event, over: asyncio.Future[Exit], seconds: float | None) -> None:
-    waiting = asyncio.ensure_future(news.wait())
-    try:
-        await asyncio.wait((waiting, over), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiting.cancel()

@@ -256,7 +256,7 @@ class LocalShell(Shell):
         spool = self._spool
         if spool is not None:
             start = self._answered
-            output = await spool.slice(start)
+            output = await spool.output(start)
             self._answered = start + output.size  # only now: a cancelled answer has told nobody
             if spool.has_file:
                 lacks = await spool.settle(final=False)

@@ -241,16 +241,12 @@ class Spool:
             skip -= len(chunk)
         return b""
 
-    async def output(self) -> Output:
-        """Return the head and the tail of what came so far."""
-        return await self.slice(0)
-
     async def beginning(self, limit: int) -> bytes:
         """Return the first `limit` bytes of what came so far."""
         return await self._collect(0, min(self.size, limit, self._capacity))
 
-    async def slice(self, start: int) -> Output:
-        """Return what came from `start` on, as head and tail."""
+    async def output(self, start: int = 0) -> Output:
+        """Return what came so far, from `start` on, as head and tail."""
         end = self.size
         head = await self._collect(start, min(end, start + HEAD_BYTES))
         if end - start <= len(head):
@@ -273,22 +269,18 @@ class Spool:
         return b"".join(parts)
 
     def changed(self) -> asyncio.Future[None]:
-        """Return a future that is done when more came or `touch` was called."""
+        """Return a future that is done when more came or more room is there, and when this is closed."""
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         waiter.add_done_callback(self._waiters.discard)
         return waiter
-
-    def touch(self) -> None:
-        """Let all who wait look again."""
-        self._wake()
 
     def _wake(self) -> None:
         for waiter in tuple(self._waiters):
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def close(self, *, keep_file: bool = False) -> None:
+    async def close(self) -> None:
         """Stop writing and remove the file; reads find nothing from now on."""
         if self._closed:
             return
@@ -300,8 +292,7 @@ class Spool:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-            if not keep_file:
-                os.unlink(self.path)
+            os.unlink(self.path)
         self._pending.clear()
         self._pending_bytes = self._written = 0
         self._ring = bytearray()

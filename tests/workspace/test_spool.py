@@ -110,7 +110,7 @@ async def test_a_result_has_head_tail_and_size(make, size):
 
 async def test_a_slice_is_what_came_since(make):
     spool = await fed(make(), 500_000, 10_000)
-    output = await spool.slice(400_000)
+    output = await spool.output(400_000)
     assert output.size == 100_000
     assert output.head + output.tail == numbers(400_000, 100_000)
 
