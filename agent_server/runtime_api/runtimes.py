@@ -38,6 +38,7 @@ from agent_server.runtime_api.machine import machine_name, machine_of
 from agent_server.runtime_api.runtime import RECORD, Record, Runtime
 from agent_server.runtime_api.tenants import Tenant
 from workspaces.backend.contract import Backend
+from workspaces.backend.sweep import Sweep
 from workspaces.server import Server
 
 FACTORS = (1, 2, 4, 8)
@@ -111,6 +112,13 @@ class Runtimes:
         self._folder = folder
         self._backend = backend
         self._labels = dict(labels)
+        self._leftovers = Sweep(
+            backend,
+            labels,
+            self._owned,
+            on_removed=lambda name: logs.log.warning("leftover_removed", name=name),
+            on_problem=self._not_swept,
+        )
         self._logs = logs
         self._end = end
         self._all: dict[str, Runtime] = {}
@@ -328,7 +336,7 @@ class Runtimes:
             try:
                 await self._sweep()
             except AgentServerError as exc:
-                self._logs.log.warning("runtimes_not_swept", problem=str(exc))
+                self._not_swept(exc)
             await asyncio.sleep(SWEEP_SECONDS)
 
     async def _sweep(self) -> None:
@@ -336,14 +344,13 @@ class Runtimes:
             if runtime.record.wanted == "gone":
                 with suppress(AgentServerError):
                     await self.stop(runtime)
-        # Looked for first: what is not on record by then is nobody's.
-        found = await self._backend.list(self._labels)
-        known = {machine_name(runtime_id) for runtime_id in (*self._all, *self._unreadable)}
-        for machine in found:
-            if machine.name not in known:
-                with suppress(AgentServerError):  # in use, or the engine is busy: the next sweep tries again
-                    await self._backend.stop(machine.name)
-                    self._logs.log.warning("leftover_removed", name=machine.name)
+        await self._leftovers.once()
+
+    def _owned(self) -> set[str]:
+        return {machine_name(runtime_id) for runtime_id in [*self._all, *self._unreadable]}
+
+    def _not_swept(self, problem: Exception) -> None:
+        self._logs.log.warning("runtimes_not_swept", problem=str(problem))
 
 
 def _check_command(command: str | list[str] | None) -> None:

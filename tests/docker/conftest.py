@@ -15,6 +15,7 @@ from agent_sdk.protocol.errors import EngineUnavailable
 from tests.docker import images
 from tests.docker.boxes import sandboxes_in
 from tests.docker.engine_process import EngineProcess
+from tests.docker.networks import networks, remove_network
 from tests.server.conftest import Running, Start
 from tests.server.conftest import start as start
 from workspaces.backend.docker import labels
@@ -67,9 +68,9 @@ async def remove_all(engine: Engine, instance: str) -> list[str]:
     for container in await engine.containers(mine):
         removed.append(f"container {container['Names'][0]} ({container['State']})")
         await engine.remove(container["Id"])
-    for network in await engine.networks(mine):
+    for network in await networks(mine):
         removed.append(f"network {network['Name']}")
-        await engine.remove_network(network["Id"])
+        await remove_network(network["Id"])
     for volume in await engine.volumes(mine):
         removed.append(f"volume {volume['Name']}")
         await engine.remove_volume(volume["Name"])

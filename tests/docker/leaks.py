@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from tests.docker.networks import networks
 from workspaces.backend.docker.engine import Engine
 
 SECONDS = 30
@@ -19,7 +20,7 @@ async def left_of(engine: Engine, by_label: Mapping[str, str], *marks: str) -> s
     A mark is a folder or a name: of mounts it is in the place, of processes in the command or the environment.
     """
     left = {f"container {one['Names'][0]} {one['State']}" for one in await engine.containers(by_label)}
-    left |= {f"network {one['Name']}" for one in await engine.networks(by_label)}
+    left |= {f"network {one['Name']}" for one in await networks(by_label)}
     left |= {f"volume {one['Name']}" for one in await engine.volumes(by_label)}
     return left | await asyncio.to_thread(marked, [mark.encode() for mark in marks])
 

@@ -29,9 +29,10 @@ from tests.docker.sandboxes import container, sandbox
 from tests.docker.servers import SERVER, state
 from workspaces import DockerWorkspace
 from workspaces.backend.docker import labels
+from workspaces.backend.docker.backend import DockerBackend
 from workspaces.backend.docker.engine import Engine
 from workspaces.backend.records import this_process
-from workspaces.box.sweep import Sweep
+from workspaces.backend.sweep import Sweep
 from workspaces.docker import _remove_leftovers
 
 pytestmark = pytest.mark.docker
@@ -215,8 +216,9 @@ async def labelled(image: str, marks: dict[str, str]) -> AsyncIterator[str]:
 async def let_others_sweep(engine: Engine) -> None:
     """Let all remove what they take for theirs or for left over: another server, and a client that starts."""
     problems: list[Exception] = []
-    await Sweep(engine, OTHER, tuple, on_removed=lambda *_: None, on_problem=problems.append).once()
-    await _remove_leftovers(engine)
+    backend, others = DockerBackend(engine), {labels.INSTANCE: OTHER}
+    await Sweep(backend, others, tuple, on_removed=lambda _: None, on_problem=problems.append).once()
+    await _remove_leftovers(backend)
     assert problems == []
 
 

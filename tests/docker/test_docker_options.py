@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from agent_sdk.ids import new_id
+from tests.docker.networks import make_network, networks, remove_network
 from tests.docker.servers import SERVER
 from workspaces import DockerWorkspace
 from workspaces.backend.docker import labels
@@ -31,9 +32,9 @@ def folder(tmp_path):
 @pytest.fixture
 async def network(engine, instance):
     name = f"agent-test-{new_id()}"
-    await engine.create_network(name, {"Labels": {labels.INSTANCE: instance}})
+    await make_network(name, {labels.INSTANCE: instance})
     yield name
-    await engine.remove_network(name)
+    await remove_network(name)
 
 
 # --- folders and variables ---
@@ -161,7 +162,7 @@ async def address(request, engine):
     """An address of this machine; the second one that every machine with an engine has is that of a bridge."""
     if request.param == "loopback":
         return "127.0.0.1"
-    (bridge,) = [network for network in await engine.networks({}) if network["Name"] == "bridge"]
+    (bridge,) = [network for network in await networks({}) if network["Name"] == "bridge"]
     return bridge["IPAM"]["Config"][0].get("Gateway") or "172.17.0.1"
 
 
@@ -211,7 +212,7 @@ async def run_inside(engine, instance, **host):
 
 async def test_a_client_in_a_container_joins_the_server_in_its_network(engine, instance, network):
     said = await run_inside(engine, instance, NetworkMode=network)
-    (subnet,) = [found["IPAM"]["Config"] for found in await engine.networks({}) if found["Name"] == network]
+    (subnet,) = [found["IPAM"]["Config"] for found in await networks({}) if found["Name"] == network]
     assert said.startswith(f"http://{subnet[0]['Gateway'].rpartition('.')[0]}.")
     assert said.split()[-1] == "reached"
     assert ":8000 " in said

@@ -14,8 +14,9 @@ import pytest
 from agent_sdk.ids import new_id
 from tests.docker.images import BUSYBOX
 from workspaces.backend.docker import labels
+from workspaces.backend.docker.backend import DATA, DockerBackend
 from workspaces.backend.docker.engine import Engine
-from workspaces.box.sweep import Sweep
+from workspaces.backend.sweep import Sweep
 
 pytestmark = pytest.mark.docker
 
@@ -46,16 +47,16 @@ class Told:
 
     def sweep(self, engine, instance, owned=(), **options):
         return Sweep(
-            engine,
-            instance,
+            DockerBackend(engine),
+            {labels.INSTANCE: instance},
             lambda: owned,
             on_removed=self.remove,
             on_problem=self.problems.append,
             **options,
         )
 
-    def remove(self, kind, name):
-        self.removed.append((kind, name))
+    def remove(self, name):
+        self.removed.append(name)
         self.more.set()
 
 
@@ -69,23 +70,23 @@ async def test_what_nobody_has_on_record_is_removed_in_whatever_state_it_is(engi
     told = Told()
     await told.sweep(engine, instance, {owned}).once()
     assert await states(engine, instance) == {owned: "running"}
-    assert sorted(told.removed) == sorted(("container", each) for each in (running, paused, created))
+    assert sorted(told.removed) == sorted((running, paused, created))
     await told.sweep(engine, instance).once()
     assert await states(engine, instance) == {}
 
 
-async def test_volumes_and_networks_go_after_the_containers_that_use_them(engine, instance):
+async def test_what_a_machine_has_stored_goes_with_it_and_also_when_nothing_else_is_left(engine, instance):
     mine = {labels.INSTANCE: instance}
-    volume, network, container = name(), name(), name()
-    await engine.create_volume(volume, {"Labels": mine})
-    await engine.create_network(network, {"Labels": mine, "Internal": True})
-    await engine.start(await engine.create(container, body(mine, [f"{volume}:/data"])))
+    whole, rest = name(), name()
+    for each in (whole, rest):
+        await engine.create_volume(f"{each}{DATA}", {"Labels": mine})
+    await engine.start(await engine.create(whole, body(mine, [f"{whole}{DATA}:/data"])))
     told = Told()
-    await told.sweep(engine, instance, {container, network}).once()
-    assert told.removed == []  # the volume is in use
+    await told.sweep(engine, instance, {whole, rest}).once()
+    assert told.removed == []
     await told.sweep(engine, instance).once()
-    assert {kind for kind, _ in told.removed} == {"container", "volume", "network"}
-    assert await engine.volumes(mine) == await engine.networks(mine) == []
+    assert sorted(told.removed) == sorted([whole, rest])
+    assert await engine.volumes(mine) == []
 
 
 async def test_of_others_only_what_is_over_and_does_not_run_is_removed(private_engine):
@@ -188,7 +189,7 @@ async def test_a_container_of_an_image_that_was_made_of_ours_is_a_strangers(engi
             await asyncio.to_thread(subprocess.run, ["docker", *command], check=True, capture_output=True)
         told = Told()
         async with told.sweep(engine, instance):
-            assert told.removed == [("container", ours)]
+            assert told.removed == [ours]
             assert len(await engine.containers({}, name=theirs)) == 1
     finally:
         for command in (["rm", "-f", theirs], ["rmi", image]):

@@ -5,6 +5,7 @@ Knows engines and processes; nothing of boxes and servers, which are built from 
 contract: what a machine is, and what every backend promises of it
 docker:   machines that are containers
 process:  machines that are processes
+sweep:    what removes the machines that nobody owns any more
 child:    a process that may outlive whoever started it
 records:  what is written down so that a later process finds it
 """

@@ -12,7 +12,6 @@ confinement:   how a box on this machine is kept apart
 sandboxes:     what the sandboxes of a server share
 site:          how each sandbox sees what they share
 pool:          boxes that run already and wait for an owner
-sweep:         removes what nobody owns any more
 verification:  whether a container is what was asked for, and why it is no more
 disks:         the workspaces of sandboxes, with a limit where this machine can make one
 snapshots:     copies of the workspaces of sandboxes

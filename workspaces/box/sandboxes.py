@@ -25,6 +25,7 @@ from workspaces.backend.docker import labels
 from workspaces.backend.docker.accounts import Accounts, accounts
 from workspaces.backend.docker.profiles import UID, WORKSPACE
 from workspaces.backend.records import instance_of
+from workspaces.backend.sweep import Sweep
 from workspaces.box import sandbox_files
 from workspaces.box.container import BoxContainer
 from workspaces.box.contract import Box
@@ -323,10 +324,10 @@ class Sandboxes(Site):
             await asyncio.sleep(AGAIN_SECONDS)
 
     async def _connect(self) -> _Ground:
-        from workspaces.backend.docker.engine import Engine  # noqa: PLC0415  aiodocker costs 0.3 s
+        from workspaces.backend.docker.backend import DockerBackend  # noqa: PLC0415  aiodocker costs 0.3 s
+        from workspaces.backend.docker.engine import Engine  # noqa: PLC0415
         from workspaces.backend.docker.reach import HostPaths  # noqa: PLC0415
         from workspaces.box.pool import Pool  # noqa: PLC0415
-        from workspaces.box.sweep import Sweep  # noqa: PLC0415
 
         async with AsyncExitStack() as stack:
             engine = await stack.enter_async_context(Engine(self._options.engine))
@@ -334,10 +335,10 @@ class Sandboxes(Site):
             self._instance = await in_thread(instance_of, self._folder / IDENTITY)
             await self._prepare_disks(paths)
             sweep = Sweep(
-                engine,
-                self._instance,
+                DockerBackend(engine),
+                {labels.INSTANCE: self._instance},
                 self._owned,
-                on_removed=lambda kind, name: self._tell("swept", {"kind": kind, "name": name}),
+                on_removed=lambda name: self._tell("swept", {"name": name}),
                 on_problem=lambda exc: self._tell("sweep_failed", {"problem": str(exc)}),
             )
             await stack.enter_async_context(sweep)

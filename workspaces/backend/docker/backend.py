@@ -244,12 +244,14 @@ class DockerBackend(Backend):
             Found(found["Id"], found["Names"][0].strip("/"), found["Labels"], _state(found["State"]))
             for found in await self._engine.containers(labels)
         ]
-        stored = {
+        stored: dict[str, Mapping[str, str]] = {
             volume["Name"].removesuffix(DATA): volume["Labels"]
             for volume in await self._engine.volumes(labels)
+            if volume["Name"].endswith(DATA)
         }
-        if self._disks is not None:  # they are all of whoever has this backend
-            stored |= dict.fromkeys(await in_thread(self._disks.owners), labels)
+        given = {name: text for name, text in labels.items() if text is not None}
+        if self._disks is not None and len(given) == len(labels):  # all are of whoever has this backend
+            stored |= dict.fromkeys(await in_thread(self._disks.owners), given)
         for container in containers:
             stored.pop(container.name, None)
         return containers + [Found(name, name, its, "data") for name, its in stored.items()]

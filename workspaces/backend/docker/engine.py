@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, Self
 
 from aiodocker.containers import DockerContainer
-from aiodocker.networks import DockerNetwork
 from aiodocker.volumes import DockerVolume
 
 from agent_sdk.ids import new_id
@@ -271,32 +270,17 @@ class Engine:
         """Watch the container with this full id, that exists already, for its end and other changes."""
         return self._events.watch(id)
 
-    # --- volumes and networks ---
+    # --- volumes ---
 
     async def volumes(self, by_label: Mapping[str, str | None]) -> list[dict[str, Any]]:
         """Return the volumes with these labels."""
         listing = partial(self._docker.volumes.list, filters=_by_label(by_label))
         return list((await self._connection.ask("list volumes", listing)).get("Volumes") or ())
 
-    async def networks(self, by_label: Mapping[str, str | None]) -> list[dict[str, Any]]:
-        """Return the networks with these labels."""
-        listing = partial(self._docker.networks.list, filters=_by_label(by_label))
-        return list(await self._connection.ask("list networks", listing))
-
     async def create_volume(self, name: str, body: Mapping[str, Any]) -> None:
         """Make a volume; `body` as POST /volumes/create takes it. An existing one of this name is left as it is."""
         async with self._gate, self._connection.bounded(f"create the volume {name}", phase="create"):
             await self._docker.volumes.create({"Name": name, **body})
-
-    async def create_network(self, name: str, body: Mapping[str, Any]) -> str:
-        """Make a network and return its id; `body` as POST /networks/create takes it.
-
-        Raises:
-            WorkspaceUnavailable: the name is taken. EngineUnavailable: no addresses are left.
-        """
-        async with self._gate, self._connection.bounded(f"create the network {name}", phase="create"):
-            made = await self._docker.networks.create({"Name": name, "CheckDuplicate": True, **body})
-            return str(made.id)
 
     async def remove_volume(self, name: str) -> None:
         """Remove a volume. One that is gone is fine.
@@ -307,16 +291,6 @@ class Engine:
         with suppress(NotFound):
             delete = DockerVolume(self._docker, _plain(name)).delete
             await self._connection.ask(f"remove the volume {name}", delete)
-
-    async def remove_network(self, name: str) -> None:
-        """Remove a network, by its name or id. One that is gone is fine.
-
-        Raises:
-            WorkspaceUnavailable: a container is connected to it.
-        """
-        with suppress(NotFound):
-            delete = DockerNetwork(self._docker, _plain(name)).delete
-            await self._connection.ask(f"remove the network {name}", delete)
 
     # --- how ---
 
