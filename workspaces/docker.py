@@ -32,8 +32,8 @@ from agent_sdk.rpc.shield import to_its_end
 from agent_sdk.workspace.arguments import check_environment
 from agent_sdk.workspace.environment import from_caller, packed
 from workspaces.backend.contract import KEY_NAME, SERVER_PORT, Machine, Mount, parse_size
-from workspaces.backend.docker.labels import INSTANCE, OWNER, PORT, ROLE, SERVER
 from workspaces.backend.docker.reaper import Reaper
+from workspaces.backend.labels import INSTANCE, OWNER, PORT, ROLE, SERVER
 from workspaces.backend.records import is_dead, this_process
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ routes:   what is at which address
 tenants:  who may have what
 runtimes: all runtimes
 runtime:  one runtime: started, paused, ended
-machine:  what a runtime runs in
+record:   what is asked for in a runtime, what is kept of it, and the machine it runs in
 proxy:    the way to a runtime
 tunnel:   two connections joined
 """

@@ -14,8 +14,9 @@ from agent_sdk.protocol.errors import InvalidParams, InvalidRequest, LimitExceed
 from agent_server.http.connection import Connection
 from agent_server.http.errors import as_json
 from agent_server.runtime_api.proxy import ID, RuntimeProxy
+from agent_server.runtime_api.record import Wanted
 from agent_server.runtime_api.runtime import Runtime
-from agent_server.runtime_api.runtimes import Runtimes, Wanted
+from agent_server.runtime_api.runtimes import Runtimes
 from agent_server.runtime_api.tenants import HEADER, Tenant, Tenants
 from agent_server.work import Work
 

@@ -17,9 +17,9 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable
 from agent_sdk.workspace.atomic_file import atomic_file
 from agent_server.logs import Logs
+from agent_server.runtime_api.record import RECORD, Record
 from workspaces.server import Server
 
-RECORD = "session.json"
 RESTARTS = 3
 """In a row: a runtime that dies again within RESTART_SECONDS is started this often."""
 RESTART_SECONDS = 60.0
@@ -30,36 +30,6 @@ REASONS = 20
 PodStatus = Literal["pending", "ready", "failed", "crashloopbackoff", "not found"]
 """`not found`: there is none now, because it is paused."""
 _UNSETTLED = ("pending",)
-
-
-class Record(Struct, kw_only=True):
-    """What is kept of a runtime, on the disk before anything is started."""
-
-    session_id: str
-    runtime_id: str
-    tenant: str
-    api_key: str
-    image: str
-    environment: dict[str, str]
-    resource_factor: int
-    cpus: float
-    memory: int
-    disk: int | None = None
-    runtime_class: str | None
-    image_pull_policy: str
-    command: str | list[str] | None = None
-    working_dir: str | None = None
-    run_as_user: int | None = None
-    fs_group: int | None = None
-    created: float
-    """Seconds since the Unix epoch."""
-    wanted: Literal["running", "paused", "gone"] = "running"
-    restarts: int = 0
-    reasons: list[str] = []
-    """Why it was started again, the latest last."""
-
-    def __repr__(self) -> str:
-        return f"Record({self.runtime_id}, {self.wanted})"
 
 
 class Shown(Struct, kw_only=True, omit_defaults=False):

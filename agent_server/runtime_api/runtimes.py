@@ -17,10 +17,9 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Self
 
 import msgspec
-from msgspec import Meta, Struct
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
@@ -34,8 +33,8 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.workspace.disk import in_thread
 from agent_server.config.runtime_api import RuntimeConfig
 from agent_server.logs import Logs
-from agent_server.runtime_api.machine import machine_name, machine_of
-from agent_server.runtime_api.runtime import RECORD, Record, Runtime
+from agent_server.runtime_api.record import FOR_OTHERS, RECORD, Record, Wanted, machine_name, machine_of
+from agent_server.runtime_api.runtime import Runtime
 from agent_server.runtime_api.tenants import Tenant
 from workspaces.backend.contract import Backend
 from workspaces.backend.sweep import Sweep
@@ -45,44 +44,6 @@ FACTORS = (1, 2, 4, 8)
 SWEEP_SECONDS = 15.0
 RETRY_AFTER_MS = 5000
 REMOVED = ".removed-"
-
-
-_OURS = ("AGENT_SERVER_COMMAND_ENV", "AGENT_SERVER_ALLOW_HOSTS")
-"""What clients set for other Runtime APIs, which hand variables to the server alone, and pass on its Host."""
-_Name = Annotated[
-    str,
-    Meta(pattern=rf"^(({'|'.join(_OURS)})$|(?!AGENT_SERVER_)[A-Za-z_][A-Za-z0-9_]*$)", max_length=256),
-]
-_Value = Annotated[str, Meta(pattern=r"^[^\0]*$")]
-_TEXT = Meta(pattern=r"^[^\0]+$", max_length=65_536)
-_User = Annotated[int, Meta(ge=0, le=2_147_483_647)]
-
-
-class Wanted(Struct, frozen=True, kw_only=True):
-    """The body of `POST /start`. Further members are for other Runtime APIs and not looked at."""
-
-    image: Annotated[str, Meta(min_length=1, max_length=512)]
-    session_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-    environment: dict[_Name, _Value] = {}
-    """Variables of the server's process and, in our own images, of the commands, too."""
-    resource_factor: int = 1
-    """1, 2, 4 or 8: how many times `unit_cpus`, `unit_memory` and `unit_disk` it has."""
-    runtime_class: str | None = None
-    """A name in `runtime_classes`; None: the engine's default."""
-    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
-    command: Annotated[str, _TEXT] | Annotated[list[Annotated[str, _TEXT]], Meta(max_length=256)] | None = (
-        None
-    )
-    """What is run instead of what the image says; a text is split as a shell does it. Any server will do: it is reached
-    at the port that follows `--port`, else at 8000, is ready when `GET /health` answers, and finds its key in
-    `AGENT_SERVER_API_KEY`, `SESSION_API_KEY` and `OH_SESSION_API_KEYS_0`."""
-    working_dir: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)] | None = None
-    """The folder of that command."""
-    run_as_user: _User | None = None
-    """The user of that command; in our own images, without a command, the one of the commands."""
-    fs_group: _User | None = None
-    """A further group of that command: `/data` belongs to it with all that is made in it later, and it may write there.
-    In our own images the data is the server's alone."""
 
 
 class Runtimes:
@@ -284,9 +245,11 @@ class Runtimes:
 
     def _record(self, tenant: Tenant, wanted: Wanted) -> Record:
         factor = wanted.resource_factor
-        given = {name: getattr(wanted, name) for name in wanted.__struct_fields__}
+        given = msgspec.structs.asdict(wanted)
         disk = self._config.unit_disk * factor if "disk_limit" in self._backend.can else 0
-        given["environment"] = {name: text for name, text in wanted.environment.items() if name not in _OURS}
+        given["environment"] = {
+            name: text for name, text in wanted.environment.items() if name not in FOR_OTHERS
+        }
         return Record(
             **given,
             runtime_id=new_id(),

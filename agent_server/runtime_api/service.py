@@ -19,14 +19,14 @@ from agent_server.config.options import ServerConfig
 from agent_server.http.auth import ApiKey
 from agent_server.logs import Logs
 from agent_server.refusal import TRY_LATER, StartRefused
-from agent_server.runtime_api.machine import PREFIX
 from agent_server.runtime_api.proxy import RuntimeProxy
+from agent_server.runtime_api.record import PREFIX
 from agent_server.runtime_api.routes import RuntimeRoutes
 from agent_server.runtime_api.runtimes import Runtimes
 from agent_server.runtime_api.tenants import Tenants
 from agent_server.work import Work
 from workspaces.backend.contract import Backend
-from workspaces.backend.docker.labels import INSTANCE
+from workspaces.backend.labels import INSTANCE
 from workspaces.backend.process import ProcessBackend
 from workspaces.backend.records import instance_of
 from workspaces.box.disks import Disks

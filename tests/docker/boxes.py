@@ -9,7 +9,7 @@ from agent_sdk import RemoteWorkspace, Sandbox
 from agent_sdk.ids import new_id
 from tests.docker.images import BUSYBOX
 from tests.server.wire import GUARD
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.box.sandboxes import Sandboxes, SandboxOptions
 
 

@@ -18,7 +18,7 @@ from tests.docker.engine_process import EngineProcess
 from tests.docker.networks import networks, remove_network
 from tests.server.conftest import Running, Start
 from tests.server.conftest import start as start
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.docker.engine import Engine, engine_version
 from workspaces.box.sandboxes import Sandboxes
 

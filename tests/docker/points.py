@@ -19,7 +19,7 @@ from tests.contract.commands import Listener
 from tests.docker import images
 from tests.docker.held_engine import HeldEngine
 from tests.docker.leaks import nothing_is_left_of
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.docker.engine import Engine
 
 CREATE, START = ("POST", "/containers/create"), ("POST", "/containers/[^/]+/start")

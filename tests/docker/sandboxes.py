@@ -9,7 +9,7 @@ from agent_sdk import Conversation, RemoteWorkspace, Sandbox
 from agent_sdk.protocol.events import WorkspaceChanged
 from tests.docker.images import BUSYBOX
 from tests.server.wire import GUARD
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 
 
 @asynccontextmanager

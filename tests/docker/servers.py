@@ -3,7 +3,7 @@
 import os
 
 from agent_sdk.protocol.errors import NotFound
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 
 SERVER = os.environ.get("SERVER_IMAGE", "agent-test/server:1")
 """What `make image` makes, with that tag for tests."""

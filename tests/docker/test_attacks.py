@@ -28,7 +28,7 @@ from tests.docker.fresh import fresh
 from tests.docker.sandboxes import container, sandbox
 from tests.docker.servers import SERVER, state
 from workspaces import DockerWorkspace
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.docker.backend import DockerBackend
 from workspaces.backend.docker.engine import Engine
 from workspaces.backend.records import this_process

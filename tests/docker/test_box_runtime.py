@@ -11,7 +11,7 @@ from agent_sdk.ids import new_id
 from tests.docker.boxes import box
 from tests.docker.images import BARE, BUSYBOX, FULL
 from tests.server.wire import GUARD
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.box.runtime import MOUNT
 from workspaces.box.runtime import box_runtime as make_runtime
 

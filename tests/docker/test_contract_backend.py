@@ -8,7 +8,7 @@ import pytest
 
 from tests.contract.backend import BackendContract
 from tests.docker.servers import SERVER
-from workspaces.backend.docker import labels as names
+from workspaces.backend import labels as names
 from workspaces.backend.docker.backend import DockerBackend
 from workspaces.backend.docker.engine import Engine
 

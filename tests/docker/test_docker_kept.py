@@ -10,7 +10,7 @@ from agent_sdk.testing import ScriptedLLM, say
 from tests.docker.images import BUSYBOX
 from tests.docker.servers import SERVER, state, there, volumes_of
 from workspaces import DockerWorkspace
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 
 pytestmark = pytest.mark.docker
 

@@ -12,7 +12,7 @@ from agent_sdk.ids import new_id
 from tests.docker.networks import make_network, networks, remove_network
 from tests.docker.servers import SERVER
 from workspaces import DockerWorkspace
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 
 pytestmark = pytest.mark.docker
 

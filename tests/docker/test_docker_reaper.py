@@ -12,7 +12,7 @@ import pytest
 
 from tests.docker.servers import SERVER, state
 from workspaces import DockerWorkspace
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.records import is_dead, this_process
 
 pytestmark = pytest.mark.docker

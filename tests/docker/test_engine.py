@@ -13,7 +13,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from tests.docker.images import BUSYBOX
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.docker.engine import Engine
 
 pytestmark = pytest.mark.docker

@@ -9,7 +9,7 @@ import pytest
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import EngineUnavailable, WorkspaceUnavailable
 from tests.docker.images import BUSYBOX
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.docker.engine import Engine
 
 pytestmark = pytest.mark.docker

@@ -12,7 +12,7 @@ from agent_sdk.protocol.errors import WorkspaceUnavailable
 from tests.docker.images import BUSYBOX
 from tests.docker.test_docker_options import address as address
 from tests.docker.test_docker_options import forwarded
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.docker.engine import Engine
 from workspaces.backend.docker.reach import HostPaths
 

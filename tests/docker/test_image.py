@@ -19,8 +19,8 @@ from tests.docker import images
 from tests.docker.fresh import fresh
 from tests.docker.servers import SERVER
 from tests.server.wire import GUARD
+from workspaces.backend import labels
 from workspaces.backend.contract import KEY_NAME, SERVER_PORT, Machine
-from workspaces.backend.docker import labels
 from workspaces.backend.docker.engine import Engine
 from workspaces.backend.docker.profiles import server_body
 from workspaces.sync import DockerWorkspace

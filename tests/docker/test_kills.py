@@ -17,7 +17,7 @@ from tests.docker.held_engine import HeldEngine
 from tests.docker.leaks import nothing_is_left_of
 from tests.docker.points import ENDED, ENDING, RUNNING, SECONDS, STARTING, nothing_is_left, reached, used
 from tests.docker.servers import SERVER
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 
 pytestmark = pytest.mark.docker
 

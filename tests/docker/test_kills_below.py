@@ -25,7 +25,7 @@ from tests.docker.points import (
     reached,
     used,
 )
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.docker.engine import Engine
 
 pytestmark = pytest.mark.docker

@@ -17,7 +17,7 @@ from tests.docker.boxes import box, containers, said
 from tests.docker.held_engine import HeldEngine
 from tests.docker.images import BUSYBOX, FULL
 from tests.docker.leaks import nothing_is_left_of
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.box.sandboxes import NOBODY
 
 pytestmark = pytest.mark.docker

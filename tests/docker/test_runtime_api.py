@@ -22,7 +22,7 @@ from tests.server.conftest import start  # noqa: F401  a server in this process
 from tests.server.test_runtime_api import ALICE, BOB, TENANTS, client
 from tests.test_examples import run
 from workspaces import APIRemoteWorkspace
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 
 pytestmark = pytest.mark.docker
 
@@ -224,7 +224,7 @@ async def test_what_a_killed_start_has_left_is_swept_up_and_nothing_else(start, 
         async with start(
             runtime_api="docker", runtimes=RuntimeConfig(tenants=TENANTS, images=("*",))
         ) as server:
-            await server.log.until("leftover_removed")
+            await server.log.until("leftover_removed", 2)
             async with client(server) as api:
                 await api.ask("GET", "/list")
         assert await state(engine, left) is None

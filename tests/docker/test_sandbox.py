@@ -17,7 +17,7 @@ from tests.docker.images import BARE, BUSYBOX, FULL
 from tests.docker.sandboxes import container, sandbox, told
 from tests.docker.test_sandbox_body import GOLDEN
 from tests.server.wire import GUARD
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 
 pytestmark = pytest.mark.docker
 

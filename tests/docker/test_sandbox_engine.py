@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.docker.sandboxes import container, sandbox, told
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.docker.engine import Engine
 
 pytestmark = pytest.mark.docker

@@ -16,7 +16,7 @@ from agent_sdk.protocol.errors import (
 )
 from tests.docker.images import BARE, BUSYBOX, FULL
 from tests.docker.sandboxes import container, sandbox
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 
 pytestmark = pytest.mark.docker
 

@@ -9,7 +9,7 @@ from tests.docker.conftest import remove_all
 from tests.docker.images import BUSYBOX
 from tests.server.test_turns_survive import Server, call, is_a, say, scripted, these
 from tests.server.test_turns_survive import pipe as pipe
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 
 pytestmark = pytest.mark.docker
 

@@ -12,8 +12,8 @@ from agent_sdk.protocol.errors import IsolationUnavailable, WorkspaceUnavailable
 from tests.docker.conftest import remove_all
 from tests.docker.images import BUSYBOX
 from tests.docker.servers import SERVER
+from workspaces.backend import labels
 from workspaces.backend.contract import KEY_NAME, Machine, Mount
-from workspaces.backend.docker import labels
 from workspaces.backend.docker.backend import DockerBackend
 from workspaces.server import Server
 

@@ -13,7 +13,7 @@ import pytest
 
 from agent_sdk.ids import new_id
 from tests.docker.images import BUSYBOX
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.docker.backend import DATA, DockerBackend
 from workspaces.backend.docker.engine import Engine
 from workspaces.backend.sweep import Sweep

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.contract.backend import BackendContract
-from workspaces.backend.docker import labels as names
+from workspaces.backend import labels as names
 from workspaces.backend.process import ProcessBackend
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from agent_sdk.protocol.errors import EngineUnavailable, WorkspaceUnavailable
 from agent_server.logs import opened
-from agent_server.runtime_api.runtime import RECORD, Record, Runtime
+from agent_server.runtime_api.record import RECORD, Record
+from agent_server.runtime_api.runtime import Runtime
 from workspaces.backend.contract import Ending
 
 

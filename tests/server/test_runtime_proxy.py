@@ -18,7 +18,8 @@ from agent_server.logs import opened
 from agent_server.metrics import Metrics
 from agent_server.refusal import StartRefused
 from agent_server.runtime_api.proxy import RuntimeProxy
-from agent_server.runtime_api.runtime import Record, Runtime
+from agent_server.runtime_api.record import Record
+from agent_server.runtime_api.runtime import Runtime
 from workspaces.backend.contract import Ending
 
 MIB = 1 << 20

@@ -3,6 +3,7 @@
 Knows engines and processes; nothing of boxes and servers, which are built from it.
 
 contract: what a machine is, and what every backend promises of it
+labels:   how what is ours is known
 docker:   machines that are containers
 process:  machines that are processes
 sweep:    what removes the machines that nobody owns any more

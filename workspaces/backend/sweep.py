@@ -16,7 +16,7 @@ from typing import Self
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.contract import Backend, Found
-from workspaces.backend.docker.labels import EXPIRES, INSTANCE
+from workspaces.backend.labels import EXPIRES, INSTANCE
 
 EVERY_SECONDS = 15.0
 GRACE_SECONDS = 60.0

@@ -20,8 +20,8 @@ from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
 from agent_sdk.protocol.methods.workspace import SnapshotTaken
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.disk import in_thread
+from workspaces.backend import labels
 from workspaces.backend.contract import parse_size
-from workspaces.backend.docker import labels
 from workspaces.backend.docker.accounts import Accounts, accounts
 from workspaces.backend.docker.profiles import UID, WORKSPACE
 from workspaces.backend.records import instance_of

@@ -11,7 +11,6 @@ engine_failure:    what went wrong, and the mend
 engine_info:       what the engine says of itself, and which of its runtimes a sandbox can have
 images:            images, looked at and pulled
 docker_config:     what the `docker` command keeps for its user
-labels:            how containers, networks and volumes of ours are known
 profiles:          what containers are to the engine: those with a box, and those with a server
 accounts:          users and groups of an image, with the one of commands
 mounts:            what of this machine is mounted into sandboxes, and whether it is still that

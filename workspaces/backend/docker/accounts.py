@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, ImageUnavailable, NotFound
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 
 if TYPE_CHECKING:
     from workspaces.backend.docker.engine import Engine, Image

@@ -33,9 +33,9 @@ from workspaces.backend.contract import (
     one_line,
 )
 from workspaces.backend.docker.engine import Death, Engine
-from workspaces.backend.docker.labels import INSTANCE, ROLE, SERVER
 from workspaces.backend.docker.profiles import folders, server_body
 from workspaces.backend.docker.reach import find_reach
+from workspaces.backend.labels import INSTANCE, ROLE, SERVER
 
 OWN_IMAGE = "agent-server"
 TAKEN_SECONDS = 15.0

@@ -20,8 +20,8 @@ from aiodocker.volumes import DockerVolume
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, NotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import Usage
+from workspaces.backend import labels
 from workspaces.backend.contract import OnProgress, Pull
-from workspaces.backend.docker import labels
 from workspaces.backend.docker.engine_archive import give_to_group, read_file
 from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, Call, EngineConnection
 from workspaces.backend.docker.engine_info import EngineInfo, usage_of

@@ -22,7 +22,7 @@ import tenacity
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound, WorkspaceUnavailable
-from workspaces.backend.docker import labels
+from workspaces.backend import labels
 from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, EngineConnection
 
 STEADY_SECONDS = 5.0

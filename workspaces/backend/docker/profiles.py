@@ -17,7 +17,7 @@ from msgspec import Struct
 from agent_sdk.protocol.errors import ImageUnavailable
 from agent_sdk.protocol.specs import Sandbox
 from workspaces.backend.contract import Machine, Mount, parse_size
-from workspaces.backend.docker.labels import PORT, ROLE, SERVER
+from workspaces.backend.labels import PORT, ROLE, SERVER
 
 UID = 10001
 """Of the commands in a sandbox, as its user and its group."""

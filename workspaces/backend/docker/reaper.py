@@ -105,7 +105,7 @@ async def remove_all(engine: Engine, instance: str) -> int:
     Raises:
         EngineUnavailable: the engine does not answer.
     """
-    from workspaces.backend.docker.labels import INSTANCE  # noqa: PLC0415
+    from workspaces.backend.labels import INSTANCE  # noqa: PLC0415
 
     found = await engine.containers({INSTANCE: instance})
     for container in found:

@@ -1,4 +1,4 @@
-"""The labels by which containers, networks and volumes of ours are known.
+"""The labels by which machines, and what they store, are known as ours.
 
 Foreign ones have none of them, and are never touched.
 """
