@@ -12,9 +12,11 @@ import aiohttp
 import pytest
 
 from agent_sdk import Agent, Conversation, RemoteWorkspace
+from agent_sdk.remote.connection import connect
 from agent_sdk.testing import ScriptedLLM, call, say
 from agent_server.config.options import load
 from agent_server.metrics import Metrics
+from tests.conftest import remains
 
 PAGE = (Path(__file__).parent.parent / "docs" / "operations.md").read_text(encoding="utf-8")
 
@@ -98,6 +100,15 @@ async def test_everything_works_through_the_proxy_that_the_page_sets_up(running_
                 if b"turn_ended" in line:
                     await conversation.delete()
             assert any(b"turn_ended" in line for line in seen)
+
+
+async def test_a_connection_with_tls_that_was_closed_has_no_socket_any_more(running_server, proxied):
+    url, trust = proxied
+    before = remains()
+    for _ in range(60):
+        async with connect(url, running_server.api_key, ssl=trust):
+            pass
+        assert remains() <= before
 
 
 def test_the_options_on_the_page_are_accepted(tmp_path):

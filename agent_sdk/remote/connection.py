@@ -33,6 +33,7 @@ from agent_sdk.version import __version__
 
 if TYPE_CHECKING:
     import aiohttp
+    from aiohttp.client_proto import ResponseHandler
 
 OnNotice = Callable[[str, Raw], None]
 HEARTBEAT_SECONDS = 20.0
@@ -127,6 +128,16 @@ async def _reach_box(path: str) -> Pipe:
         raise ConnectionLost(f"no box listens on {path}: {exc.strerror or exc}") from None
 
 
+async def _gone(protocol: ResponseHandler, transport: asyncio.Transport | None) -> None:
+    """Close the socket of a WebSocket that has ended. With TLS, it would else wait for the other end's last word."""
+    closed = protocol.closed
+    if transport is not None:
+        transport.abort()
+    if closed is not None:
+        await asyncio.wait((closed,))
+        closed.exception()
+
+
 async def _reach_server(
     stack: AsyncExitStack,
     url: str,
@@ -146,6 +157,8 @@ async def _reach_server(
         """Refuse every other answer while its body can be read; so no redirect is followed either."""
         answer = await send(request)
         if answer.status == SWITCHING:
+            if (connection := answer.connection) is not None and connection.protocol is not None:
+                stack.push_async_callback(_gone, connection.protocol, connection.transport)
             return answer
         with suppress(aiohttp.ClientError):
             body = await answer.content.read(LONGEST_BODY)
