@@ -6,6 +6,7 @@ server:       the conversations of a server, listed and removed
 refusal:      why a server, or somebody in its place, lets nobody in
 link:         a connection that may be lost and found again
 reconnecting: a client's link to its server
+verbs:        verbs of the contract as calls
 workspace:    commands, and files up and down
 command:      one command with its input and output
 process:      processes and shells

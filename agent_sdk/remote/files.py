@@ -10,25 +10,18 @@ from agent_sdk.protocol.methods.workspace import (
     LISTED,
     Download,
     FilesList,
-    FilesMkdir,
-    FilesMove,
-    FilesRemove,
-    FilesStat,
-    GitChanges,
     GitDiff,
     Upload,
 )
-from agent_sdk.remote.link import Link, ask, ask_page
+from agent_sdk.remote.link import ask_page
 from agent_sdk.remote.transfers import NO_CHANNEL, Repeatable, incoming, outgoing
-from agent_sdk.workspace.contract import FileInfo, Files, Git, GitChange, Transferred
+from agent_sdk.remote.verbs import Part
+from agent_sdk.workspace.contract import FileInfo, Files, Git, Transferred
 from agent_sdk.workspace.disk import Progress
 
 
-class RemoteFiles(Files):
+class RemoteFiles(Part, Files, part="files"):
     """The files of a workspace there."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
 
     async def read(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
         call = Download(path=path, channel=NO_CHANNEL, offset=offset, length=limit, as_is=True)
@@ -65,27 +58,9 @@ class RemoteFiles(Files):
             if len(page) < asked:
                 return found
 
-    async def stat(self, path: str) -> FileInfo:
-        return await ask(self._link, FilesStat(path=path))
 
-    async def remove(self, path: str, *, recursive: bool = False) -> None:
-        await ask(self._link, FilesRemove(op_id=new_id(), path=path, recursive=recursive))
-
-    async def move(self, source: str, target: str) -> None:
-        await ask(self._link, FilesMove(op_id=new_id(), source=source, target=target))
-
-    async def mkdir(self, path: str) -> None:
-        await ask(self._link, FilesMkdir(op_id=new_id(), path=path))
-
-
-class RemoteGit(Git):
+class RemoteGit(Part, Git, part="git"):
     """The git repository of a workspace there."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
-
-    async def changes(self, path: str = ".", *, base: str | None = None) -> list[GitChange]:
-        return await ask(self._link, GitChanges(path=path, base=base))
-
     async def diff(self, path: str = ".", *, base: str | None = None) -> str:
-        return (await ask(self._link, GitDiff(path=path, base=base))).text
+        return (await self._ask(GitDiff(path=path, base=base))).text

@@ -12,8 +12,6 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ConnectionLost, TransferBroken
 from agent_sdk.protocol.methods.workspace import (
     ProcessOutput,
-    ProcessResize,
-    ProcessSignal,
     ProcessWait,
     ShellAnswer,
     ShellReset,
@@ -21,28 +19,29 @@ from agent_sdk.protocol.methods.workspace import (
     ShellSend,
 )
 from agent_sdk.remote.feed import Feed
-from agent_sdk.remote.link import Link, Until, ask, persistent
-from agent_sdk.remote.streams import Collector, collected, milliseconds, pass_failure
+from agent_sdk.remote.link import Link, Until, persistent
+from agent_sdk.remote.streams import Collector, collected, pass_failure
 from agent_sdk.remote.transfers import NO_CHANNEL
+from agent_sdk.remote.verbs import Part
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import Chunk
 from agent_sdk.workspace.contract import Exit, OutputName, Process, Shell, ShellResult
+from agent_sdk.workspace.verbs import milliseconds
 
 
-class RemoteProcess(Process):
+class RemoteProcess(Part, Process, part="process"):
     """A process there. All of it goes on over the next connection when one is lost."""
 
-    def __init__(self, link: Link, process_id: str) -> None:
-        self._link = link
-        self._id = process_id
-        self._input = Feed(link, process_id)
+    def __init__(self, link: Link, key: str) -> None:
+        super().__init__(link, key)
+        self._input = Feed(link, key)
 
     def __repr__(self) -> str:
         return f"<RemoteProcess {self.id}>"
 
     @property
     def id(self) -> str:
-        return self._id
+        return self._key
 
     async def write(self, data: bytes) -> None:
         """Write to its standard input, as Process.write says. Cancelling may leave a part of `data` written."""
@@ -77,12 +76,6 @@ class RemoteProcess(Process):
                 if peer.lost is None:
                     raise
 
-    async def signal(self, name: str) -> None:
-        await ask(self._link, ProcessSignal(op_id=new_id(), process_id=self.id, name=name))
-
-    async def resize(self, *, rows: int, cols: int) -> None:
-        await ask(self._link, ProcessResize(process_id=self.id, rows=rows, cols=cols))
-
     async def wait(self, timeout: float | None = None) -> Exit:
         milliseconds("timeout", timeout)
         link = Until(self._link, timeout)
@@ -110,12 +103,8 @@ async def _chunks(peer: Peer, call: ProcessOutput) -> AsyncGenerator[Chunk, None
             await asyncio.gather(calling, return_exceptions=True)
 
 
-class RemoteShell(Shell):
+class RemoteShell(Part, Shell, part="shell"):
     """A persistent shell there."""
-
-    def __init__(self, link: Link, name: str) -> None:
-        self._link = link
-        self._name = name
 
     async def run(
         self,
@@ -126,10 +115,10 @@ class RemoteShell(Shell):
         until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
-        return await self._ask(
+        return await self._answer(
             ShellRun(
                 op_id=op_id or new_id(),
-                name=self._name,
+                name=self._key,
                 command=command,
                 timeout_ms=milliseconds("timeout", timeout),
                 quiet_ms=milliseconds("quiet", quiet),
@@ -147,10 +136,10 @@ class RemoteShell(Shell):
         until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
-        return await self._ask(
+        return await self._answer(
             ShellSend(
                 op_id=op_id or new_id(),
-                name=self._name,
+                name=self._key,
                 keys=data.decode("latin-1"),
                 enter=enter,
                 timeout_ms=milliseconds("timeout", timeout),
@@ -159,13 +148,10 @@ class RemoteShell(Shell):
             )
         )
 
-    async def reset(self, *, op_id: str | None = None) -> None:
-        await ask(self._link, ShellReset(op_id=op_id or new_id(), name=self._name))
-
     async def close(self, *, op_id: str | None = None) -> None:
-        await ask(self._link, ShellReset(op_id=op_id or new_id(), name=self._name, fresh=False))
+        await self._ask(ShellReset(op_id=op_id or new_id(), name=self._key, fresh=False))
 
-    async def _ask(self, call: ShellRun | ShellSend) -> ShellResult:
+    async def _answer(self, call: ShellRun | ShellSend) -> ShellResult:
         output = Collector()
 
         async def answered(peer: Peer) -> ShellAnswer:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, InvalidParams, TransferBroken
+from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, TransferBroken
 from agent_sdk.rpc.stream import ByteReader, Chunk
 from agent_sdk.workspace.contract import HEAD_BYTES, TAIL_BYTES, Output
 
@@ -79,18 +79,3 @@ def pass_failure(call: asyncio.Future[Any], reader: ByteReader) -> None:
     """A call was answered: a refused one never opens its stream, and whoever waits for bytes has to hear of it."""
     if not call.cancelled() and isinstance(error := call.exception(), AgentServerError):
         reader.fail(error)
-
-
-def milliseconds(field: str, seconds: float | None) -> int | None:
-    """Convert seconds to the wire's milliseconds.
-
-    Raises:
-        InvalidParams: outside 0.001..86 400.
-    """
-    if seconds is None:
-        return None
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise InvalidParams(f"{field}: expected seconds, got {type(seconds).__name__}", field=field)
-    if not 0.001 <= seconds <= 86_400:
-        raise InvalidParams(f"{field} must be 0.001..86400 seconds (got {seconds!r})")
-    return max(1, round(seconds * 1000))

@@ -13,7 +13,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from msgspec.structs import replace
 
@@ -29,6 +29,7 @@ from agent_sdk.protocol.errors import (
     OutcomeUnknown,
 )
 from agent_sdk.protocol.methods.conversation import Delete
+from agent_sdk.protocol.methods.method import Method
 from agent_sdk.protocol.methods.workspace import (
     Describe,
     Download,
@@ -49,25 +50,25 @@ from agent_sdk.remote.files import RemoteFiles, RemoteGit
 from agent_sdk.remote.link import Link, ask, persistent
 from agent_sdk.remote.process import RemoteProcess, RemoteShell
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink, Target
-from agent_sdk.remote.streams import milliseconds
 from agent_sdk.remote.transfers import NO_CHANNEL, Once, Repeatable, incoming, outgoing
+from agent_sdk.remote.verbs import asking
 from agent_sdk.workspace.atomic_file import atomic_file
 from agent_sdk.workspace.contract import (
     ExecResult,
     FileStream,
     OnOutput,
     Process,
-    ProcessInfo,
     Transferred,
     Workspace,
-    WorkspaceInfo,
 )
 from agent_sdk.workspace.disk import LocalPath, OnProgress, Progress, open_source
 from agent_sdk.workspace.folders import packed, unpacked
+from agent_sdk.workspace.verbs import milliseconds
 
 if TYPE_CHECKING:
     from ssl import SSLContext  # what is wrong with another value `checked_trust` says better
 
+T = TypeVar("T")
 Closing = Callable[[], Awaitable[None]]
 
 
@@ -232,15 +233,18 @@ class RemoteWorkspace(Workspace):
     @property
     def files(self) -> RemoteFiles:
         """Files and folders."""
-        return RemoteFiles(self.link)
+        return RemoteFiles.of(self.link)
 
     @property
     def git(self) -> RemoteGit:
         """The git repository."""
-        return RemoteGit(self.link)
+        return RemoteGit.of(self.link)
 
-    async def describe(self) -> WorkspaceInfo:
-        return await ask(self.link, Describe())
+    async def _ask(self, call: Method[T]) -> T:
+        return await ask(self.link, call)
+
+    describe = asking(Workspace.describe, Describe)
+    processes = asking(Workspace.processes, ProcessList)
 
     async def pause(self) -> None:
         """Freeze the container of the workspace with all that runs in it; its next use wakes it.
@@ -248,11 +252,11 @@ class RemoteWorkspace(Workspace):
         Raises:
             IsolationUnavailable: it is no sandbox.
         """
-        await ask(self.link, PauseWorkspace(op_id=new_id()))
+        await self._ask(PauseWorkspace(op_id=new_id()))
 
     async def resume(self) -> None:
         """Let a frozen container go on; nothing happens to one that runs."""
-        await ask(self.link, ResumeWorkspace(op_id=new_id()))
+        await self._ask(ResumeWorkspace(op_id=new_id()))
 
     async def snapshot(self) -> SnapshotTaken:
         """Copy the files as they are now; nothing in the workspace runs meanwhile.
@@ -263,7 +267,7 @@ class RemoteWorkspace(Workspace):
             IsolationUnavailable: it is no sandbox, or the server cannot.
             StorageFull: there is no room for a copy.
         """
-        return await ask(self.link, SnapshotWorkspace(op_id=new_id()))
+        return await self._ask(SnapshotWorkspace(op_id=new_id()))
 
     async def execute(
         self,
@@ -301,7 +305,7 @@ class RemoteWorkspace(Workspace):
             return ExecResult(status="unknown", reason=str(exc))
         if result.process_id is None:
             return result
-        return replace(result, process=RemoteProcess(self.link, result.process_id))
+        return replace(result, process=RemoteProcess.of(self.link, result.process_id))
 
     async def start(
         self,
@@ -330,16 +334,13 @@ class RemoteWorkspace(Workspace):
                 user=user,
             ),
         )
-        return RemoteProcess(self.link, started.process_id)
-
-    async def processes(self) -> list[ProcessInfo]:
-        return await ask(self.link, ProcessList())
+        return RemoteProcess.of(self.link, started.process_id)
 
     def process(self, process_id: str) -> Process:
-        return RemoteProcess(self.link, process_id)
+        return RemoteProcess.of(self.link, process_id)
 
     def shell(self, name: str = "default") -> RemoteShell:
-        return RemoteShell(self.link, name)
+        return RemoteShell.of(self.link, name)
 
     async def upload(
         self,

@@ -26,6 +26,7 @@ contract:          the contract of a Workspace
 disk:              files of this machine as streams
 atomic_file:       files that are replaced as a whole
 folders:           whole folders as streams
+verbs:             verbs as methods of the protocol
 service:           a Workspace behind a Peer
 limits:            what in a box ran into a limit
 cgroup:            the limits of a control group, and how often they were run into

@@ -23,6 +23,7 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.methods.method import Done, Effect, Method
 from agent_sdk.protocol.methods.workspace import (
+    WORKSPACE,
     Count,
     Describe,
     DiffText,
@@ -30,19 +31,11 @@ from agent_sdk.protocol.methods.workspace import (
     Execute,
     Executed,
     FilesList,
-    FilesMkdir,
-    FilesMove,
-    FilesRemove,
-    FilesStat,
-    GitChanges,
     GitDiff,
     ProcessInput,
     ProcessList,
     ProcessOutput,
-    ProcessResize,
-    ProcessSignal,
     ProcessStart,
-    ProcessWait,
     ShellAnswer,
     ShellReset,
     ShellRun,
@@ -52,10 +45,7 @@ from agent_sdk.protocol.methods.workspace import (
     UploadOffset,
 )
 from agent_sdk.protocol.results import (
-    Exit,
     FileInfo,
-    GitChange,
-    ProcessInfo,
     Transferred,
     WorkspaceInfo,
 )
@@ -66,6 +56,7 @@ from agent_sdk.rpc.stream import ByteWriter
 from agent_sdk.workspace.contract import ExecResult, Output, OutputName, ShellResult
 from agent_sdk.workspace.local import LocalWorkspace
 from agent_sdk.workspace.process import LocalProcess
+from agent_sdk.workspace.verbs import KEYS, arguments_of, seconds
 
 NOT_KEPT = "its output is not kept any more"
 
@@ -77,16 +68,13 @@ def workspace_handlers(workspace: LocalWorkspace, ledger: Ledger) -> dict[type[M
     or gets its result again, bytes included, over its own channels.
     """
     served = _Served(workspace, ledger)
-    return {
+    written: dict[type[Method[Any]], Handler] = {
         Describe: served.describe,
         Execute: served.execute,
         ProcessStart: served.start,
-        ProcessList: served.processes,
-        ProcessWait: served.wait,
+        ProcessList: lambda params, call: workspace.processes(),
         ProcessInput: served.feed,
         ProcessOutput: served.output,
-        ProcessSignal: served.signal,
-        ProcessResize: served.resize,
         ShellRun: served.shell_run,
         ShellSend: served.shell_send,
         ShellReset: served.shell_reset,
@@ -94,13 +82,9 @@ def workspace_handlers(workspace: LocalWorkspace, ledger: Ledger) -> dict[type[M
         UploadOffset: served.upload_offset,
         Download: served.download,
         FilesList: served.files_list,
-        FilesStat: served.files_stat,
-        FilesRemove: served.files_remove,
-        FilesMove: served.files_move,
-        FilesMkdir: served.files_mkdir,
-        GitChanges: served.git_changes,
         GitDiff: served.git_diff,
     }
+    return {**dict.fromkeys(WORKSPACE, served.verb), **written}
 
 
 class _Served:
@@ -206,8 +190,8 @@ class _Served:
                 cwd=params.cwd,
                 env=params.env,
                 stdin=stdin,
-                timeout=_seconds(params.timeout_ms),
-                yield_after=_seconds(params.yield_after_ms),
+                timeout=seconds(params.timeout_ms),
+                yield_after=seconds(params.yield_after_ms),
                 merge=params.merge,
                 user=params.user,
                 on_start=begun.set_result,
@@ -224,18 +208,12 @@ class _Served:
                 pty=params.pty,
                 rows=params.rows,
                 cols=params.cols,
-                timeout=_seconds(params.timeout_ms),
+                timeout=seconds(params.timeout_ms),
                 user=params.user,
             )
             return Started(process.id)
 
         return await self._ledger.run(params, start, call)
-
-    async def processes(self, params: ProcessList, call: Inbound) -> list[ProcessInfo]:
-        return await self._workspace.processes()
-
-    async def wait(self, params: ProcessWait, call: Inbound) -> Exit:
-        return await self._workspace.process(params.process_id).wait(_seconds(params.timeout_ms))
 
     async def feed(self, params: ProcessInput, call: Inbound) -> Count:
         process = self._workspace.process(params.process_id)
@@ -255,14 +233,6 @@ class _Served:
             await writer.finish()
             return Count(writer.offset)
 
-    async def signal(self, params: ProcessSignal, call: Inbound) -> Done:
-        process = self._workspace.process(params.process_id)
-        return await self._done(params, call, lambda: process.signal(params.name))
-
-    async def resize(self, params: ProcessResize, call: Inbound) -> Done:
-        await self._workspace.process(params.process_id).resize(rows=params.rows, cols=params.cols)
-        return Done()
-
     # --- shells ---
 
     async def shell_run(self, params: ShellRun, call: Inbound) -> ShellAnswer:
@@ -277,8 +247,8 @@ class _Served:
         self, params: ShellRun | ShellSend, call: Inbound, act: Callable[..., Awaitable[ShellResult]]
     ) -> ShellAnswer:
         limits = {
-            "timeout": _seconds(params.timeout_ms),
-            "quiet": _seconds(params.quiet_ms),
+            "timeout": seconds(params.timeout_ms),
+            "quiet": seconds(params.quiet_ms),
             "until": _keys(params.until) or None,
         }
         async with AsyncExitStack() as stack:
@@ -299,9 +269,9 @@ class _Served:
                 reason=result.reason,
             )
 
-    async def shell_reset(self, params: ShellReset, call: Inbound) -> Done:
+    async def shell_reset(self, params: ShellReset, call: Inbound) -> Any:
         shell = self._workspace.shell(params.name)
-        return await self._done(params, call, shell.reset if params.fresh else shell.close)
+        return await self._answer(params, call, shell.reset if params.fresh else shell.close)
 
     # --- files ---
 
@@ -359,33 +329,30 @@ class _Served:
         found = await self._workspace.files.list(params.path, depth=params.depth, hidden=params.hidden)
         return [info for info in found if params.after is None or info.path > params.after][: params.limit]
 
-    async def files_stat(self, params: FilesStat, call: Inbound) -> FileInfo:
-        return await self._workspace.files.stat(params.path, follow=params.follow)
-
-    async def files_remove(self, params: FilesRemove, call: Inbound) -> Done:
-        remove = self._workspace.files.remove
-        return await self._done(params, call, lambda: remove(params.path, recursive=params.recursive))
-
-    async def files_move(self, params: FilesMove, call: Inbound) -> Done:
-        return await self._done(
-            params, call, lambda: self._workspace.files.move(params.source, params.target)
-        )
-
-    async def files_mkdir(self, params: FilesMkdir, call: Inbound) -> Done:
-        return await self._done(params, call, lambda: self._workspace.files.mkdir(params.path))
-
-    async def git_changes(self, params: GitChanges, call: Inbound) -> list[GitChange]:
-        return await self._workspace.git.changes(params.path, base=params.base)
-
     async def git_diff(self, params: GitDiff, call: Inbound) -> DiffText:
         return DiffText(await self._workspace.git.diff(params.path, base=params.base))
 
-    async def _done(self, params: Effect[Done], call: Inbound, action: Any) -> Done:
-        async def act() -> Done:
-            await action()
-            return Done()
+    # --- all others ---
 
-        return await self._ledger.run(params, act, call)
+    async def verb(self, params: Method[Any], call: Inbound) -> Any:
+        """Call the verb that the method is named after."""
+        part, _, name = params.method.partition(".")
+        verb = getattr(self._part(part, params), name)
+        return await self._answer(params, call, lambda: verb(**arguments_of(params)))
+
+    def _part(self, part: str, params: Any) -> Any:
+        if part == "workspace":
+            return self._workspace
+        if (key := KEYS.get(part)) is None:
+            return getattr(self._workspace, part)
+        return getattr(self._workspace, part)(getattr(params, key))
+
+    async def _answer(self, params: Method[Any], call: Inbound, verb: Callable[[], Awaitable[Any]]) -> Any:
+        async def act() -> Any:
+            result = await verb()
+            return Done() if result is None else result
+
+        return await (self._ledger.run(params, act, call) if isinstance(params, Effect) else act())
 
 
 def weight(result: object) -> int:
@@ -422,10 +389,6 @@ def _keys(text: str) -> bytes:
         return text.encode("latin-1")
     except UnicodeEncodeError:
         raise InvalidParams("$.params.keys: each character is one byte, U+0000..U+00FF") from None
-
-
-def _seconds(milliseconds: int | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1000
 
 
 def _executed(
