@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, TransferBroken
 from agent_sdk.rpc.stream import ByteReader, Chunk
-from agent_sdk.workspace.contract import HEAD_BYTES, TAIL_BYTES, Output
+from agent_sdk.workspace.output import HEAD_BYTES, TAIL_BYTES, Output
 
 A = TypeVar("A")
 

@@ -23,6 +23,7 @@ users:             as whom a command runs, and the rights of another user for a 
 uploads:           files that come in parts, over connections that are lost
 repeats:           calls that are carried out once, however often they come
 contract:          the contract of a Workspace
+output:            what commands and shells have said
 disk:              files of this machine as streams
 atomic_file:       files that are replaced as a whole
 folders:           whole folders as streams

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 from msgspec import Struct
 
@@ -26,6 +26,7 @@ from agent_sdk.protocol.results import (
     WorkspaceInfo,
 )
 from agent_sdk.workspace.disk import LocalPath, OnProgress
+from agent_sdk.workspace.output import Output, OutputName, ShellResult
 
 __all__ = [
     "ExecResult",
@@ -48,36 +49,9 @@ __all__ = [
     "WorkspaceInfo",
 ]
 
-OutputName = Literal["stdout", "stderr"]
 OnOutput = Callable[[OutputName, bytes], Awaitable[None] | None]
 
-HEAD_BYTES = 64 << 10
-TAIL_BYTES = 1 << 20
-SPOOL_BYTES = 256 << 20
 KILL_GRACE_SECONDS = 5.0
-
-
-class Output(Struct, frozen=True):
-    """What one stream of a process said: all of it, or its first 64 KiB and its last 1 MiB."""
-
-    head: bytes = b""
-    tail: bytes = b""
-    """Empty when `head` is everything."""
-    size: int = 0
-    """Bytes written in all, exactly."""
-
-    @property
-    def omitted(self) -> int:
-        """Bytes between head and tail that are not here; `Process.output` may still have them."""
-        return self.size - len(self.head) - len(self.tail)
-
-    @property
-    def text(self) -> str:
-        """UTF-8, wrong bytes replaced; a line says how much was left out in the middle."""
-        if not self.omitted:
-            return (self.head + self.tail).decode(errors="replace")
-        gap = f"\n[... {self.omitted} bytes left out ...]\n"
-        return self.head.decode(errors="replace") + gap + self.tail.decode(errors="replace")
 
 
 class ExecResult(Struct, frozen=True, kw_only=True):
@@ -153,26 +127,6 @@ class ExecResult(Struct, frozen=True, kw_only=True):
     def truncated(self) -> bool:
         """Whether stdout or stderr lack bytes in the middle."""
         return self.out.omitted > 0 or self.err.omitted > 0
-
-
-class ShellResult(Struct, frozen=True, kw_only=True):
-    """What a persistent shell answered."""
-
-    status: Literal["done", "quiet", "timeout", "busy", "ended", "unknown", "said"]
-    """`done`: the command ended; `quiet`: it runs but has said nothing for a while; `timeout`: it runs and
-    its time is over; `said`: it runs and has said what was waited `until`; `busy`: an earlier command still runs,
-    this one was not started; `ended`: the shell itself ended, a fresh one with the same folder and environment is
-    ready; `unknown`: its place was lost meanwhile."""
-    output: Output = Output()
-    """What was printed since the last answer."""
-    exit_code: int | None = None
-    cwd: str = ""
-    full_output: str | None = None
-    """Path in the workspace's machine of a file with the output, where it is long."""
-    full_output_lacks: int = 0
-    """Bytes that even this file lacks in its middle, where a line says so."""
-    reason: str = ""
-    """What went wrong besides, e.g. `killed: out of memory (limit 512 MiB)`."""
 
 
 class FileStream(Protocol):

@@ -13,8 +13,9 @@ from typing import Literal
 from agent_sdk.protocol.errors import AgentServerError, ProcessNotFound
 from agent_sdk.workspace.arguments import check_seconds, encode
 from agent_sdk.workspace.bash import Bash, Report, restoring
-from agent_sdk.workspace.contract import TAIL_BYTES, Output, Shell, ShellResult
+from agent_sdk.workspace.contract import Shell
 from agent_sdk.workspace.limits import Counts, LimitWatch
+from agent_sdk.workspace.output import TAIL_BYTES, Output, ShellResult
 from agent_sdk.workspace.process_table import SPOOL_KEPT_BYTES
 from agent_sdk.workspace.spool import Spool
 

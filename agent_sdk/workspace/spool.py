@@ -12,8 +12,8 @@ import os
 from collections import deque
 from collections.abc import Callable
 
-from agent_sdk.workspace.contract import HEAD_BYTES, SPOOL_BYTES, TAIL_BYTES, Output
 from agent_sdk.workspace.disk import in_thread
+from agent_sdk.workspace.output import HEAD_BYTES, SPOOL_BYTES, TAIL_BYTES, Output
 
 PENDING_BYTES = 4 << 20
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from agent_sdk.protocol.errors import InvalidParams, LimitExceeded, PolicyDenied
-from agent_sdk.workspace.contract import HEAD_BYTES, SPOOL_BYTES, TAIL_BYTES, Workspace
+from agent_sdk.workspace.contract import Workspace
+from agent_sdk.workspace.output import HEAD_BYTES, SPOOL_BYTES, TAIL_BYTES
 
 PATIENCE = 30
 """Seconds until a test that hangs fails."""

@@ -3,7 +3,7 @@
 import pytest
 
 from agent_sdk.workspace.bash import _Filter as Filter
-from agent_sdk.workspace.contract import HEAD_BYTES
+from agent_sdk.workspace.output import HEAD_BYTES
 from agent_sdk.workspace.shell import _Sought as Sought
 from agent_sdk.workspace.spool import Spool
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_sdk.workspace.contract import HEAD_BYTES, TAIL_BYTES
+from agent_sdk.workspace.output import HEAD_BYTES, TAIL_BYTES
 from agent_sdk.workspace.spool import PENDING_BYTES, Spool
 
 

@@ -26,9 +26,9 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.workspace.child_process import ChildProcess
-from agent_sdk.workspace.contract import SPOOL_BYTES, TAIL_BYTES
 from agent_sdk.workspace.disk import Folder
 from agent_sdk.workspace.local import LocalWorkspace
+from agent_sdk.workspace.output import SPOOL_BYTES, TAIL_BYTES
 from agent_sdk.workspace.process_table import ENDED_KEPT, SH, ProcessTable
 from tests.contract.commands import HEARS_SIGNALS, PATIENCE, SIGNALS_HEARD, STUBBORN, alive
 from tests.contract.shells import CTRL_C, begun

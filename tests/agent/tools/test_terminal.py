@@ -13,8 +13,8 @@ from agent_sdk.agent.clip import MODEL_CHARS
 from agent_sdk.agent.tools.terminal import TerminalTool
 from agent_sdk.protocol.errors import ToolError
 from agent_sdk.tools import ToolContext, ToolResult
-from agent_sdk.workspace.contract import SPOOL_BYTES, TAIL_BYTES
 from agent_sdk.workspace.local import LocalWorkspace
+from agent_sdk.workspace.output import SPOOL_BYTES, TAIL_BYTES
 
 
 class Terminal:
