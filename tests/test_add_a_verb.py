@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from tests.conftest import serving
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/add_a_verb.md").read_text(encoding="utf-8")
-EDIT = re.compile(r"^In `(\S+)`, before `([^`\n]+)`:\n\n```python\n(.*?)```$", re.DOTALL | re.MULTILINE)
+EDIT = re.compile(
+    r"^In `(\S+)`, before `([^`\n]+)`:\n\n```(?:python|text)\n(.*?)```$", re.DOTALL | re.MULTILINE
+)
 EDITS = EDIT.findall(PAGE)
 MOST_EDITS, MOST_FILES = 5, 4
 
@@ -59,14 +62,16 @@ for form in (RemoteFiles.chmod, sync.Files.chmod):
 def copy(tmp_path_factory):
     """The packages with the page's edits."""
     folder = tmp_path_factory.mktemp("packages")
-    for package in ("agent_sdk", "workspaces", "agent_server"):
+    for package in ("agent_sdk", "workspaces", "agent_server", "tools"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file, before, code in EDITS:
         path = folder / file
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         places = [at for at, line in enumerate(lines) if line.strip().startswith(before)]
         assert len(places) == 1, (file, before)
-        lines.insert(places[0], code)
+        followed = lines[places[0]]
+        indent = followed[: len(followed) - len(followed.lstrip())]
+        lines.insert(places[0], textwrap.indent(code, indent))
         path.write_text("".join(lines), encoding="utf-8")
     return folder
 
@@ -74,7 +79,8 @@ def copy(tmp_path_factory):
 def test_the_page_counts_its_edits_and_they_are_few():
     files = {file for file, _, _ in EDITS}
     assert f"**{len(EDITS)} edits in {len(files)} files**" in PAGE
-    assert PAGE.count("```python") == len(EDITS) <= MOST_EDITS
+    assert PAGE.count("```") == 2 * len(EDITS)  # each block is one of them
+    assert len(EDITS) <= MOST_EDITS
     assert len(files) <= MOST_FILES
 
 
@@ -89,9 +95,8 @@ def test_the_verb_works_here_over_a_server_and_blocking(copy, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_verb_is_in_the_document_of_the_protocol(copy, tmp_path):
-    command = [sys.executable, "-m", "agent_sdk.protocol.document", tmp_path]
-    subprocess.run(command, cwd=copy, check=True, timeout=60)
-    printed = (tmp_path / "protocol.md").read_text(encoding="utf-8")
+def test_the_verb_is_in_the_references_of_the_protocol(copy):
+    subprocess.run([sys.executable, "-m", "tools.documents"], cwd=copy, check=True, timeout=60)
+    printed = (copy / "docs/protocol.md").read_text(encoding="utf-8")
     assert "### `files.chmod`\n\nSet the permission bits of a file or folder." in printed
-    assert '"name": "files.chmod"' in (tmp_path / "openrpc.json").read_text(encoding="utf-8")
+    assert '"name": "files.chmod"' in (copy / "agent_server/openrpc.json").read_text(encoding="utf-8")

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import assert_type
 
 import workspaces.sync
-from agent_sdk import Agent, events, sync, tool
+from agent_sdk import Agent, RemoteWorkspace, events, sync, tool
 from agent_sdk.conversation.contract import Accepted, Outcome
 from agent_sdk.testing import ScriptedLLM, say
-from agent_sdk.workspace.contract import FileInfo, Transferred
+from agent_sdk.workspace.contract import FileInfo, GitChange, Transferred, WorkspaceInfo
 
 
 @tool
@@ -35,6 +35,14 @@ async def use() -> None:
 def on_event(event: events.Event) -> None:
     described: str = event.to_json()
     print(described)
+
+
+async def use_there(workspace: RemoteWorkspace) -> None:
+    assert_type(await workspace.describe(), WorkspaceInfo)
+    assert_type(await workspace.files.stat("a"), FileInfo)
+    assert_type(await workspace.git.changes(base="HEAD"), list[GitChange])
+    await workspace.files.move("a", to="b")  # type: ignore[call-arg]
+    await workspace.process("p").resize(rows="1", cols=2)  # type: ignore[arg-type]
 
 
 def use_blocking(agent: Agent) -> None:
