@@ -21,8 +21,7 @@ from agent_sdk.protocol.errors import (
     PathError,
     PolicyDenied,
 )
-from agent_sdk.protocol.methods.method import Effect
-from agent_sdk.protocol.methods.workspace import Execute, ProcessStart, Upload
+from agent_sdk.protocol.methods.method import Effect, varying
 from agent_sdk.rpc.peer import Inbound
 
 FINISHED = 10_000
@@ -30,12 +29,6 @@ FINISHED_SECONDS = 24 * 3600.0
 FINISHED_AT_MOST = 100_000
 FINISHED_BYTES = 64 << 20
 EXPIRED = 100_000
-# Names of streams and places in them differ whenever a call is repeated; they do not belong to what it asks for.
-CHANNELS = frozenset(
-    {"channel", "stdin", "stdout", "stderr", "follow", "since", "stdout_since", "stderr_since"}
-)
-_WHOLE = (Execute, ProcessStart, Upload)
-"""They are refused, or they begin; what becomes of them then is no error of the call, or undone."""
 _REFUSALS = (LimitExceeded, NotFound, PathError, PolicyDenied)
 
 T = TypeVar("T")
@@ -215,7 +208,7 @@ class Ledger:
 
 def did_nothing(call: Effect[Any], error: AgentServerError) -> bool:
     """Return whether a call that failed so had no effect: it may come again under its op_id, and is run then."""
-    refused = isinstance(error, InvalidParams) or (isinstance(call, _WHOLE) and isinstance(error, _REFUSALS))
+    refused = isinstance(error, InvalidParams) or (call.begins and isinstance(error, _REFUSALS))
     return error.retryable or refused
 
 
@@ -225,5 +218,5 @@ async def _run(action: Callable[[], Awaitable[T]]) -> T:
 
 def _digest(call: Effect[Any]) -> int:
     """A fingerprint for this process alone: SipHash under a key nobody else has, so no two params can be made alike."""
-    params = {name: getattr(call, name) for name in call.__struct_fields__ if name not in CHANNELS}
+    params = {name: getattr(call, name) for name in call.__struct_fields__ if name not in varying(type(call))}
     return hash(call.method.encode() + b"\0" + msgspec.json.encode(params))

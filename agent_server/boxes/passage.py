@@ -11,36 +11,12 @@ from typing import Any, Self
 from msgspec.structs import replace
 
 from agent_sdk.protocol.errors import ConnectionLost, TransferBroken
-from agent_sdk.protocol.methods.method import Effect, Method
-from agent_sdk.protocol.methods.workspace import (
-    Download,
-    Execute,
-    Executed,
-    ProcessInput,
-    ProcessOutput,
-    ShellAnswer,
-    ShellRun,
-    ShellSend,
-    Upload,
-)
+from agent_sdk.protocol.methods.method import Effect, Method, Stream
 from agent_sdk.rpc.peer import Inbound, Peer
 from agent_sdk.rpc.stream import ByteReader, ByteWriter
 
 KEPT_BYTES = 64 << 10
 """Of the output of an operation, to be given again."""
-INWARD: dict[type[Method[Any]], tuple[str, ...]] = {
-    Execute: ("stdin",),
-    ProcessInput: ("channel",),
-    Upload: ("channel",),
-}
-OUTWARD: dict[type[Method[Any]], tuple[str, ...]] = {
-    Execute: ("stdout", "stderr"),
-    ShellRun: ("channel",),
-    ShellSend: ("channel",),
-    ProcessOutput: ("channel",),
-    Download: ("channel",),
-}
-_SINCE = {"stdout": "stdout_since", "stderr": "stderr_since"}
 
 
 class Passage:
@@ -74,14 +50,14 @@ class Passage:
             InvalidParams: a number is not that of a stream the caller has just opened.
         """
         async with self._stack:
-            for field in INWARD.get(type(self._params), ()):
-                if channel := getattr(self._params, field):
+            for stream in self._params.takes:
+                if channel := getattr(self._params, stream.channel):
                     reading = self._call.reading(channel)
-                    self._readers[field] = await self._stack.enter_async_context(reading)
-            for field in OUTWARD.get(type(self._params), ()):
-                if channel := getattr(self._params, field):
+                    self._readers[stream.channel] = await self._stack.enter_async_context(reading)
+            for stream in self._params.gives:
+                if channel := getattr(self._params, stream.channel):
                     writer = await self._stack.enter_async_context(self._call.writing(channel))
-                    self.ways[field] = Way(writer, getattr(self._params, _SINCE.get(field, "since")))
+                    self.ways[stream.channel] = Way(writer, stream, getattr(self._params, stream.since))
             self._stack = self._stack.pop_all()
         self.once = bool(self._readers)
         return self
@@ -150,7 +126,7 @@ class Passage:
             fields[field] = reader.channel
             if isinstance(self._params, Effect) and way.since:
                 if way.since <= KEPT_BYTES:
-                    fields[_SINCE.get(field, "since")] = 0  # to be kept whole
+                    fields[way.stream.since] = 0  # to be kept whole
                 else:
                     self.kept = None
             outputs[field] = _Output(reader, way, partial(self._keep, field))
@@ -194,7 +170,8 @@ class _Output:
 class Way:
     """To a caller's stream; a caller who is gone or wants no more holds nothing up."""
 
-    def __init__(self, writer: ByteWriter, since: int) -> None:
+    def __init__(self, writer: ByteWriter, stream: Stream, since: int) -> None:
+        self.stream = stream
         self.since = since
         self._writer = writer
 
@@ -223,10 +200,5 @@ async def _end(tasks: Collection[asyncio.Task[Any]]) -> None:
 
 def carrying(params: Method[Any], answer: Any) -> tuple[str, ...]:
     """Return the fields whose streams the box has sent bytes over with this answer; the others need no waiting for."""
-    match answer:
-        case Executed(stdout_bytes=out, stderr_bytes=err):
-            return tuple(name for name, size in (("stdout", out), ("stderr", err)) if size)
-        case ShellAnswer(output_bytes=size):
-            return ("channel",) if size else ()
-        case _:
-            return OUTWARD.get(type(params), ())
+    sizes = ((stream.channel, not stream.size or getattr(answer, stream.size)) for stream in params.gives)
+    return tuple(channel for channel, size in sizes if size)

@@ -10,13 +10,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from agent_sdk.protocol.errors import AgentServerError, ErrorObject, from_wire, to_wire
-from agent_sdk.protocol.methods.method import Effect, result_type
-from agent_sdk.protocol.methods.workspace import Executed, ShellAnswer
-from agent_server.boxes.passage import KEPT_BYTES, OUTWARD, Way
+from agent_sdk.protocol.methods.method import Effect, Method, Stream, result_type
+from agent_sdk.protocol.methods.workspace import Executed
+from agent_server.boxes.passage import KEPT_BYTES, Way
 
 NOT_KEPT = "its output is not kept any more"
-_TEXTS = {"stdout": "stdout_text", "stderr": "stderr_text", "channel": "text"}
-_SIZES = {"stdout": "stdout_bytes", "stderr": "stderr_bytes", "channel": "output_bytes"}
 
 
 class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -29,9 +27,9 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """By the field of its stream; None: it was too much to keep."""
 
     @classmethod
-    def of(cls, answer: Any, output: Mapping[str, bytes | bytearray] | None) -> Self:
+    def of(cls, params: Method[Any], answer: Any, output: Mapping[str, bytes | bytearray] | None) -> Self:
         """Write an answer down with the output that belongs to it, where it is not too long."""
-        texts = {name: getattr(answer, name, None) or "" for name in _TEXTS.values()}
+        texts = {stream.text: getattr(answer, stream.text) or "" for stream in params.gives if stream.text}
         if sum(map(len, texts.values())) > KEPT_BYTES:
             gone = {name: None for name, text in texts.items() if text}
             answer, output = replace(answer, **gone), None
@@ -67,11 +65,9 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise from_wire(self.error)
         assert self.answer is not None
         answer: Any = msgspec.json.decode(self.answer, type=result_type(type(params)))
-        if not isinstance(answer, Executed | ShellAnswer):
-            return answer
-        for field in OUTWARD[type(params)]:
-            data = self._bytes(answer, field)
-            size = getattr(answer, _SIZES[field])
+        for stream in (stream for stream in params.gives if stream.text):
+            field, size = stream.channel, getattr(answer, stream.size)
+            data = self._bytes(answer, stream)
             if isinstance(answer, Executed) and data is None and size:
                 answer = replace(answer, reason=answer.reason or NOT_KEPT)
             if field in ways:
@@ -79,13 +75,13 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
                 await ways[field].finish(size, b"")
             else:
                 text = None if data is None or answer.status == "unknown" else data.decode(errors="replace")
-                answer = replace(answer, **{_TEXTS[field]: text})
+                answer = replace(answer, **{stream.text: text})
         return answer
 
-    def _bytes(self, answer: Any, field: str) -> bytes | None:
+    def _bytes(self, answer: Any, stream: Stream) -> bytes | None:
         """Return the output that is kept; None: there was some, and it is not."""
-        if (text := getattr(answer, _TEXTS[field])) is not None:
+        if (text := getattr(answer, stream.text)) is not None:
             return str(text).encode()
-        if not getattr(answer, _SIZES[field]):
+        if not getattr(answer, stream.size):
             return b""
-        return None if self.output is None else self.output.get(field)
+        return None if self.output is None else self.output.get(stream.channel)

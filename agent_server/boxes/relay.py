@@ -26,7 +26,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceLost,
     WorkspaceUnavailable,
 )
-from agent_sdk.protocol.methods.method import Effect, Method
+from agent_sdk.protocol.methods.method import Effect, Method, varying
 from agent_sdk.protocol.methods.workspace import (
     Describe,
     Execute,
@@ -41,7 +41,7 @@ from agent_sdk.protocol.methods.workspace import (
 )
 from agent_sdk.protocol.results import Exit, RunningOperation, WorkspaceInfo
 from agent_sdk.remote.link import Linked
-from agent_sdk.rpc.ledger import CHANNELS, did_nothing
+from agent_sdk.rpc.ledger import did_nothing
 from agent_sdk.rpc.peer import Inbound
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.passage import Passage
@@ -224,7 +224,7 @@ class Relay:
             else:
                 await self._finish(run, Receipt.of_error(exc))
             raise
-        await self._finish(run, Receipt.of(answer, run.passage.kept))
+        await self._finish(run, Receipt.of(run.params, answer, run.passage.kept))
         return answer
 
     async def _finish(self, run: _Run, receipt: Receipt) -> None:
@@ -298,7 +298,9 @@ async def _stop(runs: list[_Run]) -> None:
 def _digest(params: Effect[Any]) -> bytes:
     """What the call asks for, but for the numbers of its byte streams, which differ whenever it is repeated."""
     fields = without_defaults(params, everywhere=True)
-    return digest_of(params.method, {name: value for name, value in fields.items() if name not in CHANNELS})
+    return digest_of(
+        params.method, {name: value for name, value in fields.items() if name not in varying(type(params))}
+    )
 
 
 def _unknown(params: Effect[Any], exc: OutcomeUnknown) -> Any:

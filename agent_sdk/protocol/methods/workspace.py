@@ -18,6 +18,7 @@ from agent_sdk.protocol.methods.method import (
     Offset,
     OpId,
     Path,
+    Stream,
     UserName,
 )
 from agent_sdk.protocol.results import (
@@ -64,6 +65,12 @@ class Execute(Effect[Executed], frozen=True, kw_only=True):
     """Run a command and wait for its end. Exactly one of `argv` and `shell`."""
 
     method = "execute"
+    begins = True
+    takes = (Stream("stdin", ""),)
+    gives = (
+        Stream("stdout", "stdout_since", "stdout_bytes", "stdout_text", "follow"),
+        Stream("stderr", "stderr_since", "stderr_bytes", "stderr_text", "follow"),
+    )
     argv: Annotated[list[Argument], Meta(min_length=1, max_length=4096)] | None = None
     shell: str | None = None
     cwd: Path | None = None
@@ -96,6 +103,7 @@ class ProcessStart(Effect[Started], frozen=True, kw_only=True):
     """Start a command and return at once. Exactly one of `argv` and `shell`."""
 
     method = "process.start"
+    begins = True
     argv: Annotated[list[Argument], Meta(min_length=1, max_length=4096)] | None = None
     shell: str | None = None
     cwd: Path | None = None
@@ -132,6 +140,7 @@ class ProcessInput(Method[Count], frozen=True, kw_only=True):
     """Feed a process from a channel of the caller; answered when the channel ends, which closes its input."""
 
     method = "process.input"
+    takes = (Stream(),)
     process_id: Name
     channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
     since: Offset = 0
@@ -142,6 +151,7 @@ class ProcessOutput(Method[Count], frozen=True, kw_only=True):
     """Send output from byte `since` over a channel; answered at its end with the size in all."""
 
     method = "process.output"
+    gives = (Stream(),)
     process_id: Name
     channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
     stream: Literal["stdout", "stderr"] = "stdout"
@@ -183,6 +193,7 @@ class ShellRun(Effect[ShellAnswer], frozen=True, kw_only=True):
     """Run one command in the persistent shell of this name."""
 
     method = "shell.run"
+    gives = (Stream(size="output_bytes", text="text"),)
     name: Name = "default"
     command: str
     timeout_ms: Ms | None = None
@@ -198,6 +209,7 @@ class ShellSend(Effect[ShellAnswer], frozen=True, kw_only=True):
     """Type into the running command of a shell."""
 
     method = "shell.send"
+    gives = (Stream(size="output_bytes", text="text"),)
     name: Name = "default"
     keys: str = ""
     """The bytes to type, one character U+0000..U+00FF per byte."""
@@ -229,6 +241,8 @@ class Upload(Effect[Transferred], frozen=True, kw_only=True):
     """
 
     method = "upload"
+    begins = True
+    takes = (Stream(),)
     path: Path
     channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
     size: Offset | None = None
@@ -252,6 +266,7 @@ class Download(Method[Transferred], frozen=True, kw_only=True):
     """Send a regular file over a channel; the end frame carries the SHA-256 of all from `offset` on."""
 
     method = "download"
+    gives = (Stream(),)
     path: Path
     channel: Annotated[int, Meta(ge=1, le=0xFFFFFFFF)]
     offset: Offset = 0
