@@ -24,7 +24,6 @@ from agent_sdk.conversation.contract import (
     OnReset,
     OnWaiting,
     Outcome,
-    Snapshot,
     Stats,
     Wait,
     Waits,
@@ -67,13 +66,14 @@ from agent_sdk.protocol.methods.conversation import (
     ToolCall,
     UpdateSecrets,
 )
-from agent_sdk.protocol.methods.method import Done, Effect, Method
+from agent_sdk.protocol.methods.method import Effect, Method
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model, WorkspaceSpec
 from agent_sdk.remote.connection import ANSWER_SECONDS, Connection
 from agent_sdk.remote.delivery import Delivery
 from agent_sdk.remote.link import Until, ask, ask_page
 from agent_sdk.remote.reconnecting import Resident, ServerLink
 from agent_sdk.remote.tool_calls import ToolCalls
+from agent_sdk.remote.verbs import asking
 from agent_sdk.remote.workspace import RemoteWorkspace
 
 T = TypeVar("T")
@@ -251,10 +251,10 @@ class RemoteConversation(Conversation, Resident):
     async def interrupt(self, reason: str = "") -> None:
         await self._stop(Interrupt(op_id=new_id(), reason=reason, turn=self._turn))
 
-    async def respond(
-        self, request_id: str, answer: Literal["approve", "reject"], *, reason: str = ""
-    ) -> None:
-        await self._do(Respond(op_id=new_id(), request_id=request_id, answer=answer, reason=reason))
+    respond = asking(Conversation.respond, Respond)
+    state = asking(Conversation.state, GetState)
+    set_confirmation_policy = asking(Conversation.set_confirmation_policy, SetConfirmationPolicy)
+    set_title = asking(Conversation.set_title, SetTitle)
 
     async def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
         """Yield the events after `since` in order; pages of the log are fetched as they are consumed."""
@@ -272,26 +272,17 @@ class RemoteConversation(Conversation, Resident):
             if not follow or not await self._delivery.wait_beyond(seq):
                 return
 
-    async def state(self) -> Snapshot:
-        return await self._ask(GetState())
-
     async def stats(self) -> Stats:
         return (await self.state()).stats
 
     async def update_secrets(self, secrets: dict[str, str]) -> None:
-        await self._do(UpdateSecrets(op_id=new_id(), secrets=secrets))
+        await self._ask(UpdateSecrets(op_id=new_id(), secrets=secrets))
         self._settings["secrets"] |= secrets
 
-    async def set_confirmation_policy(self, policy: ConfirmationPolicy) -> None:
-        await self._do(SetConfirmationPolicy(op_id=new_id(), policy=policy))
-
     async def switch_llm(self, llm: Model) -> None:
-        await self._do(SwitchLlm(op_id=new_id(), llm=llm))
+        await self._ask(SwitchLlm(op_id=new_id(), llm=llm))
         if self._agent is not None:
             self._agent = replace(self._agent, llm=llm)
-
-    async def set_title(self, title: str | None = None, *, tags: dict[str, str] | None = None) -> None:
-        await self._do(SetTitle(op_id=new_id(), title=title, tags=tags))
 
     async def close(self) -> None:
         await self._delivery.close()
@@ -307,7 +298,7 @@ class RemoteConversation(Conversation, Resident):
     async def delete(self) -> None:
         await self._open()
         with suppress(ConversationNotFound):  # it was there: the connection was lost before its end was told
-            await self._do(Delete(op_id=new_id()))
+            await self._ask(Delete(op_id=new_id()))
         await self.close()
 
     async def _stop(self, call: Effect[T]) -> T:
@@ -316,9 +307,6 @@ class RemoteConversation(Conversation, Resident):
             return await self._ask(call)
         finally:
             self._stops.remove(call)
-
-    async def _do(self, call: Effect[Done]) -> None:
-        await self._ask(call)
 
     async def _ask(self, call: Method[T]) -> T:
         return await ask(await self._open(), call)

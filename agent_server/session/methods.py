@@ -16,6 +16,7 @@ from agent_sdk.log.event_log import Operation
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, StateConflict
 from agent_sdk.protocol.methods.connection import Initialize, Initialized, Ping, Pong
 from agent_sdk.protocol.methods.conversation import (
+    CONVERSATION,
     Configure,
     Delete,
     EventPage,
@@ -25,11 +26,9 @@ from agent_sdk.protocol.methods.conversation import (
     ListConversations,
     Pause,
     RegisterTools,
-    Respond,
     Run,
     RunAnswer,
     SendMessage,
-    SetConfirmationPolicy,
     SetTitle,
     Subscribe,
     Subscribed,
@@ -48,6 +47,7 @@ from agent_sdk.protocol.methods.workspace import (
 from agent_sdk.protocol.results import BUSY, Accepted, Snapshot
 from agent_sdk.rpc.peer import Inbound, Peer
 from agent_sdk.rpc.pipe import memory_pipes
+from agent_sdk.workspace.verbs import arguments_of
 from agent_server.conversations.loaded import LoadedConversation
 from agent_server.conversations.registry import Conversations
 from agent_server.logs import ABOUT
@@ -122,6 +122,7 @@ class Methods:
         self._work = work
         self.handlers: dict[type[Method[Any]], Handler] = {
             **dict.fromkeys(WORKSPACE, _forward),
+            **dict.fromkeys(CONVERSATION, self._once(_verb)),
             Download: self._download,
             Initialize: lambda caller, params, call: caller.initialize(params),
             Subscribe: lambda caller, params, call: caller.subscribe(params),
@@ -133,17 +134,9 @@ class Methods:
             Interrupt: self._once(
                 lambda loaded, params, op: loaded.local.interrupt(params.reason, run_id=params.turn, op=op)
             ),
-            Respond: self._once(
-                lambda loaded, params, op: loaded.local.respond(
-                    params.request_id, params.answer, reason=params.reason, op=op
-                )
-            ),
             GetState: _state,
             GetEvents: _events,
             UpdateSecrets: self._update_secrets,
-            SetConfirmationPolicy: self._once(
-                lambda loaded, params, op: loaded.local.set_confirmation_policy(params.policy, op=op)
-            ),
             SwitchLlm: self._once(self._switch_llm),
             SetTitle: self._once(self._set_title),
             Delete: self._delete,
@@ -280,6 +273,11 @@ class Methods:
 
 def _forward(caller: Caller, params: Method[Any], call: Inbound) -> Awaitable[Any]:
     return caller.conversation.relay.answer(params, call)
+
+
+async def _verb(loaded: LoadedConversation, params: Effect[Any], op: Operation) -> Any:
+    """Call the verb that the method is named after."""
+    return await getattr(loaded.local, params.method)(**arguments_of(params), op=op)
 
 
 async def _register_tools(caller: Caller, params: RegisterTools, call: Inbound) -> Done:
