@@ -42,7 +42,7 @@ S = TypeVar("S", bound="Checked")
 
 
 class Checked(Enum):
-    """A state that not every other state may follow; see FOLLOWING."""
+    """A state that only those of FOLLOWING may follow."""
 
     def then(self: S, after: S) -> S:
         """Return the state that follows.
