@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -19,7 +21,9 @@ from agent_sdk import (
     ToolResult,
     tool,
 )
+from agent_sdk.agent.middleware.registry import chain_of
 from agent_sdk.conversation.local import LocalConversation
+from agent_sdk.conversation.settings import Settings
 from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams, PolicyDenied
 from agent_sdk.protocol.events import (
@@ -159,6 +163,14 @@ async def test_a_middleware_brings_its_tools():
 
     _, events = await play(Dice(sides=20), steps=(call("roll"), say("done")))
     assert [event.text for event in of(ToolReturned, events)] == ["20 of 20"]
+
+
+def test_the_page_has_the_order_of_the_chain():
+    page = (Path(__file__).parents[2] / "docs/middleware.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| .*\|$", page.partition("## Order")[2].partition("## ")[0], re.MULTILINE)
+    assert re.findall(r"\w+", repr(chain_of([CallLimit()], instructions="")))[2:] == [
+        re.sub("(?!^)(?=[A-Z])", "_", {"yours": "CallLimit"}.get(row, row)).lower() for row in rows[1:]
+    ]
 
 
 # --- replace ---
@@ -507,6 +519,42 @@ async def test_a_kind_that_is_installed_is_made_of_its_options(tmp_path):
     async with LocalConversation(agent, tmp_path) as conversation:
         await conversation.send_message("go")
         assert (await conversation.run()).reason == "not here"
+
+
+@pytest.mark.usefixtures("installed")
+async def test_a_middleware_is_kept_with_the_agent(tmp_path):
+    rule = MiddlewareSpec(kind="house_rule", options={"why": "not here"})
+    agent = AgentSpec(llm=ScriptedLLM(steps=SCRIPT), middleware=(rule,))
+    options = {"id": "c", "persistence_dir": tmp_path, "settings": Settings(None)}
+    async with LocalConversation(None, tmp_path, **options) as conversation:
+        await conversation.configure(agent)
+    async with LocalConversation(None, tmp_path, **options) as conversation:
+        await conversation.send_message("go")
+        assert (await conversation.run()).reason == "not here"
+
+
+async def test_an_agent_that_is_configured_later_begins_with_the_state_of_the_whole_log(tmp_path):
+    states = []
+
+    class Talk(Middleware, frozen=True):
+        def reduce(self, state, event):
+            return (state or 0) + isinstance(event, UserMessage)
+
+        async def before_model(self, turn, request):
+            states.append(turn.state)
+            return request
+
+    llm = ScriptedLLM(steps=(say("one"), say("two"), say("three")))
+    async with LocalConversation(Agent(llm=llm), tmp_path) as conversation:
+        for agent in (
+            Agent(llm=llm),
+            Agent(llm=llm, middleware=[Talk()]),
+            Agent(llm=llm, middleware=[Talk()]),
+        ):
+            await conversation.configure(agent)
+            await conversation.send_message("go")
+            await conversation.run()
+    assert states == [2, 3]
 
 
 @pytest.mark.usefixtures("installed")
