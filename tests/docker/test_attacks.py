@@ -24,6 +24,7 @@ from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.contract import Workspace
 from tests.docker import images
 from tests.docker.attacks.__main__ import ATTACKS
+from tests.docker.floods import flooded
 from tests.docker.fresh import fresh
 from tests.docker.sandboxes import container, sandbox
 from tests.docker.servers import SERVER, state
@@ -160,6 +161,14 @@ async def test_no_attack_gets_out_of_a_sandbox(running_server, port, tmp_path, i
         assert await attacked(workspace, PYTHON, canary=secret, host_file=file, host_port=port) == {}
 
 
+async def test_no_flood_of_secrets_from_a_sandbox_gets_past_the_server_or_holds_it_up(running_server):
+    def place() -> RemoteWorkspace:
+        sandbox = Sandbox(image=images.BUSYBOX)
+        return RemoteWorkspace(running_server.url, running_server.api_key, sandbox=sandbox)
+
+    assert await flooded(place, running_server.data) == {}
+
+
 PREPARED = {
     "swap_what_is_mounted": ("{shared}/a:/data", "mv /data/a /data/away && ln -s /etc /data/a"),
     "mount_over_the_runtime": ("{shared}:/opt/agent", "mkdir /data/bin && touch /data/bin/python3"),
@@ -185,8 +194,7 @@ async def test_no_sandbox_prepares_a_way_out_for_another_one(started, engine, tm
 OTHER = new_id()
 """Another owner on the same engine, of whom no record says anything."""
 IMITATED = {
-    "be_anothers": {labels.INSTANCE: OTHER},
-    "be_another_conversations": {labels.CONVERSATION: OTHER, labels.CREATE: OTHER, labels.NAME: OTHER},
+    "be_anothers": dict.fromkeys((labels.INSTANCE, labels.CONVERSATION, labels.CREATE, labels.NAME), OTHER),
     "be_over": {labels.INSTANCE: OTHER, labels.EXPIRES: "1"},
     "be_left_by_a_dead_client": {labels.ROLE: labels.SERVER, labels.OWNER: this_process() + "0"},
 }

@@ -24,6 +24,7 @@ from agent_sdk.protocol.methods.conversation import Delete
 from agent_sdk.remote.link import ask
 from agent_sdk.remote.workspace import RemoteWorkspace
 from tests.conftest import SHORT_LIVED, let_others_through
+from tests.docker.floods import flooded
 from tests.server.test_confinement import (
     AS_SOMEBODY,
     BOX_USER,
@@ -107,6 +108,13 @@ async def test_nothing_that_the_server_keeps_can_be_opened_by_its_boxes(data, is
                 {str(data / name) for name in ("workspaces", "output")} if isolation == "bwrap" else set()
             )
             assert set(opened.stdout.split()) == in_view
+
+
+@as_root
+@both
+async def test_no_flood_of_secrets_from_a_command_gets_past_the_server_or_holds_it_up(data, isolation):
+    with serving(data, isolation) as (url, _):
+        assert await flooded(lambda: RemoteWorkspace(url, KEY), data) == {}
 
 
 @as_root
