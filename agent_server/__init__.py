@@ -5,8 +5,7 @@ app:           the HTTP server and its listening socket
 routes:        what is at which address
 work:          what runs now; draining
 data_folder:   where things last, and its lock
-sealing:       the keys that seal secrets
-refusal:       why a server does not start
+keys:          keys of clients, and keys that encrypt secrets
 logs:          log lines without secrets
 metrics:       numbers for Prometheus
 config:        every option, and where it is set

@@ -14,9 +14,9 @@ from aiohttp.typedefs import Handler
 
 from agent_server.config.hosts import HostRules, OriginRules, ProxyRules
 from agent_server.config.options import ServerConfig
+from agent_server.config.sources import TRY_LATER, StartRefused
 from agent_server.http.connection import Connection, ConnectionLimiter
 from agent_server.http.security import Security
-from agent_server.refusal import TRY_LATER, StartRefused
 from agent_server.routes import Routes
 from agent_server.session.session import Sessions
 

@@ -18,8 +18,8 @@ from msgspec import Struct
 from agent_sdk.box.process import RECORD
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import IsolationUnavailable
-from agent_server.http.auth import KEY_FILE
-from agent_server.refusal import CANNOT_CREATE, TRY_LATER, StartRefused
+from agent_server.config.sources import CANNOT_CREATE, TRY_LATER, StartRefused
+from agent_server.keys import KEY_FILE
 from workspaces.box.confinement import NOT_CONFINED, Confinement, Isolation, confinement
 from workspaces.box.sandboxes import IDENTITY
 

@@ -32,7 +32,7 @@ from agent_server.http.connection import Connection
 from agent_server.http.errors import as_json, http_error
 from agent_server.http.query import LARGEST_SEQ, PAGE, checked_number, number, wanted
 from agent_server.http.security import KEY_SHOWN
-from agent_server.http.upgrade import accept, check_upgrade
+from agent_server.http.websocket import accept, check_upgrade
 from agent_server.session.event_stream import stream_events
 from agent_server.session.handshake import NEW, check_initialize, initialized, named_or_new
 from agent_server.session.methods import OF_THE_SERVER, HttpCall, needs_a_websocket

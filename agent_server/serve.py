@@ -21,15 +21,15 @@ from agent_server import data_folder, logs
 from agent_server.app import listening
 from agent_server.config.hosts import is_loopback
 from agent_server.config.options import ServerConfig
+from agent_server.config.sources import CANNOT_CREATE, DISK_FAILED, StartRefused
 from agent_server.conversations.registry import Conversations
-from agent_server.http.auth import ApiKey, Authority, obtain_keys, read_keys
+from agent_server.http.auth import Authority, WrongKeys
 from agent_server.http.connection import ConnectionLimiter
+from agent_server.keys import ApiKey, obtain_keys, obtain_sealer, read_keys
 from agent_server.logs import Log, Logs
 from agent_server.metrics import Metrics
-from agent_server.refusal import CANNOT_CREATE, DISK_FAILED, StartRefused
 from agent_server.routes import Routes
 from agent_server.runtime_api.service import runtime_api
-from agent_server.sealing import obtain_sealer
 from agent_server.session.session import BACK_AFTER_MS, CLOSE_DRAINING, Sessions
 from agent_server.work import Work
 
@@ -139,13 +139,13 @@ async def serving(
         sealer, secrets_keys = obtain_sealer(config)
         opened.redactor.add([*texts, config.metrics_key, *secrets_keys])
         descriptors = _set_limits()
-        metrics = Metrics()
+        metrics, wrong_keys = Metrics(), WrongKeys()
         settings = Settings(sealer, restarts=config.max_turn_restarts)
         work = Work(max_turns=config.max_turns, max_pending_writes=config.max_pending_writes)
         async with (
             _event_log(folder.log) as log,
             Conversations(config, folder, log, opened, metrics, work, settings) as conversations,
-            runtime_api(config, folder.runtimes, opened, work, key) as runtime_routes,
+            runtime_api(config, folder.runtimes, opened, work, key, wrong_keys) as runtime_routes,
         ):
             for sentence in log.recovered:
                 opened.log.warning("log_recovered", problem=sentence)
@@ -153,7 +153,7 @@ async def serving(
             if on_failure is not None:
                 log.failed.add_done_callback(partial(_failed, opened, on_failure))
             for_metrics = ApiKey(config.metrics_key) if config.metrics_key else None
-            authority = Authority(key, for_metrics=for_metrics)
+            authority = Authority(key, wrong_keys, for_metrics=for_metrics)
             sessions = Sessions(config, conversations, authority, opened, metrics, work)
             routes = Routes(sessions)
             limiter = ConnectionLimiter(_room(config, descriptors), config.max_strangers, metrics)

@@ -103,7 +103,7 @@ def explain(exc: Exception) -> tuple[str, int]:
     """Return the sentence to say, if any, and the exit code."""
     from agent_sdk.protocol import errors
     from agent_server.cli.terminal import one_line
-    from agent_server.refusal import StartRefused
+    from agent_server.config.sources import StartRefused
 
     while isinstance(exc, ExceptionGroup):
         exc = exc.exceptions[0]

@@ -19,8 +19,16 @@ from agent_sdk.protocol.specs import Limits
 from agent_sdk.workspace.environment import packed
 from agent_server.config.hosts import ProxyRules
 from agent_server.config.runtime_api import RuntimeConfig, TenantConfig
-from agent_server.config.sources import PREFIX, Counts, Names, Sources, Variables, check_key, is_secret
-from agent_server.refusal import StartRefused
+from agent_server.config.sources import (
+    PREFIX,
+    Counts,
+    Names,
+    Sources,
+    StartRefused,
+    Variables,
+    check_key,
+    is_secret,
+)
 
 Port = Annotated[int, Meta(ge=0, le=65535, description="1..65535, or 0 for a free one")]
 Seconds = Annotated[float, Meta(ge=0, le=86_400, description="0..86400 seconds")]

@@ -1,4 +1,7 @@
-"""Where options come from: a TOML file, the environment, the command line. Each is checked, and its place kept."""
+"""Where options come from: a TOML file, the environment, the command line. Each is checked, and its place kept.
+
+What a server cannot start with is refused with a sentence for a person and an exit code for whoever started it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
-
-from agent_server.refusal import StartRefused
 
 PREFIX = "AGENT_SERVER_"
 MINIMUM_KEY = 16
@@ -32,6 +33,23 @@ _OF_A_SERVICE = re.compile(
 )
 _ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 _OF_CLIENTS = ("URL", "CONFIG")
+
+BAD_CONFIGURATION = 2
+"""An option is wrong (as argparse exits)."""
+CANNOT_CREATE = 73
+"""The data folder cannot be made or written (EX_CANTCREAT of sysexits.h)."""
+DISK_FAILED = 74
+"""A running server lost the disk below its log (EX_IOERR)."""
+TRY_LATER = 75
+"""Somebody else has the port or the data folder (EX_TEMPFAIL)."""
+
+
+class StartRefused(Exception):
+    """The server cannot start. The text is one sentence that says what is wrong and what to do."""
+
+    def __init__(self, sentence: str, *, exit_code: int = BAD_CONFIGURATION) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
 
 
 def is_secret(option: str) -> bool:

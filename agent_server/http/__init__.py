@@ -3,10 +3,9 @@
 Knows nothing of conversations; what is at which address stands in `agent_server.routes`.
 
 connection: one network connection
-frames:     WebSocket frames, before they are parsed
-upgrade:    the WebSocket handshake
+websocket:  the WebSocket handshake, and frames before they are parsed
 security:   Host, Origin, key; errors
-auth:       the API keys
+auth:       who may, and how often one may be wrong
 errors:     JSON over HTTP
 query:      what may follow the `?` of an address
 """

@@ -15,7 +15,7 @@ from aiohttp.http_exceptions import LineTooLong
 from agent_sdk.protocol.errors import Overloaded, to_wire
 from agent_server.config.hosts import ProxyRules, network_of
 from agent_server.http.errors import http_error
-from agent_server.http.frames import POLICY, FrameWatch, Violation
+from agent_server.http.websocket import POLICY, FrameWatch, Violation
 from agent_server.metrics import Metrics
 
 RETRY_AFTER_MS = 1000

@@ -14,7 +14,7 @@ from agent_server.http.auth import Authority, bearer
 from agent_server.http.connection import Connection
 from agent_server.http.errors import http_error, refusal
 from agent_server.http.query import check_query
-from agent_server.http.upgrade import is_upgrade
+from agent_server.http.websocket import is_upgrade
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
 

@@ -20,10 +20,10 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from agent_sdk.protocol.errors import HostNotAllowed, NotFound, WorkspaceUnavailable
-from agent_server.http.auth import ApiKey
+from agent_server.config.sources import StartRefused
 from agent_server.http.connection import Connection
-from agent_server.http.upgrade import is_upgrade
-from agent_server.refusal import StartRefused
+from agent_server.http.websocket import is_upgrade
+from agent_server.keys import ApiKey
 from agent_server.runtime_api.runtime import Runtime
 from agent_server.runtime_api.tenants import HEADER
 from agent_server.runtime_api.tunnel import Tunnel

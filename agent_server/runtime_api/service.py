@@ -16,9 +16,10 @@ from aiohttp.typedefs import Handler
 from agent_sdk.protocol.errors import EngineUnavailable
 from agent_sdk.workspace.disk import in_thread
 from agent_server.config.options import ServerConfig
-from agent_server.http.auth import ApiKey
+from agent_server.config.sources import TRY_LATER, StartRefused
+from agent_server.http.auth import WrongKeys
+from agent_server.keys import ApiKey
 from agent_server.logs import Logs
-from agent_server.refusal import TRY_LATER, StartRefused
 from agent_server.runtime_api.proxy import RuntimeProxy
 from agent_server.runtime_api.record import PREFIX
 from agent_server.runtime_api.routes import RuntimeRoutes
@@ -37,7 +38,7 @@ INSTANCE_FILE = "instance"
 
 @asynccontextmanager
 async def runtime_api(
-    config: ServerConfig, folder: Path, logs: Logs, work: Work, own_key: ApiKey
+    config: ServerConfig, folder: Path, logs: Logs, work: Work, own_key: ApiKey, wrong_keys: WrongKeys
 ) -> AsyncIterator[tuple[list[web.RouteDef], Callable[[str], Handler | None]]]:
     """Run it for the length of the block; yields its routes, and what serves the name of a runtime.
 
@@ -49,7 +50,7 @@ async def runtime_api(
     if config.runtime_api == "off":
         yield [], lambda host: None
         return
-    tenants = Tenants(config.runtimes, own_key)
+    tenants = Tenants(config.runtimes, own_key, wrong_keys)
     logs.redactor.add(tenants.secrets)
     end = config.boxes_on_stop == "end"
     async with (

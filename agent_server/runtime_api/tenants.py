@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import Struct
 
-from agent_sdk.protocol.errors import Overloaded, Unauthorized
+from agent_sdk.protocol.errors import Unauthorized
 from agent_server.config.runtime_api import RuntimeConfig
-from agent_server.http.auth import ApiKey, Attempts, read_key
-from agent_server.refusal import StartRefused
+from agent_server.config.sources import StartRefused
+from agent_server.http.auth import WrongKeys
+from agent_server.keys import ApiKey, read_key
 
 HEADER = "X-API-Key"
 DEFAULT = "default"
@@ -30,12 +30,15 @@ class Tenant(Struct, frozen=True, kw_only=True):
 class Tenants:
     """All of them, by their keys."""
 
-    def __init__(self, config: RuntimeConfig, own_key: str | ApiKey) -> None:
+    def __init__(
+        self, config: RuntimeConfig, own_key: str | ApiKey, wrong_keys: WrongKeys | None = None
+    ) -> None:
         """Read the keys.
 
         Args:
             config: the table `runtime_api`.
             own_key: the server's key, which is the one of the only tenant where none is configured.
+            wrong_keys: what counts wrong keys for the whole server; None: a counter of its own.
 
         Raises:
             StartRefused: a key file cannot be read, or two tenants have the same key.
@@ -43,7 +46,7 @@ class Tenants:
         self.secrets: list[str] = []
         """The texts of their keys, to be kept out of logs."""
         self._keys: list[tuple[ApiKey, Tenant]] = []
-        self._attempts = Attempts()
+        self._wrong_keys = wrong_keys or WrongKeys()
         for name, tenant in config.tenants.items():
             text = tenant.key or read_key(Path(tenant.key_file or "").expanduser())
             if text in self.secrets:
@@ -86,10 +89,4 @@ class Tenants:
         found = [tenant for key, tenant in self._keys if key.is_same(given[0])]
         if found:
             return found[0]
-        wait = self._attempts.wait(address)
-        if wait > 0:
-            raise Overloaded(
-                f"too many wrong keys; wait {math.ceil(wait)} s", retry_after_ms=math.ceil(wait) * 1000
-            )
-        self._attempts.failed(address)
-        raise Unauthorized("wrong API key")
+        raise self._wrong_keys.refusal(address)

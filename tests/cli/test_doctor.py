@@ -10,7 +10,7 @@ from agent_server.cli.arguments import parse
 from agent_server.cli.commands import doctor
 from agent_server.cli.engine_check import examine_engine
 from agent_server.config.options import load
-from agent_server.refusal import StartRefused
+from agent_server.config.sources import StartRefused
 from agent_server.serve import serving
 from tests.conftest import let_others_through
 from tests.docker.fake_engine import INFO, VERSION, FakeEngine

@@ -6,8 +6,11 @@ import pytest
 
 from agent_sdk.protocol.errors import Overloaded, Unauthorized, UseHeader
 from agent_server.config.options import ServerConfig
-from agent_server.http.auth import ApiKey, Attempts, Authority, bearer, obtain_key, obtain_keys
-from agent_server.refusal import StartRefused
+from agent_server.config.runtime_api import RuntimeConfig
+from agent_server.config.sources import StartRefused
+from agent_server.http.auth import Authority, WrongKeys, bearer
+from agent_server.keys import ApiKey, obtain_key, obtain_keys
+from agent_server.runtime_api.tenants import Tenants
 
 KEY = "0123456789abcdef"
 
@@ -27,7 +30,7 @@ def clock():
 
 @pytest.fixture
 def authority(clock):
-    return Authority(ApiKey(KEY), Attempts(clock))
+    return Authority(ApiKey(KEY), WrongKeys(clock))
 
 
 def test_the_first_start_makes_a_key_that_only_the_owner_can_read(tmp_path):
@@ -124,11 +127,26 @@ def test_the_right_key_is_accepted_among_wrong_ones(authority):
     authority.check(KEY, "10.0.0.1")
 
 
+def test_wrong_keys_count_together_at_all_doors_of_a_server(clock):
+    wrong_keys = WrongKeys(clock)
+    authority = Authority(ApiKey(KEY), wrong_keys)
+    tenants = Tenants(RuntimeConfig(), KEY, wrong_keys)
+    for _ in range(3):
+        wrong(authority, "10.0.0.1")
+    for _ in range(2):
+        with pytest.raises(Unauthorized):
+            tenants.check(["wrong"], "10.0.0.1")
+    assert type(wrong(authority, "10.0.0.1")) is Overloaded
+    with pytest.raises(Overloaded):
+        tenants.check(["wrong"], "10.0.0.1")
+    assert tenants.check([KEY], "10.0.0.1").name == "default"
+
+
 def test_addresses_are_forgotten_when_there_are_too_many(clock):
-    attempts = Attempts(clock)
+    wrong_keys = WrongKeys(clock)
     for number in range(10_050):
-        attempts.failed(f"host{number}")
-    assert len(attempts._wrong) == 10_000
+        wrong_keys.refusal(f"host{number}")
+    assert len(wrong_keys._wrong) == 10_000
 
 
 def test_the_key_comes_from_the_header():

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from agent_server.config.options import ServerConfig, load, settings
-from agent_server.refusal import StartRefused
+from agent_server.config.sources import StartRefused
 
 KEY = "k" * 40
 

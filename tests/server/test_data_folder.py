@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from agent_server.config.sources import StartRefused
 from agent_server.data_folder import locked
-from agent_server.refusal import StartRefused
 
 
 def test_the_folder_is_made_for_its_owner_alone(tmp_path):

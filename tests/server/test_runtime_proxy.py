@@ -11,12 +11,13 @@ from aiohttp import WSMsgType, web
 from yarl import URL
 
 from agent_server.config.hosts import HostRules, OriginRules
-from agent_server.http.auth import ApiKey, Authority
+from agent_server.config.sources import StartRefused
+from agent_server.http.auth import Authority
 from agent_server.http.connection import Connection, ConnectionLimiter
 from agent_server.http.security import Security
+from agent_server.keys import ApiKey
 from agent_server.logs import opened
 from agent_server.metrics import Metrics
-from agent_server.refusal import StartRefused
 from agent_server.runtime_api.proxy import RuntimeProxy
 from agent_server.runtime_api.record import Record
 from agent_server.runtime_api.runtime import Runtime

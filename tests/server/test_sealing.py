@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from agent_server.config.options import load
-from agent_server.refusal import StartRefused
-from agent_server.sealing import obtain_sealer
+from agent_server.config.sources import StartRefused
+from agent_server.keys import obtain_sealer
 
 NEW, OLD = "new-key-0123456789abcdef", "old-key-0123456789abcdef"
 

@@ -11,7 +11,7 @@ import pytest
 from agent_sdk.protocol.errors import table
 from agent_sdk.rpc import peer
 from agent_server.config.options import ServerConfig
-from agent_server.http import auth, connection, errors, frames, upgrade
+from agent_server.http import auth, connection, errors, websocket
 from agent_server.session import event_stream
 from tests.server.wire import request
 from tools.http import RULES, STATUSES, addresses, http, runtime_addresses
@@ -79,13 +79,13 @@ def test_the_numbers_are_those_of_the_server():
         f"{config.max_incoming_bytes >> 20} MiB",
         f"every {event_stream.KEEP_ALIVE_SECONDS:g} s of silence",
         f"retry: {event_stream.RETRY_MS}",
-        f"version {upgrade.VERSION}",
+        f"version {websocket.VERSION}",
     ):
         assert sentence in text
     assert auth.WINDOW_SECONDS == 60
     assert f"{connection.STRANGER_BYTES >> 10} KiB" in codes[1008]
-    assert f"{frames.FRAGMENTS} fragments" in codes[1008]
-    assert f"{frames.CONTROLS_PER_SECOND} control frames" in codes[1008]
+    assert f"{websocket.FRAGMENTS} fragments" in codes[1008]
+    assert f"{websocket.CONTROLS_PER_SECOND} control frames" in codes[1008]
     assert f"{config.handshake_seconds:g} s" in codes[4401]
     assert f"{config.body_seconds:g} s" in STATUSES[408]
     assert peer.NO_ROOM in codes

@@ -14,7 +14,7 @@ from agent_sdk.workspace.disk import in_thread
 from agent_server.cli.terminal import open_terminal
 from agent_server.config.options import load
 from agent_server.data_folder import LOG_FILE, DataFolder
-from agent_server.http.auth import KEY_FILE
+from agent_server.keys import KEY_FILE
 from workspaces.box.sandbox_files import COPY, PATH
 
 KEPT = (KEY_FILE, "workspaces", "disks", "snapshots")

@@ -27,10 +27,9 @@ from agent_server.cli.engine_check import Check, State, examine_engine
 from agent_server.cli.stdio import Outlet
 from agent_server.cli.terminal import STDOUT, Style, json_line, one_line, open_terminal
 from agent_server.config.options import ServerConfig, client_environment, load
-from agent_server.http.auth import obtain_keys
-from agent_server.refusal import StartRefused
+from agent_server.config.sources import StartRefused
+from agent_server.keys import obtain_keys, obtain_sealer
 from agent_server.runtime_api.tenants import Tenants
-from agent_server.sealing import obtain_sealer
 from workspaces.box.confinement import confinement
 from workspaces.box.process import BoxProcess
 
