@@ -20,7 +20,15 @@ from agent_sdk.protocol.errors import (
     TransferBroken,
 )
 from agent_sdk.workspace.atomic_file import atomic_file
-from agent_sdk.workspace.disk import BLOCK_BYTES, PIECE_BYTES, in_thread, open_source
+from agent_sdk.workspace.disk import (
+    BLOCK_BYTES,
+    PIECE_BYTES,
+    Folder,
+    in_thread,
+    open_folder,
+    open_in_thread,
+    open_source,
+)
 from tests.conftest import let_others_through
 
 DATA = bytes(range(256)) * 9000
@@ -140,6 +148,24 @@ async def test_work_in_a_thread_is_finished_even_when_cancelled():
     with pytest.raises(asyncio.CancelledError):
         await task
     assert finished.is_set()
+
+
+async def test_what_a_cancelled_call_opens_is_closed_again(tmp_path):
+    begun, release = threading.Event(), threading.Event()
+
+    def work() -> Folder:
+        begun.set()
+        release.wait()
+        return open_folder(str(tmp_path))
+
+    before = os.listdir("/proc/self/fd")
+    task = asyncio.create_task(open_in_thread(work))
+    await in_thread(begun.wait)
+    task.cancel()
+    release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert os.listdir("/proc/self/fd") == before
 
 
 async def test_many_small_writes_are_one_block_on_the_disk(tmp_path):
