@@ -10,7 +10,7 @@ pipes:             the pipes and terminals of a process
 launch:            starting a program
 process_tree:      all processes of an operation, found and ended
 spool:             what a process said, by offset
-last_words:        when the output of a command is whole
+trailing_output:   when the output of a command is whole
 bash:              one bash in a terminal, driven over pipes of its own
 shell:             persistent shells
 paths:             paths that cannot leave the root

@@ -35,11 +35,11 @@ from typing import Any
 from agent_sdk.protocol.errors import ProcessNotFound
 from agent_sdk.workspace.child_process import ChildProcess
 from agent_sdk.workspace.disk import Folder
-from agent_sdk.workspace.last_words import end_of, last_words
 from agent_sdk.workspace.launch import Interpreter
 from agent_sdk.workspace.pipes import PipeReader, PipeWriter, Reading, make_plain, open_terminal, reading
 from agent_sdk.workspace.process_table import ProcessTable
 from agent_sdk.workspace.process_tree import is_stopped
+from agent_sdk.workspace.trailing_output import end_of, take_trailing_output
 
 ROWS, COLS = 50, 200
 INTERRUPT = b"\x03"
@@ -280,13 +280,13 @@ class Bash:
             self._on_report(self._last)
         self._typed.close()
         self._commands.close()
-        return self._last_words() if self.reader.open else None
+        return self._trailing_output() if self.reader.open else None
 
-    async def _last_words(self, *, lives_on: bool = False) -> None:
+    async def _trailing_output(self, *, lives_on: bool = False) -> None:
         child = self.child
         who = self._pid if lives_on else None
         ends, source = {self._end}, self._source
-        await last_words((self.reader,), ends, child.pid, child.since, source=source, lives_on=who)
+        await take_trailing_output((self.reader,), ends, child.pid, child.since, source=source, lives_on=who)
 
     def _shown(self, data: bytes, queries: bytes) -> bool:
         if self._marked < 0:
@@ -357,7 +357,7 @@ class Bash:
                     self._telling = asyncio.get_running_loop().create_task(self._tell_later())
 
     async def _tell_later(self) -> None:
-        await self._last_words(lives_on=True)
+        await self._trailing_output(lives_on=True)
         self._tell_now()
 
     def _tell_now(self) -> None:

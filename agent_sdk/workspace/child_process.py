@@ -19,10 +19,10 @@ from agent_sdk.protocol.errors import ProcessNotFound
 from agent_sdk.protocol.results import Exit, ProcessInfo, Status
 from agent_sdk.workspace.contract import KILL_GRACE_SECONDS, OutputName
 from agent_sdk.workspace.disk import until_done
-from agent_sdk.workspace.last_words import End, end_of, last_words
 from agent_sdk.workspace.pipes import PipeReader, PipeWriter, Terminal
 from agent_sdk.workspace.process_tree import Tree, children, end_tree, tick_now
 from agent_sdk.workspace.spool import Spool
+from agent_sdk.workspace.trailing_output import End, end_of, take_trailing_output
 
 OnNews = Callable[[OutputName, int], None]
 
@@ -84,7 +84,7 @@ class ChildProcess:
         """Called once when the process itself has ended; `over` waits for what it returns."""
         self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         """Done when it has ended, all it said is taken and, if it is being ended, its whole tree has."""
-        self._last_words: asyncio.Task[None] | None = None
+        self._trailing_output: asyncio.Task[None] | None = None
         self._ends: set[End] = set()
         self._source: End | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -210,8 +210,8 @@ class ChildProcess:
             if not self._begun.done():
                 self._begun.set_result(None)
             if (rest := self.on_death()) is not None:
-                self._last_words = self._loop.create_task(rest)
-                self._last_words.add_done_callback(lambda _: self._settle())
+                self._trailing_output = self._loop.create_task(rest)
+                self._trailing_output.add_done_callback(lambda _: self._settle())
         return self._lasted
 
     def _died(self, status: int) -> None:
@@ -231,12 +231,12 @@ class ChildProcess:
     def _settle(self) -> None:
         found = self._found
         if self._keeper is not None and self._lasted is not None:
-            if found is None and self._last_words is not None and not self._last_words.done():
+            if found is None and self._trailing_output is not None and not self._trailing_output.done():
                 return
             self._loop.remove_reader(self._keeper)
             self._keeper.close()
             self._keeper = None
-        tasks = [task for task in (self._last_words, self._ending) if task is not None]
+        tasks = [task for task in (self._trailing_output, self._ending) if task is not None]
         if found is None or self.over.done() or not all(task.done() for task in tasks):
             return
         if self._verdict is not None:
@@ -284,7 +284,9 @@ class ChildProcess:
             self._drain()
         if not self.is_heard:
             return None
-        return last_words(self.readers.values(), self._ends, self.pid, self.since, source=self._source)
+        return take_trailing_output(
+            self.readers.values(), self._ends, self.pid, self.since, source=self._source
+        )
 
     def _drain(self) -> None:
         for reader in self.readers.values():

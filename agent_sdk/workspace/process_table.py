@@ -16,7 +16,7 @@ from typing import Any
 from agent_sdk.protocol.errors import ProcessNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import ProcessInfo
 from agent_sdk.workspace.child_process import ChildProcess
-from agent_sdk.workspace.contract import KILL_GRACE_SECONDS
+from agent_sdk.workspace.contract import KILL_GRACE_SECONDS, OutputName
 from agent_sdk.workspace.disk import Folder
 from agent_sdk.workspace.environment import MARKER
 from agent_sdk.workspace.launch import Interpreter, Launch, spawn
@@ -108,29 +108,18 @@ class ProcessTable:
     def _start_on_pipes(
         self, command: str | list[str], launch: Launch, folder: Folder, stdin: bool, merge: bool
     ) -> ChildProcess:
-        ours: list[int] = []
-        theirs: list[int] = []
-        try:
-            if stdin:
-                _pair(theirs, ours, *os.pipe())
-            source = theirs[0] if stdin else subprocess.DEVNULL
-            outputs = []
-            for _ in range(1 if merge else 2):
-                _pair(ours, theirs, *os.pipe())
-                outputs.append(theirs[-1])
+        names: tuple[OutputName, ...] = ("stdout",) if merge else ("stdout", "stderr")
+        with ExitStack() as until_started, ExitStack() as unless_started:
+            source, sink = _pipe(until_started, unless_started) if stdin else (subprocess.DEVNULL, -1)
+            outputs = [_pipe(unless_started, until_started) for _ in names]
             child = self.spawn(
-                launch, folder, stdin=source, stdout=outputs[0], stderr=outputs[-1], command=command
+                launch, folder, stdin=source, stdout=outputs[0][1], stderr=outputs[-1][1], command=command
             )
-        except BaseException:
-            _close(ours)
-            raise
-        finally:
-            _close(theirs)
+            unless_started.pop_all()
         if stdin:
-            child.write_to(ours.pop(0))
-        child.read_from(ours[0], "stdout", self._spool(child, "out"))
-        if not merge:
-            child.read_from(ours[1], "stderr", self._spool(child, "err"))
+            child.write_to(sink)
+        for name, (reader, _) in zip(names, outputs, strict=True):
+            child.read_from(reader, name, self._spool(child, name))
         return child
 
     def _start_on_terminal(
@@ -147,7 +136,7 @@ class ProcessTable:
             os.close(terminal.master)
             raise
         child.write_to(second)
-        child.read_from(terminal.master, "stdout", self._spool(child, "out"))
+        child.read_from(terminal.master, "stdout", self._spool(child, "stdout"))
         return child
 
     def spawn(
@@ -206,8 +195,8 @@ class ProcessTable:
             oldest = next(pid for pid, ended in self._leaders.items() if ended is not None)
             del self._leaders[oldest]
 
-    def _spool(self, child: ChildProcess, kind: str) -> Spool:
-        path = os.path.join(self._spool_folder, f"{child.id}.{kind}")
+    def _spool(self, child: ChildProcess, name: OutputName) -> Spool:
+        path = os.path.join(self._spool_folder, f"{child.id}.{name.removeprefix('std')}")
         return Spool(path, on_written=partial(self._wrote, child.id))
 
     def _wrote(self, process_id: str, size: int) -> None:
@@ -299,11 +288,9 @@ class ProcessTable:
         self._hidden.clear()
 
 
-def _pair(readers: list[int], writers: list[int], reader: int, writer: int) -> None:
-    readers.append(reader)
-    writers.append(writer)
-
-
-def _close(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+def _pipe(reader_closes: ExitStack, writer_closes: ExitStack) -> tuple[int, int]:
+    """Open a pipe; returns its two ends, which these close."""
+    reader, writer = os.pipe()
+    reader_closes.callback(os.close, reader)
+    writer_closes.callback(os.close, writer)
+    return reader, writer

@@ -61,7 +61,7 @@ def end_of(fd: int) -> End:
     return _end(os.fstat(fd))
 
 
-async def last_words(
+async def take_trailing_output(
     readers: Collection[PipeReader],
     ends: Set[End],
     pid: int,
