@@ -1,5 +1,6 @@
 """docs/add_a_verb.md, followed to the letter: a verb is there in all its forms after the edits that the page counts."""
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -9,6 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from agent_sdk.remote.files import RemoteFiles, RemoteGit
+from agent_sdk.remote.process import RemoteProcess, RemoteShell
+from agent_sdk.remote.verbs import Part
+from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_sdk.workspace.contract import Shell
+from agent_sdk.workspace.verbs import PARTS
 from tests.conftest import serving
 
 ROOT = Path(__file__).parent.parent
@@ -100,3 +107,23 @@ def test_the_verb_is_in_the_references_of_the_protocol(copy):
     printed = (copy / "docs/protocol.md").read_text(encoding="utf-8")
     assert "### `files.chmod`\n\nSet the permission bits of a file or folder." in printed
     assert '"name": "files.chmod"' in (copy / "agent_server/openrpc.json").read_text(encoding="utf-8")
+
+
+def test_a_verb_that_nobody_has_written_and_no_method_says_is_noticed_when_its_class_is_made():
+    with pytest.raises(
+        TypeError, match=r"Half\.run is not written, and no method shell\.run says it without bytes"
+    ):
+
+        class Half(Part, Shell, part="shell"):
+            pass
+
+
+@pytest.mark.parametrize("form", [RemoteFiles, RemoteGit, RemoteProcess, RemoteShell, RemoteWorkspace])
+def test_what_is_made_there_looks_like_the_contract(form):
+    contract = next(base for base in form.__mro__ if base in PARTS.values())
+    verbs = {name: verb for name, verb in vars(form).items() if inspect.isfunction(verb)}
+    made = [name for name, verb in verbs.items() if inspect.unwrap(verb) is vars(contract).get(name)]
+    assert made
+    for name in made:
+        assert inspect.signature(getattr(form, name)) == inspect.signature(getattr(contract, name))
+        assert inspect.getdoc(getattr(form, name)) == inspect.getdoc(getattr(contract, name))

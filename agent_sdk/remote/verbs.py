@@ -34,7 +34,7 @@ class Part:
                 method = method_of(part, name)
                 if method is None:
                     raise TypeError(
-                        f"{cls.__name__}.{name} is not written, and there is no method {part}.{name}"
+                        f"{cls.__name__}.{name} is not written, and no method {part}.{name} says it without bytes"
                     )
                 setattr(cls, name, asking(verb, method, KEYS.get(part)))
         super().__init_subclass__()

@@ -42,8 +42,9 @@ def verbs(part: str) -> dict[str, Callable[..., Any]]:
 
 @cache
 def method_of(part: str, verb: str) -> type[Method[Any]] | None:
-    """Return the method that is named after a verb; None: there is none."""
-    return next((method for method in WORKSPACE if method.method == f"{part}.{verb}"), None)
+    """Return the method that is named after a verb and moves no bytes; None: there is none."""
+    named = (method for method in WORKSPACE if method.method == f"{part}.{verb}")
+    return next((method for method in named if not (method.takes or method.gives)), None)
 
 
 def call_of(method: type[Method[Any]], arguments: Mapping[str, Any]) -> Method[Any]:
