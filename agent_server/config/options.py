@@ -71,8 +71,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     metrics_key: str | None = None
     """A further key, which opens `/metrics` and nothing else."""
     secrets_key: Names = ()
-    """Seals models' keys and secrets in the data folder, so that conversations that need them go on after a restart.
-    The first of several seals, all unseal; 16 characters each, or more. Without one nothing secret is kept."""
+    """Encrypts models' keys and secrets in the data folder, so that conversations that need them go on after a restart.
+    The first of several encrypts, all decrypt; 16 characters each, or more. Without one nothing secret is kept."""
     secrets_key_file: str | None = None
     """A file that holds such keys, one per line."""
     allow_hosts: Names = ()
@@ -133,8 +133,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """Connections of one network (an IPv4 address, an IPv6 /64, the loopback) that have not shown a key yet; for a
     further one the oldest of them gives way."""
     runtime_api: Literal["off", "process", "docker"] = "off"
-    """Whether it starts further servers for tenants, see docs/runtime_api.md: in processes of its own user, or in
-    containers."""
+    """Whether this server starts further servers for tenants: in processes of its own user, or in containers."""
     files_root: str = ""
     """The folder below which file calls are kept; empty: that of their workspace. `/` where the whole machine, a
     container, is one client's: then the rights of the commands' user alone count."""
@@ -148,7 +147,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     sandbox_images: Names = ("*",)
     """Patterns of the images that clients may ask for, e.g. `registry.example/team/*`."""
     sandbox_networks: Names = ("none",)
-    """Which networks they may ask for: `none`, `bridge`. With `bridge` commands reach whatever the engine's machine
+    """Networks that clients may ask for: `none`, `bridge`. With `bridge` commands reach whatever the engine's machine
     reaches, the addresses of cloud metadata included."""
     sandbox_mounts: Names = ()
     """Folders of this machine of which parts may be mounted into sandboxes."""
@@ -158,16 +157,16 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     """What the workspace of a sandbox may hold whose client names no size, where this machine can limit it: as root,
     with loop devices. `none`: no workspace has a limit."""
     sandbox_profiles: Names = ("locked",)
-    """Which profiles clients may ask for: `locked`, `task`. That one's root is writable, as large as the engine's disk
-    where it cannot be limited, and its commands may be root in it, without any capability."""
+    """Profiles that clients may ask for: `locked`, `task`. The root of `task` is writable, as large as the
+    engine's disk where it cannot be limited, and its commands may be root in it, without any capability."""
     sandbox_runtimes: Names = ()
-    """Which runtimes of the engine they may name. Empty: that of `sandbox_runtime`, and `runsc`."""
+    """Runtimes of the engine that clients may name. Empty: that of `sandbox_runtime`, and `runsc`."""
     sandbox_max_memory: MostSize = ""
-    """The most memory they may ask for, e.g. `8g`; empty: as much as the engine's machine has."""
+    """The most memory that a sandbox may have, e.g. `8g`; empty: as much as the engine's machine has."""
     sandbox_max_cpus: Annotated[float, Meta(ge=0, le=4096, description="0..4096")] = 0.0
-    """The most processors; 0: as many as the engine's machine has."""
+    """The most processors that a sandbox may have; 0: as many as the engine's machine has."""
     sandbox_max_pids: Annotated[int, Meta(ge=0, le=65_536, description="0..65536")] = 0
-    """The most processes and threads; 0: an eighth of what this machine can have, at most 4096."""
+    """The most processes and threads that a sandbox may have; 0: an eighth of what this machine can, at most 4096."""
     sandbox_pool: Counts = {}
     """How many boxes of which image run already and wait for conversations, e.g. `{"python:3.12" = 2}`; in the
     environment as a JSON object. They have the limits that sandboxes have by default."""
@@ -230,6 +229,16 @@ TABLES: dict[str, dict[str, Any]] = {"server": _OPTIONS, "limits": _LIMITS, "run
 """Every option of each table, and what it may be."""
 FLAGS = ("host", "port", "data")
 """The options that commands take, too."""
+
+
+def load_given(given: object) -> ServerConfig:
+    """Read the configuration of a command: the file in its `config`, and those of FLAGS that it has and were typed.
+
+    Raises:
+        StartRefused: something in it is wrong; the sentence says where and what is right.
+    """
+    file = getattr(given, "config", None)
+    return load(Path(file) if file else None, overrides={name: getattr(given, name, None) for name in FLAGS})
 
 
 def load(

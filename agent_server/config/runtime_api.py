@@ -21,11 +21,11 @@ class TenantConfig(Struct, frozen=True, kw_only=True):
     """One tenant, a table `[runtime_api.tenants.NAME]`. A quota that it leaves out is the one of all tenants."""
 
     key: str | None = None
-    """What it sends as X-API-Key."""
+    """The key that the tenant sends as X-API-Key."""
     key_file: str | None = None
     """A file that holds the key."""
     sandboxes: Runtimes | None = None
-    """Runtimes that it may have at a time, paused and failed ones included."""
+    """Runtimes that the tenant may have at a time, paused and failed ones included."""
     cpus: Cpus | None = None
     """Processors that its running ones may have together."""
     memory: Bytes | None = None

@@ -12,7 +12,7 @@ from agent_sdk.log.database import Database
 from agent_sdk.protocol.errors import InvalidParams, PathExists, PathNotFound, WorkspaceUnavailable
 from agent_sdk.workspace.disk import in_thread
 from agent_server.cli.terminal import open_terminal
-from agent_server.config.options import load
+from agent_server.config.options import load_given
 from agent_server.data_folder import LOG_FILE, DataFolder
 from agent_server.keys import KEY_FILE
 from workspaces.box.sandbox_files import COPY, PATH
@@ -24,7 +24,7 @@ VANISHED = b": No such file or directory"
 
 async def main(given: argparse.Namespace) -> int:
     """Make it, whole or not at all; says what is in it."""
-    config = load(Path(given.config) if given.config else None, overrides={"data": given.data})
+    config = load_given(given)
     conversations = await backup(DataFolder(Path(config.data)), Path(given.destination))
     await open_terminal().line(f"{conversations} conversations of {config.data} are in {given.destination}")
     return 0

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import msgspec
 
 from agent_server.cli.stdio import Outlet
 from agent_server.cli.terminal import STDERR, STDOUT, json_line, one_line, open_terminal
-from agent_server.config.options import Setting, load, settings
+from agent_server.config.options import Setting, load_given, settings
 
 HEAD = ("OPTION", "VALUE", "SOURCE")
 
 
 async def main(given: argparse.Namespace) -> int:
     """Show them: a table, or one JSON object per line. Secrets are hidden."""
-    overrides = {"host": given.host, "port": given.port, "data": given.data}
-    config = load(Path(given.config) if given.config else None, overrides=overrides)
+    config = load_given(given)
     found = settings(config)
     if given.json:
         await Outlet(STDOUT).write(b"".join(json_line(msgspec.json.encode(setting)) for setting in found))

@@ -26,7 +26,7 @@ from agent_server.cli.client import KEY_FILE
 from agent_server.cli.engine_check import Check, State, examine_engine
 from agent_server.cli.stdio import Outlet
 from agent_server.cli.terminal import STDOUT, Style, json_line, one_line, open_terminal
-from agent_server.config.options import ServerConfig, client_environment, load
+from agent_server.config.options import ServerConfig, client_environment, load, load_given
 from agent_server.config.sources import StartRefused
 from agent_server.keys import obtain_keys, obtain_sealer
 from agent_server.runtime_api.tenants import Tenants
@@ -78,9 +78,8 @@ async def examine(given: argparse.Namespace) -> AsyncIterator[Check]:
 
 def configuration(given: argparse.Namespace) -> tuple[ServerConfig, Check]:
     """Read the server's options; with the defaults in their place when they are wrong."""
-    overrides = {"host": given.host, "port": given.port, "data": given.data}
     try:
-        config = load(Path(given.config) if given.config else None, overrides=overrides)
+        config = load_given(given)
     except StartRefused as exc:
         broken = Check(
             name="configuration", state="problem", found=str(exc), mend="correct it; all else uses defaults"

@@ -13,7 +13,7 @@ from agent_sdk.protocol.errors import ConnectionLost, PathNotFound
 from agent_sdk.remote.refusal import LONGEST_BODY, nowhere, refused, unreachable
 from agent_server.cli.client import checked_address
 from agent_server.cli.terminal import one_line, open_terminal
-from agent_server.config.options import client_environment, load
+from agent_server.config.options import client_environment, load_given
 from agent_server.data_folder import address_in
 
 ANSWER_SECONDS = 4.0
@@ -63,7 +63,7 @@ async def ask(url: str) -> _Health:
 
 def _own(given: argparse.Namespace) -> str:
     """Where the server of a data folder listens."""
-    config = load(Path(given.config) if given.config else None, overrides={"data": given.data})
+    config = load_given(given)
     address = address_in(Path(config.data))
     if address is None:
         raise PathNotFound(

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import msgspec
 
-from agent_server.config.options import load
+from agent_server.config.options import load_given
 from agent_server.serve import Ready, serve
 
 
 async def main(given: argparse.Namespace) -> int:
     """Run it; when it accepts connections, standard output tells where it is. The log goes to standard error."""
-    overrides = {"host": given.host, "port": given.port, "data": given.data}
-    config = load(Path(given.config) if given.config else None, overrides=overrides)
+    config = load_given(given)
 
     def announce(ready: Ready) -> None:
         if given.json:
