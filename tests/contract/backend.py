@@ -108,6 +108,22 @@ class BackendContract:
         assert await key_fits(server)
         await server.let_go()
 
+    async def test_a_server_whose_start_is_cancelled_does_not_run_and_may_be_started_again(
+        self, backend, machine
+    ):
+        def on_progress(phase, done, total):
+            if (phase, done) == ("ready", 0):
+                starting.cancel()
+
+        starting = asyncio.create_task(Server(backend, machine, on_progress=on_progress).start(GUARD))
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert (await backend.inspect(machine.name)).state == "ended"
+        server = Server(backend, machine)
+        await server.start(GUARD)
+        assert await key_fits(server)
+        await server.let_go()
+
     @pytest.mark.parametrize("fields", [{"name": "a b"}, {"memory": 1}, {"cpus": 0}, {"pids": 1}])
     def test_a_machine_that_makes_no_sense_cannot_be_described(self, labels, fields):
         with pytest.raises(InvalidParams, match=f"^{next(iter(fields))}: "):

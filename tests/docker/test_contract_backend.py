@@ -6,9 +6,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from agent_sdk.ids import new_id
 from tests.contract.backend import BackendContract
+from tests.docker.places import limited
 from tests.docker.servers import SERVER
 from workspaces.backend import labels as names
+from workspaces.backend.contract import Machine, Storage
 from workspaces.backend.docker.backend import DockerBackend
 from workspaces.backend.docker.engine import Engine
 
@@ -36,3 +39,29 @@ class TestContainers(BackendContract):
     @pytest.fixture
     def image(self):
         return SERVER
+
+
+async def test_a_disk_of_which_nothing_else_is_left_is_found_by_its_owner_alone(engine, instance, tmp_path):
+    backend = DockerBackend(engine, disks=await limited(tmp_path))
+    mine = {names.INSTANCE: instance}
+    name = f"agent-test-{new_id()}"
+    machine = Machine(name=name, labels=mine, image=SERVER, storage=Storage("/data", 32 << 20))
+    assert "disk_limit" in backend.can
+    await engine.remove(await backend.create(machine))
+    (found,) = await backend.list(mine)
+    assert (found.id, found.name, found.state) == (name, name, "data")
+    assert name not in [each.name for each in await backend.list({names.INSTANCE: None})]
+    await backend.stop(found.id)
+    assert await backend.list(mine) == []
+    assert not list((tmp_path / "disks").iterdir())
+
+
+async def test_a_volume_of_which_nothing_else_is_left_is_found(engine, instance):
+    backend, mine = DockerBackend(engine), {names.INSTANCE: instance}
+    name = f"agent-test-{new_id()}"
+    machine = Machine(name=name, labels=mine, image=SERVER, storage=Storage("/data"))
+    await engine.remove(await backend.create(machine))
+    (found,) = await backend.list(mine)
+    assert (found.id, found.state) == (name, "data")
+    await backend.stop(found.id)
+    assert await engine.volumes(mine) == []
