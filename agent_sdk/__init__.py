@@ -11,6 +11,7 @@ portal:       from blocking code into the event loop, and back
 testing:      a model without a model
 protocol:     what is true without a network
 rpc:          the protocol, moving
+idempotency:  calls that change something, once per op_id
 log:          the event log
 agent:        thinking: loop, models, tools
 conversation: the contract of a Conversation, and conversations here

@@ -17,13 +17,12 @@ from agent_sdk.protocol.methods.method import Done, Notice
 from agent_sdk.protocol.methods.workspace import Claim, Describe
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
-from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound, Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_sdk.version import __version__
 from agent_sdk.workspace.limits import LimitWatch
 from agent_sdk.workspace.local import LocalWorkspace
-from agent_sdk.workspace.service import weight, without_output, workspace_handlers
+from agent_sdk.workspace.service import workspace_handlers
 
 FIRST_SECONDS = 30.0
 """How long it waits for its first company at least, however short it lingers later."""
@@ -69,9 +68,9 @@ class BoxService:
         """Those others, the oldest first, and what serves them."""
         self._token = token
         self._workspace = workspace
-        self._ledger = Ledger(weigh=weight, strip=without_output)
+        self._operations = workspace.operations
         self._claimed: Claim | None = None
-        served = workspace_handlers(workspace, self._ledger)
+        served = workspace_handlers(workspace)
         self._described = served[Describe]
         if limits is not None:
             limits.on_reached = self._tell
@@ -175,7 +174,7 @@ class BoxService:
                 raise StateConflict(f"the box is claimed already, by {self._instance}; start another one")
             return Done()
 
-        await self._ledger.run(params, claim, call)
+        await self._operations.run(params, claim, call)
         info: WorkspaceInfo = await self._describe(Describe(), call)
         return info
 

@@ -8,9 +8,9 @@ import msgspec
 from msgspec.structs import replace
 
 from agent_sdk.conversation.journal import Journal
+from agent_sdk.idempotency import asked
 from agent_sdk.ids import digest_of
 from agent_sdk.log.event_log import Operation
-from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch
 from agent_sdk.protocol.methods.method import Effect
 from agent_sdk.protocol.results import Accepted
@@ -34,13 +34,11 @@ def check_text(text: str) -> None:
 
 
 def operation(params: Effect[Any]) -> Operation:
-    """Return the ledger's row for a call; its result comes later.
+    """Return the log's row for a call; its result comes later.
 
     What is secret leaves no trace, not even a digest that could be guessed at.
     """
-    fields = without_defaults(params, everywhere=True)
-    del fields["op_id"]
-    fields.pop("turn", None)  # a program that repeats its call may know of another one by then
+    fields = asked(params)
     if "secrets" in fields:
         fields["secrets"] = sorted(fields["secrets"])
     llm = fields.get("llm") or fields.get("agent", {}).get("llm", {})

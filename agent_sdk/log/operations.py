@@ -12,14 +12,13 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from agent_sdk.idempotency import KEPT, KEPT_SECONDS
 from agent_sdk.log.chain import sum_of
 from agent_sdk.protocol.errors import OpExpired, OpMismatch, OutcomeUnknown
 
 if TYPE_CHECKING:
     from agent_sdk.log.storage import Storage
 
-KEPT = 10_000
-KEPT_SECONDS = 24 * 3600.0
 TRIMMED_AT_ONCE = 2
 NOTED_EVERY = 60.0
 

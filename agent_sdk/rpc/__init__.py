@@ -9,7 +9,6 @@ channels:  which byte streams a connection has
 calls:     calls of ours that wait for an answer
 answers:   calls of the other end that we answer
 peer:      one end of a connection: calls both ways, notices, events, streams
-ledger:    each op_id runs once
 inputs:    what a call is to read, over one connection after the other
 shield:    finishing what must not be left half done
 budget:    memory for what arrives in pieces

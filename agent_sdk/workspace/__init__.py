@@ -21,7 +21,6 @@ arguments:         limits on what callers ask for
 environment:       what a command finds in its environment
 users:             as whom a command runs, and the rights of another user for a block
 uploads:           files that come in parts, over connections that are lost
-repeats:           calls that are carried out once, however often they come
 contract:          the contract of a Workspace
 output:            what commands and shells have said
 disk:              files of this machine as streams

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
+from agent_sdk.idempotency import IdempotencyStore
+from agent_sdk.ids import checked_op_id
 from agent_sdk.protocol.checks import OsText, check_input, checked
 from agent_sdk.protocol.errors import (
     NotADirectory,
@@ -24,6 +26,7 @@ from agent_sdk.protocol.errors import (
     StateConflict,
     WorkspaceUnavailable,
 )
+from agent_sdk.protocol.methods.workspace import Execute, ProcessStart, Upload
 from agent_sdk.protocol.results import ProcessInfo, Transferred, WorkspaceInfo
 from agent_sdk.workspace.arguments import (
     check_argv,
@@ -61,9 +64,8 @@ from agent_sdk.workspace.launch import (
 )
 from agent_sdk.workspace.limits import LimitWatch
 from agent_sdk.workspace.paths import Root
-from agent_sdk.workspace.process import LocalProcess, OutputPump
+from agent_sdk.workspace.process import LocalProcess, OutputPump, weight, without_output
 from agent_sdk.workspace.process_table import ProcessTable
-from agent_sdk.workspace.repeats import Repeats
 from agent_sdk.workspace.shell import LocalShell
 from agent_sdk.workspace.uploads import Uploads
 from agent_sdk.workspace.users import other_user
@@ -78,7 +80,6 @@ class _Open:
     environment: dict[str, str]
     shell: Interpreter
     shells: dict[str, LocalShell] = field(default_factory=dict)
-    repeats: Repeats = field(default_factory=Repeats)
 
     def running(self) -> int:
         """How many processes run and shells are open."""
@@ -129,6 +130,8 @@ class LocalWorkspace(Workspace):
         self._files = LocalFiles(self._root)
         self.uploads = Uploads(self._files)
         """Files that come in parts, over connections that are lost."""
+        self.operations = IdempotencyStore(weigh=weight, strip=without_output)
+        """What changes something in it, by op_id."""
         self._git = LocalGit(
             self._root, self._run_git, lambda: self._opened().spool_folder, isolated=isolated
         )
@@ -186,7 +189,8 @@ class LocalWorkspace(Workspace):
         finally:
             opened, self._open = self._open, None
             if opened is not None:
-                await opened.repeats.close()
+                await self.operations.close()
+                self.operations = IdempotencyStore(weigh=weight, strip=without_output)
                 await self.uploads.close()
                 await opened.processes.end()
                 for shell in opened.shells.values():
@@ -251,12 +255,12 @@ class LocalWorkspace(Workspace):
                 "timeout": timeout,
                 "yield_after": yield_after,
                 "merge": merge,
+                "user": user,
             }
-            options |= {} if user is None else {"user": user}
             work = partial(
                 self.execute, command, stdin=stdin, on_output=on_output, on_start=on_start, **options
             )
-            return await self._opened().repeats.run(op_id, ("execute", command, options), work)
+            return await self.operations.run_as(checked_op_id(op_id), Execute, (command, options), work)
         timeout, yield_after = check_clocks(timeout, yield_after)
         data = check_input(stdin)
         try:
@@ -341,10 +345,17 @@ class LocalWorkspace(Workspace):
         user: str | None = None,
     ) -> LocalProcess:
         if op_id is not None:
-            options: dict[str, Any] = {"pty": pty, "rows": rows, "cols": cols, "timeout": timeout}
-            options |= {} if user is None else {"user": user}
-            work = partial(self.start, command, cwd=cwd, env=env, **options)
-            return await self._opened().repeats.run(op_id, ("start", command, cwd, env, options), work)
+            options: dict[str, Any] = {
+                "cwd": cwd,
+                "env": env,
+                "pty": pty,
+                "rows": rows,
+                "cols": cols,
+                "timeout": timeout,
+                "user": user,
+            }
+            work = partial(self.start, command, **options)
+            return await self.operations.run_as(checked_op_id(op_id), ProcessStart, (command, options), work)
         timeout = check_seconds(timeout, "timeout")
         size = check_size(rows, cols)
         try:
@@ -392,7 +403,9 @@ class LocalWorkspace(Workspace):
     ) -> Transferred:
         if op_id is not None:
             work = partial(self.upload, source, target, on_progress=on_progress)
-            return await self._opened().repeats.run(op_id, ("upload", os.fspath(source), target), work)
+            return await self.operations.run_as(
+                checked_op_id(op_id), Upload, (os.fspath(source), target), work
+            )
         self._opened()
         async with open_source(source) as opened:
             chunks = Progress(on_progress, opened.size).watch(opened)

@@ -10,16 +10,19 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from msgspec.structs import replace
+
 from agent_sdk.protocol.errors import ProcessNotFound, StateConflict, TimedOut
 from agent_sdk.protocol.results import Exit
 from agent_sdk.workspace.arguments import check_seconds, check_signal, check_size
 from agent_sdk.workspace.child_process import ChildProcess
-from agent_sdk.workspace.contract import ExecResult, OnOutput, Output, OutputName, Process
+from agent_sdk.workspace.contract import ExecResult, OnOutput, Output, OutputName, Process, ShellResult
 from agent_sdk.workspace.pipes import PipeWriter, resize
 from agent_sdk.workspace.process_table import ProcessTable
 
 PIECE_BYTES = 256 << 10
 END_OF_FILE = b"\x04"
+NOT_KEPT = "its output is not kept any more"
 TURNS = 4096
 """How often the streams may change places before the order between them is no longer kept."""
 
@@ -204,3 +207,26 @@ class OutputPump:
                 answer = self._on_output(name, data)
                 if inspect.isawaitable(answer):
                     await answer
+
+
+def weight(result: object) -> int:
+    """Return how many bytes of output a result holds, for a store that keeps it."""
+    match result:
+        case ExecResult(out=out, err=err):
+            return len(out.head) + len(out.tail) + len(err.head) + len(err.tail)
+        case ShellResult(output=output):
+            return len(output.head) + len(output.tail)
+        case _:
+            return 0
+
+
+def without_output(result: Any) -> Any:
+    """Return a result without the bytes of its output; its sizes stay true."""
+    match result:
+        case ExecResult(out=out, err=err):
+            sizes = {"out": Output(size=out.size), "err": Output(size=err.size)}
+            return replace(result, **sizes, reason=result.reason or NOT_KEPT)
+        case ShellResult(output=output):
+            return replace(result, output=Output(size=output.size))
+        case _:
+            return result

@@ -50,7 +50,6 @@ from agent_sdk.protocol.results import (
     WorkspaceInfo,
 )
 from agent_sdk.rpc.inputs import Inputs
-from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Handler, Inbound
 from agent_sdk.rpc.stream import ByteWriter
 from agent_sdk.workspace.contract import ExecResult, Output, OutputName, ShellResult
@@ -58,16 +57,14 @@ from agent_sdk.workspace.local import LocalWorkspace
 from agent_sdk.workspace.process import LocalProcess
 from agent_sdk.workspace.verbs import KEYS, arguments_of, seconds
 
-NOT_KEPT = "its output is not kept any more"
 
-
-def workspace_handlers(workspace: LocalWorkspace, ledger: Ledger) -> dict[type[Method[Any]], Handler]:
+def workspace_handlers(workspace: LocalWorkspace) -> dict[type[Method[Any]], Handler]:
     """Return the handlers of all workspace methods.
 
-    Calls that change something go through the ledger: a repeated op_id attaches to the running call,
-    or gets its result again, bytes included, over its own channels.
+    Calls that change something run once per op_id: one that is repeated attaches to the running call, or
+    gets its result again, bytes included, over its own channels.
     """
-    served = _Served(workspace, ledger)
+    served = _Served(workspace)
     written: dict[type[Method[Any]], Handler] = {
         Describe: served.describe,
         Execute: served.execute,
@@ -88,15 +85,15 @@ def workspace_handlers(workspace: LocalWorkspace, ledger: Ledger) -> dict[type[M
 
 
 class _Served:
-    def __init__(self, workspace: LocalWorkspace, ledger: Ledger) -> None:
+    def __init__(self, workspace: LocalWorkspace) -> None:
         self._workspace = workspace
-        self._ledger = ledger
+        self._operations = workspace.operations
         self._begun: dict[str, asyncio.Future[LocalProcess]] = {}
         """The processes of `execute` calls that are under way, by op_id."""
         self._inputs = Inputs()
 
     async def describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
-        return replace(await self._workspace.describe(), operations=self._ledger.under_way)
+        return replace(await self._workspace.describe(), operations=self._operations.under_way)
 
     # --- commands ---
 
@@ -114,7 +111,7 @@ class _Served:
             since: dict[OutputName, int] = {"stdout": params.stdout_since, "stderr": params.stderr_since}
             if params.follow and writers:
                 return await self._follow(params, call, stdin, writers, since)
-            result: ExecResult = await self._ledger.run(params, lambda: self._run(params, stdin), call)
+            result: ExecResult = await self._operations.run(params, lambda: self._run(params, stdin), call)
             for name, writer in writers.items():
                 await _finish(writer, result.out if name == "stdout" else result.err, since[name])
             return _executed(result, with_text=not params.stdout)
@@ -124,7 +121,7 @@ class _Served:
         if not params.stdin:
             return None
         async with call.reading(params.stdin) as reader, self._inputs.turn(params.op_id, call) as stdin:
-            return None if params.op_id in self._ledger else await stdin.read(reader)
+            return None if params.op_id in self._operations else await stdin.read(reader)
 
     async def _follow(
         self,
@@ -136,7 +133,7 @@ class _Served:
     ) -> Executed:
         """Send output while the command runs, from where the caller says; it is read from where it is kept."""
         begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
-        running = asyncio.ensure_future(self._ledger.run(params, lambda: self._run(params, stdin), call))
+        running = asyncio.ensure_future(self._operations.run(params, lambda: self._run(params, stdin), call))
         try:
             await asyncio.wait((running, begun), return_when=asyncio.FIRST_COMPLETED)
             process = begun.result() if begun.done() else None
@@ -152,7 +149,7 @@ class _Served:
             await asyncio.wait((running,))
             raise
         finally:
-            if not self._ledger.is_running(params.op_id):
+            if not self._operations.is_running(params.op_id):
                 self._begun.pop(params.op_id, None)
         sent = {name: writer.offset for name, writer in writers.items()}
         return _executed(result, sent=sent if result.status == "running" else {})
@@ -213,7 +210,7 @@ class _Served:
             )
             return Started(process.id)
 
-        return await self._ledger.run(params, start, call)
+        return await self._operations.run(params, start, call)
 
     async def feed(self, params: ProcessInput, call: Inbound) -> Count:
         process = self._workspace.process(params.process_id)
@@ -255,7 +252,7 @@ class _Served:
             writer = None
             if params.channel:
                 writer = await stack.enter_async_context(call.writing(params.channel))
-            result = await self._ledger.run(params, lambda: act(**limits), call)
+            result = await self._operations.run(params, lambda: act(**limits), call)
             if writer is not None:
                 await _finish(writer, result.output, params.since)
             return ShellAnswer(
@@ -286,18 +283,18 @@ class _Served:
                 mode=params.mode,
                 unpack=params.unpack,
             )
-            return await self._ledger.run(params, receive, call)
+            return await self._operations.run(params, receive, call)
 
     async def upload_offset(self, params: UploadOffset, call: Inbound) -> Count:
         if (stdin := await self._inputs.settled(params.op_id)) is not None:
-            return Count(stdin.size if params.op_id in self._ledger else len(stdin.come))
+            return Count(stdin.size if params.op_id in self._operations else len(stdin.come))
         await self._give_way(params.op_id)
         return Count(self._workspace.uploads.size(params.op_id))
 
     async def _give_way(self, op_id: str) -> None:
         # Also of one that has stopped to receive already: what it ends with is not the answer to this call.
-        if self._workspace.uploads.give_way(op_id) or self._ledger.is_running(op_id):
-            await self._ledger.settled(op_id)
+        if self._workspace.uploads.give_way(op_id) or self._operations.is_running(op_id):
+            await self._operations.settled(op_id)
 
     async def download(self, params: Download, call: Inbound) -> Transferred:
         files = self._workspace.files
@@ -352,30 +349,7 @@ class _Served:
             result = await verb()
             return Done() if result is None else result
 
-        return await (self._ledger.run(params, act, call) if isinstance(params, Effect) else act())
-
-
-def weight(result: object) -> int:
-    """Return how many bytes of output a result holds, for a ledger that keeps it."""
-    match result:
-        case ExecResult(out=out, err=err):
-            return len(out.head) + len(out.tail) + len(err.head) + len(err.tail)
-        case ShellResult(output=output):
-            return len(output.head) + len(output.tail)
-        case _:
-            return 0
-
-
-def without_output(result: Any) -> Any:
-    """Return a result without the bytes of its output; its sizes stay true."""
-    match result:
-        case ExecResult(out=out, err=err):
-            sizes = {"out": Output(size=out.size), "err": Output(size=err.size)}
-            return replace(result, **sizes, reason=result.reason or NOT_KEPT)
-        case ShellResult(output=output):
-            return replace(result, output=Output(size=output.size))
-        case _:
-            return result
+        return await (self._operations.run(params, act, call) if isinstance(params, Effect) else act())
 
 
 def _command(argv: list[str] | None, shell: str | None) -> str | list[str]:

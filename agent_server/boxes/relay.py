@@ -13,9 +13,9 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
+from agent_sdk.idempotency import asked, did_nothing
 from agent_sdk.ids import digest_of
 from agent_sdk.log.event_log import EventLog
-from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import (
     AgentServerError,
     Cancelled,
@@ -26,7 +26,7 @@ from agent_sdk.protocol.errors import (
     WorkspaceLost,
     WorkspaceUnavailable,
 )
-from agent_sdk.protocol.methods.method import Effect, Method, varying
+from agent_sdk.protocol.methods.method import Effect, Method
 from agent_sdk.protocol.methods.workspace import (
     Describe,
     Execute,
@@ -41,7 +41,6 @@ from agent_sdk.protocol.methods.workspace import (
 )
 from agent_sdk.protocol.results import Exit, RunningOperation, WorkspaceInfo
 from agent_sdk.remote.link import Linked
-from agent_sdk.rpc.ledger import did_nothing
 from agent_sdk.rpc.peer import Inbound
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.passage import Passage
@@ -169,7 +168,7 @@ class Relay:
     async def _effect(self, params: Effect[Any], call: Inbound) -> Any:
         self._work.admit()
         async with Passage(params, call) as passage:
-            op_id, digest = params.op_id, _digest(params)
+            op_id, digest = params.op_id, digest_of(params.method, asked(params))
             instance = self._link.named()
             self._beginning[op_id] += 1
             try:
@@ -219,7 +218,7 @@ class Relay:
         except AgentServerError as exc:
             if is_silent(exc):
                 self._link.owing = True
-            elif did_nothing(run.params, exc):
+            elif did_nothing(type(run.params), exc):
                 await self._withdraw(run)
             else:
                 await self._finish(run, Receipt.of_error(exc))
@@ -293,14 +292,6 @@ async def _stop(runs: list[_Run]) -> None:
         run.task.cancel()
     if runs:
         await asyncio.wait([run.over for run in runs])
-
-
-def _digest(params: Effect[Any]) -> bytes:
-    """What the call asks for, but for the numbers of its byte streams, which differ whenever it is repeated."""
-    fields = without_defaults(params, everywhere=True)
-    return digest_of(
-        params.method, {name: value for name, value in fields.items() if name not in varying(type(params))}
-    )
 
 
 def _unknown(params: Effect[Any], exc: OutcomeUnknown) -> Any:

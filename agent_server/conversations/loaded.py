@@ -12,12 +12,12 @@ from msgspec.structs import replace
 
 from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.conversation.settings import Settings
+from agent_sdk.idempotency import IdempotencyStore
 from agent_sdk.log.event_log import PAGE_EVENTS, EventLog
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted, Waiting, WorkspaceChanged
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.remote.workspace import RemoteWorkspace
-from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.place import BoxPlace
@@ -69,7 +69,7 @@ class LoadedConversation:
         self._workspace = workspace
         self.relay = Relay(id, link, log, work)
         self.tools = ClientTools()
-        self.ledger = Ledger()
+        self.operations = IdempotencyStore()
         self.connections: set[Client] = set()
         self.users = 0
         """Connections and requests that hold it in memory."""
@@ -122,7 +122,7 @@ class LoadedConversation:
     async def close(self) -> None:
         """Let go of everything but the workspace, which may be shared. A turn that runs stays open in the log."""
         await self.relay.close()
-        await self.ledger.close()
+        await self.operations.close()
         await self.local.suspend()
         self._end_turn()
         left = self.local.left(self.link.instance)
@@ -141,7 +141,7 @@ class LoadedConversation:
     @property
     def busy(self) -> bool:
         """Whether something goes on in it that nobody needs to be connected for."""
-        return self.local.working or bool(self.ledger.under_way) or self.relay.busy
+        return self.local.working or bool(self.operations.under_way) or self.relay.busy
 
     @property
     def epoch(self) -> str:

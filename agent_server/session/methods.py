@@ -201,7 +201,7 @@ class Methods:
                 answer = await action(loaded, params, op)
                 return Done() if answer is None else answer
 
-        return await loaded.ledger.run(params, act, call)
+        return await loaded.operations.run(params, act, call)
 
     # --- what changes a conversation ---
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from agent_sdk import idempotency
 from agent_sdk.ids import new_id
 from agent_sdk.log import chain, clerk, database, operations
-from agent_sdk.rpc import lanes, ledger
+from agent_sdk.rpc import lanes
 from agent_sdk.workspace import process_tree
 from agent_server.boxes import registry as boxes
 from agent_server.cli import main as cli
@@ -51,7 +52,7 @@ def no_dedupe() -> None:
     async def run(self: Any, call: Any, action: Callable[[], Any], *rest: Any) -> Any:
         return await action()
 
-    ledger.Ledger.run = run
+    idempotency.IdempotencyStore.run = run
     operations.Operations.find = lambda self, key, op_id, digest: None
     insert = operations.Operations._insert
 

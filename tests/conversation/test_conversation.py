@@ -185,7 +185,7 @@ async def test_an_agent_that_cannot_be_is_refused_at_the_first_use(tmp_path, age
     await conversation.close()
 
 
-# --- the ledger ---
+# --- calls that come again ---
 
 
 async def test_a_message_sent_twice_with_one_op_id_is_there_once(open):

@@ -10,6 +10,7 @@ import pytest
 
 from agent_sdk import LocalWorkspace, RemoteWorkspace
 from agent_sdk.conversation.receipts import operation
+from agent_sdk.idempotency import asked
 from agent_sdk.ids import new_id
 from agent_sdk.protocol import specs
 from agent_sdk.protocol.defaults import without_defaults
@@ -20,11 +21,9 @@ from agent_sdk.protocol.methods.method import Method
 from agent_sdk.protocol.methods.workspace import Download, Execute, FilesStat, ShellRun, Upload
 from agent_sdk.protocol.specs import AgentSpec, ScriptedLLM
 from agent_sdk.remote.link import Fixed
-from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from agent_sdk.workspace.service import workspace_handlers
-from agent_server.boxes.relay import _digest
 from tests.protocol.examples import example
 
 LACKS = {
@@ -67,7 +66,7 @@ async def workspace(tmp_path):
     here, there = memory_pipes()
     async with AsyncExitStack() as stack:
         local = await stack.enter_async_context(LocalWorkspace(tmp_path / "root"))
-        handlers = workspace_handlers(local, Ledger())
+        handlers = workspace_handlers(local)
 
         async def answer(method, params, call):
             fields = {name: getattr(params, name) for name in params.__struct_fields__}
@@ -128,8 +127,8 @@ def test_a_call_is_the_same_for_a_version_that_knows_further_fields():
         brand_new: dict[str, str] = {}
 
     command = {"op_id": new_id(), "shell": "true"}
-    assert _digest(NewerExecute(**command)) == _digest(Execute(**command))
-    assert _digest(NewerExecute(**command, brand_new={"a": "b"})) != _digest(Execute(**command))
+    assert asked(NewerExecute(**command)) == asked(Execute(**command))
+    assert asked(NewerExecute(**command, brand_new={"a": "b"})) != asked(Execute(**command))
 
     def configured(kind: type[AgentSpec], **fields):
         return operation(Configure(op_id=command["op_id"], agent=kind(llm=ScriptedLLM(steps=()), **fields)))

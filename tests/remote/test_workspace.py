@@ -10,7 +10,6 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, Unauthorized
 from agent_sdk.protocol.methods.conversation import Delete
 from agent_sdk.remote.link import Fixed, ask
-from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from agent_sdk.workspace.service import workspace_handlers
@@ -27,7 +26,7 @@ class TestOverMemory(WorkspaceContract):
         here, there = memory_pipes()
         async with AsyncExitStack() as stack:
             local = await stack.enter_async_context(LocalWorkspace(root))
-            handlers = workspace_handlers(local, Ledger())
+            handlers = workspace_handlers(local)
             await stack.enter_async_context(Peer(there, handlers, opener=False, strict=True))
             peer = await stack.enter_async_context(Peer(here, opener=True))
             yield RemoteWorkspace.over(Fixed(peer))

@@ -11,12 +11,12 @@ import sys
 
 import pytest
 
-from agent_sdk.ids import new_id
+from agent_sdk.idempotency import asked
+from agent_sdk.ids import digest_of, new_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import AgentMessage, ToolCalled, TurnStarted, UserMessage
 from agent_sdk.protocol.methods.workspace import Execute
 from agent_sdk.protocol.specs import Sandbox
-from agent_server.boxes.relay import _digest
 from tests.docker.fake_engine import FakeEngine, never
 from tests.server.test_boxes import ended
 from tests.server.test_turns_survive import call, is_a, pipe, say, server, these
@@ -90,7 +90,11 @@ async def test_a_call_of_a_client_that_no_box_had_begun_when_the_server_was_kill
     params = Execute(op_id=new_id(), shell="echo out")
     async with EventLog.open(tmp_path / "data" / "log.db") as log:
         await log.begin_operation(
-            id, params.op_id, _digest(params), method=params.method, instance="promised"
+            id,
+            params.op_id,
+            digest_of(params.method, asked(params)),
+            method=params.method,
+            instance="promised",
         )
     second = await server()
     answer = await second.call("execute", id, op_id=params.op_id, shell=params.shell)

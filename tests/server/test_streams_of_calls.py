@@ -26,7 +26,6 @@ from agent_sdk.protocol.methods.workspace import (
     Upload,
 )
 from agent_sdk.remote.connection import connect
-from agent_sdk.rpc.ledger import Ledger
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from agent_sdk.workspace.service import workspace_handlers
@@ -43,7 +42,7 @@ async def peer(request, server, tmp_path):
         (tmp_path / "root").mkdir()
         here, there = memory_pipes()
         local = await stack.enter_async_context(LocalWorkspace(tmp_path / "root"))
-        handlers = workspace_handlers(local, Ledger())
+        handlers = workspace_handlers(local)
         await stack.enter_async_context(Peer(there, handlers, opener=False, strict=True))
         yield await stack.enter_async_context(Peer(here, opener=True))
 

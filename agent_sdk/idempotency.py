@@ -1,4 +1,10 @@
-"""Calls that change something run once per op_id, however often they come."""
+"""Calls that change something run once per op_id, however often they come.
+
+Here is what all have in common who see to that: what makes two calls the same, which failures count as
+no run at all, and for how long an answer is known. An `IdempotencyStore` remembers for as long as its
+process lives, and lets a repeated call attach to the one that runs: in front of a workspace, and in front
+of a conversation. What has to be known by the next process is in the log (`agent_sdk.log.operations`).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,11 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import (
     AgentServerError,
     Cancelled,
@@ -22,16 +29,26 @@ from agent_sdk.protocol.errors import (
     PolicyDenied,
 )
 from agent_sdk.protocol.methods.method import Effect, varying
-from agent_sdk.rpc.peer import Inbound
 
-FINISHED = 10_000
-FINISHED_SECONDS = 24 * 3600.0
-FINISHED_AT_MOST = 100_000
-FINISHED_BYTES = 64 << 20
+KEPT = 10_000
+"""Answers that are kept in any case: of the newest operations."""
+KEPT_SECONDS = 24 * 3600.0
+"""For how long more of them are kept."""
+KEPT_AT_MOST = 100_000
+KEPT_BYTES = 64 << 20
 EXPIRED = 100_000
 _REFUSALS = (LimitExceeded, NotFound, PathError, PolicyDenied)
 
 T = TypeVar("T")
+
+
+class Caller(Protocol):
+    """Who waits for an operation."""
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the connection to it has ended, so that it may come back and ask again."""
+        ...
 
 
 class Entry:
@@ -42,6 +59,7 @@ class Entry:
     def __init__(self, digest: int, task: asyncio.Task[Any]) -> None:
         """Make an entry for a task that has just begun."""
         self.digest = digest
+        """Of what it asks for: SipHash under a key of this process, so that no two calls can be made alike."""
         self.task: asyncio.Task[Any] | None = task
         """While it runs."""
         self.waiting = 0
@@ -51,8 +69,8 @@ class Entry:
         self.ended = 0.0
 
 
-class Ledger:
-    """In memory, for as long as the process lives.
+class IdempotencyStore:
+    """Remembers in memory, for as long as the process lives.
 
     Ended operations are kept for 24 h, and the last 10 000 for longer; at most 100 000. When their
     results hold more than 64 MiB of output, the oldest lose that. What is forgotten is never run again.
@@ -63,20 +81,20 @@ class Ledger:
         *,
         weigh: Callable[[Any], int] = lambda _: 0,
         strip: Callable[[Any], Any] = lambda result: result,
-        finished: int = FINISHED,
-        seconds: float = FINISHED_SECONDS,
+        kept: int = KEPT,
+        seconds: float = KEPT_SECONDS,
     ) -> None:
-        """Make an empty ledger.
+        """Make an empty store.
 
         Args:
             weigh: the bytes of output a result holds on to.
             strip: makes a result without them.
-            finished: how many ended operations are kept in any case.
+            kept: how many ended operations are kept in any case.
             seconds: how long more of them are kept.
         """
         self._weigh = weigh
         self._strip = strip
-        self._limit = finished
+        self._kept = kept
         self._seconds = seconds
         self._bytes = 0
         self._running: dict[str, Entry] = {}
@@ -102,7 +120,18 @@ class Ledger:
             await asyncio.wait({entry.task})
 
     async def run(
-        self, call: Effect[Any], action: Callable[[], Awaitable[T]], inbound: Inbound | None = None
+        self, call: Effect[Any], action: Callable[[], Awaitable[T]], caller: Caller | None = None
+    ) -> T:
+        """Do what `run_as` does, for a call of the protocol."""
+        return await self.run_as(call.op_id, type(call), asked(call), action, caller)
+
+    async def run_as(
+        self,
+        op_id: str,
+        method: type[Effect[Any]],
+        asked: Any,
+        action: Callable[[], Awaitable[T]],
+        caller: Caller | None = None,
     ) -> T:
         """Run `action` for this call, or attach to its run, or return what it returned, or raise what it raised.
 
@@ -112,30 +141,31 @@ class Ledger:
         callers only lost their connection goes on, so that they can come back to it.
 
         Args:
-            call: its params.
+            op_id: names the call.
+            method: what kind of call it is.
+            asked: what it asks for, as JSON can say it.
             action: does what it asks for.
-            inbound: who waits; None: nobody that could lose a connection.
+            caller: who waits; None: nobody that could lose a connection.
 
         Raises:
             OpMismatch: the op_id came before with other params.
             OpExpired: the op_id came before, too long ago.
             Cancelled: another caller of the same operation cancelled it.
         """
-        if call.op_id in self._expired:
+        if op_id in self._expired:
             raise OpExpired(
-                f"what op_id {call.op_id} answered is not kept any more, and it is not run again",
-                op_id=call.op_id,
+                f"what op_id {op_id} answered is not kept any more, and it is not run again", op_id=op_id
             )
-        digest = _digest(call)
-        entry = self._running.get(call.op_id) or self._finished.get(call.op_id)
+        digest = hash(msgspec.json.encode((method.method, asked), order="sorted"))
+        entry = self._running.get(op_id) or self._finished.get(op_id)
         if entry is None:
             task = asyncio.create_task(_run(action))
-            entry = self._running[call.op_id] = Entry(digest, task)
-            task.add_done_callback(lambda task: self._done(call, task))
+            entry = self._running[op_id] = Entry(digest, task)
+            task.add_done_callback(lambda task: self._done(op_id, method, task))
         elif entry.digest != digest:
-            raise OpMismatch(f"op_id {call.op_id} came before with other params", op_id=call.op_id)
+            raise OpMismatch(f"op_id {op_id} came before with other params", op_id=op_id)
         if (running := entry.task) is not None:
-            await self._wait(entry, running, inbound)
+            await self._wait(entry, running, caller)
             if running.cancelled():
                 raise Cancelled("the operation was cancelled by another caller")
             result: T = running.result()
@@ -152,25 +182,24 @@ class Ledger:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _wait(self, entry: Entry, task: asyncio.Task[Any], inbound: Inbound | None) -> None:
+    async def _wait(self, entry: Entry, task: asyncio.Task[Any], caller: Caller | None) -> None:
         entry.waiting += 1
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
-            if entry.waiting == 1 and not (inbound is not None and inbound.abandoned):
+            if entry.waiting == 1 and not (caller is not None and caller.abandoned):
                 task.cancel()
                 await asyncio.wait({task})
             raise
         finally:
             entry.waiting -= 1
 
-    def _done(self, call: Effect[Any], task: asyncio.Task[Any]) -> None:
-        op_id = call.op_id
+    def _done(self, op_id: str, method: type[Effect[Any]], task: asyncio.Task[Any]) -> None:
         entry = self._running.pop(op_id)
         if task.cancelled():
             return
         entry.error = task.exception()
-        if isinstance(entry.error, AgentServerError) and did_nothing(call, entry.error):
+        if isinstance(entry.error, AgentServerError) and did_nothing(method, entry.error):
             return
         if isinstance(entry.error, OpMismatch):
             return  # the action knew better whose op_id it is: the right call may still come
@@ -182,7 +211,7 @@ class Ledger:
         if entry.weight:
             self._bytes += entry.weight
             self._heavy[op_id] = entry
-        while self._bytes > FINISHED_BYTES and len(self._heavy) > 1:
+        while self._bytes > KEPT_BYTES and len(self._heavy) > 1:
             self._lighten(self._heavy.popitem(last=False)[1])
         self._expire()
 
@@ -193,10 +222,10 @@ class Ledger:
 
     def _expire(self) -> None:
         """Forget what ended long ago, but for its op_ids."""
-        while len(self._finished) > self._limit:
+        while len(self._finished) > self._kept:
             op_id, oldest = next(iter(self._finished.items()))
             young = oldest.ended + self._seconds > time.monotonic()
-            if young and len(self._finished) <= FINISHED_AT_MOST:
+            if young and len(self._finished) <= KEPT_AT_MOST:
                 return
             del self._finished[op_id]
             if self._heavy.pop(op_id, None) is not None:
@@ -206,17 +235,21 @@ class Ledger:
                 self._expired.popitem(last=False)
 
 
-def did_nothing(call: Effect[Any], error: AgentServerError) -> bool:
+def did_nothing(method: type[Effect[Any]], error: AgentServerError) -> bool:
     """Return whether a call that failed so had no effect: it may come again under its op_id, and is run then."""
-    refused = isinstance(error, InvalidParams) or (call.begins and isinstance(error, _REFUSALS))
+    refused = isinstance(error, InvalidParams) or (method.begins and isinstance(error, _REFUSALS))
     return error.retryable or refused
+
+
+def asked(call: Effect[Any]) -> dict[str, Any]:
+    """Return what a call asks for: the same whenever it is repeated, also by another version of a client.
+
+    Its streams do not belong to that, nor the turn that its program knows of.
+    """
+    fields = without_defaults(call, everywhere=True)
+    differing = varying(type(call)) | {"op_id", "turn"}
+    return {name: value for name, value in fields.items() if name not in differing}
 
 
 async def _run(action: Callable[[], Awaitable[T]]) -> T:
     return await action()
-
-
-def _digest(call: Effect[Any]) -> int:
-    """A fingerprint for this process alone: SipHash under a key nobody else has, so no two params can be made alike."""
-    params = {name: getattr(call, name) for name in call.__struct_fields__ if name not in varying(type(call))}
-    return hash(call.method.encode() + b"\0" + msgspec.json.encode(params))
