@@ -90,7 +90,7 @@ async def listening(
             )
 
         listener = await asyncio.get_running_loop().create_server(
-            connect, sock=_bind(config.host, config.port), backlog=BACKLOG
+            connect, sock=bound_to(config.host, config.port), backlog=BACKLOG
         )
         try:
             yield int(listener.sockets[0].getsockname()[1])
@@ -105,7 +105,12 @@ async def listening(
             connection.abort()  # of those who read nothing something is left to be sent
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bound_to(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        StartRefused: the address or the port cannot be had.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -1,11 +1,13 @@
 """agent-server doctor: every check, its finding and its mend."""
 
+import errno
 import json
 import re
 import socket
 
 import pytest
 
+from agent_server.app import CANNOT_LISTEN
 from agent_server.cli.arguments import parse
 from agent_server.cli.commands import doctor
 from agent_server.cli.engine_check import examine_engine
@@ -85,7 +87,7 @@ async def test_a_port_in_use_is_a_problem():
         taken.bind(("127.0.0.1", 0))
         check = await doctor.port(config(port=taken.getsockname()[1]))
     assert check.state == "problem"
-    assert check.mend.endswith("--port 0 takes a free one")
+    assert (check.found.partition(": ")[2], check.mend) == tuple(CANNOT_LISTEN[errno.EADDRINUSE].split("; "))
 
 
 async def test_a_server_that_runs_already_is_fine(running_server):

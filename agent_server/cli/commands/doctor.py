@@ -8,7 +8,6 @@ import os
 import platform
 import resource
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -22,6 +21,7 @@ import msgspec
 from agent_sdk import LLM, RemoteWorkspace
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.protocol.errors import AgentServerError
+from agent_server.app import bound_to
 from agent_server.cli.client import KEY_FILE
 from agent_server.cli.engine_check import Check, State, examine_engine
 from agent_server.cli.stdio import Outlet
@@ -275,16 +275,11 @@ async def port(config: ServerConfig) -> Check:
     """Where the server would listen."""
     where = f"{config.host} port {config.port}"
     try:
-        family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            # As the server does it: connections of an earlier one that still linger do not count.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as exc:
+        bound_to(config.host, config.port).close()
+    except StartRefused as exc:
         if config.port and await _is_agent_server(config):
             return Check(name="port", state="ok", found=f"an agent server is running on {where}")
-        mend = "stop what uses it, or choose another: --port 0 takes a free one"
-        return Check(name="port", state="problem", found=f"{where}: {exc.strerror or exc}", mend=mend)
+        return _refused("port", exc)
     return Check(name="port", state="ok", found=f"{where} is free")
 
 
