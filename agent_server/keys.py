@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from agent_sdk.conversation.sealed import SHORTEST_KEY, Sealer
+from agent_sdk.conversation.store import SHORTEST_KEY, Cipher
 from agent_server.config.options import ServerConfig
 from agent_server.config.sources import CANNOT_CREATE, MINIMUM_KEY, StartRefused, is_key
 
@@ -147,7 +147,7 @@ def _make_key(file: Path) -> str:
     return text
 
 
-def obtain_sealer(config: ServerConfig) -> tuple[Sealer | None, list[str]]:
+def obtain_sealer(config: ServerConfig) -> tuple[Cipher | None, list[str]]:
     """Return what seals, None where no key is configured, and the keys, which no log line may show.
 
     Raises:
@@ -161,7 +161,7 @@ def obtain_sealer(config: ServerConfig) -> tuple[Sealer | None, list[str]]:
     if any(len(key) < SHORTEST_KEY for key in keys):
         raise StartRefused(_SHORT)
     try:
-        return Sealer(keys), keys
+        return Cipher(keys), keys
     except ImportError:
         raise StartRefused(
             "secrets_key needs the package cryptography: pip install 'remote-agent-server[secrets]'"

@@ -14,7 +14,7 @@ from typing import TextIO
 
 from msgspec import Struct
 
-from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.store import AgentStore
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import AgentServerError
 from agent_server import data_folder, logs
@@ -140,11 +140,11 @@ async def serving(
         opened.redactor.add([*texts, config.metrics_key, *secrets_keys])
         descriptors = _set_limits()
         metrics, wrong_keys = Metrics(), WrongKeys()
-        settings = Settings(sealer, restarts=config.max_turn_restarts)
+        store = AgentStore(sealer, restarts=config.max_turn_restarts)
         work = Work(max_turns=config.max_turns, max_pending_writes=config.max_pending_writes)
         async with (
             _event_log(folder.log) as log,
-            Conversations(config, folder, log, opened, metrics, work, settings) as conversations,
+            Conversations(config, folder, log, opened, metrics, work, store) as conversations,
             runtime_api(config, folder.runtimes, opened, work, key, wrong_keys) as runtime_routes,
         ):
             for sentence in log.recovered:

@@ -5,13 +5,10 @@ Joins a log, an agent and a workspace. Knows no wire: what is the same there sta
 local:         LocalConversation, whose agent runs in this process
 opened:        what exists of it between its first use and its end
 configuration: which agent it has, and its secrets
-settings:      its agent beside the log, secrets sealed
-sealed:        secrets at rest
-receipts:      what the sender of a message gets, once and again
+store:         its agent at rest, beside the log, secrets encrypted
 turns:         which turn runs, and which answers a message
-journal:       its part of the log, and who follows it
+log:           its part of the log, who follows it, and what calls are remembered by
 state:         what follows from its log: state, stats, title
-delivery:      events on their way to callbacks
-follower:      reading a log and going on with what comes
+dispatch:      events on their way to callbacks
 contract:      the contract of a Conversation
 """

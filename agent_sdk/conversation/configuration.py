@@ -12,9 +12,9 @@ from agent_sdk.agent.actor import Actor, RunClientTool
 from agent_sdk.agent.mask import Mask, check_secrets
 from agent_sdk.agent.middleware.registry import made_of
 from agent_sdk.agent.place import Passing, Place
-from agent_sdk.conversation.journal import Journal
-from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.conversation.state import ConversationState
+from agent_sdk.conversation.store import AgentStore
 from agent_sdk.definition import Agent
 from agent_sdk.middleware import Middleware
 from agent_sdk.protocol.errors import AgentServerError, InternalError, InvalidParams, StateConflict
@@ -29,7 +29,7 @@ from agent_sdk.tools import FunctionTool
 from agent_sdk.workspace.contract import Workspace
 
 
-class Configuration:
+class AgentConfig:
     """The agent's description before the conversation is open, and its Actor afterwards."""
 
     def __init__(
@@ -87,10 +87,10 @@ class Configuration:
         if self._agent is not None:
             self.actor = self._made(self._agent, self._max_iterations, self._confirmation)
 
-    def restore(self, settings: Settings, stored: tuple[bytes, bytes | None]) -> None:
+    def restore(self, store: AgentStore, stored: tuple[bytes, bytes | None]) -> None:
         """Make the Actor of the stored agent; if that is not possible, `missing` or `obstacle` says why."""
         try:
-            restored = settings.unpack(self.conversation, *stored)
+            restored = store.unpack(self.conversation, *stored)
             self.missing = restored.missing
             if not self.missing:
                 self._secrets.update(restored.secrets)
@@ -100,12 +100,12 @@ class Configuration:
         except InvalidParams as exc:
             self.obstacle = exc
 
-    def packed(self, settings: Settings) -> tuple[bytes, bytes | None] | None:
+    def packed(self, store: AgentStore) -> tuple[bytes, bytes | None] | None:
         """Return what is to be stored of the agent as it is now; None: there is none."""
         actor = self.actor
         if actor is None:
             return None
-        return settings.pack(
+        return store.pack(
             self.conversation,
             replace(actor.spec, llm=actor.llm),
             max_iterations=actor.max_iterations,
@@ -132,7 +132,7 @@ class Configuration:
             actor.switch(spec.llm)
         actor.max_iterations, actor.confirmation = max_iterations, confirmation
 
-    async def recall(self, journal: Journal) -> None:
+    async def recall(self, journal: ConversationLog) -> None:
         """Let the agent's tools and middleware go on where the log left them."""
         actor = self.actor
         if actor is None:

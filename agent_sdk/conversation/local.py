@@ -17,7 +17,7 @@ from agent_sdk.agent.actor import RunClientTool
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.place import Place
 from agent_sdk.agent.turn_state import Phase
-from agent_sdk.conversation.configuration import Configuration
+from agent_sdk.conversation.configuration import AgentConfig
 from agent_sdk.conversation.contract import (
     Accepted,
     Callback,
@@ -29,11 +29,10 @@ from agent_sdk.conversation.contract import (
     Snapshot,
     Stats,
 )
-from agent_sdk.conversation.delivery import Delivery, DeltaListener, Listener, Unsubscribe
-from agent_sdk.conversation.follower import Follower
+from agent_sdk.conversation.dispatch import DeltaListener, Dispatcher, Listener, Unsubscribe
+from agent_sdk.conversation.log import Tail, check_text, operation, with_acceptance, with_result
 from agent_sdk.conversation.opened import Opened, open_conversation
-from agent_sdk.conversation.receipts import answering, check_text, operation, receipt, remembered
-from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.store import AgentStore
 from agent_sdk.conversation.turns import Left
 from agent_sdk.definition import Agent
 from agent_sdk.ids import checked_op_id, new_id
@@ -76,7 +75,7 @@ class LocalConversation(Conversation):
         log: EventLog | None = None,
         run_client_tool: RunClientTool | None = None,
         since: Cursor | None = None,
-        settings: Settings | None = None,
+        store: AgentStore | None = None,
         on_waiting: OnWaiting | None = None,
     ) -> None:
         """Describe it; it is opened at its first use.
@@ -91,7 +90,7 @@ class LocalConversation(Conversation):
             log: an open log, instead of `persistence_dir`; the caller closes it.
             run_client_tool: runs tools of `AgentSpec.client_tools` that are no functions of this process.
             since: what the callbacks have seen: they get the events after it first. None: new events only.
-            settings: how the agent is stored beside the log. It is then there when the log is opened again, and a
+            store: how the agent is stored beside the log. It is then there when the log is opened again, and a
                 turn that was open goes on by itself. None: nothing is stored, such a turn is closed as
                 interrupted, and `run` goes on.
 
@@ -101,7 +100,7 @@ class LocalConversation(Conversation):
         self.id = id or new_id()
         self._place = workspace
         self._log = log if persistence_dir is None else Path(persistence_dir) / FILE_NAME
-        self._configuration = Configuration(
+        self._configuration = AgentConfig(
             agent,
             conversation=self.id,
             max_iterations=max_iterations,
@@ -111,12 +110,12 @@ class LocalConversation(Conversation):
             title=title,
             tags=tags or {},
         )
-        self._delivery = Delivery(callbacks, on_delta)
+        self._delivery = Dispatcher(callbacks, on_delta)
         self._on_waiting = on_waiting
         self.on_turn_failed: Callable[[Exception], None] = lambda failure: None
         """Told when a turn could not even write its end: it is open, and nobody runs it."""
         self._since = since
-        self._settings = settings
+        self._store = store
         self._opening: asyncio.Task[Opened] | None = None
         self._opened: Opened | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -186,7 +185,7 @@ class LocalConversation(Conversation):
             OpMismatch: another call came with this op_id.
             OpExpired: it came, and its answer is no longer kept.
         """
-        return await remembered((await self._open()).journal, op, result)
+        return await (await self._open()).journal.answered(op, result)
 
     async def record(self, *events: Event) -> None:
         """Append events of the surroundings, e.g. WorkspaceChanged."""
@@ -223,7 +222,7 @@ class LocalConversation(Conversation):
             await opened.turns.stop("a new message came", asked=True, run_id=stops)
         run_id = opened.untold = opened.turns.run_id
         message = UserMessage(text=text, op_id=op.op_id if op else None)
-        written = opened.journal.submit(message, op=receipt(op, run_id))
+        written = opened.journal.submit(message, op=with_acceptance(op, run_id))
         # Not after the await: whoever sends the message may be cancelled, the message is there all the same.
         wake = mode == "interrupt"
         written.add_done_callback(partial(opened.turns.message_committed, run_id=run_id, wake=wake))
@@ -246,7 +245,7 @@ class LocalConversation(Conversation):
         opened.turns.check()
         if opened.turns.current is None:
             coming = RunAnswer(run_id=opened.turns.run_id, running=True)
-            turn = opened.turns.begin(answering(op, coming), untold=untold)
+            turn = opened.turns.begin(with_result(op, coming), untold=untold)
         else:
             turn = opened.turns.current
         if turn is not None:
@@ -257,7 +256,7 @@ class LocalConversation(Conversation):
         else:
             last, ended = opened.last, opened.journal.turn.ended_seq
             answer = RunAnswer(run_id=last.run_id, running=False, ended_seq=ended)
-        await self._note(answering(op, answer))
+        await self._note(with_result(op, answer))
         return answer
 
     async def pause(self, *, run_id: str | None = None, op: Operation | None = None) -> None:
@@ -265,7 +264,7 @@ class LocalConversation(Conversation):
         opened = await self._open()
         opened.turns.check()
         turn = opened.turns.current if opened.turns.meant(run_id) else None
-        done = answering(op, Done())
+        done = with_result(op, Done())
         if turn is not None and not turn.course.ending and opened.journal.turn.phase is not Phase.PAUSING:
             await opened.journal.append(PauseRequested(), op=done)
         else:
@@ -277,7 +276,7 @@ class LocalConversation(Conversation):
         """Stop the turn now. Nothing happens when no turn runs, or not the one of `run_id`."""
         opened = await self._open()
         opened.turns.check()
-        done = answering(op, Done())
+        done = with_result(op, Done())
         await opened.turns.stop(reason, asked=True, run_id=run_id, op=done)
         await self._note(done)
 
@@ -290,7 +289,7 @@ class LocalConversation(Conversation):
         op: Operation | None = None,
     ) -> None:
         opened = await self._open()
-        done = answering(op, Done())
+        done = with_result(op, Done())
         if not await opened.turns.respond(request_id, answer, reason, done):
             await self._note(done)
 
@@ -300,7 +299,7 @@ class LocalConversation(Conversation):
             if since.epoch and since.epoch != self.epoch:
                 raise HistoryLost("the log was made anew", epoch=self.epoch, from_seq=1)
             since = since.seq
-        follower = Follower(opened.journal, since)
+        follower = Tail(opened.journal, since)
         opened.followers.add(follower)
         try:
             async for event in follower.events(follow=follow):
@@ -354,9 +353,9 @@ class LocalConversation(Conversation):
         """Name the conversation; tags are merged. What does not change is not written."""
         opened = await self._open()
         if events := opened.journal.state.retitled(title, tags):
-            await opened.journal.append(*events, op=answering(op, Done()))
+            await opened.journal.append(*events, op=with_result(op, Done()))
         else:
-            await self._note(answering(op, Done()))
+            await self._note(with_result(op, Done()))
 
     async def configure(
         self,
@@ -438,9 +437,9 @@ class LocalConversation(Conversation):
 
     async def _write(self, opened: Opened, events: Sequence[Event], op: Operation | None) -> None:
         """Append what there is to append, store the agent as it is now, and remember that the call is done."""
-        packed = self._configuration.packed(self._settings) if self._settings else None
+        packed = self._configuration.packed(self._store) if self._store else None
         if events or op or packed:
-            written = opened.journal.submit(*events, op=answering(op, Done()), settings=packed)
+            written = opened.journal.submit(*events, op=with_result(op, Done()), settings=packed)
             await asyncio.shield(written)
 
     async def _note(self, op: Operation | None) -> None:
@@ -473,7 +472,7 @@ class LocalConversation(Conversation):
             self._log,
             self._delivery,
             self.close,
-            settings=self._settings,
+            store=self._store,
             since=self._since,
         )
         self._opened.turns.on_failure = lambda failure: self.on_turn_failed(failure)

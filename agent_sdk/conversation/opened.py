@@ -12,12 +12,11 @@ import msgspec
 
 from agent_sdk.agent.loop import Turn
 from agent_sdk.agent.turn_state import Phase
-from agent_sdk.conversation.configuration import Configuration
+from agent_sdk.conversation.configuration import AgentConfig
 from agent_sdk.conversation.contract import Cursor, OnWaiting, Outcome, Wait, still_runs, tell_waits
-from agent_sdk.conversation.delivery import Delivery
-from agent_sdk.conversation.follower import Follower
-from agent_sdk.conversation.journal import Journal
-from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.dispatch import Dispatcher
+from agent_sdk.conversation.log import ConversationLog, Tail
+from agent_sdk.conversation.store import AgentStore
 from agent_sdk.conversation.turns import Turns
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import HistoryLost, StateConflict
@@ -31,12 +30,12 @@ Place = Workspace | str | PathLike[str]
 class Opened:
     """An open conversation. Close it."""
 
-    def __init__(self, journal: Journal, turns: Turns, stack: AsyncExitStack) -> None:
+    def __init__(self, journal: ConversationLog, turns: Turns, stack: AsyncExitStack) -> None:
         self.journal = journal
         self.turns = turns
         self.untold: str | None = None
         """The turn that answers the last message or that `run` waited for, until `run` has returned how it ended."""
-        self.followers: set[Follower] = set()
+        self.followers: set[Tail] = set()
         self._stack = stack
 
     @property
@@ -108,13 +107,13 @@ class Opened:
 
 
 async def open_conversation(
-    configuration: Configuration,
+    configuration: AgentConfig,
     place: Place,
     log: EventLog | Path | None,
-    delivery: Delivery,
+    delivery: Dispatcher,
     on_close: Callable[[], Awaitable[None]],
     *,
-    settings: Settings | None,
+    store: AgentStore | None,
     since: Cursor | None,
 ) -> Opened:
     """Enter the place if it is a folder, open the log if it is a path or None, and go on where the log ends.
@@ -123,7 +122,7 @@ async def open_conversation(
 
     Args:
         on_close: given to a workspace that wants to close its conversations before itself.
-        settings: the stored agent is restored, and a turn that another process has begun goes on; None: it is closed.
+        store: the stored agent is restored, and a turn that another process has begun goes on; None: it is closed.
         since: callbacks get the events after it first.
 
     Raises:
@@ -135,27 +134,27 @@ async def open_conversation(
         if not isinstance(log, EventLog):
             log = await stack.enter_async_context(EventLog.open(log))
         epoch = await log.create(configuration.conversation)
-        journal = Journal(log, configuration.conversation, epoch, delivery)
+        journal = ConversationLog(log, configuration.conversation, epoch, delivery)
         journal.mask = configuration.mask
         await journal.replay()
         if since is not None:
             delivery.begin_with(_past(journal, since))
-        if settings is None:
+        if store is None:
             await journal.mend()
         elif stored := await log.settings(configuration.conversation):
-            configuration.restore(settings, stored)
+            configuration.restore(store, stored)
         await configuration.recall(journal)
         if events := configuration.introduction(journal.state):
             await journal.append(*events)
-        turns = Turns(journal, restarts=settings.restarts if settings else None)
+        turns = Turns(journal, restarts=store.restarts if store else None)
         turns.missing, turns.obstacle = configuration.missing, configuration.obstacle
         turns.actor = configuration.actor
-        if settings is not None:
+        if store is not None:
             turns.take_up(await _promised(journal))
         return Opened(journal, turns, stack.pop_all())
 
 
-def _past(journal: Journal, since: Cursor) -> AsyncIterator[Event]:
+def _past(journal: ConversationLog, since: Cursor) -> AsyncIterator[Event]:
     """The events after a cursor, up to the present head."""
     head = journal.head_seq
     if since.epoch not in ("", journal.epoch) or not 0 <= since.seq <= head:
@@ -174,7 +173,7 @@ def _past(journal: Journal, since: Cursor) -> AsyncIterator[Event]:
     return events()
 
 
-async def _promised(journal: Journal) -> str | None:
+async def _promised(journal: ConversationLog) -> str | None:
     """The turn that a message was promised when the process ended before it had started one."""
     message, last = journal.history.last_unread, journal.turn
     if message is None or message.op_id is None or message.seq < last.ended_seq or last.phase is Phase.PAUSED:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.loop import RESTARTS, Turn
 from agent_sdk.agent.turn_state import Course, Phase, Stage
-from agent_sdk.conversation.journal import Journal
+from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import Operation
 from agent_sdk.protocol.errors import (
@@ -34,7 +34,7 @@ Left = Literal["nothing", "written", "begun"]
 class Turns:
     """The turns of one conversation, one at a time."""
 
-    def __init__(self, journal: Journal, *, restarts: int | None = None) -> None:
+    def __init__(self, journal: ConversationLog, *, restarts: int | None = None) -> None:
         """Take the log.
 
         Args:

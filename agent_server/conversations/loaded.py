@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from agent_sdk.conversation.local import LocalConversation
-from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.store import AgentStore
 from agent_sdk.idempotency import IdempotencyStore
 from agent_sdk.log.event_log import PAGE_EVENTS, EventLog
 from agent_sdk.protocol.errors import AgentServerError
@@ -57,7 +57,7 @@ class LoadedConversation:
         link: BoxLink,
         *,
         workspace: str,
-        settings: Settings,
+        store: AgentStore,
         logs: Logs,
         metrics: Metrics,
         work: Work,
@@ -83,7 +83,7 @@ class LoadedConversation:
             id=id,
             log=log,
             run_client_tool=self.tools.run,
-            settings=settings,
+            store=store,
         )
         self.local.place = BoxPlace(link, self._clients_back)
         self.local.on_turn_failed = self._turn_failed

@@ -11,7 +11,7 @@ from typing import Self
 import msgspec
 from msgspec.structs import replace
 
-from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.store import AgentStore
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import (
@@ -57,7 +57,7 @@ class Conversations:
         logs: Logs,
         metrics: Metrics,
         work: Work,
-        settings: Settings,
+        store: AgentStore,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -65,7 +65,7 @@ class Conversations:
         self._logs = logs
         self._metrics = metrics
         self._work = work
-        self._settings = settings
+        self._store = store
         self._notes: dict[str, Note] = {}
         """By id, the oldest first."""
         self._left: dict[str, State] = {}
@@ -237,7 +237,7 @@ class Conversations:
             if loaded is not None and loaded.epoch:
                 found.append(await loaded.state())
             elif id in rows and id in self._notes:
-                missing = self._settings.missing(id, *settings[id]) if id in settings else ""
+                missing = self._store.missing(id, *settings[id]) if id in settings else ""
                 found.append(snapshot_of(rows[id], self._notes[id], missing))
         return found
 
@@ -395,7 +395,7 @@ class Conversations:
                 logs=self._logs,
                 metrics=self._metrics,
                 work=self._work,
-                settings=self._settings,
+                store=self._store,
                 awaited=self._awaited.pop(id, 0),
             )
             self._loaded[id] = loaded

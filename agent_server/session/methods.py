@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from msgspec import Raw
 
 from agent_sdk.agent.mask import check_secrets, hidden_in
-from agent_sdk.conversation.receipts import operation
+from agent_sdk.conversation.log import operation
 from agent_sdk.log.event_log import Operation
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, StateConflict
 from agent_sdk.protocol.methods.connection import Initialize, Initialized, Ping, Pong

@@ -9,8 +9,8 @@ import pytest
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.clip import ARGUMENT_BYTES
 from agent_sdk.agent.loop import Turn
-from agent_sdk.conversation.delivery import Delivery
-from agent_sdk.conversation.journal import Journal
+from agent_sdk.conversation.dispatch import Dispatcher
+from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.models import AssistantTurn, Completion, ToolTurn, ToolUse, Usage, UserTurn
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelRefused, WorkspaceLost
@@ -121,7 +121,7 @@ class Stage:
 @pytest.fixture
 async def stage():
     async with EventLog.open(None) as log:
-        yield Stage(Journal(log, "c", await log.create("c"), Delivery((), None)))
+        yield Stage(ConversationLog(log, "c", await log.create("c"), Dispatcher((), None)))
 
 
 DONE = Completion(text="done")

@@ -23,7 +23,7 @@ from agent_sdk import (
 )
 from agent_sdk.agent.middleware.registry import chain_of
 from agent_sdk.conversation.local import LocalConversation
-from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.store import AgentStore
 from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams, PolicyDenied
 from agent_sdk.protocol.events import (
@@ -525,7 +525,7 @@ async def test_a_kind_that_is_installed_is_made_of_its_options(tmp_path):
 async def test_a_middleware_is_kept_with_the_agent(tmp_path):
     rule = MiddlewareSpec(kind="house_rule", options={"why": "not here"})
     agent = AgentSpec(llm=ScriptedLLM(steps=SCRIPT), middleware=(rule,))
-    options = {"id": "c", "persistence_dir": tmp_path, "settings": Settings(None)}
+    options = {"id": "c", "persistence_dir": tmp_path, "store": AgentStore(None)}
     async with LocalConversation(None, tmp_path, **options) as conversation:
         await conversation.configure(agent)
     async with LocalConversation(None, tmp_path, **options) as conversation:

@@ -10,8 +10,8 @@ import pytest
 from agent_sdk.agent.loop import RESTARTS
 from agent_sdk.conversation.contract import Cursor
 from agent_sdk.conversation.local import FILE_NAME, LocalConversation
-from agent_sdk.conversation.receipts import operation, receipt
-from agent_sdk.conversation.settings import Settings
+from agent_sdk.conversation.log import operation, with_acceptance
+from agent_sdk.conversation.store import AgentStore
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import HistoryLost
@@ -40,7 +40,7 @@ def opening(tmp_path):
     """The conversation of one log, opened by one owner after the other."""
 
     def make(agent, **options):
-        options = {"persistence_dir": tmp_path, "settings": Settings(None), **options}
+        options = {"persistence_dir": tmp_path, "store": AgentStore(None), **options}
         return LocalConversation(agent, tmp_path, id=MINE, **options)
 
     return make
@@ -295,13 +295,15 @@ async def test_a_message_whose_turn_had_not_started_gets_the_turn_it_was_promise
         await first.configure(acting(say("hello")))
     message = operation(SendMessage(op_id=new_id(), text="go"))
     async with EventLog.open(tmp_path / FILE_NAME) as log:
-        await log.append(MINE, [UserMessage(text="go", op_id=message.op_id)], op=receipt(message, "promised"))
+        await log.append(
+            MINE, [UserMessage(text="go", op_id=message.op_id)], op=with_acceptance(message, "promised")
+        )
     async with opening(None) as second:
         assert (await until(second, TurnEnded)).run_id == "promised"
 
 
 async def test_nothing_is_stored_of_a_conversation_without_settings(opening, tmp_path):
-    async with opening(acting(say("done")), settings=None) as conversation:
+    async with opening(acting(say("done")), store=None) as conversation:
         await conversation.configure(acting(say("other")))
     async with EventLog.open(tmp_path / FILE_NAME) as log:
         assert await log.settings(MINE) is None

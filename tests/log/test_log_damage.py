@@ -5,8 +5,8 @@ from pathlib import Path
 import apsw
 import pytest
 
-from agent_sdk.conversation.delivery import Delivery
-from agent_sdk.conversation.journal import Journal
+from agent_sdk.conversation.dispatch import Dispatcher
+from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
 from agent_sdk.protocol.events import LogRecovered, TurnEnded, TurnStarted, UserMessage, decode
@@ -51,7 +51,7 @@ async def test_damage_that_whole_events_follow_is_found_and_nothing_is_served(fi
     async with EventLog.open(file) as log:
         epoch = await log.create("c")
         with pytest.raises(ConversationDamaged):
-            await Journal(log, "c", epoch, Delivery((), None)).replay()
+            await ConversationLog(log, "c", epoch, Dispatcher((), None)).replay()
         for call in (log.read("c"), log.append("c", [UserMessage(text="a")]), log.create("c"), log.head("c")):
             with pytest.raises(ConversationDamaged, match="it can only be deleted"):
                 await call
@@ -87,7 +87,7 @@ async def test_a_damaged_end_is_cut_off_and_reported_under_a_new_epoch(file, dam
         whole = (await log.read("c"))[:-1]
     change(file, DAMAGE[damage].format(where=where(COUNT)))
     async with EventLog.open(file) as log:
-        journal = Journal(log, "c", await log.create("c"), Delivery((), None))
+        journal = ConversationLog(log, "c", await log.create("c"), Dispatcher((), None))
         await journal.replay()
         assert journal.epoch not in ("", epoch)
         *before, (seq, body) = await log.read("c")
@@ -104,7 +104,7 @@ async def test_a_damaged_end_is_cut_off_and_reported_under_a_new_epoch(file, dam
 
 async def test_the_end_of_a_conversation_in_use_is_not_cut_off_below_its_users(file):
     async with EventLog.open(file) as log:
-        journal = Journal(log, "c", await log.create("c"), Delivery((), None))
+        journal = ConversationLog(log, "c", await log.create("c"), Dispatcher((), None))
         await journal.replay()
         change(file, DAMAGE["another body"].format(where=where(COUNT)))
         for _ in range(2):
@@ -113,7 +113,7 @@ async def test_the_end_of_a_conversation_in_use_is_not_cut_off_below_its_users(f
         with pytest.raises(ConversationDamaged):
             await journal.append(UserMessage(text="a"))
         epoch = await log.create("c")
-        journal = Journal(log, "c", epoch, Delivery((), None))
+        journal = ConversationLog(log, "c", epoch, Dispatcher((), None))
         await journal.replay()
         assert (journal.head_seq, journal.epoch != epoch) == (COUNT, True)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent_sdk.conversation.delivery import Delivery
-from agent_sdk.conversation.journal import Journal
+from agent_sdk.conversation.dispatch import Dispatcher
+from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.log.event_log import EventLog, Operation
 from agent_sdk.log.storage import Storage
 from agent_sdk.log.wal import commits_lost, frames_read
@@ -55,7 +55,7 @@ async def killed(tmp_path):
 
 async def replayed(log: EventLog, name: str) -> list[str]:
     """The texts of a conversation, with a `!` for a report of damage."""
-    journal = Journal(log, name, await log.create(name), Delivery((), None))
+    journal = ConversationLog(log, name, await log.create(name), Dispatcher((), None))
     await journal.replay()
     events = [decode(body) for _, body in await log.read(name)]
     return [event.text if isinstance(event, UserMessage) else "!" for event in events]

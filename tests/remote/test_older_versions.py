@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from agent_sdk import LocalWorkspace, RemoteWorkspace
-from agent_sdk.conversation.receipts import operation
+from agent_sdk.conversation.log import operation
 from agent_sdk.idempotency import asked
 from agent_sdk.ids import new_id
 from agent_sdk.protocol import specs

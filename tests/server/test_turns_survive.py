@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from agent_sdk.conversation.receipts import operation, receipt
+from agent_sdk.conversation.log import operation, with_acceptance
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import UserMessage
@@ -190,7 +190,7 @@ async def test_a_message_whose_turn_had_not_begun_is_answered_by_the_next_server
     await first.kill()
     op_id = new_id()
     async with EventLog.open(tmp_path / "data" / "log.db") as log:
-        row = receipt(operation(SendMessage(op_id=op_id, text="hello?")), "promised")
+        row = with_acceptance(operation(SendMessage(op_id=op_id, text="hello?")), "promised")
         await log.append(id, [UserMessage(text="hello?", op_id=op_id)], op=row)
     second = await server()
     await begun.line()  # nobody has asked this server for the conversation yet

@@ -23,7 +23,7 @@ DeltaListener = Callable[[Delta], None]
 Unsubscribe = Callable[[], None]
 
 
-class Delivery:
+class Dispatcher:
     """Callbacks are called from a task of its own, so that a slow one delays later events and nothing else.
 
     The task exists only while something waits to be delivered.

@@ -1,4 +1,4 @@
-"""One conversation's part of the event log, and everybody who follows it.
+"""One conversation's part of the event log: what is appended, what follows from it, who is told, and who asked before.
 
 What is submitted is committed in the order of submission. In the moment the loop learns of a commit,
 and before anybody who waited for it goes on, history and state grow and the listeners are called. So
@@ -9,21 +9,36 @@ cancelled.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from agent_sdk.agent.history import History
 from agent_sdk.agent.mask import Mask, MaskedStream
 from agent_sdk.agent.turn_state import TurnState
-from agent_sdk.conversation.delivery import Delivery
+from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.state import ConversationState
+from agent_sdk.idempotency import asked
+from agent_sdk.ids import digest_of
 from agent_sdk.log.event_log import EventLog, Operation, Record
+from agent_sdk.protocol.errors import InvalidParams, OpMismatch
 from agent_sdk.protocol.events import Delta, Event, decode
+from agent_sdk.protocol.methods.method import Effect
+from agent_sdk.protocol.results import Accepted
+
+T = TypeVar("T")
+
+BUFFERED_BYTES = 1 << 20
+"""Of events kept for a reader that is slow; one that is slower reads them from the log again."""
 
 
-class Journal:
+class ConversationLog:
     """One conversation's part of the event log: what is appended to it, what follows from it, and who is told."""
 
-    def __init__(self, log: EventLog, conversation: str, epoch: str, delivery: Delivery) -> None:
+    def __init__(self, log: EventLog, conversation: str, epoch: str, delivery: Dispatcher) -> None:
         self.log = log
         self.conversation = conversation
         self.epoch = epoch
@@ -102,6 +117,21 @@ class Journal:
         """
         await asyncio.shield(self.submit(*events, op=op))
 
+    async def answered(self, op: Operation | None, result: type[T]) -> T | None:
+        """Return what this call answered before; None when it did not come before.
+
+        Raises:
+            OpMismatch: another call came with this op_id.
+            OpExpired: it is too long ago.
+        """
+        known = op and await self.log.operation(self.conversation, op.op_id)
+        if op is None or known is None:
+            return None
+        if known.digest != op.digest:
+            raise OpMismatch("this op_id was used for another call", op_id=op.op_id)
+        assert isinstance(known.result, bytes)
+        return msgspec.json.decode(known.result, type=result)
+
     async def mend(self) -> None:
         """Close a turn that nobody runs any more, if there is one."""
         if events := self.turn.missing_end():
@@ -145,3 +175,97 @@ class Journal:
         self.state.add(event)
         for reducer in self._reducers:
             reducer(event)
+
+
+class Tail:
+    """One reader of a conversation's log: first what it has, then live, without a gap. Unsubscribe it by `close`."""
+
+    def __init__(self, log: ConversationLog, since: int) -> None:
+        self._log = log
+        self._seq = since
+        self._buffer: deque[tuple[int, bytes]] = deque()
+        self._buffered = 0
+        self._behind = True
+        self._ended = False
+        self._news = asyncio.Event()
+        self._unsubscribe = log.delivery.subscribe(self._listen)
+
+    async def events(self, *, follow: bool) -> AsyncIterator[Event]:
+        """Yield the events after `since`; with `follow` go on until `end`."""
+        while True:
+            if self._behind:
+                self._behind = False
+                async for seq, body in self._log.pages(self._seq):
+                    self._seq = seq
+                    yield decode(body)
+            while self._buffer:
+                seq, body = self._buffer.popleft()
+                self._buffered -= len(body)
+                if seq > self._seq:
+                    self._seq = seq
+                    yield decode(body)
+            if self._behind:
+                continue
+            if not follow or self._ended:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    def end(self) -> None:
+        """Nothing will come any more; what came is still yielded."""
+        self._ended = True
+        self._news.set()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._unsubscribe()
+
+    def _listen(self, seq: int, body: bytes) -> None:
+        if not self._behind:
+            self._buffer.append((seq, body))
+            self._buffered += len(body)
+            if self._buffered > BUFFERED_BYTES and len(self._buffer) > 1:
+                self._buffer.clear()
+                self._buffered, self._behind = 0, True
+        self._news.set()
+
+
+def operation(params: Effect[Any]) -> Operation:
+    """Return the log's row for a call; its result comes later.
+
+    What is secret leaves no trace, not even a digest that could be guessed at.
+    """
+    fields = asked(params)
+    if "secrets" in fields:
+        fields["secrets"] = sorted(fields["secrets"])
+    llm = fields.get("llm") or fields.get("agent", {}).get("llm", {})
+    for name in ("api_key", "headers"):
+        llm.pop(name, None)
+    return Operation(params.op_id, digest_of(params.method, fields), b"null")
+
+
+def with_result(op: Operation | None, result: Any) -> Operation | None:
+    """Return the row with what the call answers."""
+    return None if op is None else replace(op, result=msgspec.json.encode(result))
+
+
+def with_acceptance(op: Operation | None, run_id: str) -> Operation | None:
+    """Return the row of a message; what it answers is made when the message has its seq."""
+    if op is None:
+        return None
+    return replace(op, result=lambda events: msgspec.json.encode(Accepted(events[0].seq, run_id)))
+
+
+def check_text(text: str) -> None:
+    """Accept the text of a message.
+
+    Raises:
+        InvalidParams: the text is empty or cannot be UTF-8.
+    """
+    if not text.strip():
+        raise InvalidParams("text: a message needs at least one character that is not white space")
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        half = f"character {exc.start} is half of a surrogate pair, which UTF-8 cannot say"
+        raise InvalidParams(f"text: {half}") from None

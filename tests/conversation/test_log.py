@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from agent_sdk.conversation.delivery import Delivery
-from agent_sdk.conversation.journal import Journal
+from agent_sdk.conversation.dispatch import Dispatcher
+from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import ConversationNotFound
 from agent_sdk.protocol.events import UserMessage
@@ -14,7 +14,7 @@ from agent_sdk.protocol.events import UserMessage
 @pytest.fixture(params=["file", "memory"])
 async def journal(request, tmp_path):
     async with EventLog.open(tmp_path / "log.sqlite" if request.param == "file" else None) as log:
-        yield Journal(log, "c", await log.create("c"), Delivery((), None))
+        yield ConversationLog(log, "c", await log.create("c"), Dispatcher((), None))
 
 
 async def test_an_event_is_told_to_everybody_although_its_writer_was_cancelled(journal):

@@ -4,9 +4,8 @@ import asyncio
 
 import pytest
 
-from agent_sdk.conversation.delivery import Delivery
-from agent_sdk.conversation.follower import Follower
-from agent_sdk.conversation.journal import Journal
+from agent_sdk.conversation.dispatch import Dispatcher
+from agent_sdk.conversation.log import ConversationLog, Tail
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import UserMessage
 
@@ -14,11 +13,11 @@ from agent_sdk.protocol.events import UserMessage
 @pytest.fixture
 async def journal():
     async with EventLog.open(None) as log:
-        yield Journal(log, "c", await log.create("c"), Delivery((), None))
+        yield ConversationLog(log, "c", await log.create("c"), Dispatcher((), None))
 
 
 async def test_a_reader_that_is_far_behind_misses_nothing(journal):
-    follower = Follower(journal, 0)
+    follower = Tail(journal, 0)
     events = follower.events(follow=True)
     await journal.append(UserMessage(text="first"))
     seqs = [(await anext(events)).seq]
@@ -33,7 +32,7 @@ async def test_a_reader_that_is_far_behind_misses_nothing(journal):
 
 async def test_what_comes_while_the_log_is_read_is_yielded_once(journal):
     await journal.append(UserMessage(text="a"))
-    follower = Follower(journal, 0)
+    follower = Tail(journal, 0)
     events = follower.events(follow=True)
     seqs = [(await anext(events)).seq]
     await journal.append(UserMessage(text="b"), UserMessage(text="c"))
@@ -43,7 +42,7 @@ async def test_what_comes_while_the_log_is_read_is_yielded_once(journal):
 
 
 async def test_writing_and_reading_at_the_same_time_loses_and_repeats_nothing(journal):
-    follower = Follower(journal, 0)
+    follower = Tail(journal, 0)
 
     async def write():
         for number in range(300):
@@ -60,7 +59,7 @@ async def test_writing_and_reading_at_the_same_time_loses_and_repeats_nothing(jo
 
 async def test_a_reader_that_does_not_follow_gets_what_there_is(journal):
     await journal.append(UserMessage(text="a"), UserMessage(text="b"))
-    follower = Follower(journal, 1)
+    follower = Tail(journal, 1)
     assert [event.seq async for event in follower.events(follow=False)] == [2]
     follower.close()
     await journal.append(UserMessage(text="c"))
