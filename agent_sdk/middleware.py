@@ -9,7 +9,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from agent_sdk.models import Completion, ModelClient, ModelRequest
-from agent_sdk.protocol.checks import Checked
+from agent_sdk.protocol.checks import Checked, checked
 from agent_sdk.protocol.events import Event, RunStatus, ToolCalled
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model, ToolSpec
@@ -23,6 +23,7 @@ RunTool = Callable[[ToolCalled], Awaitable[ToolResult]]
 class Stop(Exception):
     """Raise it at a point of a turn to end the turn. Calls that have no result yet are given the reason as theirs."""
 
+    @checked
     def __init__(
         self,
         reason: str,
@@ -43,7 +44,7 @@ class Stop(Exception):
         self.final_text = final_text
 
 
-class Section(Struct, frozen=True):
+class Section(Checked, frozen=True):
     """A part of the system prompt."""
 
     name: str
