@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import ConnectionLost, TransferBroken
+from agent_sdk.protocol.errors import ConnectionLost
 from agent_sdk.protocol.methods.workspace import (
     ProcessOutput,
     ProcessWait,
@@ -20,11 +19,10 @@ from agent_sdk.protocol.methods.workspace import (
 )
 from agent_sdk.remote.feed import Feed
 from agent_sdk.remote.link import Link, Until, persistent
-from agent_sdk.remote.streams import Collector, collected, pass_failure
+from agent_sdk.remote.streams import Collector, collected, sent_by
 from agent_sdk.remote.transfers import NO_CHANNEL
 from agent_sdk.remote.verbs import Part
 from agent_sdk.rpc.peer import Peer
-from agent_sdk.rpc.stream import Chunk
 from agent_sdk.workspace.contract import Exit, OutputName, Process, Shell, ShellResult
 from agent_sdk.workspace.verbs import milliseconds
 
@@ -67,8 +65,8 @@ class RemoteProcess(Part, Process, part="process"):
                 process_id=self.id, channel=NO_CHANNEL, stream=stream, since=position, follow=follow
             )
             try:
-                async with aclosing(_chunks(peer, call)) as chunks:
-                    async for chunk in chunks:
+                async with sent_by(peer, call) as (reader, _):
+                    async for chunk in reader:
                         position = chunk.offset + len(chunk.data)
                         yield chunk
                 return
@@ -85,22 +83,6 @@ class RemoteProcess(Part, Process, part="process"):
             return await peer.call(ProcessWait(process_id=self.id, timeout_ms=left))
 
         return await persistent(link, waited, changes_something=False)
-
-
-async def _chunks(peer: Peer, call: ProcessOutput) -> AsyncGenerator[Chunk, None]:
-    async with peer.open_reader() as reader:
-        calling = asyncio.ensure_future(peer.call(replace(call, channel=reader.channel)))
-        calling.add_done_callback(lambda done: pass_failure(done, reader))
-        try:
-            async for chunk in reader:
-                yield chunk
-            await calling
-        except TransferBroken:
-            await calling
-            raise
-        finally:
-            calling.cancel()
-            await asyncio.gather(calling, return_exceptions=True)
 
 
 class RemoteShell(Part, Shell, part="shell"):

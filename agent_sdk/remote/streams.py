@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, TransferBroken
+from agent_sdk.protocol.methods.method import Method
+from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteReader, Chunk
 from agent_sdk.workspace.output import HEAD_BYTES, TAIL_BYTES, Output
 
@@ -75,7 +80,27 @@ async def with_output(call: Coroutine[Any, Any, A], *listening: Coroutine[Any, A
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def pass_failure(call: asyncio.Future[Any], reader: ByteReader) -> None:
-    """A call was answered: a refused one never opens its stream, and whoever waits for bytes has to hear of it."""
+@asynccontextmanager
+async def sent_by(peer: Peer, call: Method[A]) -> AsyncIterator[tuple[ByteReader, asyncio.Future[A]]]:
+    """Make a call that sends bytes over its `channel`; yield them and its answer, which comes when the block ends.
+
+    Leaving early gives the call up.
+    """
+    async with peer.open_reader() as reader:
+        calling = asyncio.ensure_future(peer.call(replace(call, channel=reader.channel)))
+        calling.add_done_callback(lambda done: _pass_failure(done, reader))
+        try:
+            yield reader, calling
+            await calling
+        except TransferBroken:
+            await calling
+            raise
+        finally:
+            calling.cancel()
+            await asyncio.gather(calling, return_exceptions=True)
+
+
+def _pass_failure(call: asyncio.Future[Any], reader: ByteReader) -> None:
+    """Tell whoever waits for bytes that the call was refused: it never opens its stream then."""
     if not call.cancelled() and isinstance(error := call.exception(), AgentServerError):
         reader.fail(error)

@@ -28,7 +28,7 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.protocol.methods.workspace import Download, FilesStat, Upload, UploadOffset
 from agent_sdk.protocol.results import Transferred
 from agent_sdk.remote.link import Link, ask, passed, persistent
-from agent_sdk.remote.streams import pass_failure
+from agent_sdk.remote.streams import sent_by
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteWriter
 from agent_sdk.workspace.disk import Progress
@@ -106,24 +106,13 @@ class Incoming:
 
     async def _come(self, peer: Peer, since: int) -> AsyncGenerator[bytes, None]:
         """What comes over one connection."""
-        async with peer.open_reader() as reader:
-            calling = asyncio.ensure_future(
-                peer.call(replace(self._call, channel=reader.channel, since=since))
-            )
-            calling.add_done_callback(lambda done: pass_failure(done, reader))
-            try:
-                async for chunk in reader:
-                    if chunk.offset != since:
-                        raise TransferBroken(f"bytes are missing at {since}")
-                    since += len(chunk.data)
-                    yield chunk.data
-                answer = await calling
-            except TransferBroken:
-                await calling
-                raise
-            finally:
-                calling.cancel()
-                await asyncio.gather(calling, return_exceptions=True)
+        async with sent_by(peer, replace(self._call, since=since)) as (reader, answering):
+            async for chunk in reader:
+                if chunk.offset != since:
+                    raise TransferBroken(f"bytes are missing at {since}")
+                since += len(chunk.data)
+                yield chunk.data
+            answer = await answering
             self._trailer, self.mode = reader.trailer, answer.mode
             self.size = max(self.size, answer.size)
 
