@@ -7,8 +7,8 @@ link:          the way to a box
 name:          what a box is called, and promised
 place:         where an agent's tools act
 watch:         whether a box answers at all, and what happens to it
-relay:         calls to a box, once each
-passage:       a call to a box, with its bytes
-receipt:       what calls answered, kept
+forwarding:    calls forwarded to a box, once each
+forwarded_call: one of them, with its bytes
+stored_result: what calls answered, kept
 sandbox_rules: which sandboxes clients may have
 """

@@ -19,9 +19,9 @@ from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted
 from agent_sdk.protocol.results import Snapshot
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Peer
+from agent_server.boxes.forwarding import ForwardedCalls
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.place import BoxPlace
-from agent_server.boxes.relay import Relay
 from agent_server.conversations.client_tools import ClientTools
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
@@ -67,7 +67,7 @@ class LoadedConversation:
         self.id = id
         self.link = link
         self._workspace = workspace
-        self.relay = Relay(id, link, log, work)
+        self.forwarded = ForwardedCalls(id, link, log, work)
         self.tools = ClientTools()
         self.operations = IdempotencyStore()
         self.connections: set[Client] = set()
@@ -117,11 +117,11 @@ class LoadedConversation:
             await self._note(untold)
         if not self._opened:
             self._opened = True
-            await self.relay.open()
+            await self.forwarded.open()
 
     async def close(self) -> None:
         """Let go of everything but the workspace, which may be shared. A turn that runs stays open in the log."""
-        await self.relay.close()
+        await self.forwarded.close()
         await self.operations.close()
         await self.local.suspend()
         self._end_turn()
@@ -141,7 +141,7 @@ class LoadedConversation:
     @property
     def busy(self) -> bool:
         """Whether something goes on in it that nobody needs to be connected for."""
-        return self.local.working or bool(self.operations.under_way) or self.relay.busy
+        return self.local.working or bool(self.operations.under_way) or self.forwarded.busy
 
     @property
     def epoch(self) -> str:
@@ -159,7 +159,7 @@ class LoadedConversation:
 
     async def state(self) -> Snapshot:
         """Return its present state."""
-        operations = await self.relay.operations()
+        operations = await self.forwarded.operations()
         return replace(await self.local.state(), operations=operations, workspace=self._workspace)
 
     def subscribe(self, listener: Callable[[int, bytes], None]) -> Callable[[], None]:

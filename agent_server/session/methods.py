@@ -272,7 +272,7 @@ class Methods:
 
 
 def _forward(caller: Caller, params: Method[Any], call: Inbound) -> Awaitable[Any]:
-    return caller.conversation.relay.answer(params, call)
+    return caller.conversation.forwarded.answer(params, call)
 
 
 async def _verb(loaded: LoadedConversation, params: Effect[Any], op: Operation) -> Any:

@@ -42,16 +42,16 @@ from agent_sdk.protocol.methods.workspace import (
 from agent_sdk.protocol.results import Exit, RunningOperation, WorkspaceInfo
 from agent_sdk.remote.link import Linked
 from agent_sdk.rpc.peer import Inbound
+from agent_server.boxes.forwarded_call import ForwardedCall
 from agent_server.boxes.link import BoxLink
-from agent_server.boxes.passage import Passage
-from agent_server.boxes.receipt import Receipt
+from agent_server.boxes.stored_result import StoredResult
 from agent_server.boxes.watch import is_silent
 from agent_server.work import Work
 
 LOST = "the box was lost; whether it was done is not known"
 
 
-class Relay:
+class ForwardedCalls:
     """The workspace methods of a conversation, passed on to its box; one for all its connections."""
 
     def __init__(self, conversation: str, link: BoxLink, log: EventLog, work: Work) -> None:
@@ -66,7 +66,7 @@ class Relay:
         """What a former server has begun in the box that survived it."""
 
     def __repr__(self) -> str:
-        return f"<Relay to {self._link!r}: {len(self._running)} operations>"
+        return f"<ForwardedCalls to {self._link!r}: {len(self._running)} operations>"
 
     def answer(self, params: Method[Any], call: Inbound) -> Awaitable[Any]:
         """Answer a workspace method."""
@@ -107,7 +107,7 @@ class Relay:
         if runs := [run for runs in self._running.values() for run in runs]:
             self._link.owing = True
             for run in runs:
-                run.passage.let_go = True
+                run.forwarded.let_go = True
             await _stop(runs)
 
     # --- what changes nothing ---
@@ -116,8 +116,8 @@ class Relay:
         if isinstance(params, ProcessList) and not (self._link.is_running or self._link.survived):
             return []
         try:
-            async with Passage(params, call) as passage:
-                return await self._through(passage, await self._link.linked())
+            async with ForwardedCall(params, call) as forwarded:
+                return await self._through(forwarded, await self._link.linked())
         except OutcomeUnknown:
             if isinstance(params, ProcessWait):
                 return Exit(status="unknown", reason=LOST)
@@ -138,11 +138,11 @@ class Relay:
     async def _offset(self, params: UploadOffset, call: Inbound) -> Any:
         await self._end_upload(params.op_id)
         runs = self._running.get(params.op_id, ())
-        if left := [task for run in runs if run.call.peer.lost is not None for task in run.passage.coming]:
+        if left := [task for run in runs if run.call.peer.lost is not None for task in run.forwarded.coming]:
             await asyncio.wait(left)  # what has come goes in first
         return await self._look(params, call)
 
-    async def _through(self, passage: Passage, linked: Linked) -> Any:
+    async def _through(self, forwarded: ForwardedCall, linked: Linked) -> Any:
         """Pass a call on, and again when the connection to the box broke.
 
         Raises:
@@ -151,15 +151,15 @@ class Relay:
         instance = linked.instance
         while True:
             try:
-                return await passage.through(linked.peer)
+                return await forwarded.through(linked.peer)
             except ConnectionLost:
                 if linked.peer.lost is None:
                     raise
-            passage.broken = True
+            forwarded.broken = True
             again = await self._link.again(instance)
             if again is None:
                 raise OutcomeUnknown(LOST)
-            if passage.once:
+            if forwarded.once:
                 raise WorkspaceUnavailable("the connection to the box broke; call again")
             linked = again
 
@@ -167,7 +167,7 @@ class Relay:
 
     async def _effect(self, params: Effect[Any], call: Inbound) -> Any:
         self._work.admit()
-        async with Passage(params, call) as passage:
+        async with ForwardedCall(params, call) as forwarded:
             op_id, digest = params.op_id, digest_of(params.method, asked(params))
             instance = self._link.named()
             self._beginning[op_id] += 1
@@ -178,15 +178,15 @@ class Relay:
             finally:
                 self._beginning -= Counter((op_id,))
             if known is not None and known.result is not None:
-                receipt = Receipt.read(known.result)
-                if receipt.whole or known.instance != instance:  # else the box still has the bytes
-                    return await receipt.give(params, passage.ways)
+                stored = StoredResult.read(known.result)
+                if stored.whole or known.instance != instance:  # else the box still has the bytes
+                    return await stored.give(params, forwarded.streams)
             if isinstance(params, Upload):
                 await self._end_upload(op_id)  # the rest of its bytes comes over this call
             if known is not None:
                 runs = self._running.get(op_id)
                 instance = runs[0].instance if runs else known.instance
-            run = _Run(params, call, instance, passage)
+            run = _Run(params, call, instance, forwarded)
             return await self._run(run, fresh=known is None or isinstance(params, Upload))
 
     async def _run(self, run: _Run, *, fresh: bool) -> Any:
@@ -211,30 +211,30 @@ class Relay:
             if linked is None:
                 raise OutcomeUnknown(LOST, op_id=run.params.op_id)
             run.instance = linked.instance
-            answer = await self._through(run.passage, linked)
+            answer = await self._through(run.forwarded, linked)
         except OutcomeUnknown as exc:
             answer = _unknown(run.params, exc)
-            await run.passage.end_streams()
+            await run.forwarded.end_streams()
         except AgentServerError as exc:
             if is_silent(exc):
                 self._link.owing = True
             elif did_nothing(type(run.params), exc):
                 await self._withdraw(run)
             else:
-                await self._finish(run, Receipt.of_error(exc))
+                await self._finish(run, StoredResult.of_error(exc))
             raise
-        await self._finish(run, Receipt.of(run.params, answer, run.passage.kept))
+        await self._finish(run, StoredResult.of(run.params, answer, run.forwarded.kept))
         return answer
 
-    async def _finish(self, run: _Run, receipt: Receipt) -> None:
+    async def _finish(self, run: _Run, stored: StoredResult) -> None:
         try:
-            await self._log.finish_operation(self._conversation, run.params.op_id, receipt.written())
+            await self._log.finish_operation(self._conversation, run.params.op_id, stored.written())
         except StorageFull:  # it was done, and the box still knows
             self._link.owing = True
 
     async def _withdraw(self, run: _Run) -> None:
         """It did nothing, and may come again: nothing is left of it, so nothing must remember it."""
-        run.in_vain = not run.passage.broken
+        run.in_vain = not run.forwarded.broken
         op_id = run.params.op_id
         if self._beginning[op_id] or not all(other.in_vain for other in self._running[op_id]):
             return
@@ -254,34 +254,34 @@ class Relay:
         others = [other for other in self._running[run.params.op_id] if other is not run]
         await _stop([other for other in others if other.call.peer.lost is not None])
         if self._running[run.params.op_id] == [run]:
-            await self._finish(run, Receipt.of_error(Cancelled("the call was cancelled")))
+            await self._finish(run, StoredResult.of_error(Cancelled("the call was cancelled")))
 
     async def _end_upload(self, op_id: str) -> None:
         """Let go of the bytes that still come for it. Where their caller is gone, what has come goes in first."""
         runs = [run for run in self._running.get(op_id, ()) if isinstance(run.params, Upload)]
         for run in runs:
-            run.passage.let_go = True
+            run.forwarded.let_go = True
         await _stop([run for run in runs if run.call.peer.lost is None])
         if runs:
             await asyncio.wait([run.over for run in runs])
 
 
 class _Run:
-    """One way of an operation through the relay; a repeated call is another one."""
+    """One forwarding of an operation to the box; a repeated call is another one."""
 
-    def __init__(self, params: Effect[Any], call: Inbound, instance: str, passage: Passage) -> None:
+    def __init__(self, params: Effect[Any], call: Inbound, instance: str, forwarded: ForwardedCall) -> None:
         self.params = params
         self.call = call
         self.instance = instance
         """Of the box it is in."""
-        self.passage = passage
+        self.forwarded = forwarded
         task = asyncio.current_task()
         assert task is not None
         self.task: asyncio.Task[Any] = task
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when it is through, or has been stopped."""
         self.stopped = False
-        """Whether the relay has stopped it, not its caller."""
+        """Whether another call or the end of the server has stopped it, not its caller."""
         self.in_vain = False
         """Whether it failed so that the box has forgotten it."""
 

@@ -30,9 +30,9 @@ from agent_sdk.protocol.methods.workspace import (
 from agent_sdk.remote.connection import connect
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
+from agent_server.boxes.forwarding import ForwardedCalls
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.name import BoxName
-from agent_server.boxes.relay import Relay
 from agent_server.work import Work
 from tests.server.test_box_process import ENVIRONMENT
 from workspaces.box.process import BoxProcess
@@ -184,12 +184,14 @@ async def test_output_that_was_heard_before_the_box_was_killed_is_there_and_the_
         assert (await workspace.execute("echo next", on_output=hear)).stdout == "next\n"
 
 
-# --- the relay by itself ---
+# --- forwarded calls by themselves ---
 
 
 @asynccontextmanager
-async def relayed(folder: Path, log: EventLog, patience: float = 5.0) -> AsyncIterator[tuple[Peer, BoxLink]]:
-    """A caller before a relay, and its way to a box."""
+async def forwarding(
+    folder: Path, log: EventLog, patience: float = 5.0
+) -> AsyncIterator[tuple[Peer, BoxLink]]:
+    """A caller of a conversation, and its way to a box."""
     root = folder / "root"
     root.mkdir(exist_ok=True)
 
@@ -197,15 +199,15 @@ async def relayed(folder: Path, log: EventLog, patience: float = 5.0) -> AsyncIt
         return BoxProcess(root, folder / "box", environment=ENVIRONMENT, instance=instance)
 
     link = BoxLink(make, lambda change, words: None, BoxName(folder / "name"), patience=patience)
-    relay = Relay("c", link, log, Work())
+    forwarded = ForwardedCalls("c", link, log, Work())
     here, there = memory_pipes()
     try:
         async with (
-            Peer(there, dict.fromkeys(WORKSPACE, relay.answer), opener=False, strict=True),
+            Peer(there, dict.fromkeys(WORKSPACE, forwarded.answer), opener=False, strict=True),
             Peer(here, {}, opener=True, strict=False) as caller,
         ):
             yield caller, link
-        await relay.close()
+        await forwarded.close()
     finally:
         await link.close()
 
@@ -218,7 +220,7 @@ async def log(tmp_path):
 
 
 async def test_a_command_does_not_notice_that_the_connection_to_its_box_broke(log, tmp_path):
-    async with relayed(tmp_path, log) as (caller, link):
+    async with forwarding(tmp_path, log) as (caller, link):
         root = Path((await caller.call(Describe())).root)
         for name in ("begun", "go"):
             os.mkfifo(root / name)
@@ -238,7 +240,7 @@ async def test_a_command_does_not_notice_that_the_connection_to_its_box_broke(lo
 async def test_a_command_of_a_box_that_was_stopped_is_told_in_time_and_answered_when_it_is_repeated(
     log, tmp_path
 ):
-    async with relayed(tmp_path, log, patience=0.5) as (caller, link):
+    async with forwarding(tmp_path, log, patience=0.5) as (caller, link):
         info = await caller.call(Describe())
         os.kill(info.pid, signal.SIGSTOP)
         call = Execute(op_id=new_id(), shell="echo run >>runs", timeout_ms=100)
@@ -261,15 +263,15 @@ async def test_a_call_whose_answer_is_not_kept_any_more_is_refused_and_not_sent(
 
     async with EventLog.open(file) as log:
         await log.create("c")
-        async with relayed(tmp_path, log) as (caller, _):
+        async with forwarding(tmp_path, log) as (caller, _):
             await caller.call(calls[0])
     change(f"UPDATE clock SET seconds = {KEPT_SECONDS + 1}")
     for call in calls[1:]:
-        async with EventLog.open(file) as log, relayed(tmp_path, log) as (caller, _):
+        async with EventLog.open(file) as log, forwarding(tmp_path, log) as (caller, _):
             await caller.call(call)
         change(f"UPDATE operations SET nth = nth + {KEPT} WHERE op_id = '{call.op_id}'")
     (tmp_path / "root/made/0").rmdir()
-    async with EventLog.open(file) as log, relayed(tmp_path, log) as (caller, _):
+    async with EventLog.open(file) as log, forwarding(tmp_path, log) as (caller, _):
         with pytest.raises(OpExpired):
             await caller.call(calls[0])
         assert not (tmp_path / "root/made/0").exists()

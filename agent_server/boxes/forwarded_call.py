@@ -1,4 +1,4 @@
-"""One call on its way to a box, and its bytes on theirs: in order, at their offsets, under the credit of both ends."""
+"""One call that is forwarded to a box, with its bytes: in order, at their offsets, under the credit of both ends."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ KEPT_BYTES = 64 << 10
 """Of the output of an operation, to be given again."""
 
 
-class Passage:
-    """One call on its way to a box. Enter it before anything begins: a call whose streams are not free is refused then.
+class ForwardedCall:
+    """One call that is forwarded to a box.
+
+    Enter it before anything begins: a call whose streams are not free is refused then.
 
     It may be tried again over another connection to the same box.
     """
@@ -34,7 +36,7 @@ class Passage:
         """Whether it was sent over a connection that broke, so that nobody knows how far it came."""
         self.kept: dict[str, bytearray] | None = {}
         """The output that passed, by field; None: more than is kept."""
-        self.ways: dict[str, Way] = {}
+        self.streams: dict[str, CallerStream] = {}
         """The streams to the caller, by field."""
         self.coming: list[asyncio.Task[None]] = []
         """Who passes the caller's bytes on."""
@@ -57,7 +59,9 @@ class Passage:
             for stream in self._params.gives:
                 if channel := getattr(self._params, stream.channel):
                     writer = await self._stack.enter_async_context(self._call.writing(channel))
-                    self.ways[stream.channel] = Way(writer, stream, getattr(self._params, stream.since))
+                    self.streams[stream.channel] = CallerStream(
+                        writer, stream, getattr(self._params, stream.since)
+                    )
             self._stack = self._stack.pop_all()
         self.once = bool(self._readers)
         return self
@@ -67,8 +71,8 @@ class Passage:
 
     async def end_streams(self) -> None:
         """End the streams to the caller where they are: nothing more comes."""
-        for way in self.ways.values():
-            await way.finish(0, b"")
+        for stream in self.streams.values():
+            await stream.finish(0, b"")
 
     async def through(self, peer: Peer) -> Any:
         """Make the call over this connection and return its answer, when all its bytes have passed.
@@ -121,15 +125,15 @@ class Passage:
         self, stack: AsyncExitStack, peer: Peer, fields: dict[str, Any]
     ) -> dict[str, _Output]:
         outputs = {}
-        for field, way in self.ways.items():
+        for field, to_caller in self.streams.items():
             reader = await stack.enter_async_context(peer.open_reader())
             fields[field] = reader.channel
-            if isinstance(self._params, Effect) and way.since:
-                if way.since <= KEPT_BYTES:
-                    fields[way.stream.since] = 0  # to be kept whole
+            if isinstance(self._params, Effect) and to_caller.since:
+                if to_caller.since <= KEPT_BYTES:
+                    fields[to_caller.stream.since] = 0  # to be kept whole
                 else:
                     self.kept = None
-            outputs[field] = _Output(reader, way, partial(self._keep, field))
+            outputs[field] = _Output(reader, to_caller, partial(self._keep, field))
         return outputs
 
     def _keep(self, field: str, offset: int, data: bytes) -> None:
@@ -145,10 +149,12 @@ class Passage:
 class _Output:
     """What a box says over one stream; a task passes it on from the first byte on: most commands say nothing."""
 
-    def __init__(self, reader: ByteReader, way: Way, keep: Callable[[int, bytes], None]) -> None:
+    def __init__(
+        self, reader: ByteReader, to_caller: CallerStream, keep: Callable[[int, bytes], None]
+    ) -> None:
         self.pump: asyncio.Task[None] | None = None
         self._reader = reader
-        self._way = way
+        self._to_caller = to_caller
         self._keep = keep
         reader.when_data_comes(self._begin)
 
@@ -163,12 +169,12 @@ class _Output:
     async def _pass_on(self) -> None:
         async for chunk in self._reader:
             self._keep(chunk.offset, chunk.data)
-            await self._way.pass_on(chunk.offset, chunk.data)
-        await self._way.finish(self._reader.size, self._reader.trailer)
+            await self._to_caller.pass_on(chunk.offset, chunk.data)
+        await self._to_caller.finish(self._reader.size, self._reader.trailer)
 
 
-class Way:
-    """To a caller's stream; a caller who is gone or wants no more holds nothing up."""
+class CallerStream:
+    """A stream to the caller; one who is gone or wants no more holds nothing up."""
 
     def __init__(self, writer: ByteWriter, stream: Stream, since: int) -> None:
         self.stream = stream

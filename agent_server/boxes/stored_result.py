@@ -12,12 +12,12 @@ from msgspec.structs import replace
 from agent_sdk.protocol.errors import AgentServerError, ErrorObject, from_wire, to_wire
 from agent_sdk.protocol.methods.method import Effect, Method, Stream, result_type
 from agent_sdk.protocol.methods.workspace import Executed
-from agent_server.boxes.passage import KEPT_BYTES, Way
+from agent_server.boxes.forwarded_call import KEPT_BYTES, CallerStream
 
 NOT_KEPT = "its output is not kept any more"
 
 
-class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StoredResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an operation answered, as it is written down."""
 
     answer: bytes | None = None
@@ -55,7 +55,7 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Return it as bytes."""
         return msgspec.msgpack.encode(self)
 
-    async def give(self, params: Effect[Any], ways: Mapping[str, Way]) -> Any:
+    async def give(self, params: Effect[Any], streams: Mapping[str, CallerStream]) -> Any:
         """Answer a repeated call: with its bytes over its own streams, or as text where it has none.
 
         Raises:
@@ -70,9 +70,9 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
             data = self._bytes(answer, stream)
             if isinstance(answer, Executed) and data is None and size:
                 answer = replace(answer, reason=answer.reason or NOT_KEPT)
-            if field in ways:
-                await ways[field].pass_on(0, data or b"")
-                await ways[field].finish(size, b"")
+            if field in streams:
+                await streams[field].pass_on(0, data or b"")
+                await streams[field].finish(size, b"")
             else:
                 text = None if data is None or answer.status == "unknown" else data.decode(errors="replace")
                 answer = replace(answer, **{stream.text: text})
