@@ -10,11 +10,10 @@ from msgspec.structs import replace
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.ending import CUT_CALL, is_whole
-from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.mask import HIDDEN
 from agent_sdk.agent.toolbox import UNKNOWN, failed_call
 from agent_sdk.agent.tools.registry import FINISH
-from agent_sdk.agent.turn_state import Course
+from agent_sdk.agent.turn_state import Course, TurnLog
 from agent_sdk.ids import new_id, sha256
 from agent_sdk.middleware import TurnContext
 from agent_sdk.models import CUT, Completion
@@ -39,7 +38,7 @@ class _Decision(NamedTuple):
 class Calls:
     """The calls of one turn, one answer after the other."""
 
-    def __init__(self, journal: Journal, course: Course, turn: Callable[[], TurnContext]) -> None:
+    def __init__(self, journal: TurnLog, course: Course, turn: Callable[[], TurnContext]) -> None:
         self.actor: Actor | None = None
         """Who runs them; needed by all but `respond` and `close`."""
         self._journal = journal

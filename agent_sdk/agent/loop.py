@@ -18,9 +18,8 @@ from typing import Any, Literal
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
 from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure
-from agent_sdk.agent.journal import Journal
 from agent_sdk.agent.mask import Mask
-from agent_sdk.agent.turn_state import Course, Phase, Stage
+from agent_sdk.agent.turn_state import Course, Phase, Stage, TurnLog
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.middleware import ModelCall, Stop, TurnContext
 from agent_sdk.models import Completion
@@ -74,7 +73,7 @@ class Turn:
         self,
         run_id: str,
         present: Callable[[], Awaitable[Actor]],
-        journal: Journal,
+        journal: TurnLog,
         *,
         restarts: int = RESTARTS,
         op: Any = None,
@@ -86,7 +85,7 @@ class Turn:
             present: returns who works in it, and waits as long as nobody is there.
             journal: where it is written down.
             restarts: how many processes in a row may end while they run it, without bringing it further.
-            op: the operation that starts it, see Journal.append.
+            op: the operation that starts it, see TurnLog.append.
         """
         self.run_id = run_id
         self.course = Course()

@@ -8,11 +8,12 @@ for the state of the conversation. `Stage` is what the process that runs a turn 
 from __future__ import annotations
 
 from asyncio import CancelledError
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
-from typing import Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+from agent_sdk.agent.history import History
 from agent_sdk.agent.toolbox import UNKNOWN
 from agent_sdk.agent.tools.registry import FINISH
 from agent_sdk.conversation.contract import Outcome, outcome_of
@@ -297,3 +298,39 @@ class Course:
             yield
         finally:
             self.unbroken = False
+
+
+class TurnLog(Protocol):
+    """What a turn needs of the log that it writes; the conversation, which is above the agent, provides it."""
+
+    history: History
+
+    @property
+    def turn(self) -> TurnState:
+        """What the log says of turns."""
+        ...
+
+    def submit(self, *events: Event, op: Any = None) -> Awaitable[Any]:
+        """Queue events for the log now; the result comes with the commit. Must not be cancelled."""
+        ...
+
+    async def append(self, *events: Event, op: Any = None) -> None:
+        """Queue events now and wait for the commit; cancelling ends the waiting only.
+
+        Args:
+            events: one commit's.
+            op: the operation they belong to, which is remembered in the same commit.
+        """
+        ...
+
+    async def mend(self) -> None:
+        """Close a turn that nobody runs any more, if there is one."""
+        ...
+
+    async def settle(self) -> None:
+        """Return when nothing is queued any more; without giving way when nothing is."""
+        ...
+
+    def delta(self, run_id: str, text: str, thinking: str) -> None:
+        """Pass on a transient piece of an answer."""
+        ...
