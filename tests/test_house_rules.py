@@ -239,3 +239,11 @@ def test_no_test_replaces_the_code_it_tests():
     """A fixture that patches code is a mock by another name; setting the environment or the folder is not."""
     patches = {f"monkeypatch.{verb}{kind}" for verb in ("set", "del") for kind in ("attr", "item")}
     refuse(lambda path: (c.lineno for c in calls(path) if dotted(c.func) in patches), TEST_FILES)
+
+
+def test_every_file_that_the_architecture_names_is_there():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", text))
+    assert len(named) > 50
+    places = [ROOT, ROOT / "agent_sdk", ROOT / "agent_server"]
+    assert [name for name in sorted(named) if not any((place / name).exists() for place in places)] == []
