@@ -10,7 +10,6 @@ operations: the rows of operations, and for how long they are kept
 chain:      what proves that rows are what was written
 formats:    the tables of a log's file
 recovery:   opening a log that may be damaged
-salvage:    what is whole in a damaged file
 wal:        what the WAL tells before it is opened
 reserve:    room for the moment when there is none
 """

@@ -10,7 +10,6 @@ verbs:        verbs of the contract as calls
 workspace:    commands, and files up and down
 command:      one command with its input and output
 process:      processes and shells
-feed:         the input of a process
 files:        files and git
 transfers:    files on their way
 streams:      bytes that belong to a call

@@ -16,7 +16,6 @@ shell:             persistent shells
 paths:             paths that cannot leave the root
 files:             files of a workspace
 git:               the repository of a workspace
-git_configuration: how git is to read a repository
 arguments:         limits on what callers ask for
 environment:       what a command finds in its environment
 users:             as whom a command runs, and the rights of another user for a block

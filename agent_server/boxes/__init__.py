@@ -9,6 +9,5 @@ place:         where an agent's tools act
 watch:         whether a box answers at all, and what happens to it
 forwarding:    calls forwarded to a box, once each
 forwarded_call: one of them, with its bytes
-stored_result: what calls answered, kept
 sandbox_rules: which sandboxes clients may have
 """

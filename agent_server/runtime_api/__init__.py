@@ -9,5 +9,4 @@ runtimes: all runtimes
 runtime:  one runtime: started, paused, ended
 record:   what is asked for in a runtime, what is kept of it, and the machine it runs in
 proxy:    the way to a runtime
-tunnel:   two connections joined
 """

@@ -4,7 +4,7 @@ import pytest
 
 from agent_sdk.protocol.errors import InvalidParams, StateConflict
 from agent_sdk.protocol.results import GitChange
-from agent_sdk.workspace.git_configuration import KEPT
+from agent_sdk.workspace.git import KEPT
 
 COMMIT = "git add -A && git -c user.name=n -c user.email=e@x commit -qm message"
 START = f"git init -q && mkdir sub && seq 1 50 > old && echo 1 > changed && echo 2 > sub/gone && {COMMIT}"

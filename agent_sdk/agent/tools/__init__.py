@@ -2,9 +2,7 @@
 
 registry:     name to tool; think, a place to reason; finish, the end of a turn
 terminal:     a persistent bash
-keys:         what a terminal sends for a key
 screen:       terminal output as plain text
-grid:         what programs that move the cursor about leave on the screen
 file_editor:  look at files and change them, and undo that
 textfile:     text in bytes and back, encoding and line ends kept
 task_tracker: a list of tasks

@@ -1,12 +1,14 @@
 """terminal: a persistent bash. Folder, variables, functions and background jobs stay from call to call.
 
 A command that runs on is not killed: the call returns after a while and says how to wait, to type into
-it or to stop it. The shell itself lives in the workspace and outlives this object.
+it or to stop it. The shell itself lives in the workspace and outlives this object. What is typed may name keys
+(`C-c`, `Up`); `keystroke` says what a terminal sends for one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import shlex
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping
@@ -16,13 +18,43 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from agent_sdk.agent.clip import MODEL_CHARS
-from agent_sdk.agent.tools.keys import keystroke
 from agent_sdk.agent.tools.screen import plain
 from agent_sdk.ids import sha256
 from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import Resumable, ToolContext, ToolResult, decode_arguments, parameters_of
 from agent_sdk.workspace.contract import Shell, ShellResult
+
+_NAMED = {
+    "ENTER": b"\r",
+    "TAB": b"\t",
+    "ESC": b"\x1b",
+    "ESCAPE": b"\x1b",
+    "SPACE": b" ",
+    "BS": b"\x7f",
+    "BSPACE": b"\x7f",
+    "BACKSPACE": b"\x7f",
+    "UP": b"\x1b[A",
+    "DOWN": b"\x1b[B",
+    "RIGHT": b"\x1b[C",
+    "LEFT": b"\x1b[D",
+    "HOME": b"\x1b[H",
+    "END": b"\x1b[F",
+    "PGUP": b"\x1b[5~",
+    "PGDN": b"\x1b[6~",
+    "DEL": b"\x1b[3~",
+    "DELETE": b"\x1b[3~",
+}
+_CONTROL = re.compile(r"C-([A-Za-z@\[\\\]^_])\Z")
+
+
+def keystroke(text: str) -> bytes | None:
+    """Return what a terminal sends for a named key (`C-c`, `UP`, `ENTER`, …); None: the text names none."""
+    control = _CONTROL.match(text)
+    if control:
+        return bytes([ord(control[1].upper()) & 0x1F])
+    return _NAMED.get(text.upper()) if text in (text.upper(), text.capitalize()) else None
+
 
 QUIET_SECONDS = 30.0
 """Without new output until the call returns, when no timeout is given."""

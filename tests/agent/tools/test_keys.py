@@ -2,7 +2,7 @@
 
 import pytest
 
-from agent_sdk.agent.tools.keys import keystroke
+from agent_sdk.agent.tools.terminal import keystroke
 
 
 @pytest.mark.parametrize(
