@@ -4,6 +4,5 @@ registry:     name to tool; think, a place to reason; finish, the end of a turn
 terminal:     a persistent bash
 screen:       terminal output as plain text
 file_editor:  look at files and change them, and undo that
-textfile:     text in bytes and back, encoding and line ends kept
 task_tracker: a list of tasks
 """

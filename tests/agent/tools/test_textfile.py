@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_sdk.agent.tools.textfile import decode_text, encode_text
+from agent_sdk.agent.tools.file_editor import decode_text, encode_text
 from agent_sdk.protocol.errors import ToolError
 
 
