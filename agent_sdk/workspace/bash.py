@@ -49,7 +49,7 @@ _HIGH = 200
 
 _DRIVER = r"""
 exec RC<&- {__tty}>&1 {__commands}<&COMMANDS COMMANDS<&- {__status}>&STATUS STATUS>&-
-PS1='\e]133;D;NONCE;-$$\a' PS2=
+__nonce=NONCE PS1='\e]133;D;NONCE;-$$\a' PS2=
 unset HISTFILE
 set +o history
 __n=0 __operation=$AGENT_SERVER_OP
@@ -326,6 +326,8 @@ class Bash:
             self._began(int(rest))
             return
         exit_code, pid, cwd = rest.split(b" ", 2)
+        # A prompt may have been exported, as by a virtualenv: it is to name the bash it is restored into.
+        exported = exported.replace(self._nonce.encode(), b"$__nonce")
         self._pid = int(pid)
         number = None if name == b"end" else int(name)
         report = Report(number, int(exit_code), os.fsdecode(cwd), exported)
@@ -373,6 +375,9 @@ class _Filter:
         self, nonce: str, shown: Callable[[bytes, bytes], bool], marked: Callable[[int], None]
     ) -> None:
         self._start = f"\x1b]133;D;{nonce};".encode()
+        # Whatever else follows is shown: it is what a program printed, such as `echo -e "$PS1"`.
+        self._marker = re.compile(re.escape(self._start) + rb"(-?\d{1,18})\x07")
+        self._incomplete = re.compile(re.escape(self._start) + rb"-?\d{0,18}")
         self._shown = shown
         self._marked = marked
         self._held = b""
@@ -380,20 +385,19 @@ class _Filter:
 
     def take(self, data: bytes) -> bool:
         data = self._held + data
-        self._held = b""
-        more = True
-        while (found := data.find(self._start)) >= 0:
-            end = data.find(b"\x07", found)
-            if end < 0:
-                self._held = data[found:]
-                return self._show(data[:found])
-            more = self._show(data[:found])
-            self._marked(int(data[found + len(self._start) : end]))
-            data = data[end + 1 :]
-        keep = _overlap(data, self._start)
-        if keep:
-            data, self._held = data[:-keep], data[-keep:]
-        return self._show(data) and more
+        more, begin = True, 0
+        for marker in self._marker.finditer(data):
+            more = self._show(data[begin : marker.start()]) and more
+            self._marked(int(marker[1]))
+            begin = marker.end()
+        end = data.rfind(b"\x1b", begin)
+        if end < 0 or not self._may_become_marker(data[end:]):
+            end = len(data)
+        self._held = data[end:]
+        return self._show(data[begin:end]) and more
+
+    def _may_become_marker(self, data: bytes) -> bool:
+        return self._start.startswith(data) or self._incomplete.fullmatch(data) is not None
 
     def _show(self, data: bytes) -> bool:
         answers = b""
@@ -423,14 +427,6 @@ def _answer_to(query: bytes) -> bytes:
         case b"\x1b]1":
             return query[:4] + b";rgb:0000/0000/0000" + query[6:]
     return b"\x1b[?1;2c"
-
-
-def _overlap(data: bytes, start: bytes) -> int:
-    """Return how many bytes at the end of `data` may be the beginning of `start`."""
-    for size in range(min(len(data), len(start) - 1), 0, -1):
-        if data.endswith(start[:size]):
-            return size
-    return 0
 
 
 def _high(fd: int) -> int:

@@ -107,6 +107,23 @@ class ShellContract:
         assert (await shell.send(b"exit 3\n")).exit_code == 3
         assert (await shell.run("echo $name")).output.text == "kept\n"
 
+    @pytest.mark.parametrize("command", ['echo -e "$PS1"', "printf '%b\\n' \"$PS1\""])
+    async def test_a_prompt_that_is_printed_is_output_like_any_other(self, workspace, command):
+        shell = workspace.shell()
+        result = await shell.run(f"echo one; {command}; echo two", timeout=PATIENCE, quiet=None)
+        assert (result.status, result.exit_code) == ("done", 0)
+        first, prompt, last = result.output.text.splitlines()
+        assert (first, prompt[-4:], last) == ("one", "-$$\a", "two")
+        assert (await shell.run("echo alive")).output.text == "alive\n"
+
+    async def test_a_prompt_that_was_added_to_and_exported_passes_to_the_shell_that_replaces(self, workspace):
+        shell = workspace.shell()
+        await shell.run('PS1="(venv) $PS1"; export PS1')
+        for _ in range(3):
+            result = await shell.run("enable -n builtin", timeout=PATIENCE, quiet=None)
+            assert (result.status, "\x1b" in result.output.text) == ("ended", False)
+            assert (await shell.run("echo ${PS1:0:6}")).output.text == "(venv)\n"
+
     async def test_a_shell_that_was_stopped_goes_on(self, workspace):
         shell = workspace.shell()
         result = await shell.run("kill -STOP $$; echo on", quiet=0.5)
