@@ -222,10 +222,13 @@ class DockerWorkspace(RemoteWorkspace):
                 env = {**machine.env, "AGENT_SERVER_BOX_USER": str(user)}
                 machine = msgspec.structs.replace(machine, env=env)
             server = self._server = self._described(backend, machine)
-            reaper = await self._own(server, kept)
+            reaper = await self._own(server, kept=False) if kept is None else None
         left = max(until - asyncio.get_running_loop().time(), 0.0)
         if kept is not None:
+            self._stack.push_async_callback(server.let_go)
             await server.attach(kept, left)
+            async with self._in_time(until):
+                await self._own(server, kept=True)  # not before: one that does not go on now is still kept
         else:
             await server.start(left)
             if self._keep and reaper is not None:
@@ -273,7 +276,7 @@ class DockerWorkspace(RemoteWorkspace):
             on_log=ServerLog(machine.name, self._on_log),
         )
 
-    async def _own(self, server: Server, kept: str | None) -> Reaper | None:
+    async def _own(self, server: Server, *, kept: bool) -> Reaper | None:
         """Have it removed at the end, by us or by the reaper; one that is to be kept only until it is ready."""
         reaper = None
         if not (self._keep and kept):

@@ -73,6 +73,8 @@ class Server:
         self._patience = patience
         self.id = ""
         """Of its machine; empty before it is made, or found."""
+        self._ran_before = True
+        """Also as long as nobody knows: it is not for us to end then."""
         self._ending: asyncio.Task[Ending] | None = None
         self._following: asyncio.Task[None] | None = None
 
@@ -89,7 +91,8 @@ class Server:
     async def start(self, seconds: float) -> None:
         """Make it run and wait until it is ready, whatever it was: new, paused, ended, or running already.
 
-        Whatever raises, or a cancel, leaves nothing that runs; what it has written stays until `stop`.
+        Whatever raises, or a cancel, leaves nothing running that did not run before; what it has written stays until
+        `stop`.
 
         Args:
             seconds: for all of it, the pull of the image included.
@@ -146,6 +149,7 @@ class Server:
     async def _start(self) -> None:
         self.phase = "pull"
         self.id = await self._backend.create(self.machine, self._tell)
+        self._ran_before = (await self._backend.inspect(self.id)).state == "running"
         ready = asyncio.get_running_loop().create_future()
         await self._run(since_now=False, ready=ready)
         self._tell("ready", 0, 1)
@@ -292,7 +296,7 @@ class Server:
 
     async def _halt(self) -> None:
         await self.let_go()
-        if not self.id:
+        if not self.id or self._ran_before:
             return
         with suppress(AgentServerError):  # there is an error already that says more
             await self._backend.stop(self.id, keep_data=True)

@@ -97,6 +97,13 @@ class Calls:
             self._expect(request)
         return calls, requests
 
+    def refuse(self, calls: Sequence[ToolCalled], why: str) -> list[Event]:
+        """Return the results of calls that a middleware has stopped: written with them, so that nobody runs them."""
+        self._approvals.clear()
+        self._deciding = {}
+        self._results.update({call.call_id: ToolResult(text=why, is_error=True) for call in calls})
+        return self._outcome(calls)
+
     def take_up(self) -> None:
         """Go on with the requests of the last answer that another process has opened."""
         state = self._journal.turn

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
@@ -317,8 +317,13 @@ class Turn:
         )
         used = _used(self.run_id, request.llm.model, completion, seconds)
         self._pieces.clear()
-        # In one commit: a call without a request needed none, whatever the policy is after a restart.
-        await self._journal.append(message, *calls, used, *requests)
+        # In one commit: a call without a request needed none, whatever the policy is after a restart. Where a
+        # middleware broke off, nobody was asked whether it needs one.
+        further: Sequence[Event] = requests
+        if raised is not None:
+            why = raised.reason if isinstance(raised, Stop) else f"{type(raised).__name__}: {raised}"
+            further = self._calls.refuse(calls, f"[no result: {why}]")
+        await self._journal.append(message, *calls, used, *further)
         if raised is not None:
             raise raised
         return message, calls

@@ -178,11 +178,7 @@ class Mask:
 
     def text(self, text: str, sign: str = HIDDEN) -> str:
         """Return the text with `sign` in the place of the values."""
-        parts, done = [], 0
-        for start, end in _joined(self.needles.spans(text)):
-            parts += [text[done:start], sign]
-            done = end
-        return "".join((*parts, text[done:])) if parts else text
+        return _without(text, self.needles.spans(text), sign)
 
     def data(self, value: Any) -> Any:
         """Return JSON-able data without the values, however deep they are."""
@@ -215,9 +211,12 @@ class Mask:
     def ends(self, head: str, tail: str) -> tuple[str, str]:
         """Return the two ends of a text whose middle is left out; a value that was cut is not shown in part either."""
         kept, begun = len(head) - self.needles.begun(head, _CUT), self.needles.ended(tail, _CUT)
+        # What is cut in two may itself be the end of a value that is there as a whole: both are hidden.
+        cut_in_head = [(kept, len(head))] if kept < len(head) else []
+        cut_in_tail = [(0, begun)] if begun else []
         return (
-            self.text(head[:kept]) + HIDDEN * (kept < len(head)),
-            HIDDEN * (begun > 0) + self.text(tail[begun:]),
+            _without(head, [*self.needles.spans(head), *cut_in_head], HIDDEN),
+            _without(tail, [*self.needles.spans(tail), *cut_in_tail], HIDDEN),
         )
 
 
@@ -240,18 +239,19 @@ class MaskedStream:
         return self._shown(self._held, len(self._held))
 
     def _shown(self, text: str, until: int) -> str:
+        if not text:
+            return ""
         spans = list(self._mask.needles.spans(text))
         if self._known is not None:
             spans.append((0, self._known))
-        parts, done = [], 0
+        parts, done, known = [], 0, None
         for start, end in _joined(spans):
-            if start >= until > 0:
-                break
+            if start >= until and start > 0:
+                break  # what it is a part of may begin before it
             parts += [text[done:start], "" if start == 0 and self._known is not None else HIDDEN]
-            done = end
+            done, known = end, end - until if end >= until else None
         parts.append(text[done:until])
-        self._held = text[until:]
-        self._known = done - until if done >= until and done + len(text) > 0 and spans else None
+        self._held, self._known = text[until:], known
         return "".join(parts)
 
 
@@ -264,6 +264,15 @@ def _last_of_run(text: str, needle: str, at: int, period: int) -> int:
         else:
             times //= 2
     return at
+
+
+def _without(text: str, spans: Iterable[tuple[int, int]], sign: str) -> str:
+    """Return the text with `sign` in the place of these stretches."""
+    parts, done = [], 0
+    for start, end in _joined(spans):
+        parts += [text[done:start], sign]
+        done = end
+    return "".join((*parts, text[done:])) if parts else text
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

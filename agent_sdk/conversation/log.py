@@ -25,11 +25,22 @@ from agent_sdk.idempotency import asked
 from agent_sdk.ids import digest_of
 from agent_sdk.log.event_log import EventLog, Operation, Record
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch
-from agent_sdk.protocol.events import Delta, Event, decode
+from agent_sdk.protocol.events import (
+    AgentMessage,
+    Delta,
+    Event,
+    ModelFailed,
+    TurnEnded,
+    TurnResumed,
+    decode,
+)
 from agent_sdk.protocol.methods.method import Effect
 from agent_sdk.protocol.results import Accepted
 
 T = TypeVar("T")
+
+_ENDS_AN_ANSWER = (AgentMessage, ModelFailed, TurnEnded, TurnResumed)
+"""What is written beside an answer, a title or a message, must not cut a secret in it in two."""
 
 BUFFERED_BYTES = 1 << 20
 """Of events kept for a reader that is slow; one that is slower reads them from the log again."""
@@ -102,7 +113,8 @@ class ConversationLog:
         settings: tuple[bytes, bytes | None] | None = None,
     ) -> asyncio.Future[list[Record]]:
         """Queue events; the future comes with the commit, after all who follow were told. Do not cancel it."""
-        self._end_streams()
+        if any(isinstance(event, _ENDS_AN_ANSWER) for event in events):
+            self._end_streams()
         masked = [self.mask.event(event) for event in events]
         future = self.log.submit(self.conversation, masked, op=op, settings=settings)
         self._under_way.add(future)

@@ -95,8 +95,9 @@ class Turns:
     @property
     def run_id(self) -> str:
         """The turn that answers a message submitted now."""
-        joins = self._turn is not None and not self._turn.course.ending
-        return self._turn.run_id if joins and self._turn else self._coming
+        turn = self._turn
+        joins = turn is not None and turn.course.stage not in (Stage.STOPPING, Stage.ENDING)
+        return turn.run_id if joins and turn else self._coming
 
     def check(self) -> None:
         """Accept a call that acts on the turn that runs.

@@ -9,7 +9,15 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from agent_sdk.workspace.environment import packed
-from workspaces.backend.contract import KEY_NAME, SERVER_PORT, Machine, Pull, Storage
+from workspaces.backend.contract import (
+    KEY_NAME,
+    LEAST_CPUS,
+    MOST_CPUS,
+    SERVER_PORT,
+    Machine,
+    Pull,
+    Storage,
+)
 
 RECORD = "session.json"
 PREFIX = "agent-server-"
@@ -120,7 +128,7 @@ def machine_of(
         storage=Storage(DATA, record.disk),
         network=network,
         memory=record.memory,
-        cpus=record.cpus,
+        cpus=None if record.cpus is None else min(max(record.cpus, LEAST_CPUS), MOST_CPUS),
         runtime=runtime,
     )
 

@@ -93,7 +93,12 @@ class Runtimes:
 
     async def __aenter__(self) -> Self:
         for record in await in_thread(self._records):
-            self._add(record).recover()
+            try:
+                runtime = self._add(record)
+            except InvalidParams as exc:  # the configuration of today does not allow it
+                self._not_read(self._folder / record.runtime_id, exc)
+            else:
+                runtime.recover()
         self._sweeper = asyncio.create_task(self._sweep_for_ever())
         return self
 
@@ -288,9 +293,12 @@ class Runtimes:
             except FileNotFoundError:
                 _remove(folder)  # nothing was started before that file was whole
             except (OSError, msgspec.DecodeError) as exc:
-                self._unreadable.add(folder.name)  # what it has is not touched
-                self._logs.log.error("runtime_unreadable", folder=str(folder), problem=str(exc))
+                self._not_read(folder, exc)
         return found
+
+    def _not_read(self, folder: Path, problem: Exception) -> None:
+        self._unreadable.add(folder.name)  # what it has is not touched
+        self._logs.log.error("runtime_unreadable", folder=str(folder), problem=str(problem))
 
     # --- what is swept up ---
 
@@ -298,7 +306,7 @@ class Runtimes:
         while True:
             try:
                 await self._sweep()
-            except AgentServerError as exc:
+            except (AgentServerError, OSError) as exc:
                 self._not_swept(exc)
             await asyncio.sleep(SWEEP_SECONDS)
 

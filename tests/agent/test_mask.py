@@ -142,7 +142,7 @@ def test_what_is_hidden_is_what_a_search_for_each_value_by_itself_finds():
 def test_pieces_of_a_stream_are_shown_as_the_whole_would_be():
     mask, chance = Mask(["hunter2-hunter2", LONG]), random.Random(2)
     words = ["hunter2-hunter2", "hunter2", "hun", "-", " ", "abc", LONG, LONG[:300]]
-    for _ in range(300):
+    for _ in range(1000):
         text = "".join(chance.choices(words, k=6))
         stream, shown, left = MaskedStream(mask), "", text
         while left:
@@ -161,6 +161,33 @@ def test_a_secret_that_is_cut_in_two_is_not_shown_in_part():
     mask = Mask(["hunter2-hunter2"])
     assert mask.ends("head hunter2-h", "nter2 tail") == (f"head {HIDDEN}", f"{HIDDEN} tail")
     assert mask.ends("head", "tail") == ("head", "tail")
+
+
+@pytest.mark.parametrize("length", [20, 255, 300, 400, 700])
+def test_wherever_a_long_secret_is_cut_in_two_none_of_it_is_shown(length):
+    value = random.Random(length).randbytes(length).hex()[:length]
+    mask = Mask([value])
+    for cut in range(8, length - 8):
+        head, tail = mask.ends("head " + value[:cut], value[cut:] + " tail")
+        shown = head.replace(HIDDEN, "").removeprefix("head "), tail.replace(HIDDEN, "").removesuffix(" tail")
+        assert max(map(len, shown)) < 4, cut  # so few may be anything
+
+
+def test_a_secret_whose_end_looks_like_its_beginning_is_hidden_whole_at_a_cut():
+    mask = Mask(["prod-secret-prod"])
+    assert mask.ends("x prod-secret-prod", "y") == (f"x {HIDDEN}", "y")
+
+
+def test_of_a_secret_with_another_one_in_it_a_stream_shows_nothing():
+    outer, inner = "postgres://admin:hunter2hunter2@db.internal/prod", "hunter2hunter2"
+    mask = Mask([outer, inner])
+    for size in range(1, len(outer)):
+        stream = MaskedStream(mask)
+        text = f"at {outer}!"
+        shown = (
+            "".join(stream.feed(text[at : at + size]) for at in range(0, len(text), size)) + stream.flush()
+        )
+        assert shown == f"at {HIDDEN}!", size
 
 
 def test_in_events_only_what_others_wrote_is_masked():

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from agent_sdk import (
     Agent,
     Completion,
+    ConfirmationPolicy,
     Conversation,
     Middleware,
     Section,
@@ -298,6 +299,26 @@ async def test_a_stop_at_the_end_of_a_turn_changes_nothing():
 
     outcome, _ = await play(acting("on_turn_end", stop))
     assert (outcome.status, outcome.reason) == ("finished", "")
+
+
+async def test_calls_that_a_stop_kept_from_being_asked_about_have_their_results_with_the_answer():
+    """They needed an approval; a process that goes on with the turn would else run them without one."""
+    open_calls = []
+
+    async def stop(*_):
+        raise Stop("forbidden")
+
+    async def look(turn, status):
+        events = [event async for event in conversation.events()]
+        open_calls.append(len(of(ToolCalled, events)) - len(of(ToolReturned, events)))
+
+    middleware = [acting("after_model", stop), acting("on_turn_end", look)]
+    agent = Agent(llm=ScriptedLLM(steps=SCRIPT), tools=[echo], middleware=middleware)
+    policy = ConfirmationPolicy(mode="always")
+    async with LocalConversation(agent, confirmation=policy) as conversation:
+        await conversation.send_message("go")
+        assert (await conversation.run()).reason == "forbidden"
+    assert open_calls == [0]
 
 
 async def test_a_turn_that_was_stopped_goes_on_at_the_next_run():

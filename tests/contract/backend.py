@@ -124,6 +124,20 @@ class BackendContract:
         assert await key_fits(server)
         await server.let_go()
 
+    async def test_a_server_that_runs_already_goes_on_when_it_is_started_again_in_vain(
+        self, backend, running
+    ):
+        def on_progress(phase, done, total):
+            if (phase, done) == ("ready", 0):
+                starting.cancel()
+
+        again = Server(backend, running.machine, on_progress=on_progress)
+        starting = asyncio.create_task(again.start(GUARD))
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert (await backend.inspect(running.machine.name)).state == "running"
+        assert await key_fits(running)
+
     @pytest.mark.parametrize("fields", [{"name": "a b"}, {"memory": 1}, {"cpus": 0}, {"pids": 1}])
     def test_a_machine_that_makes_no_sense_cannot_be_described(self, labels, fields):
         with pytest.raises(InvalidParams, match=f"^{next(iter(fields))}: "):
@@ -159,6 +173,7 @@ class BackendContract:
             assert (await workspace.execute("cat file")).stdout == "kept\n"
 
     async def test_its_end_is_told_to_whoever_waits_and_to_whoever_asks_later(self, backend, running):
+        assert await key_fits(running)  # by then it has written its first lines
         waiting = asyncio.create_task(backend.wait(running.id))
         await asyncio.sleep(0)
         await backend.stop(running.id, keep_data=True)

@@ -8,9 +8,12 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from agent_sdk import Agent, Completion, Middleware
 from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.log.event_log import EventLog
+from agent_sdk.models import ModelClient
 from agent_sdk.protocol.errors import InvalidParams, OpMismatch, StateConflict
 from agent_sdk.protocol.events import (
     AgentConfigured,
@@ -25,7 +28,7 @@ from agent_sdk.protocol.events import (
 )
 from agent_sdk.protocol.specs import AgentSpec, ScriptedLLM, ToolSpec
 from agent_sdk.testing import call, hang, say
-from agent_sdk.tools import ToolResult
+from agent_sdk.tools import ToolResult, tool
 from agent_sdk.workspace.local import LocalWorkspace
 from tests.contract.conversation import ConversationContract
 from tests.contract.vocabulary import PATIENCE, Gate, acting, ended, last_result, past, these, until
@@ -439,3 +442,60 @@ async def test_messages_that_come_at_every_moment_are_all_read(open):
                 read_by.setdefault(receipt.seq, answer.run_id)
     assert read_by == {receipt.seq: receipt.run_id for receipt in receipts}
     assert len({receipt.run_id for receipt in receipts}) == len(await these(conversation, TurnEnded))
+
+
+async def test_what_is_written_beside_an_answer_lets_out_no_half_of_a_secret():
+    value = "hunter2-hunter2-correct-horse"
+    shown: list[str] = []
+    half = asyncio.Event()
+    further = asyncio.Event()
+
+    class Slow(ModelClient):
+        async def complete(self, request, *, on_delta=None):
+            on_delta(f"it is {value[:15]}", "")
+            half.set()
+            await further.wait()
+            on_delta(f"{value[15:]} ok", "")
+            return Completion(text=f"it is {value} ok")
+
+    class Slowly(Middleware, frozen=True):
+        async def before_model(self, turn, request):
+            return replace(request, client=Slow())
+
+    agent = Agent(llm=ScriptedLLM(steps=(say("x"),)), middleware=[Slowly()])
+    secrets = {"KEY": value}
+    async with LocalConversation(
+        agent, secrets=secrets, on_delta=lambda delta: shown.append(delta.text)
+    ) as conversation:
+        await conversation.send_message("go")
+        await half.wait()
+        await conversation.set_title("new")
+        further.set()
+        await conversation.run(timeout=PATIENCE)
+    assert "".join(shown) == "it is <secret-hidden> ok"
+
+
+async def test_a_message_that_comes_while_an_interrupt_still_stops_the_turn_is_answered():
+    entered, stopping, may_end = (asyncio.Event() for _ in range(3))
+
+    @tool
+    async def slow() -> str:
+        """Take a moment to end."""
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopping.set()
+            await may_end.wait()
+        return ""
+
+    agent = Agent(llm=ScriptedLLM(steps=(call("slow"), say("second"))), tools=[slow])
+    async with LocalConversation(agent) as conversation:
+        await conversation.send_message("first")
+        await entered.wait()
+        interrupting = asyncio.create_task(conversation.interrupt())
+        await stopping.wait()
+        await conversation.send_message("second")
+        may_end.set()
+        await interrupting
+        assert (await until(conversation, TurnEnded, count=2)).final_text == "second"

@@ -1,5 +1,6 @@
 """A container that is kept outlives its client and is found again by its name."""
 
+import asyncio
 import json
 
 import pytest
@@ -92,3 +93,29 @@ async def test_one_that_is_somebody_elses_is_not_touched(engine, instance, free_
 def test_one_that_is_to_be_kept_needs_a_name():
     with pytest.raises(InvalidParams, match="keep: a container that is kept needs a name"):
         DockerWorkspace(SERVER, keep=True)
+
+
+async def test_one_that_was_to_go_on_in_vain_is_still_kept(engine, free_name):
+    known = await leave_one(free_name)
+
+    def on_progress(phase, done, total):
+        if phase == "start":
+            entering.cancel()
+
+    workspace = DockerWorkspace(SERVER, name=free_name, on_progress=on_progress)
+    entering = asyncio.create_task(workspace.__aenter__())
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+    async with DockerWorkspace(SERVER, name=free_name, conversation=known) as workspace:
+        assert (await workspace.execute("cat /tmp/said.txt")).stdout == "once\n"
+
+
+async def test_a_volume_of_the_users_stays_whatever_its_name_is(engine, free_name):
+    volume = f"{free_name}-data"
+    await engine.create_volume(volume, {"Labels": {}})
+    try:
+        async with DockerWorkspace(SERVER, name=free_name, volumes=[f"{volume}:/more"]) as workspace:
+            await workspace.execute("true")
+        assert volume in {each["Name"] for each in await engine.volumes({})}
+    finally:
+        await engine.remove_volume(volume)

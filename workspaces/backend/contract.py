@@ -19,6 +19,7 @@ KEY_NAME = "AGENT_SERVER_API_KEY"
 SERVER_PORT = 8000
 """Where an agent server listens in its machine."""
 SERVER_LEAST_MEMORY = 64 << 20
+LEAST_CPUS, MOST_CPUS = 0.01, 1024
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{1,127}")
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -127,8 +128,8 @@ class Machine(Struct, frozen=True, kw_only=True):
             )
         if self.memory is not None and self.memory < SERVER_LEAST_MEMORY:
             raise InvalidParams(f"memory: {self.memory} bytes are too few; give it 64m or more")
-        if self.cpus is not None and not 0.01 <= self.cpus <= 1024:
-            raise InvalidParams(f"cpus: {self.cpus} must be between 0.01 and 1024")
+        if self.cpus is not None and not LEAST_CPUS <= self.cpus <= MOST_CPUS:
+            raise InvalidParams(f"cpus: {self.cpus} must be between {LEAST_CPUS} and {MOST_CPUS}")
         if self.pids is not None and not 32 <= self.pids <= 1 << 22:
             raise InvalidParams(f"pids: {self.pids} must be between 32 and {1 << 22}")
 

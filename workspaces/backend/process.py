@@ -42,7 +42,8 @@ from workspaces.backend.records import Identity, last_lines, read_record, write_
 
 MARKER = "AGENT_RUNTIME"
 MACHINE, PROCESS, LOG, DATA = "machine.json", "process.json", "server.log", "data"
-START_SECONDS = 60.0
+START_SECONDS = 3600.0
+"""At most; whoever starts one has a limit of his own, and words for it."""
 PAUSE_SECONDS = 15.0
 """Longer than a server may take that is told to drain for 5 s."""
 LONGEST_LINE = 64 << 10
@@ -230,11 +231,14 @@ class ProcessBackend(Backend):
 
     async def _stop(self, id: str, grace: float, keep_data: bool) -> None:
         child, place = await self._find(id), self._place(id)
+        # One that is removed has to end its boxes, too, which only it knows of all kinds.
+        grace = grace or (0 if keep_data else PAUSE_SECONDS)
         if child is not None and grace:
             child.signal(signal.SIGTERM)
             await asyncio.wait([child.ended], timeout=grace)
         await self._end_strays(id)
         if child is not None:
+            child.signal(signal.SIGKILL)
             await child.ended
         self._children.pop(id, None)
         if self._end_rest is not None:
@@ -275,9 +279,16 @@ class ProcessBackend(Backend):
 
 
 def _options(machine: Machine) -> dict[str, str]:
-    """What is the server's own; with all else, such as PYTHONPATH, it would be another program."""
+    """What is the server's own; with all else, such as PYTHONPATH, it would be another program.
+
+    Commands run as this user, so whose they are to be is not passed on.
+    """
     variables = {**machine.env, **machine.secret_env}
-    return {name: text for name, text in variables.items() if name.startswith("AGENT_SERVER_")}
+    return {
+        name: text
+        for name, text in variables.items()
+        if name.startswith("AGENT_SERVER_") and name != "AGENT_SERVER_BOX_USER"
+    }
 
 
 def _remove(place: Path, keep_data: bool) -> None:

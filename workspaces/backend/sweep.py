@@ -97,7 +97,9 @@ class Sweep:
             self._on_problem(exc)
 
     async def _remove(self, found: Found) -> None:
-        with suppress(AgentServerError):  # in use, or the backend is busy: the next sweep tries again
+        with suppress(
+            AgentServerError, OSError
+        ):  # in use, or the backend is busy: the next sweep tries again
             await self._backend.stop(found.id)
             self._on_removed(found.name)
 

@@ -270,7 +270,11 @@ class DockerBackend(Backend):
             except NotFound:
                 return
         await self._engine.remove(id)
-        await self._engine.remove_volume(f"{name}{DATA}")
+        stored = await self._engine.volumes(
+            {INSTANCE: None, ROLE: SERVER}
+        )  # of that name may be somebody's own
+        if any(volume["Name"] == f"{name}{DATA}" for volume in stored):
+            await self._engine.remove_volume(f"{name}{DATA}")
         if self._disks is not None:
             await self._disks.remove(name)
 
