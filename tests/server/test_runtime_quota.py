@@ -16,6 +16,7 @@ from agent_server.runtime_api.runtimes import Runtimes
 from agent_server.runtime_api.tenants import Tenant
 from tests.server.test_runtime import Steps
 from tests.server.wire import GUARD
+from workspaces.backend.contract import Facts
 
 IMAGE = "agent-server:1"
 
@@ -45,6 +46,9 @@ class SteppedBackend(Steps):
 
     async def stop(self, id, *, grace=0, keep_data=False):
         await self.reach("stop")
+
+    async def inspect(self, id):
+        return Facts(id=id, name=id, state="created", labels={}, image=IMAGE, env={}, network=None)
 
     async def list(self, labels):
         return []

@@ -270,9 +270,8 @@ class DockerBackend(Backend):
             except NotFound:
                 return
         await self._engine.remove(id)
-        stored = await self._engine.volumes(
-            {INSTANCE: None, ROLE: SERVER}
-        )  # of that name may be somebody's own
+        # A volume of that name that is not labelled is somebody's own.
+        stored = await self._engine.volumes({INSTANCE: None})
         if any(volume["Name"] == f"{name}{DATA}" for volume in stored):
             await self._engine.remove_volume(f"{name}{DATA}")
         if self._disks is not None:
