@@ -279,8 +279,14 @@ async def test_a_call_that_was_written_down_is_run_by_the_next_server_where_boxe
 
 
 async def test_stops_find_a_build_that_ends_boxes_although_calls_are_written_down_for_them(case):
+    # Whether a box has begun with the call when it is ended is a matter of milliseconds: it is tried a few times.
     names = [name for name in SCENES if name.startswith("answering")]
-    assert 9 in broken_rules(await stops(case, *names, mutant="boxes_ended"))
+    found: set[int] = set()
+    for _ in range(8):
+        found |= broken_rules(await stops(case, *names, mutant="boxes_ended"))
+        if 9 in found:
+            return
+    raise AssertionError(f"broken rules found: {found}")
 
 
 async def test_a_second_signal_ends_it_at_once(case):
