@@ -236,6 +236,7 @@ class Calls:
         self._results[call.call_id] = result
 
     async def _carry_out(self, call: ToolCalled) -> ToolResult:
+        self._course.check(may_leave=False)
         actor = self._present()
         if refusal := actor.toolbox.refusal(call.tool, call.arguments):  # a middleware may have changed it
             return refusal

@@ -197,7 +197,9 @@ class Turn:
             final = await (self._resume() if self._resumes else self._start())
             return [await self._steps(final)]
         except Stop as stop:
+            self.course.check(may_leave=False)
             await self._mine.chain.on_turn_end(self._context(), stop.status)
+            self.course.check(may_leave=False)
             await self._journal.settle()
             events = self._calls.close(f"[no result: {stop.reason}]")
             return [*events, self._end(stop.status, final_text=stop.final_text, reason=stop.reason)]
@@ -249,6 +251,7 @@ class Turn:
         await journal.settle()
         if not journal.history.unread:
             await self._mine.chain.on_turn_end(self._context(), "finished")
+            self.course.check()
             await journal.settle()
         return not journal.history.unread
 
@@ -257,6 +260,7 @@ class Turn:
         request, seen = await self._request()
         with self.course.finishing():  # what it costs is not to be lost
             message, calls = await self._ask(request, seen)
+        self.course.check(may_leave=False)
         ending = ending_of(message)
         if ending == "done":
             return self._journal.history.said
@@ -275,6 +279,7 @@ class Turn:
         actor, history = self._mine, self._journal.history
         if self._system is None:
             self._system = await actor.chain.prompt(self._context())
+            self.course.check()
         seen = history.head_seq
         request = ModelCall(
             system=self._system,
@@ -284,6 +289,7 @@ class Turn:
             client=actor.client,
         )
         request = await actor.chain.before_model(self._context(), request)
+        self.course.check()
         if self._full:
             raise Stop(FULL, final_text=history.said)
         if self._in_vain > CONTINUED:

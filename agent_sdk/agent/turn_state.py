@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from agent_sdk.agent.history import History
 from agent_sdk.agent.toolbox import UNKNOWN
 from agent_sdk.agent.tools.registry import FINISH
+from agent_sdk.callbacks import is_cancelled
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.protocol.errors import InternalError, RequestNotFound
 from agent_sdk.protocol.events import (
@@ -274,13 +275,16 @@ class Course:
         """Whether its end is decided."""
         return self._stage is Stage.ENDING
 
-    def check(self) -> None:
-        """Go on with the work.
+    def check(self, *, may_leave: bool = True) -> None:
+        """Go on with the work, also after somebody else's code, which may have swallowed its cancellation.
+
+        Args:
+            may_leave: another process can begin here.
 
         Raises:
-            CancelledError: it is to be left, or stopped.
+            CancelledError: it is stopped or cancelled, or it is to be left and may be.
         """
-        if self._stage in (Stage.LEAVING, Stage.STOPPING):
+        if self._stage is Stage.STOPPING or (may_leave and self.leaving) or is_cancelled():
             raise CancelledError
 
     def end(self) -> bool:

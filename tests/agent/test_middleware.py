@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -411,6 +412,41 @@ async def test_an_interrupt_ends_a_middleware_that_waits_for_ever(point):
     outcome, _ = await play(acting(point, hang), then=interrupt)
     assert (outcome.status, outcome.reason) == ("interrupted", "enough")
     assert ended.is_set()
+
+
+@pytest.mark.parametrize("then", ["goes_on", "stops"])
+@pytest.mark.parametrize("point", POINTS)
+async def test_a_middleware_that_swallows_its_cancellation_does_not_keep_the_turn_going(point, then):
+    begun, ran, ended = asyncio.Event(), [], asyncio.Event()
+
+    @tool
+    async def note() -> None:
+        """Note that it ran."""
+        ran.append("note")
+
+    async def swallow(turn, *given):
+        begun.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        ended.set()
+        if then == "stops":
+            raise Stop("in the end")
+        return await given[1](given[0]) if point == "around_tool" else given[-1] if given else None
+
+    async def interrupt(conversation):
+        await begun.wait()
+        await conversation.interrupt("enough")
+
+    steps = (call("note"), say("done"))
+    if point == "on_turn_end":
+        steps = steps[1:]
+    outcome, events = await play(acting(point, swallow), steps=steps, tools=[note], then=interrupt)
+    assert (outcome.status, outcome.reason) == ("interrupted", "enough")
+    assert ended.is_set()
+    assert ran == []
+    answers = {"on_turn_start": 0, "prompt": 0, "before_model": 0}
+    assert len(of(AgentMessage, events)) == answers.get(point, 1)
+    assert len(of(ToolReturned, events)) == len(of(ToolCalled, events))
 
 
 # --- observing, and what survives ---
