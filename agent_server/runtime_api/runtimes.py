@@ -149,7 +149,8 @@ class Runtimes:
         Raises:
             InvalidParams: the factor is none.
             ImageUnavailable: the image may not be started.
-            PolicyDenied: the tenant may never have that much, or the class is none that may be asked for.
+            PolicyDenied: the tenant may never have that much, or the class is none that may be asked for, or
+                none that this backend can give.
             Overloaded: it may, when it has ended something else; details: retry_after_ms.
         """
         runtime = self._sessions.get((tenant.name, wanted.session_id))
@@ -160,7 +161,12 @@ class Runtimes:
             raise InvalidParams(f"resource_factor must be 1, 2, 4 or 8 (got {wanted.resource_factor})")
         self._check_image(wanted.image)
         _check_command(wanted.command)
-        self._engines_runtime(wanted.runtime_class)
+        if self._engines_runtime(wanted.runtime_class) is not None and "isolate" not in self._backend.can:
+            raise PolicyDenied(
+                f"runtime_class: runtimes are processes here, none can be isolated as {wanted.runtime_class}; "
+                "leave runtime_class out, or ask a Runtime API with containers",
+                status=403,
+            )
         record = self._record(tenant, wanted)
         self._admit_another(tenant)
         self._admit(tenant, record)

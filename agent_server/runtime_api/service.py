@@ -96,7 +96,7 @@ async def _backend(
         await disks.prepare(unseen=(await HostPaths.find(engine)).unseen)
         if disks.mechanism == "none":
             logs.log.warning("runtime_disks_unlimited", reason=disks.why)
-        yield DockerBackend(engine, disks=disks), {INSTANCE: instance}
+        yield DockerBackend(engine, disks=disks, prefix=PREFIX), {INSTANCE: instance}
 
 
 async def _end_boxes(data: Path) -> None:

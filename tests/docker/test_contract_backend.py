@@ -65,3 +65,26 @@ async def test_a_volume_of_which_nothing_else_is_left_is_found(engine, instance)
     assert (found.id, found.state) == (name, "data")
     await backend.stop(found.id)
     assert await engine.volumes(mine) == []
+
+
+@pytest.mark.parametrize("size", [None, 32 << 20], ids=["volume", "disk"])
+async def test_what_was_stored_under_a_former_name_is_its_machines_still(engine, instance, tmp_path, size):
+    disks, mine, id = await limited(tmp_path), {names.INSTANCE: instance}, new_id()
+    backend = DockerBackend(engine, disks=disks, prefix="agent-test-")
+    if size is None:
+        await engine.create_volume(f"agent-data-{id}", {"Labels": mine})
+    else:
+        await disks.make(id, size)
+    (found,) = await backend.list(mine)
+    assert (found.name, found.state) == (f"agent-test-{id}", "data")
+    machine = Machine(name=found.name, labels=mine, image=SERVER, storage=Storage("/data", size))
+    created = await backend.create(machine)
+    (mount,) = (await engine.inspect(created))["Mounts"]
+    assert (mount["Name"] if size is None else mount["Source"]).endswith(id)
+    for _ in range(2):
+        await backend.start(created)
+        await backend.stop(created, keep_data=True)
+    await backend.stop(found.name)
+    assert await backend.list(mine) == []
+    assert await engine.volumes(mine) == []
+    assert not disks.owners()

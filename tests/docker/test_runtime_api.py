@@ -94,6 +94,29 @@ async def test_the_data_of_a_runtime_is_limited_and_survives_its_container(serve
         assert not list((tmp_path / "data" / "runtime-disks" / "disks").iterdir())
 
 
+async def test_no_sweep_takes_what_a_runtime_has_stored_under_a_former_name(start, engine, tmp_path):  # noqa: F811
+    if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
+        pytest.skip("limits take root and e2fsprogs")
+    runtimes = RuntimeConfig(tenants=TENANTS, images=("*",), unit_memory=256 << 20, unit_disk=64 << 20)
+    options = {"runtime_api": "docker", "runtimes": runtimes}
+    disks = tmp_path / "data" / "runtime-disks" / "disks"
+    async with start(**options) as server, client(server) as api:
+        made = await api.start(image=SERVER)
+        async with RemoteWorkspace(made["url"], made["session_api_key"]) as workspace:
+            await workspace.execute("echo kept > file")
+            conversation = workspace.conversation
+        await api.verb("pause", made)
+    await engine.remove(f"agent-server-{made['runtime_id']}")
+    (disks / f"agent-server-{made['runtime_id']}.img").rename(disks / f"{made['runtime_id']}.img")
+    async with start(**options) as server, client(server) as api:
+        made = await api.start(image=SERVER)
+        again = RemoteWorkspace(made["url"], made["session_api_key"], conversation=conversation)
+        async with again as workspace:
+            assert (await workspace.execute("cat file")).stdout == "kept\n"
+        await api.verb("stop", made)
+        assert not list(disks.iterdir())
+
+
 async def test_a_paused_runtime_is_frozen_and_goes_on_where_it_was(there, engine):
     async with there() as workspace:
         await workspace.execute("echo kept > file")

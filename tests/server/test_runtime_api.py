@@ -86,6 +86,18 @@ async def test_a_started_runtime_is_an_agent_server_behind_the_same_port(server,
         assert (await there.execute("echo $((6 * 7))")).stdout == "42\n"
 
 
+@pytest.mark.parametrize(
+    "command", [None, "/opt/agent-server/bin/start serve", ["/usr/bin/other", "--port", "60000"]]
+)
+async def test_the_environment_of_a_runtime_reaches_its_commands_whatever_is_to_be_run(api, command):
+    runtime = await api.start(command=command, environment={"COLOUR": "blue", "PYTHONPATH": "/nowhere"})
+    assert runtime["pod_status"] == "ready", runtime
+    async with workspace(runtime) as there:
+        assert (await there.execute("echo $COLOUR $PYTHONPATH")).stdout == "blue /nowhere\n"
+        key = await there.execute('test -z "$SESSION_API_KEY$AGENT_SERVER_API_KEY"')
+        assert key.exit_code == 0
+
+
 async def test_a_session_tells_all_that_clients_of_other_runtime_apis_look_at(api):
     started = await api.start()
     shown = await api.session()

@@ -188,8 +188,14 @@ async def test_only_the_classes_that_the_operator_names_may_be_asked_for(start):
     async with start(**options(runtime_classes=classes)) as server, client(server) as api:
         refused = await api.start(status=403, runtime_class="runc")
         assert said(refused) == "runtime_class: there is no 'runc' here; allowed are safe, usual"
-        await api.start("one", wait=0, runtime_class="safe")
         await api.start("two", wait=0, runtime_class="usual")
+
+
+async def test_a_class_that_isolates_is_refused_where_runtimes_are_processes(start):
+    async with start(**options()) as server, client(server) as api:
+        refused = await api.start(status=403, runtime_class="gvisor")
+        assert said(refused).startswith("runtime_class: runtimes are processes here")
+        assert (await api.ask("GET", "/list"))["runtimes"] == []
 
 
 async def test_images_of_others_are_not_started_unless_the_operator_names_them(start):

@@ -28,8 +28,10 @@ class SteppedBackend(Steps):
         super().__init__()
         self.can = frozenset(can)
         self._url = url
+        self.made = []
 
     async def create(self, machine, on_progress=None):
+        self.made.append(machine)
         return machine.name
 
     async def start(self, id):
@@ -157,3 +159,10 @@ async def test_the_memory_of_a_paused_one_counts_where_it_keeps_it(tmp_path, kee
                 await started(made, alice, "two")
         else:
             await started(made, alice, "two")
+
+
+async def test_a_class_is_what_the_operator_calls_so_where_the_backend_can_isolate(tmp_path):
+    async with runtimes(tmp_path, "isolate") as (made, backend):
+        wanted = Wanted(image=IMAGE, session_id="one", runtime_class="gvisor")
+        await (await made.start(tenant(), wanted)).settled(10)
+        assert [machine.runtime for machine in backend.made] == ["runsc"]

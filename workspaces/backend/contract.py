@@ -23,9 +23,9 @@ LEAST_CPUS, MOST_CPUS = 0.01, 1024
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{1,127}")
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
-Can = Literal["freeze", "folders", "disk_limit", "snapshot", "migrate"]
+Can = Literal["freeze", "folders", "disk_limit", "isolate", "snapshot", "migrate"]
 """`freeze`: what is paused keeps its memory. `folders`: folders of the client's machine can be mounted.
-`disk_limit`: what is stored can be limited."""
+`disk_limit`: what is stored can be limited. `isolate`: a machine can have a `runtime` of its own."""
 State = Literal["created", "running", "paused", "ended", "data"]
 """`data`: nothing is left of it but what it has stored."""
 Cause = Literal["exit", "oom", "killed", "engine"]

@@ -4,6 +4,7 @@ A machine has a folder: `machine.json` says what it is to be and is written befo
 which process it is, `server.log` is its standard error, and `data` is what it stores. Its name stands in its
 environment, so it is found even when nobody came to write down its number. It listens on the loopback, on a port that
 the kernel chooses. Image, command, user, processors and memory are not looked at: it runs what runs here, as this user.
+So its variables are the commands', whatever command it was to run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import agent_sdk
 from agent_sdk.protocol.errors import InvalidParams, NotFound, WorkspaceUnavailable
 from agent_sdk.rpc.shield import to_its_end
 from agent_sdk.workspace.disk import in_thread
+from agent_sdk.workspace.environment import packed
 from agent_sdk.workspace.process_tree import Tree, end_tree
 from workspaces.backend.child import Child, first_line
 from workspaces.backend.contract import (
@@ -47,6 +49,8 @@ START_SECONDS = 3600.0
 PAUSE_SECONDS = 15.0
 """Longer than a server may take that is told to drain for 5 s."""
 LONGEST_LINE = 64 << 10
+OPTION = "AGENT_SERVER_"
+"""Begins the name of every variable that is an option of the server."""
 OPTIONS = {
     "AGENT_SERVER_BOXES_ON_STOP": "end",
     "AGENT_SERVER_DRAIN_SECONDS": "5",
@@ -165,7 +169,7 @@ class ProcessBackend(Backend):
                 [*command, "--port", "0", "--data", str(place / DATA)],
                 # Beside the package, so that `-m` finds it however it was installed.
                 cwd=Path(agent_sdk.__file__).parent.parent,
-                environment={**self._environment, **_options(machine), **OPTIONS, MARKER: machine.name},
+                environment={**self._environment, **_variables(machine), **OPTIONS, MARKER: machine.name},
                 stdout=stdout,
                 stderr=log,
             )
@@ -246,8 +250,9 @@ class ProcessBackend(Backend):
         await in_thread(_remove, place, keep_data)
 
     async def _end_strays(self, id: str) -> None:
-        """End a server whose number nobody came to write down."""
-        await end_tree(Tree(f"{MARKER}={id}\0".encode()), grace=0)
+        """End a server whose number nobody came to write down, also one that knows its name without the prefix."""
+        for name in {id, id.removeprefix(self._prefix)}:
+            await end_tree(Tree(f"{MARKER}={name}\0".encode()), grace=0)
 
     # --- what is kept ---
 
@@ -278,17 +283,17 @@ class ProcessBackend(Backend):
         return None if child is None or child.ended.done() else child
 
 
-def _options(machine: Machine) -> dict[str, str]:
-    """What is the server's own; with all else, such as PYTHONPATH, it would be another program.
+def _variables(machine: Machine) -> dict[str, str]:
+    """The server's options, and all else for its commands: with PYTHONPATH it would be another program.
 
     Commands run as this user, so whose they are to be is not passed on.
     """
-    variables = {**machine.env, **machine.secret_env}
-    return {
+    options = {
         name: text
-        for name, text in variables.items()
-        if name.startswith("AGENT_SERVER_") and name != "AGENT_SERVER_BOX_USER"
+        for name, text in {**machine.env, **machine.secret_env}.items()
+        if name.startswith(OPTION) and name != f"{OPTION}BOX_USER"
     }
+    return packed({name: text for name, text in machine.env.items() if not name.startswith(OPTION)}) | options
 
 
 def _remove(place: Path, keep_data: bool) -> None:

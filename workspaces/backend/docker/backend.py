@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +42,8 @@ TAKEN_SECONDS = 15.0
 """How long the name of a container may be taken by one that cannot be seen yet."""
 DATA = "-data"
 """Ends the name of the volume in which a machine stores what it stores."""
+FORMER_DATA = "agent-data-"
+"""Began that name before; the name of the machine followed, without its prefix."""
 _STATES: Mapping[str, State] = {
     "created": "created",
     "running": "running",
@@ -84,12 +86,20 @@ class Disks(Protocol):
 class DockerBackend(Backend):
     """Machines that are containers of one engine."""
 
-    def __init__(self, engine: Engine, *, disks: Disks | None = None) -> None:
-        """Take an engine that answers, and where machines store what is limited; None: nothing can be."""
+    def __init__(self, engine: Engine, *, disks: Disks | None = None, prefix: str = "") -> None:
+        """Say what it is made of.
+
+        Args:
+            engine: one that answers.
+            disks: where machines store what is limited; None: nothing can be.
+            prefix: what the names of all machines begin with. What they stored had names without it before, and is
+                theirs still; empty: there is nothing from before.
+        """
         self._engine = engine
         self._disks = disks
+        self._prefix = prefix
         self._limits = disks is not None and disks.mechanism != "none"
-        can: set[Can] = {"freeze", "folders"}
+        can: set[Can] = {"freeze", "folders", "isolate"}
         self.can = frozenset[Can](can | {"disk_limit"} if self._limits else can)
 
     def __repr__(self) -> str:
@@ -161,13 +171,33 @@ class DockerBackend(Backend):
         if machine.storage is None:
             yield None
         elif machine.storage.size is not None and self._disks is not None and self._limits:
-            await self._disks.make(machine.name, machine.storage.size)
-            async with self._disks.at_hand(machine.name) as folder:
+            disk = self._disk(machine.name) or machine.name
+            await self._disks.make(disk, machine.storage.size)
+            async with self._disks.at_hand(disk) as folder:
                 yield str(folder)
         else:
-            volume = f"{machine.name}{DATA}"
+            there = await self._volumes(machine.name, machine.labels) if self._prefix else []
+            volume = max(there, default=f"{machine.name}{DATA}")  # that of today, if there are both
             await self._engine.create_volume(volume, {"Labels": {**machine.labels, ROLE: SERVER}})
             yield volume
+
+    def _disk(self, name: str) -> str | None:
+        """Whose name the disk of a machine has, if there is one."""
+        if self._disks is None:
+            return None
+        return next(filter(self._disks.has, (name, name.removeprefix(self._prefix))), None)
+
+    async def _volumes(self, name: str, labels: Mapping[str, str | None]) -> Sequence[str]:
+        """Return the volumes with these labels in which a machine stores something."""
+        stored = await self._engine.volumes(labels)
+        return [volume["Name"] for volume in stored if self._stores_in(volume["Name"]) == name]
+
+    def _stores_in(self, volume: str) -> str | None:
+        """Return the name of the machine that stores in a volume; None: it is not for that."""
+        if volume.endswith(DATA):
+            return volume.removesuffix(DATA)
+        former = self._prefix and volume.startswith(FORMER_DATA)
+        return f"{self._prefix}{volume.removeprefix(FORMER_DATA)}" if former else None
 
     async def start(self, id: str) -> None:
         inspected = await self._engine.inspect(id)
@@ -180,8 +210,8 @@ class DockerBackend(Backend):
 
     @asynccontextmanager
     async def _at_hand(self, name: str) -> AsyncIterator[None]:
-        if self._disks is not None and self._disks.has(name):
-            async with self._disks.at_hand(name):
+        if self._disks is not None and (disk := self._disk(name)) is not None:
+            async with self._disks.at_hand(disk):
                 yield
         else:
             yield
@@ -245,13 +275,14 @@ class DockerBackend(Backend):
             for found in await self._engine.containers(labels)
         ]
         stored: dict[str, Mapping[str, str]] = {
-            volume["Name"].removesuffix(DATA): volume["Labels"]
+            name: volume["Labels"]
             for volume in await self._engine.volumes(labels)
-            if volume["Name"].endswith(DATA)
+            if (name := self._stores_in(volume["Name"])) is not None
         }
         given = {name: text for name, text in labels.items() if text is not None}
         if self._disks is not None and len(given) == len(labels):  # all are of whoever has this backend
-            stored |= dict.fromkeys(await in_thread(self._disks.owners), given)
+            for owner in await in_thread(self._disks.owners):
+                stored[f"{self._prefix}{owner.removeprefix(self._prefix)}"] = given
         for container in containers:
             stored.pop(container.name, None)
         return containers + [Found(name, name, its, "data") for name, its in stored.items()]
@@ -271,11 +302,11 @@ class DockerBackend(Backend):
                 return
         await self._engine.remove(id)
         # A volume of that name that is not labelled is somebody's own.
-        stored = await self._engine.volumes({INSTANCE: None})
-        if any(volume["Name"] == f"{name}{DATA}" for volume in stored):
-            await self._engine.remove_volume(f"{name}{DATA}")
+        for volume in await self._volumes(name, {INSTANCE: None}):
+            await self._engine.remove_volume(volume)
         if self._disks is not None:
-            await self._disks.remove(name)
+            for owner in {name, name.removeprefix(self._prefix)}:
+                await self._disks.remove(owner)
 
 
 def _is_taken(error: BaseException) -> bool:
