@@ -46,12 +46,13 @@ class Wanted(Struct, kw_only=True):
     image: Annotated[str, Meta(min_length=1, max_length=512)]
     session_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     environment: dict[_Name, _Value] = {}
-    """Variables of the server's process and, in our own images, of the commands, too; where runtimes are processes of the
-    commands alone."""
+    """Variables of the server's process and, in our own images, of the commands, too; where runtimes are processes
+    of the commands alone."""
     resource_factor: int = 1
     """1, 2, 4 or 8: how many times `unit_cpus`, `unit_memory` and `unit_disk` it has."""
     runtime_class: str | None = None
-    """A name in `runtime_classes`; None: the engine's default. One that isolates is refused where runtimes are processes."""
+    """A name in `runtime_classes`; None: the engine's default. One that isolates is refused where runtimes are
+    processes."""
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     command: Annotated[str, _TEXT] | Annotated[list[Annotated[str, _TEXT]], Meta(max_length=256)] | None = (
         None
