@@ -8,11 +8,9 @@ link:         a connection that may be lost and found again
 reconnecting: a client's link to its server
 verbs:        verbs of the contract as calls
 workspace:    commands, and files up and down
-command:      one command with its input and output
-process:      processes and shells
-files:        files and git
-transfers:    files on their way
-streams:      bytes that belong to a call
+process:      commands, processes and shells
+files:        files on their way, and git
+streams:      a call with its bytes
 conversation: the verbs as calls
 delivery:     events on their way to callbacks
 tool_calls:   tools that run here, called from there

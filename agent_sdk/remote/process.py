@@ -1,18 +1,18 @@
-"""A Process and a Shell there. Every byte of input goes in once, over however many connections it takes."""
+"""Commands, processes and shells there. Every byte of input goes in once, over however many connections it takes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, suppress
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing
 
 from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, ProcessNotFound
+from agent_sdk.protocol.errors import ConnectionLost, ProcessNotFound
 from agent_sdk.protocol.methods.workspace import (
-    Count,
+    Execute,
     ProcessInput,
     ProcessList,
     ProcessOutput,
@@ -22,47 +22,120 @@ from agent_sdk.protocol.methods.workspace import (
     ShellRun,
     ShellSend,
 )
-from agent_sdk.remote.link import Link, Until, ask, passed, persistent
-from agent_sdk.remote.streams import Collector, collected, sent_by
-from agent_sdk.remote.transfers import NO_CHANNEL
+from agent_sdk.remote.link import Link, Until, ask, persistent
+from agent_sdk.remote.streams import (
+    NO_CHANNEL,
+    Arrived,
+    Collector,
+    Kept,
+    collected,
+    meanwhile,
+    sent_by,
+    with_bytes,
+)
 from agent_sdk.remote.verbs import Part
 from agent_sdk.rpc.peer import Peer
-from agent_sdk.rpc.stream import ByteWriter
-from agent_sdk.workspace.contract import Exit, OutputName, Process, Shell, ShellResult
+from agent_sdk.rpc.pipe import wake
+from agent_sdk.rpc.stream import ByteReader, ByteWriter
+from agent_sdk.workspace.contract import ExecResult, Exit, OnOutput, OutputName, Process, Shell, ShellResult
 from agent_sdk.workspace.verbs import milliseconds
 
-KEPT_BYTES = 4 << 20
-"""What was sent and may have to be sent again: more than the windows of all streams on the way hold together."""
+
+class Command:
+    """One command there: what it reads goes on behind what has come there, what it says behind what came here.
+
+    A callback gets every byte once, in order, one piece at a time.
+    """
+
+    def __init__(self, call: Execute, stdin: bytes, on_output: OnOutput | None) -> None:
+        self._call = call
+        self._stdin = stdin
+        self._arrived = Arrived(call.op_id)
+        self._on_output = on_output
+        self._turn = asyncio.Lock()
+        self._out = Collector()
+        self._err = Collector()
+
+    async def attempt(self, peer: Peer) -> ExecResult:
+        """Ask for it over this connection, or attach to it."""
+        async with AsyncExitStack() as stack:
+            out = await stack.enter_async_context(peer.open_reader())
+            err = await stack.enter_async_context(peer.open_reader())
+            call = replace(
+                self._call,
+                stdin=await self._feed(peer, stack) if self._stdin else 0,
+                stdout=out.channel,
+                stderr=err.channel,
+                follow=self._on_output is not None,
+                stdout_since=self._out.position,
+                stderr_since=self._err.position,
+            )
+            if self._on_output is None:
+                answer = await collected(peer.call(call), (self._out, out), (self._err, err))
+            else:
+                hearing = self._hear("stdout", self._out, out), self._hear("stderr", self._err, err)
+                answer = await with_bytes(peer.call(call), *hearing)
+        return ExecResult(
+            status=answer.status,
+            exit_code=answer.exit_code,
+            signal=answer.signal,
+            duration=answer.duration,
+            process_id=answer.process_id,
+            reason=answer.reason,
+            out=self._out.output(answer.stdout_bytes),
+            err=self._err.output(answer.stderr_bytes),
+        )
+
+    async def _hear(self, name: OutputName, collector: Collector, reader: ByteReader) -> None:
+        async for chunk in reader:
+            if (data := collector.add(chunk)) and self._on_output is not None:
+                async with self._turn:
+                    waiting = self._on_output(name, data)
+                    if inspect.isawaitable(waiting):
+                        await waiting
+
+    async def _feed(self, peer: Peer, stack: AsyncExitStack) -> int:
+        """Begin to send what it reads, and return the channel; a command need not read all of it."""
+        writer = await stack.enter_async_context(peer.open_writer())
+        await writer.skip_to(min(await self._arrived.ask(peer), len(self._stdin)))
+
+        async def feed() -> None:
+            await writer.write(memoryview(self._stdin)[writer.offset :])
+            await writer.finish()
+
+        await stack.enter_async_context(meanwhile(feed()))
+        return writer.channel
 
 
-class Feed:
-    """One byte stream at a time; the process knows how much of all its input it got, and skips that."""
+class Input:
+    """The input of a process: one byte stream at a time. The process knows how much of all its input it got."""
 
     def __init__(self, link: Link, process_id: str) -> None:
         self._link = link
         self._id = process_id
         self._turn = asyncio.Lock()
-        self._stream: _Stream | None = None
-        self._kept: deque[bytes] = deque()
-        self._first = 0
-        self._end = 0
+        self._kept: Kept | None = None
+        """Its end; None: nobody has asked where it stands."""
         self._sent = 0
-        self._begun = False
-        self._finished = False
-        self._resending: asyncio.Task[None] | None = None
+        """What may have gone in: behind the last byte that was given to a connection."""
+        self._since: int | None = None
+        """Where the present stream begins; None: there was none."""
+        self._sending: asyncio.Task[None] | None = None
+        self._more = asyncio.Event()
+        self._flushed: asyncio.Future[None] | None = None
+        self._is_ending = self._was_ended = self._finished = False
 
     async def write(self, data: bytes) -> None:
         """Write to the command's input, as Process.write does. Cancelling may leave a part of `data` written."""
         async with self._turn:
-            await self._begin()
-            before, self._end = self._end, self._end + len(data)
-            self._kept.append(data)
+            kept = await self._begin()
+            before = kept.end
+            kept.add(data)
             try:
                 await self._flush()
             except BaseException:
-                self._cut(before)
+                kept.cut(max(before, self._sent))
                 raise
-            self._forget()
 
     async def finish(self) -> None:
         """End the command's input, as Process.close_stdin does."""
@@ -70,142 +143,69 @@ class Feed:
             if self._finished:
                 return
             await self._begin()
-            said = False
-            while not self._finished:
-                stream = await self._flush()
-                try:
-                    await stream.finish()
-                    self._finished = True
-                except ConnectionLost:
-                    if stream.peer.lost is None:
-                        raise
-                    said = True
-                except ProcessNotFound:
-                    if not said:
-                        raise
-                    self._finished = True
-
-    async def _begin(self) -> None:
-        """Learn where its input stands. What is written to a process that has ended would be lost unnoticed."""
-        if self._begun and not (self._stream and self._stream.answered):
-            return
-        found = [info for info in await ask(self._link, ProcessList()) if info.id == self._id]
-        if not found or not found[0].running:
-            raise ProcessNotFound(f"the process has ended or never was: {self._id}", process=self._id)
-        if not self._begun:
-            self._first = self._end = found[0].stdin_bytes
-            self._begun = True
-
-    async def _flush(self) -> _Stream:
-        """Send what has not been sent, over another connection when the present one is lost."""
-        while True:
-            if self._stream is None or self._stream.peer.lost is not None:
-                peer = (await self._link.linked()).peer
-                try:
-                    since = await self._come(peer)
-                except AgentServerError as exc:
-                    await passed(peer, exc)
-                    continue
-                self._stream = _Stream(peer, self._id, since, self._broken)
-            stream = self._stream
+            self._is_ending = True
             try:
-                await stream.opened
-                while stream.position < self._end:
-                    await stream.write(self._kept_from(stream.position))
-                return stream
-            except ConnectionLost:
-                if stream.peer.lost is None:
-                    raise
+                await asyncio.shield(await self._flush())
+                self._finished = True
             finally:
-                self._sent = max(self._sent, stream.position)
+                self._is_ending = self._finished
 
-    async def _come(self, peer: Peer) -> int:
+    async def _begin(self) -> Kept:
+        """Learn where its input stands. What is written to a process that has ended would be lost unnoticed."""
+        if self._kept is None or (self._sending is not None and self._sending.done()):
+            found = [info for info in await ask(self._link, ProcessList()) if info.id == self._id]
+            if not found or not found[0].running:
+                raise ProcessNotFound(f"the process has ended or never was: {self._id}", process=self._id)
+            if self._kept is None:
+                self._kept = Kept(found[0].stdin_bytes)
+        return self._kept
+
+    async def _flush(self) -> asyncio.Task[None]:
+        """Have all sent that is kept, and its end; return who sends, also over the next connection."""
+        flushed = self._flushed = asyncio.get_running_loop().create_future()
+        self._more.set()
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send())
+            self._sending.add_done_callback(lambda sending: sending.cancelled() or sending.exception())
+        await asyncio.wait({self._sending, flushed}, return_when=asyncio.FIRST_COMPLETED)
+        if not flushed.done():
+            await self._sending
+            raise ProcessNotFound("the input of the process is closed")
+        return self._sending
+
+    async def _send(self) -> None:
+        await persistent(self._link, self._attempt, changes_something=False)
+
+    async def _attempt(self, peer: Peer) -> None:
+        kept, was_ended = self._kept, self._was_ended
+        assert kept is not None
+        since = self._since = kept.first if self._since is None else await self._come(peer, kept, self._since)
+        try:
+            async with peer.open_writer() as writer, meanwhile(self._move(writer, kept, since)):
+                await peer.call(ProcessInput(process_id=self._id, channel=writer.channel, since=since))
+        except ProcessNotFound:
+            if not was_ended:
+                raise
+
+    async def _come(self, peer: Peer, kept: Kept, before: int) -> int:
         """Return how much the process has got, where a stream broke off; what is not kept any more it has."""
-        if self._stream is None:
-            return self._first
         found = [info for info in await peer.call(ProcessList()) if info.id == self._id]
-        come = max(self._first, min(self._end, found[0].stdin_bytes if found else 0))
-        peer.progress += come > self._stream.since
+        come = max(kept.first, min(kept.end, found[0].stdin_bytes if found else 0))
+        peer.progress += come > before
         return come
 
-    def _broken(self) -> None:
-        """A stream was lost, and what it carried may be: send it again although nobody writes."""
-        if not self._finished:
-            self._resending = asyncio.create_task(self._resend())
-
-    async def _resend(self) -> None:
-        with suppress(AgentServerError):  # whoever writes next hears of it
-            async with self._turn:
-                await self._flush()
-
-    def _kept_from(self, position: int) -> memoryview:
-        start = self._first
-        for data in self._kept:
-            if position < start + len(data):
-                return memoryview(data)[position - start :]
-            start += len(data)
-        raise IndexError(position)
-
-    def _forget(self) -> None:
-        while self._kept and self._first + len(self._kept[0]) <= self._end - KEPT_BYTES:
-            self._first += len(self._kept.popleft())
-
-    def _cut(self, before: int) -> None:
-        """Drop what of the last piece was never sent; what was may have gone in."""
-        self._end = max(before, self._sent)
-        self._kept[-1] = self._kept[-1][: self._end - before]
-
-
-class _Stream:
-    """One call that feeds the process; it lives as long as its byte stream."""
-
-    def __init__(self, peer: Peer, process_id: str, since: int, broken: Callable[[], None]) -> None:
-        self.peer = peer
-        self.opened: asyncio.Future[ByteWriter] = asyncio.get_running_loop().create_future()
-        self.since = since
-        self._calling = asyncio.ensure_future(self._run(process_id))
-        self._broken = broken
-        self._calling.add_done_callback(self._ended)
-
-    @property
-    def answered(self) -> bool:
-        """Whether the call is over."""
-        return self._calling.done()
-
-    @property
-    def position(self) -> int:
-        """Of the next byte, in all the input of the process."""
-        return self.since + (self.opened.result().offset if self.opened.done() else 0)
-
-    async def _run(self, process_id: str) -> Count:
-        async with self.peer.open_writer() as writer:
-            self.opened.set_result(writer)
-            call = ProcessInput(process_id=process_id, channel=writer.channel, since=self.since)
-            return await self.peer.call(call)
-
-    def _ended(self, call: asyncio.Future[Count]) -> None:
-        # Nobody may write again to hear of the end; then it does not matter how it came.
-        error = None if call.cancelled() else call.exception()
-        if isinstance(error, ConnectionLost) and self.peer.lost is not None:
-            self._broken()
-
-    async def write(self, data: memoryview) -> None:
-        writing = asyncio.ensure_future((await self.opened).write(data))
-        try:
-            # A process that is gone answers the call; nobody would ever grant credit again.
-            await asyncio.wait({writing, self._calling}, return_when=asyncio.FIRST_COMPLETED)
-            if self._calling.done():
-                await self._calling
-                raise ProcessNotFound("the input of the process is closed")
-            await writing
-        finally:
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
-
-    async def finish(self) -> None:
-        if not self._calling.done():
-            await (await self.opened).finish()
-        await self._calling
+    async def _move(self, writer: ByteWriter, kept: Kept, position: int) -> None:
+        while True:
+            while piece := kept.at(position):
+                position += len(piece)
+                self._sent = max(self._sent, position)
+                await writer.write(piece)
+            if self._is_ending or self._was_ended:
+                await writer.finish()
+                self._was_ended = True
+            wake(self._flushed)
+            self._more.clear()
+            await self._more.wait()
 
 
 class RemoteProcess(Part, Process, part="process"):
@@ -213,7 +213,7 @@ class RemoteProcess(Part, Process, part="process"):
 
     def __init__(self, link: Link, key: str) -> None:
         super().__init__(link, key)
-        self._input = Feed(link, key)
+        self._input = Input(link, key)
 
     def __repr__(self) -> str:
         return f"<RemoteProcess {self.id}>"

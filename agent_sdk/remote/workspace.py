@@ -44,13 +44,12 @@ from agent_sdk.protocol.methods.workspace import (
 )
 from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
 from agent_sdk.remote.address import checked_address, checked_key, checked_trust
-from agent_sdk.remote.command import Command
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
-from agent_sdk.remote.files import RemoteFiles, RemoteGit
+from agent_sdk.remote.files import Once, RemoteFiles, RemoteGit, Source, incoming, outgoing
 from agent_sdk.remote.link import Link, ask, persistent
-from agent_sdk.remote.process import RemoteProcess, RemoteShell
+from agent_sdk.remote.process import Command, RemoteProcess, RemoteShell
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink, Target
-from agent_sdk.remote.transfers import NO_CHANNEL, Once, Repeatable, incoming, outgoing
+from agent_sdk.remote.streams import NO_CHANNEL
 from agent_sdk.remote.verbs import asking
 from agent_sdk.workspace.atomic_file import atomic_file
 from agent_sdk.workspace.contract import (
@@ -362,7 +361,7 @@ class RemoteWorkspace(Workspace):
                     yield data
 
         progress = Progress(on_progress, size)
-        return await outgoing(self.link, _upload(call_id, target, size, mode), Repeatable(content), progress)
+        return await outgoing(self.link, _upload(call_id, target, size, mode), Source(content), progress)
 
     async def download(
         self, source: str, target: LocalPath, *, on_progress: OnProgress | None = None
@@ -381,7 +380,7 @@ class RemoteWorkspace(Workspace):
     async def upload_dir(self, local: LocalPath, remote: str, *, exclude: Sequence[str] = ()) -> Transferred:
         """Copy a folder there; over another connection it goes on where it was, unless a file has changed."""
         call = Upload(op_id=new_id(), path=remote, channel=NO_CHANNEL, unpack=True)
-        source = Repeatable(lambda: packed(local, exclude))
+        source = Source(lambda: packed(local, exclude))
         return await outgoing(self.link, call, source, Progress(None, 0))
 
     async def download_dir(
