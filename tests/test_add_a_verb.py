@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from agent_sdk.remote.files import RemoteFiles, RemoteGit
+from agent_sdk.remote.link import Part
 from agent_sdk.remote.process import RemoteProcess, RemoteShell
-from agent_sdk.remote.verbs import Part
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.workspace.contract import Shell
 from agent_sdk.workspace.verbs import PARTS

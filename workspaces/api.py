@@ -15,8 +15,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.arguments import Heartbeat, Label, Limit, Name, Path, Patience
 from agent_sdk.protocol.checks import OsText, checked
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, RemoteApiError
-from agent_sdk.remote.address import checked_url
-from agent_sdk.remote.connection import HEARTBEAT_SECONDS
+from agent_sdk.remote.connection import HEARTBEAT_SECONDS, checked_url
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.shield import to_its_end

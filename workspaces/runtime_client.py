@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from agent_sdk.outbound import failure, proxy_for, tls_problem, trusted
 from agent_sdk.protocol.errors import InvalidParams, RemoteApiError
-from agent_sdk.remote.address import checked_key, checked_trust, checked_url
+from agent_sdk.remote.connection import checked_key, checked_trust, checked_url
 
 if TYPE_CHECKING:
     import aiohttp

@@ -69,11 +69,9 @@ from agent_sdk.protocol.methods.conversation import (
 from agent_sdk.protocol.methods.method import Effect, Method
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model, WorkspaceSpec
 from agent_sdk.remote.connection import ANSWER_SECONDS, Connection
-from agent_sdk.remote.delivery import Delivery
-from agent_sdk.remote.link import Until, ask, ask_page
+from agent_sdk.remote.delivery import Delivery, ToolCalls
+from agent_sdk.remote.link import Until, ask, ask_page, asking
 from agent_sdk.remote.reconnecting import Resident, ServerLink
-from agent_sdk.remote.tool_calls import ToolCalls
-from agent_sdk.remote.verbs import asking
 from agent_sdk.remote.workspace import RemoteWorkspace
 
 T = TypeVar("T")

@@ -23,9 +23,8 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.methods.workspace import LISTED, Download, FilesList, FilesStat, GitDiff, Upload
-from agent_sdk.remote.link import Link, ask, ask_page, passed, persistent
+from agent_sdk.remote.link import Link, Part, ask, ask_page, passed, persistent
 from agent_sdk.remote.streams import NO_CHANNEL, Arrived, Kept, sent_by, with_bytes
-from agent_sdk.remote.verbs import Part
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.stream import ByteWriter
 from agent_sdk.workspace.contract import FileInfo, Files, Git, Transferred

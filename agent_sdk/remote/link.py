@@ -1,16 +1,19 @@
-"""A way to a Peer that may be lost and found again, and calls that survive that.
+"""A way to a Peer that may be lost and found again, calls that survive that, and verbs of the contract as such calls.
 
 A client's link is one that reconnects to its server; a server's link leads to a box, which is started
 at its first use and found again after a restart. Both are used in the same way: `persistent` runs a
 piece of work with a Peer, and runs it again with the next one when the connection was lost
-meanwhile. That is safe, because every call that changes something carries an op_id.
+meanwhile. That is safe, because every call that changes something carries an op_id. Verbs are made by construction
+from the verb of the contract and the method that is named after it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple, Protocol, TypeVar
+from functools import cache, wraps
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from agent_sdk.protocol.errors import (
     DRAINING,
@@ -21,11 +24,13 @@ from agent_sdk.protocol.errors import (
     Overloaded,
     TimedOut,
 )
-from agent_sdk.protocol.methods.method import Effect, Method
+from agent_sdk.protocol.methods.method import Done, Effect, Method
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.version import __version__
+from agent_sdk.workspace.verbs import KEYS, call_of, method_of, verbs
 
 T = TypeVar("T")
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 class Linked(NamedTuple):
@@ -150,3 +155,54 @@ async def ask_page(link: Link, call: Callable[[int], Method[T]], most: int) -> T
         return await peer.call(call(asked))
 
     return await persistent(link, ask_for_fewer, changes_something=False)
+
+
+class Part:
+    """A part of a workspace there. What its contract has and its class does not write is asked of the other end."""
+
+    def __init__(self, link: Link, key: str = "") -> None:
+        """Take the way to it, and which one it is, where a workspace has several."""
+        self._link = link
+        self._key = key
+
+    @classmethod
+    def of(cls, link: Link, key: str = "") -> Self:
+        """Return one: to type checkers, which do not see the verbs that are made here, its class is abstract."""
+        return cls(link, key)
+
+    def __init_subclass__(cls, *, part: str) -> None:
+        for name, verb in verbs(part).items():
+            if name not in vars(cls):
+                method = method_of(part, name)
+                if method is None:
+                    raise TypeError(
+                        f"{cls.__name__}.{name} is not written, and no method {part}.{name} says it without bytes"
+                    )
+                setattr(cls, name, asking(verb, method, KEYS.get(part)))
+        super().__init_subclass__()
+
+    async def _ask(self, call: Method[T]) -> T:
+        return await ask(self._link, call)
+
+
+def asking(verb: Verb, method: type[Method[Any]], key: str | None = None) -> Verb:
+    """Return the verb as a call of this method: the same name, arguments and docstring.
+
+    `key` is the param for the `_key` of the object whose verb it is.
+    """
+
+    @wraps(verb)
+    async def asked(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        given = _signature(verb).bind(self, *args, **kwargs)
+        given.apply_defaults()
+        _, *arguments = given.arguments.items()
+        named = {} if key is None else {key: self._key}
+        answer = await self._ask(call_of(method, {**named, **dict(arguments)}))
+        return None if isinstance(answer, Done) else answer
+
+    return asked  # type: ignore[return-value]
+
+
+@cache
+def _signature(verb: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(verb)

@@ -22,7 +22,7 @@ from agent_sdk.protocol.methods.workspace import (
     ShellRun,
     ShellSend,
 )
-from agent_sdk.remote.link import Link, Until, ask, persistent
+from agent_sdk.remote.link import Link, Part, Until, ask, persistent
 from agent_sdk.remote.streams import (
     NO_CHANNEL,
     Arrived,
@@ -33,7 +33,6 @@ from agent_sdk.remote.streams import (
     sent_by,
     with_bytes,
 )
-from agent_sdk.remote.verbs import Part
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import wake
 from agent_sdk.rpc.stream import ByteReader, ByteWriter

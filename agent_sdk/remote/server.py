@@ -16,8 +16,14 @@ from agent_sdk.protocol.arguments import Name, Page
 from agent_sdk.protocol.checks import checked
 from agent_sdk.protocol.errors import ErrorObject, from_wire
 from agent_sdk.protocol.results import Snapshot, State
-from agent_sdk.remote.address import checked_key, checked_trust, checked_url
-from agent_sdk.remote.refusal import LONGEST_BODY, refused, unreachable
+from agent_sdk.remote.connection import (
+    LONGEST_BODY,
+    checked_key,
+    checked_trust,
+    checked_url,
+    refused,
+    unreachable,
+)
 
 ANSWER_SECONDS = 30.0
 

@@ -43,14 +43,12 @@ from agent_sdk.protocol.methods.workspace import (
     Upload,
 )
 from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
-from agent_sdk.remote.address import checked_address, checked_key, checked_trust
-from agent_sdk.remote.connection import HEARTBEAT_SECONDS
+from agent_sdk.remote.connection import HEARTBEAT_SECONDS, checked_address, checked_key, checked_trust
 from agent_sdk.remote.files import Once, RemoteFiles, RemoteGit, Source, incoming, outgoing
-from agent_sdk.remote.link import Link, ask, persistent
+from agent_sdk.remote.link import Link, ask, asking, persistent
 from agent_sdk.remote.process import Command, RemoteProcess, RemoteShell
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink, Target
 from agent_sdk.remote.streams import NO_CHANNEL
-from agent_sdk.remote.verbs import asking
 from agent_sdk.workspace.atomic_file import atomic_file
 from agent_sdk.workspace.contract import (
     ExecResult,

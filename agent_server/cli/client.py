@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, PathDenied, PathNotFound
-from agent_sdk.remote.address import checked_key, checked_url
+from agent_sdk.remote.connection import checked_key, checked_url
 from agent_sdk.remote.server import AgentServer
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_server.cli.terminal import STDERR, one_line, open_terminal

@@ -17,9 +17,8 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.methods.workspace import Describe
 from agent_sdk.protocol.specs import PROTOCOL_VERSION
-from agent_sdk.remote.address import checked_key, checked_url
+from agent_sdk.remote.connection import checked_key, checked_url, other_version
 from agent_sdk.remote.link import Fixed, ask
-from agent_sdk.remote.refusal import other_version
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from tests.listeners import answering, certify, response, serving, trusting

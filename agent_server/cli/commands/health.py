@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import ConnectionLost, PathNotFound
-from agent_sdk.remote.refusal import LONGEST_BODY, nowhere, refused, unreachable
+from agent_sdk.remote.connection import LONGEST_BODY, nowhere, refused, unreachable
 from agent_server.cli.client import checked_address
 from agent_server.cli.terminal import one_line, open_terminal
 from agent_server.config.options import client_environment, load_given
