@@ -18,7 +18,8 @@ class History:
     def __init__(self) -> None:
         self.turns: list[Turn] = []
         self.head_seq = 0
-        self._unread: list[UserMessage] = []
+        self.unread: list[UserMessage] = []
+        """The user's messages that the model has not been shown."""
         self._answer: AgentMessage | None = None
         self._last: AgentMessage | None = None
         """The last answer, if it called no tool and nobody has said anything since."""
@@ -28,22 +29,12 @@ class History:
         self._call_ids: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"<History {len(self.turns)} turns, {len(self._unread)} unread>"
-
-    @property
-    def unread(self) -> bool:
-        """Whether a user's message waits that the model has not been shown."""
-        return bool(self._unread)
-
-    @property
-    def last_unread(self) -> UserMessage | None:
-        """The last of them."""
-        return self._unread[-1] if self._unread else None
+        return f"<History {len(self.turns)} turns, {len(self.unread)} unread>"
 
     @property
     def answered(self) -> str | None:
         """The model's last answer when it came to its end, called no tool and nobody has said anything since."""
-        done = self._last is not None and not self._unread and ending_of(self._last) == "done"
+        done = self._last is not None and not self.unread and ending_of(self._last) == "done"
         return self.said if done else None
 
     @property
@@ -56,7 +47,7 @@ class History:
         self.head_seq = event.seq
         match event:
             case UserMessage():
-                self._unread.append(event)
+                self.unread.append(event)
             case AgentMessage():
                 self._close_answer()
                 self.read(event.seen_seq)
@@ -86,17 +77,17 @@ class History:
 
     def coming(self) -> list[Turn]:
         """Return what the model would be shown if it were asked now, all messages up to `head_seq` among it."""
-        return [*self.turns, *self._news(self._unread)]
+        return [*self.turns, *self._news(self.unread)]
 
     def read(self, seq: int | None = None) -> int:
         """Show the model the messages up to `seq` (None: all), from the next request on; return the head's seq.
 
         Without any, a model that has answered is told why it is asked again.
         """
-        messages = [message for message in self._unread if seq is None or message.seq <= seq]
+        messages = [message for message in self.unread if seq is None or message.seq <= seq]
         self.turns += self._news(messages)
         if messages:
-            del self._unread[: len(messages)]
+            del self.unread[: len(messages)]
             self._last = None
         return self.head_seq
 

@@ -120,7 +120,7 @@ class Turn:
         self._pieces: list[tuple[str, str]] = []
         """Text and thinking that have come of the answer that is being written."""
         self._seen = 0
-        """The log's last seq when the model was asked for it."""
+        """The log's last seq when the model's next answer, or the one that is being written, was asked for."""
         self._task: asyncio.Task[None] | None = None
         self._why: tuple[str, bool, Any] = ("the program that ran it was stopped", False, None)
         """What `stop` was told; a task that is cancelled without it belongs to a program that ends."""
@@ -193,16 +193,25 @@ class Turn:
 
     async def _until_end(self) -> list[Event]:
         """Work until the turn ends by itself; return the events that say so, to be written without giving way."""
-        try:
-            final = await (self._resume() if self._resumes else self._start())
-            return [await self._steps(final)]
-        except Stop as stop:
-            self.course.check(may_leave=False)
-            await self._mine.chain.on_turn_end(self._context(), stop.status)
-            self.course.check(may_leave=False)
-            await self._journal.settle()
-            events = self._calls.close(f"[no result: {stop.reason}]")
-            return [*events, self._end(stop.status, final_text=stop.final_text, reason=stop.reason)]
+        begin = self._resume if self._resumes else self._start
+        while True:
+            try:
+                final = await begin()
+                return [await self._steps(final)]
+            except Stop as stop:
+                self.course.check(may_leave=False)
+                await self._mine.chain.on_turn_end(self._context(), stop.status)
+                self.course.check(may_leave=False)
+                await self._journal.settle()
+                events = self._calls.close(f"[no result: {stop.reason}]")
+                # What came before the last request the middleware knew when it stopped.
+                news = any(message.seq > self._seen for message in self._journal.history.unread)
+                if stop.status != "finished" or not news:
+                    end = self._end(stop.status, final_text=stop.final_text, reason=stop.reason)
+                    return [*events, end]
+                begin = self._go_on
+                if events:
+                    await self._journal.append(*events)
 
     async def _start(self) -> str | None:
         await self._journal.mend()
@@ -226,6 +235,10 @@ class Turn:
             return await self._calls.resume()
         return state.concluded or self._journal.history.answered
 
+    async def _go_on(self) -> str | None:
+        """Go on behind a stop that came before a message was read."""
+        return None
+
     async def _enter(self) -> None:
         """Wait for who works in this turn."""
         self.course.check()
@@ -234,6 +247,7 @@ class Turn:
         self.course.check()
 
     async def _steps(self, final: str | None) -> TurnEnded:
+        self._seen = self._journal.history.head_seq
         if not self._iterations:
             await self._mine.chain.on_turn_start(self._context())
         while True:
@@ -257,9 +271,9 @@ class Turn:
 
     async def _step(self) -> str | None:
         """Ask once and do what follows from the answer; return the final text when the agent is done."""
-        request, seen = await self._request()
+        request = await self._request()
         with self.course.finishing():  # what it costs is not to be lost
-            message, calls = await self._ask(request, seen)
+            message, calls = await self._ask(request)
         self.course.check(may_leave=False)
         ending = ending_of(message)
         if ending == "done":
@@ -274,13 +288,13 @@ class Turn:
         self.course.check()
         return await self._calls.run()
 
-    async def _request(self) -> tuple[ModelCall, int]:
-        """Return what the model is asked, and the log's last seq that is in it."""
+    async def _request(self) -> ModelCall:
+        """Return what the model is asked."""
         actor, history = self._mine, self._journal.history
         if self._system is None:
             self._system = await actor.chain.prompt(self._context())
             self.course.check()
-        seen = history.head_seq
+        self._seen = history.head_seq
         request = ModelCall(
             system=self._system,
             turns=history.coming(),
@@ -298,12 +312,12 @@ class Turn:
                 "raise max_output_tokens, or run again to have the answer continued",
                 final_text=history.said,
             )
-        return request, seen
+        return request
 
-    async def _ask(self, request: ModelCall, seen: int) -> tuple[AgentMessage, list[ToolCalled]]:
+    async def _ask(self, request: ModelCall) -> tuple[AgentMessage, list[ToolCalled]]:
         """Ask the model and write down what it answers, in any case."""
-        self._seen, self._iterations, started = seen, self._iterations + 1, time.monotonic()
-        self._journal.history.read(seen)
+        self._iterations, started = self._iterations + 1, time.monotonic()
+        self._journal.history.read(self._seen)
         completion = await request.client.complete(request, on_delta=self._hear)
         seconds, raised = time.monotonic() - started, None
         try:
@@ -318,7 +332,7 @@ class Turn:
             thinking=as_utf8(completion.thinking),
             tool_calls=len(calls),
             finish_reason=self._finish_reason,
-            seen_seq=seen,
+            seen_seq=self._seen,
             provider=completion.provider,
         )
         used = _used(self.run_id, request.llm.model, completion, seconds)

@@ -119,7 +119,8 @@ class TurnState:
         """Of the open or last turn."""
         self.outcome: Outcome | None = None
         """How the last turn ended."""
-        self.ended_seq = 0
+        self.started_seq = self.ended_seq = 0
+        """Of the open or last turn."""
         self.open_calls: dict[str, ToolCalled] = {}
         """Calls without a result, by id, in the order they were made."""
         self.answers: dict[str, RequestResolved] = {}
@@ -205,7 +206,7 @@ class TurnState:
         match event:
             case TurnStarted():
                 self._become(Phase.RUNNING)
-                self.run_id = event.run_id
+                self.run_id, self.started_seq = event.run_id, event.seq
                 self._begin()
             case TurnResumed():
                 soon = 0 <= event.at - self._resumed_at < SOON_SECONDS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from os import PathLike
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from agent_sdk.conversation.log import ConversationLog, Tail
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.conversation.turns import Turns
 from agent_sdk.log.event_log import EventLog
-from agent_sdk.protocol.errors import HistoryLost, StateConflict
+from agent_sdk.protocol.errors import HistoryLost, OpExpired, OutcomeUnknown, StateConflict
 from agent_sdk.protocol.events import Event, decode
 from agent_sdk.protocol.results import Accepted
 from agent_sdk.workspace.contract import Workspace
@@ -175,13 +175,17 @@ def _past(journal: ConversationLog, since: Cursor) -> AsyncIterator[Event]:
 
 async def _promised(journal: ConversationLog) -> str | None:
     """The turn that a message was promised when the process ended before it had started one."""
-    message, last = journal.history.last_unread, journal.turn
-    if message is None or message.op_id is None or message.seq < last.ended_seq or last.phase is Phase.PAUSED:
-        return None
-    known = await journal.log.operation(journal.conversation, message.op_id)
-    if known is None or not isinstance(known.result, bytes):
-        return None
-    return msgspec.json.decode(known.result, type=Accepted).run_id
+    last = journal.turn
+    for message in journal.history.unread:
+        if message.op_id is None or message.seq < last.started_seq or last.phase is Phase.PAUSED:
+            continue
+        with suppress(OpExpired, OutcomeUnknown):  # then it waits for `run`
+            known = await journal.log.operation(journal.conversation, message.op_id)
+            if known is not None and isinstance(known.result, bytes):
+                run_id = msgspec.json.decode(known.result, type=Accepted).run_id
+                if run_id != last.run_id:
+                    return run_id
+    return None
 
 
 async def _entered(place: Place, stack: AsyncExitStack, on_close: Callable[[], Awaitable[None]]) -> Workspace:

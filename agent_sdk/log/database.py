@@ -151,6 +151,12 @@ class Database(Storage):
             f"UPDATE conversations SET {names}, sum = ? WHERE id = ?", (*row, sum_of(*row), conversation)
         )
 
+    def note_turn(self, conversation: str) -> None:
+        """Keep in the row what its events say of a turn that is open, or that is to begin."""
+        now = open_turn(self, self.key(conversation))
+        if now != self.conversation(conversation).open_turn:
+            self.change(conversation, open_turn=now)
+
     def spoil(self, conversation: str, why: str) -> None:
         """Refuse the use of a conversation until `create` is called for it."""
         self._tails.pop(conversation, None)
@@ -267,7 +273,7 @@ class Database(Storage):
         key = self.key(conversation)
         bounds = event_id(key, from_seq), event_id(key, LAST_SEQ)
         self.rows("DELETE FROM events WHERE id BETWEEN ? AND ?", bounds)
-        self.change(conversation, open_turn=open_turn(self, key))
+        self.note_turn(conversation)
 
     def whole_after(self, key: int, seq: int) -> bool:
         """Return whether any event after this one is what was written, or may be."""

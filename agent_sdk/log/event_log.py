@@ -90,7 +90,7 @@ class ConversationRow(Struct, frozen=True, kw_only=True):
     head_seq: int
     meta: dict[str, Any]
     open_turn: str | None
-    """The run_id of a turn that has begun and not ended; empty: a message came, and its turn has not begun."""
+    """The run_id of a turn that has begun and not ended; empty: a message came, and no turn has read it."""
     damaged: bool
     """Nothing of it is served; it can only be deleted."""
 
@@ -382,10 +382,8 @@ class EventLog:
         records = [_number(event, tail.seq + nth) for nth, event in enumerate(events, 1)]
         database.insert(conversation, [(r.event.at, r.body) for r in records])
         self._heads[conversation] = tail.seq + len(records)
-        if telling := [event for event in events if isinstance(event, UserMessage | TurnStarted | TurnEnded)]:
-            before = database.conversation(conversation).open_turn
-            if (open_turn := _open_turn(before, telling)) != before:
-                database.change(conversation, open_turn=open_turn)
+        if any(isinstance(event, UserMessage | TurnStarted | TurnEnded) for event in events):
+            database.note_turn(conversation)
         if op is not None:
             result = op.result if isinstance(op.result, bytes) else op.result([r.event for r in records])
             database.operations.put(tail.key, op.op_id, op.digest, "", result)
@@ -441,17 +439,3 @@ def _row(listed: Listed) -> ConversationRow:
         open_turn=row.open_turn,
         damaged=damaged,
     )
-
-
-def _open_turn(before: str | None, events: Sequence[UserMessage | TurnStarted | TurnEnded]) -> str | None:
-    """Return what `ConversationRow.open_turn` is after these events."""
-    open_turn = before
-    for event in events:
-        match event:
-            case TurnStarted(run_id=run_id):
-                open_turn = run_id
-            case TurnEnded():
-                open_turn = None
-            case UserMessage():
-                open_turn = open_turn or ""
-    return open_turn

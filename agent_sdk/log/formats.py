@@ -5,6 +5,8 @@ No older format was ever released, so there is no way from one to this.
 
 from __future__ import annotations
 
+from typing import Any
+
 from agent_sdk.log.storage import Storage
 from agent_sdk.protocol.errors import Conflict
 
@@ -56,6 +58,10 @@ INSERT INTO clock VALUES (0);
 """
 
 LAST_SEQ = (1 << 36) - 1
+
+
+_MESSAGE, _ANSWER, _STARTED, _ENDED = b"user_messa", b"agent_mess", b"turn_start", b"turn_ended"
+"""How types of events begin, behind `{"type":"`."""
 
 
 def event_id(key: int, seq: int) -> int:
@@ -110,19 +116,29 @@ def make_tables(storage: Storage) -> None:
 
 
 def open_turn(storage: Storage, key: int) -> str | None:
-    """Return the run_id of the turn that began last, unless it ended; empty when a message came after its end."""
-    rows = storage.rows(
-        "SELECT CAST(body AS TEXT) ->> 'type', CAST(body AS TEXT) ->> 'run_id' FROM events "
-        "WHERE id BETWEEN ? AND ? AND substr(body, 1, 15) IN (?, ?, ?) ORDER BY id DESC",
-        (
-            event_id(key, 0),
-            event_id(key, LAST_SEQ),
-            *(b'{"type":"turn_s', b'{"type":"turn_e', b'{"type":"user_m'),
-        ),
-    )
-    waits = None
-    for kind, run_id in rows:
-        if kind != "user_message":
-            return run_id if kind == "turn_started" else waits
-        waits = ""
-    return waits
+    """Return the run_id of the turn that is open; empty: a message waits for the next turn; None: nothing waits.
+
+    A message that came since the last turn began waits when no answer of the model has seen it.
+    """
+    ended, waits, seen = False, False, None
+    with storage.translated():
+        for id, kind in storage.connection.execute(
+            "SELECT id, substr(body, 10, 10) FROM events WHERE id BETWEEN ? AND ? "
+            "AND substr(body, 10, 10) IN (?, ?, ?, ?) ORDER BY id DESC",
+            (event_id(key, 0), event_id(key, LAST_SEQ), _MESSAGE, _ANSWER, _STARTED, _ENDED),
+        ):
+            if kind == _MESSAGE:
+                waits = waits or id & LAST_SEQ > (seen or 0)
+            elif kind == _ANSWER:
+                seen = _field(storage, id, "seen_seq") if seen is None else seen
+            elif kind == _STARTED and not ended:
+                return str(_field(storage, id, "run_id"))
+            elif ended:
+                break
+            else:
+                ended = True
+    return "" if waits else None
+
+
+def _field(storage: Storage, id: int, name: str) -> Any:
+    return storage.value("SELECT CAST(body AS TEXT) ->> ? FROM events WHERE id = ?", (name, id))

@@ -36,9 +36,9 @@ def use(call_id: str) -> ToolUse:
 
 def test_a_message_is_shown_when_the_model_is_asked_next():
     history = grown(asks("a"), asks("b"))
-    assert (history.turns, history.unread) == ([], True)
+    assert (history.turns, bool(history.unread)) == ([], True)
     assert history.read() == 2
-    assert (history.turns, history.unread) == ([UserTurn("a"), UserTurn("b")], False)
+    assert (history.turns, history.unread) == ([UserTurn("a"), UserTurn("b")], [])
 
 
 def test_an_answer_has_all_its_calls_and_the_results_follow():

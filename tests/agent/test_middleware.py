@@ -294,6 +294,40 @@ async def test_a_stop_says_how_the_turn_ends_and_what_it_said():
     assert (outcome.status, outcome.final_text) == ("finished", "as before")
 
 
+@pytest.mark.parametrize("point", ["before_model", "after_model", "around_tool"])
+async def test_a_stop_as_finished_leaves_no_message_unread(point):
+    stops = [Stop("enough", status="finished", final_text="as before")]
+
+    async def stop(*given):
+        if stops:
+            accepted.append(await conversation.send_message("and this?"))
+            raise stops.pop()
+        return given[-1] if point != "around_tool" else await given[-1](given[-2])
+
+    accepted = []
+    agent = Agent(llm=ScriptedLLM(steps=SCRIPT), tools=[echo], middleware=[acting(point, stop)])
+    async with LocalConversation(agent) as conversation:
+        await conversation.send_message("go")
+        outcome = await conversation.run()
+        assert (outcome.status, outcome.final_text) == ("finished", "done")
+        assert [each.run_id for each in accepted] == [outcome.run_id]
+        events = [event async for event in conversation.events()]
+        assert len(of(ToolReturned, events)) == len(of(ToolCalled, events))
+        assert of(AgentMessage, events)[-1].seen_seq >= accepted[0].seq
+
+
+async def test_a_stop_as_finished_that_lets_the_model_read_nothing_is_obeyed_in_the_end():
+    async def stop(*_):
+        if len(of(UserMessage, [event async for event in conversation.events()])) < 2:
+            await conversation.send_message("and this?")
+        raise Stop("enough", status="finished")
+
+    agent = Agent(llm=ScriptedLLM(steps=SCRIPT), tools=[echo], middleware=[acting("before_model", stop)])
+    async with LocalConversation(agent) as conversation:
+        await conversation.send_message("go")
+        assert (await conversation.run()).reason == "enough"
+
+
 async def test_a_stop_at_the_end_of_a_turn_changes_nothing():
     async def stop(*_):
         raise Stop("too late")

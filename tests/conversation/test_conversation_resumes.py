@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -17,6 +19,7 @@ from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import HistoryLost
 from agent_sdk.protocol.events import (
     AgentMessage,
+    Interrupted,
     RequestOpened,
     RequestResolved,
     ToolReturned,
@@ -290,16 +293,90 @@ async def test_a_stored_agent_that_this_version_cannot_make_fails_its_turn_with_
         assert "there is no built-in tool 'telepathy'" in end.reason
 
 
-async def test_a_message_whose_turn_had_not_started_gets_the_turn_it_was_promised(opening, tmp_path):
+async def written_before_the_kill(opening, tmp_path, *steps):
+    """Leave the log as a process does that is killed after these events; a message has the turn it was promised."""
     async with opening(None) as first:
         await first.configure(acting(say("hello")))
-    message = operation(SendMessage(op_id=new_id(), text="go"))
     async with EventLog.open(tmp_path / FILE_NAME) as log:
-        await log.append(
-            MINE, [UserMessage(text="go", op_id=message.op_id)], op=with_acceptance(message, "promised")
-        )
+        for step in steps:
+            if isinstance(step, tuple):
+                text, promised = step
+                message = operation(SendMessage(op_id=new_id(), text=text))
+                event = UserMessage(text=text, op_id=message.op_id)
+                await log.append(MINE, [event], op=with_acceptance(message, promised))
+            else:
+                await log.append(MINE, step)
+
+
+async def test_a_message_whose_turn_had_not_started_gets_the_turn_it_was_promised(opening, tmp_path):
+    await written_before_the_kill(opening, tmp_path, ("go", "promised"))
     async with opening(None) as second:
         assert (await until(second, TurnEnded)).run_id == "promised"
+
+
+@pytest.mark.parametrize("status", ["finished", "interrupted", "limit", "failed", "stopped"])
+async def test_a_message_that_came_while_a_turn_was_ending_gets_the_next_one(opening, tmp_path, status):
+    end = [TurnEnded(run_id="before", status=status)]
+    if status == "stopped":
+        end = [Interrupted(), TurnEnded(run_id="before", status="interrupted")]
+    await written_before_the_kill(
+        opening, tmp_path, ("go", "before"), [TurnStarted(run_id="before")], ("and?", "promised"), end
+    )
+    async with EventLog.open(tmp_path / FILE_NAME) as log:
+        assert [row.open_turn for row in await log.list()] == [""]
+    async with opening(None) as second:
+        ended = await until(second, TurnEnded, 2)
+        assert (ended.run_id, ended.status, ended.final_text) == ("promised", "finished", "hello")
+
+
+async def test_a_message_that_an_interrupted_turn_has_not_read_does_not_begin_another(opening, tmp_path):
+    end = [Interrupted(), TurnEnded(run_id="before", status="interrupted")]
+    await written_before_the_kill(
+        opening, tmp_path, ("go", "before"), [TurnStarted(run_id="before")], ("and?", "before"), end
+    )
+    async with opening(None) as second:
+        assert not second.working
+
+
+async def test_a_message_that_a_later_turn_has_not_read_either_does_not_begin_another(opening, tmp_path):
+    stopped = Interrupted()
+    await written_before_the_kill(
+        opening,
+        tmp_path,
+        ("go", "before"),
+        [TurnStarted(run_id="before")],
+        [stopped, TurnEnded(run_id="before", status="interrupted")],
+        [TurnStarted(run_id="later"), stopped, TurnEnded(run_id="later", status="interrupted")],
+    )
+    async with opening(None) as second:
+        assert not second.working
+
+
+async def test_a_message_to_a_turn_that_is_being_paused_waits_for_run(opening, tmp_path):
+    end = [TurnEnded(run_id="before", status="paused")]
+    await written_before_the_kill(
+        opening, tmp_path, ("go", "before"), [TurnStarted(run_id="before")], ("and?", "promised"), end
+    )
+    async with opening(None) as second:
+        assert not second.working
+        assert (await second.run(timeout=PATIENCE)).final_text == "hello"
+
+
+async def test_a_promise_that_was_made_before_another_message_is_kept(opening, tmp_path):
+    await written_before_the_kill(
+        opening, tmp_path, ("go", "promised"), [UserMessage(text="without an op_id: nothing was promised")]
+    )
+    async with opening(None) as second:
+        assert (await until(second, TurnEnded)).run_id == "promised"
+
+
+async def test_a_conversation_opens_although_the_promise_of_its_message_cannot_be_read(opening, tmp_path):
+    await written_before_the_kill(opening, tmp_path, ("go", "promised"))
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as file, file:
+        file.execute("UPDATE operations SET result = 'damaged'")
+    async with opening(None) as second:
+        assert not second.working
+        assert (await second.run(timeout=PATIENCE)).final_text == "hello"
 
 
 async def test_nothing_is_stored_of_a_conversation_without_settings(opening, tmp_path):

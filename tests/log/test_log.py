@@ -21,7 +21,7 @@ from agent_sdk.protocol.errors import (
     StateConflict,
     WorkspaceUnavailable,
 )
-from agent_sdk.protocol.events import Event, TurnEnded, TurnStarted, UserMessage, decode
+from agent_sdk.protocol.events import AgentMessage, Event, TurnEnded, TurnStarted, UserMessage, decode
 
 ROOT = Path(__file__).parents[2]
 
@@ -471,12 +471,17 @@ async def test_a_log_knows_which_conversations_have_something_to_do(path):
             said("go"),
             [TurnStarted(run_id="r")],
             said("and this"),
+            [AgentMessage(run_id="r", text="this", seen_seq=3)],
             [TurnEnded(run_id="r", status="finished")],
+            [TurnStarted(run_id="s"), AgentMessage(run_id="s", text="nothing new", seen_seq=5)],
+            said("too late for this one"),
+            [TurnEnded(run_id="s", status="finished")],
+            [TurnStarted(run_id="t"), TurnEnded(run_id="t", status="interrupted")],
             said("more"),
         ):
             await log.append("c", events)
             seen += [row.open_turn for row in await log.list()]
-        assert seen == ["", "r", "r", None, ""]
+        assert seen == ["", "r", "r", "r", None, "s", "s", "", None, ""]
 
 
 async def test_what_a_deleted_conversation_took_is_given_back_to_the_disk(file):

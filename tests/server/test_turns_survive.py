@@ -18,7 +18,7 @@ from aiohttp import web
 from agent_sdk.conversation.log import operation, with_acceptance
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
-from agent_sdk.protocol.events import UserMessage
+from agent_sdk.protocol.events import TurnEnded, TurnStarted, UserMessage
 from agent_sdk.protocol.methods.conversation import SendMessage
 from tests.agent.llm.provider import events as spoken
 from tests.conftest import SHORT_LIVED
@@ -183,7 +183,16 @@ async def server(tmp_path) -> AsyncIterator[Callable[..., Any]]:
 # --- a message is in the log when the server dies, and its turn has not begun ---
 
 
-async def test_a_message_whose_turn_had_not_begun_is_answered_by_the_next_server(server, pipe, tmp_path):
+ENDING = {
+    "none": ([], []),
+    "one ended": ([TurnStarted(run_id="before")], [TurnEnded(run_id="before", status="interrupted")]),
+}
+
+
+@pytest.mark.parametrize("turn", ENDING)
+async def test_a_message_whose_turn_had_not_begun_is_answered_by_the_next_server(
+    server, pipe, tmp_path, turn
+):
     begun = pipe("begun")
     first = await server()
     id = await first.conversation(call("terminal", command=f"echo > {begun}"), say("heard"))
@@ -191,10 +200,15 @@ async def test_a_message_whose_turn_had_not_begun_is_answered_by_the_next_server
     op_id = new_id()
     async with EventLog.open(tmp_path / "data" / "log.db") as log:
         row = with_acceptance(operation(SendMessage(op_id=op_id, text="hello?")), "promised")
+        before, after = ENDING[turn]
+        await log.append(id, before)
         await log.append(id, [UserMessage(text="hello?", op_id=op_id)], op=row)
+        await log.append(id, after)
     second = await server()
     await begun.line()  # nobody has asked this server for the conversation yet
-    events = await second.until(id, is_a("turn_ended"))
+    events = await second.until(
+        id, lambda event: event["type"] == "turn_ended" and event["run_id"] != "before"
+    )
     assert (events[-1]["run_id"], events[-1]["final_text"]) == ("promised", "heard")
 
 
