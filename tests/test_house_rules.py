@@ -18,7 +18,6 @@ FILE_LINES = 500
 SHORT = 50
 SHORT_FOLDERS = {
     "agent_sdk/agent/middleware/": "a feature of the agent is a file",
-    "agent_server/cli/commands/": "a command of the command line is a file",
 }
 SHORT_FILES = {
     "agent_sdk/agent/llm/lenient.py": "both dialects read answers with it",

@@ -2,14 +2,14 @@
 
 A client like any other. Each command is imported when it is used.
 
-main:         from the words of a command line to its command
-arguments:    the arguments of all commands
-client:       servers to use
-workspace:    workspaces to use
-terminal:     text for a terminal
-stdio:        standard input and output
-viewer:       events, shown as they come
-transcript:   events as text
-engine_check: what doctor looks at in an engine
-commands:     one file per command
+main:          from the words of a command line to its command
+arguments:     the arguments of all commands
+client:        servers and workspaces to use
+terminal:      standard input and output, text for people
+transcript:    events as text, shown as they come
+events:        run, events, attach
+workspace:     exec, cp
+conversations: ls, rm, prune
+server:        serve, health, config, backup
+doctor:        what works on this machine
 """

@@ -1,7 +1,7 @@
 """What can be typed: the commands and their options.
 
-It imports nothing but argparse, so that `agent-server --help` answers at once. What the commands do
-is in `commands`, one file each, imported when the command is used.
+It imports nothing but argparse, so that `agent-server --help` answers at once. The module that does what a command
+says is imported when the command is used.
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
+def work_of(command: str) -> tuple[str, str]:
+    """Return the module of this package that does what a command says, and its function."""
+    module, _, name = _COMMANDS[command][2].partition(".")
+    return module, name
+
+
 def help_text() -> str:
     """Return what `agent-server --help` prints."""
     return _parser().format_help()
@@ -81,7 +87,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error came from")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, (summary, fill) in _COMMANDS.items():
+    for name, (summary, fill, _) in _COMMANDS.items():
         child = commands.add_parser(name, help=summary, description=f"{summary}.", allow_abbrev=False)
         fill(child)
     return parser
@@ -197,21 +203,31 @@ def _config(parser: argparse.ArgumentParser) -> None:
     _json(parser, "print one JSON object per line")
 
 
-_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "serve": ("run the server", _serve),
-    "run": ("run one conversation to its end; exit code 0 only when the agent finished", _run),
-    "exec": ("run a command in a workspace; its exit code is ours", _exec),
-    "cp": ("copy a file or a folder into or out of a workspace", _cp),
-    "ls": ("list the conversations of a server", _ls),
-    "rm": ("remove conversations with their logs and workspaces", _rm),
-    "prune": ("remove the conversations that nobody has used for long", _prune),
-    "events": ("show the events of a conversation", _events),
-    "attach": ("watch a conversation and talk to it; Ctrl-C leaves, the agent goes on", _attach),
-    "doctor": ("say what works on this machine, and how to mend what does not", _config),
-    "health": ("ask whether a server answers; exit code 0 when it does", _health),
-    "config": ("show every option of the server, its value and where it was set", _config),
-    "backup": ("copy the data folder of a server, also while it works", _backup),
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
+    "serve": ("run the server", _serve, "server.serve"),
+    "run": ("run one conversation to its end; exit code 0 only when the agent finished", _run, "events.run"),
+    "exec": ("run a command in a workspace; its exit code is ours", _exec, "workspace.execute"),
+    "cp": ("copy a file or a folder into or out of a workspace", _cp, "workspace.copy"),
+    "ls": ("list the conversations of a server", _ls, "conversations.list_them"),
+    "rm": ("remove conversations with their logs and workspaces", _rm, "conversations.remove"),
+    "prune": ("remove the conversations that nobody has used for long", _prune, "conversations.prune"),
+    "events": ("show the events of a conversation", _events, "events.show"),
+    "attach": (
+        "watch a conversation and talk to it; Ctrl-C leaves, the agent goes on",
+        _attach,
+        "events.attach",
+    ),
+    "doctor": ("say what works on this machine, and how to mend what does not", _config, "doctor.doctor"),
+    "health": ("ask whether a server answers; exit code 0 when it does", _health, "server.health"),
+    "config": (
+        "show every option of the server, its value and where it was set",
+        _config,
+        "server.show_options",
+    ),
+    "backup": ("copy the data folder of a server, also while it works", _backup, "server.back_up"),
 }
+
+"""By name: what it is for, what fills in its options, and the function that does it."""
 
 
 def _workspace(parser: argparse.ArgumentParser) -> None:

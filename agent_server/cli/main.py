@@ -61,9 +61,8 @@ def _perform(given: argparse.Namespace) -> int:
     try:
         if given.version:
             return _version()
-        # The name is one of the parser's own.
-        command = import_module(f"agent_server.cli.commands.{given.command}")
-        return _until_stopped(command.main, given)
+        module, name = arguments.work_of(given.command)
+        return _until_stopped(getattr(import_module(f"agent_server.cli.{module}"), name), given)
     except Exception as exc:  # the boundary of the process: people get a sentence, not a traceback
         if given.traceback:
             raise

@@ -1,24 +1,40 @@
-"""Text for people: control characters made visible, colours only where they are wanted."""
+"""Standard input, output and error, read and written without a thread and without ever holding up the loop.
+
+Text for people: control characters made visible, colours only where they are wanted. A pager that waits, a terminal
+that is held (^S) or a full pipe would otherwise stop heartbeats, and the server would hang up on us.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable
+import select
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from agent_sdk.protocol.visible import visible, visible_json
-from agent_server.cli.stdio import Outlet
+import msgspec
 
-STDOUT, STDERR = 1, 2
-__all__ = ["STDERR", "STDOUT", "Style", "Terminal", "json_line", "one_line", "open_terminal", "visible"]
+from agent_sdk.protocol.visible import visible, visible_json
+
+STDIN, STDOUT, STDERR = 0, 1, 2
+PIECE_BYTES = 64 << 10
+ALWAYS_FITS = select.PIPE_BUF
+"""A pipe that is ready takes this many bytes without waiting."""
 
 Style = Literal["", "bold", "dim", "red", "green", "yellow", "cyan"]
 Paint = Callable[[str, Style], str]
+Row = tuple[tuple[str, ...], Style]
+"""Cells of a table, and how they look."""
 
 
 def json_line(text: bytes) -> bytes:
     """Return JSON as a line for programs, which a terminal may show as well."""
     return visible_json(text) + b"\n"
+
+
+async def print_json(values: Iterable[object]) -> None:
+    """Write values to standard output, one JSON object per line."""
+    await Outlet(STDOUT).write(b"".join(json_line(msgspec.json.encode(value)) for value in values))
 
 
 def one_line(text: str) -> str:
@@ -47,6 +63,14 @@ class Terminal:
         await self.write(text, style)
         await self.write("\n")
 
+    async def table(self, head: tuple[str, ...], rows: Sequence[Row]) -> None:
+        """Write rows in columns that are as wide as they need to be."""
+        lines: list[Row] = [(head, "bold"), *rows]
+        widths = [max(map(len, column)) for column in zip(*(cells for cells, _ in lines), strict=True)]
+        for cells, style in lines:
+            padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            await self.line("  ".join(padded).rstrip(), style)
+
 
 def open_terminal(descriptor: int = STDOUT) -> Terminal:
     """Return the terminal behind a descriptor: with colours when it is one and `rich` is installed."""
@@ -70,3 +94,78 @@ def _painter() -> Paint | None:
         return RichStyle.parse(style).render(text, color_system=ColorSystem.STANDARD)
 
     return paint
+
+
+class Inlet:
+    """One descriptor to read from."""
+
+    def __init__(self, descriptor: int = STDIN) -> None:
+        self._descriptor = descriptor
+
+    async def read(self) -> bytes:
+        """Return the next bytes, at most 64 KiB; nothing at the end. Cancelling loses nothing.
+
+        Raises:
+            OSError: it cannot be read, e.g. because it is closed.
+        """
+        await self._ready()
+        return os.read(self._descriptor, PIECE_BYTES)
+
+    async def read_all(self) -> bytes:
+        """Return everything up to the end."""
+        pieces = []
+        while piece := await self.read():
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def _ready(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        try:
+            loop.add_reader(self._descriptor, ready.set)
+        except PermissionError:
+            return  # a regular file or /dev/null: never a reason to wait
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(self._descriptor)
+
+
+class Outlet:
+    """One descriptor to write to. Pieces arrive whole and in the order of the calls."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._turn = asyncio.Lock()
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def columns(self) -> int | None:
+        """Return the width of the terminal that it is; None when it is none."""
+        try:
+            return os.get_terminal_size(self.descriptor).columns or None
+        except OSError:
+            return None
+
+    async def write(self, data: bytes) -> None:
+        """Write all of it; cancelling leaves the rest unwritten.
+
+        Raises:
+            BrokenPipeError: nobody reads any more.
+            OSError: the disk is full, …
+        """
+        async with self._turn:
+            view = memoryview(data)
+            while view:
+                if not self._poll.poll(0):
+                    await self._room()
+                view = view[os.write(self.descriptor, view[:ALWAYS_FITS]) :]
+
+    async def _room(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        loop.add_writer(self.descriptor, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_writer(self.descriptor)

@@ -17,11 +17,11 @@ from pathlib import Path
 from agent_sdk import LLM, Agent, Conversation, RemoteWorkspace
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.protocol.specs import Model
+from agent_sdk.protocol.visible import visible
 from agent_sdk.testing import ScriptedLLM, call, say
 from agent_sdk.workspace.contract import Workspace
-from agent_server.cli.terminal import Terminal, open_terminal, visible
-from agent_server.cli.transcript import usage
-from agent_server.cli.viewer import open_viewer
+from agent_server.cli.terminal import Terminal, open_terminal
+from agent_server.cli.transcript import open_viewer, usage
 
 PROJECT = Path(__file__).parent / "project"
 TESTS = f"PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 {shlex.quote(sys.executable)} -B -m pytest"

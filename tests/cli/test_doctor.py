@@ -8,9 +8,9 @@ import socket
 import pytest
 
 from agent_server.app import CANNOT_LISTEN
+from agent_server.cli import doctor
 from agent_server.cli.arguments import parse
-from agent_server.cli.commands import doctor
-from agent_server.cli.engine_check import examine_engine
+from agent_server.cli.doctor import examine_engine, look
 from agent_server.config.options import load
 from agent_server.config.sources import StartRefused
 from agent_server.serve import serving
@@ -85,32 +85,32 @@ def config(**options):
 async def test_a_port_in_use_is_a_problem():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        check = await doctor.port(config(port=taken.getsockname()[1]))
+        check = await look("port", config(port=taken.getsockname()[1]))
     assert check.state == "problem"
     assert (check.found.partition(": ")[2], check.mend) == tuple(CANNOT_LISTEN[errno.EADDRINUSE].split("; "))
 
 
 async def test_a_server_that_runs_already_is_fine(running_server):
     number = int(running_server.url.rpartition(":")[2])
-    check = await doctor.port(config(port=number))
+    check = await look("port", config(port=number))
     assert (check.state, check.found) == ("ok", f"an agent server is running on 127.0.0.1 port {number}")
 
 
 async def test_a_host_that_is_not_ours_is_a_problem():
-    assert (await doctor.port(config(host="192.0.2.1", port=0))).state == "problem"
+    assert (await look("port", config(host="192.0.2.1", port=0))).state == "problem"
 
 
 @pytest.mark.parametrize("place", ["{0}/a-file/data", "/proc/agent-server"])
-def test_a_data_folder_that_cannot_be_written_is_a_problem(tmp_path, place):
+async def test_a_data_folder_that_cannot_be_written_is_a_problem(tmp_path, place):
     (tmp_path / "a-file").touch()
-    assert doctor.data_folder(config(data=place.format(tmp_path))).state == "problem"
+    assert (await look("data folder", config(data=place.format(tmp_path)))).state == "problem"
 
 
-def test_a_key_that_others_can_read_is_a_problem(tmp_path):
+async def test_a_key_that_others_can_read_is_a_problem(tmp_path):
     file = tmp_path / "api_key"
     file.write_text("0123456789abcdef")
     file.chmod(0o644)
-    check = doctor.server_key(config(data=str(tmp_path)))
+    check = await look("server key", config(data=str(tmp_path)))
     assert (check.state, check.mend) == ("problem", f"run: chmod 600 {file}")
 
 
@@ -132,7 +132,7 @@ async def test_what_keeps_a_server_from_starting_is_a_problem_in_the_same_words(
         for option, value in options.items()
     }
     wanted = config(data=str(tmp_path / "data"), port=0, **given)
-    check = {"server key": doctor.server_key, "secrets key": doctor.secrets_key}[name](wanted)
+    check = await look(name, wanted)
     with pytest.raises(StartRefused) as refused:
         async with serving(wanted, on_ready=print):
             pass
@@ -144,19 +144,19 @@ async def test_a_tenant_without_its_key_file_is_a_problem(tmp_path):
     (tmp_path / "c.toml").write_text(
         '[server]\nruntime_api = "process"\n[runtime_api.tenants.a]\nkey_file = "/none"\n'
     )
-    check = doctor.tenants(load(tmp_path / "c.toml", environ={}))
+    check = await look("runtime api", load(tmp_path / "c.toml", environ={}))
     assert (check.state, "/none" in check.found) == ("problem", True)
 
 
-def test_without_a_secrets_key_one_is_recommended(tmp_path):
-    check = doctor.secrets_key(config(data=str(tmp_path)))
+async def test_without_a_secrets_key_one_is_recommended(tmp_path):
+    check = await look("secrets key", config(data=str(tmp_path)))
     assert (check.state, "secrets_key" in check.mend) == ("warning", True)
 
 
 @as_root
 async def test_an_isolation_that_works_here_is_fine_and_leaves_nothing(tmp_path):
     let_others_through(tmp_path)
-    check = await doctor.isolation(config(data=str(tmp_path / "data"), isolation="user"))
+    check = await look("isolation", config(data=str(tmp_path / "data"), isolation="user"))
     assert (check.state, check.found) == ("ok", "user: a box can be started like this")
     assert list(tmp_path.iterdir()) == []
 
@@ -164,14 +164,14 @@ async def test_an_isolation_that_works_here_is_fine_and_leaves_nothing(tmp_path)
 @as_root
 async def test_a_folder_that_boxes_cannot_reach_is_a_problem(tmp_path):
     tmp_path.chmod(0o700)
-    check = await doctor.isolation(config(data=str(tmp_path / "data"), isolation="user"))
+    check = await look("isolation", config(data=str(tmp_path / "data"), isolation="user"))
     assert (check.state, "cannot reach the data folder" in check.found) == ("problem", True)
     assert "chmod o+x" in check.mend
 
 
 async def test_a_runtime_api_without_its_engine_is_a_problem():
-    (check,) = (await engine_checks("unix:///nowhere/docker.sock", runtime_api="docker")).values()
-    assert (check.name, check.state) == ("docker", "problem")
+    ((name, check),) = (await engine_checks("unix:///nowhere/docker.sock", runtime_api="docker")).items()
+    assert (name, check.state) == ("docker", "problem")
 
 
 @pytest.mark.parametrize(
@@ -184,21 +184,21 @@ async def test_a_runtime_api_without_its_engine_is_a_problem():
         ({"LLM_MODEL": "x", "LLM_BASE_URL": "http://127.0.0.1:9/v1"}, "ok", "x at 127.0.0.1:9"),
     ],
 )
-def test_the_model_is_checked_without_asking_it(monkeypatch, environ, state, found):
+async def test_the_model_is_checked_without_asking_it(monkeypatch, environ, state, found):
     for name in ("LLM_MODEL", "LLM_API_KEY", "LLM_BASE_URL"):
         monkeypatch.setenv(name, environ.get(name, ""))
-    check = doctor.model()
+    check = await look("model", config())
     assert check.state == state
     assert found in check.found
 
 
 async def engine_checks(url, **options):
-    return {check.name: check async for check in examine_engine(config(engine=url, **options))}
+    return {name: check async for name, check in examine_engine(config(engine=url, **options))}
 
 
 async def test_a_machine_without_an_engine_is_only_warned():
-    (check,) = (await engine_checks("unix:///nowhere/docker.sock")).values()
-    assert (check.name, check.state) == ("docker", "warning")
+    ((name, check),) = (await engine_checks("unix:///nowhere/docker.sock")).items()
+    assert (name, check.state) == ("docker", "warning")
     assert check.found == "there is no engine at unix:///nowhere/docker.sock"
     assert check.mend == "start Docker, or set DOCKER_HOST; only containers need it"
 

@@ -7,9 +7,8 @@ import msgspec
 import pytest
 
 from agent_sdk.protocol.errors import WorkspaceUnavailable
-from agent_sdk.protocol.visible import shown
-from agent_server.cli.stdio import Inlet, Outlet
-from agent_server.cli.terminal import Terminal, json_line, one_line, visible
+from agent_sdk.protocol.visible import shown, visible
+from agent_server.cli.terminal import Inlet, Outlet, Terminal, json_line, one_line
 
 
 @pytest.fixture

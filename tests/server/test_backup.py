@@ -17,7 +17,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import InvalidParams, PathExists, PathNotFound
 from agent_sdk.protocol.events import UserMessage
-from agent_server.cli.commands.backup import backup
+from agent_server.cli.server import backup
 from agent_server.data_folder import DataFolder
 from tests.conftest import SHORT_LIVED
 from tests.server.test_serve import started

@@ -1,4 +1,9 @@
-"""agent-server attach: a conversation's history, then what happens; a typed line is a message to the agent."""
+"""One conversation, its events shown as they come.
+
+run:    begin one, or go on with one, until its turn has ended
+events: from a seq to its end, or for as long as it goes on
+attach: its history, then what happens; a typed line is a message to the agent
+"""
 
 from __future__ import annotations
 
@@ -6,35 +11,38 @@ import argparse
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, Literal
 
-from agent_sdk import Conversation, Event
-from agent_sdk.conversation.contract import Conversation as ConversationContract
-from agent_sdk.protocol.errors import AgentServerError, TimedOut
-from agent_sdk.protocol.events import RequestOpened, RequestResolved, TurnEnded, UserMessage
-from agent_server.cli.client import find_server
-from agent_server.cli.stdio import STDIN, Inlet
-from agent_server.cli.terminal import STDERR, one_line, open_terminal
-from agent_server.cli.viewer import Viewer, open_viewer, tell_waits
+import msgspec
 
+from agent_sdk import LLM, Agent, Conversation, Event, ScriptedLLM
+from agent_sdk.conversation.contract import Conversation as ConversationContract
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams, PathDenied, PathNotFound, TimedOut
+from agent_sdk.protocol.events import RequestOpened, RequestResolved, TurnEnded, UserMessage
+from agent_sdk.protocol.specs import Model, Step
+from agent_server.cli.client import entered, find_server
+from agent_server.cli.terminal import STDERR, STDIN, Inlet, one_line, open_terminal
+from agent_server.cli.transcript import Viewer, open_viewer, tell_waits
+from agent_server.config.options import client_environment
+
+STOP_SECONDS = 15.0
 HELP = "a line is a message; /approve, /reject [reason], /pause, /run, /interrupt; Ctrl-C leaves, the agent goes on"
 
 
-async def main(given: argparse.Namespace) -> int:
+async def attach(given: argparse.Namespace) -> int:
     """Show it until Ctrl-C, or until the lines of a piped input are answered."""
     left = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, left.set)
-    async with find_server(given).workspace(conversation=given.id) as workspace:
-        conversation = Conversation(None, workspace, id=given.id)
-        async with conversation:
-            typed = os.isatty(STDIN)
-            if typed:
-                await open_terminal(STDERR).line(f"[{HELP}]", "dim")
-            await tell_waits(conversation)
-            visit = Visit(conversation, open_viewer(json=False), typed=typed)
-            await _first(visit.watch(given.since), visit.listen(), left.wait())
+    async with _of_a_server(given) as conversation:
+        typed = os.isatty(STDIN)
+        if typed:
+            await open_terminal(STDERR).line(f"[{HELP}]", "dim")
+        await tell_waits(conversation)
+        visit = Visit(conversation, open_viewer(json=False), typed=typed)
+        await _first(visit.watch(given.since), visit.listen(), left.wait())
     return 0
 
 
@@ -142,3 +150,88 @@ async def _first(*work: Coroutine[Any, Any, object]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def run(given: argparse.Namespace) -> int:
+    """Run it; 0 only when the agent finished. Stopping this program stops the turn, on a server, too."""
+    model = _model(given)
+    viewer = open_viewer(json=given.json)
+    async with entered(given) as workspace:
+        conversation = Conversation(
+            Agent(llm=model) if model else None,
+            workspace,
+            id=given.conversation,
+            callbacks=[viewer.event],
+            on_delta=viewer.delta,
+            max_iterations=given.max_iterations,
+        )
+        async with conversation:
+            await conversation.send_message(given.task)
+            try:
+                outcome = await viewer.watch(conversation.run())
+            except BaseException:
+                await _stop(conversation)
+                raise
+    return 0 if outcome.status == "finished" else 1
+
+
+async def _stop(conversation: ConversationContract) -> None:
+    with suppress(AgentServerError, TimeoutError):
+        async with asyncio.timeout(STOP_SECONDS):
+            await conversation.interrupt("stopped from the command line")
+
+
+def _model(given: argparse.Namespace) -> Model | None:
+    """The model to use; None: the one that an existing conversation has."""
+    if given.script is not None and given.model is not None:
+        raise InvalidParams("--script and --model contradict each other; use one of them")
+    if given.script is not None:
+        return ScriptedLLM(steps=_steps(given.script))
+    environment = dict(client_environment().llm)
+    if given.model is not None:
+        environment["LLM_MODEL"] = given.model
+    if not environment.get("LLM_MODEL"):
+        if given.conversation is not None:
+            return None
+        raise InvalidParams(
+            "no model is named; use --model or set LLM_MODEL (e.g. openai/gpt-5.5, its key in LLM_API_KEY), "
+            "or use --script FILE"
+        )
+    return LLM.from_env(environment)
+
+
+def _steps(name: str) -> tuple[Step, ...]:
+    try:
+        return msgspec.json.decode(Path(name).expanduser().read_bytes(), type=tuple[Step, ...])
+    except FileNotFoundError:
+        raise PathNotFound(f"{name}: no such script file", path=name) from None
+    except OSError as exc:
+        raise PathDenied(f"{name}: the script cannot be read: {exc.strerror}", path=name) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        example = '[{"step": "say", "text": "Done."}]'
+        raise InvalidParams(
+            f"{name} is no script: {exc}; a script is a JSON list of steps like {example}"
+        ) from None
+
+
+async def show(given: argparse.Namespace) -> int:
+    """Show the events of a conversation."""
+    viewer = open_viewer(json=given.json)
+    async with _of_a_server(given) as conversation:
+
+        async def each() -> None:
+            async for event in conversation.events(given.since, given.follow):
+                await viewer.event(event)
+
+        await tell_waits(conversation)
+        await viewer.watch(each())
+    return 0
+
+
+@asynccontextmanager
+async def _of_a_server(given: argparse.Namespace) -> AsyncIterator[ConversationContract]:
+    async with (
+        find_server(given).workspace(conversation=given.id) as workspace,
+        Conversation(None, workspace, id=given.id) as conversation,
+    ):
+        yield conversation
