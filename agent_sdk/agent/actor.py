@@ -12,6 +12,7 @@ from agent_sdk.agent.middleware.registry import chain_of
 from agent_sdk.agent.place import Passing, Place
 from agent_sdk.agent.toolbox import Toolbox, local_and_remote
 from agent_sdk.agent.tools.registry import make_tool
+from agent_sdk.agent.turn_state import is_left
 from agent_sdk.middleware import Middleware, TurnContext
 from agent_sdk.models import ModelClient
 from agent_sdk.protocol.errors import InvalidParams
@@ -106,15 +107,12 @@ class Actor:
         spec = self.toolbox.spec(tool)
         return spec is not None and spec.read_only
 
-    def context(
-        self, call_key: str, begun_in: str | None = None, leaving: Callable[[], bool] = lambda: False
-    ) -> ToolContext:
+    def context(self, call_key: str, begun_in: str | None = None) -> ToolContext:
         """Return what tools may use in a call.
 
         Args:
             call_key: what tells it from all others.
             begun_in: the place in which another process may have begun it.
-            leaving: whether another process goes on with it.
         """
         place = self.workspace if begun_in is None else self.place.again(begun_in)
         return ToolContext(
@@ -123,7 +121,7 @@ class Actor:
             call_key=call_key,
             same_place=place is not None,
             ends=self.mask.ends,
-            leaving=leaving,
+            leaving=is_left,
         )
 
     def turn_context(

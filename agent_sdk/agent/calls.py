@@ -243,7 +243,7 @@ class Calls:
         if actor.toolbox.runs_in_client(call.tool):
             return await self._run_in_client(call)
         begun = call.call_id in self._begun
-        context = actor.context(_key(call), call.place if begun else None, lambda: self._course.leaving)
+        context = actor.context(_key(call), call.place if begun else None)
         return await actor.toolbox.run(call.tool, call.arguments, context, begun=begun)
 
     async def _run_in_client(self, call: ToolCalled) -> ToolResult:

@@ -19,7 +19,7 @@ from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
 from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure
 from agent_sdk.agent.mask import Mask
-from agent_sdk.agent.turn_state import Course, Phase, Stage, TurnLog
+from agent_sdk.agent.turn_state import PRESENT, Course, Phase, Stage, TurnLog
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.middleware import ModelCall, Stop, TurnContext
 from agent_sdk.models import Completion
@@ -136,6 +136,7 @@ class Turn:
     async def run(self) -> None:
         """Work to the end. An error is kept in `failure`, not raised. Cancelling the task is an interruption."""
         self._task = asyncio.current_task()
+        PRESENT.set(self.course)
         try:
             await self._work()
         except Exception as exc:  # the turn's boundary: even the log may fail
@@ -165,7 +166,7 @@ class Turn:
         if self.course.stage is Stage.WORKING:
             self.course.stage = Stage.LEAVING
         # Else its end in the log must not be broken off.
-        if self.course.leaving and self._task is not None and (now or not self.course.unbroken):
+        if self._task is not None and self.course.break_off(now=now):
             self._task.cancel()
 
     async def respond(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from asyncio import CancelledError
 from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -256,6 +257,7 @@ class Course:
         self._stage = Stage.WORKING
         self.unbroken = False
         """Whether it does what no other process could go on with: that is finished before the turn is left."""
+        self._broken_off = False
 
     @property
     def stage(self) -> Stage:
@@ -275,6 +277,16 @@ class Course:
     def ending(self) -> bool:
         """Whether its end is decided."""
         return self._stage is Stage.ENDING
+
+    @property
+    def left(self) -> bool:
+        """Whether it was broken off to be left: what is cancelled in it from then on goes on where it runs."""
+        return self._broken_off and self.leaving
+
+    def break_off(self, *, now: bool) -> bool:
+        """Leave it where it is, if it is leaving and may be broken off, or has to be: `now`. Return whether it is."""
+        self._broken_off = self._broken_off or (self.leaving and (now or not self.unbroken))
+        return self.left
 
     def check(self, *, may_leave: bool = True) -> None:
         """Go on with the work, also after somebody else's code, which may have swallowed its cancellation.
@@ -303,6 +315,19 @@ class Course:
             yield
         finally:
             self.unbroken = False
+
+
+PRESENT: ContextVar[Course] = ContextVar("PRESENT")
+"""Of the turn that the present task works for."""
+
+
+def is_left() -> bool:
+    """Return whether what is cancelled in this task goes on where it runs, for the process that goes on with its turn.
+
+    Not what a turn cancels that was stopped, nor what a tool gives up by itself, whatever the process does meanwhile.
+    """
+    course = PRESENT.get(None)
+    return course is not None and course.left
 
 
 class TurnLog(Protocol):

@@ -187,7 +187,9 @@ class ForwardedCalls:
         if runs := [run for runs in self._running.values() for run in runs]:
             self._link.owing = True
             for run in runs:
-                run.forwarded.let_go = True
+                run.forwarded.let_go = (
+                    not run.task.cancelling()
+                )  # what its caller cancels is to end in the box
             await _stop(runs)
 
     # --- what changes nothing ---
@@ -368,8 +370,9 @@ class _Run:
 
 async def _stop(runs: list[_Run]) -> None:
     for run in runs:
-        run.stopped = True
-        run.task.cancel()
+        if not run.task.cancelling():
+            run.stopped = True
+            run.task.cancel()
     if runs:
         await asyncio.wait([run.over for run in runs])
 

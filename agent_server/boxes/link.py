@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from math import inf
 from typing import Any, Literal
 
+from agent_sdk.agent.turn_state import is_left
 from agent_sdk.protocol.errors import (
     AgentServerError,
     EngineUnavailable,
@@ -69,8 +70,6 @@ class BoxLink:
         """Whether a call has begun in the box whose result is nowhere else."""
         self.awaited = False
         """Whether a call is written down that has not begun, for the box of this name."""
-        self.leaving = False
-        """Whether this server stops: calls that are cancelled here go on in the box, for the next one."""
         self._name = name
         self._make = make
         self._tell = tell
@@ -387,7 +386,7 @@ class BoxLink:
                 peer = await self._connect(stack, box)
                 watch = BoxWatch(peer, self._patience, lambda: self._frozen or self._held)
                 peer.watch = self._watch = await stack.enter_async_context(watch)
-                peer.leave = lambda: self.leaving
+                peer.leave = is_left
                 if first := self._linked is None:
                     self._name.redeem()
                 self._linked = Linked(peer, box.instance)

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from agent_sdk.agent.turn_state import is_left
 from agent_sdk.protocol.errors import AgentServerError, Cancelled, ConnectionLost
 from agent_sdk.protocol.events import RequestOpened
 from agent_sdk.protocol.methods.conversation import ToolCall, ToolOutput
@@ -32,8 +33,6 @@ class ClientTools:
     def __init__(self) -> None:
         self._registered: dict[str, list[Asked]] = {}
         self._pending: dict[str, _Pending] = {}
-        self.leaving = False
-        """Whether this server stops: calls that are cancelled here go on in the client, for the next one."""
 
     def register(self, peer: Asked, tools: Iterable[str]) -> None:
         """From now on this connection answers calls of these tools, those that wait included."""
@@ -55,7 +54,7 @@ class ClientTools:
                 del self._registered[tool]
 
     async def run(self, request: RequestOpened) -> ToolResult:
-        """Have a client run a call, and wait for it. Cancelling withdraws the call.
+        """Have a client run a call, and wait for it. Cancelling withdraws the call, unless its turn is left.
 
         What the client's code raises is an error result, not an exception.
         """
@@ -66,7 +65,7 @@ class ClientTools:
             return await pending.result
         finally:
             del self._pending[request.request_id]
-            pending.withdraw()
+            pending.withdraw(left=is_left())
 
     def newest(self, tool: str, others: set[Asked]) -> Asked | None:
         """Return the connection that registered the tool last, other than these; None: there is none."""
@@ -81,12 +80,15 @@ class _Pending:
         self.result: asyncio.Future[ToolResult] = asyncio.get_running_loop().create_future()
         self._tools = tools
         self._asking: dict[Asked, asyncio.Task[None]] = {}
+        self._left = False
+        """Whether it goes on in the client, for the next server."""
 
     def ask(self, peer: Asked | None) -> None:
         if peer is not None and peer not in self._asking and not self.result.done():
             self._asking[peer] = asyncio.create_task(self._ask(peer))
 
-    def withdraw(self) -> None:
+    def withdraw(self, *, left: bool) -> None:
+        self._left = left
         for task in self._asking.values():
             task.cancel()
 
@@ -99,7 +101,7 @@ class _Pending:
             arguments=request.arguments,
         )
         try:
-            output = await peer.call(call, leave=lambda: self._tools.leaving)
+            output = await peer.call(call, leave=lambda: self._left)
         except (ConnectionLost, Cancelled):  # it is gone, or has closed its conversation
             self._tools.forget(peer)
             del self._asking[peer]

@@ -186,13 +186,8 @@ class LoadedConversation:
             if but is None or client.peer is not but:
                 client.dismiss(code, reason)
 
-    def leave(self) -> None:
-        """The server stops: calls of turns that are cancelled from now on go on elsewhere, for the next one."""
-        self.link.leaving = self.tools.leaving = True
-
     async def wind_down(self) -> None:
         """The server stops: let go of the turn, as soon as the next server can go on with it; return then."""
-        self.leave()
         await self.local.wind_down()
         self._end_turn()
 

@@ -116,8 +116,7 @@ class Conversations:
             await asyncio.wait([self._resuming])
         for timer in self._timers.values():
             timer.cancel()
-        for id, loaded in list(self._loaded.items()):
-            loaded.leave()
+        for id in list(self._loaded):
             self._begin_close(id)
         if self._closing:
             await asyncio.wait(self._closing.values())

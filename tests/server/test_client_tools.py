@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from agent_sdk.agent.turn_state import PRESENT, Course, Stage
 from agent_sdk.protocol.errors import InternalError
 from agent_sdk.protocol.events import RequestOpened
 from agent_sdk.protocol.methods.connection import Ping
@@ -151,12 +152,14 @@ async def test_cancelling_withdraws_the_call(connect):
 
 
 async def test_a_call_that_the_server_leaves_to_the_next_one_goes_on_in_the_client(connect):
-    tools, client = ClientTools(), Client()
+    tools, client, course = ClientTools(), Client(), Course()
+    PRESENT.set(course)
     peer = await connect(client)
     tools.register(peer, ["price"])
     waiting = asyncio.create_task(tools.run(REQUEST))
     await client.was_asked.wait()
-    tools.leaving = True
+    course.stage = Stage.LEAVING
+    assert course.break_off(now=True)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting

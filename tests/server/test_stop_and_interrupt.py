@@ -1,0 +1,148 @@
+"""What is interrupted or cancelled in the moment in which its server begins to stop: nothing of it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from agent_sdk.conversation.store import AgentStore
+from agent_sdk.ids import new_id
+from agent_sdk.log.event_log import EventLog
+from agent_sdk.protocol.events import TurnEnded
+from agent_sdk.protocol.methods.connection import Ping
+from agent_sdk.protocol.methods.conversation import ToolCall
+from agent_sdk.protocol.methods.workspace import Execute
+from agent_sdk.remote.workspace import RemoteWorkspace
+from agent_sdk.rpc.peer import Inbound, Peer
+from agent_sdk.rpc.pipe import memory_pipes
+from agent_sdk.testing import call
+from agent_sdk.tools import tool
+from agent_server import logs
+from agent_server.boxes.registry import Boxes
+from agent_server.config.options import ServerConfig
+from agent_server.conversations.loaded import LoadedConversation
+from agent_server.data_folder import DataFolder
+from agent_server.metrics import Metrics
+from agent_server.work import Work
+from tests.contract.vocabulary import acting, these
+from tests.server.test_box_process import ENVIRONMENT
+from tests.server.wire import GUARD
+
+
+@pytest.fixture
+async def loaded(tmp_path):
+    """A conversation in the memory of a server."""
+    config = ServerConfig(box_environment=ENVIRONMENT, boxes_on_stop="end")
+    folder = DataFolder(tmp_path)
+    folder.workspace("c").mkdir(parents=True)
+    with logs.opened(style="json", stream=io.StringIO()) as opened:
+        async with (
+            asyncio.timeout(GUARD),
+            EventLog.open(tmp_path / "log.db", sole=True) as log,
+            Boxes(config, folder, opened, lambda: None) as boxes,
+        ):
+            await log.create("c", {})
+            loaded = LoadedConversation(
+                "c",
+                log,
+                boxes.link("c"),
+                workspace="c",
+                store=AgentStore(None),
+                logs=opened,
+                metrics=Metrics(),
+                work=Work(),
+            )
+            await loaded.open()
+            yield loaded
+            await loaded.close()
+
+
+async def interrupted_while_the_server_begins_to_stop(loaded):
+    await asyncio.gather(loaded.local.interrupt("enough"), loaded.wind_down())
+    assert [event.status for event in await these(loaded.local, TurnEnded)] == ["interrupted"]
+
+
+async def test_a_command_of_an_interrupted_turn_does_not_go_on_in_the_box(loaded):
+    runs = asyncio.Event()
+
+    @tool
+    async def wait() -> str:
+        """Wait."""
+        await RemoteWorkspace.over(loaded.link).execute(
+            "echo; exec sleep 600", on_output=lambda *_: runs.set()
+        )
+        return ""
+
+    await loaded.local.configure(acting(call("wait"), tools=[wait]))
+    await loaded.local.send_message("go")
+    await runs.wait()
+    await interrupted_while_the_server_begins_to_stop(loaded)
+    assert await loaded.link.operations() == frozenset()
+
+
+async def test_a_command_that_a_tool_gives_up_while_the_server_stops_does_not_go_on_in_the_box(loaded):
+    runs, stops = asyncio.Event(), asyncio.Event()
+
+    @tool
+    async def wait() -> str:
+        """Wait."""
+        sleeps = RemoteWorkspace.over(loaded.link).execute(
+            "echo; exec sleep 600", on_output=lambda *_: runs.set()
+        )
+        sleeping = asyncio.create_task(sleeps)
+        await stops.wait()
+        sleeping.cancel()
+        await asyncio.gather(sleeping, return_exceptions=True)
+        return ""
+
+    await loaded.local.configure(acting(call("wait"), tools=[wait]))
+    await loaded.local.send_message("go")
+    await runs.wait()
+    stopping = asyncio.create_task(loaded.wind_down())
+    asyncio.get_running_loop().call_soon(stops.set)
+    await stopping
+    assert await loaded.link.operations() == frozenset()
+
+
+async def test_a_tool_of_an_interrupted_turn_does_not_go_on_in_its_client(loaded):
+    runs, withdrawn = asyncio.Event(), asyncio.Event()
+
+    async def run_tool(params, call):
+        runs.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            withdrawn.set()
+            raise
+
+    @tool
+    async def wait() -> str:
+        """Wait."""
+        return ""
+
+    here, there = memory_pipes()
+    async with Peer(there, {ToolCall: run_tool}, opener=True), Peer(here, opener=False) as peer:
+        loaded.tools.register(peer, ["wait"])
+        await loaded.local.configure(acting(call("wait"), tools=[wait]).spec())
+        await loaded.local.send_message("go")
+        await runs.wait()
+        await interrupted_while_the_server_begins_to_stop(loaded)
+        await peer.call(Ping())  # a cancellation comes before it
+        assert withdrawn.is_set()
+
+
+async def test_a_command_that_its_caller_cancels_while_the_server_ends_does_not_go_on_in_the_box(loaded):
+    fifo = Path((await RemoteWorkspace.over(loaded.link).describe()).root) / "begun"
+    os.mkfifo(fifo)
+    command = Execute(op_id=new_id(), shell="echo >begun; exec sleep 600")
+    async with Peer(memory_pipes()[0], opener=False) as peer:
+        running = asyncio.create_task(loaded.forwarded.answer(command, Inbound(peer, 1)))
+        await asyncio.to_thread(fifo.read_text)
+        running.cancel()
+        await loaded.forwarded.close()
+        await asyncio.gather(running, return_exceptions=True)
+    assert await loaded.link.operations() == frozenset()
