@@ -82,6 +82,8 @@ class Completion(Struct, frozen=True, kw_only=True):
 
 CUT = ("length", "context_window")
 """Finish reasons of answers that are not whole."""
+FINISH_REASONS = ("stop", "tool_calls", *CUT, "refused", "filtered")
+"""Those that are ours; any other is a provider's word."""
 
 OnDelta = Callable[[str, str], None]
 """Called with (text, thinking) for each streamed piece; must not block."""

@@ -43,7 +43,8 @@ class ToolResult(Struct, frozen=True, kw_only=True):
             try:
                 msgspec.json.encode(self.data)
             except (TypeError, ValueError, RecursionError, OverflowError):
-                set_now(self, "data", {"repr": as_utf8(repr(self.data)[:1000])})
+                shown = as_utf8(repr(self.data))
+                set_now(self, "data", {"repr": shown if len(shown) <= 1000 else f"{shown[:999]}…"})
 
 
 def _as_they_are(head: str, tail: str) -> tuple[str, str]:

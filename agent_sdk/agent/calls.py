@@ -74,15 +74,17 @@ class Calls:
     def open(self, run_id: str, answer: Completion) -> tuple[list[ToolCalled], list[RequestOpened]]:
         """Begin with the calls of an answer; return them, and the requests to be written with them."""
         uses = () if answer.finish_reason in ("refused", "filtered") else answer.tool_calls
-        place, limited = self._present().place.instance, answer.finish_reason in CUT
+        actor, limited = self._present(), answer.finish_reason in CUT
+        mask, tools = actor.mask, actor.toolbox
         calls = [
             ToolCalled(
                 run_id=run_id,
-                call_id=self._journal.history.fresh_call_id(as_utf8(use.call_id)),
-                tool=as_utf8(use.tool),
+                call_id=self._journal.history.fresh_call_id(mask.text(as_utf8(use.call_id))),
+                # A name that the model made up is its text like any other.
+                tool=use.tool if tools.spec(use.tool) else mask.text(as_utf8(use.tool)),
                 arguments=as_utf8(use.arguments),
                 cut=limited and not is_whole(use.arguments),
-                place=place,
+                place=actor.place.instance,
             )
             for use in uses
         ]

@@ -1,4 +1,4 @@
-"""Cutting long text in its middle: the head says what it is, the tail how it ended."""
+"""Cutting long text: in its middle, where the head says what it is and the tail how it ended, or at its end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ RESULT_JSON_BYTES = 56 << 20
 MODEL_CHARS = 30_000
 """Characters of a tool result that the model sees."""
 ARGUMENT_BYTES = 1 << 20
+ELLIPSIS = "…"
+"""Stands where a text was cut at its end: what may be the beginning of a secret before it is not shown."""
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return the text, or its first `limit - 1` characters and an ELLIPSIS."""
+    return text if len(text) <= limit else text[: limit - 1] + ELLIPSIS
 
 
 def clip_chars(text: str, limit: int, cut: int = 0) -> str:

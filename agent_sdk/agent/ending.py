@@ -19,6 +19,7 @@ from typing import Literal
 
 import msgspec
 
+from agent_sdk.agent.clip import shortened
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelError, ModelRefused
 from agent_sdk.protocol.events import AgentMessage
 
@@ -91,7 +92,7 @@ def failure(message: AgentMessage) -> ModelError:
             if reason == "refused"
             else "the provider's filter withheld the answer"
         )
-        said = " ".join(message.text.split())[:500]
+        said = shortened(" ".join(message.text.split()), 500)
         return ModelRefused(f"{who}{f': {said}' if said else ''}", finish_reason=reason)
     why = (
         "; its output limit may be too low for its reasoning: raise max_output_tokens"

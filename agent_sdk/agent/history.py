@@ -38,6 +38,11 @@ class History:
         return self.said if done else None
 
     @property
+    def continues(self) -> bool:
+        """Whether the next answer goes on where a limit has cut the last one."""
+        return self._last is not None and ending_of(self._last) in ("cut", "full")
+
+    @property
     def said(self) -> str:
         """What the model said last, as one text where the output limit had cut it and it was continued."""
         return "".join(self._said)
@@ -66,7 +71,7 @@ class History:
         if ending == "calls":
             self._answer, self._last, self._said = answer, None, []
             return
-        if self._last is None or ending_of(self._last) not in ("cut", "full"):
+        if not self.continues:
             self._said = []
         self._said.append(answer.text)
         self._last = answer

@@ -22,7 +22,7 @@ from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.turn_state import PRESENT, Course, Phase, Stage, TurnLog
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.middleware import ModelCall, Stop, TurnContext
-from agent_sdk.models import Completion
+from agent_sdk.models import FINISH_REASONS, Completion
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -325,7 +325,9 @@ class Turn:
             completion = await self._mine.chain.after_model(self._context(), completion)
         except Exception as exc:  # noqa: BLE001  raised again when the answer is written
             raised = exc
-        self._finish_reason = as_utf8(completion.finish_reason)
+        self._finish_reason = reason = as_utf8(completion.finish_reason)
+        if reason not in FINISH_REASONS:
+            self._finish_reason = self._masked(reason)
         calls, requests = self._calls.open(self.run_id, completion)
         message = AgentMessage(
             run_id=self.run_id,

@@ -18,8 +18,9 @@ from urllib.parse import quote, quote_plus
 
 from msgspec.structs import replace
 
+from agent_sdk.agent.clip import ELLIPSIS
 from agent_sdk.protocol.errors import InvalidParams
-from agent_sdk.protocol.events import Event
+from agent_sdk.protocol.events import AgentMessage, Event, ToolCalled
 from agent_sdk.protocol.specs import LLM, Model
 
 HIDDEN = "<secret-hidden>"
@@ -40,7 +41,7 @@ _OUTSIDE = (
     *("text", "thinking", "arguments", "final_text", "reason", "message", "instructions"),
     *("title", "tags", "data"),
 )
-"""Fields of events that others have written. The rest is ours: kinds, ids, names of tools."""
+"""Fields of events that others have written. The rest is ours: kinds, ids, names of tools that there are."""
 
 
 def check_secrets(secrets: Mapping[str, str]) -> None:
@@ -73,7 +74,8 @@ class Needles:
     def __init__(self, texts: Iterable[str]) -> None:
         """Take the needles; each is wanted once."""
         self.texts = sorted(set(texts))
-        self._longest = max(map(len, self.texts), default=0)
+        self.longest = max(map(len, self.texts), default=0)
+        """Characters of the longest one."""
         self._shorter = _prefixes(self.texts)
         self._starts = {needle[:SHORTEST] for needle in self.texts}
         starts = [start.encode("utf-8", "surrogatepass") for start in self._starts]
@@ -99,24 +101,24 @@ class Needles:
                 before, last[found] = last.get(found), start
                 if before is not None and start < before + len(needle):
                     end = _last_of_run(text, needle, start, start - before) + len(needle)
-                    skipped = end - self._longest
+                    skipped = end - self.longest
                 yield start, end
 
     def _at(self, text: str, start: int) -> int:
         """Return which is the longest needle that stands here, or -1."""
         # What lies in order between a needle and a text that begins with it begins with that needle, too.
-        at = bisect_right(self.texts, text[start : start + self._longest]) - 1
+        at = bisect_right(self.texts, text[start : start + self.longest]) - 1
         while at >= 0 and not text.startswith(self.texts[at], start):
             at = self._shorter[at]
         return at
 
     def begun(self, text: str, least: int = 1) -> int:
         """Return how many characters at the end of a text, `least` or more, are a needle's beginning but not all."""
-        return _longest_start(self.texts, text[-self._longest :], least)
+        return _longest_start(self.texts, text[-self.longest :], least)
 
     def ended(self, text: str, least: int = 1) -> int:
         """Return how many characters at the beginning of a text, `least` or more, are a needle's end but not all."""
-        return _longest_start(self._backwards, text[: self._longest][::-1], least)
+        return _longest_start(self._backwards, text[: self.longest][::-1], least)
 
     @cached_property
     def _backwards(self) -> list[str]:
@@ -141,7 +143,7 @@ def _prefixes(needles: Sequence[str]) -> list[int]:
 
 def _longest_start(needles: Sequence[str], text: str, least: int) -> int:
     """Return how many characters at the end of a text are the beginning, but not all, of one of the sorted needles."""
-    for start in range(len(text) - least + 1):
+    for start in range(len(text) - least + 1 if needles else 0):
         end = text[start:]
         at = bisect_right(needles, end)
         if at < len(needles) and needles[at].startswith(end):
@@ -177,8 +179,30 @@ class Mask:
         self.needles = Needles(frozenset().union(*self._values.values()))
 
     def text(self, text: str, sign: str = HIDDEN) -> str:
-        """Return the text with `sign` in the place of the values."""
-        return _without(text, self.needles.spans(text), sign)
+        """Return the text with `sign` in the place of the values, also of one that is cut at the last ELLIPSIS."""
+        spans, at = [*self.needles.spans(text)], text.rfind(ELLIPSIS)
+        if at >= 0 and (begun := self.needles.begun(text[:at], _CUT)):
+            spans.append((at - begun, at))
+        return _without(text, spans, sign)
+
+    def part(self, text: str, *, begun: bool = False, cut: bool = False) -> str:
+        """Return what is a part of a longer text without the values, and without what is left of those at its ends.
+
+        Args:
+            begun: something came before it, where a value may have begun.
+            cut: more would have come, the rest of a value perhaps.
+        """
+        return _without(text, self.spans(text, begun=begun, cut=cut), HIDDEN)
+
+    def spans(self, text: str, *, begun: bool = False, cut: bool = False) -> list[tuple[int, int]]:
+        """Return what `part` hides, each stretch as (start, end)."""
+        # What is left of a value may itself be the end of one that is there as a whole: both are hidden.
+        spans = [*self.needles.spans(text)]
+        if begun and (ended := self.needles.ended(text, _CUT)):
+            spans.append((0, ended))
+        if cut and (left := self.needles.begun(text, _CUT)):
+            spans.append((len(text) - left, len(text)))
+        return spans
 
     def data(self, value: Any) -> Any:
         """Return JSON-able data without the values, however deep they are."""
@@ -192,17 +216,26 @@ class Mask:
             return [self.data(item) for item in value]
         return value
 
-    def event(self, event: Event) -> Event:
-        """Return the event without the values."""
+    def event(self, event: Event, *, begun: bool = False) -> Event:
+        """Return the event without the values. The text of an answer that goes on with one that was cut is `begun`."""
         if not self.needles:
             return event
         changed: dict[str, Any] = {}
+        answer, cut = isinstance(event, AgentMessage), is_cut(event)
         for name in _OUTSIDE:
             value = getattr(event, name, None)
-            if value and (masked := self.data(value)) != value:
-                changed[name] = masked
+            if not value:
+                continue
+            as_streamed = answer or cut
+            hidden = (
+                self.part(value, begun=begun and name == "text", cut=cut) if as_streamed else self.data(value)
+            )
+            if hidden != value:
+                changed[name] = hidden
         provider = getattr(event, "provider", None)
-        if provider is not None and any(self.needles.spans(bytes(provider).decode())):
+        if provider is not None and (
+            (cut and "thinking" in changed) or any(self.needles.spans(bytes(provider).decode()))
+        ):
             changed["provider"] = (
                 None  # it is signed as a whole; without it the provider sees the answer's text
             )
@@ -210,38 +243,44 @@ class Mask:
 
     def ends(self, head: str, tail: str) -> tuple[str, str]:
         """Return the two ends of a text whose middle is left out; a value that was cut is not shown in part either."""
-        kept, begun = len(head) - self.needles.begun(head, _CUT), self.needles.ended(tail, _CUT)
-        # What is cut in two may itself be the end of a value that is there as a whole: both are hidden.
-        cut_in_head = [(kept, len(head))] if kept < len(head) else []
-        cut_in_tail = [(0, begun)] if begun else []
-        return (
-            _without(head, [*self.needles.spans(head), *cut_in_head], HIDDEN),
-            _without(tail, [*self.needles.spans(tail), *cut_in_tail], HIDDEN),
-        )
+        return self.part(head, cut=True), self.part(tail, begun=True)
+
+
+def is_cut(event: Event) -> bool:
+    """Whether what the model wrote, and the event holds, came to no end of its own."""
+    if isinstance(event, AgentMessage):
+        return event.finish_reason not in ("", "stop", "tool_calls")
+    return isinstance(event, ToolCalled) and event.cut
 
 
 class MaskedStream:
     """Masks text that comes in pieces: what may be the beginning of a value is held until more is known."""
 
-    def __init__(self, mask: Mask) -> None:
+    def __init__(self, mask: Mask, *, begun: bool = False) -> None:
+        """Begin with the first piece; when the text is `begun`, a value may have begun in what came before it."""
         self._mask = mask
+        self._begun = begun
         self._held = ""
         self._known: int | None = None
         """How much of what is held belongs to a value that was shown as hidden; None: there is none right before."""
 
     def feed(self, text: str) -> str:
         """Return what can be shown by now."""
-        text = self._held + text
-        return self._shown(text, len(text) - self._mask.needles.begun(text))
+        needles, text = self._mask.needles, self._held + text
+        if self._begun and len(text) < needles.longest:
+            self._held = text
+            return ""
+        return self._shown(text, len(text) - needles.begun(text))
 
-    def flush(self) -> str:
-        """Return what is held: no more comes."""
-        return self._shown(self._held, len(self._held))
+    def flush(self, *, cut: bool) -> str:
+        """Return what is held: no more comes, although more would have come if it was `cut`."""
+        return self._shown(self._held, len(self._held), cut=cut)
 
-    def _shown(self, text: str, until: int) -> str:
+    def _shown(self, text: str, until: int, *, cut: bool = False) -> str:
         if not text:
             return ""
-        spans = list(self._mask.needles.spans(text))
+        spans = self._mask.spans(text, begun=self._begun, cut=cut)
+        self._begun = False
         if self._known is not None:
             spans.append((0, self._known))
         parts, done, known = [], 0, None

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from agent_sdk.agent.clip import ARGUMENT_BYTES
+from agent_sdk.agent.clip import ARGUMENT_BYTES, shortened
 from agent_sdk.callbacks import is_cancelled
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -79,7 +79,9 @@ class Toolbox:
         """Return why a call cannot be run at all, in words for the model; None when it can."""
         if name not in self.by_name:
             known = ", ".join(self.by_name) or "none"
-            return ToolResult(text=f"There is no tool {name[:64]!r}. The tools are: {known}.", is_error=True)
+            return ToolResult(
+                text=f"There is no tool {shortened(name, 64)!r}. The tools are: {known}.", is_error=True
+            )
         if len(arguments) > ARGUMENT_BYTES:
             return ToolResult(
                 text="The arguments are longer than 1 MiB; do it in smaller steps.", is_error=True

@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from agent_sdk.agent.history import History
-from agent_sdk.agent.mask import Mask, MaskedStream
+from agent_sdk.agent.mask import Mask, MaskedStream, is_cut
 from agent_sdk.agent.turn_state import TurnState
 from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.state import ConversationState
@@ -113,9 +113,9 @@ class ConversationLog:
         settings: tuple[bytes, bytes | None] | None = None,
     ) -> asyncio.Future[list[Record]]:
         """Queue events; the future comes with the commit, after all who follow were told. Do not cancel it."""
-        if any(isinstance(event, _ENDS_AN_ANSWER) for event in events):
-            self._end_streams()
-        masked = [self.mask.event(event) for event in events]
+        if ends := [event for event in events if isinstance(event, _ENDS_AN_ANSWER)]:
+            self._end_streams(cut=not isinstance(ends[0], AgentMessage) or is_cut(ends[0]))
+        masked = [self.mask.event(event, begun=self.history.continues) for event in events]
         future = self.log.submit(self.conversation, masked, op=op, settings=settings)
         self._under_way.add(future)
         future.add_done_callback(self._committed)
@@ -157,17 +157,18 @@ class ConversationLog:
     def delta(self, run_id: str, text: str, thinking: str) -> None:
         """Pass on a transient piece of an answer, as far as it can be no part of a secret."""
         if self._streams is None or self._streams[0] != run_id:
-            self._end_streams()
-            self._streams = run_id, MaskedStream(self.mask), MaskedStream(self.mask)
+            self._end_streams(cut=True)
+            begun = MaskedStream(self.mask, begun=self.history.continues)
+            self._streams = run_id, begun, MaskedStream(self.mask)
         _, texts, thoughts = self._streams
         self._publish(run_id, texts.feed(text), thoughts.feed(thinking))
 
-    def _end_streams(self) -> None:
-        """Pass on what was held: the answer is written, or goes on no more."""
+    def _end_streams(self, *, cut: bool) -> None:
+        """Pass on what was held: the answer is written, or goes on no more, for it was cut."""
         if self._streams is not None:
             run_id, texts, thoughts = self._streams
             self._streams = None
-            self._publish(run_id, texts.flush(), thoughts.flush())
+            self._publish(run_id, texts.flush(cut=cut), thoughts.flush(cut=cut))
 
     def _publish(self, run_id: str, text: str, thinking: str) -> None:
         if text or thinking:

@@ -8,6 +8,9 @@ import pytest
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.clip import ARGUMENT_BYTES
+from agent_sdk.agent.ending import failure as ending_failure
+from agent_sdk.agent.llm.failure import beginning, broken, failure_in, failure_of
+from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.loop import Turn
 from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.log import ConversationLog
@@ -25,7 +28,7 @@ from agent_sdk.protocol.events import (
     decode,
 )
 from agent_sdk.protocol.results import WorkspaceInfo
-from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, ScriptedLLM, ToolSpec
+from agent_sdk.protocol.specs import LLM, AgentSpec, ConfirmationPolicy, ScriptedLLM, ToolSpec
 from agent_sdk.tools import ToolResult, tool
 
 
@@ -96,6 +99,7 @@ class Stage:
             confirmation=ConfirmationPolicy(),
         )
         actor.add_secrets(secrets or {})
+        self.journal.mask = actor.mask
         actor.client = client = Answers(*answers)
         await self.journal.append(UserMessage(text="go"))
         turn = Turn("run", present(actor), self.journal)
@@ -124,6 +128,7 @@ async def stage():
         yield Stage(ConversationLog(log, "c", await log.create("c"), Dispatcher((), None)))
 
 
+OPENAI = address_of(LLM(model="openai/gpt-5.5"))
 DONE = Completion(text="done")
 
 
@@ -187,6 +192,47 @@ async def test_a_bug_in_the_way_to_the_model_fails_the_turn(stage, caplog):
 async def test_no_error_shows_a_secret(stage):
     await stage.play(ModelRefused("bad key hunter2-hunter2"), secrets={"KEY": "hunter2-hunter2"})
     assert (await stage.ended()).reason == "bad key <secret-hidden>"
+
+
+async def test_what_a_model_makes_up_shows_no_secret_either(stage, caplog):
+    secret = "hunter2-hunter2"
+    made_up = ToolUse(call_id=f"id {secret}", tool=f"t {secret}", arguments=f'{{"{secret}": 1}}')
+    long = ToolUse(call_id="b", tool=f"{'x' * 55}{secret}", arguments="{}")
+    known = ToolUse(call_id=secret, tool="think", arguments=f'{{"{secret}": 1}}')
+    answer = Completion(text="", tool_calls=(made_up, long, known), finish_reason=f"why {secret}")
+    end = Completion(text="done", finish_reason=f"so {secret}")
+    await stage.play(answer, end, secrets={"KEY": secret})
+    events = [event async for event in stage.events()]
+    assert "hunt" not in repr(events) + caplog.text
+    called = await stage.these(ToolCalled)
+    assert [event.tool for event in called[::2]] == ["t <secret-hidden>", "think"]
+    assert [event.call_id for event in await stage.these(ToolReturned)] == [each.call_id for each in called]
+    assert (await stage.ended()).finish_reason == "so <secret-hidden>"
+
+
+async def test_a_secret_that_is_the_name_of_a_tool_changes_no_call(stage):
+    call = ToolUse(call_id="a", tool="thinking", arguments="{}")
+    thinking = Broken("thinking", lambda: ToolResult(text="hm"))
+    await stage.play(Completion(tool_calls=(call,)), DONE, tools=[thinking], secrets={"KEY": "thinking"})
+    assert [(event.tool, event.text) for event in await stage.these(ToolReturned)] == [("thinking", "hm")]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        failure_of(400, {}, b"x" * 490 + b"hunter2-hunter2", OPENAI),
+        failure_in(b'{"error": {"message": "' + b"x" * 490 + b'hunter2-hunter2"}}', OPENAI),
+        broken("is " + "x" * 487 + "hunter2-hunter2", OPENAI),
+        broken(f"is no JSON: {beginning(b'x' * 190 + b'hunter2-hunter2' + b'y' * 9000, OPENAI)}", OPENAI),
+        ending_failure(AgentMessage(run_id="r", text="x" * 490 + "hunter2-hunter2", finish_reason="refused")),
+    ],
+)
+async def test_no_error_that_was_cut_shows_the_beginning_of_a_secret(stage, failure):
+    assert "hunt" in str(failure)
+    await stage.play(*[failure] * 6, secrets={"KEY": "hunter2-hunter2"})
+    events = [event async for event in stage.events()]
+    assert "hunt" not in repr(events)
+    assert "xxx<secret-hidden>…" in (await stage.ended()).reason
 
 
 async def test_broken_answers_are_asked_for_again(stage):

@@ -139,22 +139,60 @@ def test_what_is_hidden_is_what_a_search_for_each_value_by_itself_finds():
         assert Mask(values).text(text) == expected
 
 
-def test_pieces_of_a_stream_are_shown_as_the_whole_would_be():
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
+def test_pieces_of_a_stream_are_shown_as_the_whole_would_be(begun, cut):
     mask, chance = Mask(["hunter2-hunter2", LONG]), random.Random(2)
-    words = ["hunter2-hunter2", "hunter2", "hun", "-", " ", "abc", LONG, LONG[:300]]
-    for _ in range(1000):
+    words = ["hunter2-hunter2", "hunter2", "hun", "-", " ", "abc", LONG, LONG[:300], LONG[-300:]]
+    for _ in range(300):
         text = "".join(chance.choices(words, k=6))
-        stream, shown, left = MaskedStream(mask), "", text
+        stream, shown, left = MaskedStream(mask, begun=begun), "", text
         while left:
             size = chance.choice((1, 2, 3, 7, 50, 400))
             shown, left = shown + stream.feed(left[:size]), left[size:]
-        assert shown + stream.flush() == mask.text(text)
+        assert shown + stream.flush(cut=cut) == mask.part(text, begun=begun, cut=cut)
 
 
 def test_a_stream_holds_back_only_what_may_be_a_secret():
     stream = MaskedStream(Mask(["hunter2-hunter2"]))
     assert [stream.feed(piece) for piece in ("I hun", "t for ", "hunter2-")] == ["I ", "hunt for ", ""]
-    assert stream.flush() == "hunter2-"
+    assert stream.flush(cut=False) == "hunter2-"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("is hunter2-", f"is {HIDDEN}"),
+        ("is hunter2-hunter2hunter2-h", f"is {HIDDEN}"),
+        ("is hunt", f"is {HIDDEN}"),
+        ("is hun", "is hun"),  # so few may be anything
+    ],
+)
+def test_of_a_secret_in_which_a_text_was_cut_nothing_is_shown(text, shown):
+    mask = Mask(["hunter2-hunter2"])
+    stream = MaskedStream(mask)
+    assert stream.feed(text) + stream.flush(cut=True) == shown
+    assert mask.text(f"the answer cannot be read: {text}… (and so on)").startswith(
+        f"the answer cannot be read: {shown}… ("
+    )
+    for reason in ("length", "context_window", "filtered", "refused", "interrupted", "timeout"):
+        answer = AgentMessage(
+            run_id="r", text=text, thinking=text, finish_reason=reason, provider=Raw(b'["hunter2-"]')
+        )
+        masked = mask.event(answer)
+        assert (masked.text, masked.thinking) == (shown, shown)
+        assert masked.provider == (None if masked.thinking != text else answer.provider)
+    whole = AgentMessage(run_id="r", text="is hunter2-", finish_reason="stop")
+    assert mask.event(whole) == whole
+    call = ToolCalled(run_id="r", call_id="c", tool="t", arguments=text, cut=True)
+    assert mask.event(call).arguments == shown
+
+
+def test_of_a_secret_in_which_an_answer_was_cut_and_continued_nothing_is_shown():
+    mask = Mask(["hunter2-hunter2"])
+    answer = AgentMessage(run_id="r", text="hunter2 ok", finish_reason="stop")
+    assert mask.event(answer, begun=True).text == f"{HIDDEN} ok"
+    assert mask.event(answer).text == "hunter2 ok"
 
 
 def test_a_secret_that_is_cut_in_two_is_not_shown_in_part():
@@ -184,8 +222,8 @@ def test_of_a_secret_with_another_one_in_it_a_stream_shows_nothing():
     for size in range(1, len(outer)):
         stream = MaskedStream(mask)
         text = f"at {outer}!"
-        shown = (
-            "".join(stream.feed(text[at : at + size]) for at in range(0, len(text), size)) + stream.flush()
+        shown = "".join(stream.feed(text[at : at + size]) for at in range(0, len(text), size)) + stream.flush(
+            cut=False
         )
         assert shown == f"at {HIDDEN}!", size
 

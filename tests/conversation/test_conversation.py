@@ -14,7 +14,7 @@ from agent_sdk import Agent, Completion, Middleware
 from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.models import ModelClient
-from agent_sdk.protocol.errors import InvalidParams, OpMismatch, StateConflict
+from agent_sdk.protocol.errors import InvalidParams, ModelRefused, OpMismatch, StateConflict
 from agent_sdk.protocol.events import (
     AgentConfigured,
     AgentMessage,
@@ -473,6 +473,49 @@ async def test_what_is_written_beside_an_answer_lets_out_no_half_of_a_secret():
         further.set()
         await conversation.run(timeout=PATIENCE)
     assert "".join(shown) == "it is <secret-hidden> ok"
+
+
+@pytest.mark.parametrize("how", ["interrupt", "fail", "limit"])
+async def test_an_answer_that_is_broken_off_shows_no_beginning_of_a_secret(how):
+    value = "hunter2-hunter2-correct-horse"
+    shown: list[str] = []
+    half = asyncio.Event()
+    asked: list[object] = []
+
+    class Breaking(ModelClient):
+        async def complete(self, request, *, on_delta=None):
+            asked.append(request)
+            if len(asked) > 1:
+                on_delta(f"{value[15:]} ok", "")
+                return Completion(text=f"{value[15:]} ok")
+            on_delta(f"it is {value[:9]}", f"hm {value[:9]}")
+            on_delta(value[9:15], "")
+            half.set()
+            if how == "limit":
+                return Completion(text=f"it is {value[:15]}", finish_reason="length")
+            if how == "fail":
+                raise ModelRefused("no more")
+            return await asyncio.Event().wait()
+
+    class Badly(Middleware, frozen=True):
+        async def before_model(self, turn, request):
+            return replace(request, client=Breaking())
+
+    def listen(delta):
+        shown.extend((delta.text, delta.thinking))
+
+    agent = Agent(llm=ScriptedLLM(steps=(say("x"),)), middleware=[Badly()])
+    async with LocalConversation(agent, secrets={"KEY": value}, on_delta=listen) as conversation:
+        await conversation.send_message("go")
+        await half.wait()
+        if how == "interrupt":
+            await conversation.interrupt()
+        outcome = await conversation.run(timeout=PATIENCE) if how != "interrupt" else None
+        events = [event async for event in conversation.events()]
+    everything = "".join(shown) + repr(events) + repr(outcome)
+    assert "it is <secret-hidden>" in everything
+    assert "hunt" not in everything
+    assert "horse" not in everything
 
 
 async def test_a_message_that_comes_while_an_interrupt_still_stops_the_turn_is_answered():

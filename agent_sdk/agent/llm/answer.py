@@ -6,10 +6,11 @@ import math
 
 from msgspec import Raw
 
+from agent_sdk.agent.clip import ELLIPSIS, shortened
 from agent_sdk.agent.llm.failure import broken, failure_in, says_something, too_large
 from agent_sdk.agent.llm.provider import Address
 from agent_sdk.ids import new_id
-from agent_sdk.models import AssistantTurn, Completion, ModelRequest, OnDelta, ToolUse, Usage
+from agent_sdk.models import FINISH_REASONS, AssistantTurn, Completion, ModelRequest, OnDelta, ToolUse, Usage
 from agent_sdk.protocol.errors import ModelError
 from agent_sdk.protocol.specs import LLM
 from agent_sdk.tools import as_utf8
@@ -186,7 +187,9 @@ class Answer:
     def finish(self, reason: object) -> None:
         """Take the provider's word for why the answer ends; a refusal stays one."""
         if reason and isinstance(reason, str) and self.finish_reason != "refused":
-            self.finish_reason = _REASONS.get(reason.lower(), as_utf8(reason.lower()))
+            word = reason.lower()
+            known = word in FINISH_REASONS or word in _FAILED
+            self.finish_reason = _REASONS.get(word) or (word if known else shortened(as_utf8(reason), 64))
 
     def count(self, *, given: int, said: int, cached: int = 0, written: int = 0) -> None:
         """Set the usage: all tokens given, said (with reasoning), read from and written into the prompt cache.
@@ -211,7 +214,7 @@ class Answer:
         """
         reason = self.finish_reason
         if reason.lower() in _FAILED:
-            said = f" after {self.text!r}" if self.text else ""
+            said = f" after {self.text + ELLIPSIS!r}" if self.text else ""
             raise broken(f"ended with the finish reason {reason!r}{said}", self.address, finish_reason=reason)
         if reason in ("", "stop", "tool_calls"):  # some servers say `stop` after calling tools
             reason = "tool_calls" if self.calls else "stop"
@@ -236,7 +239,7 @@ class Answer:
             if not call_id or call_id in taken or len(call_id) > _ID_CHARACTERS:
                 call_id = "call_" + new_id().replace("-", "")
             taken.add(call_id)
-            tool = as_utf8(draft.tool.strip())[:_NAME_CHARACTERS]
+            tool = shortened(as_utf8(draft.tool.strip()), _NAME_CHARACTERS)
             uses.append(ToolUse(call_id=call_id, tool=tool, arguments=as_utf8("".join(draft.pieces))))
         return tuple(uses)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from agent_sdk.agent.llm import anthropic, openai
 from agent_sdk.agent.llm.answer import ANSWER_BYTES, Answer
 from agent_sdk.agent.llm.anthropic_answer import Reading as AnthropicReading
-from agent_sdk.agent.llm.failure import ERROR_BYTES, broken, failure_of, too_large
+from agent_sdk.agent.llm.failure import ERROR_BYTES, beginning, broken, failure_of, too_large
 from agent_sdk.agent.llm.openai_answer import Reading as OpenAIReading
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.llm.scripted import ScriptedClient
@@ -122,7 +122,7 @@ class ProviderClient:
                 heard = True
                 reading.event(event)
         if not heard:
-            said = head[:200].decode(errors="replace")
+            said = beginning(head, self._address)
             raise broken(f"is neither JSON nor a stream of events: {said}", self._address)
 
     async def _limited(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

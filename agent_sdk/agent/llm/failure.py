@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from agent_sdk.agent.clip import shortened
 from agent_sdk.agent.llm import lenient
 from agent_sdk.agent.llm.provider import Address
 from agent_sdk.protocol.errors import (
@@ -35,6 +36,7 @@ ERROR_BYTES = 64 << 10
 """As much of an error's body is read."""
 
 _MESSAGE_CHARACTERS = 500
+_LOOKED_AT = 4096
 
 _WORDS = (
     "error",
@@ -141,16 +143,20 @@ def decoded(decoder: msgspec.json.Decoder[T], data: bytes, address: Address) -> 
     try:
         return lenient.decode(decoder, data)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
-        begins = data[:200].decode(errors="replace")
-        raise broken(f"cannot be read ({exc}): {begins}", address) from None
+        raise broken(f"cannot be read ({exc}): {beginning(data, address)}", address) from None
 
 
-def shown(text: str, address: Address) -> str:
+def shown(text: str, address: Address, limit: int = _MESSAGE_CHARACTERS) -> str:
     """Text that may be shown: without secrets and control characters, on one line, cut."""
     for secret in address.secrets:  # before the cut: half a key is too much
         text = text.replace(secret, "***")
-    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 8 * _MESSAGE_CHARACTERS]).split())
-    return text if len(text) <= _MESSAGE_CHARACTERS else text[: _MESSAGE_CHARACTERS - 1] + "…"
+    start = shortened(text, _LOOKED_AT)
+    return shortened(" ".join("".join(c if c.isprintable() else " " for c in start).split()), limit)
+
+
+def beginning(data: bytes, address: Address) -> str:
+    """The first words of what is no answer, as they may be shown."""
+    return shown(data[:_LOOKED_AT].decode(errors="replace"), address, 200)
 
 
 def retry_after_ms(header: str | None, milliseconds: str | None = None, now: float = 0.0) -> int | None:

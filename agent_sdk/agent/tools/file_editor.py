@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from agent_sdk.agent.clip import ELLIPSIS
 from agent_sdk.protocol.errors import AgentServerError, IsADirectory, PathNotFound, ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import ToolContext, ToolResult, decode_arguments, parameters_of
@@ -336,7 +337,7 @@ def _clipped(numbered: list[str], first: int, count: int) -> str:
     if shown < len(numbered):
         text += f"\n[Cut after line {first + shown - 1} of {count}; see more with view_range.]"
     elif size > VIEW_CHARS + 1:
-        text += "\n[The rest of this long line is cut; see it with the terminal.]"
+        text += f"{ELLIPSIS}\n[The rest of this long line is cut; see it with the terminal.]"
     return text
 
 

@@ -214,20 +214,21 @@ def _typed(wanted: TerminalArguments) -> tuple[bytes, bool | None]:
 
 def _told(result: ShellResult, wanted: TerminalArguments, ends: Ends) -> ToolResult:
     """The result in words for the model and facts for programs."""
+    goes_on = wanted.is_input or not wanted.command.strip()
     told = [f"[{result.reason}]"] if result.reason else []
     notes = "\n".join([*told, *_notes(result, wanted)])
-    text, cut = _shown(result, MODEL_CHARS - len(notes) - 1, ends)
+    text, cut = _shown(result, MODEL_CHARS - len(notes) - 1, goes_on, ends)
     data: dict[str, Any] = {"exit_code": result.exit_code, "cwd": result.cwd, "status": result.status}
     if result.full_output:
         data["full_output"] = result.full_output
     return ToolResult(text="\n".join(part for part in (text, notes) if part), data=data, bytes_cut=cut)
 
 
-def _shown(result: ShellResult, limit: int, ends: Ends) -> tuple[str, int]:
+def _shown(result: ShellResult, limit: int, goes_on: bool, ends: Ends) -> tuple[str, int]:
     """What was printed as a reader would see it, in at most `limit` characters, and how many bytes are left out."""
     output = result.output
     if not output.omitted and len(text := plain(output.text).rstrip()) <= limit:
-        return text, 0
+        return _apart(text, result, goes_on, ends), 0
     half = (limit - _NOTE_CHARS) // 2
     printed = output.head + output.tail
     head = _whole_characters(printed[:half])
@@ -237,7 +238,15 @@ def _shown(result: ShellResult, limit: int, ends: Ends) -> tuple[str, int]:
     if result.full_output_lacks:
         where = f"; all but {result.full_output_lacks} bytes of the output are in {result.full_output}"
     first, last = ends(*(plain(part.decode(errors="replace")) for part in (head, tail)))
-    return f"{first}\n[... {cut} bytes left out{where} ...]\n{last.rstrip()}", cut
+    text = f"{first}\n[... {cut} bytes left out{where} ...]\n{last.rstrip()}"
+    return _apart(text, result, goes_on, ends), cut
+
+
+def _apart(text: str, result: ShellResult, goes_on: bool, ends: Ends) -> str:
+    """The output of one call, without what it has of a secret whose rest is in that of the call before or after."""
+    if goes_on:
+        text = ends("", text)[1]
+    return text if result.status == "done" else ends(text, "")[0]
 
 
 def _whole_characters(data: bytes) -> bytes:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.tools.file_editor import FileEditorTool
 from agent_sdk.protocol.errors import OutsideWorkspace, ToolError
 from agent_sdk.tools import ToolContext
@@ -87,6 +88,13 @@ async def test_a_very_long_line_is_cut(edit, tmp_path):
     text = await edit("view", "a.txt")
     assert len(text) < 16_300
     assert "rest of this long line" in text
+
+
+async def test_where_a_long_line_is_cut_no_beginning_of_a_secret_is_shown(edit, tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 15_988 + "hunter2-hunter2")
+    text = await edit("view", "a.txt")
+    assert "xhunt" in text
+    assert "x<secret-hidden>…\n[The rest" in Mask(["hunter2-hunter2"]).text(text)
 
 
 async def test_what_is_no_text_is_refused(edit, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent_sdk.agent.clip import MODEL_CHARS
+from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.tools.terminal import TerminalTool
 from agent_sdk.protocol.errors import ToolError
 from agent_sdk.tools import ToolContext, ToolResult
@@ -23,11 +24,12 @@ class Terminal:
     def __init__(self, workspace: LocalWorkspace) -> None:
         self.workspace = workspace
         self.secrets: dict[str, str] = {}
+        self.mask = Mask()
         self.tool = TerminalTool("mine")
 
     async def __call__(self, command: str | None = None, **more) -> ToolResult:
         arguments = more if command is None else {"command": command, **more}
-        context = ToolContext(workspace=self.workspace, secrets=self.secrets)
+        context = ToolContext(workspace=self.workspace, secrets=self.secrets, ends=self.mask.ends)
         return await self.tool.run(json.dumps(arguments), context)
 
     async def says(self, command: str, **more) -> str:
@@ -235,6 +237,18 @@ async def test_a_pager_does_not_wait_for_anybody(terminal):
         "git --version | ${PAGER:-less}; seq 200 | ${GIT_PAGER:-less} | tail -1", timeout=20
     )
     assert result.data["status"] == "done"
+
+
+async def test_output_that_comes_in_two_calls_shows_no_half_of_a_secret(terminal, tmp_path):
+    os.mkfifo(tmp_path / "go")
+    terminal.mask.hide(["hunter2-hunter2-correct-horse"])
+    command = f"printf 'it is hunter2-'; cat {tmp_path}/go; echo hunter2-correct-horse ok"
+    first = await terminal(command, timeout=1)
+    assert first.data["status"] == "timeout"
+    await asyncio.to_thread((tmp_path / "go").write_text, "")
+    second = await terminal("")
+    assert first.text.startswith("it is <secret-hidden>\n[The command still runs")
+    assert second.text.startswith("<secret-hidden> ok\n[The command completed")
 
 
 async def test_secrets_are_variables_also_in_a_fresh_shell_and_when_they_change(terminal):
