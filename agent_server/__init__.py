@@ -9,7 +9,7 @@ keys:          keys of clients, and keys that encrypt secrets
 logs:          log lines without secrets
 metrics:       numbers for Prometheus
 config:        every option, and where it is set
-http:          connections, keys, rules of Host and Origin
+http:          connections, security, errors
 session:       one WebSocket or stream of events
 conversations: all conversations of the server
 boxes:         the way to their boxes

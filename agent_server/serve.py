@@ -19,12 +19,11 @@ from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import AgentServerError
 from agent_server import data_folder, logs
 from agent_server.app import listening
-from agent_server.config.hosts import is_loopback
 from agent_server.config.options import ServerConfig
-from agent_server.config.sources import CANNOT_CREATE, DISK_FAILED, StartRefused
+from agent_server.config.sources import CANNOT_CREATE, DISK_FAILED, StartRefused, is_loopback
 from agent_server.conversations.registry import Conversations
-from agent_server.http.auth import Authority, WrongKeys
 from agent_server.http.connection import ConnectionLimiter
+from agent_server.http.security import Authority, WrongKeys
 from agent_server.keys import ApiKey, obtain_keys, obtain_sealer, read_keys
 from agent_server.logs import Log, Logs
 from agent_server.metrics import Metrics

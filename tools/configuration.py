@@ -7,8 +7,7 @@ from typing import Any
 
 import msgspec
 
-from agent_server.config.options import FLAGS, TABLES, TENANT, ServerConfig
-from agent_server.config.runtime_api import RuntimeConfig, TenantConfig
+from agent_server.config.options import FLAGS, TABLES, TENANT, RuntimeConfig, ServerConfig, TenantConfig
 from agent_server.config.sources import PREFIX, wanted
 from tools.docstrings import field_docs
 from tools.markdown import table

@@ -17,8 +17,8 @@ from agent_sdk.remote.server import AgentServer
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.workspace.contract import Workspace
 from agent_server.cli.terminal import STDERR, one_line, open_terminal
-from agent_server.config.hosts import is_loopback
 from agent_server.config.options import ClientEnvironment, client_environment
+from agent_server.config.sources import is_loopback
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_FILE = "api_key"

@@ -2,8 +2,6 @@
 
 The only room that reads the environment; knows nothing of what is configured.
 
-options:     every option
-sources:     where options are set
-runtime_api: the options of the Runtime API
-hosts:       the rules of Host, Origin and proxies
+options: every option
+sources: where options are set, and what their values may be
 """

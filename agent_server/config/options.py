@@ -13,12 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.workspace.environment import packed
-from agent_server.config.hosts import ProxyRules
-from agent_server.config.runtime_api import RuntimeConfig, TenantConfig
 from agent_server.config.sources import (
     PREFIX,
     Counts,
@@ -28,6 +26,7 @@ from agent_server.config.sources import (
     Variables,
     check_key,
     is_secret,
+    networks,
 )
 
 Port = Annotated[int, Meta(ge=0, le=65535, description="1..65535, or 0 for a free one")]
@@ -41,8 +40,6 @@ Size = Annotated[
         description="a size of 16m or more, like 2g, or none",
     ),
 ]
-
-
 MostSize = Annotated[
     str,
     Meta(pattern=r"^([0-9]{1,9}[mgt])?$", description="a size like 8g, or nothing for as much as there is"),
@@ -50,6 +47,63 @@ MostSize = Annotated[
 Duration = Annotated[
     str, Meta(pattern=r"^(none|[0-9]{1,6}[smhdw])$", description="a duration like 90d or 12h, or none")
 ]
+GIB = 1 << 30
+CLASSES = {"gvisor": "runsc", "kata": "kata-runtime", "sysbox-runc": "sysbox-runc"}
+"""Names that clients know, and how these are usually called in the engine's configuration; all of them isolate more
+than its default."""
+
+Cpus = Annotated[float, Meta(gt=0, le=100_000, description="a number of processors, above 0")]
+Bytes = Annotated[int, Meta(ge=64 << 20, le=1 << 50, description="a number of bytes, at least 67108864")]
+Runtimes = Annotated[int, Meta(ge=1, le=100_000, description="1..100000")]
+StartSeconds = Annotated[float, Meta(ge=1, le=3600, description="1..3600 seconds")]
+
+
+class TenantConfig(Struct, frozen=True, kw_only=True):
+    """One tenant, a table `[runtime_api.tenants.NAME]`. A quota that it leaves out is the one of all tenants."""
+
+    key: str | None = None
+    """The key that the tenant sends as X-API-Key."""
+    key_file: str | None = None
+    """A file that holds the key."""
+    sandboxes: Runtimes | None = None
+    """Runtimes that the tenant may have at a time, paused and failed ones included."""
+    cpus: Cpus | None = None
+    """Processors that its running ones may have together."""
+    memory: Bytes | None = None
+    """Bytes of memory that its running ones, and paused containers, may have together."""
+
+    def __repr__(self) -> str:
+        return f"TenantConfig(sandboxes={self.sandboxes}, cpus={self.cpus}, memory={self.memory})"
+
+
+class RuntimeConfig(Struct, frozen=True, kw_only=True):
+    """The table `[runtime_api]`."""
+
+    images: tuple[str, ...] = ("agent-server:*",)
+    """Images that may be started, with `*` and `?`; `*` allows all."""
+    runtime_classes: dict[str, str] = field(default_factory=lambda: dict(CLASSES))
+    """What tenants may ask for as `runtime_class`, and the engine's runtime that it means; empty: its default."""
+    network: str = ""
+    """The network of containers, one that exists; empty: the engine's default."""
+    url: str = ""
+    """What clients reach this server by, e.g. `https://agents.example`; empty: the Host that they asked for.
+    With `{id}`, e.g. `https://{id}.agents.example`, each runtime has a name of its own."""
+    unit_cpus: Cpus = 1.0
+    """Processors of a runtime whose resource_factor is 1."""
+    unit_memory: Bytes = 2 * GIB
+    """Bytes of memory of such a runtime."""
+    unit_disk: Annotated[int, Meta(ge=0, le=1 << 50, description="a number of bytes, 0: no limit")] = 8 * GIB
+    """Bytes that the data of such a runtime may take, where this machine can limit it: as root, with loop devices."""
+    start_seconds: StartSeconds = 120.0
+    """Seconds that a runtime may take until it is ready."""
+    sandboxes: Runtimes | None = None
+    """Runtimes that one tenant may have, paused and failed ones included; None: any number."""
+    cpus: Cpus | None = None
+    """Processors that the running ones may have together."""
+    memory: Bytes | None = None
+    """Bytes of memory that the running ones, and paused containers, may have together."""
+    tenants: dict[str, TenantConfig] = {}
+    """By name; none: there is one, `default`, whose key is the server's own."""
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -282,10 +336,7 @@ def load(
         raise StartRefused(
             "metrics_key and api_key are the same; metrics_key is for those who may not have api_key"
         )
-    try:
-        ProxyRules(options.get("trusted_proxies", ()))
-    except ValueError as exc:
-        raise StartRefused(f"trusted_proxies: {exc}") from None
+    networks(options.get("trusted_proxies", ()))
     tenants = {name: TenantConfig(**values) for name, values in runtimes.pop("tenants", {}).items()}
     return ServerConfig(
         **options,

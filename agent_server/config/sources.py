@@ -6,11 +6,13 @@ What a server cannot start with is refused with a sentence for a person and an e
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import stat
 import tomllib
 from collections.abc import Iterable, Mapping
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -18,11 +20,13 @@ import msgspec
 from msgspec import Meta
 
 PREFIX = "AGENT_SERVER_"
+LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost", "ip6-loopback"})
 MINIMUM_KEY = 16
 
 Names = tuple[str, ...]
 Variables = dict[str, str]
 Counts = dict[str, Annotated[int, Meta(ge=0, le=1000)]]
+Network = IPv4Network | IPv6Network
 Options = Mapping[str, Any]
 """The options of a table, by name, with their types."""
 
@@ -206,6 +210,36 @@ def check_key(key: str | None, name: str = "") -> None:
             f"{name or 'api_key'} must be at least {MINIMUM_KEY} printable ASCII characters without spaces"
             f"{'' if name else '; leave it out and the server makes a good one'}"
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens on this address is reached from its own machine only."""
+    if host.lower() in LOOPBACK_NAMES:
+        return True
+    address = ip_address(host)
+    return address is not None and address.is_loopback
+
+
+def ip_address(text: str) -> IPv4Address | IPv6Address | None:
+    """Return the address that a text is, also one in brackets; None: it is none."""
+    try:
+        return ipaddress.ip_address(text.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return None
+
+
+def networks(texts: Iterable[str]) -> tuple[Network, ...]:
+    """Return addresses and networks like `10.0.0.0/8`, as what they are.
+
+    Raises:
+        StartRefused: one of them is none.
+    """
+    try:
+        return tuple(ipaddress.ip_network(text.strip()) for text in texts)
+    except ValueError as exc:
+        raise StartRefused(
+            f"trusted_proxies: {exc}; write addresses and networks like 10.0.0.1 or 10.0.0.0/8"
+        ) from None
 
 
 def _checked(known: Options, name: str, value: Any, where: str, *, text: bool = False) -> Any:

@@ -2,10 +2,9 @@
 
 Knows nothing of conversations; what is at which address stands in `agent_server.routes`.
 
-connection: one network connection
+connection: one network connection, and whom it is from
 websocket:  the WebSocket handshake, and frames before they are parsed
-security:   Host, Origin, key; errors
-auth:       who may, and how often one may be wrong
+security:   Host, Origin, key; how often one may be wrong; errors
 errors:     JSON over HTTP
 query:      what may follow the `?` of an address
 """

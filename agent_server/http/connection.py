@@ -1,11 +1,13 @@
-"""A network connection as aiohttp sees it, with what aiohttp leaves out: how many there may be, JSON
+"""A network connection as aiohttp sees it, with what aiohttp leaves out: whom it is from, how many there may be, JSON
 errors for requests that are no HTTP, and a look at WebSocket frames before they are parsed."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Any, cast
 
 import msgspec
@@ -13,15 +15,72 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
 from agent_sdk.protocol.errors import Overloaded, to_wire
-from agent_server.config.hosts import ProxyRules, network_of
+from agent_server.config.sources import Network, ip_address
 from agent_server.http.errors import http_error
 from agent_server.http.websocket import POLICY, FrameWatch, Violation
 from agent_server.metrics import Metrics
 
 RETRY_AFTER_MS = 1000
 CLOSE_UNAUTHORISED, CLOSE_LIMIT = 4401, 4429
+# `2001:db8::1`, `[2001:db8::1]:443`, `192.0.2.1`, `192.0.2.1:443`
+_FORWARDED = re.compile(r"\[(?P<six>[^\]]+)\](?::\d+)?|(?P<four>[0-9.]+):\d+|(?P<bare>[^\[\]]+)")
+LONGEST_FORWARDED = 4096
 STRANGER_BYTES = 64 << 10
 """What a WebSocket may send before it has shown the key: enough for `initialize`, too little to fill memory."""
+
+
+class ProxyRules:
+    """Which proxies are believed about whom they speak for."""
+
+    def __init__(self, trusted: Sequence[Network] = ()) -> None:
+        """Take their addresses and networks.
+
+        X-Forwarded-For counts only as far as they wrote it themselves: from the right, the first address that is none
+        of theirs.
+        """
+        self._networks = trusted
+
+    def trusts(self, address: str) -> bool:
+        """Whether it is one of them."""
+        parsed = _plain(address) if self._networks else None
+        return parsed is not None and any(parsed in network for network in self._networks)
+
+    def client(self, peer: str, forwarded: Sequence[str]) -> str:
+        """Return for whom a trusted proxy speaks.
+
+        Args:
+            peer: its address.
+            forwarded: all values of X-Forwarded-For.
+        """
+        client = peer
+        for entry in reversed(",".join(forwarded)[-LONGEST_FORWARDED:].split(",")):
+            found = _FORWARDED.fullmatch(entry.strip())
+            parsed = _plain(found["six"] or found["four"] or found["bare"]) if found else None
+            if parsed is None:
+                break  # whoever wrote that is not to be believed any further
+            client = str(parsed)
+            if not self.trusts(client):
+                break
+        return client
+
+
+def network_of(address: str) -> str:
+    """Return what counts as one: all of the loopback, the network of an IPv6 customer (/64), an IPv4 address."""
+    parsed = _plain(address)
+    if parsed is None:
+        return address
+    if parsed.is_loopback:
+        return "loopback"
+    if isinstance(parsed, IPv6Address):
+        return str(ip_network((parsed, 64), strict=False))
+    return str(parsed)
+
+
+def _plain(address: str) -> IPv4Address | IPv6Address | None:
+    """An address without its zone; one of IPv4 in the clothes of IPv6 is one of IPv4."""
+    parsed = ip_address(address.partition("%")[0])
+    mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
+    return mapped or parsed
 
 
 class ConnectionLimiter:

@@ -1,20 +1,45 @@
-"""What every request passes before any route: Host, Origin, key; and the one place where errors become answers."""
+"""What every request passes before any route: Host, Origin, key; and the one place where errors become answers.
+
+A web page must never reach a server that trusts its own machine.
+
+Host: against DNS rebinding, where a page's own name suddenly points here. Loopback names and what the operator lists
+are fine. On a server that listens beyond the loopback so is every literal address, because a rebound page has a name,
+never an address.
+
+Origin: browsers send it, programs do not. Absent is fine, listed is fine, all else is refused, `null` included.
+
+Key: 256 random bits, or what the operator set (at least 16 characters), so guessing it is hopeless; the limit on wrong
+keys keeps the noise down. The right key is therefore accepted even from an address that is over the limit: a forgotten
+client with an old key must not lock its neighbours out, who may all share one address behind a proxy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import re
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import AgentServerError, InternalError, NotFound, UseHeader
-from agent_server.config.hosts import HostRules, OriginRules
-from agent_server.http.auth import Authority, bearer
-from agent_server.http.connection import Connection
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    HostNotAllowed,
+    InternalError,
+    NotFound,
+    OriginNotAllowed,
+    Overloaded,
+    Unauthorized,
+    UseHeader,
+)
+from agent_server.config.sources import LOOPBACK_NAMES, ip_address, is_loopback
+from agent_server.http.connection import Connection, network_of
 from agent_server.http.errors import http_error, refusal
 from agent_server.http.query import check_query
 from agent_server.http.websocket import is_upgrade
+from agent_server.keys import ApiKey, digest_of
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
 
@@ -41,7 +66,12 @@ ANSWERED = web.RequestKey("answered", bool)
 """The head of an answer is on its way: there cannot be another one."""
 
 RUNTIME_KEY = "X-API-Key"
+LONGEST_HEADER = 4096
+WRONG_KEYS = 5
+WINDOW_SECONDS = 60.0
+ADDRESSES = 10_000
 _SHOWN = 100
+_NAME_AND_PORT = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, X-API-Key, X-Session-API-Key",
@@ -53,6 +83,157 @@ _ALWAYS = {
     hdrs.VARY: "Origin",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+class HostRules:
+    """What may stand in Host."""
+
+    def __init__(self, listen: str, allowed: Sequence[str] = ()) -> None:
+        """Take the address the server listens on and further names; `*` allows every name."""
+        address = ip_address(listen)
+        own = set() if address is not None and address.is_unspecified else {listen.lower()}
+        self._names = LOOPBACK_NAMES | own | {name.lower() for name in allowed}
+        self._beyond_loopback = not is_loopback(listen)
+
+    def check(self, hosts: Sequence[str], target: str) -> None:
+        """Accept a request.
+
+        Args:
+            hosts: all values of the Host header.
+            target: the request target as it came.
+
+        Raises:
+            HostNotAllowed: details: host, and `status`, the HTTP status that fits.
+        """
+        if len(hosts) != 1:
+            count = "no" if not hosts else "more than one"
+            raise HostNotAllowed(f"the request has {count} Host header", status=400)
+        if not target.startswith("/") and target != "*":
+            raise HostNotAllowed("the request target must start with /", status=400)
+        host = hosts[0]
+        found = _NAME_AND_PORT.fullmatch(host)
+        if found is None or not 0 < int(found["port"] or 1) <= 65535:
+            raise HostNotAllowed("the Host header is no host name", status=400)
+        if "*" not in self._names and not self._allows(found["name"].lower()):
+            raise HostNotAllowed(
+                f"this server is not {host[:_SHOWN]}; the operator can add the name to allow_hosts",
+                host=host[:_SHOWN],
+                status=421,
+            )
+
+    def _allows(self, name: str) -> bool:
+        if name in self._names:
+            return True
+        address = ip_address(name)
+        if address is None:
+            return False
+        return address.is_loopback or (self._beyond_loopback and not address.is_unspecified)
+
+
+class OriginRules:
+    """What may stand in Origin."""
+
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        self._allowed = frozenset(origin.lower().rstrip("/") for origin in allowed)
+
+    def check(self, origins: Sequence[str]) -> str | None:
+        """Accept a request; returns the allowed origin it came from, None for a program.
+
+        Raises:
+            OriginNotAllowed: details: origin.
+        """
+        if not origins:
+            return None
+        if len(origins) == 1 and origins[0].lower() in self._allowed:
+            return origins[0]
+        shown = ", ".join(origins)[:_SHOWN]
+        raise OriginNotAllowed(
+            f"web pages of {shown} may not connect; the operator can add the origin to allow_origins",
+            origin=shown,
+        )
+
+
+class WrongKeys:
+    """Wrong keys per network in the last minute, whatever they were shown for: all doors of a server share it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._wrong: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def refusal(self, address: str) -> AgentServerError:
+        """Count a wrong key, and return what to answer it.
+
+        Unauthorized, or where the network of the address had too many of them Overloaded, with retry_after_ms.
+        """
+        network, now = network_of(address), self._clock()
+        times = self._wrong.setdefault(network, deque(maxlen=WRONG_KEYS))
+        wait = times[0] + WINDOW_SECONDS - now if len(times) == WRONG_KEYS else 0.0
+        if wait > 0:
+            return Overloaded(
+                f"too many wrong API keys; wait {wait:.0f} s",
+                limit=WRONG_KEYS,
+                retry_after_ms=int(wait * 1000) + 1,
+            )
+        times.append(now)
+        self._wrong.move_to_end(network)
+        if len(self._wrong) > ADDRESSES:
+            self._wrong.popitem(last=False)
+        return Unauthorized("wrong API key")
+
+
+class Authority:
+    """Says yes or no to a key."""
+
+    def __init__(
+        self, key: ApiKey, wrong_keys: WrongKeys | None = None, *, for_metrics: ApiKey | None = None
+    ) -> None:
+        """Take what counts as the key; `for_metrics` opens `/metrics` and nothing else."""
+        self._key = key
+        self._for_metrics = for_metrics
+        self._wrong_keys = wrong_keys or WrongKeys()
+
+    def check(self, given: str | None, address: str, *, metrics: bool = False) -> bytes:
+        """Accept a key; returns its digest.
+
+        Args:
+            given: what was shown.
+            address: who shows it.
+            metrics: whether it is shown for `/metrics`.
+
+        Raises:
+            Unauthorized: there is none, or a wrong one.
+            Overloaded: a wrong one, and the address had too many of them; details: retry_after_ms.
+        """
+        if given is None:
+            raise Unauthorized("an API key is needed: Authorization: Bearer KEY")
+        digest = digest_of(given)
+        if self._key.has(digest):
+            return digest
+        if metrics and self._for_metrics is not None and self._for_metrics.has(digest):
+            return digest
+        raise self._wrong_keys.refusal(address)
+
+
+def bearer(headers: Sequence[str], *, query: bool = False) -> str | None:
+    """Return the key in the Authorization headers; None when there is no such header.
+
+    Args:
+        headers: all values of Authorization.
+        query: whether the address carries something that looks like a key; it would end up in logs.
+
+    Raises:
+        UseHeader: the key came some other way, or the header is not of the form `Bearer KEY`.
+    """
+    if query:
+        raise UseHeader("a key in the address ends up in logs; use the header Authorization: Bearer KEY")
+    if not headers:
+        return None
+    scheme, _, key = headers[0].partition(" ")
+    if len(headers) > 1 or len(headers[0]) > LONGEST_HEADER:
+        raise UseHeader("one header Authorization: Bearer KEY is needed")
+    if scheme.lower() != "bearer":
+        raise UseHeader("this scheme is not supported; use the header Authorization: Bearer KEY")
+    return key
 
 
 class Security:

@@ -31,7 +31,7 @@ from agent_sdk.protocol.errors import (
     PolicyDenied,
 )
 from agent_sdk.workspace.disk import in_thread
-from agent_server.config.runtime_api import RuntimeConfig
+from agent_server.config.options import RuntimeConfig
 from agent_server.logs import Logs
 from agent_server.runtime_api.record import FOR_OTHERS, RECORD, Record, Wanted, machine_name, machine_of
 from agent_server.runtime_api.runtime import Runtime

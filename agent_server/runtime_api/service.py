@@ -17,7 +17,7 @@ from agent_sdk.protocol.errors import EngineUnavailable
 from agent_sdk.workspace.disk import in_thread
 from agent_server.config.options import ServerConfig
 from agent_server.config.sources import TRY_LATER, StartRefused
-from agent_server.http.auth import WrongKeys
+from agent_server.http.security import WrongKeys
 from agent_server.keys import ApiKey
 from agent_server.logs import Logs
 from agent_server.runtime_api.proxy import RuntimeProxy

@@ -8,9 +8,9 @@ from pathlib import Path
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import Unauthorized
-from agent_server.config.runtime_api import RuntimeConfig
+from agent_server.config.options import RuntimeConfig
 from agent_server.config.sources import StartRefused
-from agent_server.http.auth import WrongKeys
+from agent_server.http.security import WrongKeys
 from agent_server.keys import ApiKey, read_key
 
 HEADER = "X-API-Key"

@@ -11,7 +11,7 @@ import pytest
 from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import RemoteApiError
-from agent_server.config.runtime_api import RuntimeConfig, TenantConfig
+from agent_server.config.options import RuntimeConfig, TenantConfig
 from tests.chaos.server import KEY, Server
 from tests.docker import images
 from tests.docker.conftest import remove_all

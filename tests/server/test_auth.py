@@ -5,10 +5,9 @@ import stat
 import pytest
 
 from agent_sdk.protocol.errors import Overloaded, Unauthorized, UseHeader
-from agent_server.config.options import ServerConfig
-from agent_server.config.runtime_api import RuntimeConfig
+from agent_server.config.options import RuntimeConfig, ServerConfig
 from agent_server.config.sources import StartRefused
-from agent_server.http.auth import Authority, WrongKeys, bearer
+from agent_server.http.security import Authority, WrongKeys, bearer
 from agent_server.keys import ApiKey, obtain_key, obtain_keys
 from agent_server.runtime_api.tenants import Tenants
 

@@ -1,7 +1,9 @@
 import pytest
 
 from agent_sdk.protocol.errors import HostNotAllowed, OriginNotAllowed
-from agent_server.config.hosts import HostRules, OriginRules, ProxyRules, is_loopback, network_of
+from agent_server.config.sources import StartRefused, is_loopback, networks
+from agent_server.http.connection import ProxyRules, network_of
+from agent_server.http.security import HostRules, OriginRules
 
 LOCAL = HostRules("127.0.0.1")
 PUBLIC = HostRules("0.0.0.0", ["box.example"])
@@ -120,7 +122,7 @@ def test_which_addresses_are_reached_from_this_machine_only(host, answer):
     assert is_loopback(host) is answer
 
 
-PROXIES = ProxyRules(["10.0.0.0/8", "2001:db8:1::/48"])
+PROXIES = ProxyRules(networks(["10.0.0.0/8", "2001:db8:1::/48"]))
 
 
 @pytest.mark.parametrize(
@@ -153,9 +155,9 @@ def test_only_listed_proxies_are_trusted():
 
 def test_what_is_no_network_is_refused_in_one_sentence():
     with pytest.raises(
-        ValueError, match=r"'proxy' does not appear .*; write addresses and networks like 10\.0\.0\.1"
+        StartRefused, match=r"'proxy' does not appear .*; write addresses and networks like 10\.0\.0\.1"
     ):
-        ProxyRules(["proxy"])
+        networks(["proxy"])
 
 
 @pytest.mark.parametrize(

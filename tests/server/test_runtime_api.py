@@ -8,7 +8,7 @@ import pytest
 from aiohttp import ClientSession
 
 from agent_sdk import RemoteWorkspace
-from agent_server.config.runtime_api import RuntimeConfig, TenantConfig
+from agent_server.config.options import RuntimeConfig, TenantConfig
 
 ALICE, BOB = "alice-key-0123456789", "bob-key-0123456789ab"
 TENANTS = {"alice": TenantConfig(key=ALICE), "bob": TenantConfig(key=BOB)}

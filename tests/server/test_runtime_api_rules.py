@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from agent_server.config.runtime_api import GIB, RuntimeConfig, TenantConfig
+from agent_server.config.options import GIB, RuntimeConfig, TenantConfig
 from agent_server.config.sources import StartRefused
 from agent_server.runtime_api.tenants import Tenants
 from tests.server.test_runtime_api import ALICE, BOB, IMAGE, client, options

@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from agent_sdk.protocol.errors import Overloaded
-from agent_server.config.runtime_api import GIB, RuntimeConfig
+from agent_server.config.options import GIB, RuntimeConfig
 from agent_server.logs import opened
 from agent_server.runtime_api.record import Wanted
 from agent_server.runtime_api.runtimes import Runtimes
