@@ -215,8 +215,9 @@ class Turn:
                     await self._journal.append(*events)
 
     async def _start(self) -> str | None:
-        await self._journal.mend()
-        await self._journal.append(TurnStarted(run_id=self.run_id), op=self._op)
+        if self._journal.turn.run_id != self.run_id:  # else its start was written with the message
+            await self._journal.mend()
+            await self._journal.append(TurnStarted(run_id=self.run_id), op=self._op)
         self.begun.set()
         await self._enter()
         return self._journal.history.answered

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Literal, Self, TypeVar
@@ -222,10 +221,8 @@ class LocalConversation(Conversation):
             await opened.turns.stop("a new message came", asked=True, run_id=stops)
         run_id = opened.untold = opened.turns.run_id
         message = UserMessage(text=text, op_id=op.op_id if op else None)
-        written = opened.journal.submit(message, op=with_acceptance(op, run_id))
-        # Not after the await: whoever sends the message may be cancelled, the message is there all the same.
-        wake = mode == "interrupt"
-        written.add_done_callback(partial(opened.turns.message_committed, run_id=run_id, wake=wake))
+        acceptance = with_acceptance(op, run_id)
+        written = opened.turns.submit(message, acceptance, run_id=run_id, wake=mode == "interrupt")
         records = await asyncio.shield(written)
         if not records and (known := await self.answered(op, Accepted)):
             return known

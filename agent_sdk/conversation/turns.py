@@ -8,15 +8,16 @@ to survive their process, the one that is open in the log is gone on with before
 from __future__ import annotations
 
 import asyncio
+from asyncio import CancelledError
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.loop import RESTARTS, Turn
 from agent_sdk.agent.turn_state import Course, Phase, Stage
 from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.ids import new_id
-from agent_sdk.log.event_log import Operation
+from agent_sdk.log.event_log import Operation, Record
 from agent_sdk.protocol.errors import (
     AgentServerError,
     InternalError,
@@ -24,7 +25,7 @@ from agent_sdk.protocol.errors import (
     StateConflict,
     draining,
 )
-from agent_sdk.protocol.events import Waiting
+from agent_sdk.protocol.events import TurnStarted, UserMessage, Waiting
 from agent_sdk.protocol.results import Wait
 
 Left = Literal["nothing", "written", "begun"]
@@ -108,17 +109,32 @@ class Turns:
         if self.course.leaving:
             raise draining()
 
-    def message_committed(self, future: asyncio.Future[Any], *, run_id: str, wake: bool) -> None:
-        """Start the turn that was promised to a message, unless it has started.
+    def submit(
+        self, message: UserMessage, op: Operation | None, *, run_id: str, wake: bool
+    ) -> asyncio.Future[list[Record]]:
+        """Queue a message, with the start of the turn that it was promised where none runs.
 
         What is paused stays so, unless the message is to `wake` it. A turn that had been joined and ends
         without reading the message leaves it to the next one.
         """
-        if future.cancelled() or future.exception() is not None or not self._journal.history.unread:
-            return
-        paused = self._journal.turn.phase is Phase.PAUSED
-        if run_id == self._coming and self.course.stage is Stage.WORKING and (wake or not paused):
-            self._start()
+        begins = self._turn is None and not self._journal.turn.is_open and self._may_start(wake)
+        start = [TurnStarted(run_id=run_id)] if begins else []
+        written = self._journal.submit(message, *start, op=op)
+        turn = self._made() if begins else None
+
+        # Not after an await: whoever sends the message may be cancelled, the message is there all the same.
+        def committed(_: object) -> None:
+            failure = CancelledError() if written.cancelled() else written.exception()
+            waits = failure is None and bool(self._journal.history.unread)
+            if turn is not None and (failure or not written.result()):
+                self._withdraw(turn, failure)
+            elif turn is not None:
+                self._run(turn)
+            elif waits and run_id == self._coming and self._may_start(wake):
+                self._start()
+
+        written.add_done_callback(committed)
+        return written
 
     def begin(self, op: Operation | None = None, *, untold: str | None = None) -> Turn | None:
         """Return the turn that runs, or start one when there is something to do, else None.
@@ -217,24 +233,43 @@ class Turns:
     def _coming(self) -> str:
         return self._abandoned or self._next_run_id
 
+    def _may_start(self, wake: bool) -> bool:
+        """Whether a message may begin a turn, one that is to `wake` what is paused or another."""
+        paused = self._journal.turn.phase is Phase.PAUSED
+        return self.course.stage is Stage.WORKING and (wake or not paused)
+
     def _start(self, op: Operation | None = None) -> Turn:
-        if not self.ready:
-            raise StateConflict("no agent is configured yet", state="idle")
         if self.course.stage is not Stage.WORKING:
             raise StateConflict("the conversation is closed", state="closed")
-        self._failure = None
-        turn = Turn(
+        turn = self._made(op)
+        self._run(turn)
+        return turn
+
+    def _made(self, op: Operation | None = None) -> Turn:
+        """Make the turn that comes next; `_run` it, or `_withdraw` it."""
+        if not self.ready:
+            raise StateConflict("no agent is configured yet", state="idle")
+        self._turn = Turn(
             self._coming,
             self._present,
             self._journal,
             restarts=RESTARTS if self._restarts is None else self._restarts,
             op=op,
         )
-        if turn.run_id == self._next_run_id:
+        if self._turn.run_id == self._next_run_id:
             self._next_run_id = new_id()
-        before, self._turn = self._task, turn
-        self._task = asyncio.create_task(self._course(turn, before), name=f"turn {turn.run_id}")
-        return turn
+        return self._turn
+
+    def _run(self, turn: Turn) -> None:
+        self._failure = None
+        self._task = asyncio.create_task(self._course(turn, self._task), name=f"turn {turn.run_id}")
+
+    def _withdraw(self, turn: Turn, failure: BaseException | None) -> None:
+        """Forget a turn whose start was not written: a message that had joined it begins it, or the next one."""
+        self._turn, self._next_run_id = None, turn.run_id
+        turn.failure = failure if isinstance(failure, Exception) else None
+        turn.begun.set()
+        turn.over.set()
 
     async def _present(self) -> Actor:
         if self._actor is None and self.obstacle is None:

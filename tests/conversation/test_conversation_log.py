@@ -220,3 +220,47 @@ async def test_a_result_that_finds_no_room_fails_the_turn_and_run_tries_again(tm
         "error_raised ",
         "turn_ended failed",
     ]
+
+
+REFUSED = """
+import asyncio, resource, sys
+from agent_sdk.definition import Agent
+from agent_sdk.conversation.local import LocalConversation
+from agent_sdk.protocol.errors import StorageFull
+from agent_sdk.protocol.specs import ScriptedLLM
+from agent_sdk.testing import say
+
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+async def main():
+    agent = Agent(llm=ScriptedLLM(steps=(say("done"),)))
+    async with LocalConversation(agent, sys.argv[1], persistence_dir=sys.argv[1]) as conversation:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+        big = asyncio.create_task(conversation.send_message("x" * 100_000))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(conversation.run())
+        for attempt in (big, waiting):
+            try:
+                await attempt
+            except StorageFull:
+                print("refused")
+        print((await conversation.state()).state)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        accepted = await conversation.send_message("go")
+        outcome = await conversation.run()
+        print(outcome.final_text, outcome.run_id == accepted.run_id)
+        async for event in conversation.events():
+            print(event.__struct_config__.tag, getattr(event, "status", ""))
+
+asyncio.run(main())
+"""
+
+
+async def test_a_message_that_finds_no_room_begins_no_turn_and_the_next_one_does(tmp_path):
+    lines = ran(REFUSED, str(tmp_path))
+    assert lines[:4] == ["refused", "refused", "idle", "done True"]
+    assert [line for line in lines if line.startswith(("turn", "user", "error"))] == [
+        "user_message ",
+        "turn_started ",
+        "turn_ended finished",
+    ]

@@ -27,6 +27,7 @@ from agent_sdk.protocol.events import (
     TurnResumed,
     TurnStarted,
     UserMessage,
+    decode,
     kind_of,
 )
 from agent_sdk.protocol.methods.conversation import SendMessage
@@ -377,6 +378,22 @@ async def test_a_conversation_opens_although_the_promise_of_its_message_cannot_b
     async with opening(None) as second:
         assert not second.working
         assert (await second.run(timeout=PATIENCE)).final_text == "hello"
+
+
+async def test_a_message_that_is_in_the_log_has_begun_its_turn_there(opening, tmp_path):
+    """Killed at whatever moment, nobody has to know whether it was to wake a paused conversation."""
+    async with EventLog.open(tmp_path / FILE_NAME) as log:
+        conversation = opening(acting(hang(), say("done")), log=log, persistence_dir=None)
+        for mode, pause in (("enqueue", True), ("interrupt", False)):
+            accepted = await conversation.send_message("go", mode=mode)
+            rest = await log.read(MINE, accepted.seq)
+            assert [decode(body).run_id for _, body in rest[:1]] == [accepted.run_id]
+            if pause:
+                await conversation.pause()
+                await conversation.suspend()
+                conversation = opening(acting(say("done")), log=log, persistence_dir=None)
+                assert (await until(conversation, TurnEnded)).status == "paused"
+        await conversation.close()
 
 
 async def test_nothing_is_stored_of_a_conversation_without_settings(opening, tmp_path):
