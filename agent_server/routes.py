@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from agent_sdk.protocol.errors import (
     InternalError,
     InvalidParams,
     InvalidRequest,
-    LimitExceeded,
     to_wire,
 )
 from agent_sdk.protocol.methods.connection import Initialize
@@ -30,7 +28,7 @@ from agent_sdk.rpc.websocket import WebSocketPipe
 from agent_server.conversations.loaded import LoadedConversation
 from agent_server.http.connection import Connection
 from agent_server.http.errors import as_json, http_error
-from agent_server.http.query import LARGEST_SEQ, PAGE, checked_number, number, wanted
+from agent_server.http.request import LARGEST_SEQ, PAGE, checked_number, number, read_body, wanted
 from agent_server.http.security import KEY_SHOWN
 from agent_server.http.websocket import accept, check_upgrade
 from agent_server.session.event_stream import stream_events
@@ -192,7 +190,10 @@ class Routes:
             InvalidRequest: the body did not arrive in time (408).
             Overloaded: too many bytes of all clients are on their way.
         """
-        async with self._body(request) as body:
+        config = self._sessions.config
+        limit, seconds = config.limits.message_bytes, config.body_seconds
+        with closing(self._sessions.budget.share()) as share:
+            body = await read_body(request, limit=limit, seconds=seconds, take=share.take)
             return await self._answer(body, request.query.get("conversation"))
 
     async def _answer(self, body: bytearray, id: str | None) -> web.Response:
@@ -214,32 +215,6 @@ class Routes:
             bug = InternalError("internal error", incident=incident)
             answer = endpoint.failure(call.id if call else None, to_wire(bug))
         return web.Response(body=answer, content_type="application/json")
-
-    @asynccontextmanager
-    async def _body(self, request: web.Request) -> AsyncIterator[bytearray]:
-        """The body, which is held for the length of the block.
-
-        Raises:
-            LimitExceeded, InvalidRequest, Overloaded: it is too long, too slow, or there is no room for it now.
-        """
-        seconds, limit = self._sessions.config.body_seconds, self._sessions.config.limits.message_bytes
-        too_long = LimitExceeded(f"a body of more than {limit} bytes", field="body", limit=limit)
-        announced, body = request.content_length or 0, bytearray()
-        if announced > limit:
-            raise too_long
-        with closing(self._sessions.budget.share()) as share:
-            share.take(announced)
-            try:
-                async with asyncio.timeout(seconds):
-                    async for piece in request.content.iter_any():
-                        if len(body) + len(piece) > limit:
-                            raise too_long
-                        if not announced:
-                            share.take(len(piece))
-                        body += piece
-            except TimeoutError:
-                raise InvalidRequest(f"the body did not arrive within {seconds:g} s", status=408) from None
-            yield body
 
     async def _call(self, call: Request, id: str | None) -> Any:
         if call.method == Initialize.method:

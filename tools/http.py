@@ -11,15 +11,15 @@ from aiohttp import web
 from msgspec import Struct
 
 from agent_sdk.protocol import errors
-from agent_server.http import query
+from agent_server.config.options import ServerConfig
+from agent_server.http import request
 from agent_server.http.errors import status_of
-from agent_server.http.security import OPEN_PATHS
+from agent_server.http.security import OPEN_PATHS, RUNTIME_KEY
 from agent_server.routes import Routes
-from agent_server.runtime_api import routes as runtime_api
+from agent_server.runtime_api import service as runtime_api
 from agent_server.runtime_api.proxy import RuntimeProxy
-from agent_server.runtime_api.routes import RuntimeRoutes
 from agent_server.runtime_api.runtime import Shown
-from agent_server.runtime_api.tenants import HEADER
+from agent_server.runtime_api.service import RuntimeRoutes
 from tools.docstrings import docstring
 from tools.markdown import fields, table
 
@@ -102,12 +102,12 @@ def addresses() -> list[Address]:
 def runtime_addresses() -> list[Address]:
     """Return those of a server with the Runtime API."""
     nothing = cast(Any, None)
-    routes = RuntimeRoutes(nothing, nothing, RuntimeProxy(nothing), nothing, url="", body_seconds=0.0).table()
+    routes = RuntimeRoutes(nothing, nothing, RuntimeProxy(nothing), nothing, ServerConfig()).table()
     return [
         Address(
             route.method.replace("*", "ANY"),
             route.path.replace("{rest:.*}", "…"),
-            "that of the runtime" if "runtimes" in route.path else f"`{HEADER}`",
+            "that of the runtime" if "runtimes" in route.path else f"`{RUNTIME_KEY}`",
             route.handler,
         )
         for route in routes
@@ -149,8 +149,8 @@ def _lines() -> Iterator[str]:
         yield from _address(address)
     yield "## The Runtime API\n"
     yield "Only where the option `runtime_api` turns it on, see [runtime_api.md](runtime_api.md). Every call"
-    yield f"carries the key of a tenant as `{HEADER}`; bodies are JSON, further members are not looked at. What belongs"
-    yield "to another tenant is 404, as if there were none.\n"
+    yield f"carries the key of a tenant as `{RUNTIME_KEY}`; bodies are JSON, further members are not looked at. What"
+    yield "belongs to another tenant is 404, as if there were none.\n"
     for address in runtime_addresses():
         yield from _address(address)
     yield "### The runtime\n"
@@ -161,7 +161,7 @@ def _address(address: Address) -> Iterator[str]:
     said = docstring(address.handler)
     yield f"### {address.heading}\n"
     yield f"{said.text}\n"
-    parameters = (query.PARAMETERS | runtime_api.PARAMETERS).get(address.path, {})
+    parameters = (request.PARAMETERS | runtime_api.PARAMETERS).get(address.path, {})
     if parameters:
         yield from table("parameter | ", *((f"`?{name}`", what) for name, what in parameters.items()))
     body = runtime_api.BODIES.get(address.path)

@@ -38,7 +38,7 @@ from agent_server.cli.terminal import STDOUT, Outlet, Style, json_line, one_line
 from agent_server.config.options import ServerConfig, client_environment, load, load_given
 from agent_server.config.sources import StartRefused
 from agent_server.keys import obtain_keys, obtain_sealer
-from agent_server.runtime_api.tenants import Tenants
+from agent_server.runtime_api.service import Tenants
 from workspaces.backend.docker.engine import Engine, EngineInfo
 from workspaces.backend.docker.engine_info import GVISOR, reaches_sandboxes
 from workspaces.box.confinement import confinement

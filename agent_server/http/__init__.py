@@ -6,5 +6,5 @@ connection: one network connection, and whom it is from
 websocket:  the WebSocket handshake, and frames before they are parsed
 security:   Host, Origin, key; how often one may be wrong; errors
 errors:     JSON over HTTP
-query:      what may follow the `?` of an address
+request:    what a request says: its query and its body
 """

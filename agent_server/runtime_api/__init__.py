@@ -2,11 +2,9 @@
 
 Knows keys, quotas and what any backend promises; nothing of conversations.
 
-service:  the Runtime API, as a whole
-routes:   what is at which address
-tenants:  who may have what
+service:  the Runtime API as a whole: who may use it, and what is at which address
 runtimes: all runtimes
 runtime:  one runtime: started, paused, ended
-record:   what is asked for in a runtime, what is kept of it, and the machine it runs in
+record:   what a tenant may have, what is asked for in a runtime, what is kept of it, and the machine it runs in
 proxy:    the way to a runtime
 """

@@ -25,10 +25,10 @@ from yarl import URL
 from agent_sdk.protocol.errors import HostNotAllowed, NotFound, WorkspaceUnavailable
 from agent_server.config.sources import StartRefused
 from agent_server.http.connection import Connection
+from agent_server.http.security import RUNTIME_KEY
 from agent_server.http.websocket import is_upgrade
 from agent_server.keys import ApiKey
 from agent_server.runtime_api.runtime import Runtime
-from agent_server.runtime_api.tenants import HEADER
 
 
 class Tunnel:
@@ -141,7 +141,7 @@ _NOT_PASSED_ON = frozenset(
         hdrs.HOST,
         hdrs.EXPECT,
         hdrs.ORIGIN,
-        HEADER,
+        RUNTIME_KEY,
     )
 )
 # What a browser would take for the whole of this server's name.

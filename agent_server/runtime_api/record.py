@@ -1,4 +1,4 @@
-"""What is asked for in a runtime, what is kept of it, and the machine that its server runs in."""
+"""What a tenant may have, what is asked for in a runtime and kept of it, and the machine that its server runs in."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ _Name = Annotated[
 _Value = Annotated[str, Meta(pattern=r"^[^\0]*$")]
 _TEXT = Meta(pattern=r"^[^\0]+$", max_length=65_536)
 _User = Annotated[int, Meta(ge=0, le=2_147_483_647)]
+
+
+class Tenant(Struct, frozen=True, kw_only=True):
+    """One tenant of the Runtime API and its quota; None: no limit."""
+
+    name: str
+    sandboxes: int | None
+    cpus: float | None
+    memory: int | None
+    """Bytes."""
 
 
 class Wanted(Struct, kw_only=True):

@@ -33,9 +33,16 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.workspace.disk import in_thread
 from agent_server.config.options import RuntimeConfig
 from agent_server.logs import Logs
-from agent_server.runtime_api.record import FOR_OTHERS, RECORD, Record, Wanted, machine_name, machine_of
+from agent_server.runtime_api.record import (
+    FOR_OTHERS,
+    RECORD,
+    Record,
+    Tenant,
+    Wanted,
+    machine_name,
+    machine_of,
+)
 from agent_server.runtime_api.runtime import Runtime
-from agent_server.runtime_api.tenants import Tenant
 from workspaces.backend.contract import Backend
 from workspaces.backend.sweep import Sweep
 from workspaces.server import Server

@@ -9,7 +9,7 @@ from agent_server.config.options import RuntimeConfig, ServerConfig
 from agent_server.config.sources import StartRefused
 from agent_server.http.security import Authority, WrongKeys, bearer
 from agent_server.keys import ApiKey, obtain_key, obtain_keys
-from agent_server.runtime_api.tenants import Tenants
+from agent_server.runtime_api.service import Tenants
 
 KEY = "0123456789abcdef"
 

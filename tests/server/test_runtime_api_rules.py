@@ -7,7 +7,7 @@ import pytest
 
 from agent_server.config.options import GIB, RuntimeConfig, TenantConfig
 from agent_server.config.sources import StartRefused
-from agent_server.runtime_api.tenants import Tenants
+from agent_server.runtime_api.service import Tenants
 from tests.server.test_runtime_api import ALICE, BOB, IMAGE, client, options
 
 NOBODY = {"runtime_id": "01900000-0000-7000-8000-000000000000"}
@@ -176,6 +176,16 @@ async def test_a_wait_that_is_none_is_refused(start, wait):
     async with start(**options()) as server, client(server) as api:
         await api.start(wait=0)
         assert "?wait must be 0..60" in said(await api.session(status=400, wait=wait))
+
+
+async def test_a_body_that_says_nothing_of_its_length_has_the_same_limit(start):
+    async def pieces():
+        for _ in range(17):
+            yield b" " * (64 << 10)
+
+    async with start(**options()) as server, client(server) as api:
+        refused = await api.ask("POST", "/start", 413, data=pieces())
+        assert said(refused) == "a body of more than 1048576 bytes"
 
 
 async def test_what_others_ask_for_besides_is_not_looked_at(start):

@@ -10,10 +10,9 @@ import pytest
 from aiohttp import WSMsgType, web
 from yarl import URL
 
-from agent_server.config.hosts import HostRules, OriginRules
 from agent_server.config.sources import StartRefused
 from agent_server.http.connection import Connection, ConnectionLimiter
-from agent_server.http.security import Authority, Security
+from agent_server.http.security import Authority, HostRules, OriginRules, Security
 from agent_server.keys import ApiKey
 from agent_server.logs import opened
 from agent_server.metrics import Metrics

@@ -11,9 +11,8 @@ from aiohttp.test_utils import TestServer
 from agent_sdk.protocol.errors import Overloaded
 from agent_server.config.options import GIB, RuntimeConfig
 from agent_server.logs import opened
-from agent_server.runtime_api.record import Wanted
+from agent_server.runtime_api.record import Tenant, Wanted
 from agent_server.runtime_api.runtimes import Runtimes
-from agent_server.runtime_api.tenants import Tenant
 from tests.server.test_runtime import Steps
 from tests.server.wire import GUARD
 from workspaces.backend.contract import Facts

@@ -11,7 +11,7 @@ import pytest
 from agent_sdk.protocol.errors import table
 from agent_sdk.rpc import peer
 from agent_server.config.options import ServerConfig
-from agent_server.http import auth, connection, errors, websocket
+from agent_server.http import connection, errors, security, websocket
 from agent_server.session import event_stream
 from tests.server.wire import request
 from tools.http import RULES, STATUSES, addresses, http, runtime_addresses
@@ -72,7 +72,7 @@ def test_the_numbers_are_those_of_the_server():
     codes = {code: meaning for code, _, meaning in CLOSE_CODES}
     for sentence in (
         f"within {config.handshake_seconds:g} s",
-        f"After {auth.WRONG_KEYS} wrong keys in a minute",
+        f"After {security.WRONG_KEYS} wrong keys in a minute",
         f"pings after {config.heartbeat_seconds:g} s of silence and gives a connection up that does not answer "
         f"within {config.heartbeat_seconds / 2:g} s",
         f"{config.max_strangers} connections of a network",
@@ -82,7 +82,7 @@ def test_the_numbers_are_those_of_the_server():
         f"version {websocket.VERSION}",
     ):
         assert sentence in text
-    assert auth.WINDOW_SECONDS == 60
+    assert security.WINDOW_SECONDS == 60
     assert f"{connection.STRANGER_BYTES >> 10} KiB" in codes[1008]
     assert f"{websocket.FRAGMENTS} fragments" in codes[1008]
     assert f"{websocket.CONTROLS_PER_SECOND} control frames" in codes[1008]

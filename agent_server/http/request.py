@@ -1,7 +1,9 @@
-"""What may follow the `?` of an address, and what it says; anything else is refused."""
+"""What a request says: after the `?` of its address, where anything unknown is refused, and in its body."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Any, get_args
 
 import msgspec
@@ -10,7 +12,7 @@ from msgspec import Raw
 
 from agent_sdk.ids import is_id
 from agent_sdk.protocol.endpoint import decode_params
-from agent_sdk.protocol.errors import InvalidParams
+from agent_sdk.protocol.errors import InvalidParams, InvalidRequest, LimitExceeded
 from agent_sdk.protocol.methods.conversation import ListConversations
 from agent_sdk.protocol.results import State
 
@@ -95,3 +97,35 @@ def checked_number(name: str, text: str, least: int, most: int) -> int:
     if text.isascii() and text.isdigit() and len(text) <= 16 and least <= int(text) <= most:
         return int(text)
     raise InvalidParams(f"{name}: expected int {least}..{most}, got {text[:_SHOWN]!r}")
+
+
+async def read_body(
+    request: web.Request, *, limit: int, seconds: float, take: Callable[[int], object] = lambda size: None
+) -> bytearray:
+    """Return the body of a request.
+
+    Args:
+        request: whose.
+        limit: bytes that it may have.
+        seconds: how long it may take.
+        take: told of bytes before they are read; what it raises is raised.
+
+    Raises:
+        LimitExceeded, InvalidRequest: it is too long, or too slow.
+    """
+    too_long = LimitExceeded(f"a body of more than {limit} bytes", field="body", limit=limit)
+    announced, body = request.content_length or 0, bytearray()
+    if announced > limit:
+        raise too_long
+    take(announced)
+    try:
+        async with asyncio.timeout(seconds):
+            async for piece in request.content.iter_any():
+                if len(body) + len(piece) > limit:
+                    raise too_long
+                if not announced:
+                    take(len(piece))
+                body += piece
+    except TimeoutError:
+        raise InvalidRequest(f"the body did not arrive within {seconds:g} s", status=408) from None
+    return body
