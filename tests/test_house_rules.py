@@ -20,7 +20,6 @@ SHORT_FOLDERS = {
     "agent_sdk/agent/middleware/": "a feature of the agent is a file",
 }
 SHORT_FILES = {
-    "agent_sdk/agent/llm/lenient.py": "both dialects read answers with it",
     "agent_sdk/callbacks.py": "conversations here and there call with it",
     "agent_sdk/log/chain.py": "rows, recovery and what is saved are proved by it",
     "agent_sdk/protocol/defaults.py": "messages, digests and the log leave out the same",

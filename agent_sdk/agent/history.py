@@ -11,6 +11,8 @@ from agent_sdk.agent.ending import ending_of, nudge
 from agent_sdk.models import AssistantTurn, ToolTurn, ToolUse, Turn, UserTurn
 from agent_sdk.protocol.events import AgentMessage, Event, ToolCalled, ToolReturned, UserMessage
 
+_ID_CHARACTERS = 128
+
 
 class History:
     """Feed it every event in the order of the log."""
@@ -103,8 +105,10 @@ class History:
         return [UserTurn(words)] if words and not isinstance(self.turns[-1], UserTurn) else []
 
     def fresh_call_id(self, wanted: str) -> str:
-        """Return `wanted`, or something like it when it is empty or was used: ids tell results apart."""
+        """Return `wanted`, or something like it when it is empty, long or was used: ids tell results apart."""
         wanted = wanted.strip() or "call"
+        if len(wanted) > _ID_CHARACTERS:
+            wanted = "call"
         found = wanted
         while found in self._call_ids:
             found = f"{wanted}_{len(self._call_ids)}"

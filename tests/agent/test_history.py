@@ -109,3 +109,11 @@ def test_of_an_answer_that_was_interrupted_before_its_first_word_the_model_sees_
     history = grown(asks("a"), broken_off("", seen=1))
     history.read()
     assert history.turns == [UserTurn("a")]
+
+
+def test_the_id_of_a_call_occurs_once_in_a_conversation_and_is_never_empty_or_long():
+    history = grown(asks(), answers("", seen=1, calls=1), calls("call_1"))
+    ids = [history.fresh_call_id(wanted) for wanted in ("call_1", "new", "new", "", " ", "x" * 1000)]
+    assert ids[1] == "new"
+    assert len({*ids, "call_1"}) == 7
+    assert all(0 < len(call_id) <= 40 for call_id in ids)

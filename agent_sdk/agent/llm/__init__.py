@@ -2,13 +2,11 @@
 
 scripted:         a model without a model
 client:           from an LLM or a ScriptedLLM to a client; a model of a provider: one request, one answer
-provider:         the providers, their addresses and what sets them apart
-openai:           asking in OpenAI's chat completions; openai_answer reads what comes back
-anthropic:        asking in Anthropic's messages API; anthropic_answer reads what comes back
-history:          what was said before, made acceptable to a provider
-answer:           an answer being put together, with its limits
-lenient:          JSON that is damaged a little
-sse:              server-sent events out of bytes
+provider:         the providers, their addresses, what sets them apart and what they accept
+openai:           OpenAI's chat completions: asking, and reading what comes back
+anthropic:        Anthropic's messages API: the same
+answer:           an answer being put together, with its limits: what both dialects have in common
+decoding:         server-sent events out of bytes, and JSON that is damaged a little
 transport:        HTTP over aiohttp
 failure:          what went wrong, as one of our errors
 """

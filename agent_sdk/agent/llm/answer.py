@@ -1,19 +1,24 @@
-"""An answer while it comes in: pieces become a Completion. Knows the limits, no dialect, no connection."""
+"""An answer while it comes in: pieces become a Completion. Knows the limits; each dialect has a parser of its own."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
 
+import msgspec
 from msgspec import Raw
 
 from agent_sdk.agent.clip import ELLIPSIS, shortened
+from agent_sdk.agent.llm.decoding import ServerSentEvent
 from agent_sdk.agent.llm.failure import broken, failure_in, says_something, too_large
 from agent_sdk.agent.llm.provider import Address
-from agent_sdk.ids import new_id
-from agent_sdk.models import FINISH_REASONS, AssistantTurn, Completion, ModelRequest, OnDelta, ToolUse, Usage
+from agent_sdk.models import FINISH_REASONS, Completion, OnDelta, ToolUse, Usage
 from agent_sdk.protocol.errors import ModelError
 from agent_sdk.protocol.specs import LLM
 from agent_sdk.tools import as_utf8
+
+T = TypeVar("T")
 
 ANSWER_BYTES = 32 << 20
 """Of a whole answer, as it comes over the wire."""
@@ -68,7 +73,6 @@ _FAILED = (
 )
 """Finish reasons of answers that came to no end."""
 
-_ID_CHARACTERS = 128
 _NAME_CHARACTERS = 256
 _MOST_TOKENS = 2**53
 _WRITING_COSTS = 1.25
@@ -102,18 +106,17 @@ class ToolDraft:
         self.size = 0
 
 
-class Answer:
-    """Collects the pieces of one answer, passes them on, and refuses what is too much."""
+class ResponseParser(ABC):
+    """Reads one answer, streamed or whole: collects its pieces, passes them on, and refuses what is too much."""
 
-    def __init__(
-        self, llm: LLM, address: Address, request: ModelRequest, on_delta: OnDelta | None = None
-    ) -> None:
+    def __init__(self, llm: LLM, address: Address, on_delta: OnDelta | None = None) -> None:
         self.address = address
+        self.done = False
+        """Whether the provider said that the answer is over."""
         self.calls: list[ToolDraft] = []
         self.finish_reason = ""
         self.usage = Usage()
         self._llm = llm
-        self._request = request
         self._on_delta = on_delta
         self._text: list[str] = []
         self._thinking: list[str] = []
@@ -121,7 +124,27 @@ class Answer:
         self._noted = b""
 
     def __repr__(self) -> str:
-        return f"<Answer of {self.address.model} [{len(self._text)} pieces, {len(self.calls)} calls]>"
+        return f"<{type(self).__name__} of {self.address.model} [{len(self._text)} pieces, {len(self.calls)} calls]>"
+
+    @abstractmethod
+    def event(self, event: ServerSentEvent) -> None:
+        """Take one event of a stream; kinds that are not known are passed over.
+
+        Raises:
+            ModelError: it makes no sense, or says that the model failed.
+        """
+
+    @abstractmethod
+    def whole(self, body: bytes) -> None:
+        """Take an answer that was not streamed. Raises as `event`."""
+
+    @abstractmethod
+    def conclude(self) -> Raw | None:
+        """Take in what only its end says; return what the provider wants to see again.
+
+        Raises:
+            ModelError: what came is no answer.
+        """
 
     @property
     def text(self) -> str:
@@ -206,12 +229,22 @@ class Answer:
             cost=_cost(self._llm, given - cached + (_WRITING_COSTS - 1) * written, said, cached),
         )
 
-    def completion(self, provider: Raw | None) -> Completion:
-        """Return the whole answer.
+    def usage_in(self, counts: Any, kind: type[T]) -> T | None:
+        """Return what a provider counted; None for what makes no sense, which is no reason to lose the answer."""
+        try:
+            return msgspec.convert(counts, kind)
+        except (msgspec.ValidationError, UnicodeError):
+            return None
+
+    def completion(self) -> Completion:
+        """Return the answer after its last event.
 
         Raises:
-            ModelAnswerBroken: its finish reason is an error.
+            ModelAnswerBroken: it stopped before its end, or its finish reason is an error.
         """
+        if not self.done and not self.finish_reason:
+            raise self.failure("stopped in the middle")
+        provider = self.conclude()
         reason = self.finish_reason
         if reason.lower() in _FAILED:
             said = f" after {self.text + ELLIPSIS!r}" if self.text else ""
@@ -221,27 +254,18 @@ class Answer:
         return Completion(
             text=self.text,
             thinking=self.thinking,
-            tool_calls=self._tool_calls(),
+            tool_calls=tuple(map(self._use, self.calls)),
             usage=self.usage,
             finish_reason=reason,
             provider=provider,
         )
 
-    def _tool_calls(self) -> tuple[ToolUse, ...]:
-        """The calls with ids that occur once in the conversation; missing and repeated ones are made anew."""
-        if not self.calls:
-            return ()
-        turns = (turn for turn in self._request.turns if isinstance(turn, AssistantTurn))
-        taken = {use.call_id for turn in turns for use in turn.tool_calls}
-        uses = []
-        for draft in self.calls:
-            call_id = as_utf8(draft.call_id)
-            if not call_id or call_id in taken or len(call_id) > _ID_CHARACTERS:
-                call_id = "call_" + new_id().replace("-", "")
-            taken.add(call_id)
-            tool = shortened(as_utf8(draft.tool.strip()), _NAME_CHARACTERS)
-            uses.append(ToolUse(call_id=call_id, tool=tool, arguments=as_utf8("".join(draft.pieces))))
-        return tuple(uses)
+    def _use(self, draft: ToolDraft) -> ToolUse:
+        return ToolUse(
+            call_id=as_utf8(draft.call_id),
+            tool=shortened(as_utf8(draft.tool.strip()), _NAME_CHARACTERS),
+            arguments=as_utf8("".join(draft.pieces)),
+        )
 
 
 def _tokens(count: int) -> int:

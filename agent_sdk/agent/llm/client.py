@@ -6,21 +6,17 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from agent_sdk.agent.llm import anthropic, openai
-from agent_sdk.agent.llm.answer import ANSWER_BYTES, Answer
-from agent_sdk.agent.llm.anthropic_answer import Reading as AnthropicReading
+from agent_sdk.agent.llm.answer import ANSWER_BYTES, ResponseParser
+from agent_sdk.agent.llm.decoding import BOM, EventParser, is_whole
 from agent_sdk.agent.llm.failure import ERROR_BYTES, beginning, broken, failure_of, too_large
-from agent_sdk.agent.llm.openai_answer import Reading as OpenAIReading
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.llm.scripted import ScriptedClient
-from agent_sdk.agent.llm.sse import BOM, EventParser, is_whole
 from agent_sdk.models import Completion, ModelClient, ModelRequest, OnDelta
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelRefused
 from agent_sdk.protocol.specs import LLM, Model, ScriptedLLM
 
 if TYPE_CHECKING:
     from agent_sdk.agent.llm.transport import Reply, Transport
-
-Reading = AnthropicReading | OpenAIReading
 
 
 def open_model(spec: Model) -> ModelClient:
@@ -55,21 +51,20 @@ class ProviderClient:
         An answer has at most 32 MiB, 64 tool calls and 1 MiB of arguments each.
         """
         address = self._address
-        encode = anthropic.encode if address.kind.dialect == "anthropic" else openai.encode
+        dialect = anthropic if address.kind.dialect == "anthropic" else openai
         try:
-            body = encode(request, self._llm, address)
+            body = dialect.encode(request, self._llm, address)
         except UnicodeEncodeError:
             raise ModelRefused(
                 "the conversation holds half a surrogate pair", provider=address.provider
             ) from None
-        answer = Answer(self._llm, address, request, on_delta)
-        reading = AnthropicReading(answer) if address.kind.dialect == "anthropic" else OpenAIReading(answer)
+        parser: ResponseParser = dialect.Parser(self._llm, address, on_delta)
         async with self._connections().post(body) as reply:
             if not 200 <= reply.status < 300:
                 raise failure_of(reply.status, reply.headers, await reply.head(ERROR_BYTES), address)
             try:
-                await self._read(reply, reading)
-                return reading.completion()
+                await self._read(reply, parser)
+                return parser.completion()
             except ModelAnswerBroken as exc:
                 if reply.broken is not None:
                     raise reply.broken from exc
@@ -88,8 +83,8 @@ class ProviderClient:
             self._transport = Transport(self._address, self._llm.timeout)
         return self._transport
 
-    async def _read(self, reply: Reply, reading: Reading) -> None:
-        """Feed the body to `reading`. Its first bytes say what it is, not what it is called or how it was asked for."""
+    async def _read(self, reply: Reply, parser: ResponseParser) -> None:
+        """Feed the body to `parser`. Its first bytes say what it is, not what it is called or how it was asked for."""
         body, head = self._limited(reply.pieces()), b""
         async for piece in body:
             head += piece
@@ -102,25 +97,25 @@ class ProviderClient:
                 raise broken("is a web page; is base_url right?", self._address, status=reply.status)
             case b"{" | b"[":
                 rest = [piece async for piece in body]
-                reading.whole(b"".join((head.removeprefix(BOM), *rest)))
+                parser.whole(b"".join((head.removeprefix(BOM), *rest)))
             case _:
-                await self._read_events(head, body, reading)
+                await self._read_events(head, body, parser)
                 await reply.drain()
 
-    async def _read_events(self, head: bytes, body: AsyncIterator[bytes], reading: Reading) -> None:
-        parser, heard = EventParser(), False
+    async def _read_events(self, head: bytes, body: AsyncIterator[bytes], parser: ResponseParser) -> None:
+        stream, heard = EventParser(), False
         piece: bytes | None = head
         while piece is not None:
-            for event in parser.feed(piece):
+            for event in stream.feed(piece):
                 heard = True
-                reading.event(event)
-                if reading.done:
+                parser.event(event)
+                if parser.done:
                     return
             piece = await anext(body, None)
-        for event in parser.end():
+        for event in stream.end():
             if is_whole(event.data):  # else the stream broke off within it
                 heard = True
-                reading.event(event)
+                parser.event(event)
         if not heard:
             said = beginning(head, self._address)
             raise broken(f"is neither JSON nor a stream of events: {said}", self._address)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from agent_sdk.agent.clip import shortened
-from agent_sdk.agent.llm import lenient
+from agent_sdk.agent.llm.decoding import decode_json, encode_json, json_value
 from agent_sdk.agent.llm.provider import Address
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,
@@ -109,7 +109,7 @@ def failure_in(raw: bytes | Json, address: Address) -> ModelError:
     broken answer.
     """
     details: dict[str, Any] = {"provider": address.provider}
-    error = lenient.value(raw) if isinstance(raw, bytes) else raw
+    error = json_value(raw) if isinstance(raw, bytes) else raw
     members = _innermost(error)
     code, kind = _code(members), members.get("type")
     cls: type[ModelError] = ModelAnswerBroken
@@ -141,7 +141,7 @@ def decoded(decoder: msgspec.json.Decoder[T], data: bytes, address: Address) -> 
         ModelAnswerBroken: it is not what the decoder takes; the message shows its beginning.
     """
     try:
-        return lenient.decode(decoder, data)
+        return decode_json(decoder, data)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
         raise broken(f"cannot be read ({exc}): {beginning(data, address)}", address) from None
 
@@ -189,7 +189,7 @@ def _number(text: str | None, unit: float) -> float | None:
 
 def _message(body: bytes) -> str:
     """The reason in an error's body: the `message` of the shapes in use, or the text itself unless it is a page."""
-    if said := _said(lenient.value(body)):
+    if said := _said(json_value(body)):
         return said
     text = body.decode(errors="replace").strip()
     return "a web page instead of an answer" if text[:1] == "<" else text
@@ -197,7 +197,7 @@ def _message(body: bytes) -> str:
 
 def says_something(data: bytes) -> bool:
     """Whether this is JSON with a sentence for people in it, in one of the shapes in use."""
-    said = lenient.value(data)
+    said = json_value(data)
     if isinstance(said, list) and said:
         said = said[0]
     return isinstance(said, dict) and any(said.get(word) for word in _WORDS)
@@ -243,4 +243,4 @@ def _said(error: object) -> str:
             break
     if isinstance(error, str):
         return error
-    return lenient.encode(error).decode() if isinstance(error, dict | list) and error else ""
+    return encode_json(error).decode() if isinstance(error, dict | list) and error else ""

@@ -1,16 +1,24 @@
-"""Who offers models, where, and in which dialect: the table behind `provider/name`.
+"""Who offers models, where, in which dialect, and what they accept: the table behind `provider/name`.
 
 Only what differs between providers is here; how a dialect is spoken is in openai.py and anthropic.py.
+
+A log outlives models: it may hold call ids of another provider, a tool name or arguments that a model
+made up. Providers refuse such a request as a whole, and the conversation could never go on. So each
+is replaced on its way out, always by the same, while the log keeps what the model wrote.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from msgspec import Struct
+import msgspec
+from msgspec import Raw, Struct
 
+from agent_sdk.agent.llm.decoding import encode_json
+from agent_sdk.models import AssistantTurn, Turn
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.specs import LLM
 
@@ -57,7 +65,10 @@ PROVIDERS: dict[str, Provider] = {
 _ENDS = {"openai": "/chat/completions", "anthropic": "/messages"}
 _KEY_HEADERS = {"authorization", *(provider.key_header.lower() for provider in PROVIDERS.values())}
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_NO_NAME = re.compile(r"[^a-zA-Z0-9_-]")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_object: msgspec.json.Decoder[dict[str, Raw]] = msgspec.json.Decoder(dict[str, Raw])
+_kept: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 
 
 class Address(Struct, frozen=True, kw_only=True):
@@ -161,3 +172,48 @@ def _secrets(key: str, extra: dict[str, str]) -> tuple[str, ...]:
     """What error messages must not show: the key, long values of own headers."""
     found = {key, *(value.removeprefix("Bearer ") for value in extra.values() if len(value) >= 12)}
     return tuple(sorted((secret for secret in found if len(secret) >= 4), key=len, reverse=True))
+
+
+def is_blank(turn: Turn) -> bool:
+    """Whether it is an answer without text and calls, which providers refuse to be shown again."""
+    return isinstance(turn, AssistantTurn) and not turn.tool_calls and not turn.text.strip()
+
+
+def fitting_id(call_id: str, address: Address) -> str:
+    """The call's id, or a digest of it where the provider would not take it."""
+    if re.fullmatch(address.kind.call_id, call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:9]
+
+
+def fitting_name(tool: str) -> str:
+    """The tool's name, with `_` for every character that providers do not allow."""
+    return _NO_NAME.sub("_", tool)[:64] or "unnamed"
+
+
+def fitting_arguments(arguments: str) -> str:
+    """JSON text of an object: the arguments, or an object that holds what the model wrote instead of one."""
+    if arguments.strip() in ("", "null"):
+        return "{}"
+    try:
+        _object.decode(arguments)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return msgspec.json.encode({"malformed_arguments": arguments}).decode()
+    return arguments
+
+
+def keep(address: Address, **members: Any) -> Raw:
+    """Completion.provider: what this very model wants to see again, marked as its own."""
+    return Raw(encode_json({"provider": address.provider, "model": address.model, **members}))
+
+
+def kept(turn: AssistantTurn, address: Address) -> dict[str, Any]:
+    """What `keep` was given, if the same model said this turn; else nothing: signatures do not travel."""
+    if turn.provider is None:
+        return {}
+    try:
+        members = _kept.decode(turn.provider)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return {}
+    same = members.get("provider") == address.provider and members.get("model") == address.model
+    return members if same else {}

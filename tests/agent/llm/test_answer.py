@@ -1,52 +1,30 @@
-"""An answer being put together: pieces, ids, limits, cost."""
+"""An answer being put together: pieces, limits, cost."""
 
 import pytest
 
-from agent_sdk.agent.llm.answer import Answer
+from agent_sdk.agent.llm.openai import Parser
 from agent_sdk.agent.llm.provider import address_of
-from agent_sdk.models import AssistantTurn, Completion, ModelRequest, ToolUse
 from agent_sdk.protocol.errors import ModelAnswerTooLarge
 from agent_sdk.protocol.specs import LLM
 
-USED = ToolUse(call_id="call_1", tool="t", arguments="{}")
-REQUEST = ModelRequest(system="", turns=[AssistantTurn(tool_calls=(USED,))])
 
-
-def answer(**prices: float | None) -> Answer:
+def answer(**prices: float | None) -> Parser:
     llm = LLM(model="openai/m", **prices)
-    return Answer(llm, address_of(llm), REQUEST)
-
-
-def calling(*ids: str) -> Completion:
-    growing = answer()
-    for call_id in ids:
-        growing.open_call().call_id = call_id
-    return growing.completion(None)
+    parser = Parser(llm, address_of(llm))
+    parser.done = True
+    return parser
 
 
 def test_pieces_are_passed_on_as_they_come():
     heard: list[tuple[str, str]] = []
     llm = LLM(model="openai/m")
-    growing = Answer(llm, address_of(llm), REQUEST, lambda text, thinking: heard.append((text, thinking)))
+    growing = Parser(llm, address_of(llm), lambda text, thinking: heard.append((text, thinking)))
     growing.think("Hm.")
     growing.say("Y")
     growing.say("")
     growing.say("es.")
     assert heard == [("", "Hm."), ("Y", ""), ("es.", "")]
     assert (growing.text, growing.thinking) == ("Yes.", "Hm.")
-
-
-def test_missing_ids_are_made_up_and_differ():
-    ids = [use.call_id for use in calling("", "").tool_calls]
-    assert len(set(ids)) == 2
-    assert all(5 < len(call_id) <= 40 for call_id in ids)
-
-
-def test_an_id_occurs_once_in_a_conversation():
-    ids = [use.call_id for use in calling("call_1", "new", "new", "x" * 1000).tool_calls]
-    assert ids[1] == "new"
-    assert len({*ids, "call_1"}) == 5
-    assert max(len(call_id) for call_id in ids) <= 40
 
 
 def test_too_many_tool_calls_are_refused():
@@ -63,7 +41,7 @@ def test_arguments_that_are_too_long_are_refused(piece: str):
     draft = growing.open_call()
     for _ in range(1024):
         growing.add_arguments(draft, piece)
-    assert len(growing.completion(None).tool_calls[0].arguments.encode()) == 1 << 20
+    assert len(growing.completion().tool_calls[0].arguments.encode()) == 1 << 20
     with pytest.raises(ModelAnswerTooLarge, match="1048576"):
         growing.add_arguments(draft, "x")
 
@@ -71,13 +49,13 @@ def test_arguments_that_are_too_long_are_refused(piece: str):
 def test_white_space_around_the_name_of_a_tool_is_none_of_it():
     growing = answer()
     growing.open_call().tool = " terminal\n"
-    assert growing.completion(None).tool_calls[0].tool == "terminal"
+    assert growing.completion().tool_calls[0].tool == "terminal"
 
 
 def test_the_name_of_a_tool_is_cut():
     growing = answer()
     growing.open_call().tool = "t" * 10_000
-    assert len(growing.completion(None).tool_calls[0].tool) == 256
+    assert len(growing.completion().tool_calls[0].tool) == 256
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent_sdk.agent.llm.answer import Answer
-from agent_sdk.agent.llm.anthropic import encode
-from agent_sdk.agent.llm.anthropic_answer import Reading
+from agent_sdk.agent.llm.anthropic import Parser, encode
+from agent_sdk.agent.llm.decoding import ServerSentEvent
 from agent_sdk.agent.llm.provider import address_of
-from agent_sdk.agent.llm.sse import ServerSentEvent
 from agent_sdk.models import AssistantTurn, Completion, ModelRequest, ToolUse, UserTurn
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelAnswerTooLarge, ModelRefused, ModelUnavailable
 from agent_sdk.protocol.specs import LLM
@@ -37,8 +35,8 @@ def messages(*turns: Any, llm: LLM = CLAUDE) -> list[dict[str, Any]]:
     return sent
 
 
-def streamed(*events: object, llm: LLM = CLAUDE, request: ModelRequest = HELLO) -> Completion:
-    reading = Reading(Answer(llm, address_of(llm), request))
+def streamed(*events: object, llm: LLM = CLAUDE) -> Completion:
+    reading = Parser(llm, address_of(llm))
     for event in events:
         reading.event(ServerSentEvent(event if isinstance(event, bytes) else msgspec.json.encode(event)))
     return reading.completion()
@@ -227,7 +225,7 @@ def test_an_event_that_makes_no_sense_is_a_broken_answer(event: bytes):
 
 
 def test_a_whole_answer_is_read_like_a_stream():
-    reading = Reading(Answer(CLAUDE, address_of(CLAUDE), HELLO))
+    reading = Parser(CLAUDE, address_of(CLAUDE))
     reading.whole(
         msgspec.json.encode(
             {
@@ -251,7 +249,7 @@ def test_a_whole_answer_is_read_like_a_stream():
     "whole", [b"{}", b'{"content": null}', b'{"error": {"type": "x", "message": "m"}}', b"", b"<html>"]
 )
 def test_an_answer_without_content_is_broken(whole: bytes):
-    reading = Reading(Answer(CLAUDE, address_of(CLAUDE), HELLO))
+    reading = Parser(CLAUDE, address_of(CLAUDE))
     with pytest.raises(ModelAnswerBroken):
         reading.whole(whole)
 

@@ -6,11 +6,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent_sdk.agent.llm.answer import Answer
-from agent_sdk.agent.llm.openai import encode
-from agent_sdk.agent.llm.openai_answer import Reading
+from agent_sdk.agent.llm.decoding import ServerSentEvent
+from agent_sdk.agent.llm.openai import Parser, encode
 from agent_sdk.agent.llm.provider import address_of
-from agent_sdk.agent.llm.sse import ServerSentEvent
 from agent_sdk.models import AssistantTurn, Completion, ModelRequest, ToolTurn, ToolUse, UserTurn
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelError, ModelRateLimited, ModelUnavailable
 from agent_sdk.protocol.specs import LLM, ToolSpec
@@ -24,12 +22,12 @@ def body(request: ModelRequest = HELLO, llm: LLM = GPT) -> dict[str, Any]:
     return msgspec.json.decode(encode(request, llm, address_of(llm)))
 
 
-def reading(llm: LLM = GPT, request: ModelRequest = HELLO) -> Reading:
-    return Reading(Answer(llm, address_of(llm), request))
+def reading(llm: LLM = GPT) -> Parser:
+    return Parser(llm, address_of(llm))
 
 
-def streamed(*chunks: object, llm: LLM = GPT, request: ModelRequest = HELLO) -> Completion:
-    stream = reading(llm, request)
+def streamed(*chunks: object, llm: LLM = GPT) -> Completion:
+    stream = reading(llm)
     for chunk in (*chunks, b"[DONE]"):
         stream.event(ServerSentEvent(chunk if isinstance(chunk, bytes) else msgspec.json.encode(chunk)))
     return stream.completion()

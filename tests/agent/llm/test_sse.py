@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_sdk.agent.llm.sse import EventParser, ServerSentEvent
+from agent_sdk.agent.llm.decoding import EventParser, ServerSentEvent
 from agent_sdk.protocol.errors import ModelAnswerTooLarge
 
 Expected = list[tuple[bytes, bytes]]

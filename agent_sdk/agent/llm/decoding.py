@@ -1,15 +1,24 @@
-"""Server-sent events (WHATWG HTML, section 9.2) out of bytes that were cut anywhere. Knows no connection.
+"""What a provider sends, decoded: server-sent events (WHATWG HTML, section 9.2), and JSON that may be damaged a little.
 
 Lines are split as bytes, so a cut within a UTF-8 character needs no care, and payloads stay bytes:
 a JSON decoder takes them as they are. `id` and `retry` are ignored: a model's answer is not resumed.
+What a strict decoder refuses is read all the same, because an answer that was paid for is worth more than
+its wrong byte. Halves of a character stay in strings until `as_utf8` joins them: the other half may be in
+the next piece of the answer. Knows no dialect and no connection.
 """
 
 from __future__ import annotations
 
+import json
+from typing import Any, TypeVar
+
+import msgspec
 from msgspec import Struct
 
-from agent_sdk.agent.llm.lenient import value
 from agent_sdk.protocol.errors import ModelAnswerTooLarge
+from agent_sdk.tools import as_utf8
+
+T = TypeVar("T")
 
 EVENT_BYTES = 8 << 20
 
@@ -106,6 +115,38 @@ class EventParser:
             )
 
 
+def json_value(data: bytes) -> Any:
+    """Return what the JSON says; None when it is none."""
+    try:
+        return json.loads(
+            data.decode(errors="replace"),
+            strict=False,
+            parse_constant=lambda _: None,
+            object_pairs_hook=lambda pairs: {as_utf8(name): member for name, member in pairs},
+        )
+    except (ValueError, RecursionError):
+        return None
+
+
+def decode_json(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
+    """Return what the JSON says, as the decoder's type; raise the decoder's error when it is none of that."""
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        try:
+            return msgspec.convert(json_value(data), decoder.type)
+        except (msgspec.ValidationError, UnicodeError):
+            raise exc from None
+
+
+def encode_json(something: Any) -> bytes:
+    """Return JSON of a value in which there may be halves of characters."""
+    try:
+        return msgspec.json.encode(something)
+    except UnicodeEncodeError:
+        return msgspec.json.encode(json.loads(as_utf8(json.dumps(something, ensure_ascii=False))))
+
+
 def is_whole(data: bytes) -> bool:
     """Whether the data of an event that ends with its stream came whole."""
-    return value(data) is not None or data.strip() == b"[DONE]"
+    return json_value(data) is not None or data.strip() == b"[DONE]"
