@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from agent_server.config.options import ServerConfig
-from agent_server.config.sources import TRY_LATER, StartRefused, networks
+from agent_server.config.sources import TRY_LATER, StartRefused
 from agent_server.http.connection import Connection, ConnectionLimiter, ProxyRules
 from agent_server.http.security import HostRules, OriginRules, Security
 from agent_server.routes import Routes
@@ -65,7 +65,7 @@ async def listening(
         [route.handler for route in own_keys],
         at,
     )
-    proxies = ProxyRules(networks(config.trusted_proxies))
+    proxies = ProxyRules(config.proxies)
     app = web.Application(middlewares=security.middlewares(), client_max_size=config.limits.message_bytes)
     app.on_response_prepare.append(security.label)
     app.add_routes([*routes.table(), *own_keys])

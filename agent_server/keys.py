@@ -55,7 +55,7 @@ def obtain_keys(config: ServerConfig) -> tuple[ApiKey, list[str]]:
     if not config.api_keys_file:
         key, text = obtain_key(config)
         return key, [text]
-    file = Path(config.api_keys_file).expanduser()
+    file = Path(config.api_keys_file)
     texts = read_keys(file)
     key = ApiKey(texts[0], file)
     key.replace(texts)
@@ -71,10 +71,10 @@ def obtain_key(config: ServerConfig) -> tuple[ApiKey, str]:
     if config.api_key:
         return ApiKey(config.api_key), config.api_key
     if config.api_key_file:
-        file = Path(config.api_key_file).expanduser()
+        file = Path(config.api_key_file)
         text = read_key(file)
     else:
-        file = Path(config.data) / KEY_FILE
+        file = config.folder / KEY_FILE
         text = _read_own_key(file) if file.exists() else _make_key(file)
     return ApiKey(text, file), text
 
@@ -155,7 +155,7 @@ def obtain_sealer(config: ServerConfig) -> tuple[Cipher | None, list[str]]:
     """
     keys = list(config.secrets_key)
     if config.secrets_key_file:
-        keys = _read_secrets_keys(Path(config.secrets_key_file).expanduser())
+        keys = _read_secrets_keys(Path(config.secrets_key_file))
     if not keys:
         return None, []
     if any(len(key) < SHORTEST_KEY for key in keys):

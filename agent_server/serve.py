@@ -127,7 +127,7 @@ async def serving(
     with (
         logs.opened(style=config.log_format, level=config.log_level, stream=log_to) as opened,
         _kept_to_itself() as before,
-        data_folder.locked(Path(config.data)) as folder,
+        data_folder.locked(config.folder) as folder,
     ):
         await folder.confine(config.isolation, config.box_user, umask=before)
         if folder.copied:
@@ -180,7 +180,7 @@ def _read_again_at_hangup(
     """Have SIGHUP read the file of keys again. Where there is no such file the signal means what it always does."""
     if not config.api_keys_file:
         return
-    file = Path(config.api_keys_file).expanduser()
+    file = Path(config.api_keys_file)
 
     def read() -> None:
         try:

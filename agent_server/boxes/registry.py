@@ -24,7 +24,6 @@ from agent_server.config.options import ServerConfig
 from agent_server.data_folder import DataFolder
 from agent_server.logs import Logs
 from agent_server.work import RETRY_AFTER_MS
-from workspaces.backend.contract import parse_size
 from workspaces.backend.docker.profiles import WORKSPACE
 from workspaces.box.folder import Record
 from workspaces.box.process import BoxProcess
@@ -70,10 +69,8 @@ class Boxes:
                 runtime=config.sandbox_runtime,
                 linger=config.box_linger_seconds,
                 environment=config.command_env,
-                runtimes=Path(config.box_runtime) if config.box_runtime else None,
-                disk=None
-                if config.sandbox_disk == "none"
-                else parse_size("sandbox_disk", config.sandbox_disk),
+                runtimes=config.box_runtimes,
+                disk=config.sandbox_disk_bytes,
                 mounts=config.sandbox_mounts,
                 pool=config.sandbox_pool,
             ),

@@ -67,8 +67,7 @@ def check_most(spec: Sandbox, config: ServerConfig, *, cpus: int, memory: int) -
     Raises:
         PolicyDenied: it is not.
     """
-    given = config.sandbox_max_memory
-    most = parse_size("sandbox_max_memory", given) if given else memory or UNLIMITED
+    most = config.sandbox_max_memory_bytes or memory or UNLIMITED
     limits = (
         ("memory", parse_size("memory", spec.memory), most, spec.memory, f"{most >> 20}m"),
         ("cpus", spec.cpus, config.sandbox_max_cpus or float(cpus) or inf, f"{spec.cpus:g}", ""),

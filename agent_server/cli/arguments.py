@@ -288,7 +288,7 @@ def _positive(text: str) -> int:
 
 
 def _duration(text: str) -> float:
-    from agent_server.conversations.retention import duration  # noqa: PLC0415  msgspec is not loaded for --help
+    from agent_server.config.sources import duration  # noqa: PLC0415  msgspec is not loaded for --help
 
     seconds = duration(text)
     if seconds is None:

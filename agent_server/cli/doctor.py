@@ -196,7 +196,7 @@ async def _box(config: ServerConfig) -> Finding:
 
 
 def _data_folder(config: ServerConfig) -> Finding:
-    folder = Path(config.data)
+    folder = config.folder
     there = _nearest(folder)
     mend = "choose another one with --data or AGENT_SERVER_DATA"
     if not there.is_dir():
@@ -213,7 +213,7 @@ def _data_folder(config: ServerConfig) -> Finding:
 
 
 def _disk(config: ServerConfig) -> Finding:
-    free = shutil.disk_usage(_nearest(Path(config.data))).free
+    free = shutil.disk_usage(_nearest(config.folder)).free
     found = f"{free / 2**30:.1f} GiB free"
     if free >= LITTLE_BYTES:
         return ok(found)
@@ -222,7 +222,7 @@ def _disk(config: ServerConfig) -> Finding:
 
 
 def _server_key(config: ServerConfig) -> Finding:
-    file = Path(config.data) / KEY_FILE
+    file = config.folder / KEY_FILE
     if not (config.api_key or config.api_key_file or config.api_keys_file or os.path.lexists(file)):
         return ok(f"will be made at the first start: {file}")
     return ok(str(obtain_keys(config)[0].file or "set by the configuration"))
@@ -251,7 +251,7 @@ async def _isolation(config: ServerConfig) -> Finding:
             "set isolation to user or bwrap, or use sandboxes, before others' code runs here",
         )
     # Beside the data folder, which may not be there yet: whoever may not pass there may not here.
-    place = _nearest(Path(config.data).parent)
+    place = _nearest(config.folder.parent)
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place) as folder:
         for passage in (folder, os.path.join(folder, "workspaces")):
             os.makedirs(passage, exist_ok=True)
@@ -424,7 +424,7 @@ def _box_runtime(info: EngineInfo, config: ServerConfig) -> Finding:
     if platform.libc_ver()[0] != "glibc" or platform.python_implementation() != "CPython":
         mend = "run the server with a CPython for Linux with glibc; without it there are no sandboxes"
         return warning("this Python cannot be taken along", mend)
-    folder = Path(config.box_runtime or Path(config.data) / "runtime")
+    folder = config.box_runtimes or config.folder / "runtime"
     there = folder.is_dir() and any(folder.glob("*/bin"))
     return ok(str(folder) if there else "will be made for the first sandbox, in 5 s")
 

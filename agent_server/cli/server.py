@@ -84,7 +84,7 @@ async def ask(url: str) -> _Health:
 def _own(given: argparse.Namespace) -> str:
     """Where the server of a data folder listens."""
     config = load_given(given)
-    address = address_in(Path(config.data))
+    address = address_in(config.folder)
     if address is None:
         raise PathNotFound(
             f"no server runs with the data folder {config.data}; name it with --data, "
@@ -138,7 +138,7 @@ def _cells(setting: Setting) -> tuple[str, str, str]:
 async def back_up(given: argparse.Namespace) -> int:
     """Make a copy of a data folder, whole or not at all, also while a server works on it; says what is in it."""
     config = load_given(given)
-    conversations = await backup(DataFolder(Path(config.data)), Path(given.destination))
+    conversations = await backup(DataFolder(config.folder), Path(given.destination))
     await open_terminal().line(f"{conversations} conversations of {config.data} are in {given.destination}")
     return 0
 

@@ -21,13 +21,16 @@ from agent_server.config.sources import (
     PREFIX,
     Counts,
     Names,
+    Network,
     Sources,
     StartRefused,
     Variables,
     check_key,
+    duration,
     is_secret,
     networks,
 )
+from workspaces.backend.contract import parse_size
 
 Port = Annotated[int, Meta(ge=0, le=65535, description="1..65535, or 0 for a free one")]
 Seconds = Annotated[float, Meta(ge=0, le=86_400, description="0..86400 seconds")]
@@ -236,6 +239,38 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         return f"ServerConfig(host={self.host!r}, port={self.port}, data={self.data!r})"
 
+    # --- what is written as text, as what it means ---
+
+    @property
+    def folder(self) -> Path:
+        """The folder of everything that lasts."""
+        return Path(self.data)
+
+    @property
+    def proxies(self) -> tuple[Network, ...]:
+        """The addresses and networks of trusted proxies."""
+        return networks(self.trusted_proxies)
+
+    @property
+    def retention_seconds(self) -> float | None:
+        """How long a conversation without an event is kept; None: for ever."""
+        return duration(self.retention)
+
+    @property
+    def sandbox_disk_bytes(self) -> int | None:
+        """What the workspace of a sandbox may hold whose client names no size; None: workspaces have no limit."""
+        return None if self.sandbox_disk == "none" else parse_size("sandbox_disk", self.sandbox_disk)
+
+    @property
+    def sandbox_max_memory_bytes(self) -> int | None:
+        """The most memory that a sandbox may have; None: as much as there is."""
+        return parse_size("sandbox_max_memory", self.sandbox_max_memory) if self.sandbox_max_memory else None
+
+    @property
+    def box_runtimes(self) -> Path | None:
+        """The folder of box runtimes; None: in the data folder."""
+        return Path(self.box_runtime) if self.box_runtime else None
+
 
 class ClientEnvironment(Struct, frozen=True, kw_only=True):
     """What the environment tells client commands. Nothing is checked here: the server does that."""
@@ -281,6 +316,8 @@ _LIMITS: dict[str, Any] = {
 }
 TABLES: dict[str, dict[str, Any]] = {"server": _OPTIONS, "limits": _LIMITS, "runtime_api": _RUNTIMES}
 """Every option of each table, and what it may be."""
+KEY_FILES = {"api_key_file", "api_keys_file", "secrets_key_file", "key_file"}
+"""Options that name a file; `~` is the home of the server's user."""
 FLAGS = ("host", "port", "data")
 """The options that commands take, too."""
 
@@ -321,6 +358,10 @@ def load(
     sources.read_arguments(overrides or {})
     options, runtimes = sources.values["server"], sources.values["runtime_api"]
     options["data"] = str(_data_folder(options.get("data", ""), environ))
+    tables = runtimes.pop("tenants", {})
+    for table in (options, *tables.values()):
+        for name in KEY_FILES & table.keys():
+            table[name] = os.path.expanduser(table[name])
     keys = [name for name in ("api_key", "api_key_file", "api_keys_file") if options.get(name)]
     if len(keys) > 1:
         raise StartRefused(f"{keys[0]} and {keys[1]} are both set; set one of them")
@@ -336,9 +377,8 @@ def load(
         raise StartRefused(
             "metrics_key and api_key are the same; metrics_key is for those who may not have api_key"
         )
-    networks(options.get("trusted_proxies", ()))
-    tenants = {name: TenantConfig(**values) for name, values in runtimes.pop("tenants", {}).items()}
-    return ServerConfig(
+    tenants = {name: TenantConfig(**values) for name, values in tables.items()}
+    config = ServerConfig(
         **options,
         limits=Limits(**sources.values["limits"]),
         runtimes=RuntimeConfig(**runtimes, tenants=tenants),
@@ -346,6 +386,8 @@ def load(
         places=sources.places,
         unknown=tuple(sources.unknown),
     )
+    networks(config.trusted_proxies)
+    return config
 
 
 class Setting(Struct, frozen=True, kw_only=True):

@@ -37,6 +37,7 @@ _OF_A_SERVICE = re.compile(
 )
 _ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 _OF_CLIENTS = ("URL", "CONFIG")
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 BAD_CONFIGURATION = 2
 """An option is wrong (as argparse exits)."""
@@ -226,6 +227,12 @@ def ip_address(text: str) -> IPv4Address | IPv6Address | None:
         return ipaddress.ip_address(text.removeprefix("[").removesuffix("]"))
     except ValueError:
         return None
+
+
+def duration(text: str) -> float | None:
+    """Return seconds for a number with a unit of s, m, h, d or w; None when it is something else."""
+    found = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
+    return float(found[1]) * UNITS[found[2]] if found else None
 
 
 def networks(texts: Iterable[str]) -> tuple[Network, ...]:

@@ -36,7 +36,7 @@ from agent_server.boxes.sandbox_rules import check_most, checked
 from agent_server.config.options import ServerConfig
 from agent_server.conversations.loaded import BACK_SECONDS, CLOSE_GONE, LoadedConversation
 from agent_server.conversations.note import Note, note_of, snapshot_of
-from agent_server.conversations.retention import Retention, duration
+from agent_server.conversations.retention import Retention
 from agent_server.data_folder import DataFolder
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
@@ -75,7 +75,7 @@ class Conversations:
         self._loaded: dict[str, LoadedConversation] = {}
         self._boxes = Boxes(config, folder, logs, self._count_boxes)
         self._stopping = False
-        self._retention = Retention(self, log, logs, duration(config.retention))
+        self._retention = Retention(self, log, logs, config.retention_seconds)
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._letting_go: set[asyncio.Task[None]] = set()

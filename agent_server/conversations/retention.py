@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Coroutine
 from typing import Protocol
@@ -21,13 +20,6 @@ LOOKED_AT_SECONDS = 86_400.0
 FEW_EVENTS = 10
 OF_NOBODY = ("conversation_created", "workspace_changed")
 """What is in a log to which no client has added anything."""
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
-
-def duration(text: str) -> float | None:
-    """Return seconds for a number with a unit of s, m, h, d or w; None when it is something else."""
-    found = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
-    return float(found[1]) * UNITS[found[2]] if found else None
 
 
 class _Kind(Struct):

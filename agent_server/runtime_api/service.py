@@ -152,7 +152,7 @@ class Tenants:
         self._keys: list[tuple[ApiKey, Tenant]] = []
         self._wrong_keys = wrong_keys or WrongKeys()
         for name, tenant in config.tenants.items():
-            text = tenant.key or read_key(Path(tenant.key_file or "").expanduser())
+            text = tenant.key or read_key(Path(tenant.key_file or ""))
             if text in self.secrets:
                 raise StartRefused(f"runtime_api.tenants.{name}: another tenant has the same key")
             self._add(
