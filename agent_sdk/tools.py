@@ -21,6 +21,8 @@ from agent_sdk.workspace.contract import Workspace
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
 
 class ToolResult(Struct, frozen=True, kw_only=True):
     """What the model, and programs, get to see of a call: text that is UTF-8, and data that is JSON.
@@ -222,6 +224,15 @@ def decode_arguments(arguments: str, into: type[Any]) -> Any:
         raise ToolError(f"invalid arguments: {exc}") from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
         raise ToolError(f"the arguments are not valid JSON: {exc}") from None
+
+
+def is_json_object(arguments: str) -> bool:
+    """Whether the arguments of a call are an object of JSON that came to its end."""
+    try:
+        _object.decode(arguments)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return False
+    return True
 
 
 def parameters_of(arguments: type[Struct]) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 
 from agent_sdk.agent.llm.client import open_model
 from agent_sdk.agent.mask import Mask, check_secrets, hidden_in
-from agent_sdk.agent.middleware.registry import chain_of
-from agent_sdk.agent.place import Passing, Place
+from agent_sdk.agent.middleware.chain import chain_of
 from agent_sdk.agent.toolbox import Toolbox, local_and_remote
 from agent_sdk.agent.tools.registry import make_tool
 from agent_sdk.agent.turn_state import is_left
@@ -17,7 +16,7 @@ from agent_sdk.middleware import Middleware, TurnContext
 from agent_sdk.models import ModelClient
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.events import AgentConfigured, Event, RequestOpened
-from agent_sdk.protocol.results import WorkspaceInfo
+from agent_sdk.protocol.results import Wait, WorkspaceInfo
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.tools import FunctionTool, ToolContext, ToolResult
 from agent_sdk.workspace.contract import Workspace
@@ -53,7 +52,7 @@ class Actor:
         self.max_iterations = max_iterations
         self.confirmation = confirmation
         self.run_client_tool: RunClientTool | None = None
-        self.place: Place = Passing()
+        self.place = Place()
         self.chain = chain_of(middleware, instructions=spec.instructions)
         built_in = [*(make_tool(name, conversation) for name in spec.tools), *self.chain.tools()]
         self.toolbox: Toolbox = local_and_remote(built_in, functions, spec.client_tools)
@@ -159,3 +158,38 @@ class Actor:
 
     def _remember(self) -> None:
         self.mask.hide([*hidden_in(self.llm), *self._secrets.values()])
+
+
+class Place:
+    """Where an agent's tools act: a workspace that is lost one day and replaced by another.
+
+    This one ends with the process that uses it, or does not know what others have begun in it.
+    """
+
+    @property
+    def instance(self) -> str:
+        """The name of the box in which calls begin from now on, until it is lost; written down with every call."""
+        return ""
+
+    @property
+    def waits(self) -> tuple[Wait, ...]:
+        """What tools that act there wait for now."""
+        return ()
+
+    async def describe(self, workspace: Workspace) -> WorkspaceInfo:
+        """Return what an agent is told of where it is; nothing is started for that."""
+        return await workspace.describe()
+
+    def untouched(self, instance: str) -> bool:
+        """Whether it is certain that nothing has begun that was written down with this name."""
+        return False
+
+    def again(self, instance: str) -> Workspace | None:
+        """Return the workspace as it was then, which knows what has begun in it; None: that one is gone.
+
+        Lost later, its calls raise OutcomeUnknown instead of beginning in the next one.
+        """
+        return None
+
+    async def ready(self) -> None:
+        """Return when something new may begin there; what has begun goes on meanwhile."""

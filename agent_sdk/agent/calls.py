@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from msgspec.structs import replace
 
 from agent_sdk.agent.actor import Actor
-from agent_sdk.agent.ending import CUT_CALL, is_whole
+from agent_sdk.agent.history import CUT_CALL
 from agent_sdk.agent.mask import HIDDEN
 from agent_sdk.agent.toolbox import UNKNOWN, failed_call
 from agent_sdk.agent.tools.registry import FINISH
@@ -19,7 +19,7 @@ from agent_sdk.middleware import TurnContext
 from agent_sdk.models import CUT, Completion
 from agent_sdk.protocol.errors import RequestNotFound
 from agent_sdk.protocol.events import Event, RequestOpened, RequestResolved, ToolCalled, ToolReturned
-from agent_sdk.tools import ToolResult, as_utf8
+from agent_sdk.tools import ToolResult, as_utf8, is_json_object
 
 CALLS_PER_ANSWER = 64
 NOT_KEPT = (
@@ -83,7 +83,7 @@ class Calls:
                 # A name that the model made up is its text like any other.
                 tool=use.tool if tools.spec(use.tool) else mask.text(as_utf8(use.tool)),
                 arguments=as_utf8(use.arguments),
-                cut=limited and not is_whole(use.arguments),
+                cut=limited and not is_json_object(use.arguments),
                 place=actor.place.instance,
             )
             for use in uses

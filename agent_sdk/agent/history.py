@@ -2,16 +2,62 @@
 
 A history that is rebuilt from the log is the one that grew: an AgentMessage says how far the model
 had read, so a message that came while it wrote stands after its answer, here and after a restart.
+
+What follows from an answer is one table of its finish reason and content:
+
+| the answer | is | the turn |
+| --- | --- | --- |
+| calls tools | `calls` | runs them; those that a limit cut are not run, and the model is told |
+| refused, or filtered by the provider | `withheld` | fails with `model_refused` |
+| has no text (it may have thought) | `empty` | asks once more, then fails with `model_answer_broken` |
+| was cut because the context window is full | `full` | ends as `limit`: a longer request is refused |
+| has text that the output limit cut | `cut` | has it continued three times, then ends as `limit` |
+| was broken off, with the turn | `interrupted` | has ended; when it goes on, the model is told |
+| has text, whatever else its end is called | `done` | ends as `finished` |
+
+An answer whose finish reason is an error has failed before it gets here (see ResponseParser.completion).
 """
 
 from __future__ import annotations
 
-from agent_sdk.agent.clip import MODEL_CHARS, clip_chars
-from agent_sdk.agent.ending import ending_of, nudge
+from typing import Literal
+
+from agent_sdk.agent.mask import shortened
 from agent_sdk.models import AssistantTurn, ToolTurn, ToolUse, Turn, UserTurn
+from agent_sdk.protocol.errors import ModelAnswerBroken, ModelError, ModelRefused
 from agent_sdk.protocol.events import AgentMessage, Event, ToolCalled, ToolReturned, UserMessage
 
+MODEL_CHARS = 30_000
+"""Characters of a tool result that the model sees."""
 _ID_CHARACTERS = 128
+
+Ending = Literal["calls", "done", "cut", "full", "empty", "withheld", "interrupted"]
+
+INTERRUPTED = "interrupted"
+"""The finish reason of an answer that was broken off: what had come of it."""
+
+CONTINUED = 3
+"""How many answers in a row may be cut and continued."""
+
+ASKED_AGAIN = 1
+"""How many answers in a row may be empty and asked for again."""
+
+CUT_CALL = (
+    "Not run: the output limit cut your answer in the middle of this call's arguments. "
+    "Make the call again with shorter arguments, in several steps if need be."
+)
+
+FULL = (
+    "the conversation has filled the model's context window, which cut the answer; start a new conversation, "
+    "or run again with a model that has a larger context window (max_output_tokens does not help)"
+)
+
+_NUDGES: dict[Ending, str] = {
+    "cut": "[The output limit cut your answer. Go on exactly where it stopped, without repeating anything.]",
+    "full": "[The context window was full, which cut your answer. Go on exactly where it stopped.]",
+    "interrupted": "[Your answer was interrupted before it was complete. Go on with the task.]",
+    "empty": "[Your answer had no text and called no tool. Go on with the task, or say that it is done and how.]",
+}
 
 
 class History:
@@ -65,7 +111,7 @@ class History:
                 if self._answer is not None and len(self._uses) == self._answer.tool_calls:
                     self._close_answer()
             case ToolReturned():
-                text = clip_chars(event.text, MODEL_CHARS, event.bytes_cut)
+                text = cut_middle(event.text, MODEL_CHARS, event.bytes_cut)
                 self.turns.append(ToolTurn(call_id=event.call_id, text=text, is_error=event.is_error))
 
     def _take(self, answer: AgentMessage) -> None:
@@ -101,7 +147,7 @@ class History:
     def _news(self, messages: list[UserMessage]) -> list[Turn]:
         if messages:
             return [UserTurn(message.text) for message in messages]
-        words = nudge(self._last) if self._last is not None else None
+        words = _NUDGES.get(ending_of(self._last)) if self._last is not None else None
         return [UserTurn(words)] if words and not isinstance(self.turns[-1], UserTurn) else []
 
     def fresh_call_id(self, wanted: str) -> str:
@@ -125,3 +171,56 @@ class History:
             )
         )
         self._answer, self._uses = None, []
+
+
+def ending_of(message: AgentMessage) -> Ending:
+    """Return what the answer is, by the table of this module."""
+    if message.finish_reason == INTERRUPTED:
+        return "interrupted"
+    if message.finish_reason in ("refused", "filtered"):
+        return "withheld"
+    if message.tool_calls:
+        return "calls"
+    if message.finish_reason == "context_window":
+        return "full"
+    if not message.text.strip():
+        return "empty"
+    return "cut" if message.finish_reason == "length" else "done"
+
+
+def failure(message: AgentMessage) -> ModelError:
+    """Return why a turn fails whose answer was withheld, or empty again."""
+    reason = message.finish_reason
+    if ending_of(message) == "withheld":
+        who = (
+            "the model refused to answer"
+            if reason == "refused"
+            else "the provider's filter withheld the answer"
+        )
+        said = shortened(" ".join(message.text.split()), 500)
+        return ModelRefused(f"{who}{f': {said}' if said else ''}", finish_reason=reason)
+    why = (
+        "; its output limit may be too low for its reasoning: raise max_output_tokens"
+        if reason == "length"
+        else ""
+    )
+    return ModelAnswerBroken(
+        f"the model answered {1 + ASKED_AGAIN} times without text and without a tool call "
+        f"(finish reason {reason!r}){why}",
+        finish_reason=reason,
+    )
+
+
+def cut_middle(text: str, limit: int, cut: int = 0) -> str:
+    """Return the text, or `limit` characters of it and a line that says how many bytes are left out.
+
+    Args:
+        text: what is perhaps too long.
+        limit: in characters.
+        cut: bytes that are left out of `text` already, in its middle.
+    """
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    left_out = cut + len(text[half : len(text) - half].encode(errors="replace"))
+    return f"{text[:half]}\n[... {left_out} bytes left out ...]\n{text[len(text) - half :]}"

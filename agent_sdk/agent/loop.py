@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
-from agent_sdk.agent.ending import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure
+from agent_sdk.agent.history import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.turn_state import PRESENT, Course, Phase, Stage, TurnLog
 from agent_sdk.conversation.contract import Outcome, outcome_of

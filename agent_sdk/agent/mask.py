@@ -18,7 +18,6 @@ from urllib.parse import quote, quote_plus
 
 from msgspec.structs import replace
 
-from agent_sdk.agent.clip import ELLIPSIS
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.events import AgentMessage, Event, ToolCalled
 from agent_sdk.protocol.specs import LLM, Model
@@ -36,6 +35,8 @@ _BASE64_LINE = 76
 _HEX_LINE = 60
 _CUT = 4
 """At a cut, so many characters of a value are enough to be taken for a part of it."""
+ELLIPSIS = "…"
+"""Stands where a text was cut at its end: what may be the beginning of a value before it is not shown."""
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password", re.IGNORECASE)
 _OUTSIDE = (
     *("text", "thinking", "arguments", "final_text", "reason", "message", "instructions"),
@@ -244,6 +245,11 @@ class Mask:
     def ends(self, head: str, tail: str) -> tuple[str, str]:
         """Return the two ends of a text whose middle is left out; a value that was cut is not shown in part either."""
         return self.part(head, cut=True), self.part(tail, begun=True)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return the text, or its first `limit - 1` characters and an ELLIPSIS."""
+    return text if len(text) <= limit else text[: limit - 1] + ELLIPSIS
 
 
 def is_cut(event: Event) -> bool:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from agent_sdk.agent.clip import ARGUMENT_BYTES, shortened
+from agent_sdk.agent.mask import shortened
 from agent_sdk.callbacks import is_cancelled
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -20,6 +20,8 @@ from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import Resumable, Tool, ToolContext, ToolResult, failed
 
 logger = logging.getLogger("agent_sdk")
+
+ARGUMENT_BYTES = 1 << 20
 
 UNKNOWN = ToolResult(
     text="[no result: the process that ran it ended; whether and how far the call was carried out is unknown]",

@@ -8,10 +8,9 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from agent_sdk.agent.actor import Actor, RunClientTool
+from agent_sdk.agent.actor import Actor, Place, RunClientTool
 from agent_sdk.agent.mask import Mask, check_secrets
-from agent_sdk.agent.middleware.registry import made_of
-from agent_sdk.agent.place import Passing, Place
+from agent_sdk.agent.middleware.chain import made_of
 from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.conversation.state import ConversationState
 from agent_sdk.conversation.store import AgentStore
@@ -61,7 +60,7 @@ class AgentConfig:
         self._tags = dict(tags)
         self._run_client_tool = run_client_tool
         self._workspace: Workspace | None = None
-        self.place: Place = Passing()
+        self.place = Place()
         self._functions: Mapping[str, FunctionTool[..., Any]] = {}
         self._former: list[Actor] = []
         self._recalled: Actor | None = None

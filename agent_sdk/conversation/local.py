@@ -12,9 +12,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
-from agent_sdk.agent.actor import RunClientTool
+from agent_sdk.agent.actor import Place, RunClientTool
 from agent_sdk.agent.mask import Mask
-from agent_sdk.agent.place import Place
 from agent_sdk.agent.turn_state import Phase
 from agent_sdk.conversation.configuration import AgentConfig
 from agent_sdk.conversation.contract import (

@@ -7,11 +7,11 @@ from contextlib import suppress
 import pytest
 
 from agent_sdk.agent.actor import Actor
-from agent_sdk.agent.clip import ARGUMENT_BYTES
-from agent_sdk.agent.ending import failure as ending_failure
+from agent_sdk.agent.history import failure as ending_failure
 from agent_sdk.agent.llm.failure import beginning, broken, failure_in, failure_of
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.loop import Turn
+from agent_sdk.agent.toolbox import ARGUMENT_BYTES
 from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.log.event_log import EventLog

@@ -23,7 +23,7 @@ from agent_sdk import (
     ToolResult,
     tool,
 )
-from agent_sdk.agent.middleware.registry import chain_of
+from agent_sdk.agent.middleware.chain import chain_of
 from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.protocol.defaults import without_defaults

@@ -1,6 +1,6 @@
 """The system prompt."""
 
-from agent_sdk.agent.middleware.registry import chain_of
+from agent_sdk.agent.middleware.chain import chain_of
 from agent_sdk.middleware import TurnContext
 from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.protocol.specs import ConfirmationPolicy

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Raw
 
-from agent_sdk.agent.clip import ELLIPSIS, shortened
 from agent_sdk.agent.llm.decoding import ServerSentEvent
 from agent_sdk.agent.llm.failure import broken, failure_in, says_something, too_large
 from agent_sdk.agent.llm.provider import Address
+from agent_sdk.agent.mask import ELLIPSIS, shortened
 from agent_sdk.models import FINISH_REASONS, Completion, OnDelta, ToolUse, Usage
 from agent_sdk.protocol.errors import ModelError
 from agent_sdk.protocol.specs import LLM

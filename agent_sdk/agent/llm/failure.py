@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from agent_sdk.agent.clip import shortened
 from agent_sdk.agent.llm.decoding import decode_json, encode_json, json_value
 from agent_sdk.agent.llm.provider import Address
+from agent_sdk.agent.mask import shortened
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,
     ModelAnswerTooLarge,

@@ -21,6 +21,7 @@ from agent_sdk.agent.llm.decoding import encode_json
 from agent_sdk.models import AssistantTurn, Turn
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.specs import LLM
+from agent_sdk.tools import is_json_object
 
 
 class Provider(Struct, frozen=True, kw_only=True):
@@ -67,7 +68,6 @@ _KEY_HEADERS = {"authorization", *(provider.key_header.lower() for provider in P
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _NO_NAME = re.compile(r"[^a-zA-Z0-9_-]")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_object: msgspec.json.Decoder[dict[str, Raw]] = msgspec.json.Decoder(dict[str, Raw])
 _kept: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -195,11 +195,9 @@ def fitting_arguments(arguments: str) -> str:
     """JSON text of an object: the arguments, or an object that holds what the model wrote instead of one."""
     if arguments.strip() in ("", "null"):
         return "{}"
-    try:
-        _object.decode(arguments)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return msgspec.json.encode({"malformed_arguments": arguments}).decode()
-    return arguments
+    if is_json_object(arguments):
+        return arguments
+    return msgspec.json.encode({"malformed_arguments": arguments}).decode()
 
 
 def keep(address: Address, **members: Any) -> Raw:

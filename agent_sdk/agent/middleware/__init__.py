@@ -1,7 +1,6 @@
 """The features of an agent, one file each. The loop knows none of them; they know the contract, `agent_sdk.middleware`.
 
-chain:           the middleware of one agent, called in order
-registry:        which middleware an agent has, in which order; kinds by name
+chain:           which middleware an agent has, called in order; kinds by name
 iteration_limit: how many model calls a turn may make
 tool_output:     how much of a result goes into the log
 approval:        which calls wait for somebody

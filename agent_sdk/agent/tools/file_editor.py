@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from agent_sdk.agent.clip import ELLIPSIS
+from agent_sdk.agent.mask import ELLIPSIS
 from agent_sdk.protocol.errors import AgentServerError, IsADirectory, PathNotFound, ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.tools import ToolContext, ToolResult, decode_arguments, parameters_of

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from agent_sdk.agent.clip import MODEL_CHARS
+from agent_sdk.agent.history import MODEL_CHARS
 from agent_sdk.agent.tools.screen import plain
 from agent_sdk.ids import sha256
 from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, ToolError

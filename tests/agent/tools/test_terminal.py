@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_sdk.agent.clip import MODEL_CHARS
+from agent_sdk.agent.history import MODEL_CHARS
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.tools.terminal import TerminalTool
 from agent_sdk.protocol.errors import ToolError
