@@ -172,21 +172,24 @@ class ChildProcess:
             self._loop.add_reader(self._pidfd, self._reap)
 
     def _wait_in_thread(self) -> None:
-        try:
-            _, status = os.waitpid(self.pid, 0)
-        except ChildProcessError:
-            status = -1
+        with suppress(ChildProcessError):
+            os.waitid(
+                os.P_PID, self.pid, os.WEXITED | os.WNOWAIT
+            )  # its number stays its own until the loop knows
         with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._died, status)
+            self._loop.call_soon_threadsafe(self._reap)
 
     def _reap(self) -> None:
+        if self._found is not None:
+            return
         try:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
         except ChildProcessError:  # somebody else in this program has taken the exit code
             pid, status = self.pid, -1
         if pid:
-            self._loop.remove_reader(self._pidfd)
-            os.close(self._pidfd)
+            if self._pidfd >= 0:
+                self._loop.remove_reader(self._pidfd)
+                os.close(self._pidfd)
             self._died(status)
 
     def _told(self) -> None:
@@ -308,7 +311,7 @@ class ChildProcess:
             self._timer = self._loop.call_later(max(0.0, left), self._time_over)
 
     def _time_over(self) -> None:
-        if self.alive and self._keeper is None and self._pidfd >= 0:
+        if self.alive and self._keeper is None:
             self._reap()  # it may have ended before the loop came to tell
         if self.alive:
             self.end("timeout")

@@ -4,12 +4,14 @@ A process belongs to an operation when its session is the operation's, when an a
 or when the marker stands in the environment it was started with. So `setsid`, double forks and new
 process groups do not help it; only clearing the environment *and* losing its parent *and* leaving the
 session together do. Each found process is held by a pidfd, so no signal ever meets a process that got
-a recycled number.
+a recycled number. Where pidfds are refused or descriptors are out, its start time is compared right before
+each signal, and its end is looked for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -24,6 +26,8 @@ from agent_sdk.workspace.users import fsuid
 
 # After KILL only a process inside an uninterruptible system call stays; nobody can wait for that.
 _DEATH_SECONDS = 2.0
+_LOOK_SECONDS = 0.05
+"""Between two looks at processes whose ends nothing tells."""
 _ROUNDS = 50
 _LOOKS = 50
 _WORKING = (b"R", b"D")
@@ -78,7 +82,10 @@ def started_ticks(pid: int) -> int | None:
 
 def is_stopped(pid: int) -> bool:
     """Whether a process was stopped by a signal."""
-    seen = _look_at(pid)
+    try:
+        seen = _look_at(pid)
+    except OSError:
+        return False
     return seen is not None and seen.stopped
 
 
@@ -112,7 +119,8 @@ def _belongs(seen: Seen, tree: Tree) -> bool:
             return True
     try:
         return b"\0" + tree.marker in b"\0" + _environment(seen) + b"\0"
-    except OSError:  # gone, or somebody else's
+    except OSError as exc:  # gone, or somebody else's
+        _refuse_blindness(exc)
         return False
 
 
@@ -126,6 +134,12 @@ def _environment(seen: Seen) -> bytes:
             break
         os.sched_yield()
     return environment
+
+
+def _refuse_blindness(exc: OSError) -> None:
+    """Raise what says nothing about the process: no descriptor is left to look at it with."""
+    if exc.errno in (errno.EMFILE, errno.ENFILE):
+        raise exc
 
 
 def all_processes() -> Iterable[Seen]:
@@ -157,7 +171,8 @@ def _look_at(pid: int) -> Seen | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
-    except OSError:
+    except OSError as exc:
+        _refuse_blindness(exc)
         return None
     # The name in parentheses may hold anything, parentheses and spaces included.
     words = text[text.rindex(b")") + 2 :].split()
@@ -179,53 +194,84 @@ def _is_copy(flags: int) -> bool:
     return not flags or bool(flags & _FORKED_ONLY)
 
 
+def _lives(seen: Seen) -> bool:
+    now = _look_at(seen.pid)
+    return now is not None and now.identity == seen.identity
+
+
 class _Held:
-    """Processes held by pidfds, so that their ends can be awaited."""
+    """Processes held by pidfds as far as those can be had, so that their ends can be awaited."""
 
     def __init__(self, found: Iterable[Seen]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._fds: dict[int, Seen] = {}
+        self._fds: dict[Seen, int | None] = {}
         self._all_gone = self._loop.create_future()
         # Parents first: a shell whose child dies before it would go on with its next command.
         for seen in sorted(found, key=lambda seen: (seen.started, seen.pid)):
             try:
                 fd = os.pidfd_open(seen.pid)
-            except OSError:
+            except ProcessLookupError:
                 continue
-            now = _look_at(seen.pid)
-            if now is None or now.identity != seen.identity:
+            except OSError:  # refused, or no descriptor is left
+                self._fds[seen] = None
+                continue
+            try:
+                lives = _lives(seen)
+            except OSError:  # the pidfd was the last descriptor
                 os.close(fd)
+                self._fds[seen] = None
                 continue
-            self._fds[fd] = seen
-            self._loop.add_reader(fd, self._ended, fd)
+            if lives:
+                self._fds[seen] = fd
+                self._loop.add_reader(fd, self._drop, seen)
+            else:
+                os.close(fd)
         self._settle()
 
     def send(self, numbers: Iterable[signal.Signals], already: set[tuple[int, int]]) -> None:
-        for fd, seen in self._fds.items():
+        for seen, fd in self._fds.items():
             for number in numbers if seen.identity not in already else ():
                 with suppress(OSError):
-                    signal.pidfd_send_signal(fd, number)
+                    _send(seen, fd, number)
 
-    async def gone(self, seconds: float) -> bool:
-        done, _ = await asyncio.wait((self._all_gone,), timeout=max(0.0, seconds))
-        return bool(done)
+    async def gone(self, seconds: float) -> None:
+        """Wait so long for the ends of all."""
+        deadline = self._loop.time() + seconds
+        while not self._all_gone.done() and (left := deadline - self._loop.time()) > 0:
+            unheld = [seen for seen, fd in self._fds.items() if fd is None]
+            await asyncio.wait((self._all_gone,), timeout=min(left, _LOOK_SECONDS) if unheld else left)
+            for seen in unheld:
+                with suppress(OSError):
+                    if not _lives(seen):
+                        self._drop(seen)
 
     def close(self) -> None:
-        for fd in tuple(self._fds):
-            self._drop(fd)
+        for seen in tuple(self._fds):
+            self._drop(seen)
 
-    def _ended(self, fd: int) -> None:
-        self._drop(fd)
+    def _drop(self, seen: Seen) -> None:
+        fd = self._fds.pop(seen)
+        if fd is not None:
+            self._loop.remove_reader(fd)
+            os.close(fd)
         self._settle()
-
-    def _drop(self, fd: int) -> None:
-        self._loop.remove_reader(fd)
-        del self._fds[fd]
-        os.close(fd)
 
     def _settle(self) -> None:
         if not self._fds and not self._all_gone.done():
             self._all_gone.set_result(None)
+
+
+def _send(seen: Seen, fd: int | None, number: signal.Signals) -> None:
+    if fd is not None:
+        try:
+            return signal.pidfd_send_signal(fd, number)
+        except ProcessLookupError:
+            return None
+        except OSError:  # refused, as the call before it can be
+            pass
+    if _lives(seen):
+        os.kill(seen.pid, number)
+    return None
 
 
 async def end_tree(tree: Tree, *, hang_up: bool = False, grace: float = KILL_GRACE_SECONDS) -> None:
@@ -235,6 +281,9 @@ async def end_tree(tree: Tree, *, hang_up: bool = False, grace: float = KILL_GRA
         tree: what to end; `leaders` may be completed meanwhile.
         hang_up: send HUP as well, which interactive shells obey (they ignore TERM).
         grace: seconds between TERM and KILL; 0: KILL at once.
+
+    Raises:
+        OSError: no descriptor came free to look for the processes with; the groups of the leaders got the signals.
     """
     # CONT, because a stopped process acts on TERM only when it goes on.
     gentle = (*((signal.SIGHUP,) if hang_up else ()), signal.SIGTERM, signal.SIGCONT)
@@ -242,11 +291,23 @@ async def end_tree(tree: Tree, *, hang_up: bool = False, grace: float = KILL_GRA
     deadline = loop.time() + grace
     told: set[tuple[int, int]] = set()
     kills = 0
-    while found := await in_thread(find, Tree(tree.marker, dict(tree.leaders), tree.user)):
+    while True:
         late = loop.time() >= deadline
+        numbers = (signal.SIGKILL,) if late else gentle
+        try:
+            found = await in_thread(find, Tree(tree.marker, dict(tree.leaders), tree.user))
+        except OSError:  # no descriptor is left to look with
+            if kills > _ROUNDS:
+                raise
+            told |= _send_to_groups(tree, numbers, set() if late else told)
+            await asyncio.sleep(_LOOK_SECONDS)
+            kills += late
+            continue
+        if not found:
+            return
         held = _Held(found)
         try:
-            held.send((signal.SIGKILL,) if late else gentle, set() if late else told)
+            held.send(numbers, set() if late else told)
             await held.gone(_DEATH_SECONDS if late else deadline - loop.time())
         finally:
             held.close()
@@ -254,3 +315,15 @@ async def end_tree(tree: Tree, *, hang_up: bool = False, grace: float = KILL_GRA
         kills += late
         if kills > _ROUNDS:
             return
+
+
+def _send_to_groups(
+    tree: Tree, numbers: Iterable[signal.Signals], already: set[tuple[int, int]]
+) -> set[tuple[int, int]]:
+    """Send to the groups of the leaders that have not ended, whose numbers are still their own."""
+    leaders = {(pid, 0) for pid, ended in tree.leaders.items() if ended is None} - already
+    for pid, _ in leaders:
+        for number in numbers:
+            with suppress(OSError):
+                os.killpg(pid, number)
+    return leaders

@@ -83,7 +83,10 @@ async def take_trailing_output(
     loop = asyncio.get_running_loop()
     began, before = loop.time(), _Carriers()
     while listening := [reader for reader in readers if reader.open]:
-        carriers = await in_thread(_look, ends, pid, since, source, lives_on)
+        try:
+            carriers = await in_thread(_look, ends, pid, since, source, lives_on)
+        except OSError:  # no descriptor is left to look with
+            break
         now = loop.time()
         quiet = now - max(began, *(now if reader.paused else reader.heard for reader in listening))
         working = carriers.working or carriers.trace != before.trace

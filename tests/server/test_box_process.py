@@ -15,6 +15,7 @@ import pytest
 from agent_sdk.protocol.errors import PathNotFound, WorkspaceUnavailable
 from agent_sdk.remote.workspace import RemoteWorkspace
 from tests.chaos.server import environ, processes
+from tests.pidfds import without_pidfds
 from tests.server.wire import GUARD
 from workspaces.box.process import MARKER, BoxProcess
 
@@ -224,3 +225,47 @@ async def test_a_record_that_is_no_record_is_removed(folder):
     (folder / "box.json").write_text("{")
     assert await BoxProcess.find(folder) is None
     assert not folder.exists()
+
+
+UNHELD = """
+from pathlib import Path
+from agent_sdk.protocol.errors import WorkspaceUnavailable
+from workspaces.box.process import BoxProcess
+
+async def main():
+    root, folder, other = Path("root"), Path("box").absolute(), Path("other").absolute()
+    environment = {"PATH": os.environ["PATH"], "TESTS_RUN": os.environ["TESTS_RUN"]}
+    box = BoxProcess(root.absolute(), folder, environment=environment, linger=600)
+    await box.start()
+    print(box.pid)
+    box.let_go()
+    refuse_pidfds(434, 1)
+    print(await BoxProcess.find(folder), folder.exists())
+    try:
+        await BoxProcess(root.absolute(), other, environment=environment, linger=600).start()
+    except WorkspaceUnavailable as exc:
+        print(exc)
+    print(other.exists())
+    await asyncio.to_thread(print, [p for p in os.listdir("/proc") if p.isdigit() and is_box(p)])
+
+def is_box(pid):
+    try:
+        text = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"agent_sdk.box" in text and os.fsencode(os.getcwd()) in text
+
+asyncio.run(main())
+"""
+
+
+def test_a_box_that_cannot_be_held_is_ended(root, tmp_path):
+    pid, *said = without_pidfds(tmp_path, UNHELD)
+    assert said == [
+        "refused 1",
+        "None False",
+        "the box did not start: Operation not permitted",
+        "False",
+        "[]",
+    ]
+    assert gone(int(pid))

@@ -16,6 +16,7 @@ from agent_sdk.workspace.paths import Root
 from agent_sdk.workspace.pipes import open_terminal
 from agent_sdk.workspace.process_table import ProcessTable
 from agent_sdk.workspace.process_tree import Tree, end_tree, find
+from tests.pidfds import without_pidfds
 
 GRACE = 0.3
 
@@ -166,21 +167,9 @@ async def test_cancelling_does_not_stop_the_ending(run, tmp_path):
     assert not living(tmp_path / "ready")
 
 
-WITHOUT_PIDFDS = """
-import asyncio, ctypes, os, struct
-from agent_sdk import LocalWorkspace
-
-PIDFD_OPEN, REFUSED, ALLOWED = 434, 0x00050001, 0x7FFF0000
-rules = [(0x20, 0, 0, 0), (0x15, 0, 1, PIDFD_OPEN), (0x06, 0, 0, REFUSED), (0x06, 0, 0, ALLOWED)]
-code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
-program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(code)))
-prctl = ctypes.CDLL(None).prctl
-prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
-assert prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, ctypes.addressof(program), 0, 0) == 0
-try:
-    os.pidfd_open(os.getpid())
-except PermissionError:
-    print("refused")
+PIDFD_SEND_SIGNAL, PIDFD_OPEN = 424, 434
+WAITING = """
+refuse_pidfds(434, 1)
 
 async def main():
     async with LocalWorkspace() as workspace:
@@ -192,10 +181,66 @@ asyncio.run(main())
 
 
 def test_where_pidfds_are_refused_a_thread_waits(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PIDFDS], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert (run.stdout, run.stderr) == ("refused\nsaid 9\n", "")
+    assert without_pidfds(tmp_path, WAITING) == ["refused 1", "said 9"]
+
+
+ENDING = """
+refuse_pidfds(*map(int, sys.argv[1:]))
+
+async def main():
+    async with LocalWorkspace() as workspace:
+        command = "trap '' TERM; setsid sleep 1000 & echo $! > pid; wait; wait"
+        result = await asyncio.wait_for(workspace.execute(command, timeout=0.3), 30)
+        print(result.status)
+    async with LocalWorkspace() as workspace:
+        began = time.monotonic()
+        await workspace.start("sleep 1000 & echo $! > second; wait")
+        while not os.path.exists("second") or not os.path.getsize("second"):
+            await asyncio.sleep(0.01)
+    print("at once" if time.monotonic() - began < 4 else "after the whole grace")
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("errno", [1, 38, 24])
+@pytest.mark.parametrize("call", [PIDFD_OPEN, PIDFD_SEND_SIGNAL])
+def test_where_pidfds_are_refused_all_is_ended_all_the_same(tmp_path, call, errno):
+    said = without_pidfds(tmp_path, ENDING, call, errno)
+    assert [line for line in said if not line.startswith("refused")] == ["timeout", "at once"]
+    assert not living(tmp_path / "pid")
+    assert not living(tmp_path / "second")
+
+
+WITHOUT_DESCRIPTORS = """
+from agent_sdk.workspace.environment import workspace_environment
+from agent_sdk.workspace.launch import Launch, open_folder
+from agent_sdk.workspace.paths import Root
+from agent_sdk.workspace.process_table import ProcessTable
+
+async def main():
+    processes = ProcessTable(os.getcwd())
+    text = b"trap '' TERM; sleep 1000 & echo $! > pid; wait; wait"
+    child = processes.spawn(Launch((b"sh", b"-c", text), workspace_environment()), open_folder(Root("."), "."))
+    while not os.path.exists("pid") or not os.path.getsize("pid"):
+        await asyncio.sleep(0.01)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + int(sys.argv[1]), limit[1]))
+    child.end(grace=0.1)
+    exit = await asyncio.wait_for(child.over, 30)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    print(exit.status, exit.signal)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("free", [0, 1, 2])
+def test_where_descriptors_are_out_a_process_is_ended_all_the_same(tmp_path, free):
+    assert without_pidfds(tmp_path, WITHOUT_DESCRIPTORS, free) == ["killed 9"]
+    assert not living(tmp_path / "pid")
 
 
 async def test_an_exit_code_that_somebody_else_took_is_unknown(run, tmp_path):

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from agent_sdk.protocol.errors import WorkspaceUnavailable
 from agent_sdk.workspace.launch import with_default_signals
 from agent_sdk.workspace.process_tree import started_ticks, tick_now
 from workspaces.backend.records import Identity, boot_id
@@ -51,7 +52,7 @@ class Child:
         """Start it in a session of its own.
 
         Raises:
-            OSError: it cannot be started.
+            OSError: it cannot be started, or not be held (pidfds are refused, or no descriptor is left).
         """
         popen = subprocess.Popen(
             command,
@@ -65,19 +66,37 @@ class Child:
             umask=umask,
             preexec_fn=with_default_signals(),
         )
+        try:
+            child = cls(popen.pid)
+        except OSError:
+            popen.kill()
+            popen.wait()
+            raise
         popen.returncode = 0  # its end is seen here, and it may outlive us: Popen has nothing to wait for
-        return cls(popen.pid)
+        return child
 
     @classmethod
     def find(cls, identity: Identity) -> Self | None:
-        """Return the process of this identity, if it lives."""
+        """Return the process of this identity, if it lives.
+
+        Raises:
+            WorkspaceUnavailable: it cannot be held: pidfds are refused, or no descriptor is left.
+        """
         if identity.boot != boot_id():
             return None
-        with suppress(OSError):
+        child = None
+        try:
             child = cls(identity.pid)
             if started_ticks(identity.pid) == identity.ticks:
                 return child
-            child.let_go()
+        except ProcessLookupError:
+            return None
+        except OSError as exc:
+            if child is not None:
+                child.let_go()
+            reason = f"process {identity.pid} is there, but cannot be held: {exc.strerror}"
+            raise WorkspaceUnavailable(reason, phase="start") from None
+        child.let_go()
         return None
 
     @property

@@ -133,7 +133,9 @@ class BoxProcess:
         started = Confinement(isolation=record.isolation, user=record.user)
         box = cls(folder, folder, spool=spool, instance=record.instance, confinement=started)
         if record.boot == boot_id():
-            child = Child.find(Identity(record.boot, record.pid, record.ticks))
+            child = None
+            with suppress(WorkspaceUnavailable):  # what cannot be held is of no use, and is ended
+                child = Child.find(Identity(record.boot, record.pid, record.ticks))
             if child is not None:
                 box._hold(child)
                 box.token = record.token
