@@ -7,8 +7,10 @@ variables on another. Whatever throws bash out of the loop (^C, an unset variabl
 which starts the loop again. So no command is too long for a terminal's line, none can be cut by a quote
 that never closes, and what is typed reaches the running program and nothing else.
 
-Where the loop cannot start again, because a command took away what it is made of (`enable -n builtin`), bash
-shows its prompt. That names the process, which is ended then, so that a fresh one goes on in its place.
+Where the loop cannot start again, because a command took away what it is made of (`enable -n builtin`, a DEBUG
+trap that skips whatever comes), bash shows its prompt and would read a command. Its own standard input is empty,
+so it ends instead, and a fresh one goes on in its place; commands have the terminal as theirs. A command that is
+skipped succeeds: so the loop goes on only where one that fails has been carried out, too.
 
 The last exit status is in `$?` when the next command begins: the two arms of an `if` see the status of its
 condition, and unlike a plain command that fails, a condition sets off no ERR trap.
@@ -16,7 +18,7 @@ condition, and unlike a plain command that fails, a condition sets off no ERR tr
 Its EXIT trap reports, too, and then does what the user's would; `trap` is a function that sees to it.
 
 After each report a marker with a nonce is printed to the terminal: what came before it was said before
-the command had ended. Commands run without the three descriptors of this machinery.
+the command had ended. Commands run without the two descriptors of this machinery.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ INTERRUPT = b"\x03"
 _HIGH = 200
 
 _DRIVER = r"""
-exec RC<&- {__tty}>&1 {__commands}<&COMMANDS COMMANDS<&- {__status}>&STATUS STATUS>&-
-__nonce=NONCE PS1='\e]133;D;NONCE;-$$\a' PS2=
+exec RC<&- </dev/null {__commands}<&COMMANDS COMMANDS<&- {__status}>&STATUS STATUS>&-
+PS1='$ ' PS2=
 unset HISTFILE
 set +o history
 __n=0 __operation=$AGENT_SERVER_OP
@@ -60,11 +62,12 @@ __report() {
 }
 __next() {
   __last=$1
+  [[ ${PROMPT_COMMAND-} == "$__prompt" ]] || PROMPT_COMMAND=$__prompt
+  builtin eval || builtin exit
   __report "$__n" "$1" || builtin exit
-  builtin printf '\033]133;D;NONCE;%s\007' "$__n" >&$__tty
+  builtin printf '\033]133;D;NONCE;%s\007' "$__n" >TERMINAL
   builtin set +e
   builtin jobs >/dev/null
-  [[ ${PROMPT_COMMAND-} == "$__prompt" ]] || PROMPT_COMMAND=$__prompt
   __command=NONCE
   IFS= TMOUT= builtin read -r -d '' -u $__commands __command || builtin exit
   [[ $__command != NONCE ]] || : "${__nothing_was_read:?}"
@@ -72,10 +75,11 @@ __next() {
   builtin printf 'NONCE begin %s\0\0' "$__n" >&$__status
 }
 __keep() { builtin return "$__last"; }
-__loop='while { __next "$?"; } 2>/dev/null; do
+__fail() { builtin return 1; }
+__loop='while { __next "$?" && ! __fail; } 2>/dev/null; do
 if { __keep; } 2>/dev/null
-then builtin eval "$__command" {__commands}<&- {__status}>&- {__tty}>&-
-else builtin eval "$__command" {__commands}<&- {__status}>&- {__tty}>&-
+then builtin eval "$__command" <TERMINAL {__commands}<&- {__status}>&-
+else builtin eval "$__command" <TERMINAL {__commands}<&- {__status}>&-
 fi
 done; builtin eval "$__loop"'
 __prompt='builtin eval "$__loop"'
@@ -89,13 +93,13 @@ trap() {
   [[ $BASHPID == "$$" ]] || builtin return 0
   builtin local __own
   __own=$(builtin trap -p EXIT)
-  [[ $__own != "trap -- 'if __leave"* ]] || builtin return 0
+  [[ $__own != "trap -- 'if { __leave"* ]] || builtin return 0
   builtin eval "builtin set -- ${__own#trap -- }"
   builtin printf -v __own %q "${1-}"
-  builtin trap "if __leave \"\$?\"; then builtin eval $__own; else builtin eval $__own; fi" EXIT
+  builtin trap "if { __leave \"\$?\"; } 2>/dev/null; then builtin eval $__own; else builtin eval $__own; fi" EXIT
 }
 trap - EXIT
-readonly -f __report __next __keep __leave
+readonly -f __report __next __keep __fail __leave
 """
 
 # What programs ask a terminal, and what one without a screen answers; most wait for it without a limit.
@@ -176,7 +180,11 @@ class Bash:
         command_in, command_out, status_in, status_out, rc_in, rc_out = fds
         theirs = (command_in, status_out, rc_in)
         driver = _DRIVER.replace("NONCE", self._nonce).replace("COMMANDS", str(command_in))
-        driver = driver.replace("STATUS", str(status_out)).replace("RC<", f"{rc_in}<")
+        driver = (
+            driver.replace("STATUS", str(status_out))
+            .replace("RC<", f"{rc_in}<")
+            .replace("TERMINAL", self._terminal.name)
+        )
         os.write(rc_out, driver.encode())
         arguments = (b"--noprofile", b"--rcfile", f"/dev/fd/{rc_in}".encode(), b"--noediting", b"-i")
         launch = interpreter.launch(arguments, environment, self._terminal.name, theirs)
@@ -296,11 +304,6 @@ class Bash:
         return self._take_output(data) if data else True
 
     def _mark(self, number: int) -> None:
-        if number < 0:  # of whoever shows its prompt
-            if -number == self._pid:
-                with suppress(OSError):
-                    os.kill(self._pid, signal.SIGKILL)
-            return
         self._marked = max(self._marked, number)
         self._tell()
 
@@ -326,8 +329,6 @@ class Bash:
             self._began(int(rest))
             return
         exit_code, pid, cwd = rest.split(b" ", 2)
-        # A prompt may have been exported, as by a virtualenv: it is to name the bash it is restored into.
-        exported = exported.replace(self._nonce.encode(), b"$__nonce")
         self._pid = int(pid)
         number = None if name == b"end" else int(name)
         report = Report(number, int(exit_code), os.fsdecode(cwd), exported)
@@ -375,9 +376,9 @@ class _Filter:
         self, nonce: str, shown: Callable[[bytes, bytes], bool], marked: Callable[[int], None]
     ) -> None:
         self._start = f"\x1b]133;D;{nonce};".encode()
-        # Whatever else follows is shown: it is what a program printed, such as `echo -e "$PS1"`.
-        self._marker = re.compile(re.escape(self._start) + rb"(-?\d{1,18})\x07")
-        self._incomplete = re.compile(re.escape(self._start) + rb"-?\d{0,18}")
+        # Whatever else follows is shown: it is what a program printed.
+        self._marker = re.compile(re.escape(self._start) + rb"(\d{1,18})\x07")
+        self._incomplete = re.compile(re.escape(self._start) + rb"\d{0,18}")
         self._shown = shown
         self._marked = marked
         self._held = b""

@@ -29,6 +29,20 @@ async def begun(shell, command: str) -> None:
             said += (await shell.send(b"", quiet=0.1)).output.text
 
 
+COMMANDS_THAT_LOSE_A_SHELL = [
+    "enable -n builtin",
+    "enable -n eval",
+    "builtin() { :; }",
+    "declare -r __last",
+    "readonly PROMPT_COMMAND=true",
+    "PS1='> '; enable -n builtin",
+    "unset PS1; enable -n builtin",
+    "shopt -s extdebug; trap false DEBUG",
+    "shopt -s extdebug; trap 'return 2' DEBUG; PS1='> '",
+]
+"""They take away what it is driven by."""
+
+
 class ShellContract:
     """Mixed into WorkspaceContract."""
 
@@ -93,11 +107,11 @@ class ShellContract:
         assert (await shell.run(command)).status in ("done", "ended")
         assert (await shell.run("echo alive")).output.text == "alive\n"
 
-    @pytest.mark.parametrize("command", ["enable -n builtin", "builtin() { :; }", "declare -r __last"])
+    @pytest.mark.parametrize("command", COMMANDS_THAT_LOSE_A_SHELL)
     async def test_a_shell_that_was_left_without_what_it_is_driven_by_is_replaced(self, workspace, command):
         shell = workspace.shell()
         await shell.run("mkdir sub; cd sub; export KEPT='a b'")
-        assert (await shell.run(command)).status == "ended"
+        assert (await shell.run(command, timeout=PATIENCE, quiet=None)).status == "ended"
         assert (await shell.run('echo "$KEPT"; basename "$PWD"')).output.text == "a b\nsub\n"
 
     async def test_a_program_may_show_the_prompt_of_its_shell(self, workspace):
@@ -107,14 +121,25 @@ class ShellContract:
         assert (await shell.send(b"exit 3\n")).exit_code == 3
         assert (await shell.run("echo $name")).output.text == "kept\n"
 
-    @pytest.mark.parametrize("command", ['echo -e "$PS1"', "printf '%b\\n' \"$PS1\""])
+    @pytest.mark.parametrize("command", ['echo -e "$PS1"', "printf '%b\\n' \"$PS1\"", 'echo "${PS1@P}"'])
     async def test_a_prompt_that_is_printed_is_output_like_any_other(self, workspace, command):
         shell = workspace.shell()
-        result = await shell.run(f"echo one; {command}; echo two", timeout=PATIENCE, quiet=None)
+        result = await shell.run(f"name=kept; echo one; {command}; echo two", timeout=PATIENCE, quiet=None)
         assert (result.status, result.exit_code) == ("done", 0)
         first, prompt, last = result.output.text.splitlines()
-        assert (first, prompt[-4:], last) == ("one", "-$$\a", "two")
-        assert (await shell.run("echo alive")).output.text == "alive\n"
+        assert (first, prompt.strip(), last) in (("one", "$", "two"), ("one", "#", "two"))
+        assert (await shell.run("echo $name")).output.text == "kept\n"
+
+    async def test_a_trap_that_looks_at_each_command_leaves_a_shell_that_works(self, workspace):
+        shell = workspace.shell()
+        await shell.run("shopt -s extdebug; trap '[[ $BASH_COMMAND != *refused* ]]' DEBUG; name=kept")
+        result = await shell.run("echo refused; echo $name", timeout=PATIENCE, quiet=None)
+        assert (result.status, result.output.text) == ("done", "kept\n")
+
+    async def test_a_command_reads_from_its_terminal(self, workspace):
+        shell = workspace.shell()
+        result = await shell.run("tty; readlink /proc/self/fd/0; readlink /proc/$$/fd/1; test -t 0")
+        assert (result.exit_code, len(set(result.output.text.splitlines()))) == (0, 1)
 
     async def test_a_prompt_that_was_added_to_and_exported_passes_to_the_shell_that_replaces(self, workspace):
         shell = workspace.shell()
