@@ -9,9 +9,10 @@ of a conversation. What has to be known by the next process is in the log (`agen
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -143,7 +144,7 @@ class IdempotencyStore:
         Args:
             op_id: names the call.
             method: what kind of call it is.
-            asked: what it asks for, as JSON can say it.
+            asked: what it asks for: structs, and what Python writes as JSON, mappings of every kind among it.
             action: does what it asks for.
             caller: who waits; None: nobody that could lose a connection.
 
@@ -156,7 +157,8 @@ class IdempotencyStore:
             raise OpExpired(
                 f"what op_id {op_id} answered is not kept any more, and it is not run again", op_id=op_id
             )
-        digest = hash(msgspec.json.encode((method.method, asked), order="sorted"))
+        # As text that is no text of JSON, too (half a character): whether it is taken is for the action to say.
+        digest = hash(json.dumps((method.method, asked), sort_keys=True, default=_plain))
         entry = self._running.get(op_id) or self._finished.get(op_id)
         if entry is None:
             task = asyncio.create_task(_run(action))
@@ -249,6 +251,10 @@ def asked(call: Effect[Any]) -> dict[str, Any]:
     fields = without_defaults(call, everywhere=True)
     differing = varying(type(call)) | {"op_id", "turn"}
     return {name: value for name, value in fields.items() if name not in differing}
+
+
+def _plain(value: object) -> object:
+    return dict(value) if isinstance(value, Mapping) else msgspec.to_builtins(value)
 
 
 async def _run(action: Callable[[], Awaitable[T]]) -> T:

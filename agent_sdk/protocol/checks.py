@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import sys
 from collections import abc
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
@@ -161,7 +162,10 @@ def _refused(field: str, hint: Any, value: Any) -> InvalidParams:
 
 
 def _refusal(field: str, wanted: str, value: Any, wrong: str = "") -> InvalidParams:
-    given = type(value).__name__ if field in _UNSHOWN else f"{value!r:.64}"
+    try:
+        given = type(value).__name__ if field in _UNSHOWN else f"{value!r:.64}"
+    except ValueError:  # a number with more digits than Python writes
+        given = type(value).__name__
     return InvalidParams(f"{field}: {wrong or f'expected {wanted}'}, got {given}", field=field)
 
 
@@ -257,7 +261,10 @@ _TESTS: dict[type, Test] = {
     bytes: lambda value: isinstance(value, bytes | bytearray),
     int: lambda value: isinstance(value, int) and not isinstance(value, bool),
     float: lambda value: (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value)
+        <= sys.float_info.max  # of a longer number math.isfinite says nothing but OverflowError
     ),
 }
 

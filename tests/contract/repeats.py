@@ -1,16 +1,64 @@
 """What every workspace promises about calls that are named by an op_id: they come again, and are carried out once."""
 
 import asyncio
+import enum
 import uuid
+from collections import UserDict
+from pathlib import PurePosixPath
+from types import MappingProxyType
 
 import pytest
 
-from agent_sdk.protocol.errors import InvalidParams, OpMismatch
+from agent_sdk import ExecResult
+from agent_sdk.protocol.errors import AgentServerError, InvalidParams, OpMismatch
+from agent_sdk.workspace.contract import Output
 
 
 def op() -> str:
     """Users choose it as they like: it is a UUID."""
     return str(uuid.uuid4())
+
+
+class Word(enum.StrEnum):
+    """Text, and more than that."""
+
+    PRINT = "printf %s:%s $A $B"
+
+
+ARGUMENTS = [
+    (("printf $A",), {"env": MappingProxyType({"A": "x"})}),
+    (("printf $A",), {"env": UserDict(A="x")}),
+    ((Word.PRINT,), {"env": {"B": Word.PRINT, "A": "x"}}),
+    ((("printf", "x"),), {}),
+    ((["printf", "\udcff"],), {}),
+    ((["printf", "\ud800"],), {}),
+    (("printf \udcff",), {"env": {"A": "\udcff"}}),
+    (("printf x",), {"env": {"A": "\ud800"}}),
+    (("printf x",), {"env": {"\ud800": "a"}}),
+    (("pwd",), {"cwd": "\udcff"}),
+    (("pwd",), {"cwd": "\ud800"}),
+    (("pwd",), {"cwd": PurePosixPath(".")}),
+    ((PurePosixPath("pwd"),), {}),
+    (("pwd",), {"user": "\ud800"}),
+    (("pwd",), {"timeout": float("nan")}),
+    (("pwd",), {"timeout": 10**400}),
+    (("pwd",), {"timeout": 10**5000}),
+    (("pwd",), {"env": {"A": 1}}),
+    (("pwd",), {"env": {1: "a", "b": "c"}}),
+    (("pwd",), {"env": [("A", "x")]}),
+    ((b"pwd",), {}),
+    ((None,), {}),
+    ((["printf", 1],), {}),
+]
+
+
+async def outcome(verb, *arguments, **options):
+    """What comes of a command: what it said and its exit code, or which error in which words."""
+    try:
+        result = await verb(*arguments, **options)
+    except AgentServerError as exc:
+        return type(exc), exc.message
+    return result.out, result.exit_code, result.reason
 
 
 class RepeatContract:
@@ -63,3 +111,48 @@ class RepeatContract:
             with pytest.raises(InvalidParams, match="op_id: expected a UUID"):
                 await verb(*arguments, op_id=op_id)
         assert await workspace.files.list() == []
+
+    @pytest.mark.parametrize(("arguments", "options"), ARGUMENTS)
+    async def test_an_op_id_changes_nothing_of_what_is_taken(self, workspace, arguments, options):
+        without = await outcome(workspace.execute, *arguments, **options)
+        assert await outcome(workspace.execute, *arguments, **options, op_id=op()) == without
+
+    @pytest.mark.parametrize(("arguments", "options"), ARGUMENTS)
+    async def test_an_op_id_changes_nothing_of_how_a_process_starts(self, workspace, arguments, options):
+        async def started(**more):
+            process = await workspace.start(*arguments, **options, **more)
+            exit = await process.wait()
+            out = b"".join([data async for data in process.output()])
+            return ExecResult(status=exit.status, out=Output(head=out), exit_code=exit.exit_code)
+
+        assert await outcome(started, op_id=op()) == await outcome(started)
+
+    @pytest.mark.parametrize("name", ["up\udcff", "up\ud800", PurePosixPath("up"), b"up", "", None])
+    async def test_an_op_id_changes_nothing_of_where_an_upload_goes(self, workspace, tmp_path, name):
+        (tmp_path / "source").write_bytes(b"mine")
+
+        async def uploaded(**more):
+            done = await workspace.upload(tmp_path / "source", name, **more)
+            return ExecResult(status="exited", reason=repr(done))
+
+        assert await outcome(uploaded, op_id=op()) == await outcome(uploaded)
+
+    @pytest.mark.parametrize("name", ["s\udcff", "s\ud800", b"source", "", "nothing\0", None])
+    async def test_an_op_id_changes_nothing_of_where_an_upload_comes_from(self, workspace, tmp_path, name):
+        source = str(tmp_path / name) if isinstance(name, str) else name
+        if name == "s\udcff":
+            (tmp_path / name).write_bytes(b"mine")
+
+        async def uploaded(**more):
+            done = await workspace.upload(source, "up", **more)
+            return ExecResult(status="exited", reason=repr(done))
+
+        assert await outcome(uploaded, op_id=op()) == await outcome(uploaded)
+
+    async def test_an_environment_is_the_same_whatever_it_is_kept_in(self, workspace):
+        op_id = op()
+        await workspace.execute("printf $A", env={"A": "x"}, op_id=op_id)
+        again = await workspace.execute("printf $A", env=MappingProxyType({"A": "x"}), op_id=op_id)
+        assert again.stdout == "x"
+        with pytest.raises(OpMismatch):
+            await workspace.execute("printf $A", env=MappingProxyType({"A": "y"}), op_id=op_id)
