@@ -11,7 +11,7 @@ from aiohttp import hdrs, web
 from msgspec import Raw
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.endpoint import Endpoint, Request, decode_params, unknown_method
+from agent_sdk.protocol.codec import Codec, Request, decode_params, unknown_method
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConversationDamaged,
@@ -197,23 +197,23 @@ class Routes:
             return await self._answer(body, request.query.get("conversation"))
 
     async def _answer(self, body: bytearray, id: str | None) -> web.Response:
-        endpoint = Endpoint(self._sessions.config.limits, strict=True)
+        codec = Codec(self._sessions.config.limits, strict=True)
         call: Request | None = None
         try:
-            message = endpoint.receive(body, text=True)
+            message = codec.receive(body, text=True)
             if not isinstance(message, Request):
                 raise InvalidRequest("a call with an id is needed; there is nobody to send anything else to")
             call = message
             result = await self._call(call, id)
-            answer = endpoint.response(call.id, result)
+            answer = codec.response(call.id, result)
         except AgentServerError as exc:
-            answer = endpoint.refusal(exc) if call is None else endpoint.failure(call.id, to_wire(exc))
+            answer = codec.refusal(exc) if call is None else codec.failure(call.id, to_wire(exc))
         except Exception as exc:  # noqa: BLE001  the boundary of a call, as in Peer
             incident = new_id()
             self._sessions.metrics.bugs.inc()
             self._sessions.logs.bug(exc, incident)
             bug = InternalError("internal error", incident=incident)
-            answer = endpoint.failure(call.id if call else None, to_wire(bug))
+            answer = codec.failure(call.id if call else None, to_wire(bug))
         return web.Response(body=answer, content_type="application/json")
 
     async def _call(self, call: Request, id: str | None) -> Any:

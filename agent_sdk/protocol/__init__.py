@@ -1,6 +1,6 @@
 """What is true without a network; stdlib and msgspec only.
 
-endpoint: JSON-RPC without I/O
+codec:    JSON-RPC without I/O
 frame:    binary frames
 strictness: nesting and repeated keys, which JSON parsers let pass
 window:   credit arithmetic of byte streams

@@ -25,7 +25,8 @@ def without_defaults(value: Any, *, everywhere: bool = False) -> Any:
     for name, default in defaults:
         each = getattr(value, name)
         if not (is_strict or everywhere) or type(each) is not type(default) or each != default:
-            written[name] = without_defaults(each, everywhere=everywhere)
+            is_made_of_others = isinstance(each, Struct | list | tuple)
+            written[name] = without_defaults(each, everywhere=everywhere) if is_made_of_others else each
     return written
 
 

@@ -130,10 +130,6 @@ def unpack(frame: bytes) -> BinaryFrame:
         if len(frame) == HEADER_BYTES:
             raise BadBinaryHeader("a data frame without data")
         return Data(stream, offset, frame[HEADER_BYTES:])
-    return _unpack_small(frame, kind, stream, offset)
-
-
-def _unpack_small(frame: bytes, kind: int, stream: int, offset: int) -> BinaryFrame:
     payload = frame[HEADER_BYTES:]
     if kind == CREDIT:
         if payload:

@@ -73,7 +73,8 @@ class ReceiveWindow:
         Raises:
             BadBinaryHeader: past the credit, behind the position, or after the end.
         """
-        self._check_place(offset)
+        if offset < self.position or self.ended:
+            raise self._misplaced(offset)
         if self._received + length > self._allowed:
             raise BadBinaryHeader(f"{self._received + length - self._allowed} bytes more than the credit")
         self._received += length
@@ -85,7 +86,8 @@ class ReceiveWindow:
         Raises:
             BadBinaryHeader: behind the position, or a second end.
         """
-        self._check_place(offset)
+        if offset < self.position or self.ended:
+            raise self._misplaced(offset)
         self.position = offset
         self.ended = True
 
@@ -102,8 +104,7 @@ class ReceiveWindow:
         self._allowed = allowed
         return allowed
 
-    def _check_place(self, offset: int) -> None:
+    def _misplaced(self, offset: int) -> BadBinaryHeader:
         if self.ended:
-            raise BadBinaryHeader("a frame after the end of its stream")
-        if offset < self.position:
-            raise BadBinaryHeader(f"offset went back from {self.position} to {offset}")
+            return BadBinaryHeader("a frame after the end of its stream")
+        return BadBinaryHeader(f"offset went back from {self.position} to {offset}")

@@ -58,12 +58,14 @@ class Channels:
     def open_reader(self) -> ByteReader:
         """Return a stream of ours that the other end writes; enter it."""
         self._last += 2
-        return self._add(self._reader(self._last))
+        return self._add(ByteReader(self._last, self._window, self._lanes, self._leave_reader))
 
     def open_writer(self) -> ByteWriter:
         """Return a stream of ours that the other end reads; enter it."""
         self._last += 2
-        return self._add(self._writer(self._last))
+        return self._add(
+            ByteWriter(self._last, self.other_window, self._lanes, self._end, self._leave_writer)
+        )
 
     def reading(self, channel: int) -> ByteReader:
         """Return a stream of theirs that they write; enter it.
@@ -72,7 +74,9 @@ class Channels:
             InvalidParams: it is none that they have just opened.
         """
         early = self._take_up(channel)
-        return self._add(early.reader if early else self._reader(channel))
+        return self._add(
+            early.reader if early else ByteReader(channel, self._window, self._lanes, self._leave_reader)
+        )
 
     def writing(self, channel: int) -> ByteWriter:
         """Return a stream of theirs that we write; enter it.
@@ -81,7 +85,7 @@ class Channels:
             InvalidParams: it is none that they have just opened.
         """
         early = self._take_up(channel)
-        writer = self._writer(channel)
+        writer = ByteWriter(channel, self.other_window, self._lanes, self._end, self._leave_writer)
         if early is not None:
             if early.broken is not None:
                 writer.fail(early.broken)
@@ -96,7 +100,11 @@ class Channels:
         """
         match frame:
             case frames.Data() | frames.End():
-                self._incoming(frame)
+                stream = self._open.get(frame.stream)
+                if isinstance(stream, ByteReader):
+                    stream.take(frame)
+                else:
+                    self._unopened(frame, stream)
             case frames.Credit():
                 self._credit(frame)
             case frames.Reset():
@@ -112,27 +120,22 @@ class Channels:
     def _is_theirs(self, channel: int) -> bool:
         return channel > 0 and channel % 2 != self._ours
 
-    def _reader(self, channel: int) -> ByteReader:
-        return ByteReader(channel, self._window, self._lanes, self._leave_reader)
-
-    def _writer(self, channel: int) -> ByteWriter:
-        return ByteWriter(channel, self.other_window, self._lanes, self._end, self._leave_writer)
-
     def _take_up(self, channel: int) -> Early | None:
-        if not self._is_theirs(channel) or channel in self._open or channel in self._over:
+        if channel <= 0 or channel % 2 == self._ours or channel in self._open or channel in self._over:
             raise InvalidParams(f"channel {channel} is not one you have just opened")
         return self._early.pop(channel, None)
 
     def _leave_reader(self, reader: ByteReader) -> None:
-        if not reader.over:
+        expected = 0 if reader.window.ended else reader.window.expected
+        if not reader.window.ended and not reader.over:
             self._lanes.put_control(frames.reset(reader.channel, "the reader stopped"))
-        self._end(reader)
+        self._end(reader.channel, expected)
 
     def _leave_writer(self, writer: ByteWriter) -> None:
         if not writer.finished and self._open.get(writer.channel) is writer:
             writer.fail(TransferBroken("the stream was left unfinished"))
             self._lanes.put_control(frames.reset(writer.channel, "the writer stopped"))
-            self._end(writer)
+            self._end(writer.channel)
 
     def _add(self, stream: S) -> S:
         if self._lost is not None:
@@ -140,20 +143,15 @@ class Channels:
         self._open[stream.channel] = stream
         return stream
 
-    def _end(self, stream: ByteReader | ByteWriter) -> None:
+    def _end(self, channel: int, expected: int = 0) -> None:
         """Forget a stream, except for how many bytes may still be on their way."""
-        if self._open.pop(stream.channel, None) is not None:
-            self._bury(stream.channel, stream.window.expected if isinstance(stream, ByteReader) else 0)
-
-    def _bury(self, channel: int, expected: int) -> None:
+        if self._open.pop(channel, None) is None and self._early.pop(channel, None) is None:
+            return
         self._over[channel] = expected
         if len(self._over) > REMEMBERED:
             del self._over[next(iter(self._over))]
 
-    def _incoming(self, frame: frames.Data | frames.End) -> None:
-        stream = self._open.get(frame.stream)
-        if isinstance(stream, ByteReader):
-            return stream.take(frame)
+    def _unopened(self, frame: frames.Data | frames.End, stream: ByteWriter | None) -> None:
         if stream is not None:
             raise BadBinaryHeader(f"stream {frame.stream} flows the other way")
         if self._is_theirs(frame.stream) and frame.stream not in self._over:
@@ -184,7 +182,7 @@ class Channels:
         if stream is not None:
             stream.fail(error)
             if isinstance(stream, ByteWriter):
-                self._end(stream)
+                self._end(stream.channel)
         elif self._is_theirs(frame.stream) and frame.stream not in self._over:
             early = self._early_one(frame.stream)
             early.broken = error
@@ -193,17 +191,17 @@ class Channels:
 
     def _early_one(self, channel: int) -> Early:
         if channel not in self._early:
-            self._early[channel] = Early(self._reader(channel))
+            self._early[channel] = Early(ByteReader(channel, self._window, self._lanes, self._leave_reader))
         return self._early[channel]
 
     def _bound_early(self) -> None:
         """Give up the oldest while too many streams, or too many bytes, wait to be taken up."""
         while len(self._early) > EARLY_STREAMS or self._early_bytes() > EARLY_WINDOWS * self._window:
             channel = next(iter(self._early))
-            early = self._early.pop(channel)
+            early = self._early[channel]
             if not early.reader.over:
                 self._lanes.put_control(frames.reset(channel, "nobody took the stream up"))
-            self._bury(channel, early.reader.window.expected)
+            self._end(channel, early.reader.window.expected)
 
     def _early_bytes(self) -> int:
         return sum(early.reader.window.held for early in self._early.values())

@@ -15,12 +15,12 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from agent_sdk.protocol import frame as frames
-from agent_sdk.protocol.endpoint import EVENTS, MESSAGES
+from agent_sdk.protocol.codec import EVENTS, MESSAGES
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.pipe import wake
 
@@ -81,13 +81,11 @@ class Source(Protocol):
 
     in_turn: bool
     """Whether it waits in the bulk lane; the lanes' business."""
-
-    def has_frames(self) -> bool:
-        """Whether `next_frame` may be called."""
-        ...
+    waiting: Line[Any]
+    """What it still has to send."""
 
     def next_frame(self) -> Frame:
-        """The next frame, which is then on its way."""
+        """The next frame of what is waiting, which is then on its way."""
         ...
 
 
@@ -99,24 +97,21 @@ class LongMessages(Source):
         self.whole_bytes = WHOLE_BYTES
         self.piece_bytes = frames.PAYLOAD_BYTES
         self._stream = stream
-        self.messages: Line[tuple[bytes, Left | None]] = Line()
+        self.waiting: Line[tuple[bytes, Left | None]] = Line()
         self._position = 0
-
-    def has_frames(self) -> bool:
-        return self.messages.items is not None
 
     def put(self, message: bytes, left: Left | None = None) -> None:
         """Queue a message; `left` is called when its last frame goes."""
-        self.messages.append((message, left))
+        self.waiting.append((message, left))
 
     def next_frame(self) -> Frame:
-        message, left = self.messages.first
+        message, left = self.waiting.first
         start, end = self._position, self._position + self.piece_bytes
         whole = start == 0 and len(message) <= self.whole_bytes
         last = whole or end >= len(message)
         self._position = 0 if last else end
         if last:
-            self.messages.popleft()
+            self.waiting.popleft()
             if left is not None:
                 left()
         if whole:
@@ -140,9 +135,11 @@ class Lanes:
         """The longest payload the other end accepts."""
         self.frames_left = 0
         """How many frames have gone: whether a reader reads at all."""
+        self.control_is_full = False
+        """Whether the other end does not read what it asked for."""
         self._budget = budget
         self._on_work = on_work
-        self._control: Line[tuple[bytes, bool, Left | None]] = Line()
+        self._control: deque[tuple[bytes, bool, Left | None]] | None = None  # a Line, without its calls
         self._events: Line[tuple[str | None, bytes]] = Line()
         self._waiting_bytes = 0
         self._long_events = LongMessages(EVENTS)
@@ -152,14 +149,9 @@ class Lanes:
         self._flushed: asyncio.Future[None] | None = None
 
     @property
-    def control_is_full(self) -> bool:
-        """Whether the other end does not read what it asked for."""
-        return self._control.items is not None and len(self._control) >= CONTROL_FRAMES
-
-    @property
     def sends_long_event(self) -> bool:
         """Whether an event is on its way in pieces."""
-        return self._long_events.has_frames()
+        return self._long_events.waiting.items is not None
 
     def use(self, limits: Limits) -> None:
         """From now on these are the limits of the other end."""
@@ -181,14 +173,12 @@ class Lanes:
             self._long_messages.put(message, left)
             self.put_bulk(self._long_messages)
         else:
-            self._control.append((message, True, left))
-            self._on_work()
+            self._put_control((message, True, left))
         return long
 
     def put_control(self, frame: bytes) -> None:
         """Queue a binary frame in the control lane."""
-        self._control.append((frame, False, None))
-        self._on_work()
+        self._put_control((frame, False, None))
 
     def put_event(self, event: bytes, epoch: str) -> bool:
         """Queue an event; False when it does not fit into what is left of the budget.
@@ -220,15 +210,17 @@ class Lanes:
 
     def next_frame(self) -> Frame | None:
         """Who goes next; None: nobody."""
-        if self._control.items is not None:
+        if self._control is not None:
             data, text, left = self._control.popleft()
+            if not self._control:
+                self._control = None
             if left is not None:
                 left()
             frame: Frame | None = Frame(data, text)
         elif self.closing:
             wake(self._flushed)
             return None
-        elif self._long_events.messages.items is not None:
+        elif self._long_events.waiting.items is not None:
             frame = self._long_events.next_frame()
         elif self._events.items is not None:
             frame = self._next_events()
@@ -261,6 +253,13 @@ class Lanes:
         """Let everybody who waits look again."""
         self._on_work()
         wake(self._room)
+
+    def _put_control(self, frame: tuple[bytes, bool, Left | None]) -> None:
+        if self._control is None:
+            self._control = deque()
+        self._control.append(frame)
+        self.control_is_full = len(self._control) >= CONTROL_FRAMES
+        self._on_work()
 
     def _is_low(self) -> bool:
         return self._waiting_bytes < self._budget // 2
@@ -295,11 +294,11 @@ class Lanes:
     def _next_bulk(self) -> Frame | None:
         while self._bulk.items is not None:
             source = self._bulk.popleft()
-            if not source.has_frames():
+            if source.waiting.items is None:
                 source.in_turn = False
                 continue
             frame = source.next_frame()
-            if source.has_frames():
+            if source.waiting.items:
                 self._bulk.append(source)
             else:
                 source.in_turn = False

@@ -10,7 +10,7 @@ are cancelled.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
@@ -19,9 +19,9 @@ from typing import Any, Self
 from msgspec import Raw
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.endpoint import (
+from agent_sdk.protocol.codec import (
     DEFAULTS,
-    Endpoint,
+    Codec,
     Failure,
     Id,
     Notification,
@@ -41,16 +41,15 @@ from agent_sdk.protocol.frame import Credit, Data
 from agent_sdk.protocol.methods.connection import CancelNotice, EventsNotice
 from agent_sdk.protocol.methods.method import Method, Notice, R
 from agent_sdk.protocol.specs import Limits
-from agent_sdk.rpc.answers import Answers, Table
 from agent_sdk.rpc.budget import Budget
-from agent_sdk.rpc.calls import Calls, Leave, Watch
+from agent_sdk.rpc.calls import InboundCalls, Leave, OutboundCalls, Table, Watch
 from agent_sdk.rpc.channels import Channels
 from agent_sdk.rpc.lanes import Lanes
 from agent_sdk.rpc.pipe import Pipe, lost
 from agent_sdk.rpc.shield import shielded
 from agent_sdk.rpc.stream import ByteReader, ByteWriter
 
-Handler = Callable[[Any, "Inbound"], Awaitable[Any]]
+Handler = Callable[[Any, "Inbound"], Coroutine[Any, Any, Any]]
 OnNotice = Callable[[str, Raw], None]
 OnBug = Callable[[BaseException, str], None]
 
@@ -67,15 +66,17 @@ class Inbound:
     Attributes:
         peer: the connection it came over.
         id: its JSON-RPC id.
+        task: the handler.
         goes_on: whether the handler goes on when the connection is lost; else it is cancelled, and waited for.
     """
 
-    __slots__ = ("goes_on", "id", "peer")
+    __slots__ = ("goes_on", "id", "peer", "task")
 
     def __init__(self, peer: Peer, id: Id) -> None:
         """Made by the peer."""
         self.peer = peer
         self.id = id
+        self.task: asyncio.Task[Any]
         self.goes_on = False
 
     @property
@@ -139,12 +140,12 @@ class Peer:
         self._on_notice = on_notice
         self._on_bug = on_bug
         self._share = None if budget is None else budget.share(self._give_way)
-        self._endpoint = Endpoint(limits, strict=strict, room=self._share)
+        self._codec = Codec(limits, strict=strict, room=self._share)
         self._lanes = Lanes(limits.queue_bytes, self._begin_writing)
         self._channels = Channels(self._lanes, limits, opener=opener)
-        self._calls = Calls(self._endpoint, self._lanes, DEFAULTS)
-        self._answers = Answers(
-            self._endpoint, self._lanes, limits, context=partial(Inbound, self), report=self._report
+        self._calls = OutboundCalls(self._codec, self._lanes, DEFAULTS)
+        self._answers = InboundCalls(
+            self._codec, self._lanes, limits, context=partial(Inbound, self), report=self._report
         )
         self._reader: asyncio.Task[None] | None = None
         self._writer: asyncio.Task[None] | None = None
@@ -198,7 +199,7 @@ class Peer:
     @property
     def ignored(self) -> Mapping[str, int]:
         """How often something that cannot be answered was ignored, by reason."""
-        return {**self._endpoint.ignored, "frame of an unknown stream": self._channels.strays}
+        return {**self._codec.ignored, "frame of an unknown stream": self._channels.strays}
 
     @property
     def lost(self) -> ConnectionLost | None:
@@ -219,7 +220,9 @@ class Peer:
     ) -> None:
         await _until_done(asyncio.create_task(self._end()))
 
-    async def call(self, params: Method[R], *, timeout: float | None = None, leave: Leave | None = None) -> R:
+    def call(
+        self, params: Method[R], *, timeout: float | None = None, leave: Leave | None = None
+    ) -> Coroutine[Any, Any, R]:
         """Call a method of the other end and return what it answers.
 
         Waits in a queue while as many calls are in flight as the other end accepts (not `ping` and
@@ -236,7 +239,9 @@ class Peer:
             ConnectionLost: the connection ended; whether the call took effect is unknown.
             AgentServerError: what the other end answered, same class as there.
         """
-        return await self._calls.call(params, timeout, leave)
+        if timeout is None:
+            return self._calls.call(params, leave)
+        return self._calls.within(timeout, params, leave)
 
     def open_reader(self) -> AbstractAsyncContextManager[ByteReader]:
         """A stream the other end writes to; put its `channel` into the params of a call."""
@@ -252,7 +257,7 @@ class Peer:
     def notify(self, notice: Notice) -> None:
         """Send a notice ahead of events and bytes. Dropped when the connection has ended."""
         if self._lost is None:
-            self._lanes.put_message(self._endpoint.notification(notice.method, notice))
+            self._lanes.put_message(self._codec.notification(notice.method, notice))
 
     def publish(self, event: bytes, *, epoch: str) -> bool:
         """Send a durable event, in order, together with others that wait. Never waits.
@@ -407,11 +412,11 @@ class Peer:
 
     def _take(self, frame: bytes, text: bool) -> None:
         try:
-            message = self._endpoint.receive(frame, text=text)
+            message = self._codec.receive(frame, text=text)
         except (BadBinaryHeader, LimitExceeded, Overloaded):
             raise
         except AgentServerError as exc:
-            self._lanes.put_message(self._endpoint.refusal(exc))
+            self._lanes.put_message(self._codec.refusal(exc))
             return
         match message:
             case None:
@@ -435,7 +440,7 @@ class Peer:
         try:
             self._answers.cancel(decode_params(CancelNotice, message.params).id)
         except InvalidParams:
-            self._endpoint.ignored["illegible notice"] += 1
+            self._codec.ignored["illegible notice"] += 1
 
     def _report(self, exc: BaseException) -> str:
         incident = new_id()

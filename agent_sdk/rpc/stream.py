@@ -195,7 +195,7 @@ class ByteWriter(Source):
         channel: int,
         window_bytes: int,
         lanes: Lanes,
-        on_end: Callable[[ByteWriter], None],
+        on_end: Callable[[int], None],
         leave: Callable[[ByteWriter], None],
     ) -> None:
         """Streams are made by `Peer.open_writer` and `Inbound.writing`."""
@@ -208,7 +208,7 @@ class ByteWriter(Source):
         self._lanes = lanes
         self._on_end = on_end
         self._leave = leave
-        self._frames: Line[bytes] = Line()
+        self.waiting: Line[bytes] = Line()
         self._error: AgentServerError | None = None
         self._room: asyncio.Future[None] | None = None
 
@@ -234,14 +234,15 @@ class ByteWriter(Source):
             if not len(view):
                 return
             taken = 0
-            if len(self._frames) < QUEUED_FRAMES:
+            if len(self.waiting) < QUEUED_FRAMES:
                 self._longest = min(self._longest, self._lanes.payload_bytes)
                 taken = self._window.take(min(len(view), self._longest))
             if not taken:
                 self._room = asyncio.get_running_loop().create_future()
                 await self._room
                 continue
-            self._put(frames.data(self.channel, self.offset, view[:taken]))
+            self.waiting.append(frames.data(self.channel, self.offset, view[:taken]))
+            self._lanes.put_bulk(self)
             self.offset += taken
             self._longest *= 2
             view = view[taken:]
@@ -268,23 +269,21 @@ class ByteWriter(Source):
             raise self._error
         if not self.finished:
             self.finished = True
-            self._put(frames.end(self.channel, self.offset, trailer))
+            self.waiting.append(frames.end(self.channel, self.offset, trailer))
+            self._lanes.put_bulk(self)
 
     async def flushed(self) -> None:
         """Wait until what was written is on its way, or never will be."""
-        while self._frames:
+        while self.waiting.items is not None:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
-    def has_frames(self) -> bool:
-        return self._frames.items is not None
-
     def next_frame(self) -> Frame:
-        frame = Frame(self._frames.popleft(), False)
+        frame = Frame(self.waiting.popleft(), False)
         if self._room is not None:
             wake(self._room)
-        if self.finished and self._frames.items is None:
-            self._on_end(self)
+        if self.finished and self.waiting.items is None:
+            self._on_end(self.channel)
         return frame
 
     def granted(self, allowed: int) -> None:
@@ -295,9 +294,5 @@ class ByteWriter(Source):
     def fail(self, error: AgentServerError) -> None:
         """Send nothing more; `write` and `finish` raise from now on."""
         self._error = self._error or error
-        self._frames = Line()
+        self.waiting.items = None
         wake(self._room)
-
-    def _put(self, frame: bytes) -> None:
-        self._frames.append(frame)
-        self._lanes.put_bulk(self)

@@ -11,7 +11,7 @@ from aiohttp import web
 from msgspec import Raw
 
 from agent_sdk.ids import is_id
-from agent_sdk.protocol.endpoint import decode_params
+from agent_sdk.protocol.codec import decode_params
 from agent_sdk.protocol.errors import InvalidParams, InvalidRequest, LimitExceeded
 from agent_sdk.protocol.methods.conversation import ListConversations
 from agent_sdk.protocol.results import State

@@ -17,8 +17,8 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.methods.connection import Draining, Initialize, Initialized, Ping
 from agent_sdk.protocol.methods.conversation import Subscribe, Subscribed
-from agent_sdk.rpc.answers import Table
 from agent_sdk.rpc.budget import Budget
+from agent_sdk.rpc.calls import Table
 from agent_sdk.rpc.peer import SLOW_READER, Inbound, Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_server.config.options import ServerConfig

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_sdk.protocol import events, frame
-from agent_sdk.protocol.endpoint import (
+from agent_sdk.protocol.codec import (
     MESSAGES,
-    Endpoint,
+    Codec,
     Failure,
     Notification,
     Request,
@@ -72,12 +72,12 @@ headers = st.tuples(
 
 @given(text=junk, strict=st.booleans())
 def test_any_text_is_a_message_or_a_typed_error(text, strict):
-    endpoint = Endpoint(strict=strict)
-    endpoint.request("ping", {})
+    codec = Codec(strict=strict)
+    codec.request("ping", {})
     try:
-        message = endpoint.receive(text, text=True)
+        message = codec.receive(text, text=True)
     except (ParseError, InvalidRequest, AgentServerError) as refused:
-        answer = json.loads(endpoint.refusal(refused))
+        answer = json.loads(codec.refusal(refused))
         assert answer["error"]["code"] == refused.code
     else:
         assert message is None or isinstance(message, Request | Notification | Response | Failure)
@@ -89,10 +89,10 @@ def test_any_text_is_a_message_or_a_typed_error(text, strict):
     )
 )
 def test_any_binary_frame_means_something_or_is_refused(frames):
-    endpoint = Endpoint(strict=True)
+    codec = Codec(strict=True)
     for content in frames:
         try:
-            endpoint.receive(content, text=False)
+            codec.receive(content, text=False)
         except AgentServerError as refused:
             assert refused.code is not None
 
@@ -112,7 +112,7 @@ def test_any_bytes_are_an_event_or_refused(raw):
 def test_any_call_and_any_result_arrive_as_they_were(name, data):
     method = METHODS[name]
     params = data.draw(values(method))
-    client, server = Endpoint(), Endpoint(strict=True)
+    client, server = Codec(), Codec(strict=True)
     request = server.receive(client.request(name, params)[1], text=True)
     assert isinstance(request, Request)
     assert same(decode_params(method, request.params), params)
@@ -127,7 +127,7 @@ def test_any_call_and_any_result_arrive_as_they_were(name, data):
 @given(data=st.data())
 def test_any_notice_arrives_as_it_was(notice, data):
     sent = data.draw(values(notice))
-    message = Endpoint(strict=True).receive(Endpoint().notification(notice.method, sent), text=True)
+    message = Codec(strict=True).receive(Codec().notification(notice.method, sent), text=True)
     assert isinstance(message, Notification)
     assert same(decode_params(notice, message.params), sent)
 
@@ -146,7 +146,7 @@ def test_any_event_arrives_as_it_was(kind, data):
     data=st.dictionaries(st.text(), JSON, max_size=3),
 )
 def test_any_error_arrives_as_it_was(text, code, data):
-    client, server = Endpoint(), Endpoint()
+    client, server = Codec(), Codec()
     id, call = client.request("ping", {})
     server.receive(call, text=True)
     answer = client.receive(server.failure(id, ErrorObject(code, text, data)), text=True)
@@ -156,7 +156,7 @@ def test_any_error_arrives_as_it_was(text, code, data):
 
 @given(text=st.text(min_size=1, max_size=500), cuts=st.lists(st.integers(1, 200), max_size=20))
 def test_a_message_cut_anywhere_arrives_whole(text, cuts):
-    client, server = Endpoint(), Endpoint(strict=True)
+    client, server = Codec(), Codec(strict=True)
     message = client.request("send_message", {"text": text})[1]
     places = sorted({cut for cut in cuts if cut < len(message)} | {0, len(message)})
     got = None

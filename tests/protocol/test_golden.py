@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from agent_sdk.protocol import events
-from agent_sdk.protocol.endpoint import Endpoint, Notification, Request, Response, decode_params
+from agent_sdk.protocol.codec import Codec, Notification, Request, Response, decode_params
 from agent_sdk.protocol.methods import NOTICES, all_methods
 from agent_sdk.protocol.methods.method import result_type
 
@@ -46,7 +46,7 @@ def by_name(name: str, key: str) -> dict[str, bytes]:
 def test_a_call_and_its_answer_look_like_this(name):
     method = all_methods()[name]
     call, answer = calls()[name]
-    client, server = Endpoint(), Endpoint(strict=True)
+    client, server = Codec(), Codec(strict=True)
     request = server.receive(call, text=True)
     assert isinstance(request, Request)
     params = decode_params(method, request.params)
@@ -57,7 +57,7 @@ def test_a_call_and_its_answer_look_like_this(name):
 
 
 def answer_in(line: bytes) -> bytes:
-    client = Endpoint()
+    client = Codec()
     id, _ = client.request("ping", {})
     response = client.receive(msgspec.json.encode(msgspec.json.decode(line) | {"id": id}), text=True)
     assert isinstance(response, Response)
@@ -67,9 +67,9 @@ def answer_in(line: bytes) -> bytes:
 @pytest.mark.parametrize("notice", NOTICES, ids=lambda notice: notice.method)
 def test_a_notice_looks_like_this(notice):
     line = by_name("notices.jsonl", "method")[notice.method]
-    message = Endpoint(strict=True).receive(line, text=True)
+    message = Codec(strict=True).receive(line, text=True)
     assert isinstance(message, Notification)
-    assert Endpoint().notification(notice.method, decode_params(notice, message.params)) == line
+    assert Codec().notification(notice.method, decode_params(notice, message.params)) == line
 
 
 @pytest.mark.parametrize("kind", events.kinds())
@@ -95,11 +95,11 @@ def test_every_field_has_an_example():
 def _fresh() -> Iterator[tuple[str, list[bytes]]]:
     methods = []
     for name, method in all_methods().items():
-        call = msgspec.json.decode(Endpoint().request(name, example(method))[1]) | {"id": name}
+        call = msgspec.json.decode(Codec().request(name, example(method))[1]) | {"id": name}
         result = example(msgspec.inspect.type_info(result_type(method)))
-        methods += [msgspec.json.encode(call), Endpoint().response(name, result)]
+        methods += [msgspec.json.encode(call), Codec().response(name, result)]
     yield "methods.jsonl", methods
-    yield "notices.jsonl", [Endpoint().notification(notice.method, example(notice)) for notice in NOTICES]
+    yield "notices.jsonl", [Codec().notification(notice.method, example(notice)) for notice in NOTICES]
     yield "events.jsonl", [events.encode(example(kind)) for kind in events.kinds().values()]
 
 

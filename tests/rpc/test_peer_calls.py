@@ -484,6 +484,62 @@ async def test_an_id_whose_answer_has_not_left_is_still_in_use():
         assert refused["error"]["data"]["kind"] == "bad_id"
 
 
+async def test_an_id_in_flight_is_refused_and_may_be_used_again_after_the_answer():
+    gate = Gate()
+    async with raw_to_peer({GitDiff: gate}) as (raw, _):
+        await raw.call("a", "git.diff")
+        await gate.entered.wait()
+        for method in ("git.diff", "ping", "call.cancel", "nothing"):
+            await raw.call("a", method, id="a")
+            refused = await raw.receive()
+            assert (refused["id"], refused["error"]["message"]) == ("a", "id a is in flight")
+            assert refused["error"]["data"] == {"kind": "bad_id", "retryable": False, "id": "a"}
+        await raw.call("b", "call.cancel", id="a")
+        gate.open.set()
+        assert [(await raw.receive())["id"] for _ in range(2)] == ["a", "b"]
+        for id in ("a", "b"):
+            await raw.call(id, "git.diff")
+            assert "result" in await raw.receive()
+
+
+async def test_the_id_of_a_cancellation_that_waits_is_in_flight():
+    stubborn, entered = asyncio.Event(), asyncio.Event()
+
+    async def handler(params, call):
+        entered.set()
+        with suppress(asyncio.CancelledError):
+            await stubborn.wait()
+        await stubborn.wait()
+        return DiffText("")
+
+    async with raw_to_peer({GitDiff: handler}) as (raw, _):
+        await raw.call(1, "git.diff")
+        await entered.wait()
+        await raw.call(2, "call.cancel", id=1)
+        await raw.call(2, "ping")
+        assert (await raw.receive())["error"]["data"]["kind"] == "bad_id"
+        stubborn.set()
+        assert [(await raw.receive())["id"] for _ in range(2)] == [1, 2]
+
+
+async def test_an_answer_that_nobody_awaits_is_ignored_and_counted():
+    here, there = memory_pipes()
+    async with Peer(there, opener=True) as peer:
+        raw = Raw(here)
+        calling = asyncio.create_task(peer.call(GitDiff()))
+        id = (await raw.receive())["id"]
+        for answer in (id + 1, str(id)):
+            await raw.send({"jsonrpc": "2.0", "id": answer, "result": {"text": "not that one"}})
+        for _ in range(2):
+            await raw.send({"jsonrpc": "2.0", "id": id, "result": {"text": "that one"}})
+        assert await calling == DiffText("that one")
+        await raw.send({"jsonrpc": "2.0", "id": id, "error": {"code": 1, "message": "late"}})
+        await raw.call(1, "ping")
+        await raw.receive()
+        assert peer.ignored["answer nobody awaits"] == 4
+        await here.close()
+
+
 async def test_a_peer_shows_its_state(peers):
     gate = Gate()
     async with peers({GitDiff: gate, Describe: echo}) as (client, server):

@@ -6,7 +6,7 @@ import json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent_sdk.protocol.endpoint import MESSAGES
+from agent_sdk.protocol.codec import MESSAGES
 from agent_sdk.protocol.errors import ConnectionLost
 from agent_sdk.protocol.frame import _head
 from agent_sdk.protocol.methods.method import Done

@@ -1,9 +1,9 @@
-"""One end of a JSON-RPC 2.0 conversation without I/O: no socket, no clock, no task.
+"""JSON-RPC 2.0 without I/O: no socket, no clock, no task.
 
 Theory of operation. Both sides use the same class. Outgoing: `request`, `notification`, `response`
-and `failure` turn a message into JSON bytes. Incoming: `receive` turns a frame into a message. What
-is remembered in between is which of our ids await an answer, which of theirs we owe one, and the
-long messages that arrived in part.
+and `failure` turn a message into JSON bytes. Incoming: `receive` turns a frame into a message. All that
+is remembered in between are the long messages that arrived in part; who waits for which answer, and which
+calls are owed one, is known where they are waited for and answered.
 
 A call that cannot be accepted raises a typed error; `refusal` makes the answer to it. What cannot
 be answered (a notification or an answer that makes no sense) is ignored and counted in `ignored`.
@@ -50,6 +50,8 @@ M = TypeVar("M", bound="Method[Any] | Notice")
 DEFAULTS = Limits()
 EVENTS, MESSAGES = 0, 1
 """The streams of `message` frames."""
+
+UNAWAITED = "answer nobody awaits"
 
 CHECKED_BYTES = 1 << 20
 """Longer messages, which come in pieces, are not checked for nesting and repeated keys: hostile ones
@@ -123,13 +125,8 @@ class _Call(Struct, frozen=True):
 class _Answer(Struct, frozen=True):
     jsonrpc: str
     id: Id | None
-    result: Any
-
-
-class _Refusal(Struct, frozen=True):
-    jsonrpc: str
-    id: Id | None
-    error: ErrorObject
+    result: Any = UNSET
+    error: ErrorObject | UnsetType = UNSET
 
 
 _encode = msgspec.json.Encoder().encode
@@ -151,8 +148,8 @@ class Room(Protocol):
         ...
 
 
-class Endpoint:
-    """The ids of calls in both directions, and what becomes of each."""
+class Codec:
+    """Messages of one connection, both ways."""
 
     def __init__(self, limits: Limits = DEFAULTS, *, strict: bool = False, room: Room | None = None) -> None:
         """Make an end that accepts what `limits` allow.
@@ -168,8 +165,6 @@ class Endpoint:
         self._room = room
         self._strict = strict
         self._last_id = 0
-        self._awaiting: set[Id] = set()
-        self._answering: set[Id] = set()
         self._partial: dict[int, bytearray] = {}
 
     def request(self, method: str, params: Any) -> tuple[int, bytes]:
@@ -179,9 +174,7 @@ class Endpoint:
             InvalidParams: the params cannot be written as JSON, e.g. text with lone surrogates.
         """
         self._last_id += 1
-        encoded = _written(_Call("2.0", self._last_id, method, without_defaults(params)))
-        self._awaiting.add(self._last_id)
-        return self._last_id, encoded
+        return self._last_id, _written(_Call("2.0", self._last_id, method, without_defaults(params)))
 
     def notification(self, method: str, params: Any) -> bytes:
         """A notification as JSON."""
@@ -189,22 +182,15 @@ class Endpoint:
 
     def response(self, id: Id, result: Any) -> bytes:
         """The answer to their call. An exception from the encoder leaves the call unanswered."""
-        encoded = _encode(_Answer("2.0", id, result))
-        self._answering.discard(id)
-        return encoded
+        return _encode(_Answer("2.0", id, result))
 
     def failure(self, id: Id | None, error: ErrorObject) -> bytes:
         """The other answer to their call; id None: to something that had no legible id."""
-        self._answering.discard(id or 0)
-        return _encode(_Refusal("2.0", id, error))
+        return _encode(_Answer("2.0", id, error=error))
 
     def refusal(self, exc: AgentServerError) -> bytes:
         """The answer to what `receive` refused. A call that is under way stays under way."""
-        return _encode(_Refusal("2.0", exc.details.get("id"), to_wire(exc)))
-
-    def forget(self, id: Id) -> None:
-        """Forget a call of ours: its answer is ignored when it comes."""
-        self._awaiting.discard(id)
+        return self.failure(exc.details.get("id"), to_wire(exc))
 
     def receive(self, frame: bytes | bytearray, *, text: bool) -> Message | frames.BinaryFrame | None:
         """The message in a frame; None: part of a longer one, or something that is ignored.
@@ -252,12 +238,9 @@ class Endpoint:
             raise InvalidRequest('`jsonrpc` is not "2.0"', id=id)
         if wire.result is not UNSET or wire.error is not UNSET:
             raise InvalidRequest("both a call and an answer", id=id)
-        if id in self._answering:
-            raise BadId(f"id {_shown(str(id))} is in flight", id=id)
         method = _name(wire.method)
         if method is None:
             raise unknown_method(bytes(wire.method).decode(errors="replace"), id=id)
-        self._answering.add(id)
         return Request(id, method, _NO_PARAMS if wire.params is UNSET else wire.params)
 
     def _parse(self, text: bytes | bytearray) -> _Envelope:
@@ -308,19 +291,22 @@ class Endpoint:
         if (wire.result is UNSET) and (wire.error is UNSET):
             raise InvalidRequest("neither a call nor an answer", **_id_of(wire))
         id = _id_of(wire).get("id")
-        if id is None or id not in self._awaiting:
-            self.ignored["answer nobody awaits"] += 1
+        if id is None:
+            self.ignored[UNAWAITED] += 1
             return None
         if wire.error is UNSET:
             assert wire.result is not UNSET
-            self._awaiting.remove(id)
             return Response(id, wire.result)
         error = _legible_error(wire.error)
         if error is None or wire.result is not UNSET:
             self.ignored["illegible answer"] += 1
             return None
-        self._awaiting.remove(id)
         return Failure(id, error)
+
+
+def id_in_flight(id: Id) -> BadId:
+    """Return the error for a second call under an id whose first one has no answer yet."""
+    return BadId(f"id {_shown(str(id))} is in flight", id=id)
 
 
 def unknown_method(name: str, **details: Any) -> MethodNotFound:
