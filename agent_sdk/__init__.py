@@ -5,7 +5,7 @@ definition:   Agent and LLM
 tools:        @tool and the contract of a tool
 middleware:   the contract of a middleware
 models:       the contract of a model
-callbacks:    calling what users gave us
+cancellation: callbacks of users, and work that must come to its end
 sync:         the same names, blocking
 portal:       from blocking code into the event loop, and back
 testing:      a model without a model

@@ -8,8 +8,7 @@ from typing import Any, Literal
 from agent_sdk.conversation.contract import Callback, Cursor, OnDelta, OnReset, OnWaiting
 from agent_sdk.conversation.contract import Conversation as ConversationContract
 from agent_sdk.definition import Agent
-from agent_sdk.protocol.arguments import Iterations, Name, Secrets, Seq, Tags, Title
-from agent_sdk.protocol.checks import checked
+from agent_sdk.protocol.checks import Iterations, Name, Secrets, Seq, Tags, Title, checked
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.specs import ConfirmationPolicy
 from agent_sdk.workspace.contract import Workspace

@@ -12,8 +12,8 @@ from msgspec import Struct
 from agent_sdk.middleware import Middleware
 from agent_sdk.protocol import specs
 from agent_sdk.protocol.checks import flaw
-from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams
+from agent_sdk.protocol.methods.method import without_defaults
 from agent_sdk.protocol.specs import AgentSpec, MiddlewareSpec, Model
 from agent_sdk.tools import FunctionTool
 

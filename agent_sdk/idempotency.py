@@ -17,7 +17,6 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import (
     AgentServerError,
     Cancelled,
@@ -29,7 +28,7 @@ from agent_sdk.protocol.errors import (
     PathError,
     PolicyDenied,
 )
-from agent_sdk.protocol.methods.method import Effect, varying
+from agent_sdk.protocol.methods.method import Effect, varying, without_defaults
 
 KEPT = 10_000
 """Answers that are kept in any case: of the newest operations."""

@@ -11,9 +11,8 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, get_type_hints, o
 import msgspec
 from msgspec import Struct
 
-from agent_sdk.callbacks import is_cancelled
-from agent_sdk.protocol.arguments import ToolName
-from agent_sdk.protocol.checks import checked
+from agent_sdk.cancellation import is_cancelled
+from agent_sdk.protocol.checks import ToolName, checked
 from agent_sdk.protocol.errors import ToolError
 from agent_sdk.protocol.specs import ToolSpec
 from agent_sdk.workspace.contract import Workspace

@@ -28,7 +28,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger
 
 from agent_sdk.agent.mask import Mask
-from agent_sdk.protocol.visible import shown
+from agent_sdk.protocol.errors import shown
 
 LINES_WAITING = 10_000
 MASK = "[secret]"

@@ -20,11 +20,7 @@ SHORT_FOLDERS = {
     "agent_sdk/agent/middleware/": "a feature of the agent is a file",
 }
 SHORT_FILES = {
-    "agent_sdk/callbacks.py": "conversations here and there call with it",
     "agent_sdk/log/chain.py": "rows, recovery and what is saved are proved by it",
-    "agent_sdk/protocol/defaults.py": "messages, digests and the log leave out the same",
-    "agent_sdk/protocol/visible.py": "whatever shows foreign text escapes it so",
-    "agent_sdk/rpc/shield.py": "all that must come to its end although it is cancelled",
     "agent_sdk/version.py": "setup.cfg reads it",
     "agent_server/metrics.py": "all rooms of the server count in it",
     "workspaces/backend/labels.py": "all backends find again by them",

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import msgspec
 
+from agent_sdk.cancellation import to_its_end
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.arguments import Heartbeat, Label, Limit, Name, Path, Patience
-from agent_sdk.protocol.checks import OsText, checked
+from agent_sdk.protocol.checks import Heartbeat, Label, Limit, Name, OsText, Path, Patience, checked
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, RemoteApiError
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS, checked_url
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink
 from agent_sdk.remote.workspace import RemoteWorkspace
-from agent_sdk.rpc.shield import to_its_end
 from agent_sdk.workspace.environment import from_caller, packed
 from workspaces.runtime_client import RuntimeClient, Session, may_pass
 

@@ -13,9 +13,20 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
+from agent_sdk.cancellation import to_its_end
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.arguments import Gpus, Heartbeat, Label, Limit, Name, Path, Platform, Port
-from agent_sdk.protocol.checks import OsText, checked
+from agent_sdk.protocol.checks import (
+    Gpus,
+    Heartbeat,
+    Label,
+    Limit,
+    Name,
+    OsText,
+    Path,
+    Platform,
+    Port,
+    checked,
+)
 from agent_sdk.protocol.errors import (
     AgentServerError,
     InvalidParams,
@@ -28,7 +39,6 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.remote.workspace import RemoteWorkspace
-from agent_sdk.rpc.shield import to_its_end
 from agent_sdk.workspace.arguments import check_environment
 from agent_sdk.workspace.environment import from_caller, packed
 from workspaces.backend.contract import KEY_NAME, SERVER_PORT, Machine, Mount, parse_size

@@ -13,8 +13,8 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from agent_sdk.cancellation import to_its_end
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
-from agent_sdk.rpc.shield import to_its_end
 from workspaces.backend.contract import KEY_NAME, Backend, Ending, Machine, OnProgress, one_line, said
 
 logger = logging.getLogger("workspaces")

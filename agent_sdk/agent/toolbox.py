@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from agent_sdk.agent.mask import shortened
-from agent_sdk.callbacks import is_cancelled
+from agent_sdk.cancellation import is_cancelled
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,

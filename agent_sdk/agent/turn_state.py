@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from agent_sdk.agent.history import History
 from agent_sdk.agent.toolbox import UNKNOWN
 from agent_sdk.agent.tools.registry import FINISH
-from agent_sdk.callbacks import is_cancelled
+from agent_sdk.cancellation import is_cancelled
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.protocol.errors import InternalError, RequestNotFound
 from agent_sdk.protocol.events import (

@@ -11,8 +11,19 @@ from typing import Literal, Protocol, Self
 
 from msgspec import Struct
 
-from agent_sdk.protocol.arguments import Comment, Name, OpId, Patience, Reason, Secrets, Seq, Tags, Title
-from agent_sdk.protocol.checks import Checked, Verbs
+from agent_sdk.protocol.checks import (
+    Checked,
+    Comment,
+    Name,
+    OpId,
+    Patience,
+    Reason,
+    Secrets,
+    Seq,
+    Tags,
+    Title,
+    Verbs,
+)
 from agent_sdk.protocol.errors import TimedOut, TurnWaits
 from agent_sdk.protocol.events import (
     Delta,

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from agent_sdk.callbacks import tell
+from agent_sdk.cancellation import tell
 from agent_sdk.conversation.contract import Callback, OnDelta
 from agent_sdk.protocol.events import Delta, Event
 

@@ -35,8 +35,7 @@ from agent_sdk.conversation.turns import Left
 from agent_sdk.definition import Agent
 from agent_sdk.ids import checked_op_id, new_id
 from agent_sdk.log.event_log import EventLog, Operation
-from agent_sdk.protocol.arguments import Name
-from agent_sdk.protocol.checks import checked
+from agent_sdk.protocol.checks import Name, checked
 from agent_sdk.protocol.errors import HistoryLost, StateConflict, draining
 from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
 from agent_sdk.protocol.methods.conversation import RunAnswer, SendMessage

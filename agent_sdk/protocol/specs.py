@@ -8,8 +8,9 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
-from agent_sdk.protocol.arguments import (
+from agent_sdk.protocol.checks import (
     ApiKey,
+    Checked,
     Folder,
     Gpus,
     Header,
@@ -18,12 +19,12 @@ from agent_sdk.protocol.arguments import (
     Limit,
     Mount,
     Name,
+    OsText,
     Platform,
     ToolName,
     User,
     Variable,
 )
-from agent_sdk.protocol.checks import Checked, OsText
 from agent_sdk.protocol.errors import InvalidParams
 
 PROTOCOL_VERSION = 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import Raw, Struct
 
-from agent_sdk.callbacks import tell
+from agent_sdk.cancellation import tell
 from agent_sdk.conversation.contract import Callback, Cursor, OnDelta, OnReset, Outcome, outcome_of
 from agent_sdk.protocol import events as event_types
 from agent_sdk.protocol.errors import AgentServerError, Cancelled, ConnectionLost, HistoryLost, TransferBroken

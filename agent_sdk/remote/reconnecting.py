@@ -19,7 +19,7 @@ from typing import Protocol, Self
 import msgspec
 from msgspec import Raw, Struct
 
-from agent_sdk.callbacks import tell
+from agent_sdk.cancellation import tell
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -170,7 +170,7 @@ class ServerLink(Link):
             ConnectionLost, Overloaded, …: it was tried for as long as the target allows.
         """
         connection = await self._connected()
-        is_box = connection.conversation is None
+        is_box = connection.answer.conversation is None
         return Linked(connection.peer, connection.answer.connection_id if is_box else "")
 
     async def settle(self, resident: Resident) -> None:

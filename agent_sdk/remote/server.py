@@ -12,8 +12,7 @@ from msgspec import Struct
 
 from agent_sdk.ids import new_id
 from agent_sdk.outbound import proxy_for, trusted
-from agent_sdk.protocol.arguments import Name, Page
-from agent_sdk.protocol.checks import checked
+from agent_sdk.protocol.checks import Name, Page, checked
 from agent_sdk.protocol.errors import ErrorObject, from_wire
 from agent_sdk.protocol.results import Snapshot, State
 from agent_sdk.remote.connection import (

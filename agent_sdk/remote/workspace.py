@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from msgspec.structs import replace
 
 from agent_sdk.ids import new_id, op_id_or_new
-from agent_sdk.protocol.arguments import Heartbeat, Name, Path, Patience
-from agent_sdk.protocol.checks import check_input, checked
+from agent_sdk.protocol.checks import Heartbeat, Name, Path, Patience, check_input, checked
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ChangedDuringRead,

@@ -4,11 +4,9 @@ pipe:      what moves frames; a pair in memory
 unix:      frames over a Unix socket
 websocket: frames over an aiohttp WebSocket
 lanes:     what waits to be sent, and who goes next
-stream:    byte streams: ByteReader, ByteWriter
-channels:  which byte streams a connection has
+stream:    byte streams, and which of them a connection has
 calls:     calls both ways: ours that wait for an answer, and those of the other end
 peer:      one end of a connection: calls both ways, notices, events, streams
 inputs:    what a call is to read, over one connection after the other
-shield:    finishing what must not be left half done
 budget:    memory for what arrives in pieces
 """

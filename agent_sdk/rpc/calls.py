@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import Raw
 
+from agent_sdk.cancellation import shielded
 from agent_sdk.protocol.codec import (
     UNAWAITED,
     Codec,
@@ -37,7 +38,6 @@ from agent_sdk.protocol.methods.connection import CancelCall, CancelOutcome, Pin
 from agent_sdk.protocol.methods.method import Method, R, result_type
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.lanes import Lanes, Line
-from agent_sdk.rpc.shield import shielded
 
 UNQUEUED = (CancelCall.method, Ping.method)
 """Small, answered at once, and needed when all else is stuck."""
@@ -329,10 +329,11 @@ class InboundCalls:
         if error is not None:
             message = self._codec.failure(id, self._wire_error(error))
         self._lanes.put_message(message, partial(self._running.pop, id))
-        outcome = CancelOutcome("cancelled" if task.cancelled() else "not_cancellable")
-        for waiting in [each for each, cancelled in self._cancels.items() if cancelled == id]:
-            del self._cancels[waiting]
-            self._lanes.put_message(self._codec.response(waiting, outcome))
+        for waiting, cancelled in tuple(self._cancels.items()):
+            if cancelled == id:
+                del self._cancels[waiting]
+                outcome = CancelOutcome("cancelled" if task.cancelled() else "not_cancellable")
+                self._lanes.put_message(self._codec.response(waiting, outcome))
 
     def _wire_error(self, exc: BaseException) -> ErrorObject:
         if isinstance(exc, AgentServerError):

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from msgspec import Raw
 
+from agent_sdk.cancellation import shielded
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.codec import (
     DEFAULTS,
@@ -43,11 +44,9 @@ from agent_sdk.protocol.methods.method import Method, Notice, R
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.budget import Budget
 from agent_sdk.rpc.calls import InboundCalls, Leave, OutboundCalls, Table, Watch
-from agent_sdk.rpc.channels import Channels
 from agent_sdk.rpc.lanes import Lanes
 from agent_sdk.rpc.pipe import Pipe, lost
-from agent_sdk.rpc.shield import shielded
-from agent_sdk.rpc.stream import ByteReader, ByteWriter
+from agent_sdk.rpc.stream import ByteReader, ByteWriter, StreamTable
 
 Handler = Callable[[Any, "Inbound"], Coroutine[Any, Any, Any]]
 OnNotice = Callable[[str, Raw], None]
@@ -89,14 +88,14 @@ class Inbound:
 
         Entering raises InvalidParams when this is no channel that the caller has just opened.
         """
-        return self.peer._channels.reading(channel)
+        return self.peer._streams.reading(channel)
 
     def writing(self, channel: int) -> AbstractAsyncContextManager[ByteWriter]:
         """Send bytes to the caller on its channel; leaving without `finish` resets the stream.
 
         Entering raises InvalidParams when this is no channel that the caller has just opened.
         """
-        return self.peer._channels.writing(channel)
+        return self.peer._streams.writing(channel)
 
 
 class Peer:
@@ -142,7 +141,7 @@ class Peer:
         self._share = None if budget is None else budget.share(self._give_way)
         self._codec = Codec(limits, strict=strict, room=self._share)
         self._lanes = Lanes(limits.queue_bytes, self._begin_writing)
-        self._channels = Channels(self._lanes, limits, opener=opener)
+        self._streams = StreamTable(self._lanes, limits, opener=opener)
         self._calls = OutboundCalls(self._codec, self._lanes, DEFAULTS)
         self._answers = InboundCalls(
             self._codec, self._lanes, limits, context=partial(Inbound, self), report=self._report
@@ -176,7 +175,7 @@ class Peer:
         self._calls.use(limits)
         self._lanes.use(limits)
         self._answers.longest = limits.message_bytes
-        self._channels.other_window = limits.window_bytes
+        self._streams.other_window = limits.window_bytes
 
     @property
     def watch(self) -> Watch | None:
@@ -199,7 +198,7 @@ class Peer:
     @property
     def ignored(self) -> Mapping[str, int]:
         """How often something that cannot be answered was ignored, by reason."""
-        return {**self._codec.ignored, "frame of an unknown stream": self._channels.strays}
+        return {**self._codec.ignored, "frame of an unknown stream": self._streams.unknown}
 
     @property
     def lost(self) -> ConnectionLost | None:
@@ -245,14 +244,14 @@ class Peer:
 
     def open_reader(self) -> AbstractAsyncContextManager[ByteReader]:
         """A stream the other end writes to; put its `channel` into the params of a call."""
-        return self._channels.open_reader()
+        return self._streams.open_reader()
 
     def open_writer(self) -> AbstractAsyncContextManager[ByteWriter]:
         """A stream to the other end; put its `channel` into the params of a call.
 
         Leaving without `finish` resets the stream.
         """
-        return self._channels.open_writer()
+        return self._streams.open_writer()
 
     def notify(self, notice: Notice) -> None:
         """Send a notice ahead of events and bytes. Dropped when the connection has ended."""
@@ -360,7 +359,7 @@ class Peer:
         self._lanes.closing = True
         self._lanes.wake_all()
         self._calls.lose(reason)
-        self._channels.lose(reason)
+        self._streams.lose(reason)
         self._answers.lose()
         if self._ended is not None:
             self._ended.set_result(reason)
@@ -429,7 +428,7 @@ class Peer:
                 self._notice(message)
             case _:
                 self.progress += isinstance(message, Data | Credit)
-                self._channels.receive(message)
+                self._streams.receive(message)
 
     def _notice(self, message: Notification) -> None:
         self.progress += message.method == EventsNotice.method

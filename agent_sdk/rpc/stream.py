@@ -1,4 +1,10 @@
-"""Byte streams under credit: one end writes, the other reads; memory is bounded by one window."""
+"""Byte streams under credit: one end writes, the other reads; memory is bounded by one window.
+
+A stream is opened by the caller, who puts its number into the params of a call; the handler takes
+it up by that number. Frames may overtake the handler's start, so what arrives for a stream of the
+other end that nobody has taken up yet is kept, within bounds. Frames of a stream that is over may
+be on their way for a while: they are dropped.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +12,27 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from agent_sdk.protocol import frame as frames
-from agent_sdk.protocol.errors import AgentServerError, LimitExceeded, TransferBroken
-from agent_sdk.protocol.window import ReceiveWindow, SendWindow
+from agent_sdk.protocol.errors import (
+    AgentServerError,
+    BadBinaryHeader,
+    ConnectionLost,
+    InvalidParams,
+    LimitExceeded,
+    TransferBroken,
+)
+from agent_sdk.protocol.frame import ReceiveWindow, SendWindow
+from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.lanes import Frame, Lanes, Line, Source
 from agent_sdk.rpc.pipe import wake
 
 QUEUED_FRAMES = 4
+PENDING_STREAMS = 64
+PENDING_WINDOWS = 8
+REMEMBERED = 4096
+UNKNOWN_FRAMES = 10_000
 FIRST_BYTES = 4 << 10
 """The first frame of a stream; each one may be twice as long as the one before it, so that something arrives also
 over a connection that is thin and does not live long."""
@@ -40,15 +58,12 @@ class ByteReader:
         trailer: what the end frame carried, e.g. a SHA-256; empty before the end.
     """
 
-    def __init__(
-        self, channel: int, window_bytes: int, lanes: Lanes, leave: Callable[[ByteReader], None]
-    ) -> None:
+    def __init__(self, channel: int, table: StreamTable) -> None:
         """Streams are made by `Peer.open_reader` and `Inbound.reading`."""
         self.channel = channel
-        self._leave = leave
         self.trailer = b""
-        self.window = ReceiveWindow(window_bytes)
-        self._lanes = lanes
+        self.window = ReceiveWindow(table.window)
+        self._table = table
         self._chunks: deque[Chunk] = deque()
         self._error: AgentServerError | None = None
         self._arrived: asyncio.Future[None] | None = None
@@ -60,7 +75,12 @@ class ByteReader:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._leave(self)
+        expected = 0
+        if not self.window.ended:
+            expected = self.window.expected
+            if self._error is None:
+                self._table.lanes.put_control(frames.reset(self.channel, "the reader stopped"))
+        self._table.end(self.channel, expected)
 
     @property
     def size(self) -> int:
@@ -173,7 +193,7 @@ class ByteReader:
         allowed = self.window.consumed(len(chunk.data), any_room=now - self._told > CREDIT_SECONDS)
         if allowed is not None and self._error is None:
             self._told = now
-            self._lanes.put_control(frames.credit(self.channel, allowed))
+            self._table.lanes.put_control(frames.credit(self.channel, allowed))
 
     def fail(self, error: AgentServerError) -> None:
         """Nothing more comes; without effect when all of it has come."""
@@ -190,25 +210,16 @@ class ByteWriter(Source):
         offset: position of the next byte.
     """
 
-    def __init__(
-        self,
-        channel: int,
-        window_bytes: int,
-        lanes: Lanes,
-        on_end: Callable[[int], None],
-        leave: Callable[[ByteWriter], None],
-    ) -> None:
+    def __init__(self, channel: int, table: StreamTable) -> None:
         """Streams are made by `Peer.open_writer` and `Inbound.writing`."""
         self.channel = channel
         self.offset = 0
         self.finished = False
         self.in_turn = False
-        self._window = SendWindow(window_bytes)
-        self._longest = FIRST_BYTES
-        self._lanes = lanes
-        self._on_end = on_end
-        self._leave = leave
         self.waiting: Line[bytes] = Line()
+        self._window = SendWindow(table.other_window)
+        self._longest = FIRST_BYTES
+        self._table = table
         self._error: AgentServerError | None = None
         self._room: asyncio.Future[None] | None = None
 
@@ -216,7 +227,10 @@ class ByteWriter(Source):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._leave(self)
+        if not self.finished and self._table.has(self):
+            self.fail(TransferBroken("the stream was left unfinished"))
+            self._table.lanes.put_control(frames.reset(self.channel, "the writer stopped"))
+            self._table.end(self.channel)
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send bytes; waits for the reader's credit and for the connection. `data` may be reused afterwards.
@@ -235,14 +249,14 @@ class ByteWriter(Source):
                 return
             taken = 0
             if len(self.waiting) < QUEUED_FRAMES:
-                self._longest = min(self._longest, self._lanes.payload_bytes)
+                self._longest = min(self._longest, self._table.lanes.payload_bytes)
                 taken = self._window.take(min(len(view), self._longest))
             if not taken:
                 self._room = asyncio.get_running_loop().create_future()
                 await self._room
                 continue
             self.waiting.append(frames.data(self.channel, self.offset, view[:taken]))
-            self._lanes.put_bulk(self)
+            self._table.lanes.put_bulk(self)
             self.offset += taken
             self._longest *= 2
             view = view[taken:]
@@ -270,7 +284,7 @@ class ByteWriter(Source):
         if not self.finished:
             self.finished = True
             self.waiting.append(frames.end(self.channel, self.offset, trailer))
-            self._lanes.put_bulk(self)
+            self._table.lanes.put_bulk(self)
 
     async def flushed(self) -> None:
         """Wait until what was written is on its way, or never will be."""
@@ -283,7 +297,7 @@ class ByteWriter(Source):
         if self._room is not None:
             wake(self._room)
         if self.finished and self.waiting.items is None:
-            self._on_end(self.channel)
+            self._table.end(self.channel)
         return frame
 
     def granted(self, allowed: int) -> None:
@@ -296,3 +310,177 @@ class ByteWriter(Source):
         self._error = self._error or error
         self.waiting.items = None
         wake(self._room)
+
+
+S = TypeVar("S", bound=ByteReader | ByteWriter)
+
+
+class Pending:
+    """What came for a stream before anybody took it up."""
+
+    def __init__(self, reader: ByteReader) -> None:
+        self.reader = reader
+        self.allowed = 0
+        self.broken: TransferBroken | None = None
+
+
+class StreamTable:
+    """The byte streams of one connection."""
+
+    def __init__(self, lanes: Lanes, limits: Limits, *, opener: bool) -> None:
+        """Make an empty table; `opener`: our numbers are odd."""
+        self.other_window = limits.window_bytes
+        self.unknown = 0
+        """Data frames of streams that never existed, or past what a stream's credit can explain."""
+        self.lanes = lanes
+        self.window = limits.window_bytes
+        self._ours = 1 if opener else 0
+        self._last = -1 if opener else 0
+        self._open: dict[int, ByteReader | ByteWriter] = {}
+        self._pending: dict[int, Pending] = {}
+        self._closed: dict[int, int] = {}
+        self._lost: ConnectionLost | None = None
+
+    def open_reader(self) -> ByteReader:
+        """Return a stream of ours that the other end writes; enter it."""
+        self._last += 2
+        return self._add(ByteReader(self._last, self))
+
+    def open_writer(self) -> ByteWriter:
+        """Return a stream of ours that the other end reads; enter it."""
+        self._last += 2
+        return self._add(ByteWriter(self._last, self))
+
+    def reading(self, channel: int) -> ByteReader:
+        """Return a stream of theirs that they write; enter it.
+
+        Raises:
+            InvalidParams: it is none that they have just opened.
+        """
+        pending = self._take_up(channel)
+        return self._add(pending.reader if pending else ByteReader(channel, self))
+
+    def writing(self, channel: int) -> ByteWriter:
+        """Return a stream of theirs that we write; enter it.
+
+        Raises:
+            InvalidParams: it is none that they have just opened.
+        """
+        pending = self._take_up(channel)
+        writer = ByteWriter(channel, self)
+        if pending is not None:
+            if pending.broken is not None:
+                writer.fail(pending.broken)
+            writer.granted(max(pending.allowed, self.other_window))
+        return self._add(writer)
+
+    def receive(self, frame: frames.BinaryFrame) -> None:
+        """Hand a frame to its stream.
+
+        Raises:
+            BadBinaryHeader: it breaks the rules of its stream, or too many belong to none.
+        """
+        match frame:
+            case frames.Data() | frames.End():
+                stream = self._open.get(frame.stream)
+                if isinstance(stream, ByteReader):
+                    stream.take(frame)
+                else:
+                    self._unopened(frame, stream)
+            case frames.Credit():
+                self._credit(frame)
+            case frames.Reset():
+                self._reset(frame)
+
+    def has(self, stream: ByteReader | ByteWriter) -> bool:
+        """Return whether this stream is open."""
+        return self._open.get(stream.channel) is stream
+
+    def end(self, channel: int, expected: int = 0) -> None:
+        """Forget a stream, except for how many bytes may still be on their way."""
+        if self._open.pop(channel, None) is None and self._pending.pop(channel, None) is None:
+            return
+        self._closed[channel] = expected
+        if len(self._closed) > REMEMBERED:
+            del self._closed[next(iter(self._closed))]
+
+    def lose(self, lost: ConnectionLost) -> None:
+        """The connection is gone."""
+        self._lost = lost
+        for stream in self._open.values():
+            stream.fail(lost)
+        self._pending.clear()
+
+    def _is_theirs(self, channel: int) -> bool:
+        return channel > 0 and channel % 2 != self._ours
+
+    def _take_up(self, channel: int) -> Pending | None:
+        if channel <= 0 or channel % 2 == self._ours or channel in self._open or channel in self._closed:
+            raise InvalidParams(f"channel {channel} is not one you have just opened")
+        return self._pending.pop(channel, None)
+
+    def _add(self, stream: S) -> S:
+        if self._lost is not None:
+            stream.fail(self._lost)
+        self._open[stream.channel] = stream
+        return stream
+
+    def _unopened(self, frame: frames.Data | frames.End, stream: ByteWriter | None) -> None:
+        if stream is not None:
+            raise BadBinaryHeader(f"stream {frame.stream} flows the other way")
+        if self._is_theirs(frame.stream) and frame.stream not in self._closed:
+            pending = self._pending_one(frame.stream)
+            pending.reader.take(frame)
+            return self._bound_pending()
+        if isinstance(frame, frames.Data):
+            left = self._closed.get(frame.stream, 0) - len(frame.payload)
+            if left >= 0:
+                self._closed[frame.stream] = left
+            else:
+                self._count_unknown()
+        return None
+
+    def _credit(self, frame: frames.Credit) -> None:
+        stream = self._open.get(frame.stream)
+        if isinstance(stream, ByteWriter):
+            stream.granted(frame.allowed)
+        elif stream is not None:
+            raise BadBinaryHeader(f"stream {frame.stream} flows the other way")
+        elif self._is_theirs(frame.stream) and frame.stream not in self._closed:
+            self._pending_one(frame.stream).allowed = frame.allowed
+            self._bound_pending()
+
+    def _reset(self, frame: frames.Reset) -> None:
+        error = TransferBroken(f"the other end gave up: {frame.reason}")
+        stream = self._open.get(frame.stream)
+        if stream is not None:
+            stream.fail(error)
+            if isinstance(stream, ByteWriter):
+                self.end(stream.channel)
+        elif self._is_theirs(frame.stream) and frame.stream not in self._closed:
+            pending = self._pending_one(frame.stream)
+            pending.broken = error
+            pending.reader.fail(error)
+            self._bound_pending()
+
+    def _pending_one(self, channel: int) -> Pending:
+        if channel not in self._pending:
+            self._pending[channel] = Pending(ByteReader(channel, self))
+        return self._pending[channel]
+
+    def _bound_pending(self) -> None:
+        """Give up the oldest while too many streams, or too many bytes, wait to be taken up."""
+        while len(self._pending) > PENDING_STREAMS or self._pending_bytes() > PENDING_WINDOWS * self.window:
+            channel = next(iter(self._pending))
+            pending = self._pending[channel]
+            if not pending.reader.over:
+                self.lanes.put_control(frames.reset(channel, "nobody took the stream up"))
+            self.end(channel, pending.reader.window.expected)
+
+    def _pending_bytes(self) -> int:
+        return sum(pending.reader.window.held for pending in self._pending.values())
+
+    def _count_unknown(self) -> None:
+        self.unknown += 1
+        if self.unknown > UNKNOWN_FRAMES:
+            raise BadBinaryHeader("too many frames of unknown streams")

@@ -13,8 +13,7 @@ from typing import Protocol, Self
 
 from msgspec import Struct
 
-from agent_sdk.protocol.arguments import Cells, Count, Depth, Limit, Mode, Name, OpId, Path, Until
-from agent_sdk.protocol.checks import OsText, Verbs
+from agent_sdk.protocol.checks import Cells, Count, Depth, Limit, Mode, Name, OpId, OsText, Path, Until, Verbs
 from agent_sdk.protocol.errors import LimitExceeded, ProcessNotFound
 from agent_sdk.protocol.results import (
     Exit,

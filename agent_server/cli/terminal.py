@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from agent_sdk.protocol.visible import visible, visible_json
+from agent_sdk.protocol.errors import visible, visible_json
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 PIECE_BYTES = 64 << 10

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from agent_sdk.conversation.contract import Conversation
+from agent_sdk.protocol.errors import visible
 from agent_sdk.protocol.events import (
     AgentConfigured,
     AgentMessage,
@@ -41,7 +42,6 @@ from agent_sdk.protocol.events import (
     WorkspaceChanged,
     encode,
 )
-from agent_sdk.protocol.visible import visible
 from agent_server.cli.terminal import (
     STDERR,
     STDOUT,

@@ -15,9 +15,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from agent_sdk import LLM, Agent, Conversation, RemoteWorkspace
-from agent_sdk.protocol.errors import AgentServerError
+from agent_sdk.protocol.errors import AgentServerError, visible
 from agent_sdk.protocol.specs import Model
-from agent_sdk.protocol.visible import visible
 from agent_sdk.testing import ScriptedLLM, call, say
 from agent_sdk.workspace.contract import Workspace
 from agent_server.cli.terminal import Terminal, open_terminal

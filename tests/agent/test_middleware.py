@@ -26,7 +26,6 @@ from agent_sdk import (
 from agent_sdk.agent.middleware.chain import chain_of
 from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.conversation.store import AgentStore
-from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams, PolicyDenied
 from agent_sdk.protocol.events import (
     AgentMessage,
@@ -37,6 +36,7 @@ from agent_sdk.protocol.events import (
     TurnEnded,
     UserMessage,
 )
+from agent_sdk.protocol.methods.method import without_defaults
 from agent_sdk.protocol.specs import AgentSpec, MiddlewareSpec, ScriptedLLM
 from agent_sdk.testing import call, say
 from agent_sdk.tools import FunctionTool

@@ -6,8 +6,7 @@ import os
 import msgspec
 import pytest
 
-from agent_sdk.protocol.errors import WorkspaceUnavailable
-from agent_sdk.protocol.visible import shown, visible
+from agent_sdk.protocol.errors import WorkspaceUnavailable, shown, visible
 from agent_server.cli.terminal import Inlet, Outlet, Terminal, json_line, one_line
 
 

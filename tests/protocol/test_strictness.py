@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent_sdk.protocol.codec import check_depth, repeats_a_member
 from agent_sdk.protocol.errors import MaxDepth
-from agent_sdk.protocol.strictness import check_depth, repeats_a_member
 from tests.protocol.examples import JSON
 
 keys = st.sampled_from(["id", "method", "params", "x", "", '"id"', "i\\d", "{[", "é"])

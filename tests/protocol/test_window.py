@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_sdk.protocol.errors import BadBinaryHeader
-from agent_sdk.protocol.window import ReceiveWindow, SendWindow
+from agent_sdk.protocol.frame import ReceiveWindow, SendWindow
 
 
 def test_a_sender_may_send_one_window_at_once():

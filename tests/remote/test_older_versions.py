@@ -13,11 +13,10 @@ from agent_sdk.conversation.log import operation
 from agent_sdk.idempotency import asked
 from agent_sdk.ids import new_id
 from agent_sdk.protocol import specs
-from agent_sdk.protocol.defaults import without_defaults
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.methods import all_methods
 from agent_sdk.protocol.methods.conversation import Configure
-from agent_sdk.protocol.methods.method import Method
+from agent_sdk.protocol.methods.method import Method, without_defaults
 from agent_sdk.protocol.methods.workspace import Download, Execute, FilesStat, ShellRun, Upload
 from agent_sdk.protocol.specs import AgentSpec, ScriptedLLM
 from agent_sdk.remote.link import Fixed

@@ -66,7 +66,7 @@ async def test_bytes_go_both_ways_at_the_same_time(peers):
     async with peers({Upload: receive_file, Download: send_file}) as (client, server):
         await asyncio.gather(upload(client, 20), download(client), upload(client, 7), download(client))
         for peer in (client, server):
-            assert not peer._channels._open
+            assert not peer._streams._open
             assert peer.ignored == {"frame of an unknown stream": 0}
 
 
@@ -224,7 +224,7 @@ async def test_cancelling_a_call_ends_its_streams(peers):
             assert ended.is_set()
             with pytest.raises(TransferBroken, match="the writer stopped"):
                 await reader.read_all(1 << 30)
-        assert not server._channels._open
+        assert not server._streams._open
 
 
 async def test_a_cancelled_read_loses_nothing(peers):
@@ -457,9 +457,9 @@ async def test_streams_nobody_takes_up_are_given_up():
         assert await raw.receive() == frame.reset(1, "nobody took the stream up")
         for channel in range(101, 101 + 2 * 70, 2):
             await raw.send_binary(frame.end(channel, 0))
-        assert peer._channels._early_bytes() <= 8 * WINDOW
+        assert peer._streams._pending_bytes() <= 8 * WINDOW
         await raw.call(1, "process.input", process_id="p", channel=239)
         while (answer := await raw.receive()) and not isinstance(answer, dict):
             assert frame.unpack(answer).reason == "nobody took the stream up"
         assert answer["result"] == {"bytes": 0}
-        assert len(peer._channels._early) <= 64
+        assert len(peer._streams._pending) <= 64

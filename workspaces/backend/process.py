@@ -23,8 +23,8 @@ import msgspec
 from msgspec import Struct
 
 import agent_sdk
+from agent_sdk.cancellation import to_its_end
 from agent_sdk.protocol.errors import InvalidParams, NotFound, WorkspaceUnavailable
-from agent_sdk.rpc.shield import to_its_end
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.environment import packed
 from agent_sdk.workspace.process_tree import Tree, end_tree

@@ -20,7 +20,7 @@ from agent_sdk.agent.middleware.iteration_limit import IterationLimit
 from agent_sdk.agent.middleware.prompt import Instructions, Prompt
 from agent_sdk.agent.middleware.retries import Retries
 from agent_sdk.agent.middleware.tool_output import ToolOutput
-from agent_sdk.callbacks import is_cancelled
+from agent_sdk.cancellation import is_cancelled
 from agent_sdk.middleware import Middleware, ModelCall, RunTool, Section, Stop, TurnContext
 from agent_sdk.models import Completion
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, MiddlewareFailed

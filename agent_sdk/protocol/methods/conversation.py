@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Raw, Struct
 
-from agent_sdk.protocol.arguments import Comment, Iterations, Reason, Tags, Title
+from agent_sdk.protocol.checks import Comment, Iterations, Reason, Tags, Title
 from agent_sdk.protocol.methods.method import Done, Effect, Method, Name, Offset, OpId
 from agent_sdk.protocol.results import Accepted, Snapshot, State
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
+from agent_sdk.cancellation import to_its_end
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ImageUnavailable,
@@ -17,7 +18,6 @@ from agent_sdk.protocol.errors import (
     NotFound,
     WorkspaceUnavailable,
 )
-from agent_sdk.rpc.shield import to_its_end
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.contract import (
     Backend,
