@@ -19,7 +19,6 @@ from agent_sdk.models import (
     ModelRequest,
     OnDelta,
     ToolUse,
-    Turn,
     Usage,
 )
 from agent_sdk.protocol.errors import InvalidParams, ModelError, table
@@ -100,16 +99,12 @@ def _history(request: ModelRequest) -> tuple[int, int]:
     """How many answers there were, and how much text."""
     answers, characters = 0, len(request.system)
     for turn in request.turns:
-        answers += isinstance(turn, AssistantTurn)
-        characters += _size(turn)
+        characters += len(turn.text)
+        if isinstance(turn, AssistantTurn):
+            answers += 1
+            for use in turn.tool_calls:
+                characters += len(use.arguments)
     return answers, characters
-
-
-def _size(turn: Turn) -> int:
-    size = len(turn.text)
-    if isinstance(turn, AssistantTurn):
-        size += sum(len(use.arguments) for use in turn.tool_calls)
-    return size
 
 
 def _answer(step: Say | Call | Calls, due: int, characters: int) -> Completion:

@@ -7,10 +7,9 @@ raises says whose fault it is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import msgspec
 from msgspec.structs import replace
@@ -28,7 +27,7 @@ from agent_sdk.protocol.events import Event, RunStatus, ToolCalled
 from agent_sdk.protocol.specs import MiddlewareSpec
 from agent_sdk.tools import Tool, ToolResult
 
-T = TypeVar("T")
+_Point = Callable[..., Awaitable[Any]]
 
 
 class Chain:
@@ -45,7 +44,7 @@ class Chain:
         self._after_model = self._at(Middleware.after_model)[::-1]
         self._around_tool = self._at(Middleware.around_tool)
         self._turn_end = self._at(Middleware.on_turn_end)[::-1]
-        self.observers = tuple(member.on_event for _, member in self._at(Middleware.on_event))
+        self.observers = tuple(point for _, point in self._at(Middleware.on_event))
         """Callbacks for new events."""
         self._failure: MiddlewareFailed | None = None
         """Of one that could not reduce: what it would answer now would be wrong."""
@@ -61,8 +60,10 @@ class Chain:
     def tools(self) -> Iterator[Tool]:
         """Yield their tools, fresh ones."""
         for member in self._members:
-            with named(member):
+            try:
                 yield from member.tools()
+            except BaseException as exc:  # noqa: BLE001  raised again, with its name
+                _blame(exc, member)
 
     def add(self, event: Event) -> None:
         """Let those that have a state take in the next event of the log. One that raises fails the next turn."""
@@ -75,69 +76,75 @@ class Chain:
 
     async def on_turn_start(self, turn: TurnContext) -> None:
         """Begin a turn."""
-        for at, member in self._turn_start:
-            with named(member):
-                await member.on_turn_start(self._known(turn, at))
+        for at, point in self._turn_start:
+            await self._call(at, point, None, turn)
 
     async def prompt(self, turn: TurnContext) -> str:
         """Return the system prompt."""
         sections: tuple[Section, ...] = ()
-        for at, member in self._prompt:
-            with named(member):
-                sections = tuple(await member.prompt(self._known(turn, at), sections))
-                for section in sections:
-                    _check(section, Section, "prompt")
+        for at, point in self._prompt:
+            given: Any = await self._call(at, point, Sequence, turn, sections)
+            for section in given:
+                if not isinstance(section, Section):
+                    wrong = TypeError(f"prompt returned {type(section).__name__}, not Section")
+                    raise _failure(self._members[at], wrong)
+            sections = tuple(given)
         return "\n\n".join(section.text for section in sections)
 
     async def before_model(self, turn: TurnContext, request: ModelCall) -> ModelCall:
         """Return the request as it is sent."""
-        for at, member in self._before_model:
-            with named(member):
-                request = _check(
-                    await member.before_model(self._known(turn, at), request), ModelCall, "before_model"
-                )
+        for at, point in self._before_model:
+            request = await self._call(at, point, ModelCall, turn, request)
         return request
 
     async def after_model(self, turn: TurnContext, answer: Completion) -> Completion:
         """Return the answer as it is written."""
-        for at, member in self._after_model:
-            with named(member):
-                answer = _check(
-                    await member.after_model(self._known(turn, at), answer), Completion, "after_model"
-                )
+        for at, point in self._after_model:
+            answer = await self._call(at, point, Completion, turn, answer)
         return answer
 
     async def around_tool(self, turn: TurnContext, call: ToolCalled, run: RunTool) -> ToolResult:
         """Run a call within all of them."""
-        for at, member in reversed(self._around_tool):
-            run = partial(self._around, at, member, turn, run)
+
+        def within(at: int, point: _Point, run: RunTool) -> RunTool:
+            return lambda call: self._call(at, point, ToolResult, turn, call, run)
+
+        for at, point in reversed(self._around_tool):
+            run = within(at, point, run)
         return await run(call)
 
     async def on_turn_end(self, turn: TurnContext, status: RunStatus) -> None:
         """End a turn; one that wants to stop it then is late."""
-        for at, member in self._turn_end:
-            with suppress(Stop), named(member):
-                await member.on_turn_end(self._known(turn, at), status)
+        for at, point in self._turn_end:
+            with suppress(Stop):
+                await self._call(at, point, None, turn, status)
 
-    async def _around(
-        self, at: int, member: Middleware, turn: TurnContext, run: RunTool, call: ToolCalled
-    ) -> ToolResult:
-        with named(member):
-            result = await member.around_tool(self._known(turn, at), call, run)
-            return _check(result, ToolResult, "around_tool")
-
-    def _at(self, point: Callable[..., Any]) -> list[tuple[int, Middleware]]:
-        """Return those that override a point, and their places in the row."""
+    def _at(self, point: Callable[..., Any]) -> list[tuple[int, _Point]]:
+        """Return the points of those that override it, and their places in the row."""
+        name = point.__name__
         return [
-            (at, member)
+            (at, getattr(member, name))
             for at, member in enumerate(self._members)
-            if getattr(type(member), point.__name__) is not point
+            if getattr(type(member), name) is not point
         ]
 
-    def _known(self, turn: TurnContext, at: int) -> TurnContext:
+    async def _call(self, at: int, point: _Point, kind: type | None, turn: TurnContext, *given: Any) -> Any:
+        """Return what a member returns at a point; what it raises says whose it is.
+
+        Raises:
+            MiddlewareFailed: it raised what is no AgentServerError and no Stop, or returned what is not of the kind.
+        """
         if self._failure is not None:
             raise self._failure
-        return replace(turn, state=self._states[at]) if at in self._states else turn
+        if at in self._states:
+            turn = replace(turn, state=self._states[at])
+        try:
+            result = await point(turn, *given)
+            if kind is not None and not isinstance(result, kind):
+                raise TypeError(f"{point.__name__} returned {type(result).__name__}, not {kind.__name__}")
+        except BaseException as exc:  # noqa: BLE001  raised again, with its name
+            _blame(exc, self._members[at])
+        return result
 
 
 def kind_of(middleware: Middleware) -> str:
@@ -145,32 +152,18 @@ def kind_of(middleware: Middleware) -> str:
     return str(middleware.__struct_config__.tag)
 
 
-@contextmanager
-def named(middleware: Middleware) -> Iterator[None]:
-    """Let what a middleware raises say whose it is.
-
-    Raises:
-        MiddlewareFailed: it raised what is no AgentServerError and no Stop.
-    """
-    try:
-        yield
-    except (AgentServerError, Stop):
-        raise
-    except BaseException as exc:
-        if isinstance(exc, GeneratorExit) or (isinstance(exc, asyncio.CancelledError) and is_cancelled()):
-            raise
-        raise _failure(middleware, exc) from exc
+def _blame(exc: BaseException, middleware: Middleware) -> NoReturn:
+    """Raise what a middleware raised, so that it says whose it is; a cancellation of this task is nobody's."""
+    if isinstance(exc, AgentServerError | Stop | GeneratorExit) or (
+        isinstance(exc, asyncio.CancelledError) and is_cancelled()
+    ):
+        raise exc
+    raise _failure(middleware, exc) from exc
 
 
 def _failure(middleware: Middleware, exc: BaseException) -> MiddlewareFailed:
     kind = kind_of(middleware)
     return MiddlewareFailed(f"middleware {kind}: {type(exc).__name__}: {exc}", middleware=kind)
-
-
-def _check(value: Any, kind: type[T], point: str) -> T:
-    if not isinstance(value, kind):
-        raise TypeError(f"{point} returned {type(value).__name__}, not {kind.__name__}")
-    return value
 
 
 ENTRY_POINTS = "agent_server.middleware"

@@ -93,12 +93,6 @@ async def complete_with_retries(
         ModelError: of the last try; `on_failure` has heard of it.
     """
     pause = backoff or (Backoff() if isinstance(llm, LLM) else AT_ONCE)
-    attempt = 0
-
-    async def ask() -> Completion:
-        nonlocal attempt
-        attempt += 1
-        return await client.complete(request, on_delta=on_delta)
 
     async def tell(state: RetryCallState) -> None:
         await on_failure(_failure(state), state.attempt_number, state.upcoming_sleep)
@@ -112,9 +106,9 @@ async def complete_with_retries(
         reraise=True,
     )
     try:
-        return await retrying(ask)
+        return await retrying(client.complete, request, on_delta=on_delta)
     except ModelError as exc:
-        await on_failure(exc, attempt, None)
+        await on_failure(exc, retrying.statistics["attempt_number"], None)
         raise
 
 
