@@ -1,8 +1,7 @@
 """The process: an agent server, and the command that starts and uses one.
 
 serve:         start and end, in order
-app:           the HTTP server and its listening socket
-routes:        what is at which address
+app:           the HTTP server: what is at which address
 work:          what runs now; draining
 data_folder:   where things last, and its lock
 keys:          keys of clients, and keys that encrypt secrets

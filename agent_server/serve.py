@@ -18,7 +18,7 @@ from agent_sdk.conversation.store import AgentStore
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import AgentServerError
 from agent_server import data_folder, logs
-from agent_server.app import listening
+from agent_server.app import Routes, listening
 from agent_server.config.options import ServerConfig
 from agent_server.config.sources import CANNOT_CREATE, DISK_FAILED, StartRefused, is_loopback
 from agent_server.conversations.registry import Conversations
@@ -27,7 +27,6 @@ from agent_server.http.security import Authority, WrongKeys
 from agent_server.keys import ApiKey, obtain_keys, obtain_sealer, read_keys
 from agent_server.logs import Log, Logs
 from agent_server.metrics import Metrics
-from agent_server.routes import Routes
 from agent_server.runtime_api.service import runtime_api
 from agent_server.session.session import BACK_AFTER_MS, CLOSE_DRAINING, Sessions
 from agent_server.work import Work

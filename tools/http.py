@@ -11,11 +11,11 @@ from aiohttp import web
 from msgspec import Struct
 
 from agent_sdk.protocol import errors
+from agent_server.app import Routes
 from agent_server.config.options import ServerConfig
 from agent_server.http import request
 from agent_server.http.errors import status_of
 from agent_server.http.security import OPEN_PATHS, RUNTIME_KEY
-from agent_server.routes import Routes
 from agent_server.runtime_api import service as runtime_api
 from agent_server.runtime_api.proxy import RuntimeProxy
 from agent_server.runtime_api.runtime import Shown

@@ -1,6 +1,6 @@
 """HTTP: connections, keys and rules for whoever comes from the network.
 
-Knows nothing of conversations; what is at which address stands in `agent_server.routes`.
+Knows nothing of conversations; what is at which address stands in `agent_server.app`.
 
 connection: one network connection, and whom it is from
 websocket:  the WebSocket handshake, and frames before they are parsed

@@ -13,8 +13,8 @@ from agent_sdk import AgentServer, RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ConversationNotFound, InvalidParams, StateConflict, Unauthorized
 from agent_sdk.protocol.methods import all_methods
+from agent_server.app import Routes
 from agent_server.http.security import OPEN_PATHS
-from agent_server.routes import Routes
 from tests.server.conftest import KEY
 from tests.server.wire import GUARD, call
 
