@@ -24,7 +24,7 @@ from agent_server.config.options import ServerConfig
 from agent_server.data_folder import DataFolder
 from agent_server.logs import Logs
 from agent_server.work import RETRY_AFTER_MS
-from workspaces.backend.docker.profiles import WORKSPACE
+from workspaces.backend.contract import WORKSPACE
 from workspaces.box.folder import Record
 from workspaces.box.process import BoxProcess
 from workspaces.box.sandboxes import Sandboxes, SandboxOptions

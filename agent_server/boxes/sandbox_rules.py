@@ -13,9 +13,9 @@ from msgspec.structs import replace
 from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams, IsolationUnavailable, PolicyDenied
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.config.options import ServerConfig
-from workspaces.backend.contract import parse_size
+from workspaces.backend.contract import LEAST_MEMORY, UID, parse_size
 from workspaces.backend.docker.engine_info import GVISOR, UNLIMITED
-from workspaces.backend.docker.profiles import LEAST_MEMORY, RESERVED, UID
+from workspaces.box.machine import RESERVED
 
 WHERE = "$.params.workspace.sandbox"
 MOUNTS = 32

@@ -154,8 +154,8 @@ class Conversations:
         note = self._note(id, spec or WorkspaceSpec())
         if id not in self._notes:
             if note.sandbox is not None:
-                engine = await self._boxes.sandboxes.admit(note.sandbox)
-                check_most(note.sandbox, self._config, cpus=engine.info.cpus, memory=engine.info.memory)
+                backend = await self._boxes.sandboxes.admit(note.sandbox)
+                check_most(note.sandbox, self._config, cpus=backend.cpus, memory=backend.memory)
             elif note.owner == id and note.working_dir is None:
                 await asyncio.to_thread(self._folder.confinement.give, self._folder.workspace(id))
             await self._log.create(id, msgspec.to_builtins(note))

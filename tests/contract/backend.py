@@ -1,6 +1,7 @@
-"""What every backend promises of the machines it runs, whatever they are."""
+"""What every backend promises of the machines it runs, whatever they are: servers, and boxes."""
 
 import asyncio
+from contextlib import aclosing
 
 import aiohttp
 import pytest
@@ -9,8 +10,11 @@ from msgspec.structs import replace
 from agent_sdk import RemoteWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import InvalidParams, NotFound, WorkspaceUnavailable
+from agent_sdk.protocol.methods.workspace import Claim
+from agent_sdk.remote.connection import connect
 from tests.server.wire import GUARD
 from workspaces.backend.contract import KEY_NAME, SERVER_PORT, Machine, Storage
+from workspaces.box.folder import READY_LINE, BoxFolder
 from workspaces.server import Server
 
 
@@ -20,8 +24,18 @@ async def key_fits(server):
         return (await workspace.execute("true")).exit_code == 0
 
 
-class BackendContract:
-    """Run against every backend; the fixtures say which, and whose machines are."""
+async def told(events, *states):
+    """Wait until a machine is in each of these states, one after the other; returns the last that was told."""
+    async with asyncio.timeout(GUARD):
+        for state in states:
+            async for found in events:
+                if found.state == state:
+                    break
+    return found
+
+
+class MachineContract:
+    """Run against every backend and every profile; the fixtures say which, and whose machines are."""
 
     @pytest.fixture
     async def backend(self):
@@ -39,28 +53,23 @@ class BackendContract:
         raise NotImplementedError
 
     @pytest.fixture
-    def image(self):
-        return "agent-server:latest"
+    async def described(self, labels):
+        """A machine that nobody has made."""
+        raise NotImplementedError
 
     @pytest.fixture
-    async def machine(self, backend, labels, image):
-        machine = Machine(
-            name=f"agent-test-{new_id()}",
-            labels=labels,
-            image=image,
-            secret_env={KEY_NAME: new_id()},
-            storage=Storage("/data"),
-        )
-        yield machine
-        await backend.stop(machine.name)
+    async def machine(self, backend, described):
+        yield described
+        await backend.stop(described.name)
 
     @pytest.fixture
     async def running(self, backend, machine):
-        """A server that accepts connections."""
-        server = Server(backend, machine)
-        await server.start(GUARD)
-        yield server
-        await server.let_go()
+        """What runs in it, when it can be used: it has an `id`."""
+        raise NotImplementedError
+
+    async def works(self, running):
+        """Whether it can be used."""
+        raise NotImplementedError
 
     # --- made ---
 
@@ -76,11 +85,11 @@ class BackendContract:
         (found,) = await backend.list(labels)
         assert found.state == "running"
 
-    async def test_making_it_twice_is_making_it_once(self, backend, again, running):
+    async def test_making_it_twice_is_making_it_once(self, backend, again, machine, running):
         async with again() as other:
-            assert await other.create(running.machine) == running.id
+            assert await other.create(machine) == running.id
             await other.start(running.id)
-        assert await key_fits(running)
+        assert await self.works(running)
 
     async def test_a_name_that_is_somebody_elses_is_not_taken(self, backend, machine, labels):
         id = await backend.create(machine)
@@ -89,13 +98,14 @@ class BackendContract:
             await backend.create(replace(machine, labels=others))
         assert [found.id for found in await backend.list(labels)] == [id]
 
-    async def test_it_is_found_by_its_name_with_all_that_is_needed_to_use_it(self, again, running):
+    async def test_it_is_found_by_its_name(self, again, machine, running):
         async with again() as other:
-            facts = await other.inspect(running.machine.name)
-            assert (facts.id, facts.name, facts.state) == (running.id, running.machine.name, "running")
-            assert facts.image == running.machine.image
-            assert facts.env[KEY_NAME] == running.api_key
-            assert await other.endpoint(running.machine.name, SERVER_PORT) == running.url
+            facts = await other.inspect(machine.name)
+            assert (facts.id, facts.name, facts.state) == (running.id, machine.name, "running")
+            assert facts.image == machine.image
+
+    async def test_it_is_what_was_described(self, backend, machine, running):
+        assert await backend.differences(running.id, machine) == []
 
     async def test_a_start_that_is_cancelled_can_be_repeated(self, backend, machine):
         id = await backend.create(machine)
@@ -103,10 +113,137 @@ class BackendContract:
         await asyncio.sleep(0)
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        await backend.start(id)
+        assert (await backend.inspect(id)).state == "running"
+
+    # --- its life ---
+
+    async def test_its_end_is_told_to_whoever_waits_and_to_whoever_asks_later(self, backend, running):
+        assert await self.works(running)
+        waiting = asyncio.create_task(backend.wait(running.id))
+        await asyncio.sleep(0)
+        await backend.stop(running.id, keep_data=True)
+        for ending in (await waiting, await backend.wait(running.id)):
+            assert ending.cause in ("killed", "exit", "engine")
+            assert ending.reason
+
+    async def test_cancelling_a_wait_ends_the_waiting_only(self, backend, running):
+        waiting = asyncio.create_task(backend.wait(running.id))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert (await backend.inspect(running.id)).state == "running"
+
+    async def test_a_backend_that_is_let_go_of_leaves_it_running(self, again, machine):
+        async with again() as first:
+            await first.start(await first.create(machine))
+        async with again() as second:
+            assert (await second.inspect(machine.name)).state == "running"
+
+    async def test_what_it_uses_is_told_as_far_as_somebody_knows(self, backend, running):
+        usage = await backend.usage(running.id)
+        assert usage.memory is None or usage.memory > 0
+
+    # --- what is told of it ---
+
+    async def test_whoever_is_told_of_changes_is_told_of_all_there_are_first(self, backend, labels, running):
+        async with aclosing(backend.events(labels)) as events:
+            found = await told(events, "running")
+        assert (found.id, found.labels.items() >= labels.items()) == (running.id, True)
+
+    async def test_every_change_of_its_state_is_told(self, backend, labels, machine):
+        async with aclosing(backend.events(labels)) as events:
+            first = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+            id = await backend.create(machine)
+            found = await first
+            if found.state != "running":
+                await backend.start(id)
+                found = await told(events, "running")
+            await backend.pause(id)
+            await told(events, "paused" if "freeze" in backend.can else "ended")
+            await backend.resume(id)
+            await told(events, "running")
+            await backend.stop(id)
+            found = await told(events, "ended")
+        assert (found.id, found.name) == (id, machine.name)
+
+    async def test_nothing_is_told_of_others_machines(self, backend, labels, machine, running):
+        async with aclosing(backend.events(dict.fromkeys(labels, new_id()))) as events:
+            waiting = asyncio.ensure_future(anext(events))
+            async with aclosing(backend.events(labels)) as mine:
+                await told(mine, "running")
+                await backend.stop(running.id, keep_data=True)
+                await told(mine, "ended")
+            assert not waiting.done()
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+
+    # --- its end ---
+
+    async def test_nothing_is_left_of_what_was_stopped_and_stopping_it_again_is_fine(
+        self, backend, machine, running, labels
+    ):
+        await backend.stop(running.id)
+        assert await backend.list(labels) == []
+        await backend.stop(running.id)
+        await backend.stop(machine.name)
+        with pytest.raises(NotFound):
+            await backend.inspect(machine.name)
+
+    @pytest.mark.parametrize("call", ["start", "resume", "inspect", "usage"])
+    async def test_what_was_never_made_is_not_found(self, backend, call):
+        with pytest.raises(NotFound):
+            await getattr(backend, call)(f"agent-test-{new_id()}")
+
+    @pytest.mark.parametrize("call", ["stop", "pause", "logs"])
+    async def test_ending_what_was_never_made_is_fine(self, backend, call):
+        assert not await getattr(backend, call)(f"agent-test-{new_id()}")
+
+    async def test_the_end_of_what_was_never_made_is_told_at_once(self, backend):
+        ending = await backend.wait(f"agent-test-{new_id()}")
+        assert (ending.cause, ending.exit_code) == ("engine", None)
+
+    # --- whose it is ---
+
+    async def test_others_machines_are_not_listed(self, backend, machine, running, labels):
+        name = next(iter(labels))
+        assert await backend.list({name: new_id()}) == []
+        assert machine.name in [found.name for found in await backend.list({name: None})]
+
+
+class ServerContract(MachineContract):
+    """Machines with an agent server."""
+
+    @pytest.fixture
+    def image(self):
+        return "agent-server:latest"
+
+    @pytest.fixture
+    async def described(self, labels, image):
+        return Machine(
+            name=f"agent-test-{new_id()}",
+            labels=labels,
+            image=image,
+            secret_env={KEY_NAME: new_id()},
+            storage=Storage("/data"),
+        )
+
+    @pytest.fixture
+    async def running(self, backend, machine):
+        """A server that accepts connections."""
         server = Server(backend, machine)
         await server.start(GUARD)
-        assert await key_fits(server)
+        yield server
         await server.let_go()
+
+    async def works(self, running):
+        return await key_fits(running)
+
+    async def test_it_is_found_with_all_that_is_needed_to_use_it(self, again, running):
+        async with again() as other:
+            assert (await other.inspect(running.machine.name)).env[KEY_NAME] == running.api_key
+            assert await other.endpoint(running.machine.name, SERVER_PORT) == running.url
 
     async def test_a_server_whose_start_is_cancelled_does_not_run_and_may_be_started_again(
         self, backend, machine
@@ -143,8 +280,6 @@ class BackendContract:
         with pytest.raises(InvalidParams, match=f"^{next(iter(fields))}: "):
             Machine(**{"name": "fine", "labels": labels, **fields})
 
-    # --- its life ---
-
     async def test_only_what_runs_has_an_endpoint(self, backend, machine, running):
         async with aiohttp.ClientSession() as http, http.get(f"{running.url}/health") as answer:
             assert answer.status == 200
@@ -172,63 +307,52 @@ class BackendContract:
         async with RemoteWorkspace(running.url, running.api_key, conversation=conversation) as workspace:
             assert (await workspace.execute("cat file")).stdout == "kept\n"
 
-    async def test_its_end_is_told_to_whoever_waits_and_to_whoever_asks_later(self, backend, running):
+    async def test_its_last_words_are_told_with_its_end(self, backend, running):
         assert await key_fits(running)  # by then it has written its first lines
-        waiting = asyncio.create_task(backend.wait(running.id))
-        await asyncio.sleep(0)
         await backend.stop(running.id, keep_data=True)
-        for ending in (await waiting, await backend.wait(running.id)):
-            assert ending.cause in ("killed", "exit", "engine")
-            assert ending.reason
-            assert "server_started" in ending.words
-
-    async def test_cancelling_a_wait_ends_the_waiting_only(self, backend, running):
-        waiting = asyncio.create_task(backend.wait(running.id))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        assert (await backend.inspect(running.id)).state == "running"
+        assert "server_started" in (await backend.wait(running.id)).words
 
     async def test_its_last_lines_can_be_read_and_no_more_than_are_wanted(self, backend, running):
         assert "server_started" in await backend.logs(running.id)
         assert len((await backend.logs(running.id, 1)).splitlines()) == 1
 
-    async def test_a_backend_that_is_let_go_of_leaves_it_running(self, again, machine):
-        async with again() as first:
-            server = Server(first, machine)
-            await server.start(GUARD)
-            await server.let_go()
-        async with again() as second:
-            assert (await second.inspect(machine.name)).state == "running"
 
-    # --- its end ---
+class RunningBox:
+    """A box that was claimed."""
 
-    async def test_nothing_is_left_of_what_was_stopped_and_stopping_it_again_is_fine(
-        self, backend, running, labels
-    ):
-        await backend.stop(running.id)
-        assert await backend.list(labels) == []
-        await backend.stop(running.id)
-        await backend.stop(running.machine.name)
-        with pytest.raises(NotFound):
-            await backend.inspect(running.machine.name)
+    def __init__(self, id, folder):
+        self.id = id
+        self.url = f"unix://{folder.run / 'box.sock'}"
+        self.token = new_id()
 
-    @pytest.mark.parametrize("call", ["start", "resume", "inspect"])
-    async def test_what_was_never_made_is_not_found(self, backend, call):
-        with pytest.raises(NotFound):
-            await getattr(backend, call)(f"agent-test-{new_id()}")
 
-    @pytest.mark.parametrize("call", ["stop", "pause", "logs"])
-    async def test_ending_what_was_never_made_is_fine(self, backend, call):
-        assert not await getattr(backend, call)(f"agent-test-{new_id()}")
+class BoxContract(MachineContract):
+    """Machines with a box, whose socket is in a folder of this machine."""
 
-    async def test_the_end_of_what_was_never_made_is_told_at_once(self, backend):
-        ending = await backend.wait(f"agent-test-{new_id()}")
-        assert (ending.cause, ending.exit_code) == ("engine", None)
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """Of the box."""
+        folder = BoxFolder(tmp_path / "box")
+        folder.make()
+        return folder
 
-    # --- whose it is ---
+    @pytest.fixture
+    async def running(self, backend, machine, folder):
+        """A box that was claimed."""
+        id = await backend.create(machine)
+        async with folder.ready() as said, asyncio.timeout(GUARD):
+            await backend.start(id)
+            assert await said == READY_LINE
+        box = RunningBox(id, folder)
+        async with connect(box.url) as connection:
+            claim = Claim(op_id=new_id(), instance=new_id(), token=box.token, env={"PATH": "/bin:/usr/bin"})
+            await connection.peer.call(claim)
+        return box
 
-    async def test_others_machines_are_not_listed(self, backend, running, labels):
-        name = next(iter(labels))
-        assert await backend.list({name: new_id()}) == []
-        assert running.machine.name in [found.name for found in await backend.list({name: None})]
+    async def works(self, running):
+        async with RemoteWorkspace(running.url, running.token) as workspace:
+            return (await workspace.execute("true")).exit_code == 0
+
+    async def test_only_what_was_given_a_port_has_an_endpoint(self, backend, running):
+        with pytest.raises(WorkspaceUnavailable):
+            await backend.endpoint(running.id, SERVER_PORT)

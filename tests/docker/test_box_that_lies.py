@@ -6,6 +6,7 @@ import pytest
 
 from agent_sdk.protocol.errors import ProfileMismatch, WorkspaceUnavailable
 from tests.docker.boxes import box, containers
+from workspaces.box.host import Once
 from workspaces.box.runtime import MOUNT, BoxRuntime
 from workspaces.box.sandboxes import Sandboxes, SandboxOptions
 
@@ -38,22 +39,20 @@ class Liar(BoxRuntime):
         return [*self.python(MOUNT), "-c", TOOLS + self.program]
 
 
-class SandboxesOfLiars(Sandboxes):
-    program = ""
-
-    async def runtime(self):
-        return Liar((await super().runtime()).path, self.program)
-
-
 @pytest.fixture
 async def sandboxes(tmp_path, box_runtime):
     (tmp_path / "boxes").mkdir()
-    async with SandboxesOfLiars(tmp_path, SandboxOptions(runtimes=box_runtime, linger=120.0)) as sandboxes:
+    async with Sandboxes(tmp_path, SandboxOptions(runtimes=box_runtime, linger=120.0)) as sandboxes:
         yield sandboxes
 
 
 async def refusal(sandboxes, engine, program, kind=WorkspaceUnavailable):
-    sandboxes.program = program
+    truth = await sandboxes.host.runtime()
+
+    async def runtime():
+        return Liar(truth.path, program)
+
+    sandboxes.host.runtime = Once(runtime)
     with pytest.raises(kind) as refused:
         async with box(sandboxes):
             pass

@@ -5,20 +5,23 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
-from tests.contract.backend import BackendContract
+from tests.contract.backend import BoxContract, ServerContract
+from tests.docker.images import BUSYBOX
 from tests.docker.places import limited
 from tests.docker.servers import SERVER
 from workspaces.backend import labels as names
-from workspaces.backend.contract import Machine, Storage
+from workspaces.backend.contract import FOLDER, OUTPUT, RUNTIME, WORKSPACE, Machine, Mount, Storage
 from workspaces.backend.docker.backend import DockerBackend
 from workspaces.backend.docker.engine import Engine
+from workspaces.box.runtime import box_runtime as make_runtime
 
 pytestmark = pytest.mark.docker
 
 
-class TestContainers(BackendContract):
+class Containers:
     @pytest.fixture
     async def backend(self, engine):
         return DockerBackend(engine)
@@ -36,9 +39,54 @@ class TestContainers(BackendContract):
     def labels(self, instance):
         return {names.INSTANCE: instance}
 
+
+class TestServers(Containers, ServerContract):
     @pytest.fixture
     def image(self):
         return SERVER
+
+
+class TestBoxes(Containers, BoxContract):
+    @pytest.fixture(params=["box", "task"])
+    async def described(self, request, labels, folder, tmp_path, box_runtime):
+        runtime = await make_runtime(box_runtime)
+        for name in ("workspace", "output", "tmp"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name).chmod(0o777)
+        options = ["--folder", FOLDER, "--root", "/", "--working-dir", WORKSPACE, "--linger", "60"]
+        as_user = ["--user", "root"] if request.param == "task" else []
+        ready = ["--spool", OUTPUT, "--ready", f"{FOLDER}/ready", "--seccomp", "--init"]
+        return Machine(
+            name=f"agent-test-{new_id()}",
+            labels=labels,
+            profile=request.param,
+            image=BUSYBOX,
+            command=(*runtime.entrypoint, *options, *as_user, *ready),
+            working_dir=WORKSPACE,
+            env={"PATH": "/bin"},
+            cpus=1.0,
+            memory=256 << 20,
+            pids=64,
+            mounts=(
+                Mount(str(tmp_path / "workspace"), WORKSPACE, here=True),
+                Mount(str(folder.run), FOLDER, here=True),
+                Mount(str(tmp_path / "output"), OUTPUT, here=True),
+                Mount(str(tmp_path / "tmp"), "/tmp", here=True),
+                Mount(str(runtime.path), RUNTIME, read_only=True, here=True),
+            ),
+            ports=(),
+        )
+
+    async def test_what_it_may_is_less_than_the_engine_gives_by_itself(self, engine, running, machine):
+        held = (await engine.inspect(running.id))["HostConfig"]
+        assert held["CapDrop"] == ["ALL"]
+        assert held["NetworkMode"] == "none"
+        assert held["ReadonlyRootfs"] == (machine.profile == "box")
+
+    async def test_what_somebody_has_changed_is_a_difference(self, backend, running, machine):
+        other = replace(machine, pids=63, mounts=machine.mounts[:-1])
+        found = await backend.differences(running.id, other)
+        assert [each.partition(":")[0] for each in found] == ["HostConfig.PidsLimit", "HostConfig.Mounts"]
 
 
 async def test_a_disk_of_which_nothing_else_is_left_is_found_by_its_owner_alone(engine, instance, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, WorkspaceUnavailable
 from tests.docker.places import limited, unlimited
-from workspaces.backend.docker.profiles import UID
+from workspaces.backend.contract import UID
 from workspaces.box.disks import Disks
 
 pytestmark = pytest.mark.docker

@@ -94,16 +94,17 @@ async def test_a_container_is_removed_once_however_many_remove_it(engine, instan
 async def test_a_paused_container_is_told_of_goes_on_and_can_be_removed(engine, instance):
     async with container(engine, instance) as id:
         await engine.start(id)
-        watch, seen = engine.watch(id), []
-        unpaused = asyncio.Event()
-        watch.on_change(seen.append)
-        watch.on_change(lambda change: change == "unpause" and unpaused.set())
-        await engine.pause(id)
-        await engine.pause(id)
-        await engine.unpause(id)
-        await engine.unpause(id)
-        await unpaused.wait()
-        assert seen == ["pause", "unpause"]
+        seen = []
+        with engine.happenings() as queue:
+            await engine.pause(id)
+            await engine.pause(id)
+            await engine.unpause(id)
+            await engine.unpause(id)
+            while seen[-1:] != ["unpause"]:
+                happened = await queue.get()
+                if happened is not None and happened.id == id:
+                    seen.append(happened.what)
+        assert [what for what in seen if what.endswith("pause")] == ["pause", "unpause"]
         await engine.pause(id)
 
 

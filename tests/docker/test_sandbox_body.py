@@ -11,27 +11,23 @@ from msgspec.structs import replace
 from agent_sdk.protocol.errors import ImageUnavailable
 from agent_sdk.protocol.results import Mount, Profile
 from agent_sdk.protocol.specs import Sandbox
-from workspaces.backend.docker.profiles import Bind, Parts, create_body, temporary
-from workspaces.box.verification import box_differences, engine_differences
+from workspaces.backend.contract import Image
+from workspaces.backend.docker.profiles import box_body, differences
+from workspaces.box.machine import Accounts, Places, box_machine, temporary
+from workspaces.box.verification import box_differences
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox_body.json"
 """Changed by hand only: it is what the isolation of sandboxes consists of."""
 
-PARTS = Parts(
-    image="sha256:0000",
-    image_environment=("PATH", "LD_PRELOAD", "PYTHONPATH"),
-    command=("/opt/agent/lib/ld.so", "python3"),
-    binds=(
-        Bind("/data/workspaces/c", "/workspace"),
-        Bind("/data/boxes/c/run", "/run/agent"),
-        Bind("/data/output/c", "/run/agent-output"),
-        Bind("/data/temporary/c/0", "/tmp"),
-        Bind("/data/runtime/0", "/opt/agent", read_only=True),
-        Bind("/data/boxes/c/etc/0", "/etc/passwd", read_only=True),
-        Bind("/data/boxes/c/etc/1", "/etc/group", read_only=True),
-    ),
-    labels={"io.agentserver.instance": "i"},
-    runtime="runc",
+IMAGE = Image(name="x", id="sha256:0000", env=("PATH=/x", "LD_PRELOAD=/x.so", "PYTHONPATH"))
+COMMAND = ("/opt/agent/lib/ld.so", "python3")
+PLACES = Places(
+    workspace=Path("/data/workspaces/c"),
+    output=Path("/data/output/c"),
+    temporary=(Path("/data/temporary/c/0"),),
+    folder=Path("/data/boxes/c/run"),
+    etc=Path("/data/boxes/c/etc"),
+    runtime=Path("/data/runtime/0"),
 )
 PROFILE = Profile(
     uid=10001,
@@ -63,8 +59,24 @@ PROFILE = Profile(
 )
 
 
-def body(parts=PARTS, **wanted):
-    return create_body(Sandbox(image="x", **wanted), parts)
+def machine(runtime="runc", **wanted):
+    return box_machine(
+        Sandbox(image="x", **wanted),
+        IMAGE,
+        Accounts(files=(("/etc/passwd", b""), ("/etc/group", b""))),
+        PLACES,
+        ["/tmp"],
+        name="agent-box-c",
+        labels={"io.agentserver.instance": "i"},
+        command=COMMAND,
+        linger=60.0,
+        runtime=runtime,
+    )
+
+
+def body(**wanted):
+    given = replace(machine(**wanted), command=COMMAND)  # without the options of a box
+    return box_body(given, lambda mount: (mount.source, "rprivate"))
 
 
 def test_the_request_is_the_frozen_one():
@@ -88,7 +100,7 @@ def test_variables_for_commands_are_not_in_the_configuration_of_the_container():
 
 def test_what_is_writable_and_does_not_last_is_temporary_folders_what_was_asked_for_and_volumes_of_the_image():
     asked = Sandbox(image="x", writable=("/home/me", "/data"))
-    assert temporary(asked, "x", ["/data", "/db", "/workspace", "/tmp"]) == [
+    assert temporary(asked, replace(IMAGE, volumes=("/data", "/db", "/workspace", "/tmp"))) == [
         "/tmp",
         "/home/me",
         "/data",
@@ -101,7 +113,7 @@ def test_what_is_writable_and_does_not_last_is_temporary_folders_what_was_asked_
 )
 def test_an_image_with_a_volume_where_none_can_be_is_refused(volume):
     with pytest.raises(ImageUnavailable, match="volume"):
-        temporary(Sandbox(image="x"), "x", [volume])
+        temporary(Sandbox(image="x"), replace(IMAGE, volumes=(volume,)))
 
 
 def test_what_an_engine_leaves_out_or_writes_as_nothing_is_no_difference():
@@ -111,7 +123,7 @@ def test_what_an_engine_leaves_out_or_writes_as_nothing_is_no_difference():
         "HostConfig": {**asked["HostConfig"], "Devices": None, "MemorySwap": -1},
     }
     del inspected["HostConfig"]["CapAdd"]
-    assert engine_differences(asked, inspected) == []
+    assert differences(asked, inspected) == []
 
 
 @pytest.mark.parametrize(
@@ -140,9 +152,7 @@ def test_what_an_engine_leaves_out_or_writes_as_nothing_is_no_difference():
 )
 def test_what_an_engine_makes_otherwise_is_a_difference(field, value):
     asked = body()
-    (difference,) = engine_differences(
-        asked, {"Config": asked, "HostConfig": {**asked["HostConfig"], field: value}}
-    )
+    (difference,) = differences(asked, {"Config": asked, "HostConfig": {**asked["HostConfig"], field: value}})
     assert difference.startswith(f"HostConfig.{field}: ")
 
 
@@ -150,11 +160,11 @@ def test_what_an_engine_makes_of_the_configuration_counts_as_well():
     asked = body()
     for field, value in (("User", "root"), ("Entrypoint", ["/bin/sh"]), ("Env", ["LD_PRELOAD=/x.so"])):
         inspected = {"Config": {**asked, field: value}, "HostConfig": asked["HostConfig"]}
-        assert len(engine_differences(asked, inspected)) == 1
+        assert len(differences(asked, inspected)) == 1
 
 
 def test_a_box_that_finds_what_was_asked_for_has_no_differences():
-    assert box_differences(body(), PROFILE) == []
+    assert box_differences(machine(), PROFILE) == []
 
 
 @pytest.mark.parametrize(
@@ -180,15 +190,15 @@ def test_a_box_that_finds_what_was_asked_for_has_no_differences():
     ],
 )
 def test_what_a_box_finds_otherwise_is_a_difference(found):
-    assert len(box_differences(body(), replace(PROFILE, **found))) == 1
+    assert len(box_differences(machine(), replace(PROFILE, **found))) == 1
 
 
 def test_a_box_that_does_not_say_what_it_finds_is_not_believed():
-    assert box_differences(body(), None) != []
+    assert box_differences(machine(), None) != []
 
 
 def test_a_runtime_with_a_kernel_of_its_own_is_asked_for_less():
-    asked = body(replace(PARTS, runtime="runsc"))
+    asked = machine("runsc")
     seen = replace(
         PROFILE, seccomp=0, seccomp_filters=0, no_new_privileges=False, pids_max=None, memory_max=None
     )

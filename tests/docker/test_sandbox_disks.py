@@ -17,8 +17,8 @@ pytestmark = pytest.mark.docker
 @pytest.fixture
 async def sandboxes(opened):
     async with opened() as sandboxes:
-        await sandboxes.engine()
-        if sandboxes.disk("one")[0] == "none":
+        await sandboxes.host.backend()
+        if sandboxes.host.disks.mechanism == "none":
             pytest.skip("this machine cannot limit a workspace")
         yield sandboxes
 
@@ -38,7 +38,7 @@ async def test_commands_cannot_write_more_than_the_workspace_may_hold(sandboxes)
         )
         assert "No space left on device" in filled
         assert filled.endswith("ok\n")
-        mechanism, occupied, most = sandboxes.disk("one")
+        mechanism, (occupied, most) = sandboxes.host.disks.mechanism, sandboxes.host.disks.used("one")
         assert (mechanism, most) == ("ext4-loop", 32 << 20)
         assert 0 < occupied < most
 
@@ -99,7 +99,8 @@ async def test_a_limit_is_refused_where_workspaces_have_none(opened):
             await sandboxes.admit(Sandbox(image=BUSYBOX, disk="64m"))
         async with box(sandboxes) as free:
             assert await said(free, "echo works >file; cat file") == "works\n"
-            assert sandboxes.disk("one") == ("none", None, None)
+            disks = sandboxes.host.disks
+            assert (disks.mechanism, disks.used("one")) == ("none", None)
             assert (
                 "engine_found",
                 {"disk_quota": "none", "reason": "it is switched off"},

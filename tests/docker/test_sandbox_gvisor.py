@@ -8,6 +8,7 @@ from agent_sdk import RemoteWorkspace
 from agent_sdk.protocol.errors import IsolationUnavailable
 from tests.docker.boxes import box, containers, said, sandboxes_in
 from tests.docker.engine_process import EngineProcess
+from workspaces.backend.docker.engine import Engine
 
 pytestmark = pytest.mark.docker
 
@@ -65,4 +66,5 @@ async def test_one_that_nothing_can_reach_is_refused_before_anything_starts(tmp_
         with pytest.raises(IsolationUnavailable, match="--host-uds=all and --host-fifo=open"):
             async with box(sandboxes, runtime="runsc"):
                 pass
-        assert await containers(await sandboxes.engine(), sandboxes) == []
+        async with Engine(process.url) as engine:
+            assert await containers(engine, sandboxes) == []

@@ -13,8 +13,7 @@ from tests.docker.sandboxes import sandbox
 from tests.docker.test_sandbox_body import PROFILE
 from tests.docker.test_sandbox_images import image as image
 from tests.docker.test_sandbox_images import refused
-from workspaces.backend.docker.mounts import Source, sources
-from workspaces.box.verification import mount_differences
+from workspaces.box.verification import Source, mount_differences, sources
 
 pytestmark = pytest.mark.docker
 
@@ -49,7 +48,7 @@ async def test_a_folder_swapped_for_a_symlink_is_refused_at_the_next_start(start
 
 async def test_a_folder_swapped_while_the_container_starts_is_noticed_before_anything_runs(opened, shared):
     async with opened(mounts=(str(shared),)) as sandboxes:
-        create = sandboxes.labels
+        create = sandboxes.host.labels
 
         def swap_then(owner):
             (shared / "a").rename(shared / "away")
@@ -57,7 +56,7 @@ async def test_a_folder_swapped_while_the_container_starts_is_noticed_before_any
             (shared / "a" / "b").symlink_to("/etc")
             return create(owner)
 
-        sandboxes.labels = swap_then  # called when what is mounted was looked at already
+        sandboxes.host.labels = swap_then  # called when what is mounted was looked at already
         with pytest.raises(ProfileMismatch, match="what is mounted at /data is not what was allowed"):
             async with box(sandboxes, mounts=(f"{shared}/a/b:/data",)):
                 pass

@@ -177,7 +177,7 @@ async def test_a_root_that_the_engine_cannot_limit_after_all_is_told_to_have_no_
         box(sandboxes, profile="task", disk="32m") as started,
         RemoteWorkspace(started.url, started.token) as workspace,
     ):
-        assert (await sandboxes.engine()).info.limits_roots
+        assert (await sandboxes.host.backend()).root_limit
         assert (await started.completed(await workspace.describe())).root_quota == "none"
         filled = await workspace.execute("dd if=/dev/zero of=/x bs=1M count=48 && echo more")
         assert filled.stdout == "more\n"

@@ -7,12 +7,14 @@ whichever moment: making it again finds it, and what nobody has on record is fou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
 from msgspec import Struct
 
 from agent_sdk.protocol.errors import InvalidParams
+from agent_sdk.protocol.results import Usage
 
 KEY_NAME = "AGENT_SERVER_API_KEY"
 """The variable in which an agent server finds its key."""
@@ -20,12 +22,27 @@ SERVER_PORT = 8000
 """Where an agent server listens in its machine."""
 SERVER_LEAST_MEMORY = 64 << 20
 LEAST_CPUS, MOST_CPUS = 0.01, 1024
+UID = 10001
+"""Of whatever runs in the machine of a box, as its user and its group; in that of a task its commands choose."""
+HOSTNAME = "sandbox"
+"""Of the machine of a box."""
+WORKSPACE, FOLDER, OUTPUT, RUNTIME = "/workspace", "/run/agent", "/run/agent-output", "/opt/agent"
+"""What is mounted into the machine of a box: its workspace, its socket, what commands say, and what it runs."""
+TEMPORARY = ("/run",)
+"""What every machine of a box has besides, in memory."""
+KERNEL = ("/proc", "/sys", "/dev")
+LEAST_MEMORY = "32m"
+"""Of the machine of a box."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{1,127}")
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 Can = Literal["freeze", "folders", "disk_limit", "isolate", "snapshot", "migrate"]
 """`freeze`: what is paused keeps its memory. `folders`: folders of the client's machine can be mounted.
 `disk_limit`: what is stored can be limited. `isolate`: a machine can have a `runtime` of its own."""
+Profile = Literal["server", "box", "task"]
+"""Which hardening a machine gets. `server`: it runs an agent server, and commands as other users than that. `box`: it
+runs a box, as one user without capabilities, and its root is read-only. `task`: so does it, but its root is that of the
+image and writable, and commands may be run as anybody."""
 State = Literal["created", "running", "paused", "ended", "data"]
 """`data`: nothing is left of it but what it has stored."""
 Cause = Literal["exit", "oom", "killed", "engine"]
@@ -41,6 +58,8 @@ class Mount(Struct, frozen=True):
     source: str
     target: str
     read_only: bool = False
+    here: bool = False
+    """Whether the source is named as this process sees it, which a backend may see elsewhere."""
 
     @property
     def is_folder(self) -> bool:
@@ -75,14 +94,40 @@ class Storage(Struct, frozen=True):
     """Bytes that it may take, where the backend can limit them; None: no limit."""
 
 
+class Image(Struct, frozen=True, kw_only=True):
+    """An image that is there, as far as the backend can look into it."""
+
+    name: str
+    """As it was asked for."""
+    id: str
+    """Of its content: another image that gets its name has another one."""
+    digest: str = ""
+    """By which a registry knows it; empty for one that was made here."""
+    os: str = ""
+    arch: str = ""
+    size: int = 0
+    """Bytes."""
+    volumes: tuple[str, ...] = ()
+    user: str = ""
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    working_dir: str = ""
+
+
+Look = Callable[[str, int], Awaitable[tuple[str, bytes]]]
+"""Called with a path of an image and a number of bytes: returns where the path leads to, and the content if that is a
+file that is not longer. Raises NotFound."""
+
+
 class Machine(Struct, frozen=True, kw_only=True):
     """What a machine is to be, in no engine's words. One that makes no sense cannot be described."""
 
     name: str
     labels: Mapping[str, str]
     """By which it is found again; at least the one of its owner."""
-    profile: Literal["server"] = "server"
-    """Which hardening it gets, and what it runs where it says nothing itself: an agent server."""
+    profile: Profile = "server"
+    """Which hardening it gets."""
     image: str = ""
     platform: str | None = None
     """E.g. `linux/amd64`; None: the backend's own."""
@@ -96,6 +141,8 @@ class Machine(Struct, frozen=True, kw_only=True):
     group: int | None = None
     """A further group of its process, which may write what is mounted and stored."""
     env: Mapping[str, str] = {}
+    without_env: tuple[str, ...] = ()
+    """Variables of the image that it does not get: a LD_PRELOAD would be obeyed before any of our code runs."""
     secret_env: Mapping[str, str] = {}
     """What nobody but the machine should see, where the backend can hide it."""
     cpus: float | None = None
@@ -108,6 +155,10 @@ class Machine(Struct, frozen=True, kw_only=True):
     runtime: str | None = None
     """The backend's word for how it is isolated, e.g. `runsc`; None: its default."""
     mounts: tuple[Mount, ...] = ()
+    volumes: tuple[str, ...] = ()
+    """Folders with what the image has there, which are writable and go with it."""
+    root_size: int | None = None
+    """Bytes that it may write into its root, where that is writable; None: no limit."""
     storage: Storage | None = None
     ports: tuple[int, ...] = (SERVER_PORT,)
     """What `endpoint` leads to; the first is the server's."""
@@ -126,6 +177,8 @@ class Machine(Struct, frozen=True, kw_only=True):
             raise InvalidParams(
                 f"name: {self.name!r} is no name of a container; use letters, digits, dots, - and _"
             )
+        if self.profile != "server":
+            return  # a Sandbox has checked the rest
         if self.memory is not None and self.memory < SERVER_LEAST_MEMORY:
             raise InvalidParams(f"memory: {self.memory} bytes are too few; give it 64m or more")
         if self.cpus is not None and not LEAST_CPUS <= self.cpus <= MOST_CPUS:
@@ -185,6 +238,34 @@ class Backend(Protocol):
 
     can: frozenset[Can]
     """What it is able to do; asked first: nothing weaker is taken instead."""
+    cpus: int
+    """Of the machine it runs on; 0: nobody knows."""
+    memory: int
+    """Bytes of that machine; 0: nobody knows."""
+    root_limit: str
+    """What limits the writable root of a machine; empty: nothing does."""
+    unseen: str
+    """Why it does not see what is mounted on this machine; empty: it does."""
+
+    def check_runtime(self, name: str) -> None:
+        """Check that machines can be isolated like that.
+
+        Raises:
+            IsolationUnavailable: they cannot; no other way takes its place.
+        """
+        ...
+
+    async def image(self, name: str, *, pull: Pull = "missing", platform: str | None = None) -> Image:
+        """Return an image, had from where it is kept if it is missing or another one is wanted.
+
+        Raises:
+            ImageUnavailable: it is not there and cannot be had.
+        """
+        ...
+
+    def looking(self, image: Image) -> AbstractAsyncContextManager[Look]:
+        """Look into an image of which nothing runs, for the length of a block."""
+        ...
 
     async def create(self, machine: Machine, on_progress: OnProgress | None = None) -> str:
         """Make a machine that does not run yet, and return its id; one of this name and owner is taken as it is.
@@ -197,6 +278,10 @@ class Backend(Protocol):
             InvalidParams: a network, a volume or a path that cannot be used.
             WorkspaceUnavailable: the name is somebody else's, …
         """
+        ...
+
+    async def differences(self, id: str, machine: Machine) -> list[str]:
+        """Return in what it is another one than was described, by the backend's account, one phrase each."""
         ...
 
     async def start(self, id: str) -> None:
@@ -246,6 +331,21 @@ class Backend(Protocol):
 
     async def list(self, labels: Mapping[str, str | None]) -> list[Found]:
         """Return the machines with these labels, with any value where that is None, whatever their state."""
+        ...
+
+    def events(self, labels: Mapping[str, str | None]) -> AsyncIterator[Found]:
+        """Yield the machines with these labels: all there are, and from then on each whenever its state has changed.
+
+        All are told again when something may have been missed. Close the iterator to end it.
+        """
+        ...
+
+    async def usage(self, id: str) -> Usage:
+        """Return what it uses at this moment, as far as somebody knows.
+
+        Raises:
+            NotFound: there is none.
+        """
         ...
 
     async def inspect(self, id: str) -> Facts:

@@ -3,6 +3,9 @@
 Foreign ones have none of them, and are never touched.
 """
 
+from collections.abc import Mapping
+
+OURS = "io.agentserver."
 INSTANCE = "io.agentserver.instance"
 """Id of whoever owns it: the data folder of a server, a DockerWorkspace, a Runtime API."""
 ROLE = "io.agentserver.role"
@@ -24,3 +27,8 @@ NOT_GIVEN = {EXPIRES: "", OWNER: ""}
 """What a container that is made without these gets: its image may have them, too, and it would be removed by them."""
 CREATE = "io.agentserver.create"
 """Names one call of `Engine.create`, so that what it made is found when its answer is lost."""
+
+
+def has(labels: Mapping[str, str], wanted: Mapping[str, str | None]) -> bool:
+    """Return whether these labels are among them, with any value where that is None."""
+    return all(name in labels and value in (None, labels[name]) for name, value in wanted.items())

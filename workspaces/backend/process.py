@@ -1,10 +1,10 @@
-"""Processes of this machine as a backend, for where there is no container engine: each an agent server of its own.
+"""Processes of this machine as a backend, for where there is no container engine: agent servers, and boxes.
 
 A machine has a folder: `machine.json` says what it is to be and is written before anything is started, `process.json`
 which process it is, `server.log` is its standard error, and `data` is what it stores. Its name stands in its
-environment, so it is found even when nobody came to write down its number. It listens on the loopback, on a port that
-the kernel chooses. Image, command, user, processors and memory are not looked at: it runs what runs here, as this user.
-So its variables are the commands', whatever command it was to run.
+environment, so it is found even when nobody came to write down its number. A server listens on the loopback, on a port
+that the kernel chooses. Image, user, processors and memory are not looked at: it runs what runs here, as this user; and
+nothing of a hardening is in force. The variables of a server are the commands', whatever command it was to run.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +25,7 @@ from msgspec import Struct
 import agent_sdk
 from agent_sdk.cancellation import to_its_end
 from agent_sdk.protocol.errors import InvalidParams, NotFound, WorkspaceUnavailable
+from agent_sdk.protocol.results import Usage
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.environment import packed
 from agent_sdk.workspace.process_tree import Tree, end_tree
@@ -35,11 +36,15 @@ from workspaces.backend.contract import (
     Ending,
     Facts,
     Found,
+    Image,
+    Look,
     Machine,
     OnProgress,
+    Pull,
     State,
     one_line,
 )
+from workspaces.backend.labels import has
 from workspaces.backend.records import Identity, last_lines, read_record, write_record
 
 MARKER = "AGENT_RUNTIME"
@@ -73,6 +78,8 @@ class ProcessBackend(Backend):
     """Machines that are processes. Entering takes nothing, leaving lets go of all: they go on."""
 
     can: frozenset[Can] = frozenset()
+    cpus = memory = 0
+    root_limit = unseen = ""
 
     def __init__(
         self,
@@ -95,6 +102,8 @@ class ProcessBackend(Backend):
         self._prefix = prefix
         self._end_rest = end_rest
         self._children: dict[str, Child] = {}
+        self._queues: set[asyncio.Queue[Found]] = set()
+        """Of whoever is told of changes."""
 
     def __repr__(self) -> str:
         return f"<ProcessBackend in {self._folder}>"
@@ -107,11 +116,28 @@ class ProcessBackend(Backend):
             child.let_go()
         self._children.clear()
 
+    def check_runtime(self, name: str) -> None:
+        pass
+
+    async def image(self, name: str, *, pull: Pull = "missing", platform: str | None = None) -> Image:
+        return Image(name=name, id=name)
+
+    @asynccontextmanager
+    async def looking(self, image: Image) -> AsyncIterator[Look]:
+        async def look(path: str, most: int) -> tuple[str, bytes]:
+            raise NotFound(f"a process has no image, and so no {path}")
+
+        yield look
+
     # --- its start ---
 
     async def create(self, machine: Machine, on_progress: OnProgress | None = None) -> str:
         await in_thread(self._write_down, machine)
+        self._tell(machine, "created")
         return machine.name
+
+    async def differences(self, id: str, machine: Machine) -> list[str]:
+        return []
 
     def _write_down(self, machine: Machine) -> None:
         place = self._place(machine.name)
@@ -119,7 +145,7 @@ class ProcessBackend(Backend):
         found = read_record(place / MACHINE, Machine)
         if found is None:
             write_record(place / MACHINE, machine)
-        elif not _has(found.labels, machine.labels):
+        elif not has(found.labels, machine.labels):
             raise InvalidParams(f"name: there is a machine {machine.name} of somebody else")
 
     async def start(self, id: str) -> None:
@@ -140,9 +166,16 @@ class ProcessBackend(Backend):
             raise
 
     async def _start(self, machine: Machine) -> None:
+        if machine.profile != "server":  # whoever uses it learns from itself when it is ready
+            try:
+                child = self._hold(machine, self._spawn(machine, None))
+            except OSError as exc:
+                raise WorkspaceUnavailable(f"it did not start: {exc.strerror}", phase="start") from None
+            await in_thread(write_record, self._place(machine.name) / PROCESS, Record(child.identity, ""))
+            return
         reading, writing = os.pipe()
         try:
-            child = self._children[machine.name] = self._spawn(machine, writing)
+            child = self._hold(machine, self._spawn(machine, writing))
         except OSError as exc:
             os.close(reading)
             raise WorkspaceUnavailable(f"the server did not start: {exc.strerror}", phase="start") from None
@@ -159,22 +192,36 @@ class ProcessBackend(Backend):
             ) from None
         await in_thread(write_record, self._place(machine.name) / PROCESS, Record(child.identity, url))
 
-    def _spawn(self, machine: Machine, stdout: int) -> Child:
-        place = self._place(machine.name)
+    def _spawn(self, machine: Machine, stdout: int | None) -> Child:
+        place, beside = self._place(machine.name), Path(agent_sdk.__file__).parent.parent
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         log = os.open(place / LOG, flags, 0o600)
-        command = [sys.executable, "-m", "agent_server", "serve", "--json", "--host", "127.0.0.1"]
+        command, own = list(machine.command or ()), {**machine.env, **machine.secret_env}
+        if machine.profile == "server":
+            command = [sys.executable, "-m", "agent_server", "serve", "--json", "--host", "127.0.0.1"]
+            command += ["--port", "0", "--data", str(place / DATA)]
+            own = {**_variables(machine), **OPTIONS}
         try:
             return Child.start(
-                [*command, "--port", "0", "--data", str(place / DATA)],
+                command,
                 # Beside the package, so that `-m` finds it however it was installed.
-                cwd=Path(agent_sdk.__file__).parent.parent,
-                environment={**self._environment, **_variables(machine), **OPTIONS, MARKER: machine.name},
-                stdout=stdout,
+                cwd=Path(machine.working_dir or beside) if machine.profile != "server" else beside,
+                environment={**self._environment, **own, MARKER: machine.name},
+                stdout=log if stdout is None else stdout,
                 stderr=log,
             )
         finally:
             os.close(log)
+
+    def _hold(self, machine: Machine, child: Child) -> Child:
+        self._children[machine.name] = child
+        child.ended.add_done_callback(lambda _: self._tell(machine, "ended"))
+        self._tell(machine, "running")
+        return child
+
+    def _tell(self, machine: Machine, state: State) -> None:
+        for queue in self._queues:
+            queue.put_nowait(Found(machine.name, machine.name, machine.labels, state))
 
     # --- its life ---
 
@@ -191,8 +238,8 @@ class ProcessBackend(Backend):
     async def endpoint(self, id: str, port: int) -> str:
         await self._machine(id)
         record = await in_thread(read_record, self._place(id) / PROCESS, Record)
-        if record is None or await self._find(id) is None:
-            raise WorkspaceUnavailable(f"the server of {id} does not run", phase="ready")
+        if record is None or not record.url or await self._find(id) is None:
+            raise WorkspaceUnavailable(f"no server of {id} runs", phase="ready")
         return record.url
 
     async def pause(self, id: str) -> None:
@@ -221,7 +268,24 @@ class ProcessBackend(Backend):
             Found(machine.name, machine.name, machine.labels, await self._state(machine.name))
             for machine in await in_thread(self._machines)
         ]
-        return [each for each in found if _has(each.labels, labels)]
+        return [each for each in found if has(each.labels, labels)]
+
+    async def events(self, labels: Mapping[str, str | None]) -> AsyncIterator[Found]:
+        queue: asyncio.Queue[Found] = asyncio.Queue()
+        self._queues.add(queue)
+        try:
+            for found in await self.list(labels):
+                yield found
+            while True:
+                found = await queue.get()
+                if has(found.labels, labels):
+                    yield found
+        finally:
+            self._queues.discard(queue)
+
+    async def usage(self, id: str) -> Usage:
+        await self._machine(id)
+        return Usage()
 
     async def _state(self, id: str) -> State:
         if await self._find(id) is not None:
@@ -277,9 +341,11 @@ class ProcessBackend(Backend):
         child = self._children.get(id)
         if child is None:
             record = await in_thread(read_record, self._place(id) / PROCESS, Record)
+            machine = await in_thread(read_record, self._place(id) / MACHINE, Machine)
             child = self._children.get(id)
-            if child is None and record is not None and (child := Child.find(record.identity)) is not None:
-                self._children[id] = child
+            if child is None and record is not None and machine is not None:
+                found = Child.find(record.identity)
+                child = None if found is None else self._hold(machine, found)
         return None if child is None or child.ended.done() else child
 
 
@@ -304,7 +370,3 @@ def _remove(place: Path, keep_data: bool) -> None:
             (place / name).unlink(missing_ok=True)
         with suppress(OSError):  # somebody else keeps something there, too
             place.rmdir()
-
-
-def _has(labels: Mapping[str, str], wanted: Mapping[str, str | None]) -> bool:
-    return all(name in labels and value in (None, labels[name]) for name, value in wanted.items())

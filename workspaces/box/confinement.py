@@ -25,7 +25,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import IsolationUnavailable, PathDenied
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.users import fsuid
-from workspaces.backend.docker.accounts import with_user
+from workspaces.box.machine import with_user
 from workspaces.box.runtime import MOUNT, BoxRuntime, box_runtime
 
 Isolation = Literal["none", "user", "bwrap"]

@@ -10,9 +10,9 @@ import asyncio
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from msgspec.structs import replace
 
@@ -31,25 +31,12 @@ from agent_sdk.protocol.results import Usage, WorkspaceInfo
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.connection import connect
 from agent_sdk.workspace.disk import in_thread
-from workspaces.backend.docker.accounts import Accounts, check_targets
-from workspaces.backend.docker.engine_info import usable_runtime
-from workspaces.backend.docker.mounts import Source, sources
-from workspaces.backend.docker.profiles import SEALED, create_body, temporary
+from workspaces.backend.contract import Backend, Ending, Image, Machine, State
 from workspaces.box.contract import Box
-from workspaces.box.folder import READY_LINE, BoxFolder, Record
-from workspaces.box.parts import box_parts, command_environment
-from workspaces.box.site import Site
-from workspaces.box.verification import (
-    OWN_KERNEL,
-    Ending,
-    box_differences,
-    engine_differences,
-    mount_differences,
-)
-
-if TYPE_CHECKING:
-    from workspaces.backend.docker.engine import Death, Engine, Watch
-    from workspaces.backend.docker.images import Image
+from workspaces.box.folder import READY_LINE, Record
+from workspaces.box.host import SandboxHost
+from workspaces.box.machine import Accounts, box_machine, check_targets, command_environment, temporary
+from workspaces.box.verification import OWN_KERNEL, Source, box_differences, mount_differences, sources
 
 READY_SECONDS = 30.0
 CLAIM_SECONDS = 10.0
@@ -58,6 +45,9 @@ LEAST_LINGER = 5.0
 """Seconds: between its claim and the connection of whoever uses it, it is alone for a moment."""
 USAGE_SECONDS = 2.0
 SHOWN_DIFFERENCES = 20
+_SIGNALS: Mapping[int | None, str] = {128 + 9: "SIGKILL", 128 + 15: "SIGTERM"}
+SEALED = 4_000_000_000
+"""Owns the folder of the socket of a task, whose commands may be anybody with a lower number."""
 
 
 class BoxContainer(Box):
@@ -65,8 +55,7 @@ class BoxContainer(Box):
 
     def __init__(
         self,
-        site: Site,
-        folder: BoxFolder,
+        host: SandboxHost,
         owner: str,
         spec: Sandbox,
         *,
@@ -76,8 +65,7 @@ class BoxContainer(Box):
         """Describe it.
 
         Args:
-            site: what it shares with others.
-            folder: its own, made at its start and removed at its end.
+            host: what it shares with others.
             owner: whose workspace it serves.
             spec: what was asked for.
             instance: its name.
@@ -86,42 +74,41 @@ class BoxContainer(Box):
         self.instance = instance
         self.owner = owner
         self.spec = spec
-        self._site = site
-        self._folder = folder
+        self._host = host
+        self._folder = host.folder(owner)
         self._waiting = waiting
         self._record: Record | None = None
         self._image: Image | None = None
         self._accounts = Accounts()
         self._sources: tuple[Source, ...] = ()
-        self._body: dict[str, Any] = {}
+        self._machine: Machine | None = None
         self._id: str | None = None
-        self._watch: Watch | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._socket = -1
-        self._ending = Ending()
+        self._cause, self._words = "engine", ""
         self._listener: Callable[[bool], None] = lambda frozen: None
         self._frozen = False
         self._unknown = False
         """Whether there may be a container on record that nobody could look for: then it is left alone."""
-        self._expected: Counter[str] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._expected: Counter[State] = Counter()
+        self._killing: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    async def find(cls, site: Site, folder: BoxFolder, owner: str) -> Self | None:
-        """Return the box whose record is in this folder; one that has ended is `ended`, and wants to be cleaned up.
+    async def find(cls, host: SandboxHost, owner: str) -> Self | None:
+        """Return the box of this owner that is on record; one that has ended is `ended`, and wants to be cleaned up.
 
         Raises:
             EngineUnavailable: nobody knows whether it lives.
         """
-        record = folder.read()
+        record = host.folder(owner).read()
         if record is None:
             return None
-        box = cls(site, folder, owner, record.spec, instance=record.instance)
+        box = cls(host, owner, record.spec, instance=record.instance)
         try:
             await box._attach(record)
         except WorkspaceLost as exc:
-            if not box._ending.words:
-                box._ending = Ending(words=exc.message)
+            box._words = box._words or exc.message
             if not box._ended.done():
                 box._ended.set_result(None)
         return box
@@ -145,10 +132,10 @@ class BoxContainer(Box):
 
     @property
     def cause(self) -> str:
-        return self._ending.cause
+        return self._cause
 
     def last_words(self) -> str:
-        return self._ending.words
+        return self._words
 
     # --- its start ---
 
@@ -185,7 +172,7 @@ class BoxContainer(Box):
 
     async def _take_over(self) -> bool:
         """Become a box that waits already; those that turn out to be no good are ended."""
-        engine = await self._site.engine()
+        backend = await self._host.backend()
         while (box := self._waiting(self.owner, self.spec)) is not None:
             try:
                 await box.become(self)
@@ -194,11 +181,16 @@ class BoxContainer(Box):
                 if isinstance(exc, AgentServerError):
                     continue
                 raise
-            self._record, self._image, self._body, self._id = box._record, box._image, box._body, box._id
+            self._record, self._image, self._machine, self._id = (
+                box._record,
+                box._image,
+                box._machine,
+                box._id,
+            )
             self._accounts = box._accounts
             self._socket, box._socket = box._socket, -1
             box.let_go()
-            self._follow(engine)
+            self._follow(backend)
             return True
         return False
 
@@ -209,64 +201,53 @@ class BoxContainer(Box):
             WorkspaceUnavailable: it is no good any more; it has to be ended.
         """
         assert self._record is not None and self._image is not None
-        engine = await self._site.engine()
-        image = await engine.image(other.spec.image, pull="never", platform=other.spec.platform)
+        backend = await self._host.backend()
+        image = await backend.image(other.spec.image, pull="never", platform=other.spec.platform)
         if image.id != self._image.id:
             raise WorkspaceUnavailable("another image has its name by now", phase="claim")
         self._keep(replace(self._record, instance=other.instance, spec=other.spec))
-        self._folder = await self._site.hand_over(self.owner, other.owner)
+        self._folder = await self._host.hand_over(self.owner, other.owner)
         self.owner, self.spec, self.instance = other.owner, other.spec, other.instance
         await self.claim()
 
     async def launch(self) -> None:
         """Have it run and listen, without an identity yet. What raises leaves it to `end`."""
-        engine = await self._site.engine()
+        backend = await self._host.backend()
         if (left := self._folder.read()) is not None:
-            await engine.remove(left.container)
-        runtime = usable_runtime(engine.info, self.spec.runtime or self._site.preferred_runtime)
-        binary = await self._site.runtime()
-        self._image = await engine.image(self.spec.image, pull=self.spec.pull, platform=self.spec.platform)
-        name = f"agent-box-{self.instance}"
-        record = Record(
-            instance=self.instance,
-            container=name,
-            spec=self.spec,
-            image=self._image.id,
-            runtime=runtime,
-            token=secrets.token_urlsafe(24),
-        )
+            await backend.stop(left.container)
+        runtime = self.spec.runtime or self._host.options.runtime
+        backend.check_runtime(runtime)
+        binary = await self._host.runtime()
+        image = await backend.image(self.spec.image, pull=self.spec.pull, platform=self.spec.platform)
         self._folder.make()
         is_task = self.spec.profile == "task"
-        self._accounts = Accounts() if is_task else await self._site.accounts(self._image)
+        self._accounts = Accounts() if is_task else await self._host.accounts(image)
         self._folder.lay_out(content for _, content in self._accounts.files)
-        folders = temporary(self.spec, self._image.id, self._image.volumes)[: 1 if is_task else None]
-        await check_targets(
-            engine, self._image, [*folders[1:], *(each.split(":")[1] for each in self.spec.mounts)]
-        )
-        self._sources = await in_thread(sources, self.spec.mounts, self._site.allowed_mounts)
-        at_hand = self._site.at_hand(self.owner, self.spec, len(folders))
+        folders = temporary(self.spec, image)[: 1 if is_task else None]
+        mounted = [each.split(":")[1] for each in self.spec.mounts]
+        await check_targets(backend, image, [*folders[1:], *mounted])
+        self._sources = await in_thread(sources, self.spec.mounts, self._host.options.mounts)
+        at_hand = self._host.at_hand(self.owner, self.spec, len(folders))
         async with at_hand as places, self._folder.ready() as said:
-            limited = is_task and engine.info.limits_roots and places.size > 0
-            parts = box_parts(
-                self._image,
-                self._accounts,
-                tuple(zip(places.temporary, folders, strict=True)),
-                self.spec,
-                places,
-                command=binary.entrypoint,
-                linger=max(self._site.linger, LEAST_LINGER),
-                labels=self._site.labels(self.owner),
-                runtime=runtime,
-                storage={"size": str(places.size)} if limited else {},
+            self._image, self._machine = (
+                image,
+                box_machine(
+                    self.spec,
+                    image,
+                    self._accounts,
+                    places,
+                    folders,
+                    name=f"agent-box-{self.instance}",
+                    labels=self._host.labels(self.owner),
+                    command=binary.entrypoint,
+                    linger=max(self._host.options.linger, LEAST_LINGER),
+                    runtime=runtime,
+                ),
             )
-            self._body = create_body(self.spec, parts)
-            self._keep(
-                replace(record, root_quota=engine.info.driver if limited else "none" if is_task else "")
-            )
-            self._id = await self._create(engine, name)
-            self._follow(engine)
+            self._id = await self._create(backend)
+            self._follow(backend)
             try:
-                await engine.start(self._id)
+                await backend.start(self._id)
             except NotFound:
                 raise WorkspaceUnavailable(
                     "somebody removed the container of the sandbox while it started; try again", phase="start"
@@ -275,16 +256,28 @@ class BoxContainer(Box):
         self._folder.seal(SEALED if is_task else None)
         self._socket = self._folder.open_socket()
 
-    async def _create(self, engine: Engine, name: str) -> str:
-        """Create it; where the engine cannot limit its root after all that is so, and said."""
+    async def _create(self, backend: Backend) -> str:
+        """Put it on record and create it; where its root cannot be limited after all that is so, and said."""
+        assert self._machine is not None and self._image is not None
+        limited = self._machine.root_size is not None
+        self._keep(
+            Record(
+                instance=self.instance,
+                container=self._machine.name,
+                spec=self.spec,
+                image=self._image.id,
+                runtime=self._machine.runtime or "",
+                token=secrets.token_urlsafe(24),
+                root_quota=backend.root_limit if limited else "none" if self.spec.profile == "task" else "",
+            )
+        )
         try:
-            return await engine.create(name, self._body, platform=self.spec.platform)
+            return await backend.create(self._machine)
         except IsolationUnavailable:
-            if not self._body["HostConfig"]["StorageOpt"] or self._record is None:
+            if not limited:
                 raise
-        self._body["HostConfig"]["StorageOpt"] = {}
-        self._keep(replace(self._record, root_quota="none"))
-        return await engine.create(name, self._body, platform=self.spec.platform)
+        self._machine = replace(self._machine, root_size=None)
+        return await self._create(backend)
 
     async def claim(self) -> None:
         """Give it its identity, and see that all is in force that was asked for.
@@ -292,9 +285,10 @@ class BoxContainer(Box):
         Raises:
             ProfileMismatch: it is not; details: differences. WorkspaceUnavailable: it is no box.
         """
-        assert self._record is not None and self._image is not None and self._id is not None
+        assert self._record is not None and self._image is not None
+        assert self._machine is not None and self._id is not None
         env = command_environment(self._image, self._accounts, self.spec)
-        env = {**env, **self._site.environment, **self.spec.env}
+        env = {**env, **self._host.options.environment, **self.spec.env}
         call = Claim(op_id=new_id(), instance=self.instance, token=self.token, env=env)
         try:
             async with asyncio.timeout(CLAIM_SECONDS), connect(self.url) as connection:
@@ -302,8 +296,9 @@ class BoxContainer(Box):
         except (AgentServerError, TimeoutError) as exc:  # whatever it says: it is no error of ours
             why = " ".join(str(exc).split())[:200] or f"not within {CLAIM_SECONDS:.0f} s"
             raise WorkspaceUnavailable(f"the box did not answer: {why}", phase="claim") from None
-        inspected = await (await self._site.engine()).inspect(self._id)
-        differences = engine_differences(self._body, inspected) + box_differences(self._body, info.profile)
+        backend = await self._host.backend()
+        differences = await backend.differences(self._id, self._machine)
+        differences += box_differences(self._machine, info.profile)
         if self._record.runtime not in OWN_KERNEL:  # one of those has numbers of its own
             differences += mount_differences(self._sources, info.profile)
         if differences:
@@ -323,7 +318,7 @@ class BoxContainer(Box):
         reasons: list[asyncio.Future[Any]] = [said, self._ended]
         await asyncio.wait(reasons, timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if self._ended.done():
-            raise WorkspaceUnavailable(f"the sandbox ended at its start: {self._ending.words}", phase="ready")
+            raise WorkspaceUnavailable(f"the sandbox ended at its start: {self._words}", phase="ready")
         if not said.done():
             raise WorkspaceUnavailable(
                 f"the sandbox was not ready after {READY_SECONDS:.0f} s", phase="ready"
@@ -340,28 +335,28 @@ class BoxContainer(Box):
         """
         self._record = record
         try:
-            await self._reach(await self._site.engine(), record)
+            await self._reach(await self._host.backend(), record)
         except (EngineUnavailable, WorkspaceLost):
             raise
         except AgentServerError as exc:
             raise WorkspaceLost(f"it cannot be used any more: {exc.message}") from None
 
-    async def _reach(self, engine: Engine, record: Record) -> None:
+    async def _reach(self, backend: Backend, record: Record) -> None:
         try:
-            inspected = await engine.inspect(record.container)
+            found = await backend.inspect(record.container)
         except NotFound:
             raise WorkspaceLost("its container was removed") from None
-        self._id, state = str(inspected["Id"]), inspected["State"]
-        self._follow(engine)
-        if state["Status"] == "created":  # it cannot die
+        self._id = found.id
+        self._follow(backend)
+        if found.state == "created":  # it cannot die
             raise WorkspaceLost("its server ended before it was started")
-        if not state["Running"]:
+        if found.state == "ended":
             await self._ended
-            raise WorkspaceLost(self._ending.words)
+            raise WorkspaceLost(self._words)
         if not record.claimed:
             raise WorkspaceLost("its server ended before it was ready")
-        if state["Paused"]:
-            await engine.unpause(self._id)
+        if found.state == "paused":
+            await backend.resume(found.id)
         self._socket = self._folder.open_socket()
 
     # --- its end ---
@@ -370,13 +365,14 @@ class BoxContainer(Box):
         await asyncio.shield(asyncio.ensure_future(self._end()))
 
     def kill(self) -> None:
-        if self._id is not None:
-            self._spawn(self._kill(self._id))
+        if self._id is not None and self._killing is None:
+            self._killing = asyncio.create_task(self._kill(self._id))
 
     def let_go(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        if self._watching is not None and not self._ended.done():
+            self._watching.cancel()
+        self._watching = None
+        self._host.changes.pop(self._id or "", None)
         if self._socket >= 0:
             os.close(self._socket)
             self._socket = -1
@@ -388,65 +384,50 @@ class BoxContainer(Box):
             return
         if self._id is not None:
             with suppress(AgentServerError):
-                engine = await self._site.engine()
-                if not self._ended.done() and not self._frozen:  # a frozen one would not hear it
-                    with suppress(AgentServerError):
-                        await engine.stop(self._id, STOP_SECONDS)
-                await engine.remove(self._id)
+                backend = await self._host.backend()
+                lives = not self._ended.done() and not self._frozen  # a frozen one would not hear it
+                await backend.stop(self._id, grace=STOP_SECONDS if lives else 0)
         self.let_go()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._killing is not None:
+            self._killing.cancel()
         if not self._ended.done():
             self._ended.set_result(None)
         self._folder.remove()
-        await self._site.tidy(self.owner)
+        await self._host.tidy(self.owner)
 
     async def _kill(self, id: str) -> None:
         with suppress(AgentServerError):
-            await (await self._site.engine()).kill(id)
+            await (await self._host.backend()).stop(id, keep_data=True)
 
-    def _follow(self, engine: Engine) -> None:
+    def _follow(self, backend: Backend) -> None:
         """Notice its death, and learn what it said last before anybody hears of it."""
         assert self._id is not None
-        self._watch = watch = engine.watch(self._id)
+        self._watching = asyncio.create_task(self._watch(backend, self._id))
+        self._host.changes[self._id] = self._changed
 
-        def died(death: asyncio.Future[Death]) -> None:
-            if not death.cancelled():
-                self._spawn(self._learn(engine, death.result()))
-
-        watch.died.add_done_callback(died)
-        watch.on_change(self._changed)
-
-    async def _learn(self, engine: Engine, death: Death) -> None:
-        said = ""
-        with suppress(AgentServerError, OSError):
-            said = await engine.logs(self._id or "")
-        self._ending = Ending.of(death, self.spec, said)
+    async def _watch(self, backend: Backend, id: str) -> None:
+        ending = await backend.wait(id)
+        reason = _reason(ending, self.spec)
+        self._cause, self._words = ending.cause, f"{reason}: {ending.words}" if ending.words else reason
         if not self._ended.done():
-            self._ended.set_result(death.exit_code)
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._ended.set_result(ending.exit_code)
 
     # --- while it lives ---
 
     async def freeze(self) -> None:
-        engine, id = await self._site.engine(), self._running
-        with self._expecting("pause"):
-            await engine.pause(id)
+        backend, id = await self._host.backend(), self._running
+        with self._expecting("paused"):
+            await backend.pause(id)
             self._frozen = True
 
     async def thaw(self) -> None:
-        engine, id = await self._site.engine(), self._running
-        with self._expecting("unpause"):
-            await engine.unpause(id)
+        backend, id = await self._host.backend(), self._running
+        with self._expecting("running"):
+            await backend.resume(id)
             self._frozen = False
 
     @contextmanager
-    def _expecting(self, change: str) -> Iterator[None]:
+    def _expecting(self, change: State) -> Iterator[None]:
         """The engine will tell of what we do ourselves, maybe much later: that is no news."""
         self._expected[change] += 1
         try:
@@ -460,10 +441,11 @@ class BoxContainer(Box):
 
     async def completed(self, info: WorkspaceInfo) -> WorkspaceInfo:
         """Return what it says of itself with image, runtime and usage, as far as the engine tells them now."""
-        usage, (mechanism, occupied, most) = Usage(), self._site.disk(self.owner)
+        usage, disks = Usage(), self._host.disks
         with suppress(AgentServerError, TimeoutError):
             async with asyncio.timeout(USAGE_SECONDS):
-                usage = await (await self._site.engine()).stats(self._running)
+                usage = await (await self._host.backend()).usage(self._running)
+        occupied, most = disks.used(self.owner) or (None, None)
         usage = replace(usage, disk=occupied, disk_max=most)
         runtime, root = (self._record.runtime, self._record.root_quota) if self._record else ("none", "")
         return replace(
@@ -471,16 +453,16 @@ class BoxContainer(Box):
             image=self.spec.image,
             isolation=runtime,
             sandbox=self.spec.profile,
-            disk_quota=mechanism,
+            disk_quota=disks.mechanism,
             root_quota=root,
             usage=usage,
         )
 
-    def _changed(self, change: str) -> None:
-        if self._expected[change]:
-            self._expected[change] -= 1
-        elif change in ("pause", "unpause"):
-            self._frozen = change == "pause"
+    def _changed(self, state: State) -> None:
+        if self._expected[state]:
+            self._expected[state] -= 1
+        elif state in ("paused", "running") and (state == "paused") != self._frozen:
+            self._frozen = state == "paused"
             self._listener(self._frozen)
 
     @property
@@ -488,3 +470,14 @@ class BoxContainer(Box):
         if self._id is None:
             raise WorkspaceUnavailable("the sandbox does not run", phase="start")
         return self._id
+
+
+def _reason(ending: Ending, spec: Sandbox) -> str:
+    """Why a sandbox ended, as a sentence for people."""
+    if ending.cause == "oom":
+        return f"it ran out of memory ({spec.memory})"
+    if ending.cause == "killed":
+        return f"it was killed ({_SIGNALS.get(ending.exit_code, 'a signal')})"
+    if ending.exit_code == 0:
+        return "it ended by itself, because nobody was connected to it any more"
+    return ending.reason

@@ -18,7 +18,7 @@ from typing import Literal
 
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, IsolationUnavailable, StorageFull
 from agent_sdk.workspace.disk import in_thread
-from workspaces.backend.docker.profiles import UID
+from workspaces.backend.contract import UID
 from workspaces.box import sandbox_files
 from workspaces.box.sandbox_files import COPY, run
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent_sdk.protocol.errors import IsolationUnavailable, StorageFull, WorkspaceUnavailable
 from agent_sdk.workspace.users import fsuid
-from workspaces.backend.docker.profiles import UID
+from workspaces.backend.contract import UID
 from workspaces.box.confinement import NOT_CONFINED, Confinement
 
 PATH = f"{os.defpath}:/usr/sbin:/sbin:/usr/local/bin:/usr/local/sbin"

@@ -1,22 +1,21 @@
-"""Whether a sandbox is what was asked for: by the engine's account of it, and by what its box finds from inside.
+"""Whether a sandbox is what was asked for, by what its box finds from inside; and what of this machine is mounted.
 
-And why it is no more, by the engine's account.
+Clients may own what they have mounted, and swap a folder for a symlink at any moment. The engine follows that; so
+what is allowed is walked to without symlinks, and what the sandbox has got has to be the very same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
 
+from agent_sdk.protocol.errors import InvalidParams, PolicyDenied
 from agent_sdk.protocol.results import Profile
-from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.users import HIGHEST
-from workspaces.backend.docker.mounts import Source
-from workspaces.backend.docker.profiles import KERNEL, UID
-from workspaces.box.folder import READY
-
-if TYPE_CHECKING:
-    from workspaces.backend.docker.engine import Death
+from workspaces.backend.contract import KERNEL, TEMPORARY, UID, Machine
 
 TASKS = 1 << 5 | 1 << 6 | 1 << 7
 """What the box of a task keeps, and its commands do not: KILL, SETGID, SETUID."""
@@ -28,50 +27,67 @@ _FROM_THE_ENGINE = (
     "/etc/hostname",
     "/etc/hosts",
 )
-KILLED = {128 + 9: "SIGKILL", 128 + 15: "SIGTERM"}
+_PASS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 OWN_KERNEL = frozenset({"runsc"})
 """Runtimes with a kernel of their own, which says other things of itself."""
 
 
-def engine_differences(body: Mapping[str, Any], inspected: Mapping[str, Any]) -> list[str]:
-    """Return what the engine made of a request in another way than asked, one phrase each."""
-    sent = {name: value for name, value in body.items() if name != "HostConfig"}
-    got = inspected.get("Config") or {}
-    return [
-        *_compare("", sent, got),
-        *_compare("HostConfig.", body["HostConfig"], inspected.get("HostConfig") or {}),
-    ]
+class Source(NamedTuple):
+    """Which file or folder is to be at a place of a sandbox."""
+
+    target: str
+    device: int
+    inode: int
 
 
-def _compare(where: str, sent: Mapping[str, Any], got: Mapping[str, Any]) -> Iterator[str]:
-    for name, wanted in sent.items():
-        if not _same(wanted, got.get(name)) and not _is_harmless(name, wanted, got.get(name)):
-            yield f"{where}{name}: {got.get(name)!r:.200} instead of {wanted!r:.200}"
+def sources(mounts: Iterable[str], allowed: Iterable[str]) -> tuple[Source, ...]:
+    """Return what the mounts of a sandbox are at this moment. Blocks.
+
+    Raises:
+        PolicyDenied: one is not below an allowed folder, or a symlink is on the way.
+        InvalidParams: it is not there any more.
+    """
+    tops = [os.path.realpath(folder) for folder in allowed]
+    pairs = [mount.split(":")[:2] for mount in mounts]
+    return tuple(_source(source, target, tops) for source, target in pairs)
 
 
-def _same(sent: Any, got: Any) -> bool:
-    """Whether they mean the same; engines write an empty value as null, or leave it out."""
-    if not sent and not got:
-        return True
-    if isinstance(sent, dict) and isinstance(got, dict):
-        return all(_same(sent.get(name), got.get(name)) for name in {*sent, *got})
-    if isinstance(sent, list) and isinstance(got, list):
-        return len(sent) == len(got) and all(map(_same, sent, got))
-    return bool(sent == got)
+def _source(source: str, target: str, tops: Iterable[str]) -> Source:
+    top = next((top for top in tops if source == top or source.startswith(f"{top.rstrip('/')}/")), None)
+    if top is None:
+        raise PolicyDenied(
+            f"sandbox.mounts: {source[:200]} is not below a folder this server allows; "
+            "its option sandbox_mounts says which"
+        )
+    with ExitStack() as stack:
+        try:
+            here = _opened(stack, top, None)
+            for name in filter(None, source[len(top) :].split("/")):
+                here = _opened(stack, name, here)
+                if stat.S_ISLNK(os.fstat(here).st_mode):
+                    raise PolicyDenied(
+                        f"sandbox.mounts: {source[:200]} leads elsewhere by now: {name[:200]} is a symlink; "
+                        "put back what was there, or make another conversation"
+                    )
+            found = os.fstat(here)
+        except FileNotFoundError:
+            raise InvalidParams(
+                f"sandbox.mounts: there is no {source[:200]} on the server's machine any more"
+            ) from None
+    return Source(target, found.st_dev, found.st_ino)
 
 
-def _is_harmless(name: str, sent: Any, got: Any) -> bool:
-    """What an image adds, where that has no effect; a kernel without accounting of swap limits the memory, too."""
-    if name in ("Labels", "Healthcheck"):
-        return isinstance(got, dict) and sent.items() <= got.items()
-    return name == "MemorySwap" and got == -1
+def _opened(stack: ExitStack, name: str, folder: int | None) -> int:
+    descriptor = os.open(name, _PASS, dir_fd=folder)
+    stack.callback(os.close, descriptor)
+    return descriptor
 
 
-def box_differences(body: Mapping[str, Any], profile: Profile | None) -> list[str]:
+def box_differences(machine: Machine, profile: Profile | None) -> list[str]:
     """Return what the box finds in force in another way than asked, one phrase each."""
     if profile is None:
         return ["the box does not say what is in force"]
-    return list(_differences(body["HostConfig"], profile))
+    return list(_differences(machine, profile))
 
 
 def mount_differences(sources: Iterable[Source], profile: Profile | None) -> list[str]:
@@ -84,8 +100,8 @@ def mount_differences(sources: Iterable[Source], profile: Profile | None) -> lis
     ]
 
 
-def _differences(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:
-    is_task = not asked["ReadonlyRootfs"]
+def _differences(asked: Machine, found: Profile) -> Iterator[str]:
+    is_task = asked.profile == "task"
     if not is_task and {found.uid, found.gid, *found.groups} != {UID}:
         yield f"it runs as {found.uid}:{found.gid} with the groups {found.groups}"
     if is_task and max(found.uid, found.gid, *found.groups) > HIGHEST:
@@ -97,15 +113,15 @@ def _differences(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:
     ):
         if not _is_within(value, most):
             yield f"its {name} capabilities are {value[:32]}"
-    if asked["Runtime"] not in OWN_KERNEL:
+    if asked.runtime not in OWN_KERNEL:
         if not found.no_new_privileges:
             yield "it may gain privileges"
         if found.seccomp != FILTERED or found.seccomp_filters == 1:  # 0: the kernel does not say
             yield "its system calls are not filtered twice, by the engine and by the box"
         yield from _limits(asked, found)
-    if found.read_only_root != asked["ReadonlyRootfs"]:
+    if found.read_only_root == is_task:
         yield "its root is read-only" if is_task else "its root is writable"
-    if asked["NetworkMode"] == "none" and set(found.interfaces) - {"lo"}:
+    if asked.network in (None, "none") and set(found.interfaces) - {"lo"}:
         yield f"it has the networks {', '.join(found.interfaces)[:200]}"
     yield from _mounts(asked, found)
 
@@ -118,56 +134,29 @@ def _is_within(capabilities: str, most: int) -> bool:
         return False
 
 
-def _limits(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:
+def _limits(asked: Machine, found: Profile) -> Iterator[str]:
     limits: Sequence[tuple[str, int | None, int]] = (
-        ("pids", found.pids_max, asked["PidsLimit"]),
-        ("memory", found.memory_max, asked["Memory"]),
+        ("pids", found.pids_max, asked.pids or 0),
+        ("memory", found.memory_max, asked.memory or 0),
     )
     for name, got, wanted in limits:
         if got is None or got > wanted:
             yield f"its limit of {name} is {got} instead of {wanted}"
 
 
-def _mounts(asked: Mapping[str, Any], found: Profile) -> Iterator[str]:
-    ours = {mount["Target"]: mount for mount in asked["Mounts"]}
+def _mounts(asked: Machine, found: Profile) -> Iterator[str]:
+    ours = {mount.target: mount.read_only for mount in asked.mounts} | dict.fromkeys(asked.volumes, False)
     seen = {mount.target: mount for mount in found.mounts}
-    for target, mount in ours.items():
+    for target, read_only in ours.items():
         if target not in seen:
             yield f"{target} is not mounted"
-        elif mount["ReadOnly"] and "ro" not in seen[target].options:
+        elif read_only and "ro" not in seen[target].options:
             yield f"{target} is writable"
     for target in seen:
-        known = target in ours or target in asked["Tmpfs"] or target in _FROM_THE_ENGINE
+        known = target in ours or target in TEMPORARY or target in _FROM_THE_ENGINE
         if (
             not known
             and not target.startswith(tuple(f"{place}/" for place in KERNEL))
             and target not in KERNEL
         ):
             yield f"there is a mount at {target[:200]}"
-
-
-class Ending(NamedTuple):
-    """Why a sandbox ended: a word for programs and a sentence for people."""
-
-    cause: str = "engine"
-    """`oom`, `killed`, `exit`, or `engine` where it was removed or lost by the engine."""
-    words: str = ""
-
-    @classmethod
-    def of(cls, death: Death, spec: Sandbox, said: str) -> Self:
-        """Return what a death means; with the end of what the box said, in one line."""
-        cause, reason = _reason(death, spec)
-        lines = " | ".join(line.strip() for line in said.splitlines() if line.strip() not in ("", READY))
-        return cls(cause, f"{reason}: {lines}" if lines else reason)
-
-
-def _reason(death: Death, spec: Sandbox) -> tuple[str, str]:
-    if death.exit_code is None:
-        return "engine", death.reason
-    if death.oom:
-        return "oom", f"it ran out of memory ({spec.memory})"
-    if death.exit_code in KILLED:
-        return "killed", f"it was killed ({KILLED[death.exit_code]})"
-    if death.exit_code == 0:
-        return "exit", "it ended by itself, because nobody was connected to it any more"
-    return "exit", death.reason

@@ -11,9 +11,7 @@ engine_failure:    what went wrong, and the mend
 engine_info:       what the engine says of itself, and which of its runtimes a sandbox can have
 images:            images, looked at and pulled
 docker_config:     what the `docker` command keeps for its user
-profiles:          what containers are to the engine: those with a box, and those with a server
-accounts:          users and groups of an image, with the one of commands
-mounts:            what of this machine is mounted into sandboxes, and whether it is still that
+profiles:          what containers with a box or a server are to the engine, and whether they are that
 reach:             how this process and containers find each other: addresses, networks, folders
 reaper:            the process that removes the container of a client that was killed
 """

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from agent_sdk.cancellation import to_its_end
+from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ImageUnavailable,
@@ -18,6 +21,7 @@ from agent_sdk.protocol.errors import (
     NotFound,
     WorkspaceUnavailable,
 )
+from agent_sdk.protocol.results import Usage
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.contract import (
     Backend,
@@ -26,16 +30,20 @@ from workspaces.backend.contract import (
     Ending,
     Facts,
     Found,
+    Image,
+    Look,
     Machine,
     Mount,
     OnProgress,
+    Pull,
     State,
     one_line,
 )
 from workspaces.backend.docker.engine import Death, Engine
-from workspaces.backend.docker.profiles import folders, server_body
-from workspaces.backend.docker.reach import find_reach
-from workspaces.backend.labels import INSTANCE, ROLE, SERVER
+from workspaces.backend.docker.engine_info import usable_runtime
+from workspaces.backend.docker.profiles import Propagation, box_body, differences, folders, server_body
+from workspaces.backend.docker.reach import HostPaths, find_reach
+from workspaces.backend.labels import EXPIRES, INSTANCE, NAME, OURS, ROLE, SERVER, has
 
 OWN_IMAGE = "agent-server"
 TAKEN_SECONDS = 15.0
@@ -50,8 +58,18 @@ _STATES: Mapping[str, State] = {
     "restarting": "running",
     "paused": "paused",
 }
+_CHANGES: Mapping[str, State] = {
+    "create": "created",
+    "start": "running",
+    "unpause": "running",
+    "pause": "paused",
+    "die": "ended",
+    "destroy": "ended",
+}
 _CAUSES: Mapping[int, Cause] = {128 + 9: "killed", 128 + 15: "killed"}
 _FULL_ID = 64
+LOOK_SECONDS = 60
+"""For so long a container of which nothing runs may be there, while somebody looks into its image."""
 
 
 class Disks(Protocol):
@@ -86,24 +104,59 @@ class Disks(Protocol):
 class DockerBackend(Backend):
     """Machines that are containers of one engine."""
 
-    def __init__(self, engine: Engine, *, disks: Disks | None = None, prefix: str = "") -> None:
-        """Say what it is made of.
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        disks: Disks | None = None,
+        paths: HostPaths | None = None,
+        prefix: str = "",
+    ) -> None:
+        """Take what machines need.
 
         Args:
             engine: one that answers.
             disks: where machines store what is limited; None: nothing can be.
+            paths: what the engine calls the folders of this process; None: the same.
             prefix: what the names of all machines begin with. What they stored had names without it before, and is
                 theirs still; empty: there is nothing from before.
         """
         self._engine = engine
         self._disks = disks
         self._prefix = prefix
+        self._paths = paths or HostPaths()
+        self.unseen = self._paths.unseen
+        self.cpus, self.memory = engine.info.cpus, engine.info.memory
+        self.root_limit = engine.info.driver if engine.info.limits_roots else ""
         self._limits = disks is not None and disks.mechanism != "none"
         can: set[Can] = {"freeze", "folders", "isolate"}
         self.can = frozenset[Can](can | {"disk_limit"} if self._limits else can)
 
     def __repr__(self) -> str:
         return f"<DockerBackend at {self._engine.where}>"
+
+    def check_runtime(self, name: str) -> None:
+        usable_runtime(self._engine.info, name)
+
+    # --- images ---
+
+    async def image(self, name: str, *, pull: Pull = "missing", platform: str | None = None) -> Image:
+        return await self._engine.image(name, pull=pull, platform=platform)
+
+    @asynccontextmanager
+    async def looking(self, image: Image) -> AsyncIterator[Look]:
+        body = {
+            "Image": image.id,
+            "Cmd": ["nothing"],
+            "NetworkDisabled": True,
+            "Labels": {INSTANCE: "look", EXPIRES: str(int(time.time()) + LOOK_SECONDS)},
+        }
+        container = await self._engine.create(f"agent-look-{new_id()}", body)
+        try:
+            yield partial(self._engine.read_file, container)
+        finally:
+            with suppress(AgentServerError):  # its time is over in a minute, and then the sweep finds it
+                await self._engine.remove(container)
 
     # --- its start ---
 
@@ -124,18 +177,31 @@ class DockerBackend(Backend):
                 raise InvalidParams(f"name: there is a container {machine.name} of somebody else")
             return found.id
         tell("engine", 0, 1)
-        reach = await find_reach(self._engine, machine.network)
+        make_body = await self._body(machine)
         await self._check_volumes(machine)
         tell("engine", 1, 1)
         await self._have_image(machine, tell)
         tell("create", 0, 1)
         async with self._stored(machine) as storage:
-            body = server_body(machine, storage=storage, bind=reach.bind, network=reach.network)
-            id = await self._engine.create(machine.name, body, platform=machine.platform)
+            id = await self._engine.create(machine.name, make_body(storage), platform=machine.platform)
             if machine.group is not None:
                 await self._give(id, folders(machine, storage), machine.group)
         tell("create", 1, 1)
         return id
+
+    async def _body(self, machine: Machine) -> Callable[[str | None], dict[str, Any]]:
+        """Find out what the engine is asked for, by where the machine stores what it stores."""
+        if machine.profile != "server":
+            return lambda storage: box_body(machine, self._place)
+        reach = await find_reach(self._engine, machine.network)
+        return lambda storage: server_body(machine, storage=storage, bind=reach.bind, network=reach.network)
+
+    def _place(self, mount: Mount) -> tuple[str, Propagation]:
+        if not mount.here:
+            return mount.source, "rprivate"
+        source = self._paths.of(Path(mount.source))
+        is_the_engines = Path(source).is_relative_to(self._engine.info.root_dir or "/")
+        return source, "rslave" if is_the_engines else "rprivate"
 
     async def _give(self, id: str, mounts: Iterable[Mount], group: int) -> None:
         try:
@@ -199,6 +265,16 @@ class DockerBackend(Backend):
         former = self._prefix and volume.startswith(FORMER_DATA)
         return f"{self._prefix}{volume.removeprefix(FORMER_DATA)}" if former else None
 
+    async def differences(self, id: str, machine: Machine) -> list[str]:
+        inspected = await self._engine.inspect(id)
+        target = machine.storage.target if machine.storage is not None else None
+        where = [mount for mount in inspected["Mounts"] if mount["Destination"] == target]
+        stored = where[0]["Source" if where[0]["Type"] == "bind" else "Name"] if where else None
+        body = (await self._body(machine))(stored)
+        if machine.profile == "server":
+            del body["Env"]  # an image adds its own
+        return differences(body, inspected)
+
     async def start(self, id: str) -> None:
         inspected = await self._engine.inspect(id)
         state, name = inspected["State"], _name(inspected)
@@ -234,8 +310,11 @@ class DockerBackend(Backend):
 
     async def endpoint(self, id: str, port: int) -> str:
         inspected = await self._engine.inspect(id)
-        reach = await find_reach(self._engine, _network(inspected))
-        return reach.url(inspected, port)
+        if (network := _network(inspected)) == "none":
+            raise WorkspaceUnavailable(
+                f"{_name(inspected)} has no network, and no port {port}", phase="ready"
+            )
+        return (await find_reach(self._engine, network)).url(inspected, port)
 
     async def pause(self, id: str) -> None:
         try:
@@ -265,6 +344,25 @@ class DockerBackend(Backend):
     async def logs(self, id: str, lines: int = 20) -> str:
         return await self._engine.logs(id, lines)
 
+    async def usage(self, id: str) -> Usage:
+        return await self._engine.stats(id)
+
+    async def events(self, labels: Mapping[str, str | None]) -> AsyncIterator[Found]:
+        with self._engine.happenings() as queue:
+            while True:
+                happened = await queue.get()
+                if happened is None:
+                    with suppress(
+                        AgentServerError
+                    ):  # the stream is lost as well, and when it is back this is said again
+                        for found in await self.list(labels):
+                            yield found
+                elif (state := _CHANGES.get(happened.what)) is not None:
+                    name, about = happened.about.get("name", ""), happened.about
+                    if about.get(NAME) == name and has(about, labels):
+                        given = {name: text for name, text in about.items() if name.startswith(OURS)}
+                        yield Found(happened.id, name, given, state)
+
     def follow(self, id: str, since_now: bool) -> AsyncIterator[str]:
         """Return the lines that a machine writes, as `Engine.follow_logs` does."""
         return self._engine.follow_logs(id, since_now=since_now)
@@ -290,10 +388,12 @@ class DockerBackend(Backend):
     # --- its end ---
 
     async def stop(self, id: str, *, grace: float = 0, keep_data: bool = False) -> None:
-        if grace or keep_data:
-            await self._engine.stop(id, round(grace))
         if keep_data:
+            await self._engine.stop(id, round(grace))
             return
+        if grace:
+            with suppress(AgentServerError):  # then it has less time
+                await self._engine.stop(id, round(grace))
         name = id
         if len(id) == _FULL_ID:
             try:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AbstractContextManager, AsyncExitStack, suppress
 from functools import partial
 from typing import Any, Self
 
@@ -21,12 +21,19 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, NotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import Usage
 from workspaces.backend import labels
-from workspaces.backend.contract import OnProgress, Pull
+from workspaces.backend.contract import Image, OnProgress, Pull
 from workspaces.backend.docker.engine_archive import give_to_group, read_file
 from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, Call, EngineConnection
 from workspaces.backend.docker.engine_info import EngineInfo, usage_of
-from workspaces.backend.docker.engine_streams import Death, EngineEvents, Watch, last_lines, output
-from workspaces.backend.docker.images import Image, ensure_image
+from workspaces.backend.docker.engine_streams import (
+    Death,
+    EngineEvents,
+    Happened,
+    Watch,
+    last_lines,
+    output,
+)
+from workspaces.backend.docker.images import ensure_image
 
 __all__ = ["Death", "Engine", "EngineInfo", "Image", "Watch", "engine_version"]
 
@@ -269,6 +276,10 @@ class Engine:
     def watch(self, id: str) -> Watch:
         """Watch the container with this full id, that exists already, for its end and other changes."""
         return self._events.watch(id)
+
+    def happenings(self) -> AbstractContextManager[asyncio.Queue[Happened | None]]:
+        """Have told in a queue what happens to containers that are ours; None: something may have been missed."""
+        return self._events.listened()
 
     # --- volumes ---
 

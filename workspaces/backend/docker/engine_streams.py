@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
@@ -27,8 +27,11 @@ from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, EngineCo
 
 STEADY_SECONDS = 5.0
 """A stream that lived for so long is asked for again at once."""
-_CHANGES = ("oom", "pause", "unpause")
-_FILTERS = {"type": ["container"], "event": ["die", "destroy", *_CHANGES], "label": [labels.INSTANCE]}
+_ENDS = ("die", "destroy")
+_EVENTS = ["create", "start", "oom", "pause", "unpause", *_ENDS]
+_FILTERS = {"type": ["container"], "event": _EVENTS, "label": [labels.INSTANCE]}
+MOST_WAITING = 1024
+"""Events that wait for somebody who is told of them; beyond that they are forgotten, and that is told."""
 _KILLED = 137
 LONGEST_EVENT = 1 << 20
 """Bytes. An event has all labels of its container, and an image may bring any number of them."""
@@ -52,29 +55,28 @@ class Death(Struct, frozen=True):
     """As words."""
 
 
+class Happened(Struct, frozen=True):
+    """What has happened to a container: `create`, `start`, `pause`, `unpause`, `oom`, `die` or `destroy`."""
+
+    what: str
+    id: str
+    about: Mapping[str, str]
+    """Its name, and its labels among what belongs to the event."""
+
+
 class Watch:
     """One container, watched until `close`."""
 
     def __init__(self, close: Callable[[Watch], None]) -> None:
         self._close = close
-        self._tell: list[Callable[[str], None]] = []
         self.died: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
         """Done when it has ended, or is gone; never after `close`."""
         self.oom = False
         """Whether a process in it was killed for want of memory."""
 
-    def on_change(self, tell: Callable[[str], None]) -> None:
-        """Have somebody called with `oom`, `pause` or `unpause` when that happens to it."""
-        self._tell.append(tell)
-
     def close(self) -> None:
         """Watch it no longer."""
         self._close(self)
-
-    def _changed(self, change: str) -> None:
-        self.oom = self.oom or change == "oom"
-        for tell in self._tell:
-            tell(change)
 
     def _ended(self, death: Death) -> None:
         if not self.died.done():
@@ -90,6 +92,8 @@ class EngineEvents:
         self._watches: dict[str, set[Watch]] = {}
         self.since = 0
         """What was before is known: nanoseconds by the engine's clock."""
+        self._queues: set[asyncio.Queue[Happened | None]] = set()
+        self._following: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -102,11 +106,24 @@ class EngineEvents:
         """Begin to watch the container with this full id; one that has ended already is noticed, too."""
         watch = Watch(lambda watch: self._forget(id, watch))
         self._watches.setdefault(id, set()).add(watch)
-        if self._tasks:
-            self._spawn(self._look(id))
+        if self._following is None:
+            self._following = self._spawn(self._follow())  # which looks, too
         else:
-            self._spawn(self._follow())  # which looks, too
+            self._spawn(self._look(id))
         return watch
+
+    @contextmanager
+    def listened(self) -> Iterator[asyncio.Queue[Happened | None]]:
+        """Have told in a queue what happens to any of them; None: something may have been missed, so look at all."""
+        queue: asyncio.Queue[Happened | None] = asyncio.Queue()
+        self._queues.add(queue)
+        queue.put_nowait(None)
+        if self._following is None:
+            self._following = self._spawn(self._follow())
+        try:
+            yield queue
+        finally:
+            self._queues.discard(queue)
 
     def _forget(self, id: str, watch: Watch) -> None:
         watches = self._watches.get(id, set())
@@ -114,10 +131,11 @@ class EngineEvents:
         if not watches:
             self._watches.pop(id, None)
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _follow(self) -> None:
         """Read the stream for ever: whenever it is lost, ask for it again, less often each time."""
@@ -149,15 +167,25 @@ class EngineEvents:
             return
         self.since = max(self.since, event.timeNano + 1)
         id = event.Actor.ID
-        if event.Action in _CHANGES:
-            for watch in list(self._watches.get(id, ())):
-                watch._changed(event.Action)
-        elif id in self._watches:
+        self._tell(Happened(event.Action, id, event.Actor.Attributes))
+        if event.Action == "oom":
+            for watch in self._watches.get(id, ()):
+                watch.oom = True
+        elif event.Action in _ENDS and id in self._watches:
             code = event.Actor.Attributes.get("exitCode", "")
             number = int(code) if code.isdecimal() and len(code) <= 10 else None
             self._spawn(self._look(id, number, ended=event.timeNano))
 
+    def _tell(self, happened: Happened | None) -> None:
+        for queue in self._queues:
+            if queue.qsize() >= MOST_WAITING:
+                while not queue.empty():
+                    queue.get_nowait()
+                happened = None
+            queue.put_nowait(happened)
+
     def _look_at_all(self) -> None:
+        self._tell(None)
         for id in self._watches:
             self._spawn(self._look(id))
 

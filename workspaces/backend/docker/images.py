@@ -10,11 +10,10 @@ from typing import Any
 import aiodocker
 import aiohttp
 import msgspec
-from msgspec import Struct
 
 from agent_sdk.protocol.errors import ImageUnavailable, NotFound
 from agent_sdk.workspace.disk import in_thread
-from workspaces.backend.contract import OnProgress, Pull
+from workspaces.backend.contract import Image, OnProgress, Pull
 from workspaces.backend.docker.docker_config import key_for
 from workspaces.backend.docker.engine_connection import EngineConnection
 from workspaces.backend.docker.engine_info import EngineInfo
@@ -24,26 +23,6 @@ STALL_SECONDS = 60.0
 STEP_BYTES = 1 << 20
 """At least between two reports of progress."""
 _REFERENCE = re.compile(r"(?!.*(\.\.|//))[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}")
-
-
-class Image(Struct, frozen=True, kw_only=True):
-    """An image that is on the engine."""
-
-    name: str
-    """As it was asked for."""
-    id: str
-    digest: str
-    """By which a registry knows it; empty for one that was made here."""
-    os: str
-    arch: str
-    size: int
-    """Bytes."""
-    volumes: tuple[str, ...]
-    user: str
-    entrypoint: tuple[str, ...]
-    command: tuple[str, ...]
-    env: tuple[str, ...]
-    working_dir: str = ""
 
 
 async def ensure_image(

@@ -2,40 +2,20 @@
 
 Of a sandbox the whole request is built from nothing but our own knobs. Nothing that a client wrote gets into a field it
 was not meant for: there is no way to name a capability, a device, a host's namespace or a path that is not allowed.
-After the start the request is compared with what the engine made of it (`verification`), because engines drop what they
-do not support with a warning that nobody reads.
+After the start the request is compared with what the engine made of it, because engines drop what they do not support
+with a warning that nobody reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from msgspec import Struct
-
-from agent_sdk.protocol.errors import ImageUnavailable
-from agent_sdk.protocol.specs import Sandbox
-from workspaces.backend.contract import Machine, Mount, parse_size
+from workspaces.backend.contract import HOSTNAME, TEMPORARY, UID, Machine, Mount
 from workspaces.backend.labels import PORT, ROLE, SERVER
 
-UID = 10001
-"""Of the commands in a sandbox, as its user and its group."""
-HOSTNAME = "sandbox"
-WORKSPACE, FOLDER, OUTPUT, RUNTIME = "/workspace", "/run/agent", "/run/agent-output", "/opt/agent"
-LEAST_MEMORY = "32m"
 RUN = "rw,noexec,nosuid,nodev,size=8m,mode=755"
-ENVIRONMENT: Mapping[str, str] = {
-    "HOME": WORKSPACE,
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "LANG": "C.UTF-8",
-}
-"""Of the box; its commands have that of the image as well."""
 TASK_CAPABILITIES = ("KILL", "SETGID", "SETPCAP", "SETUID")
-SEALED = 4_000_000_000
-"""Owns the folder of the socket of a task, whose commands may be anybody with a lower number."""
-RESERVED = (WORKSPACE, FOLDER, OUTPUT, RUNTIME, "/tmp", "/run")
-KERNEL = ("/proc", "/sys", "/dev")
 
 PIDS = 4096
 """Processes and threads at a time, where nobody says otherwise."""
@@ -44,58 +24,22 @@ SERVER_CAPABILITIES = ("CHOWN", "KILL", "SETGID", "SETPCAP", "SETUID")
 
 Propagation = Literal["rprivate", "rslave"]
 """Engines want `rslave` for folders that are their own, such as those of volumes."""
+Place = Callable[[Mount], tuple[str, Propagation]]
+"""Says what the engine calls the source of a mount, and how what is mounted below it later is passed on."""
 
 
-class Bind(Struct, frozen=True):
-    """A folder of the engine's machine in a container."""
-
-    source: str
-    target: str
-    read_only: bool = False
-    propagation: Propagation = "rprivate"
-
-    def mount(self) -> dict[str, Any]:
-        """Return it as the engine takes it."""
-        how = {"Propagation": self.propagation}
-        return {**_mount("bind", self.source, self.target, self.read_only), "BindOptions": how}
-
-
-class Parts(Struct, frozen=True, kw_only=True):
-    """What a sandbox is made from, besides what its user asked for."""
-
-    image: str
-    """Its id, so that a tag that is moved meanwhile changes nothing."""
-    image_environment: tuple[str, ...]
-    """The names in it; none of them reaches the box."""
-    command: tuple[str, ...]
-    binds: tuple[Bind, ...]
-    labels: dict[str, str]
-    runtime: str
-    working_dir: str = WORKSPACE
-    volumes: tuple[str, ...] = ()
-    """Of the image, as far as it is to have them."""
-    storage: dict[str, str] = {}
-    """Options for the root, where it is writable and the engine can limit it."""
-
-
-def create_body(spec: Sandbox, parts: Parts) -> dict[str, Any]:
-    """Return the body of POST /containers/create.
-
-    Raises:
-        InvalidParams: a size makes no sense.
-    """
-    environment = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
-    # A name alone removes it: LD_PRELOAD of an image would be obeyed before any of our code runs.
-    environment += [name for name in parts.image_environment if name not in ENVIRONMENT]
+def box_body(machine: Machine, place: Place) -> dict[str, Any]:
+    """Return the body of POST /containers/create for a machine with a box."""
     return {
-        "Image": parts.image,
+        "Image": machine.image,
         # The box of a task becomes the user itself, and keeps what it takes to run commands as others.
-        "User": "0:0" if spec.profile == "task" else f"{UID}:{UID}",
+        "User": "0:0" if machine.profile == "task" else f"{UID}:{UID}",
         "Hostname": HOSTNAME,
-        "WorkingDir": parts.working_dir,
-        "Entrypoint": list(parts.command),
+        "WorkingDir": machine.working_dir or "/",
+        "Entrypoint": list(machine.command or ()),
         "Cmd": [],
-        "Env": environment,
+        # A name alone removes it.
+        "Env": [*(f"{name}={value}" for name, value in machine.env.items()), *machine.without_env],
         "Healthcheck": {"Test": ["NONE"]},
         "StopSignal": "SIGTERM",
         "StopTimeout": 5,
@@ -104,30 +48,30 @@ def create_body(spec: Sandbox, parts: Parts) -> dict[str, Any]:
         "AttachStderr": False,
         "OpenStdin": False,
         "Tty": False,
-        "Labels": parts.labels,
-        "HostConfig": _host_config(spec, parts),
+        "Labels": dict(machine.labels),
+        "HostConfig": _host_config(machine, place),
     }
 
 
-def _host_config(spec: Sandbox, parts: Parts) -> dict[str, Any]:
-    memory = parse_size("sandbox.memory", spec.memory, least=LEAST_MEMORY)
+def _host_config(machine: Machine, place: Place) -> dict[str, Any]:
+    is_task, network = machine.profile == "task", machine.network or "none"
     return {
         "Privileged": False,
-        **_common(memory, spec.cpus, spec.pids, spec.gpus, log=("1m", 2)),
-        "CapAdd": list(TASK_CAPABILITIES) if spec.profile == "task" else [],
-        "ReadonlyRootfs": spec.profile != "task",
-        "StorageOpt": parts.storage,
-        "Tmpfs": {"/run": RUN},
+        **_common(machine, log=("1m", 2)),
+        "CapAdd": list(TASK_CAPABILITIES) if is_task else [],
+        "ReadonlyRootfs": not is_task,
+        "StorageOpt": {} if machine.root_size is None else {"size": str(machine.root_size)},
+        "Tmpfs": dict.fromkeys(TEMPORARY, RUN),
         "Mounts": [
-            *(bind.mount() for bind in parts.binds),
-            *({"Type": "volume", "Target": volume, "ReadOnly": False} for volume in parts.volumes),
+            *(_bind(mount, *place(mount)) for mount in machine.mounts),
+            *({"Type": "volume", "Target": volume, "ReadOnly": False} for volume in machine.volumes),
         ],
-        "NetworkMode": spec.network,
+        "NetworkMode": network,
         "PublishAllPorts": False,
         "PortBindings": {},
         "Dns": [],
         # With a network the engine gives the name itself.
-        "ExtraHosts": [f"{HOSTNAME}:127.0.0.1"] if spec.network == "none" else [],
+        "ExtraHosts": [f"{HOSTNAME}:127.0.0.1"] if network == "none" else [],
         "Links": [],
         "IpcMode": "private",
         "PidMode": "",
@@ -156,35 +100,13 @@ def _host_config(spec: Sandbox, parts: Parts) -> dict[str, Any]:
         "Sysctls": {},
         "VolumesFrom": [],
         "Binds": [],
-        "Runtime": parts.runtime,
+        **({"Runtime": machine.runtime} if machine.runtime else {}),
         # Absent are MaskedPaths and ReadonlyPaths: the engine's own lists apply, an empty one would unmask /proc.
     }
 
 
 def _limit(name: str, soft: int, hard: int | None = None) -> dict[str, Any]:
     return {"Name": name, "Soft": soft, "Hard": soft if hard is None else hard}
-
-
-def temporary(spec: Sandbox, image: str, volumes: Iterable[str]) -> list[str]:
-    """Return the folders that are writable and do not last: `/tmp`, those asked for, and the volumes of the image.
-
-    Raises:
-        ImageUnavailable: a volume of the image would be where a sandbox cannot have one.
-    """
-    wanted = ["/tmp", *spec.writable]
-    for volume in volumes:
-        path = PurePosixPath(volume)
-        inside = any(path.is_relative_to(place) for place in KERNEL)
-        around = any(PurePosixPath(place).is_relative_to(path) for place in (RUNTIME, *KERNEL))
-        if not path.is_absolute() or ".." in path.parts or str(path) != volume or inside or around:
-            raise ImageUnavailable(
-                f"the image has a volume at {volume[:200]!r}, where a sandbox cannot have one; build it without",
-                image=image,
-                phase="create",
-            )
-        if volume not in (*RESERVED, *wanted):
-            wanted.append(volume)
-    return wanted
 
 
 def server_body(
@@ -205,14 +127,17 @@ def server_body(
         "Labels": {**machine.labels, ROLE: SERVER, PORT: str(machine.ports[0])},
         "ExposedPorts": {f"{port}/tcp": {} for port in machine.ports},
         "HostConfig": {
-            **_common(
-                machine.memory or 0, machine.cpus or 0, machine.pids or PIDS, machine.gpus, log=("10m", 3)
-            ),
+            **_common(machine, log=("10m", 3)),
             "CapAdd": list(SERVER_CAPABILITIES),
             "NetworkMode": network or "default",
             "PortBindings": {} if bind is None else _published(machine, bind),
             "Mounts": [
-                _mount("bind" if mount.is_folder else "volume", mount.source, mount.target, mount.read_only)
+                {
+                    "Type": "bind" if mount.is_folder else "volume",
+                    "Source": mount.source,
+                    "Target": mount.target,
+                    "ReadOnly": mount.read_only,
+                }
                 for mount in folders(machine, storage)
             ],
             "GroupAdd": [] if machine.group is None else [str(machine.group)],
@@ -242,17 +167,17 @@ def _published(machine: Machine, bind: str) -> dict[str, Any]:
     return {**ports, f"{first}/tcp": [{"HostIp": bind, "HostPort": own}]}
 
 
-def _common(memory: int, cpus: float, pids: int, gpus: str | None, *, log: tuple[str, int]) -> dict[str, Any]:
-    """What both kinds have: no more rights than they were given, limits, and no life after their end."""
-    size, files = log
+def _common(machine: Machine, *, log: tuple[str, int]) -> dict[str, Any]:
+    """What all kinds have: no more rights than they were given, limits, and no life after their end."""
+    (size, files), memory = log, machine.memory or 0
     return {
         "CapDrop": ["ALL"],
         "SecurityOpt": ["no-new-privileges:true"],
         "Memory": memory,
         "MemorySwap": memory,
-        "NanoCpus": round(cpus * 1_000_000_000),
-        "PidsLimit": pids,
-        "DeviceRequests": [] if gpus is None else [_gpus(gpus)],
+        "NanoCpus": round((machine.cpus or 0) * 1_000_000_000),
+        "PidsLimit": machine.pids or PIDS,
+        "DeviceRequests": [] if machine.gpus is None else [_gpus(machine.gpus)],
         "LogConfig": {"Type": "json-file", "Config": {"max-size": size, "max-file": str(files)}},
         "RestartPolicy": {"Name": "no"},
     }
@@ -266,5 +191,45 @@ def _gpus(wanted: str) -> dict[str, Any]:
     return {**request, "DeviceIDs": wanted.split(",")}
 
 
-def _mount(kind: str, source: str, target: str, read_only: bool) -> dict[str, Any]:
-    return {"Type": kind, "Source": source, "Target": target, "ReadOnly": read_only}
+def _bind(mount: Mount, source: str, propagation: Propagation) -> dict[str, Any]:
+    return {
+        "Type": "bind",
+        "Source": source,
+        "Target": mount.target,
+        "ReadOnly": mount.read_only,
+        "BindOptions": {"Propagation": propagation},
+    }
+
+
+def differences(body: Mapping[str, Any], inspected: Mapping[str, Any]) -> list[str]:
+    """Return what the engine made of a request in another way than asked, one phrase each."""
+    sent = {name: value for name, value in body.items() if name != "HostConfig"}
+    got = inspected.get("Config") or {}
+    return [
+        *_compare("", sent, got),
+        *_compare("HostConfig.", body["HostConfig"], inspected.get("HostConfig") or {}),
+    ]
+
+
+def _compare(where: str, sent: Mapping[str, Any], got: Mapping[str, Any]) -> Iterator[str]:
+    for name, wanted in sent.items():
+        if not _same(wanted, got.get(name)) and not _is_harmless(name, wanted, got.get(name)):
+            yield f"{where}{name}: {got.get(name)!r:.200} instead of {wanted!r:.200}"
+
+
+def _same(sent: Any, got: Any) -> bool:
+    """Whether they mean the same; engines write an empty value as null, or leave it out."""
+    if not sent and not got:
+        return True
+    if isinstance(sent, dict) and isinstance(got, dict):
+        return all(_same(sent.get(name), got.get(name)) for name in {*sent, *got})
+    if isinstance(sent, list) and isinstance(got, list):
+        return len(sent) == len(got) and all(map(_same, sent, got))
+    return bool(sent == got)
+
+
+def _is_harmless(name: str, sent: Any, got: Any) -> bool:
+    """What an image adds, where that has no effect; a kernel without accounting of swap limits the memory, too."""
+    if name in ("Labels", "Healthcheck", "ExposedPorts"):
+        return isinstance(got, dict) and sent.items() <= got.items()
+    return (name, sent, got) == ("NetworkMode", "default", "bridge") or (name, got) == ("MemorySwap", -1)
