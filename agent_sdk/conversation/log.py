@@ -21,10 +21,10 @@ from agent_sdk.agent.mask import Mask, MaskedStream, is_cut
 from agent_sdk.agent.turn_state import TurnState
 from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.state import ConversationState
-from agent_sdk.idempotency import asked
+from agent_sdk.idempotency import Asked, asked
 from agent_sdk.ids import digest_of
 from agent_sdk.log.event_log import EventLog, Operation, Record
-from agent_sdk.protocol.errors import InvalidParams, OpMismatch
+from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.events import (
     AgentMessage,
     Delta,
@@ -52,6 +52,7 @@ class ConversationLog:
     def __init__(self, log: EventLog, conversation: str, epoch: str, delivery: Dispatcher) -> None:
         self.log = log
         self.conversation = conversation
+        self.operations = log.operations(conversation)
         self.epoch = epoch
         self.history = History()
         self.state = ConversationState()
@@ -136,13 +137,8 @@ class ConversationLog:
             OpMismatch: another call came with this op_id.
             OpExpired: it is too long ago.
         """
-        known = op and await self.log.operation(self.conversation, op.op_id)
-        if op is None or known is None:
-            return None
-        if known.digest != op.digest:
-            raise OpMismatch("this op_id was used for another call", op_id=op.op_id)
-        assert isinstance(known.result, bytes)
-        return msgspec.json.decode(known.result, type=result)
+        known = op and await self.operations.find(Asked(op.op_id, op.digest))
+        return None if not known or known.answer is None else msgspec.json.decode(known.answer, type=result)
 
     async def mend(self) -> None:
         """Close a turn that nobody runs any more, if there is one."""

@@ -18,6 +18,7 @@ from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.log import ConversationLog, Tail
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.conversation.turns import Turns
+from agent_sdk.idempotency import Asked
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import HistoryLost, OpExpired, OutcomeUnknown, StateConflict
 from agent_sdk.protocol.events import Event, decode
@@ -180,9 +181,9 @@ async def _promised(journal: ConversationLog) -> str | None:
         if message.op_id is None or message.seq < last.started_seq or last.phase is Phase.PAUSED:
             continue
         with suppress(OpExpired, OutcomeUnknown):  # then it waits for `run`
-            known = await journal.log.operation(journal.conversation, message.op_id)
-            if known is not None and isinstance(known.result, bytes):
-                run_id = msgspec.json.decode(known.result, type=Accepted).run_id
+            known = await journal.operations.find(Asked(message.op_id))
+            if known is not None and known.answer is not None:
+                run_id = msgspec.json.decode(known.answer, type=Accepted).run_id
                 if run_id != last.run_id:
                     return run_id
     return None

@@ -19,8 +19,10 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from agent_sdk.idempotency import Asked
 from agent_sdk.ids import new_id
 from agent_sdk.log.chain import ChainBroken
+from agent_sdk.log.operations import LoggedOperations
 from agent_sdk.protocol.errors import ConversationDamaged, LeaseLost, StorageFull
 from agent_sdk.protocol.events import (
     Event,
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
     from agent_sdk.log.clerk import Clerk
     from agent_sdk.log.database import Database, Listed
-    from agent_sdk.log.operations import OperationRow
 
 T = TypeVar("T")
 
@@ -63,20 +64,6 @@ class Operation(Struct, frozen=True):
     """Of its params; the same op_id with another digest is another call."""
     result: bytes | Callable[[Sequence[Event]], bytes]
     """What it answers, or a function of the numbered events that makes it (called in the log's thread)."""
-
-
-class KnownOperation(Struct, frozen=True, kw_only=True):
-    """What is remembered of a call that was sent to a box."""
-
-    op_id: str
-    digest: bytes
-    method: str
-    instance: str
-    """Of the box it was sent to."""
-    at: float
-    """When it began; seconds since the Unix epoch."""
-    result: bytes | None
-    """What it answered; None: it began, and nobody has written down how it ended."""
 
 
 class ConversationRow(Struct, frozen=True, kw_only=True):
@@ -187,7 +174,7 @@ class EventLog:
         """Write events, all or none, and return them with `seq` and `at` after the commit.
 
         With `op` its row is written in the same commit. When the operation is already known nothing is
-        appended and the list is empty: `operation` returns what it answered. Cancelling ends the waiting only.
+        appended and the list is empty: `operations` tells what it answered. Cancelling ends the waiting only.
 
         Raises:
             LeaseLost: another process has written to this conversation since `create`.
@@ -216,76 +203,9 @@ class EventLog:
 
         return self._write(conversation, work)
 
-    async def operation(self, conversation: str, op_id: str) -> Operation | None:
-        """Return a remembered operation that has finished.
-
-        Raises:
-            OpExpired: it is known that it ran, and no more.
-        """
-
-        def work(database: Database) -> Operation | None:
-            row = database.operations.find(database.key(conversation), op_id, None)
-            return Operation(op_id, row.digest, row.result) if row else None
-
-        return await self._writer.submit(work, lane=conversation, writes=False)
-
-    async def begin_operation(
-        self, conversation: str, op_id: str, digest: bytes, *, method: str, instance: str
-    ) -> KnownOperation | None:
-        """Write down that a call is about to be sent to a box; None: go on, it was not known.
-
-        Args:
-            instance: of the box.
-
-        Returns:
-            What is remembered, when the op_id is known already; nothing was written then.
-
-        Raises:
-            OpMismatch: the op_id is known with another digest.
-            OpExpired: the op_id is known, and what it answered is not.
-        """
-
-        def work(database: Database) -> KnownOperation | None:
-            key = database.key(conversation)
-            if known := database.operations.find(key, op_id, digest):
-                return _known(known)
-            database.operations.begin(key, op_id, digest, method, instance)
-            return None
-
-        return await self._write(conversation, work)
-
-    async def finish_operation(self, conversation: str, op_id: str, result: bytes) -> None:
-        """Write down what a begun operation answered; what it answered first stays."""
-
-        def work(database: Database) -> None:
-            database.operations.finish(database.key(conversation), op_id, result)
-
-        await self._write(conversation, work)
-
-    async def withdraw_operation(self, conversation: str, op_id: str) -> None:
-        """Forget a begun operation that did nothing, so that it may come again; one that finished stays."""
-
-        def work(database: Database) -> None:
-            database.operations.withdraw(database.key(conversation), op_id)
-
-        await self._write(conversation, work)
-
-    async def open_operations(self, conversation: str) -> builtins.list[KnownOperation]:
-        """Return what has begun and not finished, oldest first."""
-
-        def work(database: Database) -> builtins.list[KnownOperation]:
-            return [_known(row) for row in database.operations.begun(database.key(conversation))]
-
-        return await self._writer.submit(work, lane=conversation, writes=False)
-
-    async def instance_of(self, conversation: str, process_id: str) -> str | None:
-        """Return the box in which an operation of the conversation has started this process, if that is remembered."""
-        words = b'"process_id":%b' % msgspec.json.encode(process_id)
-
-        def work(database: Database) -> str | None:
-            return database.operations.answered(database.key(conversation), words)
-
-        return await self._writer.submit(work, lane=conversation, writes=False)
+    def operations(self, conversation: str) -> LoggedOperations:
+        """Return what is remembered of the calls of a conversation."""
+        return LoggedOperations(self._writer, conversation)
 
     async def read(
         self,
@@ -374,7 +294,8 @@ class EventLog:
         self, database: Database, conversation: str, events: Sequence[Event], op: Operation | None
     ) -> Records:
         tail = database.tail(conversation)
-        if op is not None and database.operations.find(tail.key, op.op_id, op.digest):
+        call = None if op is None else Asked(op.op_id, op.digest)
+        if call is not None and database.operations.find(tail.key, call):
             return []
         # Heads only ever grow, and one that a failed commit has left too high must not lock us out.
         if tail.seq > self._heads.get(conversation, tail.seq):
@@ -384,9 +305,9 @@ class EventLog:
         self._heads[conversation] = tail.seq + len(records)
         if any(isinstance(event, UserMessage | TurnStarted | TurnEnded) for event in events):
             database.note_turn(conversation)
-        if op is not None:
+        if op is not None and call is not None:
             result = op.result if isinstance(op.result, bytes) else op.result([r.event for r in records])
-            database.operations.put(tail.key, op.op_id, op.digest, "", result)
+            database.operations.put(tail.key, call, result)
         return records
 
     def _judge(self, conversation: str, seq: int, mend: bool, database: Database) -> None:
@@ -413,17 +334,6 @@ def _number(event: Event, seq: int) -> Record:
         raise TypeError("an event of an unknown kind cannot be written anew: its seq is part of its JSON")
     numbered = replace(event, seq=seq, at=time.time())
     return Record(numbered, encode(numbered))
-
-
-def _known(row: OperationRow) -> KnownOperation:
-    return KnownOperation(
-        op_id=row.op_id,
-        digest=row.digest,
-        method=row.method,
-        instance=row.instance,
-        at=row.at,
-        result=row.result if row.state else None,
-    )
 
 
 def _row(listed: Listed) -> ConversationRow:

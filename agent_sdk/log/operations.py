@@ -1,23 +1,31 @@
-"""The rows of operations: what has begun, what it answered, and for how long that is known.
+"""The operations of conversations in the log: what has begun, and what it answered.
 
-An answer is kept for 24 hours and for the newest 10 000 operations of its conversation, whichever is
-longer. After that the row shrinks to a mark that the op_id was used, so that it never runs again.
+`LoggedOperations` is the back end of `agent_sdk.idempotency` that outlives its process; `Operations` has its rows. What
+is not kept any more shrinks to a mark that the op_id was used, so that it never runs again: an answer that is older
+than KEPT_SECONDS, when there are KEPT newer ones in its conversation.
 Age is counted by a clock that runs only while the log is open, so no jump of the machine's clock ends
 it early. Rows shrink two at a time when new ones are written; there is no timer.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from agent_sdk.idempotency import KEPT, KEPT_SECONDS
+import msgspec
+
+from agent_sdk.idempotency import KEPT, KEPT_SECONDS, Asked, BackEnd, Known
 from agent_sdk.log.chain import sum_of
-from agent_sdk.protocol.errors import OpExpired, OpMismatch, OutcomeUnknown
+from agent_sdk.protocol.errors import OutcomeUnknown
 
 if TYPE_CHECKING:
+    from agent_sdk.log.clerk import Clerk
     from agent_sdk.log.storage import Storage
+
+T = TypeVar("T")
 
 TRIMMED_AT_ONCE = 2
 NOTED_EVERY = 60.0
@@ -39,6 +47,65 @@ class OperationRow(NamedTuple):
     age: float
     result: bytes
 
+    @property
+    def known(self) -> Known[bytes]:
+        """What is told of it."""
+        answer = None if self.state == BEGUN else self.result
+        return Known(op_id=self.op_id, method=self.method, instance=self.instance, at=self.at, answer=answer)
+
+
+class LoggedOperations(BackEnd[bytes]):
+    """The operations of one conversation. What is begun or finished is on the disk when that returns.
+
+    Raises (any method):
+        ConversationNotFound, StorageFull, …: what EventLog raises.
+        OutcomeUnknown: what is remembered is damaged.
+    """
+
+    def __init__(self, writer: Clerk, conversation: str) -> None:
+        self._writer = writer
+        self._conversation = conversation
+
+    async def find(self, call: Asked) -> Known[bytes] | None:
+        """Return what `begin` returns, without beginning anything."""
+
+        def work(rows: Operations, key: int) -> Known[bytes] | None:
+            row = rows.find(key, call)
+            return None if row is None else row.known
+
+        return await self._do(work, writes=False)
+
+    async def begin(self, call: Asked) -> Known[bytes] | None:
+        def work(rows: Operations, key: int) -> Known[bytes] | None:
+            if row := rows.find(key, call):
+                return row.known
+            rows.begin(key, call)
+            return None
+
+        return await self._do(work)
+
+    async def finish(self, op_id: str, answer: bytes) -> None:
+        await self._do(lambda rows, key: rows.finish(key, op_id, answer))
+
+    async def withdraw(self, op_id: str) -> None:
+        await self._do(lambda rows, key: rows.withdraw(key, op_id))
+
+    async def begun(self) -> list[Known[bytes]]:
+        """Return what has begun and not finished, oldest first."""
+        return await self._do(lambda rows, key: [row.known for row in rows.begun(key)], writes=False)
+
+    async def instance_of(self, process_id: str) -> str | None:
+        """Return the box in which an operation of the conversation has started this process, if that is remembered."""
+        words = b'"process_id":%b' % msgspec.json.encode(process_id)
+        return await self._do(lambda rows, key: rows.answered(key, words), writes=False)
+
+    def _do(self, work: Callable[[Operations, int], T], *, writes: bool = True) -> asyncio.Future[T]:
+        return self._writer.submit(
+            lambda database: work(database.operations, database.key(self._conversation)),
+            lane=self._conversation,
+            writes=writes,
+        )
+
 
 class Operations:
     """The operations of one connection's file. `key` is that of a conversation's row."""
@@ -49,37 +116,30 @@ class Operations:
         self._before: float | None = None
         self._noted = 0.0
 
-    def find(self, key: int, op_id: str, digest: bytes | None) -> OperationRow | None:
-        """Return a remembered operation; `digest` is what its params must have, None: any.
+    def find(self, key: int, call: Asked) -> OperationRow | None:
+        """Return what is remembered of a call.
 
         Raises:
             OpExpired: its answer is not known any more.
             OpMismatch: the op_id was used with other params.
             OutcomeUnknown: what is remembered is damaged.
         """
-        rows = self._storage.rows(
-            f"SELECT {_FIELDS}, sum FROM operations WHERE conversation = ? AND op_id = ?", (key, op_id)
-        )
-        if not rows:
-            return None
-        row = _whole(*rows[0])
-        if row.state == EXPIRED:
-            raise OpExpired("this op_id was used too long ago: its answer is not kept", op_id=op_id)
-        if digest is not None and row.digest != digest:
-            raise OpMismatch("this op_id was used for another call", op_id=op_id)
+        row = self._row(key, call.op_id)
+        if row is not None:
+            call.check(None if row.state == EXPIRED else row.digest)
         return row
 
-    def begin(self, key: int, op_id: str, digest: bytes, method: str, instance: str) -> None:
-        """Remember that an operation is about to run."""
-        self._insert(key, op_id, BEGUN, digest, method, instance, b"")
+    def begin(self, key: int, call: Asked) -> None:
+        """Remember that a call is about to run."""
+        self._insert(key, call, BEGUN, b"")
 
-    def put(self, key: int, op_id: str, digest: bytes, method: str, result: bytes) -> None:
-        """Remember an operation that has run."""
-        self._insert(key, op_id, FINISHED, digest, method, "", result)
+    def put(self, key: int, call: Asked, result: bytes) -> None:
+        """Remember a call that has run."""
+        self._insert(key, call, FINISHED, result)
 
     def finish(self, key: int, op_id: str, result: bytes) -> None:
         """Remember what an operation answered that was begun; nothing happens when it was not."""
-        row = self.find(key, op_id, None)
+        row = self._row(key, op_id)
         if row is not None and row.state == BEGUN:
             self._update(key, row._replace(state=FINISHED, result=result))
 
@@ -109,12 +169,18 @@ class Operations:
         )
         return str(rows[0][0]) if rows else None
 
-    def _insert(
-        self, key: int, op_id: str, state: int, digest: bytes, method: str, instance: str, result: bytes
-    ) -> None:
+    def _row(self, key: int, op_id: str) -> OperationRow | None:
+        rows = self._storage.rows(
+            f"SELECT {_FIELDS}, sum FROM operations WHERE conversation = ? AND op_id = ?", (key, op_id)
+        )
+        return _whole(*rows[0]) if rows else None
+
+    def _insert(self, key: int, call: Asked, state: int, result: bytes) -> None:
         last = self._storage.value("SELECT max(nth) FROM operations WHERE conversation = ?", (key,))
         nth = (last or 0) + 1
-        row = OperationRow(op_id, state, digest, method, instance, time.time(), self._clock(), result)
+        row = OperationRow(
+            call.op_id, state, call.digest, call.method, call.instance, time.time(), self._clock(), result
+        )
         self._storage.rows(
             "INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, nth, *row, sum_of(*row))
         )

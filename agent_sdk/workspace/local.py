@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
-from agent_sdk.idempotency import IdempotencyStore
+from agent_sdk.idempotency import IdempotencyStore, InMemory
 from agent_sdk.ids import checked_op_id
 from agent_sdk.protocol.checks import OsText, check_input, checked
 from agent_sdk.protocol.errors import (
@@ -130,7 +130,7 @@ class LocalWorkspace(Workspace):
         self._files = LocalFiles(self._root)
         self.uploads = Uploads(self._files)
         """Files that come in parts, over connections that are lost."""
-        self.operations = IdempotencyStore(weigh=weight, strip=without_output)
+        self.operations = IdempotencyStore(InMemory(weigh=weight, strip=without_output))
         """What changes something in it, by op_id."""
         self._git = LocalGit(
             self._root, self._run_git, lambda: self._opened().spool_folder, isolated=isolated
@@ -190,7 +190,7 @@ class LocalWorkspace(Workspace):
             opened, self._open = self._open, None
             if opened is not None:
                 await self.operations.close()
-                self.operations = IdempotencyStore(weigh=weight, strip=without_output)
+                self.operations = IdempotencyStore(InMemory(weigh=weight, strip=without_output))
                 await self.uploads.close()
                 await opened.processes.end()
                 for shell in opened.shells.values():

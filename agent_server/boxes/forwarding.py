@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from agent_sdk.idempotency import asked, did_nothing
+from agent_sdk.idempotency import Asked, asked, did_nothing
 from agent_sdk.ids import digest_of
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import (
@@ -135,9 +135,8 @@ class ForwardedCalls:
     """The workspace methods of a conversation, passed on to its box; one for all its connections."""
 
     def __init__(self, conversation: str, link: BoxLink, log: EventLog, work: Work) -> None:
-        self._conversation = conversation
         self._link = link
-        self._log = log
+        self._operations = log.operations(conversation)
         self._work = work
         self._running: dict[str, list[_Run]] = {}
         self._beginning: Counter[str] = Counter()
@@ -161,7 +160,7 @@ class ForwardedCalls:
 
     async def open(self) -> None:
         """Find out what a former server has begun."""
-        for known in await self._log.open_operations(self._conversation):
+        for known in await self._operations.begun():
             if self._link.survived and known.instance == self._link.instance:
                 self._left[known.op_id] = RunningOperation(op_id=known.op_id, method=known.method)
 
@@ -211,7 +210,7 @@ class ForwardedCalls:
 
     async def _was_elsewhere(self, process_id: str) -> bool:
         """Whether a process ran in a box that is gone."""
-        instance = await self._log.instance_of(self._conversation, process_id)
+        instance = await self._operations.instance_of(process_id)
         return instance not in (None, self._link.instance)
 
     async def _describe(self, params: Describe, call: Inbound) -> WorkspaceInfo:
@@ -250,17 +249,15 @@ class ForwardedCalls:
     async def _effect(self, params: Effect[Any], call: Inbound) -> Any:
         self._work.admit()
         async with ForwardedCall(params, call) as forwarded:
-            op_id, digest = params.op_id, digest_of(params.method, asked(params))
-            instance = self._link.named()
+            op_id, instance = params.op_id, self._link.named()
+            digest = digest_of(params.method, asked(params))
             self._beginning[op_id] += 1
             try:
-                known = await self._log.begin_operation(
-                    self._conversation, op_id, digest, method=params.method, instance=instance
-                )
+                known = await self._operations.begin(Asked(op_id, digest, params.method, instance))
             finally:
                 self._beginning -= Counter((op_id,))
-            if known is not None and known.result is not None:
-                stored = StoredResult.read(known.result)
+            if known is not None and known.answer is not None:
+                stored = StoredResult.read(known.answer)
                 if stored.whole or known.instance != instance:  # else the box still has the bytes
                     return await stored.give(params, forwarded.streams)
             if isinstance(params, Upload):
@@ -310,7 +307,7 @@ class ForwardedCalls:
 
     async def _finish(self, run: _Run, stored: StoredResult) -> None:
         try:
-            await self._log.finish_operation(self._conversation, run.params.op_id, stored.written())
+            await self._operations.finish(run.params.op_id, stored.written())
         except StorageFull:  # it was done, and the box still knows
             self._link.owing = True
 
@@ -321,7 +318,7 @@ class ForwardedCalls:
         if self._beginning[op_id] or not all(other.in_vain for other in self._running[op_id]):
             return
         with suppress(StorageFull):
-            await self._log.withdraw_operation(self._conversation, op_id)
+            await self._operations.withdraw(op_id)
 
     def _ended(self, run: _Run) -> None:
         runs = self._running[run.params.op_id]

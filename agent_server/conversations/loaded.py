@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.conversation.store import AgentStore
-from agent_sdk.idempotency import IdempotencyStore
+from agent_sdk.idempotency import IdempotencyStore, InMemory
 from agent_sdk.log.event_log import PAGE_EVENTS, EventLog
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted, Waiting, WorkspaceChanged
@@ -69,7 +69,7 @@ class LoadedConversation:
         self._workspace = workspace
         self.forwarded = ForwardedCalls(id, link, log, work)
         self.tools = ClientTools()
-        self.operations = IdempotencyStore()
+        self.operations = IdempotencyStore(InMemory())
         self.connections: set[Client] = set()
         self.users = 0
         """Connections and requests that hold it in memory."""

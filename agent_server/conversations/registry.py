@@ -129,7 +129,7 @@ class Conversations:
             link = self._boxes.link_of(note.owner)
             if link is not None and link.is_running and not link.untouched:
                 with suppress(AgentServerError):
-                    begun = await self._log.open_operations(id)
+                    begun = await self._log.operations(id).begun()
                     link.owing = link.owing or any(op.instance == link.instance for op in begun)
 
     def __contains__(self, id: str) -> bool:

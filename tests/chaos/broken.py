@@ -53,11 +53,11 @@ def no_dedupe() -> None:
         return await action()
 
     idempotency.IdempotencyStore.run = run
-    operations.Operations.find = lambda self, key, op_id, digest: None
+    operations.Operations.find = lambda self, key, call: None
     insert = operations.Operations._insert
 
-    def forgetful(self: Any, key: int, op_id: str, *rest: Any) -> None:
-        insert(self, key, new_id(), *rest)
+    def forgetful(self: Any, key: int, call: Any, *rest: Any) -> None:
+        insert(self, key, call._replace(op_id=new_id()), *rest)
 
     operations.Operations._insert = forgetful
 

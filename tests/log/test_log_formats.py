@@ -8,6 +8,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from agent_sdk.idempotency import Asked
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.log.formats import VERSION
 from agent_sdk.protocol.errors import Conflict
@@ -64,13 +65,13 @@ async def test_an_event_of_a_later_version_is_kept_byte_for_byte(file):
 
 async def test_operations_of_a_golden_log_are_remembered(file):
     async with EventLog.open(file) as log:
-        assert (await log.operation("finished", "op-1")).result == b'{"seq":3,"run_id":"run-1"}'
-        assert (await log.operation("unfinished", "op-1")).digest == b"e" * 32
+        assert (await log.operations("finished").find(Asked("op-1"))).answer == b'{"seq":3,"run_id":"run-1"}'
+        assert await log.operations("unfinished").find(Asked("op-1", b"e" * 32))
 
 
 async def test_operations_that_had_begun_and_settings_of_a_golden_log_are_remembered(file):
     async with EventLog.open(file, sole=True) as log:
-        assert [known.op_id for known in await log.open_operations("unfinished")] == ["op-2"]
+        assert [known.op_id for known in await log.operations("unfinished").begun()] == ["op-2"]
         assert await log.settings("unfinished") == (b'{"model":"scripted"}', b"sealed")
         assert log.recovered == ()
 

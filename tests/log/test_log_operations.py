@@ -3,6 +3,7 @@
 import apsw
 import pytest
 
+from agent_sdk.idempotency import Asked
 from agent_sdk.log.event_log import EventLog, Operation
 from agent_sdk.log.operations import KEPT, KEPT_SECONDS
 from agent_sdk.protocol.errors import ConversationNotFound, OpExpired, OpMismatch, OutcomeUnknown
@@ -22,49 +23,49 @@ def file(tmp_path):
 
 
 async def begin(log: EventLog, op_id: str, digest: bytes = b"digest"):
-    return await log.begin_operation("c", op_id, digest, method="execute", instance="box-1")
+    return await log.operations("c").begin(Asked(op_id, digest, "execute", "box-1"))
 
 
 async def test_what_is_begun_for_the_first_time_was_not_known(log):
     assert await begin(log, "op") is None
-    [known] = await log.open_operations("c")
-    assert (known.op_id, known.method, known.instance, known.result) == ("op", "execute", "box-1", None)
+    [known] = await log.operations("c").begun()
+    assert (known.op_id, known.method, known.instance, known.answer) == ("op", "execute", "box-1", None)
     assert known.at > 0
 
 
 async def test_what_has_begun_is_known_without_a_result_until_it_is_finished(log):
     await begin(log, "op")
-    assert (await begin(log, "op")).result is None
-    await log.finish_operation("c", "op", b"answer")
-    assert (await begin(log, "op")).result == b"answer"
-    assert await log.open_operations("c") == []
+    assert (await begin(log, "op")).answer is None
+    await log.operations("c").finish("op", b"answer")
+    assert (await begin(log, "op")).answer == b"answer"
+    assert await log.operations("c").begun() == []
 
 
 async def test_what_was_begun_in_vain_is_forgotten_but_not_what_has_finished(log):
     await begin(log, "op")
-    await log.withdraw_operation("c", "op")
-    assert await log.open_operations("c") == []
+    await log.operations("c").withdraw("op")
+    assert await log.operations("c").begun() == []
     assert await begin(log, "op", b"other digest") is None
-    await log.finish_operation("c", "op", b"answer")
-    await log.withdraw_operation("c", "op")
-    assert (await begin(log, "op", b"other digest")).result == b"answer"
+    await log.operations("c").finish("op", b"answer")
+    await log.operations("c").withdraw("op")
+    assert (await begin(log, "op", b"other digest")).answer == b"answer"
 
 
 async def test_an_empty_answer_is_an_answer(log):
     await begin(log, "op")
-    await log.finish_operation("c", "op", b"")
-    assert (await begin(log, "op")).result == b""
+    await log.operations("c").finish("op", b"")
+    assert (await begin(log, "op")).answer == b""
 
 
 async def test_the_first_answer_of_an_operation_stays(log):
     await begin(log, "op")
-    await log.finish_operation("c", "op", b"first")
-    await log.finish_operation("c", "op", b"second")
-    assert (await begin(log, "op")).result == b"first"
+    await log.operations("c").finish("op", b"first")
+    await log.operations("c").finish("op", b"second")
+    assert (await begin(log, "op")).answer == b"first"
 
 
 async def test_finishing_what_was_never_begun_writes_nothing(log):
-    await log.finish_operation("c", "op", b"answer")
+    await log.operations("c").finish("op", b"answer")
     assert await begin(log, "op") is None
 
 
@@ -79,10 +80,10 @@ async def test_a_begun_operation_with_other_params_is_refused(log):
 async def test_operations_belong_to_their_conversation(log):
     await log.create("d")
     await begin(log, "op")
-    assert await log.open_operations("d") == []
-    assert await log.begin_operation("d", "op", b"other", method="m", instance="i") is None
+    assert await log.operations("d").begun() == []
+    assert await log.operations("d").begin(Asked("op", b"other")) is None
     with pytest.raises(ConversationNotFound):
-        await log.open_operations("x")
+        await log.operations("x").begun()
 
 
 async def test_what_has_begun_and_what_has_finished_survives_a_restart(file):
@@ -90,10 +91,10 @@ async def test_what_has_begun_and_what_has_finished_survives_a_restart(file):
         await log.create("c")
         await begin(log, "open")
         await begin(log, "done")
-        await log.finish_operation("c", "done", b"answer")
+        await log.operations("c").finish("done", b"answer")
     async with EventLog.open(file) as log:
-        assert [known.op_id for known in await log.open_operations("c")] == ["open"]
-        assert (await begin(log, "done")).result == b"answer"
+        assert [known.op_id for known in await log.operations("c").begun()] == ["open"]
+        assert (await begin(log, "done")).answer == b"answer"
 
 
 async def fill(log: EventLog, count: int) -> None:
@@ -117,19 +118,19 @@ async def test_what_is_old_expires_when_there_are_ten_thousand_newer_ones_and_is
     change(file, f"UPDATE clock SET seconds = {KEPT_SECONDS + 1}")
     async with EventLog.open(file) as log:
         await log.append("c", [], op=Operation("op", b"digest", b"answer"))
-        assert (await log.operation("c", "op-0")).result == b"answer"
+        assert (await log.operations("c").find(Asked("op-0"))).answer == b"answer"
     change(file, f"UPDATE operations SET nth = nth + {KEPT} WHERE op_id = 'op'")
     async with EventLog.open(file) as log:
         await log.append("c", [], op=Operation("next", b"digest", b"answer"))
         for call in (
             begin(log, "op-0"),
-            log.operation("c", "op-0"),
+            log.operations("c").find(Asked("op-0")),
             log.append("c", [UserMessage(text="a")], op=Operation("op-1", b"digest", b"")),
         ):
             with pytest.raises(OpExpired):
                 await call
-        assert [known.op_id for known in await log.open_operations("c")] == ["still running"]
-        assert (await log.operation("c", "op-2")).result == b"answer"
+        assert [known.op_id for known in await log.operations("c").begun()] == ["still running"]
+        assert (await log.operations("c").find(Asked("op-2"))).answer == b"answer"
         assert await log.head("c") == 0
 
 
@@ -140,7 +141,7 @@ async def test_what_is_young_stays_however_many_come_after_it(file):
     change(file, f"UPDATE operations SET nth = nth + {KEPT} WHERE op_id = 'op-1'")
     async with EventLog.open(file) as log:
         await log.append("c", [], op=Operation("next", b"digest", b"answer"))
-        assert (await log.operation("c", "op-0")).result == b"answer"
+        assert (await log.operations("c").find(Asked("op-0"))).answer == b"answer"
 
 
 async def test_what_has_begun_is_listed_but_not_a_row_that_is_damaged(file):
@@ -150,7 +151,7 @@ async def test_what_has_begun_is_listed_but_not_a_row_that_is_damaged(file):
         await begin(log, "two")
     change(file, "UPDATE operations SET method = 'upload' WHERE op_id = 'one'")
     async with EventLog.open(file) as log:
-        assert [known.op_id for known in await log.open_operations("c")] == ["two"]
+        assert [known.op_id for known in await log.operations("c").begun()] == ["two"]
         with pytest.raises(OutcomeUnknown):
             await begin(log, "one")
 
@@ -162,7 +163,7 @@ async def test_an_operation_whose_row_is_damaged_has_an_unknown_outcome(file):
     change(file, "UPDATE operations SET result = CAST('bnswer' AS BLOB)")
     async with EventLog.open(file) as log:
         with pytest.raises(OutcomeUnknown):
-            await log.operation("c", "op-0")
+            await log.operations("c").find(Asked("op-0"))
 
 
 async def test_settings_are_kept_beside_the_events_and_go_with_the_conversation(log):

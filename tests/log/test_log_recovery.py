@@ -9,6 +9,7 @@ import pytest
 
 from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.log import ConversationLog
+from agent_sdk.idempotency import Asked
 from agent_sdk.log.event_log import EventLog, Operation
 from agent_sdk.log.storage import Storage
 from agent_sdk.log.wal import commits_lost, frames_read
@@ -163,7 +164,7 @@ async def test_a_page_that_makes_no_sense_costs_only_the_conversations_on_it(fil
         for name in (name for name, damaged in rows.items() if not damaged):
             assert await replayed(log, name) == [*expected(name), "!"]
             await log.append(name, [UserMessage(text="next")])
-            assert (await log.operation(name, "op-1")).result == b"answer"
+            assert (await log.operations(name).find(Asked("op-1"))).answer == b"answer"
         with pytest.raises(ConversationDamaged):
             await log.read("b")
     async with EventLog.open(file, sole=True) as log:

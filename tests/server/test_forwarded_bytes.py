@@ -246,7 +246,7 @@ async def test_a_command_of_a_box_that_was_stopped_is_told_in_time_and_answered_
         call = Execute(op_id=new_id(), shell="echo run >>runs", timeout_ms=100)
         with pytest.raises(WorkspaceUnavailable, match="does not answer"):
             await caller.call(call)
-        assert [known.op_id for known in await log.open_operations("c")] == [call.op_id]
+        assert [known.op_id for known in await log.operations("c").begun()] == [call.op_id]
         os.kill(info.pid, signal.SIGCONT)
         assert (await caller.call(call)).status == "exited"
         assert (Path(info.root) / "runs").read_text() == "run\n"

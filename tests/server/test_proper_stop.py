@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from agent_sdk.idempotency import asked
+from agent_sdk.idempotency import Asked, asked
 from agent_sdk.ids import digest_of, new_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.events import AgentMessage, ToolCalled, TurnStarted, UserMessage
@@ -89,13 +89,8 @@ async def test_a_call_of_a_client_that_no_box_had_begun_when_the_server_was_kill
     promise(tmp_path, id)
     params = Execute(op_id=new_id(), shell="echo out")
     async with EventLog.open(tmp_path / "data" / "log.db") as log:
-        await log.begin_operation(
-            id,
-            params.op_id,
-            digest_of(params.method, asked(params)),
-            method=params.method,
-            instance="promised",
-        )
+        digest = digest_of(params.method, asked(params))
+        await log.operations(id).begin(Asked(params.op_id, digest, params.method, "promised"))
     second = await server()
     answer = await second.call("execute", id, op_id=params.op_id, shell=params.shell)
     assert (answer["status"], answer["stdout_text"]) == ("exited", "out\n")
