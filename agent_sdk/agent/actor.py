@@ -12,10 +12,10 @@ from agent_sdk.agent.middleware.chain import chain_of
 from agent_sdk.agent.toolbox import Toolbox, local_and_remote
 from agent_sdk.agent.tools.registry import make_tool
 from agent_sdk.agent.turn_state import is_left
-from agent_sdk.middleware import Middleware, TurnContext
+from agent_sdk.middleware import Middleware
 from agent_sdk.models import ModelClient
 from agent_sdk.protocol.errors import InvalidParams
-from agent_sdk.protocol.events import AgentConfigured, Event, RequestOpened
+from agent_sdk.protocol.events import AgentConfigured, RequestOpened
 from agent_sdk.protocol.results import Wait, WorkspaceInfo
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.tools import FunctionTool, ToolContext, ToolResult
@@ -121,22 +121,6 @@ class Actor:
             same_place=place is not None,
             ends=self.mask.ends,
             leaving=is_left,
-        )
-
-    def turn_context(
-        self, run_id: str, model_calls: int, max_model_calls: int, append: Callable[[Event], Awaitable[None]]
-    ) -> TurnContext:
-        """Return what middleware may know and do in a turn that has come so far."""
-        return TurnContext(
-            run_id=run_id,
-            workspace=self.workspace,
-            tools=self.toolbox.by_name,
-            model_calls=model_calls,
-            max_model_calls=max_model_calls,
-            confirmation=self.confirmation,
-            describe=self.describe,
-            hide=self.mask.data,
-            append=append,
         )
 
     def configured(self) -> AgentConfigured:

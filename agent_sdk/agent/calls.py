@@ -39,8 +39,8 @@ class Calls:
     """The calls of one turn, one answer after the other."""
 
     def __init__(self, journal: TurnLog, course: Course, turn: Callable[[], TurnContext]) -> None:
-        self.actor: Actor | None = None
-        """Who runs them; needed by all but `respond` and `close`."""
+        self.actor: Actor
+        """Who runs them; set before all but `take_up`, `respond` and `close`."""
         self._journal = journal
         self._course = course
         self._turn = turn
@@ -74,7 +74,7 @@ class Calls:
     def open(self, run_id: str, answer: Completion) -> tuple[list[ToolCalled], list[RequestOpened]]:
         """Begin with the calls of an answer; return them, and the requests to be written with them."""
         uses = () if answer.finish_reason in ("refused", "filtered") else answer.tool_calls
-        actor, limited = self._present(), answer.finish_reason in CUT
+        actor, limited = self.actor, answer.finish_reason in CUT
         mask, tools = actor.mask, actor.toolbox
         calls = [
             ToolCalled(
@@ -129,14 +129,14 @@ class Calls:
         calls = list(self._journal.turn.open_calls.values())
         self._before = self._journal.turn.calls - len(calls)
         first = next(self._groups(calls), [])
-        place = self._present().place
+        place = self.actor.place
         begun = {call.call_id for call in first if not place.untouched(call.place)}
         self._begun = frozenset(begun) - self._unanswered
         return await self.run() or self._journal.turn.concluded
 
     async def abandon(self) -> None:
         """End what another process has begun of the calls, where it still runs: nobody goes on with them."""
-        actor = self._present()
+        actor = self.actor
         for call in self._journal.turn.open_calls.values():
             if call.call_id in self._begun and not actor.place.untouched(call.place):
                 context = actor.context(_key(call), call.place)
@@ -155,11 +155,11 @@ class Calls:
             text = f"Not run: at most {CALLS_PER_ANSWER} calls fit into one answer."
             self._results[call.call_id] = ToolResult(text=text, is_error=True)
         final = None
+        self._course.check()
         for group in self._groups(calls):
-            self._course.check()
             await self._refuse(group)
             if any(call.call_id not in self._begun for call in group):
-                await self._present().place.ready()
+                await self.actor.place.ready()
             self._course.check()
             self._under_way = frozenset(call.call_id for call in group if self._acts_here(call))
             with self._course.finishing(not all(self._may_be_left(call) for call in group)):
@@ -234,12 +234,12 @@ class Calls:
         result = self._results.get(call.call_id) or self._refusal(call)
         if result is None:
             real = replace(call, arguments=self._arguments.get(call.call_id, call.arguments))
-            result = await self._present().chain.around_tool(self._turn(), real, self._carry_out)
+            result = await self.actor.chain.around_tool(self._turn(), real, self._carry_out)
         self._results[call.call_id] = result
 
     async def _carry_out(self, call: ToolCalled) -> ToolResult:
         self._course.check(may_leave=False)
-        actor = self._present()
+        actor = self.actor
         if refusal := actor.toolbox.refusal(call.tool, call.arguments):  # a middleware may have changed it
             return refusal
         if actor.toolbox.runs_in_client(call.tool):
@@ -249,7 +249,7 @@ class Calls:
         return await actor.toolbox.run(call.tool, call.arguments, context, begun=begun)
 
     async def _run_in_client(self, call: ToolCalled) -> ToolResult:
-        runner = self._present().run_client_tool
+        runner = self.actor.run_client_tool
         if runner is None:
             text = f"{call.tool} runs in a client's process, and there is no client."
             return ToolResult(text=text, is_error=True)
@@ -271,19 +271,15 @@ class Calls:
             return ToolResult(text=CUT_CALL, is_error=True)
         if call.call_id not in self._arguments and HIDDEN in call.arguments:
             return UNKNOWN if call.call_id in self._begun else ToolResult(text=NOT_KEPT, is_error=True)
-        return self._present().toolbox.refusal(call.tool, call.arguments)
+        return self.actor.toolbox.refusal(call.tool, call.arguments)
 
     def _may_be_left(self, call: ToolCalled) -> bool:
-        toolbox = self._present().toolbox
+        toolbox = self.actor.toolbox
         return toolbox.runs_in_client(call.tool) or toolbox.may_be_left(call.tool)
 
     def _acts_here(self, call: ToolCalled) -> bool:
         """Whether it begins in the place of the conversation: neither in a client, nor with its result at hand."""
-        return call.call_id not in self._results and not self._present().toolbox.runs_in_client(call.tool)
-
-    def _present(self) -> Actor:
-        assert self.actor is not None
-        return self.actor
+        return call.call_id not in self._results and not self.actor.toolbox.runs_in_client(call.tool)
 
     # --- approvals ---
 
@@ -315,7 +311,7 @@ class Calls:
         """Cut the calls, in order, into those that run together."""
         group: list[ToolCalled] = []
         for call in calls:
-            alone = call.call_id in self._deciding or not self._present().reads_only(call.tool)
+            alone = call.call_id in self._deciding or not self.actor.reads_only(call.tool)
             if group and alone:
                 yield group
                 group = []

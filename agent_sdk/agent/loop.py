@@ -22,7 +22,7 @@ from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.turn_state import PRESENT, Course, Phase, Stage, TurnLog
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.middleware import ModelCall, Stop, TurnContext
-from agent_sdk.models import FINISH_REASONS, Completion
+from agent_sdk.models import FINISH_REASONS
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -98,7 +98,11 @@ class Turn:
         self.outcome: Outcome | None = None
         """How it ended; None after its end: another process is to go on with it."""
         self._present = present
-        self._actor: Actor | None = None
+        self._actor: Actor
+        """Who works in it, when it is `entered`."""
+        self._entered = False
+        self._mask = Mask()
+        """What hides secrets, those of the actor."""
         self._journal = journal
         self._resumes = journal.turn.is_open and journal.turn.run_id == run_id
         """Whether another process has begun it."""
@@ -138,15 +142,27 @@ class Turn:
         self._task = asyncio.current_task()
         PRESENT.set(self.course)
         try:
-            await self._work()
-        except Exception as exc:  # the turn's boundary: even the log may fail
+            try:
+                events = await self._until_end()
+                self.course.end()
+                await self._journal.append(*events)
+            except asyncio.CancelledError:
+                if self._task is not None:
+                    self._task.uncancel()
+                if self.course.leaving:
+                    logger.info("turn %s is left to another process", self.run_id)
+                else:
+                    await self._interrupted()
+            except Exception as exc:  # noqa: BLE001  the turn's boundary: every failure becomes an event
+                await self._failed(exc)
+        except Exception as exc:  # even the log may fail
             self.course.end()
             self.failure = exc
             bug = None if isinstance(exc, AgentServerError) else exc
             logger.error("the end of turn %s could not be written: %s", self.run_id, exc, exc_info=bug)
         finally:
             self.begun.set()
-            if self._actor is not None:
+            if self._entered:
                 await self._actor.close()
 
     def stop(self, reason: str, *, asked: bool = True, op: Any = None) -> None:
@@ -177,21 +193,6 @@ class Turn:
             raise RequestNotFound("the turn that asked has ended", request=request_id)
         await self._calls.respond(request_id, answer, reason, op)
 
-    async def _work(self) -> None:
-        try:
-            events = await self._until_end()
-            self.course.end()
-            await self._journal.append(*events)
-        except asyncio.CancelledError:
-            if self._task is not None:
-                self._task.uncancel()
-            if self.course.leaving:
-                logger.info("turn %s is left to another process", self.run_id)
-            else:
-                await self._interrupted()
-        except Exception as exc:  # noqa: BLE001  the turn's boundary: every failure becomes an event
-            await self._failed(exc)
-
     async def _until_end(self) -> list[Event]:
         """Work until the turn ends by itself; return the events that say so, to be written without giving way."""
         begin = self._resume if self._resumes else self._start
@@ -201,7 +202,7 @@ class Turn:
                 return [await self._steps(final)]
             except Stop as stop:
                 self.course.check(may_leave=False)
-                await self._mine.chain.on_turn_end(self._context(), stop.status)
+                await self._actor.chain.on_turn_end(self._context(), stop.status)
                 self.course.check(may_leave=False)
                 await self._journal.settle()
                 events = self._calls.close(f"[no result: {stop.reason}]")
@@ -244,19 +245,19 @@ class Turn:
     async def _enter(self) -> None:
         """Wait for who works in this turn."""
         self.course.check()
-        self._actor = self._calls.actor = await self._present()
-        self._max_model_calls = self._actor.max_iterations
+        self._actor = self._calls.actor = actor = await self._present()
+        self._mask, self._max_model_calls, self._entered = actor.mask, actor.max_iterations, True
         self.course.check()
 
     async def _steps(self, final: str | None) -> TurnEnded:
         self._seen = self._journal.history.head_seq
         if not self._iterations:
-            await self._mine.chain.on_turn_start(self._context())
+            await self._actor.chain.on_turn_start(self._context())
         while True:
             self.course.check()
             if final is not None and await self._is_over():
                 return self._end("finished", final_text=final)
-            await self._mine.place.ready()
+            await self._actor.place.ready()
             if self._journal.turn.phase is Phase.PAUSING:
                 raise Stop("", status="paused")
             final = await self._step()
@@ -266,7 +267,7 @@ class Turn:
         journal = self._journal
         await journal.settle()
         if not journal.history.unread:
-            await self._mine.chain.on_turn_end(self._context(), "finished")
+            await self._actor.chain.on_turn_end(self._context(), "finished")
             self.course.check()
             await journal.settle()
         return not journal.history.unread
@@ -287,12 +288,11 @@ class Turn:
             raise failure(message)
         if ending != "calls":
             return None
-        self.course.check()
         return await self._calls.run()
 
     async def _request(self) -> ModelCall:
         """Return what the model is asked."""
-        actor, history = self._mine, self._journal.history
+        actor, history = self._actor, self._journal.history
         if self._system is None:
             self._system = await actor.chain.prompt(self._context())
             self.course.check()
@@ -323,12 +323,12 @@ class Turn:
         completion = await request.client.complete(request, on_delta=self._hear)
         seconds, raised = time.monotonic() - started, None
         try:
-            completion = await self._mine.chain.after_model(self._context(), completion)
+            completion = await self._actor.chain.after_model(self._context(), completion)
         except Exception as exc:  # noqa: BLE001  raised again when the answer is written
             raised = exc
         self._finish_reason = reason = as_utf8(completion.finish_reason)
         if reason not in FINISH_REASONS:
-            self._finish_reason = self._masked(reason)
+            self._finish_reason = self._mask.text(reason)
         calls, requests = self._calls.open(self.run_id, completion)
         message = AgentMessage(
             run_id=self.run_id,
@@ -339,7 +339,16 @@ class Turn:
             seen_seq=self._seen,
             provider=completion.provider,
         )
-        used = _used(self.run_id, request.llm.model, completion, seconds)
+        usage = completion.usage
+        used = ModelUsed(
+            run_id=self.run_id,
+            model=request.llm.model,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cached_tokens=usage.cached_tokens,
+            cost=usage.cost,
+            seconds=seconds,
+        )
         self._pieces.clear()
         # In one commit: a call without a request needed none, whatever the policy is after a restart. Where a
         # middleware broke off, nobody was asked whether it needs one.
@@ -373,13 +382,20 @@ class Turn:
             )
         ]
 
-    @property
-    def _mine(self) -> Actor:
-        assert self._actor is not None
-        return self._actor
-
     def _context(self) -> TurnContext:
-        return self._mine.turn_context(self.run_id, self._iterations, self._max_model_calls, self._note)
+        """Return what middleware may know and do in a turn that has come so far."""
+        actor = self._actor
+        return TurnContext(
+            run_id=self.run_id,
+            workspace=actor.workspace,
+            tools=actor.toolbox.by_name,
+            model_calls=self._iterations,
+            max_model_calls=self._max_model_calls,
+            confirmation=actor.confirmation,
+            describe=actor.describe,
+            hide=actor.mask.data,
+            append=self._note,
+        )
 
     async def _note(self, event: Event) -> None:
         if isinstance(event, ModelFailed) and event.retry_in is not None:
@@ -402,20 +418,17 @@ class Turn:
             events.append(Interrupted(reason=reason))
         await self._journal.append(*events, self._end("interrupted", reason=reason), op=op)
 
-    def _masked(self, text: str) -> str:
-        return (self._actor.mask if self._actor else Mask()).text(text)
-
     async def _failed(self, exc: Exception) -> None:
         self.course.end()
         known = exc if isinstance(exc, AgentServerError) else InternalError(f"{type(exc).__name__}: {exc}")
         if isinstance(known, InternalError):
             logger.error("turn %s failed", self.run_id, exc_info=exc)
-        message, come = as_utf8(self._masked(known.message)), self._broken_off()
+        message, come = as_utf8(self._mask.text(known.message)), self._broken_off()
         self._finish_reason = str(known.details.get("finish_reason", self._finish_reason))
         raised = ErrorRaised(
             error=known.kind,
             message=message,
-            classification=_classify(exc),
+            classification=next((said for kind, said in _CLASSES if isinstance(exc, kind)), "internal"),
             retryable=known.retryable,
         )
         await self._journal.settle()
@@ -435,8 +448,8 @@ class Turn:
         ended = TurnEnded(
             run_id=self.run_id,
             status=status,
-            final_text=self._masked(final_text),
-            reason=self._masked(reason),
+            final_text=self._mask.text(final_text),
+            reason=self._mask.text(reason),
             error=error,
             retryable=retryable,
             iterations=self._iterations,
@@ -444,23 +457,3 @@ class Turn:
         )
         self.outcome = outcome_of(ended)
         return ended
-
-
-def _classify(exc: Exception) -> Classification:
-    for kind, classification in _CLASSES:
-        if isinstance(exc, kind):
-            return classification
-    return "internal"
-
-
-def _used(run_id: str, model: str, completion: Completion, seconds: float) -> ModelUsed:
-    usage = completion.usage
-    return ModelUsed(
-        run_id=run_id,
-        model=model,
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        cached_tokens=usage.cached_tokens,
-        cost=usage.cost,
-        seconds=seconds,
-    )

@@ -297,7 +297,8 @@ class Course:
         Raises:
             CancelledError: it is stopped or cancelled, or it is to be left and may be.
         """
-        if self._stage is Stage.STOPPING or (may_leave and self.leaving) or is_cancelled():
+        stage = self._stage
+        if stage is Stage.STOPPING or (may_leave and stage is Stage.LEAVING) or is_cancelled():
             raise CancelledError
 
     def end(self) -> bool:

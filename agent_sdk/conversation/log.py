@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -116,8 +116,11 @@ class ConversationLog:
         """Queue events; the future comes with the commit, after all who follow were told. Do not cancel it."""
         if ends := [event for event in events if isinstance(event, _ENDS_AN_ANSWER)]:
             self._end_streams(cut=not isinstance(ends[0], AgentMessage) or is_cut(ends[0]))
-        masked = [self.mask.event(event, begun=self.history.continues) for event in events]
-        future = self.log.submit(self.conversation, masked, op=op, settings=settings)
+        written: Sequence[Event] = events
+        if self.mask.needles.longest:
+            begun = bool(ends) and self.history.continues
+            written = [self.mask.event(event, begun=begun) for event in events]
+        future = self.log.submit(self.conversation, written, op=op, settings=settings)
         self._under_way.add(future)
         future.add_done_callback(self._committed)
         return future
@@ -152,6 +155,9 @@ class ConversationLog:
 
     def delta(self, run_id: str, text: str, thinking: str) -> None:
         """Pass on a transient piece of an answer, as far as it can be no part of a secret."""
+        if not self.mask.needles.longest and self._streams is None:
+            self._publish(run_id, text, thinking)
+            return
         if self._streams is None or self._streams[0] != run_id:
             self._end_streams(cut=True)
             begun = MaskedStream(self.mask, begun=self.history.continues)
