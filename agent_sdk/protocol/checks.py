@@ -41,33 +41,30 @@ class Checked(Struct, frozen=True):
         Raises:
             InvalidParams: one has a value that its type does not allow; the sentence names it, the limit and the value.
         """
-        for name, declared in _declared(type(self)):
+        for name, declared, is_for_system in _declared(type(self)):
             value = getattr(self, name)
-            fitting = check(name, value, declared)
-            if wrong := flaw(value) or (_is_for_system(declared) and flaw(value, for_system=True)):
-                raise _refusal(name, "", value, wrong)
+            try:
+                fitting = msgspec.convert(value, declared)  # a list where a tuple is declared becomes one
+            except msgspec.ValidationError as exc:
+                raise _misfit(name, value, declared, str(exc)) from None
             if fitting is not value:
                 msgspec.structs.force_setattr(self, name, fitting)
+            if value is None or isinstance(value, int):
+                continue
+            if wrong := flaw(value) or (is_for_system and flaw(value, for_system=True)):
+                raise _refusal(name, "", value, wrong)
 
 
-def check(field: str, value: Any, declared: Any) -> Any:
-    """Return the value as the declared type has it: a list where a tuple is declared becomes one.
-
-    Raises:
-        InvalidParams: the type does not allow it.
-    """
-    try:
-        return msgspec.convert(value, declared)
-    except msgspec.ValidationError as exc:
-        wanted, _, _ = str(exc).partition(", got ")
-        place = re.search(r" - at `(\$[^`]*)`$", str(exc))
+def _misfit(field: str, value: Any, declared: Any, problem: str) -> InvalidParams:
+    place = re.search(r" - at `(\$[^`]*)`$", problem)
+    wanted = problem.partition(", got ")[0]
     wanted = wanted.partition(" - at ")[0].removeprefix("Expected ").replace("`", "").replace(" | ", " or ")
     if wanted.startswith("Invalid enum value") or "matching regex" in wanted:
         wanted = _said(declared)
     for word, better in _WORDS.items():
         wanted = re.sub(rf"\b{word}\b", better, wanted)
     at = f" at {place[1].removeprefix('$')}" if place and place[1] != "$" else ""
-    raise _refusal(field, f"{wanted}{at}", value)
+    return _refusal(field, f"{wanted}{at}", value)
 
 
 def checked(function: Callable[P, T], contract: Callable[..., Any] | None = None) -> Callable[P, T]:
@@ -353,8 +350,9 @@ _SIGNS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 
 
 @cache
-def _declared(kind: type[Struct]) -> tuple[tuple[str, Any], ...]:
-    return tuple((field.name, field.type) for field in msgspec.structs.fields(kind))
+def _declared(kind: type[Struct]) -> tuple[tuple[str, Any, bool], ...]:
+    fields = msgspec.structs.fields(kind)
+    return tuple((field.name, field.type, _is_for_system(field.type)) for field in fields)
 
 
 Path = OsText

@@ -60,8 +60,9 @@ class OutboundCalls:
         """Make an empty table; `limits`: those of the other end."""
         self.limits = limits
         self.watch: Watch | None = None
+        """Is told of each call of ours as it begins to wait."""
         self.leave: Leave = lambda: False
-        """Asked where a call has no `leave` of its own."""
+        """Asked where a call that is cancelled has no `leave` of its own: whether it is only forgotten."""
         self._codec = codec
         self._lanes = lanes
         self._pending: dict[Id, asyncio.Future[Raw]] = {}

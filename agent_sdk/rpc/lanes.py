@@ -185,7 +185,7 @@ class Lanes:
 
         One that is longer than the budget fits when nothing else waits, or it could never be sent.
         """
-        if not self._fits(len(event)):
+        if self._waiting_bytes and not self._fits(len(event)):
             return False
         self._events.append((epoch, event))
         self._waiting_bytes += len(event)
@@ -269,7 +269,7 @@ class Lanes:
 
     def _free(self, size: int) -> None:
         self._waiting_bytes -= size
-        if self._is_low():
+        if self._room is not None and self._is_low():
             wake(self._room)
 
     def _next_events(self) -> Frame:

@@ -43,7 +43,7 @@ from agent_sdk.protocol.methods.connection import CancelNotice, EventsNotice
 from agent_sdk.protocol.methods.method import Method, Notice, R
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.budget import Budget
-from agent_sdk.rpc.calls import InboundCalls, Leave, OutboundCalls, Table, Watch
+from agent_sdk.rpc.calls import InboundCalls, Leave, OutboundCalls, Table
 from agent_sdk.rpc.lanes import Lanes
 from agent_sdk.rpc.pipe import Pipe, lost
 from agent_sdk.rpc.stream import ByteReader, ByteWriter, StreamTable
@@ -102,6 +102,7 @@ class Peer:
     """One end of a connection. Enter it to run it; leaving closes the pipe and waits for the handlers.
 
     Attributes:
+        calls: those of ours that wait; its `watch` and `leave` may be set at any time.
         other_limits: what the other end accepts; set it once `initialize` told.
         progress: how much came of it that the next connection need not bring again: bytes of streams that came or were
             accepted, events, and what its users add: calls whose answer they have.
@@ -142,7 +143,7 @@ class Peer:
         self._codec = Codec(limits, strict=strict, room=self._share)
         self._lanes = Lanes(limits.queue_bytes, self._begin_writing)
         self._streams = StreamTable(self._lanes, limits, opener=opener)
-        self._calls = OutboundCalls(self._codec, self._lanes, DEFAULTS)
+        self.calls = OutboundCalls(self._codec, self._lanes, DEFAULTS)
         self._answers = InboundCalls(
             self._codec, self._lanes, limits, context=partial(Inbound, self), report=self._report
         )
@@ -167,33 +168,15 @@ class Peer:
     @property
     def other_limits(self) -> Limits:
         """What the other end accepts."""
-        return self._calls.limits
+        return self.calls.limits
 
     @other_limits.setter
     def other_limits(self, limits: Limits) -> None:
         limits = _sane(limits)
-        self._calls.use(limits)
+        self.calls.use(limits)
         self._lanes.use(limits)
         self._answers.longest = limits.message_bytes
         self._streams.other_window = limits.window_bytes
-
-    @property
-    def watch(self) -> Watch | None:
-        """What is told of each call of ours as it begins to wait; may be set at any time."""
-        return self._calls.watch
-
-    @watch.setter
-    def watch(self, watch: Watch | None) -> None:
-        self._calls.watch = watch
-
-    @property
-    def leave(self) -> Leave:
-        """Whether a call of ours that is cancelled is only forgotten, where the call itself does not say it."""
-        return self._calls.leave
-
-    @leave.setter
-    def leave(self, leave: Leave) -> None:
-        self._calls.leave = leave
 
     @property
     def ignored(self) -> Mapping[str, int]:
@@ -207,7 +190,7 @@ class Peer:
 
     def __repr__(self) -> str:
         state = "new" if self._reader is None else "closed" if self._lost is not None else "open"
-        return f"<Peer {state}: {len(self._answers)} calls in, {len(self._calls)} calls out>"
+        return f"<Peer {state}: {len(self._answers)} calls in, {len(self.calls)} calls out>"
 
     async def __aenter__(self) -> Self:
         self._reader = asyncio.create_task(self._read())
@@ -239,8 +222,8 @@ class Peer:
             AgentServerError: what the other end answered, same class as there.
         """
         if timeout is None:
-            return self._calls.call(params, leave)
-        return self._calls.within(timeout, params, leave)
+            return self.calls.call(params, leave)
+        return self.calls.within(timeout, params, leave)
 
     def open_reader(self) -> AbstractAsyncContextManager[ByteReader]:
         """A stream the other end writes to; put its `channel` into the params of a call."""
@@ -274,7 +257,7 @@ class Peer:
         """
         if self._lost is not None:
             return False
-        if (got := len(event) + 256) > (limit := self.other_limits.message_bytes):
+        if (got := len(event) + 256) > (limit := self.calls.limits.message_bytes):
             raise LimitExceeded(f"an event of more than {limit} bytes", field="event", limit=limit, got=got)
         return self._lanes.put_event(event, epoch)
 
@@ -358,7 +341,7 @@ class Peer:
             self._share.close()
         self._lanes.closing = True
         self._lanes.wake_all()
-        self._calls.lose(reason)
+        self.calls.lose(reason)
         self._streams.lose(reason)
         self._answers.lose()
         if self._ended is not None:
@@ -423,7 +406,7 @@ class Peer:
             case Request():
                 self._answers.request(message)
             case Response() | Failure():
-                self._calls.answer(message)
+                self.calls.answer(message)
             case Notification():
                 self._notice(message)
             case _:

@@ -385,8 +385,8 @@ class BoxLink:
             async with AsyncExitStack() as stack:
                 peer = await self._connect(stack, box)
                 watch = BoxWatch(peer, self._patience, lambda: self._frozen or self._held)
-                peer.watch = self._watch = await stack.enter_async_context(watch)
-                peer.leave = is_left
+                peer.calls.watch = self._watch = await stack.enter_async_context(watch)
+                peer.calls.leave = is_left
                 if first := self._linked is None:
                     self._name.redeem()
                 self._linked = Linked(peer, box.instance)

@@ -192,7 +192,7 @@ async def test_a_call_longer_than_the_other_end_accepts_is_not_sent(peers):
         with pytest.raises(LimitExceeded) as caught:
             await client.call(GitDiff(path="x" * 1000))
         assert caught.value.details["limit"] == 1000
-        assert len(client._calls) == 0
+        assert len(client.calls) == 0
 
 
 async def test_an_answer_longer_than_the_other_end_accepts_is_an_error(peers):
@@ -223,7 +223,7 @@ async def test_cancelling_a_call_cancels_its_handler_and_waits_for_it(peers):
             await calling
         order.append("caller")
         assert order == ["handler", "caller"]
-        assert len(client._calls) == len(server._answers) == 0
+        assert len(client.calls) == len(server._answers) == 0
 
 
 async def test_a_call_whose_time_is_over_is_cancelled(peers):

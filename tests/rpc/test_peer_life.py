@@ -70,7 +70,7 @@ async def test_a_call_that_is_left_to_the_other_end_goes_on_there_when_it_is_can
 
     async with peers({GitDiff: work}) as (client, _):
         leave = (lambda: True) if said == "of the call" else None
-        client.leave = lambda: said == "of all calls"
+        client.calls.leave = lambda: said == "of all calls"
         calling = asyncio.create_task(client.call(GitDiff(), leave=leave))
         await entered.wait()
         calling.cancel()
