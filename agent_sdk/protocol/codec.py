@@ -63,7 +63,7 @@ _ID_LENGTH = 128
 _SHOWN = 64
 _INTEGER = re.compile(rb"-?[0-9]{1,16}")
 _WHERE = re.compile(r"(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?", re.DOTALL)
-_NO_PARAMS = Raw(b"{}")
+_NO_PARAMS, _NULL = Raw(b"{}"), Raw(b"null")
 _VERSION = b'"2.0"'
 
 
@@ -291,8 +291,9 @@ class Codec:
     def _answer(self, wire: _Envelope) -> Response | Failure | None:
         if (wire.result is UNSET) and (wire.error is UNSET):
             raise InvalidRequest("neither a call nor an answer", **_id_of(wire))
-        id = _id_of(wire).get("id")
-        if id is None:
+        try:
+            id = _legible(wire.id or _NULL)
+        except BadId:
             self.ignored[UNAWAITED] += 1
             return None
         if wire.error is UNSET:

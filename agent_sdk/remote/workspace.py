@@ -186,7 +186,7 @@ class RemoteWorkspace(Workspace):
             ConnectionLost: the workspace is not entered.
         """
         self._used = True
-        return self.untouched_link
+        return self._link or self.untouched_link
 
     @property
     def untouched_link(self) -> Link:
@@ -296,12 +296,12 @@ class RemoteWorkspace(Workspace):
         )
         command_there = Command(call, check_input(stdin), on_output)
         try:
-            result = await persistent(self.link, command_there.attempt)
+            result = await persistent(link := self.link, command_there.attempt)
         except OutcomeUnknown as exc:
             return ExecResult(status="unknown", reason=str(exc))
         if result.process_id is None:
             return result
-        return replace(result, process=RemoteProcess.of(self.link, result.process_id))
+        return replace(result, process=RemoteProcess.of(link, result.process_id))
 
     async def start(
         self,

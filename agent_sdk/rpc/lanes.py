@@ -1,6 +1,6 @@
 """What waits to be sent on one connection, in three lanes, and who goes next.
 
-control  answers, calls, notices, credit: always first
+control  answers, calls, notices, credit, and the end of a stream none of whose bytes wait: always first
 events   durable events and deltas, in order; what has queued up shares a frame
 bulk     byte streams and long messages, one frame each in turn
 

@@ -281,10 +281,15 @@ class ByteWriter(Source):
             raise ValueError(f"a trailer has at most {frames.TRAILER_BYTES} bytes")
         if self._error is not None:
             raise self._error
-        if not self.finished:
-            self.finished = True
-            self.waiting.append(frames.end(self.channel, self.offset, trailer))
-            self._table.lanes.put_bulk(self)
+        if self.finished:
+            return
+        self.finished = True
+        end = frames.end(self.channel, self.offset, trailer)
+        if self.waiting.items is None:  # nothing is before it: it needs no turn among those who send much
+            self._table.lanes.put_control(end)
+            self._table.end(self.channel)
+        else:
+            self.waiting.append(end)
 
     async def flushed(self) -> None:
         """Wait until what was written is on its way, or never will be."""

@@ -105,7 +105,8 @@ class WebSocketPipe(Pipe):
         if message.type is WSMsgType.BINARY:
             return message.data, False
         if message.type is WSMsgType.TEXT:
-            return await self._text(message.data), True
+            data = message.data
+            return data if isinstance(data, bytes) and data.isascii() else await self._text(data), True
         if message.type is WSMsgType.CLOSE:
             raise self._end(message.data or 1005, message.extra or "")
         if isinstance(message.data, WebSocketError):
@@ -152,8 +153,7 @@ class WebSocketPipe(Pipe):
         if isinstance(data, str):
             return data.encode()
         try:
-            if not data.isascii():
-                data.decode()
+            data.decode()
         except UnicodeDecodeError:
             error = self._end(1007, "text that is not UTF-8")
             await self._ws.close(code=1007, message=b"text that is not UTF-8")
