@@ -2,7 +2,7 @@
 
 loop:     one turn, from start to end
 calls:    the tool calls of a turn: order, approvals, results
-actor:    an agent at work: model client, tools, secrets, and where its tools act
+runtime:  an agent at work: model client, tools, secrets, and where its tools act
 turn_state: whether a turn is open, how far it came, what may follow, and what a turn needs of its log
 history:  what the model is shown of the log, how its answers ended, and what the turn does then
 toolbox:  the tools of a conversation

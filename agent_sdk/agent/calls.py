@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 from msgspec.structs import replace
 
-from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.history import CUT_CALL
 from agent_sdk.agent.mask import HIDDEN
+from agent_sdk.agent.runtime import AgentRuntime
 from agent_sdk.agent.toolbox import UNKNOWN, failed_call
 from agent_sdk.agent.tools.registry import FINISH
 from agent_sdk.agent.turn_state import Course, TurnLog
@@ -39,7 +39,7 @@ class Calls:
     """The calls of one turn, one answer after the other."""
 
     def __init__(self, journal: TurnLog, course: Course, turn: Callable[[], TurnContext]) -> None:
-        self.actor: Actor
+        self.runtime: AgentRuntime
         """Who runs them; set before all but `take_up`, `respond` and `close`."""
         self._journal = journal
         self._course = course
@@ -74,8 +74,8 @@ class Calls:
     def open(self, run_id: str, answer: Completion) -> tuple[list[ToolCalled], list[RequestOpened]]:
         """Begin with the calls of an answer; return them, and the requests to be written with them."""
         uses = () if answer.finish_reason in ("refused", "filtered") else answer.tool_calls
-        actor, limited = self.actor, answer.finish_reason in CUT
-        mask, tools = actor.mask, actor.toolbox
+        runtime, limited = self.runtime, answer.finish_reason in CUT
+        mask, tools = runtime.mask, runtime.toolbox
         calls = [
             ToolCalled(
                 run_id=run_id,
@@ -84,7 +84,7 @@ class Calls:
                 tool=use.tool if tools.spec(use.tool) else mask.text(as_utf8(use.tool)),
                 arguments=as_utf8(use.arguments),
                 cut=limited and not is_json_object(use.arguments),
-                place=actor.place.instance,
+                place=runtime.place.instance,
             )
             for use in uses
         ]
@@ -129,18 +129,18 @@ class Calls:
         calls = list(self._journal.turn.open_calls.values())
         self._before = self._journal.turn.calls - len(calls)
         first = next(self._groups(calls), [])
-        place = self.actor.place
+        place = self.runtime.place
         begun = {call.call_id for call in first if not place.untouched(call.place)}
         self._begun = frozenset(begun) - self._unanswered
         return await self.run() or self._journal.turn.concluded
 
     async def abandon(self) -> None:
         """End what another process has begun of the calls, where it still runs: nobody goes on with them."""
-        actor = self.actor
+        runtime = self.runtime
         for call in self._journal.turn.open_calls.values():
-            if call.call_id in self._begun and not actor.place.untouched(call.place):
-                context = actor.context(_key(call), call.place)
-                await actor.toolbox.abandon(call.tool, call.arguments, context)
+            if call.call_id in self._begun and not runtime.place.untouched(call.place):
+                context = runtime.context(_key(call), call.place)
+                await runtime.toolbox.abandon(call.tool, call.arguments, context)
 
     async def run(self) -> str | None:
         """Run the open calls, neighbours that only read together; return what `finish` said.
@@ -159,7 +159,7 @@ class Calls:
         for group in self._groups(calls):
             await self._refuse(group)
             if any(call.call_id not in self._begun for call in group):
-                await self.actor.place.ready()
+                await self.runtime.place.ready()
             self._course.check()
             self._under_way = frozenset(call.call_id for call in group if self._acts_here(call))
             with self._course.finishing(not all(self._may_be_left(call) for call in group)):
@@ -234,22 +234,22 @@ class Calls:
         result = self._results.get(call.call_id) or self._refusal(call)
         if result is None:
             real = replace(call, arguments=self._arguments.get(call.call_id, call.arguments))
-            result = await self.actor.chain.around_tool(self._turn(), real, self._carry_out)
+            result = await self.runtime.chain.around_tool(self._turn(), real, self._carry_out)
         self._results[call.call_id] = result
 
     async def _carry_out(self, call: ToolCalled) -> ToolResult:
         self._course.check(may_leave=False)
-        actor = self.actor
-        if refusal := actor.toolbox.refusal(call.tool, call.arguments):  # a middleware may have changed it
+        runtime = self.runtime
+        if refusal := runtime.toolbox.refusal(call.tool, call.arguments):  # a middleware may have changed it
             return refusal
-        if actor.toolbox.runs_in_client(call.tool):
+        if runtime.toolbox.runs_in_client(call.tool):
             return await self._run_in_client(call)
         begun = call.call_id in self._begun
-        context = actor.context(_key(call), call.place if begun else None)
-        return await actor.toolbox.run(call.tool, call.arguments, context, begun=begun)
+        context = runtime.context(_key(call), call.place if begun else None)
+        return await runtime.toolbox.run(call.tool, call.arguments, context, begun=begun)
 
     async def _run_in_client(self, call: ToolCalled) -> ToolResult:
-        runner = self.actor.run_client_tool
+        runner = self.runtime.run_client_tool
         if runner is None:
             text = f"{call.tool} runs in a client's process, and there is no client."
             return ToolResult(text=text, is_error=True)
@@ -271,15 +271,15 @@ class Calls:
             return ToolResult(text=CUT_CALL, is_error=True)
         if call.call_id not in self._arguments and HIDDEN in call.arguments:
             return UNKNOWN if call.call_id in self._begun else ToolResult(text=NOT_KEPT, is_error=True)
-        return self.actor.toolbox.refusal(call.tool, call.arguments)
+        return self.runtime.toolbox.refusal(call.tool, call.arguments)
 
     def _may_be_left(self, call: ToolCalled) -> bool:
-        toolbox = self.actor.toolbox
+        toolbox = self.runtime.toolbox
         return toolbox.runs_in_client(call.tool) or toolbox.may_be_left(call.tool)
 
     def _acts_here(self, call: ToolCalled) -> bool:
         """Whether it begins in the place of the conversation: neither in a client, nor with its result at hand."""
-        return call.call_id not in self._results and not self.actor.toolbox.runs_in_client(call.tool)
+        return call.call_id not in self._results and not self.runtime.toolbox.runs_in_client(call.tool)
 
     # --- approvals ---
 
@@ -311,7 +311,7 @@ class Calls:
         """Cut the calls, in order, into those that run together."""
         group: list[ToolCalled] = []
         for call in calls:
-            alone = call.call_id in self._deciding or not self.actor.reads_only(call.tool)
+            alone = call.call_id in self._deciding or not self.runtime.reads_only(call.tool)
             if group and alone:
                 yield group
                 group = []

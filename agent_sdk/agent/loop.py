@@ -15,10 +15,10 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
-from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.calls import Calls
 from agent_sdk.agent.history import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure
 from agent_sdk.agent.mask import Mask
+from agent_sdk.agent.runtime import AgentRuntime
 from agent_sdk.agent.turn_state import PRESENT, Course, Phase, Stage, TurnLog
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.middleware import ModelCall, Stop, TurnContext
@@ -72,7 +72,7 @@ class Turn:
     def __init__(
         self,
         run_id: str,
-        present: Callable[[], Awaitable[Actor]],
+        present: Callable[[], Awaitable[AgentRuntime]],
         journal: TurnLog,
         *,
         restarts: int = RESTARTS,
@@ -98,11 +98,11 @@ class Turn:
         self.outcome: Outcome | None = None
         """How it ended; None after its end: another process is to go on with it."""
         self._present = present
-        self._actor: Actor
+        self._runtime: AgentRuntime
         """Who works in it, when it is `entered`."""
         self._entered = False
         self._mask = Mask()
-        """What hides secrets, those of the actor."""
+        """What hides its secrets."""
         self._journal = journal
         self._resumes = journal.turn.is_open and journal.turn.run_id == run_id
         """Whether another process has begun it."""
@@ -163,7 +163,7 @@ class Turn:
         finally:
             self.begun.set()
             if self._entered:
-                await self._actor.close()
+                await self._runtime.close()
 
     def stop(self, reason: str, *, asked: bool = True, op: Any = None) -> None:
         """End it at once: calls under way are cancelled. Not `asked` for by a user: it may be continued."""
@@ -202,7 +202,7 @@ class Turn:
                 return [await self._steps(final)]
             except Stop as stop:
                 self.course.check(may_leave=False)
-                await self._actor.chain.on_turn_end(self._context(), stop.status)
+                await self._runtime.chain.on_turn_end(self._context(), stop.status)
                 self.course.check(may_leave=False)
                 await self._journal.settle()
                 events = self._calls.close(f"[no result: {stop.reason}]")
@@ -245,19 +245,19 @@ class Turn:
     async def _enter(self) -> None:
         """Wait for who works in this turn."""
         self.course.check()
-        self._actor = self._calls.actor = actor = await self._present()
-        self._mask, self._max_model_calls, self._entered = actor.mask, actor.max_iterations, True
+        self._runtime = self._calls.runtime = runtime = await self._present()
+        self._mask, self._max_model_calls, self._entered = runtime.mask, runtime.max_iterations, True
         self.course.check()
 
     async def _steps(self, final: str | None) -> TurnEnded:
         self._seen = self._journal.history.head_seq
         if not self._iterations:
-            await self._actor.chain.on_turn_start(self._context())
+            await self._runtime.chain.on_turn_start(self._context())
         while True:
             self.course.check()
             if final is not None and await self._is_over():
                 return self._end("finished", final_text=final)
-            await self._actor.place.ready()
+            await self._runtime.place.ready()
             if self._journal.turn.phase is Phase.PAUSING:
                 raise Stop("", status="paused")
             final = await self._step()
@@ -267,7 +267,7 @@ class Turn:
         journal = self._journal
         await journal.settle()
         if not journal.history.unread:
-            await self._actor.chain.on_turn_end(self._context(), "finished")
+            await self._runtime.chain.on_turn_end(self._context(), "finished")
             self.course.check()
             await journal.settle()
         return not journal.history.unread
@@ -292,19 +292,19 @@ class Turn:
 
     async def _request(self) -> ModelCall:
         """Return what the model is asked."""
-        actor, history = self._actor, self._journal.history
+        runtime, history = self._runtime, self._journal.history
         if self._system is None:
-            self._system = await actor.chain.prompt(self._context())
+            self._system = await runtime.chain.prompt(self._context())
             self.course.check()
         self._seen = history.head_seq
         request = ModelCall(
             system=self._system,
             turns=history.coming(),
-            tools=actor.toolbox.specs,
-            llm=actor.llm,
-            client=actor.client,
+            tools=runtime.toolbox.specs,
+            llm=runtime.llm,
+            client=runtime.client,
         )
-        request = await actor.chain.before_model(self._context(), request)
+        request = await runtime.chain.before_model(self._context(), request)
         self.course.check()
         if self._full:
             raise Stop(FULL, final_text=history.said)
@@ -323,7 +323,7 @@ class Turn:
         completion = await request.client.complete(request, on_delta=self._hear)
         seconds, raised = time.monotonic() - started, None
         try:
-            completion = await self._actor.chain.after_model(self._context(), completion)
+            completion = await self._runtime.chain.after_model(self._context(), completion)
         except Exception as exc:  # noqa: BLE001  raised again when the answer is written
             raised = exc
         self._finish_reason = reason = as_utf8(completion.finish_reason)
@@ -384,16 +384,16 @@ class Turn:
 
     def _context(self) -> TurnContext:
         """Return what middleware may know and do in a turn that has come so far."""
-        actor = self._actor
+        runtime = self._runtime
         return TurnContext(
             run_id=self.run_id,
-            workspace=actor.workspace,
-            tools=actor.toolbox.by_name,
+            workspace=runtime.workspace,
+            tools=runtime.toolbox.by_name,
             model_calls=self._iterations,
             max_model_calls=self._max_model_calls,
-            confirmation=actor.confirmation,
-            describe=actor.describe,
-            hide=actor.mask.data,
+            confirmation=runtime.confirmation,
+            describe=runtime.describe,
+            hide=runtime.mask.data,
             append=self._note,
         )
 

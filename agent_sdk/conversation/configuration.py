@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from agent_sdk.agent.actor import Actor, Place, RunClientTool
 from agent_sdk.agent.mask import Mask, check_secrets
 from agent_sdk.agent.middleware.chain import made_of
+from agent_sdk.agent.runtime import AgentRuntime, Place, RunClientTool
 from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.conversation.state import ConversationState
 from agent_sdk.conversation.store import AgentStore
@@ -29,7 +29,7 @@ from agent_sdk.workspace.contract import Workspace
 
 
 class AgentConfig:
-    """The agent's description before the conversation is open, and its Actor afterwards."""
+    """The agent's description before the conversation is open, and its AgentRuntime afterwards."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class AgentConfig:
         title: str | None,
         tags: Mapping[str, str],
     ) -> None:
-        self.actor: Actor | None = None
+        self.runtime: AgentRuntime | None = None
         self.mask = Mask(secrets.values())
         """Hides what nobody may read in a log: keys, headers and secrets, former ones too."""
         self.missing = ""
@@ -62,8 +62,8 @@ class AgentConfig:
         self._workspace: Workspace | None = None
         self.place = Place()
         self._functions: Mapping[str, FunctionTool[..., Any]] = {}
-        self._former: list[Actor] = []
-        self._recalled: Actor | None = None
+        self._former: list[AgentRuntime] = []
+        self._recalled: AgentRuntime | None = None
 
     @property
     def run_client_tool(self) -> RunClientTool | None:
@@ -73,27 +73,27 @@ class AgentConfig:
     @run_client_tool.setter
     def run_client_tool(self, runner: RunClientTool | None) -> None:
         self._run_client_tool = runner
-        if self.actor is not None:
-            self.actor.run_client_tool = runner
+        if self.runtime is not None:
+            self.runtime.run_client_tool = runner
 
     def open(self, workspace: Workspace) -> None:
-        """Make the Actor, when an agent is known.
+        """Make the AgentRuntime, when an agent is known.
 
         Raises:
             InvalidParams: a tool, the model, a limit or a secret's name is not acceptable.
         """
         self._workspace = workspace
         if self._agent is not None:
-            self.actor = self._made(self._agent, self._max_iterations, self._confirmation)
+            self.runtime = self._made(self._agent, self._max_iterations, self._confirmation)
 
     def restore(self, store: AgentStore, stored: tuple[bytes, bytes | None]) -> None:
-        """Make the Actor of the stored agent; if that is not possible, `missing` or `obstacle` says why."""
+        """Make the AgentRuntime of the stored agent; if that is not possible, `missing` or `obstacle` says why."""
         try:
             restored = store.unpack(self.conversation, *stored)
             self.missing = restored.missing
             if not self.missing:
                 self._secrets.update(restored.secrets)
-                self.actor = self._made(restored.agent, restored.max_iterations, restored.confirmation)
+                self.runtime = self._made(restored.agent, restored.max_iterations, restored.confirmation)
         except msgspec.ValidationError as exc:
             self.obstacle = InternalError(f"the agent that was stored cannot be read by this version: {exc}")
         except InvalidParams as exc:
@@ -101,14 +101,14 @@ class AgentConfig:
 
     def packed(self, store: AgentStore) -> tuple[bytes, bytes | None] | None:
         """Return what is to be stored of the agent as it is now; None: there is none."""
-        actor = self.actor
-        if actor is None:
+        runtime = self.runtime
+        if runtime is None:
             return None
         return store.pack(
             self.conversation,
-            replace(actor.spec, llm=actor.llm),
-            max_iterations=actor.max_iterations,
-            confirmation=actor.confirmation,
+            replace(runtime.spec, llm=runtime.llm),
+            max_iterations=runtime.max_iterations,
+            confirmation=runtime.confirmation,
             secrets=self._secrets,
         )
 
@@ -117,30 +117,32 @@ class AgentConfig:
     ) -> None:
         """Use this agent from now on; one that differs in nothing but its model keeps its tools."""
         spec, functions, _ = _parts(agent)
-        actor = self.actor
+        runtime = self.runtime
         same = (
-            actor is not None and replace(actor.spec, llm=spec.llm) == spec and functions == self._functions
+            runtime is not None
+            and replace(runtime.spec, llm=spec.llm) == spec
+            and functions == self._functions
         )
-        if actor is None or not same:
+        if runtime is None or not same:
             made = self._made(agent, max_iterations, confirmation)
-            if actor is not None:
-                self._former.append(actor)
-            self.actor = made
+            if runtime is not None:
+                self._former.append(runtime)
+            self.runtime = made
             return
-        if actor.llm != spec.llm:
-            actor.switch(spec.llm)
-        actor.max_iterations, actor.confirmation = max_iterations, confirmation
+        if runtime.llm != spec.llm:
+            runtime.switch(spec.llm)
+        runtime.max_iterations, runtime.confirmation = max_iterations, confirmation
 
     async def recall(self, journal: ConversationLog) -> None:
         """Let the agent's tools and middleware go on where the log left them."""
-        actor = self.actor
-        if actor is None:
+        runtime = self.runtime
+        if runtime is None:
             return
-        actor.toolbox.recall(journal.state.results)
-        if actor.chain.reduces and actor is not self._recalled:
-            await journal.reduce(actor.chain.add)
-        self._recalled = actor
-        journal.delivery.observers = actor.chain.observers
+        runtime.toolbox.recall(journal.state.results)
+        if runtime.chain.reduces and runtime is not self._recalled:
+            await journal.reduce(runtime.chain.add)
+        self._recalled = runtime
+        journal.delivery.observers = runtime.chain.observers
 
     def introduction(self, state: ConversationState) -> list[Event]:
         """Return the events that say who and what this conversation is, as far as the log does not say it yet."""
@@ -151,8 +153,8 @@ class AgentConfig:
     def news(self, state: ConversationState) -> list[Event]:
         """Return the events that say of the agent what the log does not say yet."""
         events: list[Event] = []
-        if self.actor is not None:
-            configured = self.actor.configured()
+        if self.runtime is not None:
+            configured = self.runtime.configured()
             if state.configured is None or replace(state.configured, seq=0, at=0.0) != configured:
                 events.append(configured)
         if not state.secret_names.issuperset(self._secrets):
@@ -166,39 +168,41 @@ class AgentConfig:
             InvalidParams: a name cannot be an environment variable, or they are too many or too long.
         """
         check_secrets({**self._secrets, **secrets})
-        if self.actor is not None:
-            self.actor.add_secrets(secrets)
+        if self.runtime is not None:
+            self.runtime.add_secrets(secrets)
         self._secrets.update(secrets)
         self.mask.hide(self._secrets.values())
         return SecretsChanged(names=tuple(sorted(secrets)))
 
     def set_confirmation(self, policy: ConfirmationPolicy) -> AgentConfigured:
         """Change the policy and return the event that says so."""
-        actor = self._present()
-        actor.confirmation = policy
-        return actor.configured()
+        runtime = self._present()
+        runtime.confirmation = policy
+        return runtime.configured()
 
     def switch_llm(self, llm: Model) -> AgentConfigured:
         """Change the model and return the event that says so."""
-        actor = self._present()
-        actor.switch(llm)
-        return actor.configured()
+        runtime = self._present()
+        runtime.switch(llm)
+        return runtime.configured()
 
     async def close(self) -> None:
         """Let go of the connections to models."""
-        for actor in (*self._former, *([self.actor] if self.actor else [])):
-            await actor.close()
+        for runtime in (*self._former, *([self.runtime] if self.runtime else [])):
+            await runtime.close()
 
-    def _present(self) -> Actor:
-        if self.actor is None:
+    def _present(self) -> AgentRuntime:
+        if self.runtime is None:
             raise StateConflict("no agent is configured yet", state="idle")
-        return self.actor
+        return self.runtime
 
-    def _made(self, agent: Agent | AgentSpec, max_iterations: int, confirmation: ConfirmationPolicy) -> Actor:
+    def _made(
+        self, agent: Agent | AgentSpec, max_iterations: int, confirmation: ConfirmationPolicy
+    ) -> AgentRuntime:
         if self._workspace is None:
             raise StateConflict("the conversation is not open", state="closed")
         spec, self._functions, middleware = _parts(agent)
-        actor = Actor(
+        runtime = AgentRuntime(
             spec,
             self._workspace,
             conversation=self.conversation,
@@ -208,10 +212,10 @@ class AgentConfig:
             confirmation=confirmation,
             mask=self.mask,
         )
-        actor.add_secrets(self._secrets)
-        actor.run_client_tool = self._run_client_tool
-        actor.place = self.place
-        return actor
+        runtime.add_secrets(self._secrets)
+        runtime.run_client_tool = self._run_client_tool
+        runtime.place = self.place
+        return runtime
 
 
 def _parts(

@@ -12,8 +12,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
-from agent_sdk.agent.actor import Place, RunClientTool
 from agent_sdk.agent.mask import Mask
+from agent_sdk.agent.runtime import Place, RunClientTool
 from agent_sdk.agent.turn_state import Phase
 from agent_sdk.conversation.configuration import AgentConfig
 from agent_sdk.conversation.contract import (
@@ -379,7 +379,7 @@ class LocalConversation(Conversation):
         if secrets:
             events.append(self._configuration.add_secrets(secrets))
         events += known.retitled(title, tags)
-        opened.turns.actor = self._configuration.actor
+        opened.turns.runtime = self._configuration.runtime
         await self._write(opened, events, op)
 
     # --- following ---

@@ -149,7 +149,7 @@ async def open_conversation(
             await journal.append(*events)
         turns = Turns(journal, restarts=store.restarts if store else None)
         turns.missing, turns.obstacle = configuration.missing, configuration.obstacle
-        turns.actor = configuration.actor
+        turns.runtime = configuration.runtime
         if store is not None:
             turns.take_up(await _promised(journal))
         return Opened(journal, turns, stack.pop_all())

@@ -12,8 +12,8 @@ from asyncio import CancelledError
 from collections.abc import Callable
 from typing import Literal
 
-from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.loop import RESTARTS, Turn
+from agent_sdk.agent.runtime import AgentRuntime
 from agent_sdk.agent.turn_state import Course, Phase, Stage
 from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.ids import new_id
@@ -48,12 +48,12 @@ class Turns:
         self.on_failure: Callable[[Exception], None] = lambda failure: None
         """Told of it: nobody learns it from the log."""
         self.missing = ""
-        """Why there is no actor although the conversation has an agent, a sentence; a turn then waits for one."""
+        """Why there is no runtime although the conversation has an agent, a sentence; a turn then waits for one."""
         self.obstacle: AgentServerError | None = None
         """Why there cannot be one; a turn then fails with it."""
-        self._actor: Actor | None = None
+        self._runtime: AgentRuntime | None = None
         self._arrived: asyncio.Event | None = None
-        """For the turn that waits for an actor, if one does."""
+        """For the turn that waits for an runtime, if one does."""
         self._journal = journal
         self._restarts = restarts
         self._next_run_id = new_id()
@@ -62,22 +62,22 @@ class Turns:
         self._left: Turn | None = None
 
     @property
-    def actor(self) -> Actor | None:
+    def runtime(self) -> AgentRuntime | None:
         """Who works in the next turn, and in the present one if it still waits for somebody."""
-        return self._actor
+        return self._runtime
 
-    @actor.setter
-    def actor(self, actor: Actor | None) -> None:
-        self._actor = actor
-        if actor is not None:
+    @runtime.setter
+    def runtime(self, runtime: AgentRuntime | None) -> None:
+        self._runtime = runtime
+        if runtime is not None:
             self.missing, self.obstacle = "", None
             if self._arrived is not None:
                 self._arrived.set()
 
     @property
     def ready(self) -> bool:
-        """Whether a turn may start, even if it has to wait for its actor."""
-        return self._actor is not None or bool(self.missing) or self.obstacle is not None
+        """Whether a turn may start, even if it has to wait for its runtime."""
+        return self._runtime is not None or bool(self.missing) or self.obstacle is not None
 
     @property
     def waits(self) -> tuple[Wait, ...]:
@@ -271,15 +271,15 @@ class Turns:
         turn.begun.set()
         turn.over.set()
 
-    async def _present(self) -> Actor:
-        if self._actor is None and self.obstacle is None:
+    async def _present(self) -> AgentRuntime:
+        if self._runtime is None and self.obstacle is None:
             self._arrived = asyncio.Event()  # made first: somebody may arrive while it is written down
             await self._journal.append(Waiting(what="key", reason=self.missing))
             await self._arrived.wait()
             await self._journal.append(Waiting(what="key"))
-        if self._actor is None:
+        if self._runtime is None:
             raise self.obstacle or InternalError("nobody works in the turn")
-        return self._actor
+        return self._runtime
 
     async def _course(self, turn: Turn, before: asyncio.Task[None] | None) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from agent_sdk.agent.actor import Place
+from agent_sdk.agent.runtime import Place
 from agent_sdk.protocol.errors import OutcomeUnknown
 from agent_sdk.protocol.results import Wait, WorkspaceInfo
 from agent_sdk.remote.link import Linked

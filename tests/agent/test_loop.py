@@ -6,11 +6,11 @@ from contextlib import suppress
 
 import pytest
 
-from agent_sdk.agent.actor import Actor
 from agent_sdk.agent.history import failure as ending_failure
 from agent_sdk.agent.llm.failure import beginning, broken, failure_in, failure_of
 from agent_sdk.agent.llm.provider import address_of
 from agent_sdk.agent.loop import Turn
+from agent_sdk.agent.runtime import AgentRuntime
 from agent_sdk.agent.toolbox import ARGUMENT_BYTES
 from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.log import ConversationLog
@@ -76,9 +76,9 @@ def uses(*names, arguments="{}", ids=None):
     )
 
 
-def present(actor):
+def present(runtime):
     async def arrived():
-        return actor
+        return runtime
 
     return arrived
 
@@ -90,7 +90,7 @@ class Stage:
     async def play(self, *answers, tools=(), secrets=None, stop_when=None):
         """Run one turn; returns what the model was asked."""
         functions = {each.spec.name: each for each in tools}
-        actor = Actor(
+        runtime = AgentRuntime(
             AgentSpec(llm=ScriptedLLM(steps=()), tools=("think",)),
             Nowhere(),
             conversation="c",
@@ -98,11 +98,11 @@ class Stage:
             max_iterations=20,
             confirmation=ConfirmationPolicy(),
         )
-        actor.add_secrets(secrets or {})
-        self.journal.mask = actor.mask
-        actor.client = client = Answers(*answers)
+        runtime.add_secrets(secrets or {})
+        self.journal.mask = runtime.mask
+        runtime.client = client = Answers(*answers)
         await self.journal.append(UserMessage(text="go"))
-        turn = Turn("run", present(actor), self.journal)
+        turn = Turn("run", present(runtime), self.journal)
         task = asyncio.create_task(turn.run())
         if stop_when is not None:
             await stop_when.wait()

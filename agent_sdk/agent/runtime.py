@@ -26,7 +26,7 @@ RunClientTool = Callable[[RequestOpened], Awaitable[ToolResult]]
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
-class Actor:
+class AgentRuntime:
     """Made from an AgentSpec for one conversation; close it.
 
     Raises:
@@ -66,7 +66,7 @@ class Actor:
         self._remember()
 
     def __repr__(self) -> str:
-        return f"<Actor {self.llm.model} with {len(self.toolbox.specs)} tools>"
+        return f"<AgentRuntime {self.llm.model} with {len(self.toolbox.specs)} tools>"
 
     @property
     def secret_names(self) -> tuple[str, ...]:
