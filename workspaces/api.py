@@ -186,7 +186,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
             await self._api.verb("resume", before.runtime_id, timeout=self._startup_timeout)
             now = await self._persistently(self._look)
         if isinstance(self._link, ServerLink):
-            self._link.hasten()
+            self._link.retry_now()
         if (now.url, now.api_key) != (before.url, before.api_key):
             raise RemoteApiError(
                 f"the runtime of session {self.session_id} came back at another address; enter it again",

@@ -71,13 +71,13 @@ from agent_sdk.protocol.specs import ConfirmationPolicy, Model, WorkspaceSpec
 from agent_sdk.remote.connection import ANSWER_SECONDS, Connection
 from agent_sdk.remote.delivery import Delivery, ToolCalls
 from agent_sdk.remote.link import Until, ask, ask_page, asking
-from agent_sdk.remote.reconnecting import Resident, ServerLink
+from agent_sdk.remote.reconnecting import LinkUser, ServerLink
 from agent_sdk.remote.workspace import RemoteWorkspace
 
 T = TypeVar("T")
 
 
-class RemoteConversation(Conversation, Resident):
+class RemoteConversation(Conversation, LinkUser):
     """A conversation whose turn runs on the server and goes on when this end is gone.
 
     A connection that is lost is made again: calls under way are asked again and take effect once, events
@@ -288,7 +288,7 @@ class RemoteConversation(Conversation, Resident):
             self._opening.cancel()
             await asyncio.wait({self._opening})
         if self._link is not None:
-            self._link.leave(self)
+            self._link.detach(self)
             self._link = None
         await self._tools.close()
         await self._stack.aclose()
@@ -347,10 +347,10 @@ class RemoteConversation(Conversation, Resident):
             raise ConversationNotFound("the workspace is not on an agent server; use agent_runs='here'")
         if self._wanted not in (None, shared.conversation):
             shared = await workspace.become(self._wanted, make=self._agent is not None) or shared
-        if not shared.claimed and self._wanted in (None, shared.conversation):
+        if not shared.was_attached and self._wanted in (None, shared.conversation):
             self._is_new = self._wanted is None and not workspace.attached
             self._id = shared.conversation
-            await shared.settle(self)
+            await shared.attach(self)
             return shared
         self._is_new = self._wanted is None
         self._id = self._wanted or new_id()
@@ -369,7 +369,7 @@ class RemoteConversation(Conversation, Resident):
                 f"RemoteWorkspace(url, api_key, conversation={self._id!r}) for it",
                 state=theirs.state,
             )
-        await link.settle(self)
+        await link.attach(self)
         return link
 
     def _configuration(self, **name: Any) -> Configure:
@@ -378,7 +378,7 @@ class RemoteConversation(Conversation, Resident):
 
     # --- what a link tells ---
 
-    async def greet(self, connection: Connection) -> None:
+    async def connected(self, connection: Connection) -> None:
         delivery, peer = self._delivery, connection.peer
         if not delivery.started:
             delivery.start(self._beginning(connection.answer))

@@ -84,10 +84,10 @@ class Target(Struct, frozen=True, kw_only=True):
     """Done when somebody knows that the server will not come back, with the reason."""
 
 
-class Resident(Protocol):
-    """Who lives on a link: the conversation."""
+class LinkUser(Protocol):
+    """What uses a link and is told of each connection: the conversation."""
 
-    async def greet(self, connection: Connection) -> None:
+    async def connected(self, connection: Connection) -> None:
         """Take up a new connection, before anybody else uses it."""
         ...
 
@@ -110,9 +110,9 @@ class ServerLink(Link):
     def __init__(self, target: Target) -> None:
         self._target = target
         self._is_made = target.workspace is None
-        self._resident: Resident | None = None
-        self._greeting = asyncio.Lock()
-        self._greeted: Connection | None = None
+        self._user: LinkUser | None = None
+        self._attaching = asyncio.Lock()
+        self._user_knows: Connection | None = None
         self._connection: Connection | None = None
         self._error: AgentServerError | None = None
         self._changed = asyncio.Event()
@@ -126,8 +126,8 @@ class ServerLink(Link):
         self._hurry = asyncio.Event()
         self._complained = False
         self._reached = False
-        self.claimed = False
-        """Whether somebody lives on it, or did."""
+        self.was_attached = False
+        """Whether a user is attached, or was."""
 
     def __repr__(self) -> str:
         state = "lost" if self._error else "connected" if self._connection else "connecting"
@@ -149,7 +149,7 @@ class ServerLink(Link):
 
     async def close(self) -> None:
         """Close the connection; there will be no other."""
-        self._resident = None
+        self._user = None
         self._end(ConnectionLost("the connection was closed here"))
         await self._stop()
 
@@ -173,31 +173,31 @@ class ServerLink(Link):
         is_box = connection.answer.conversation is None
         return Linked(connection.peer, connection.answer.connection_id if is_box else "")
 
-    async def settle(self, resident: Resident) -> None:
-        """Have somebody live here, who has been greeted with the present connection when this returns.
+    async def attach(self, user: LinkUser) -> None:
+        """Have it told of all connections; it knows the present one when this returns.
 
         Raises:
-            AgentServerError: what `linked` or the greeting raises; then nobody lives here.
+            AgentServerError: what `linked` or its `connected` raises; then it is not attached.
         """
-        self._resident, self.claimed = resident, True
+        self._user, self.was_attached = user, True
         try:
             while True:
                 connection = await self._connected()
                 try:
-                    return await self._greet(connection)
+                    return await self._tell_user(connection)
                 except ConnectionLost:
                     if connection.peer.lost is None:
                         raise
         except BaseException:
-            self._resident = None
+            self._user = None
             raise
 
-    def leave(self, resident: Resident) -> None:
-        """Let go of who lives here, if it is this one."""
-        if self._resident is resident:
-            self._resident = None
+    def detach(self, user: LinkUser) -> None:
+        """Tell it no more, if it is the one that is attached."""
+        if self._user is user:
+            self._user = None
 
-    def hasten(self) -> None:
+    def retry_now(self) -> None:
         """Try again now and not after a pause; for whoever knows that the server is back."""
         self._hurry.set()
 
@@ -290,20 +290,20 @@ class ServerLink(Link):
                 )
             )
             self._is_made = True
-            await self._greet(connection)
+            await self._tell_user(connection)
             stack.push_async_exit(attempt.pop_all())
         return connection
 
-    async def _greet(self, connection: Connection) -> None:
-        async with self._greeting:
-            if self._resident is not None and self._greeted is not connection:
-                await self._resident.greet(connection)
-                self._greeted = connection
+    async def _tell_user(self, connection: Connection) -> None:
+        async with self._attaching:
+            if self._user is not None and self._user_knows is not connection:
+                await self._user.connected(connection)
+                self._user_knows = connection
 
     async def _until_lost(self) -> ConnectionLost:
         assert self._connection is not None
         lost = await self._connection.peer.wait_closed()
-        self._connection = self._greeted = None
+        self._connection = self._user_knows = None
         final = final_error(lost)
         if final is not None:
             raise final
@@ -329,8 +329,8 @@ class ServerLink(Link):
             with suppress(msgspec.DecodeError):
                 after = msgspec.json.decode(params, type=Draining).retry_after_ms
                 self._pause = min(max(after, 0), 60_000) / 1000
-        elif self._resident is not None:
-            self._resident.noticed(method, params)
+        elif self._user is not None:
+            self._user.noticed(method, params)
 
     # --- who wants to know ---
 
@@ -346,16 +346,16 @@ class ServerLink(Link):
 
     async def _tell(self, error: AgentServerError | None) -> None:
         self._complained = error is not None
-        if error is not None and self._resident is not None:
-            self._resident.unreachable(error)
+        if error is not None and self._user is not None:
+            self._user.unreachable(error)
         if self._target.on_connection is not None:
             await tell(self._target.on_connection, error)
 
     def _end(self, error: AgentServerError) -> None:
         if self._error is None:
             self._error = error
-            if self._resident is not None:
-                self._resident.ended(error)
+            if self._user is not None:
+                self._user.ended(error)
         self._wake()
 
     def _given_up(self, gone: asyncio.Future[AgentServerError]) -> None:

@@ -209,7 +209,7 @@ class RemoteWorkspace(Workspace):
             OpMismatch: it has another workspace than the options of this one say.
         """
         before, spec = self._link, self._target.workspace
-        if self._used or spec is None or not isinstance(before, ServerLink) or before.claimed:
+        if self._used or spec is None or not isinstance(before, ServerLink) or before.was_attached:
             return None
         made = replace(self._target, conversation=conversation)
         existing = replace(made, workspace=None)

@@ -512,7 +512,7 @@ def here() -> tuple[int, int]:
 
 
 @pytest.mark.timeout(40)  # less than the pause that the server asks for
-async def test_whoever_knows_that_the_server_is_back_may_hasten_the_next_try(aiohttp_server):
+async def test_whoever_knows_that_the_server_is_back_may_have_it_tried_at_once(aiohttp_server):
     asked = asyncio.Queue()
 
     async def busy(request):
@@ -526,7 +526,7 @@ async def test_whoever_knows_that_the_server_is_back_may_hasten_the_next_try(aio
     link = ServerLink(target)
     entering = asyncio.create_task(link.__aenter__())
     await asked.get()
-    link.hasten()
+    link.retry_now()
     await asked.get()
     entering.cancel()
     with pytest.raises(asyncio.CancelledError):
