@@ -133,7 +133,7 @@ class _Count:
         return Way(
             files=len({file for file, _, _ in found}),
             calls=sum(calls for _, _, calls in found),
-            commits=sum(calls for _, name, calls in found if re.search(r"Storage\.transaction$", name)) // 2,
+            commits=sum(calls for _, name, calls in found if re.search(r"Database\.transaction$", name)) // 2,
         )
 
     async def _send(self, pid: int, number: signal.Signals) -> None:

@@ -68,7 +68,7 @@ def _fill(path: Path, count: int) -> None:
     body = encode(EVENT)
     while (missing := count - database.head("bench")) > 0:
         with database.transaction():
-            database.insert("bench", [(0.0, body)] * min(missing, 50_000))
+            database.insert("bench", database.tail("bench"), [(0.0, body)] * min(missing, 50_000))
     database.close()
 
 

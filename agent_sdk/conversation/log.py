@@ -18,7 +18,6 @@ from msgspec.structs import replace
 
 from agent_sdk.agent.history import History
 from agent_sdk.agent.mask import Mask, MaskedStream, is_cut
-from agent_sdk.agent.turn_state import TurnState
 from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.state import ConversationState
 from agent_sdk.idempotency import Asked, asked
@@ -56,6 +55,8 @@ class ConversationLog:
         self.epoch = epoch
         self.history = History()
         self.state = ConversationState()
+        self.turn = self.state.turn
+        """What the log says of turns."""
         self.delivery = delivery
         self.mask = Mask()
         """Hides secrets in all that is written and published: the one place where that is done for clients."""
@@ -68,11 +69,6 @@ class ConversationLog:
     def head_seq(self) -> int:
         """The seq of the last event."""
         return self.history.head_seq
-
-    @property
-    def turn(self) -> TurnState:
-        """What the log says of turns."""
-        return self.state.turn
 
     async def replay(self) -> None:
         """Take in what the log has already; nobody is told of it. A damaged end is cut off.

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
 
 from agent_sdk.log.chain import ChainBroken, link, origin, sum_of
-from agent_sdk.log.formats import LAST_SEQ, event_id, make_tables, open_turn, version_of
+from agent_sdk.log.formats import LAST_SEQ, SEQ_BITS, event_id, event_ids, make_tables, open_turn, version_of
 from agent_sdk.log.operations import Operations
-from agent_sdk.log.reserve import Reserve
+from agent_sdk.log.space import SpaceReserve
 from agent_sdk.log.storage import DAMAGE, Storage
 from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
 
@@ -20,6 +23,7 @@ PAGES_GIVEN_BACK = 1000
 """In one commit: 4 MiB, which others wait for."""
 
 _FIELDS = "id, epoch, created, meta, origin, open_turn, damaged, recovered"
+_UPDATE = f"UPDATE conversations SET {_FIELDS.replace(',', ' = ?,')} = ?, sum = ? WHERE id = ?"
 
 
 class Tail(NamedTuple):
@@ -43,15 +47,20 @@ class Conversation(NamedTuple):
     recovered: str | None
 
 
-class Listed(NamedTuple):
-    """A conversation with what its events say."""
+class ConversationRow(Struct, frozen=True, kw_only=True):
+    """One conversation of a log, with what its events say."""
 
-    row: Conversation
-    whole: bool
-    """The row is what was written."""
-    head: int
-    at: float
-    """Of the last event; when it was made, if there is none."""
+    id: str
+    epoch: str
+    created_at: float
+    updated_at: float
+    """Of the last event; seconds since the Unix epoch, like `created_at`."""
+    head_seq: int
+    meta: dict[str, Any]
+    open_turn: str | None
+    """The run_id of a turn that has begun and not ended; empty: a message came, and no turn has read it."""
+    damaged: bool
+    """Nothing of it is served; it can only be deleted."""
 
 
 class Database(Storage):
@@ -78,7 +87,7 @@ class Database(Storage):
         try:
             version_of(self)
             if not read_only:
-                self.reserve = Reserve(self, reserve_of(path) if path and sole else None)
+                self.space = SpaceReserve(self, reserve_of(path) if path and sole else None)
                 self._prepare()
         except BaseException:
             self.close()
@@ -97,10 +106,10 @@ class Database(Storage):
         make_tables(self)
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
         try:
-            with super().transaction():
-                data_version = self.value("PRAGMA data_version")
+            with super().transaction(begin):
+                data_version = self.connection.pragma("data_version")
                 if data_version != self._data_version or len(self._tails) > TAILS_KNOWN:
                     self._tails.clear()
                     self._data_version = data_version
@@ -109,7 +118,7 @@ class Database(Storage):
             self._tails.clear()
             raise
         self.look()
-        self.reserve.after_commit()
+        self.space.after_commit()
 
     # --- conversations ---
 
@@ -145,17 +154,16 @@ class Database(Storage):
     def change(self, conversation: str, **fields: object) -> None:
         """Replace fields of a conversation's row."""
         self._tails.pop(conversation, None)
-        row = self.conversation(conversation)._replace(**fields)  # type: ignore[arg-type]
-        names = ", ".join(f"{name} = ?" for name in Conversation._fields)
-        self.rows(
-            f"UPDATE conversations SET {names}, sum = ? WHERE id = ?", (*row, sum_of(*row), conversation)
-        )
+        self._write(self.conversation(conversation)._replace(**fields))  # type: ignore[arg-type]
 
     def note_turn(self, conversation: str) -> None:
         """Keep in the row what its events say of a turn that is open, or that is to begin."""
-        now = open_turn(self, self.key(conversation))
-        if now != self.conversation(conversation).open_turn:
-            self.change(conversation, open_turn=now)
+        row, now = self.conversation(conversation), open_turn(self, self.tail(conversation).key)
+        if now != row.open_turn:
+            self._write(row._replace(open_turn=now))
+
+    def _write(self, row: Conversation) -> None:
+        self.rows(_UPDATE, (*row, sum_of(*row), row.id))
 
     def spoil(self, conversation: str, why: str) -> None:
         """Refuse the use of a conversation until `create` is called for it."""
@@ -168,23 +176,24 @@ class Database(Storage):
             with suppress(ConversationDamaged):
                 self.change(id, epoch=epoch, recovered=reason)
 
-    def conversations(self, ids: Sequence[str] | None = None) -> list[Listed]:
+    def conversations(self, ids: Sequence[str] | None = None) -> list[ConversationRow]:
         """Return all conversations, or those of these ids, newest first; nothing of others is read."""
         fields = ", ".join(f"c.{name}" for name in Conversation._fields)
         wanted = "" if ids is None else f"WHERE c.id IN ({', '.join('?' * len(ids))})"
         rows = self.rows(
             f"SELECT {fields}, c.sum, coalesce(e.id & {LAST_SEQ}, 0), coalesce(e.at, c.created) "
             "FROM conversations c LEFT JOIN events e ON e.id = (SELECT max(id) FROM events "
-            f"WHERE id BETWEEN c.key << 36 AND (c.key << 36) | {LAST_SEQ}) {wanted} ORDER BY c.key DESC",
+            f"WHERE id BETWEEN c.key << {SEQ_BITS} AND (c.key << {SEQ_BITS}) | {LAST_SEQ}) {wanted} "
+            "ORDER BY c.key DESC",
             tuple(ids or ()),
         )
-        return [Listed(Conversation(*row), sum_of(*row) == sum, head, at) for *row, sum, head, at in rows]
+        return [_listed(Conversation(*row), sum_of(*row) == sum, head, at) for *row, sum, head, at in rows]
 
     def delete(self, conversation: str) -> None:
         """Remove a conversation with everything that belongs to it, damaged or not."""
         self._tails.pop(conversation, None)
         key = self.key(conversation, even_damaged=True)
-        self.rows("DELETE FROM events WHERE id BETWEEN ? AND ?", _all(key))
+        self.rows("DELETE FROM events WHERE id BETWEEN ? AND ?", event_ids(key))
         for table in ("operations", "settings"):
             self.rows(f"DELETE FROM {table} WHERE conversation = ?", (key,))
         self.rows("DELETE FROM conversations WHERE key = ?", (key,))
@@ -199,7 +208,9 @@ class Database(Storage):
 
     def head(self, conversation: str) -> int:
         """Return the last seq, 0 when there are no events."""
-        last = self.value("SELECT max(id) FROM events WHERE id BETWEEN ? AND ?", _all(self.key(conversation)))
+        last = self.value(
+            "SELECT max(id) FROM events WHERE id BETWEEN ? AND ?", event_ids(self.key(conversation))
+        )
         return (last or 0) & LAST_SEQ
 
     def tail(self, conversation: str) -> Tail:
@@ -208,18 +219,18 @@ class Database(Storage):
             return known
         key = self.key(conversation)
         rows = self.rows(
-            "SELECT id, chain FROM events WHERE id BETWEEN ? AND ? ORDER BY id DESC LIMIT 1", _all(key)
+            "SELECT id, chain FROM events WHERE id BETWEEN ? AND ? ORDER BY id DESC LIMIT 1", event_ids(key)
         )
         id, chain = rows[0] if rows else (0, self._origin(key))
         return Tail(key, id & LAST_SEQ, chain)
 
-    def insert(self, conversation: str, rows: Sequence[tuple[float, bytes]]) -> None:
+    def insert(self, conversation: str, tail: Tail, rows: Sequence[tuple[float, bytes]]) -> None:
         """Write events as (at, body) after the tail."""
-        tail = self.tail(conversation)
         chain, linked = tail.chain, []
+        first, _ = event_ids(tail.key)
         for seq, (at, body) in enumerate(rows, tail.seq + 1):
             chain = link(chain, seq, body)
-            linked.append((event_id(tail.key, seq), at, body, chain))
+            linked.append((first + seq, at, body, chain))
         with self.translated():
             self.connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", linked)
         self._tails[conversation] = Tail(tail.key, tail.seq + len(linked), chain)
@@ -232,7 +243,7 @@ class Database(Storage):
         """
         found: list[tuple[int, bytes]] = []
         size = 0
-        with self.snapshot():
+        with Storage.transaction(self, "BEGIN"):
             for seq, _, body, _ in self._verified(conversation, after, limit):
                 size += len(body)
                 if found and size > max_bytes:
@@ -260,8 +271,7 @@ class Database(Storage):
             previous = self.value("SELECT chain FROM events WHERE id = ?", (event_id(key, after),))
         expected = after + 1
         events = "SELECT id, at, body, chain FROM events WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
-        bounds = event_id(key, after), event_id(key, LAST_SEQ)
-        for id, at, body, chain in self.connection.execute(events, (*bounds, limit)):
+        for id, at, body, chain in self.connection.execute(events, (*event_ids(key, after), limit)):
             seq = id & LAST_SEQ
             if seq != expected or previous is None or link(previous, seq, body) != chain:
                 raise ChainBroken(expected)
@@ -270,14 +280,13 @@ class Database(Storage):
 
     def cut(self, conversation: str, from_seq: int) -> None:
         """Remove the events from a seq on."""
-        key = self.key(conversation)
-        bounds = event_id(key, from_seq), event_id(key, LAST_SEQ)
-        self.rows("DELETE FROM events WHERE id BETWEEN ? AND ?", bounds)
+        self.rows("DELETE FROM events WHERE id BETWEEN ? AND ?", event_ids(self.key(conversation), from_seq))
+        self._tails.pop(conversation, None)
         self.note_turn(conversation)
 
     def whole_after(self, key: int, seq: int) -> bool:
         """Return whether any event after this one is what was written, or may be."""
-        bounds = event_id(key, seq), event_id(key, LAST_SEQ)
+        bounds = event_ids(key, seq)
         last: tuple[int, bytes] | None = None
         events = "SELECT id, body, chain FROM events WHERE id BETWEEN ? AND ? ORDER BY id"
         for id, body, chain in self.connection.execute(events, bounds):
@@ -333,8 +342,17 @@ class Database(Storage):
         return bytes(self.value("SELECT origin FROM conversations WHERE key = ?", (key,)))
 
 
-def _all(key: int) -> tuple[int, int]:
-    return event_id(key, 0), event_id(key, LAST_SEQ)
+def _listed(row: Conversation, whole: bool, head: int, at: float) -> ConversationRow:
+    return ConversationRow(
+        id=row.id,
+        epoch=row.epoch,
+        created_at=row.created,
+        updated_at=at,
+        head_seq=head,
+        meta=msgspec.json.decode(row.meta) if whole else {},
+        open_turn=row.open_turn,
+        damaged=bool(row.damaged) or not whole,
+    )
 
 
 def reserve_of(path: Path) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -37,8 +37,8 @@ from agent_sdk.protocol.events import (
 if TYPE_CHECKING:
     import asyncio
 
-    from agent_sdk.log.clerk import Clerk
-    from agent_sdk.log.database import Database, Listed
+    from agent_sdk.log.database import ConversationRow, Database
+    from agent_sdk.log.thread import DatabaseThread
 
 T = TypeVar("T")
 
@@ -66,22 +66,6 @@ class Operation(Struct, frozen=True):
     """What it answers, or a function of the numbered events that makes it (called in the log's thread)."""
 
 
-class ConversationRow(Struct, frozen=True, kw_only=True):
-    """One conversation of a log."""
-
-    id: str
-    epoch: str
-    created_at: float
-    updated_at: float
-    """Of the last event; seconds since the Unix epoch, like `created_at`."""
-    head_seq: int
-    meta: dict[str, Any]
-    open_turn: str | None
-    """The run_id of a turn that has begun and not ended; empty: a message came, and no turn has read it."""
-    damaged: bool
-    """Nothing of it is served; it can only be deleted."""
-
-
 class EventLog:
     """The log of all conversations. All methods may be called at any time from the loop that opened it.
 
@@ -93,7 +77,7 @@ class EventLog:
         StateConflict: the log is closed.
     """
 
-    def __init__(self, writer: Clerk, reader: Clerk, recovered: tuple[str, ...]) -> None:
+    def __init__(self, writer: DatabaseThread, reader: DatabaseThread, recovered: tuple[str, ...]) -> None:
         self._writer = writer
         self._reader = reader
         self.recovered = recovered
@@ -115,9 +99,10 @@ class EventLog:
             PathDenied, PathError, StorageFull: the place cannot be used.
             Conflict: the file was written by a newer version, or is something else.
         """
-        from agent_sdk.log.clerk import Clerk  # noqa: PLC0415  SQLite is loaded by those who need it
+        # SQLite is loaded by those who need it.
         from agent_sdk.log.database import Database  # noqa: PLC0415
         from agent_sdk.log.recovery import open_log  # noqa: PLC0415
+        from agent_sdk.log.thread import DatabaseThread  # noqa: PLC0415
 
         recovered: builtins.list[str] = []
 
@@ -126,17 +111,15 @@ class EventLog:
             recovered.extend(sentences)
             return database
 
-        clerks: list[Clerk] = []
-        try:
-            clerks.append(Clerk(open_writer, name="event-log-writer"))
-            await clerks[0].ready()
+        async with AsyncExitStack() as stack:
+            writer = reader = await stack.enter_async_context(
+                DatabaseThread(open_writer, name="event-log-writer")
+            )
             if path is not None:
-                clerks.append(Clerk(lambda: Database(path, read_only=True), name="event-log-reader"))
-                await clerks[1].ready()
-            yield cls(clerks[0], clerks[-1], tuple(recovered))
-        finally:
-            for clerk in reversed(clerks):
-                await clerk.stop()
+                reader = await stack.enter_async_context(
+                    DatabaseThread(lambda: Database(path, read_only=True), name="event-log-reader")
+                )
+            yield cls(writer, reader, tuple(recovered))
 
     @property
     def failed(self) -> asyncio.Future[BaseException]:
@@ -196,12 +179,8 @@ class EventLog:
         With `settings` the stored settings of the conversation are replaced in the same commit.
         """
 
-        def work(database: Database) -> list[Record]:
-            if settings is not None:
-                database.store_settings(conversation, *settings)
-            return self._append(database, conversation, events, op)
-
-        return self._write(conversation, work)
+        work = partial(self._append, conversation, events, op, settings)
+        return self._writer.submit(work, lane=conversation, writes=True)
 
     def operations(self, conversation: str) -> LoggedOperations:
         """Return what is remembered of the calls of a conversation."""
@@ -251,8 +230,7 @@ class EventLog:
 
     async def list(self, ids: Sequence[str] | None = None) -> builtins.list[ConversationRow]:
         """Return all conversations, or those of these ids, newest first; what does not exist is left out."""
-        found = await self._reader.submit(lambda database: database.conversations(ids), writes=False)
-        return [_row(listed) for listed in found]
+        return await self._reader.submit(lambda database: database.conversations(ids), writes=False)
 
     async def set_meta(self, conversation: str, meta: dict[str, Any]) -> None:
         """Replace what is noted about a conversation: any JSON, nothing secret."""
@@ -291,8 +269,15 @@ class EventLog:
     # --- in the writer's thread, inside a transaction that may still fail ---
 
     def _append(
-        self, database: Database, conversation: str, events: Sequence[Event], op: Operation | None
+        self,
+        conversation: str,
+        events: Sequence[Event],
+        op: Operation | None,
+        settings: tuple[bytes, bytes | None] | None,
+        database: Database,
     ) -> Records:
+        if settings is not None:
+            database.store_settings(conversation, *settings)
         tail = database.tail(conversation)
         call = None if op is None else Asked(op.op_id, op.digest)
         if call is not None and database.operations.find(tail.key, call):
@@ -300,10 +285,18 @@ class EventLog:
         # Heads only ever grow, and one that a failed commit has left too high must not lock us out.
         if tail.seq > self._heads.get(conversation, tail.seq):
             raise LeaseLost("another process writes to this conversation; open it anew")
-        records = [_number(event, tail.seq + nth) for nth, event in enumerate(events, 1)]
-        database.insert(conversation, [(r.event.at, r.body) for r in records])
+        records, tells_of_turns = [], False
+        for seq, event in enumerate(events, tail.seq + 1):
+            if isinstance(event, Unknown):
+                raise TypeError(
+                    "an event of an unknown kind cannot be written anew: its seq is part of its JSON"
+                )
+            numbered = replace(event, seq=seq, at=time.time())
+            records.append(Record(numbered, encode(numbered)))
+            tells_of_turns = tells_of_turns or isinstance(event, UserMessage | TurnStarted | TurnEnded)
+        database.insert(conversation, tail, [(event.at, body) for event, body in records])
         self._heads[conversation] = tail.seq + len(records)
-        if any(isinstance(event, UserMessage | TurnStarted | TurnEnded) for event in events):
+        if tells_of_turns:
             database.note_turn(conversation)
         if op is not None and call is not None:
             result = op.result if isinstance(op.result, bytes) else op.result([r.event for r in records])
@@ -325,27 +318,5 @@ class EventLog:
 
     def _tell_of_recovery(self, database: Database, conversation: str, reason: str) -> None:
         head = database.tail(conversation).seq
-        self._append(database, conversation, [LogRecovered(reason=reason, after_seq=head)], None)
+        self._append(conversation, [LogRecovered(reason=reason, after_seq=head)], None, None, database)
         database.change(conversation, recovered=None)
-
-
-def _number(event: Event, seq: int) -> Record:
-    if isinstance(event, Unknown):
-        raise TypeError("an event of an unknown kind cannot be written anew: its seq is part of its JSON")
-    numbered = replace(event, seq=seq, at=time.time())
-    return Record(numbered, encode(numbered))
-
-
-def _row(listed: Listed) -> ConversationRow:
-    row, whole, head, at = listed
-    damaged = bool(row.damaged) or not whole
-    return ConversationRow(
-        id=row.id,
-        epoch=row.epoch,
-        created_at=row.created,
-        meta=msgspec.json.decode(row.meta) if whole else {},
-        head_seq=head,
-        updated_at=at,
-        open_turn=row.open_turn,
-        damaged=damaged,
-    )

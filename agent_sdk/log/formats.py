@@ -57,7 +57,8 @@ CREATE TABLE clock (seconds REAL NOT NULL);  -- that the log has been open in it
 INSERT INTO clock VALUES (0);
 """
 
-LAST_SEQ = (1 << 36) - 1
+SEQ_BITS = 36
+LAST_SEQ = (1 << SEQ_BITS) - 1
 
 
 _MESSAGE, _ANSWER, _STARTED, _ENDED = b"user_messa", b"agent_mess", b"turn_start", b"turn_ended"
@@ -66,7 +67,12 @@ _MESSAGE, _ANSWER, _STARTED, _ENDED = b"user_messa", b"agent_mess", b"turn_start
 
 def event_id(key: int, seq: int) -> int:
     """Return the id of an event's row. One number, not two: such rows of up to 4 KB stay on one page."""
-    return key << 36 | seq
+    return key << SEQ_BITS | seq
+
+
+def event_ids(key: int, seq: int = 0) -> tuple[int, int]:
+    """Return the first and the last id that the events of a conversation can have, from a seq on."""
+    return key << SEQ_BITS | seq, key << SEQ_BITS | LAST_SEQ
 
 
 def version_of(storage: Storage) -> int:
@@ -125,7 +131,7 @@ def open_turn(storage: Storage, key: int) -> str | None:
         for id, kind in storage.connection.execute(
             "SELECT id, substr(body, 10, 10) FROM events WHERE id BETWEEN ? AND ? "
             "AND substr(body, 10, 10) IN (?, ?, ?, ?) ORDER BY id DESC",
-            (event_id(key, 0), event_id(key, LAST_SEQ), _MESSAGE, _ANSWER, _STARTED, _ENDED),
+            (*event_ids(key), _MESSAGE, _ANSWER, _STARTED, _ENDED),
         ):
             if kind == _MESSAGE:
                 waits = waits or id & LAST_SEQ > (seen or 0)

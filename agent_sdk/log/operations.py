@@ -22,8 +22,8 @@ from agent_sdk.log.chain import sum_of
 from agent_sdk.protocol.errors import OutcomeUnknown
 
 if TYPE_CHECKING:
-    from agent_sdk.log.clerk import Clerk
     from agent_sdk.log.storage import Storage
+    from agent_sdk.log.thread import DatabaseThread
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class LoggedOperations(BackEnd[bytes]):
         OutcomeUnknown: what is remembered is damaged.
     """
 
-    def __init__(self, writer: Clerk, conversation: str) -> None:
+    def __init__(self, writer: DatabaseThread, conversation: str) -> None:
         self._writer = writer
         self._conversation = conversation
 

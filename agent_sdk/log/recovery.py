@@ -1,6 +1,12 @@
 """Opening a log that may have been damaged: examined, and saved where that is needed.
 
 What is whole in a damaged file goes into a new one, conversation by conversation.
+
+Before that the WAL is asked whether commits in it can no longer be read. SQLite takes the frames up to the first one
+whose checksum is wrong and forgets the rest without a word. That is right for a commit that was being written when the
+power went: nobody heard of it. But a commit begins only when the one before it is on the disk. So when a whole commit
+follows a broken one, what has been acknowledged is gone. Damage to the very last commit cannot be told from one that
+was cut short.
 """
 
 from __future__ import annotations
@@ -17,9 +23,8 @@ from typing import Any, NamedTuple
 from agent_sdk.ids import new_id
 from agent_sdk.log.chain import ChainBroken, sum_of
 from agent_sdk.log.database import Conversation, Database, reserve_of
-from agent_sdk.log.formats import LAST_SEQ, event_id, open_turn
+from agent_sdk.log.formats import LAST_SEQ, event_id, event_ids, open_turn
 from agent_sdk.log.storage import DAMAGE, Storage, make_folder, path_error
-from agent_sdk.log.wal import commits_lost, frames_read
 from agent_sdk.protocol.errors import AgentServerError, Conflict, StorageFull
 
 END_LOST = "the end of the log was damaged"
@@ -67,9 +72,7 @@ def _copy(source: Database, fresh: Database, key: int) -> str:
     lost = None if row.damaged else _copy_events(source, fresh, key)
     state = "damaged" if row.damaged else "whole"
     if lost is not None:
-        fresh.rows(
-            "DELETE FROM events WHERE id >= ? AND id <= ?", (event_id(key, lost), event_id(key, LAST_SEQ))
-        )
+        fresh.rows("DELETE FROM events WHERE id BETWEEN ? AND ?", event_ids(key, lost))
         state = "cut" if _is_end(source, key, lost) else "damaged"
     if not _copy_others(source, fresh, key) and state == "whole":
         state = "cut"
@@ -103,14 +106,10 @@ def _is_end(source: Database, key: int, seq: int) -> bool:
     except Conflict:
         pass
     try:
-        last = source.value("SELECT max(id) FROM events WHERE id BETWEEN ? AND ?", _bounds(key, seq))
+        last = source.value("SELECT max(id) FROM events WHERE id BETWEEN ? AND ?", event_ids(key, seq))
     except Conflict:
         return True
     return last is None or last == event_id(key, seq)
-
-
-def _bounds(key: int, seq: int) -> tuple[int, int]:
-    return event_id(key, seq), event_id(key, LAST_SEQ)
 
 
 def _copy_others(source: Database, fresh: Database, key: int) -> bool:
@@ -279,3 +278,99 @@ def _replaced(database: Database, path: Path) -> str:
     finally:
         os.close(folder)
     return f"the log's file was damaged: {saved}; the damaged file is {kept}"
+
+
+# --- the WAL ---
+
+
+WAL_HEADER_BYTES = 32
+FRAME_HEADER_BYTES = 24
+
+_MAGIC = {0x377F0682: "<II", 0x377F0683: ">II"}
+_MASK = 0xFFFFFFFF
+_INDEX_VERSION = 3007000
+
+
+class Frame(NamedTuple):
+    """A page as it lies in the WAL."""
+
+    commits: bool
+    current: bool
+    """It belongs to what was written since the WAL began anew."""
+    sums: tuple[int, int]
+    content: bytes
+    """What its checksum is over."""
+
+
+def frames_read(database: Path) -> int:
+    """Return up to which frame SQLite reads the WAL of a database that it has just been opened; 0: it does not tell.
+
+    It stands in the index of the WAL, which SQLite makes anew with the first connection (sqlite.org/walformat.html).
+    """
+    try:
+        with database.with_name(f"{database.name}-shm").open("rb") as file:
+            version, _, _, ready, frames = struct.unpack("=IIIB3xI", file.read(20))
+    except (OSError, struct.error):
+        return 0
+    return int(frames) if version == _INDEX_VERSION and ready else 0
+
+
+def commits_lost(path: Path, read: int = 0) -> bool:
+    """Return whether commits in this WAL were acknowledged and cannot be read.
+
+    Args:
+        path: of the WAL.
+        read: up to which frame SQLite reads it: only what comes behind is looked at, because its own checksums
+            are a hundred times as fast as ours.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read()
+    except OSError:  # it is not there; or SQLite will say what is wrong with it
+        return False
+    if len(data) <= WAL_HEADER_BYTES + FRAME_HEADER_BYTES or not any(data[:WAL_HEADER_BYTES]):
+        return False
+    magic, _, page_size, _, *salts_and_sums = struct.unpack(">8I", data[:WAL_HEADER_BYTES])
+    order = _MAGIC.get(magic)
+    if order is None or _checksum(data[:24], (0, 0), order) != tuple(salts_and_sums[2:]):
+        return True
+    sums = tuple(salts_and_sums[2:])
+    first = WAL_HEADER_BYTES + read * (FRAME_HEADER_BYTES + page_size)
+    if first > len(data):
+        first = WAL_HEADER_BYTES
+    if first > WAL_HEADER_BYTES:
+        last = first - FRAME_HEADER_BYTES - page_size
+        sums = struct.unpack(">2I", data[last + 16 : last + FRAME_HEADER_BYTES])
+    return _lost(_frames(data, page_size, tuple(salts_and_sums[:2]), first), sums, order)
+
+
+def _lost(frames: Iterator[Frame], sums: tuple[int, ...], order: str) -> bool:
+    unknown_end = False
+    broken = False
+    for frame in frames:
+        whole = frame.current and _checksum(frame.content, sums, order) == frame.sums
+        if not whole and not broken:
+            # The commit that it belongs to may end with it, or with the next whole one that ends a commit.
+            broken, unknown_end = True, not frame.commits
+        elif broken and whole and frame.commits:
+            if not unknown_end:
+                return True
+            unknown_end = False
+        sums = frame.sums
+    return False
+
+
+def _frames(data: bytes, page_size: int, salts: tuple[int, ...], first: int) -> Iterator[Frame]:
+    size = FRAME_HEADER_BYTES + page_size
+    for start in range(first, len(data) - size + 1, size):
+        header = struct.unpack(">6I", data[start : start + FRAME_HEADER_BYTES])
+        content = data[start : start + 8] + data[start + FRAME_HEADER_BYTES : start + size]
+        yield Frame(header[1] != 0, header[2:4] == salts, header[4:6], content)
+
+
+def _checksum(data: bytes, start: tuple[int, ...], order: str) -> tuple[int, int]:
+    first, second = start
+    for one, other in struct.iter_unpack(order, data):
+        first = first + one + second & _MASK
+        second = second + other + first & _MASK
+    return first, second

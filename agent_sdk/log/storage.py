@@ -114,28 +114,12 @@ class Storage:
         return found[0][0] if found else None
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All of it, durable when the block is left, or nothing of it when the block raises."""
-        with self._between("BEGIN IMMEDIATE"):
-            yield
+    def transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+        """All of it, durable when the block is left, or nothing of it when the block raises.
 
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """What is read in the block is the state of one moment."""
-        with self._between("BEGIN"):
-            yield
-
-    @contextmanager
-    def translated(self) -> Iterator[None]:
-        """Turn what apsw raises into the errors of this project."""
+        With `BEGIN` nothing is written: what is read in the block is the state of one moment.
+        """
         try:
-            yield
-        except (apsw.Error, UnicodeDecodeError) as exc:
-            raise self._translate(exc) from exc
-
-    @contextmanager
-    def _between(self, begin: str) -> Iterator[None]:
-        with self.translated():
             self.connection.execute(begin)
             try:
                 yield
@@ -145,6 +129,16 @@ class Storage:
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
                 raise
+        except (apsw.Error, UnicodeDecodeError) as exc:
+            raise self._translate(exc) from exc
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turn what apsw raises into the errors of this project."""
+        try:
+            yield
+        except (apsw.Error, UnicodeDecodeError) as exc:
+            raise self._translate(exc) from exc
 
     def _translate(self, exc: apsw.Error | UnicodeDecodeError) -> AgentServerError:
         connection = getattr(self, "connection", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
-from agent_sdk.log.event_log import ConversationRow
+from agent_sdk.log.database import ConversationRow
 from agent_sdk.protocol.results import Snapshot, Wait
 from agent_sdk.protocol.specs import Sandbox
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from agent_sdk import idempotency
 from agent_sdk.ids import new_id
-from agent_sdk.log import chain, clerk, database, operations
+from agent_sdk.log import chain, database, operations, thread
 from agent_sdk.rpc import lanes
 from agent_sdk.workspace import process_tree
 from agent_server.boxes import registry as boxes
@@ -35,15 +36,26 @@ def no_fsync() -> None:
 
 def early_ack() -> None:
     """Whoever waits for a commit is answered while it is still under way."""
-    do = clerk._Job.do
+    submit = thread.DatabaseThread.submit
 
-    def eager(self: Any, database: Any) -> None:
-        do(self, database)
-        if self.writes:
-            self.future.get_loop().call_soon_threadsafe(self.answer)
-            time.sleep(0.02)
+    def eager(self: Any, work: Callable[[Any], Any], *, writes: bool, **options: Any) -> Any:
+        futures: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    clerk._Job.do = eager
+        def acknowledged(database: Any) -> Any:
+            result = work(database)
+            if writes:
+                future = futures.get()
+                futures.put(future)  # a job may be done twice
+                answer = future.get_loop().call_soon_threadsafe
+                answer(lambda: future.done() or future.set_result(result))
+                time.sleep(0.02)
+            return result
+
+        future = submit(self, acknowledged, writes=writes, **options)
+        futures.put(future)
+        return future
+
+    thread.DatabaseThread.submit = eager
 
 
 def no_dedupe() -> None:

@@ -160,18 +160,18 @@ from agent_sdk.log.database import Database
 database = Database(FOLDER / "log.db", sole=True)
 with database.transaction():
     database.create("a", "epoch", 0.0, b"{}")
-print("spent:", database.reserve.spend())
+print("spent:", database.space.spend())
 size = free() - (1 << 20)
 with (FOLDER / "ballast").open("wb") as file:
     file.write(b"x" * size)
 try:
-    database.reserve.admit()
+    database.space.admit()
 except StorageFull:
     print("refused")
 with database.transaction():
     database.delete("a")
 (FOLDER / "ballast").unlink()
-database.reserve.admit()
+database.space.admit()
 print("reserve:", (FOLDER / "log.db.reserve").stat().st_size)
 database.close()
 """

@@ -11,8 +11,8 @@ from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.idempotency import Asked
 from agent_sdk.log.event_log import EventLog, Operation
+from agent_sdk.log.recovery import commits_lost, frames_read
 from agent_sdk.log.storage import Storage
-from agent_sdk.log.wal import commits_lost, frames_read
 from agent_sdk.protocol.errors import AgentServerError, ConversationDamaged
 from agent_sdk.protocol.events import LogRecovered, UserMessage, decode
 

@@ -15,7 +15,9 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
+
+from msgspec import Struct
 
 from agent_sdk.log.database import Database
 from agent_sdk.protocol.errors import StateConflict, StorageFull, WorkspaceUnavailable
@@ -29,39 +31,17 @@ LOOK_SECONDS = 5.0
 """Without a write, the files are looked at this often: somebody may have removed them."""
 
 
-class _Job(Generic[T]):
-    __slots__ = ("error", "frees", "future", "lane", "result", "work", "writes")
-
-    def __init__(
-        self,
-        work: Callable[[Database], T],
-        *,
-        lane: str,
-        writes: bool,
-        frees: bool,
-        future: asyncio.Future[T],
-    ) -> None:
-        self.work = work
-        self.lane = lane
-        self.writes = writes
-        self.frees = frees
-        self.future = future
-        self.result: T | None = None
-        self.error: BaseException | None = None
-
-    def do(self, database: Database) -> None:
-        self.result = self.work(database)
-
-    def answer(self) -> None:
-        if self.future.done():
-            return
-        if self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(self.result)  # type: ignore[arg-type]
+class _Job(Struct, Generic[T], eq=False):
+    work: Callable[[Database], T]
+    future: asyncio.Future[T]
+    lane: str
+    writes: bool
+    frees: bool
+    result: T | None = None
+    error: BaseException | None = None
 
 
-class Clerk:
+class DatabaseThread:
     """One daemon thread with one database. Use it from one event loop."""
 
     def __init__(self, open_database: Callable[[], Database], *, name: str) -> None:
@@ -83,9 +63,18 @@ class Clerk:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    async def ready(self) -> None:
-        """Return when the database is open; raises what opening it raised."""
+    async def __aenter__(self) -> Self:
+        """Wait until the database is open; raise what opening it raised."""
         await asyncio.shield(self._ready)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Do what is queued, close the database, end the thread."""
+        if self._accepts:
+            self._accepts = False
+            self._jobs.put(None)
+        await asyncio.shield(self._ended)
+        self._thread.join()
 
     def submit(
         self, work: Callable[[Database], T], *, lane: str = "", writes: bool, frees: bool = False
@@ -98,22 +87,14 @@ class Clerk:
             frees: it makes room, and may use the reserve for that.
 
         Raises:
-            StateConflict: `stop` was called.
+            StateConflict: it was left.
         """
         if not self._accepts:
             raise StateConflict("the log is closed", state="closed")
         future: asyncio.Future[T] = self._loop.create_future()
         self.pending += 1
-        self._jobs.put(_Job(work, lane=lane, writes=writes, frees=frees, future=future))
+        self._jobs.put(_Job(work, future, lane, writes, frees))
         return future
-
-    async def stop(self) -> None:
-        """Do what is queued, close the database, end the thread."""
-        if self._accepts:
-            self._accepts = False
-            self._jobs.put(None)
-        await asyncio.shield(self._ended)
-        self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -166,21 +147,21 @@ class Clerk:
         if len(writes) < 2 or not self._together(database, writes):
             for job in writes:
                 self._together(database, [job])
-                if job.frees and isinstance(job.error, StorageFull) and database.reserve.spend():
+                if job.frees and isinstance(job.error, StorageFull) and database.space.spend():
                     job.error = None
                     self._together(database, [job])
         if self.full and any(job.frees and job.error is None for job in writes):
-            database.reserve.give_back()
+            database.space.give_back()
         for job in batch:
             if not job.writes:
                 try:
-                    job.do(database)
+                    job.result = job.work(database)
                 except BaseException as exc:  # noqa: BLE001  the job's owner gets it
                     job.error = exc
 
     def _together(self, database: Database, jobs: list[_Job[Any]]) -> bool:
         """Do the jobs in one commit; a single one keeps its error, several are left to be done alone."""
-        ordinary = not all(job.frees for job in jobs)
+        ordinary = [job for job in jobs if not job.frees]
         try:
             if database.broken is not None:
                 # After a failed fsync the kernel may have dropped the pages: a retry that succeeds proves nothing.
@@ -188,10 +169,10 @@ class Clerk:
                     "the disk below the log has failed; restart the program", phase="storage"
                 )
             if ordinary:
-                database.reserve.admit()
+                database.space.admit()
             with database.transaction():
                 for job in jobs:
-                    job.do(database)
+                    job.result = job.work(database)
             if database.broken is not None:  # while the WAL was moved into the file
                 raise database.broken
         except BaseException as exc:  # noqa: BLE001  the job's owner gets it
@@ -215,4 +196,9 @@ class Clerk:
     def _answer_all(self, batch: list[_Job[Any]]) -> None:
         self.pending -= len(batch)
         for job in batch:
-            job.answer()
+            if job.future.done():
+                continue
+            if job.error is not None:
+                job.future.set_exception(job.error)
+            else:
+                job.future.set_result(job.result)

@@ -25,7 +25,7 @@ WAL_PAGES = 1000
 PAGES_AT_ONCE = 100
 
 
-class Reserve:
+class SpaceReserve:
     """The room of one log's file; without `path` none is kept."""
 
     def __init__(self, storage: Storage, path: Path | None) -> None:
