@@ -81,7 +81,7 @@ class Calls:
                 run_id=run_id,
                 call_id=self._journal.history.fresh_call_id(mask.text(as_utf8(use.call_id))),
                 # A name that the model made up is its text like any other.
-                tool=use.tool if tools.spec(use.tool) else mask.text(as_utf8(use.tool)),
+                tool=use.tool if use.tool in tools.by_name else mask.text(as_utf8(use.tool)),
                 arguments=as_utf8(use.arguments),
                 cut=limited and not is_json_object(use.arguments),
                 place=runtime.place.instance,
@@ -162,7 +162,8 @@ class Calls:
                 await self.runtime.place.ready()
             self._course.check()
             self._under_way = frozenset(call.call_id for call in group if self._acts_here(call))
-            with self._course.finishing(not all(self._may_be_left(call) for call in group)):
+            toolbox = self.runtime.toolbox
+            with self._course.finishing(not all(toolbox.may_be_left(call.tool) for call in group)):
                 said = await self._finish(group)
             final = said if said is not None else final
             self._course.check()  # a tool that swallows its cancellation must not let the turn go on
@@ -273,10 +274,6 @@ class Calls:
             return UNKNOWN if call.call_id in self._begun else ToolResult(text=NOT_KEPT, is_error=True)
         return self.runtime.toolbox.refusal(call.tool, call.arguments)
 
-    def _may_be_left(self, call: ToolCalled) -> bool:
-        toolbox = self.runtime.toolbox
-        return toolbox.runs_in_client(call.tool) or toolbox.may_be_left(call.tool)
-
     def _acts_here(self, call: ToolCalled) -> bool:
         """Whether it begins in the place of the conversation: neither in a client, nor with its result at hand."""
         return call.call_id not in self._results and not self.runtime.toolbox.runs_in_client(call.tool)
@@ -311,7 +308,8 @@ class Calls:
         """Cut the calls, in order, into those that run together."""
         group: list[ToolCalled] = []
         for call in calls:
-            alone = call.call_id in self._deciding or not self.runtime.reads_only(call.tool)
+            spec = self.runtime.toolbox.by_name.get(call.tool)
+            alone = call.call_id in self._deciding or spec is None or not spec.read_only
             if group and alone:
                 yield group
                 group = []
@@ -324,18 +322,19 @@ class Calls:
 
     def _outcome(self, calls: Sequence[ToolCalled]) -> list[Event]:
         resolved = [self._resolved.pop(call.call_id) for call in calls if call.call_id in self._resolved]
-        return [*resolved, *(self._returned(call) for call in calls)]
-
-    def _returned(self, call: ToolCalled) -> ToolReturned:
-        result = self._results.pop(call.call_id)
-        return ToolReturned(
-            call_id=call.call_id,
-            tool=call.tool,
-            text=result.text,
-            is_error=result.is_error,
-            data=result.data,
-            bytes_cut=result.bytes_cut,
-        )
+        returned = [
+            ToolReturned(
+                call_id=call.call_id,
+                tool=call.tool,
+                text=result.text,
+                is_error=result.is_error,
+                data=result.data,
+                bytes_cut=result.bytes_cut,
+            )
+            for call in calls
+            for result in [self._results.pop(call.call_id)]
+        ]
+        return [*resolved, *returned]
 
 
 def _key(call: ToolCalled) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from agent_sdk.agent.llm.client import open_model
 from agent_sdk.agent.mask import Mask, check_secrets, hidden_in
 from agent_sdk.agent.middleware.chain import chain_of
-from agent_sdk.agent.toolbox import Toolbox, local_and_remote
+from agent_sdk.agent.toolbox import Toolbox
 from agent_sdk.agent.tools.registry import make_tool
 from agent_sdk.agent.turn_state import is_left
 from agent_sdk.middleware import Middleware
@@ -55,7 +55,9 @@ class AgentRuntime:
         self.place = Place()
         self.chain = chain_of(middleware, instructions=spec.instructions)
         built_in = [*(make_tool(name, conversation) for name in spec.tools), *self.chain.tools()]
-        self.toolbox: Toolbox = local_and_remote(built_in, functions, spec.client_tools)
+        # A client tool that is a function of this process runs here.
+        elsewhere = [tool for tool in spec.client_tools if tool.name not in functions]
+        self.toolbox = Toolbox([*built_in, *functions.values()], elsewhere)
         self.llm: Model = spec.llm
         self.client: ModelClient = open_model(spec.llm)
         self._former: list[ModelClient] = []
@@ -67,11 +69,6 @@ class AgentRuntime:
 
     def __repr__(self) -> str:
         return f"<AgentRuntime {self.llm.model} with {len(self.toolbox.specs)} tools>"
-
-    @property
-    def secret_names(self) -> tuple[str, ...]:
-        """Sorted; the values are for the context and the mask only."""
-        return tuple(sorted(self._secrets))
 
     async def describe(self) -> WorkspaceInfo:
         """Return what an agent is told of where it is; the workspace is asked once."""
@@ -100,11 +97,6 @@ class AgentRuntime:
         check_secrets({**self._secrets, **secrets})
         self._secrets = {**self._secrets, **secrets}
         self._remember()
-
-    def reads_only(self, tool: str) -> bool:
-        """Whether a call of this tool may run beside others."""
-        spec = self.toolbox.spec(tool)
-        return spec is not None and spec.read_only
 
     def context(self, call_key: str, begun_in: str | None = None) -> ToolContext:
         """Return what tools may use in a call.

@@ -69,10 +69,6 @@ class Toolbox:
             if isinstance(tool, Remembering):
                 tool.recall(data)
 
-    def spec(self, name: str) -> ToolSpec | None:
-        """Return what the model was told about a tool; None when it was told of none."""
-        return self.by_name.get(name)
-
     def runs_in_client(self, name: str) -> bool:
         """Whether calls of this tool are somebody else's to answer."""
         return name in self.by_name and name not in self._tools
@@ -97,7 +93,9 @@ class Toolbox:
 
     def may_be_left(self, name: str) -> bool:
         """Whether a call under way can be given up by this process and taken up by another."""
-        return self.repeatable(name) or isinstance(self._tools.get(name), Resumable)
+        return (
+            self.runs_in_client(name) or self.repeatable(name) or isinstance(self._tools.get(name), Resumable)
+        )
 
     async def run(
         self, name: str, arguments: str, context: ToolContext, *, begun: bool = False
@@ -147,11 +145,3 @@ def failed_call(name: str, exc: BaseException) -> ToolResult:
         raise exc
     logger.warning("tool %s failed", name, exc_info=exc)
     return failed(exc)
-
-
-def local_and_remote(
-    built_in: Iterable[Tool], functions: Mapping[str, Tool], client_tools: Iterable[ToolSpec]
-) -> Toolbox:
-    """Return a toolbox in which a client tool that is a function of this process runs here."""
-    elsewhere = [spec for spec in client_tools if spec.name not in functions]
-    return Toolbox([*built_in, *functions.values()], elsewhere)

@@ -1,7 +1,6 @@
 """Reaching models: messages in, one Completion out.
 
-scripted:         a model without a model
-client:           from an LLM or a ScriptedLLM to a client; a model of a provider: one request, one answer
+client:           from an LLM to a provider, one request, one answer; from a ScriptedLLM to what plays it
 provider:         the providers, their addresses, what sets them apart and what they accept
 openai:           OpenAI's chat completions: asking, and reading what comes back
 anthropic:        Anthropic's messages API: the same
