@@ -159,15 +159,22 @@ class Lines:
 class Logs:
     """A logger and what belongs to it."""
 
-    def __init__(self, log: Log, redactor: Redactor, lines: Lines, seldom: _Seldom) -> None:
+    def __init__(self, log: Log, redactor: Redactor, lines: Lines, clock: Callable[[], float]) -> None:
         self.log = log
         self.redactor = redactor
         self._lines = lines
-        self._seldom = seldom
+        self._clock = clock
+        self._next = 0.0
+        self._held = 0
 
     def refused(self, problem: str) -> None:
-        """Log that somebody was refused who has not shown a key: at most one line a second."""
-        self._seldom.tell(problem)
+        """Log that somebody was refused who has not shown a key: one line a second, with how many were left out."""
+        now = self._clock()
+        if now < self._next:
+            self._held += 1
+            return
+        self.log.warning("request_refused", problem=problem, unreported=self._held)
+        self._next, self._held = now + 1.0, 0
 
     def end(self) -> None:
         """Write what waits (1 s at most), then nothing more: for a process that ends without leaving `opened`."""
@@ -211,9 +218,13 @@ def opened(
             wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
             context_class=dict,
         )
-        seldom = _Seldom(log, clock)
-        with _foreign_records(log, seldom):
-            yield Logs(log, redactor, lines, seldom)
+        logs = Logs(log, redactor, lines, clock)
+        handler, root = _Records(logs), logging.getLogger()
+        root.addHandler(handler)
+        try:
+            yield logs
+        finally:
+            root.removeHandler(handler)
 
 
 def _add_about(logger: Any, method: str, event: Event) -> Event:
@@ -239,24 +250,6 @@ def _as_text(logger: Any, method: str, event: Event) -> str:
     return line + "".join(f"\n    {shown(part)}" for part in story.splitlines())
 
 
-class _Seldom:
-    """Tells of what strangers can cause at will: one line a second, with how many were left out."""
-
-    def __init__(self, log: Log, clock: Callable[[], float]) -> None:
-        self._log = log
-        self._clock = clock
-        self._next = 0.0
-        self._held = 0
-
-    def tell(self, problem: str) -> None:
-        now = self._clock()
-        if now < self._next:
-            self._held += 1
-            return
-        self._log.warning("request_refused", problem=problem, unreported=self._held)
-        self._next, self._held = now + 1.0, 0
-
-
 class _Records(logging.Handler):
     """Passes the standard library's log records on.
 
@@ -264,20 +257,19 @@ class _Records(logging.Handler):
     of those one line a second is enough.
     """
 
-    def __init__(self, log: Log, seldom: _Seldom) -> None:
+    def __init__(self, logs: Logs) -> None:
         super().__init__(logging.WARNING)
-        self._log = log
-        self._seldom = seldom
+        self._logs = logs
 
     def emit(self, record: logging.LogRecord) -> None:
         bug = record.exc_info[1] if record.exc_info else None
         if record.name.startswith("aiohttp") and not _is_ours(bug):
-            self._seldom.tell(type(bug).__name__ if bug else record.name)
+            self._logs.refused(type(bug).__name__ if bug else record.name)
             return
         facts: dict[str, Any] = {"logger": record.name, "message": record.getMessage()}
         if bug is not None:
             facts["traceback"] = "".join(traceback.format_exception(bug))
-        self._log.log(record.levelno, "library_spoke", **facts)
+        self._logs.log.log(record.levelno, "library_spoke", **facts)
 
 
 def _is_ours(bug: BaseException | None) -> bool:
@@ -285,14 +277,3 @@ def _is_ours(bug: BaseException | None) -> bool:
     if bug is None or isinstance(bug, ConnectionError | asyncio.CancelledError):
         return False
     return not type(bug).__module__.startswith("aiohttp")
-
-
-@contextmanager
-def _foreign_records(log: Log, seldom: _Seldom) -> Iterator[None]:
-    handler = _Records(log, seldom)
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)

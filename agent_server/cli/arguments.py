@@ -94,10 +94,7 @@ def _parser() -> Parser:
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: 8000); 0 takes a free one")
-    parser.add_argument("--data", metavar="DIR", help="folder of everything that lasts: key, log, workspaces")
-    parser.add_argument("--config", metavar="FILE", help="TOML file with any option of the server")
+    _listener(parser)
     _json(parser, "print one line of JSON when ready: url, api_key_file, pid")
 
 
@@ -166,18 +163,14 @@ def _ls(parser: argparse.ArgumentParser) -> None:
 
 
 def _events(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", type=_id, metavar="ID", help="a conversation; `agent-server ls` shows them")
-    parser.add_argument("--since", type=_count, default=0, metavar="N", help="only events after this seq")
+    _attach(parser)
     parser.add_argument("--follow", action="store_true", help="go on with new events until Ctrl-C")
-    _server(parser)
     _json(parser, "print events as lines of JSON")
 
 
 def _attach(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", type=_id, metavar="ID", help="a conversation; `agent-server ls` shows them")
-    parser.add_argument(
-        "--since", type=_count, default=0, metavar="N", help="show only events after this seq"
-    )
+    parser.add_argument("--since", type=_count, default=0, metavar="N", help="only events after this seq")
     _server(parser)
 
 
@@ -185,21 +178,16 @@ def _health(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", help="the server (default: AGENT_SERVER_URL, or the one that runs with the data folder)"
     )
-    parser.add_argument("--data", metavar="DIR", help="its data folder")
-    parser.add_argument("--config", metavar="FILE", help="its TOML file")
+    _data(parser)
 
 
 def _backup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DEST", help="a folder that does not exist yet")
-    parser.add_argument("--data", metavar="DIR", help="the data folder of the server")
-    parser.add_argument("--config", metavar="FILE", help="its TOML file")
+    _data(parser)
 
 
 def _config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", help="address a server would listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port a server would listen on (default: 8000)")
-    parser.add_argument("--data", metavar="DIR", help="its data folder")
-    parser.add_argument("--config", metavar="FILE", help="its TOML file")
+    _listener(parser)
     _json(parser, "print one JSON object per line")
 
 
@@ -256,6 +244,17 @@ def _server(parser: argparse.ArgumentParser) -> None:
         help="its key (default: AGENT_SERVER_API_KEY, which the process list does not show)",
     )
     group.add_argument("--api-key-file", metavar="FILE", help="a file that holds its key")
+
+
+def _listener(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000); 0 takes a free one")
+    _data(parser)
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="DIR", help="folder of everything that lasts: key, log, workspaces")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any option of the server")
 
 
 def _json(parser: argparse.ArgumentParser, text: str) -> None:

@@ -2,8 +2,8 @@
 
 Knows nothing of conversations; what is at which address stands in `agent_server.app`.
 
-connection: one network connection, and whom it is from
-websocket:  the WebSocket handshake, and frames before they are parsed
+connection: one network connection: whom it is from, and its frames before they are parsed
+websocket:  the WebSocket handshake
 security:   Host, Origin, key; how often one may be wrong; errors
 errors:     JSON over HTTP
 request:    what a request says: its query and its body

@@ -24,9 +24,8 @@ from agent_sdk.rpc.pipe import Pipe
 from agent_server.config.options import ServerConfig
 from agent_server.conversations.loaded import CLOSE_GONE, LoadedConversation
 from agent_server.conversations.registry import Conversations
-from agent_server.http.connection import CLOSE_LIMIT, CLOSE_UNAUTHORISED, Connection
+from agent_server.http.connection import CLOSE_LIMIT, CLOSE_UNAUTHORISED, Connection, Violation
 from agent_server.http.security import Authority
-from agent_server.http.websocket import Violation
 from agent_server.logs import ABOUT, Logs
 from agent_server.metrics import Metrics
 from agent_server.session.handshake import NEW, check_initialize, initialized, named_or_new

@@ -2,7 +2,7 @@ import struct
 
 import pytest
 
-from agent_server.http.websocket import FrameWatch
+from agent_server.http.connection import FrameWatch
 from tests.server.wire import BINARY, CLOSE, CONTINUATION, PING, TEXT, frame
 
 LIMIT = 1 << 20

@@ -84,8 +84,8 @@ def test_the_numbers_are_those_of_the_server():
         assert sentence in text
     assert security.WINDOW_SECONDS == 60
     assert f"{connection.STRANGER_BYTES >> 10} KiB" in codes[1008]
-    assert f"{websocket.FRAGMENTS} fragments" in codes[1008]
-    assert f"{websocket.CONTROLS_PER_SECOND} control frames" in codes[1008]
+    assert f"{connection.FRAGMENTS} fragments" in codes[1008]
+    assert f"{connection.CONTROLS_PER_SECOND} control frames" in codes[1008]
     assert f"{config.handshake_seconds:g} s" in codes[4401]
     assert f"{config.body_seconds:g} s" in STATUSES[408]
     assert peer.NO_ROOM in codes
