@@ -34,9 +34,17 @@ from agent_server.config.sources import TRY_LATER, StartRefused
 from agent_server.conversations.loaded import LoadedConversation
 from agent_server.http.connection import Connection, ConnectionLimiter, ProxyRules
 from agent_server.http.errors import as_json, http_error
-from agent_server.http.request import LARGEST_SEQ, PAGE, checked_number, number, read_body, wanted
+from agent_server.http.request import (
+    LARGEST_SEQ,
+    PAGE,
+    accept,
+    check_upgrade,
+    checked_number,
+    number,
+    read_body,
+    wanted,
+)
 from agent_server.http.security import KEY_SHOWN, HostRules, OriginRules, Security
-from agent_server.http.websocket import accept, check_upgrade
 from agent_server.session.event_stream import stream_events
 from agent_server.session.handshake import NEW, check_initialize, initialized, named_or_new
 from agent_server.session.methods import OF_THE_SERVER, HttpCall, needs_a_websocket

@@ -37,8 +37,7 @@ from agent_sdk.protocol.errors import (
 from agent_server.config.sources import LOOPBACK_NAMES, ip_address, is_loopback
 from agent_server.http.connection import Connection, network_of
 from agent_server.http.errors import http_error, refusal
-from agent_server.http.request import check_query
-from agent_server.http.websocket import is_upgrade
+from agent_server.http.request import check_query, is_upgrade
 from agent_server.keys import ApiKey, digest_of
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics

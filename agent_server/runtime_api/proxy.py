@@ -25,8 +25,8 @@ from yarl import URL
 from agent_sdk.protocol.errors import HostNotAllowed, NotFound, WorkspaceUnavailable
 from agent_server.config.sources import StartRefused
 from agent_server.http.connection import Connection
+from agent_server.http.request import is_upgrade
 from agent_server.http.security import RUNTIME_KEY
-from agent_server.http.websocket import is_upgrade
 from agent_server.keys import ApiKey
 from agent_server.runtime_api.runtime import Runtime
 

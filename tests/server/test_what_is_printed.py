@@ -11,7 +11,8 @@ import pytest
 from agent_sdk.protocol.errors import table
 from agent_sdk.rpc import peer
 from agent_server.config.options import ServerConfig
-from agent_server.http import connection, errors, security, websocket
+from agent_server.http import connection, errors, security
+from agent_server.http.request import VERSION
 from agent_server.session import event_stream
 from tests.server.wire import request
 from tools.http import RULES, STATUSES, addresses, http, runtime_addresses
@@ -79,7 +80,7 @@ def test_the_numbers_are_those_of_the_server():
         f"{config.max_incoming_bytes >> 20} MiB",
         f"every {event_stream.KEEP_ALIVE_SECONDS:g} s of silence",
         f"retry: {event_stream.RETRY_MS}",
-        f"version {websocket.VERSION}",
+        f"version {VERSION}",
     ):
         assert sentence in text
     assert security.WINDOW_SECONDS == 60
