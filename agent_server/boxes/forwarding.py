@@ -331,7 +331,9 @@ class ForwardedCalls:
     async def _cancel(self, run: _Run) -> None:
         """Its caller does not want it any more; those whose callers lost their connection want nothing either."""
         others = [other for other in self._running[run.params.op_id] if other is not run]
-        await _stop([other for other in others if other.call.peer.lost is not None])
+        lost = [other for other in others if other.call.peer.lost is not None]
+        # One that was cancelled, too, waits for the others in its turn: not for it.
+        await _stop([other for other in lost if not other.task.cancelling()])
         if self._running[run.params.op_id] == [run]:
             await self._finish(run, StoredResult.of_error(Cancelled("the call was cancelled")))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
+from agent_sdk.protocol.errors import Cancelled
 from agent_sdk.protocol.events import TurnEnded
 from agent_sdk.protocol.methods.connection import Ping
 from agent_sdk.protocol.methods.conversation import ToolCall
@@ -146,3 +148,25 @@ async def test_a_command_that_its_caller_cancels_while_the_server_ends_does_not_
         await loaded.forwarded.close()
         await asyncio.gather(running, return_exceptions=True)
     assert await loaded.link.operations() == frozenset()
+
+
+async def test_a_command_that_two_callers_cancel_and_then_lose_their_connections_is_cancelled_once(loaded):
+    fifo = Path((await RemoteWorkspace.over(loaded.link).describe()).root) / "begun"
+    os.mkfifo(fifo)
+    command = Execute(op_id=new_id(), shell="echo >begun; exec sleep 600")
+    async with AsyncExitStack() as connections:
+        peers = [
+            await connections.enter_async_context(Peer(memory_pipes()[0], opener=False)) for _ in range(2)
+        ]
+        running = [
+            asyncio.ensure_future(loaded.forwarded.answer(command, Inbound(peer, 1))) for peer in peers
+        ]
+        await asyncio.to_thread(fifo.read_text)
+        await loaded.local.set_title("both have come")  # written behind what both have written
+    for each in running:
+        each.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    assert await loaded.link.operations() == frozenset()
+    async with Peer(memory_pipes()[0], opener=False) as peer:
+        with pytest.raises(Cancelled):
+            await loaded.forwarded.answer(command, Inbound(peer, 1))
