@@ -14,10 +14,8 @@ from agent_sdk.protocol import specs
 from agent_sdk.protocol.checks import flaw
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.methods.method import without_defaults
-from agent_sdk.protocol.specs import AgentSpec, MiddlewareSpec, Model
+from agent_sdk.protocol.specs import DEFAULT_TOOLS, AgentSpec, MiddlewareSpec, Model
 from agent_sdk.tools import FunctionTool
-
-DEFAULT_TOOLS = ("terminal", "file_editor", "task_tracker", "think", "finish")
 
 
 class LLM(specs.LLM, frozen=True, kw_only=True, tag="llm"):

@@ -161,11 +161,14 @@ class MiddlewareSpec(Checked, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Its fields."""
 
 
+DEFAULT_TOOLS = ("terminal", "file_editor", "task_tracker", "think", "finish")
+
+
 class AgentSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An Agent as it crosses the wire."""
 
     llm: Model
-    tools: tuple[str, ...] = ("terminal", "file_editor", "task_tracker", "think", "finish")
+    tools: tuple[str, ...] = DEFAULT_TOOLS
     """Names of built-in tools."""
     client_tools: tuple[ToolSpec, ...] = ()
     """Tools that run in the client's process."""

@@ -84,6 +84,23 @@ class ProcessContract:
             await process.close_stdin()
         assert (await whole(process)).strip() == b"3000000"
 
+    async def test_a_write_that_is_cancelled_leaves_its_beginning_and_the_next_one_follows(self, workspace):
+        process = await workspace.start(["sh", "-c", "until [ -e go ]; do sleep 0.05; done; cat >got"])
+        await process.write(b"begin ")
+        writing = asyncio.create_task(process.write(b"x" * 9_000_000))
+        while (await workspace.processes())[0].stdin_bytes <= len(b"begin "):
+            assert not writing.done()
+            await asyncio.sleep(0)
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        await workspace.files.write("go", b"")
+        await process.write(b" end")
+        await process.close_stdin()
+        assert (await process.wait()).exit_code == 0
+        got = await workspace.files.read("got")
+        assert got == b"begin " + b"x" * (len(got) - len(b"begin  end")) + b" end"
+        assert len(got) == (await workspace.processes())[0].stdin_bytes < 9_000_000
+
     async def test_pieces_of_output_come_with_their_offsets(self, workspace):
         process = await workspace.start("printf 0123456789")
         await process.wait(PATIENCE)
