@@ -18,12 +18,12 @@ from agent_sdk.agent.llm.decoding import ServerSentEvent, encode_json
 from agent_sdk.agent.llm.failure import broken, decoded, failure_in, too_large
 from agent_sdk.agent.llm.provider import (
     Address,
-    fitting_arguments,
-    fitting_id,
-    fitting_name,
     is_blank,
-    keep,
-    kept,
+    provider_state,
+    sanitized_arguments,
+    sanitized_id,
+    sanitized_name,
+    state_of,
 )
 from agent_sdk.models import CUT, AssistantTurn, ModelRequest, OnDelta, ToolTurn, ToolUse, Turn
 from agent_sdk.protocol.specs import LLM, Json
@@ -89,7 +89,7 @@ def _messages(turns: Iterable[Turn], address: Address) -> list[Json]:
 def _given(turn: Turn, address: Address) -> Json:
     if not isinstance(turn, ToolTurn):
         return _text(turn.text) or {"type": "text", "text": "(no text)"}
-    block: Json = {"type": "tool_result", "tool_use_id": fitting_id(turn.call_id, address)}
+    block: Json = {"type": "tool_result", "tool_use_id": sanitized_id(turn.call_id, address)}
     if text := _text(turn.text):
         block["content"] = [text]
     if turn.is_error:
@@ -106,7 +106,7 @@ def _said(turn: AssistantTurn, address: Address) -> list[Json]:
     """An earlier answer; the kept places say where its thinking stood between text and calls."""
     blocks: list[Json | None] = []
     calls, start = iter(turn.tool_calls), 0
-    places = kept(turn, address).get("places") or []
+    places = state_of(turn, address).get("places") or []
     last_text = max((at for at, place in enumerate(places) if place["type"] == "text"), default=-1)
     for at, place in enumerate(places):
         if place["type"] == "text":
@@ -125,9 +125,9 @@ def _said(turn: AssistantTurn, address: Address) -> list[Json]:
 def _use(use: ToolUse, address: Address) -> Json:
     return {
         "type": "tool_use",
-        "id": fitting_id(use.call_id, address),
-        "name": fitting_name(use.tool),
-        "input": Raw(fitting_arguments(use.arguments).encode()),
+        "id": sanitized_id(use.call_id, address),
+        "name": sanitized_name(use.tool),
+        "input": Raw(sanitized_arguments(use.arguments).encode()),
     }
 
 
@@ -264,7 +264,7 @@ class Parser(ResponseParser):
         if self.finish_reason in CUT:
             places = [one for one in places if one["type"] != "thinking" or one["signature"]]
         thought = any(one["type"] in ("thinking", "redacted_thinking") for one in places)
-        return keep(self.address, places=places) if thought else None
+        return provider_state(self.address, places=places) if thought else None
 
     def _place(self, index: int | None, block: _Block | None) -> _Place:
         """The block with this index; a new one when it starts, and for a text that never did."""

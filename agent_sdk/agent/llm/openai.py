@@ -19,12 +19,12 @@ from agent_sdk.agent.llm.decoding import ServerSentEvent, encode_json
 from agent_sdk.agent.llm.failure import decoded, failure_in, too_large
 from agent_sdk.agent.llm.provider import (
     Address,
-    fitting_arguments,
-    fitting_id,
-    fitting_name,
     is_blank,
-    keep,
-    kept,
+    provider_state,
+    sanitized_arguments,
+    sanitized_id,
+    sanitized_name,
+    state_of,
 )
 from agent_sdk.models import AssistantTurn, ModelRequest, OnDelta, ToolTurn, Turn
 from agent_sdk.protocol.specs import LLM, Json, ToolSpec
@@ -54,18 +54,21 @@ def _function(tool: ToolSpec) -> Json:
 
 def _message(turn: Turn, address: Address) -> Json:
     if isinstance(turn, ToolTurn):
-        return {"role": "tool", "tool_call_id": fitting_id(turn.call_id, address), "content": turn.text}
+        return {"role": "tool", "tool_call_id": sanitized_id(turn.call_id, address), "content": turn.text}
     if not isinstance(turn, AssistantTurn):
         return {"role": "user", "content": turn.text}
-    again = kept(turn, address)
+    again = state_of(turn, address)
     message: Json = {"role": "assistant", "content": turn.text, **(again.get("message") or {})}
     if turn.tool_calls:
         message["content"] = turn.text or None
         message["tool_calls"] = [
             {
-                "id": fitting_id(use.call_id, address),
+                "id": sanitized_id(use.call_id, address),
                 "type": "function",
-                "function": {"name": fitting_name(use.tool), "arguments": fitting_arguments(use.arguments)},
+                "function": {
+                    "name": sanitized_name(use.tool),
+                    "arguments": sanitized_arguments(use.arguments),
+                },
             }
             for use in turn.tool_calls
         ]
@@ -163,7 +166,7 @@ class Parser(ResponseParser):
             members["message"] = {self._thinks_in: self.thinking}
         if any(self._extras):
             members["calls"] = self._extras
-        return keep(self.address, **members) if members else None
+        return provider_state(self.address, **members) if members else None
 
     def _take(self, data: bytes, *, whole: bool, failed: bool = False) -> None:
         chunk = decoded(_chunk, data, self.address)

@@ -179,19 +179,19 @@ def is_blank(turn: Turn) -> bool:
     return isinstance(turn, AssistantTurn) and not turn.tool_calls and not turn.text.strip()
 
 
-def fitting_id(call_id: str, address: Address) -> str:
+def sanitized_id(call_id: str, address: Address) -> str:
     """The call's id, or a digest of it where the provider would not take it."""
     if re.fullmatch(address.kind.call_id, call_id):
         return call_id
     return hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:9]
 
 
-def fitting_name(tool: str) -> str:
+def sanitized_name(tool: str) -> str:
     """The tool's name, with `_` for every character that providers do not allow."""
     return _NO_NAME.sub("_", tool)[:64] or "unnamed"
 
 
-def fitting_arguments(arguments: str) -> str:
+def sanitized_arguments(arguments: str) -> str:
     """JSON text of an object: the arguments, or an object that holds what the model wrote instead of one."""
     if arguments.strip() in ("", "null"):
         return "{}"
@@ -200,13 +200,13 @@ def fitting_arguments(arguments: str) -> str:
     return msgspec.json.encode({"malformed_arguments": arguments}).decode()
 
 
-def keep(address: Address, **members: Any) -> Raw:
+def provider_state(address: Address, **members: Any) -> Raw:
     """Completion.provider: what this very model wants to see again, marked as its own."""
     return Raw(encode_json({"provider": address.provider, "model": address.model, **members}))
 
 
-def kept(turn: AssistantTurn, address: Address) -> dict[str, Any]:
-    """What `keep` was given, if the same model said this turn; else nothing: signatures do not travel."""
+def state_of(turn: AssistantTurn, address: Address) -> dict[str, Any]:
+    """What `provider_state` was given, if the same model said this turn; else nothing: signatures do not travel."""
     if turn.provider is None:
         return {}
     try:
