@@ -11,8 +11,7 @@ from msgspec.structs import replace
 from agent_sdk.agent.history import CUT_CALL
 from agent_sdk.agent.mask import HIDDEN
 from agent_sdk.agent.runtime import AgentRuntime
-from agent_sdk.agent.toolbox import UNKNOWN, failed_call
-from agent_sdk.agent.tools.registry import FINISH
+from agent_sdk.agent.toolbox import FINISH, UNKNOWN, failed_call
 from agent_sdk.agent.turn_state import Course, TurnLog
 from agent_sdk.ids import new_id, sha256
 from agent_sdk.middleware import TurnContext

@@ -9,8 +9,7 @@ from typing import Any
 from agent_sdk.agent.llm.client import open_model
 from agent_sdk.agent.mask import Mask, check_secrets, hidden_in
 from agent_sdk.agent.middleware.chain import chain_of
-from agent_sdk.agent.toolbox import Toolbox
-from agent_sdk.agent.tools.registry import make_tool
+from agent_sdk.agent.toolbox import Toolbox, make_tool
 from agent_sdk.agent.turn_state import is_left
 from agent_sdk.middleware import Middleware
 from agent_sdk.models import ModelClient

@@ -15,8 +15,7 @@ from enum import Enum
 from typing import Any, Literal, Protocol, TypeVar
 
 from agent_sdk.agent.history import History
-from agent_sdk.agent.toolbox import UNKNOWN
-from agent_sdk.agent.tools.registry import FINISH
+from agent_sdk.agent.toolbox import FINISH, UNKNOWN
 from agent_sdk.cancellation import is_cancelled
 from agent_sdk.conversation.contract import Outcome, outcome_of
 from agent_sdk.protocol.errors import InternalError, RequestNotFound
