@@ -333,11 +333,13 @@ def _clipped(numbered: list[str], first: int, count: int) -> str:
         if size > VIEW_CHARS and shown:
             break
         shown += 1
-    text = "\n".join(numbered[:shown])[:VIEW_CHARS]
+    text = "\n".join(numbered[:shown])
+    if len(text) > VIEW_CHARS:
+        text = (
+            f"{text[:VIEW_CHARS]}{ELLIPSIS}\n[The rest of this long line is cut; see it with the terminal.]"
+        )
     if shown < len(numbered):
         text += f"\n[Cut after line {first + shown - 1} of {count}; see more with view_range.]"
-    elif size > VIEW_CHARS + 1:
-        text += f"{ELLIPSIS}\n[The rest of this long line is cut; see it with the terminal.]"
     return text
 
 

@@ -90,11 +90,13 @@ async def test_a_very_long_line_is_cut(edit, tmp_path):
     assert "rest of this long line" in text
 
 
-async def test_where_a_long_line_is_cut_no_beginning_of_a_secret_is_shown(edit, tmp_path):
-    (tmp_path / "a.txt").write_text("x" * 15_988 + "hunter2-hunter2")
+@pytest.mark.parametrize("rest", ["", "\n", "\nmore\n"])
+async def test_where_a_long_line_is_cut_no_beginning_of_a_secret_is_shown(edit, tmp_path, rest):
+    (tmp_path / "a.txt").write_text("x" * 15_988 + "hunter2-hunter2" + rest)
     text = await edit("view", "a.txt")
     assert "xhunt" in text
     assert "x<secret-hidden>…\n[The rest" in Mask(["hunter2-hunter2"]).text(text)
+    assert ("[Cut after line 1 of 2" in text) == (rest == "\nmore\n")
 
 
 async def test_what_is_no_text_is_refused(edit, tmp_path):
