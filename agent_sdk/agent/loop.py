@@ -199,7 +199,7 @@ class Turn:
         while True:
             try:
                 final = await begin()
-                return [await self._steps(final)]
+                return await self._steps(final)
             except Stop as stop:
                 self.course.check(may_leave=False)
                 await self._runtime.chain.on_turn_end(self._context(), stop.status)
@@ -249,18 +249,20 @@ class Turn:
         self._mask, self._max_model_calls, self._entered = runtime.mask, runtime.max_iterations, True
         self.course.check()
 
-    async def _steps(self, final: str | None) -> TurnEnded:
+    async def _steps(self, final: str | None) -> list[Event]:
         self._seen = self._journal.history.head_seq
         if not self._iterations:
             await self._runtime.chain.on_turn_start(self._context())
         while True:
             self.course.check()
             if final is not None and await self._is_over():
-                return self._end("finished", final_text=final)
+                return [self._end("finished", final_text=final)]
             await self._runtime.place.ready()
             if self._journal.turn.phase is Phase.PAUSING:
                 raise Stop("", status="paused")
-            final = await self._step()
+            final, answer = await self._step()
+            if answer:
+                return [*answer, self._end("finished", final_text=final or "")]
 
     async def _is_over(self) -> bool:
         """Whether nobody has said anything that the model has not read, also not because the turn is to end."""
@@ -272,23 +274,26 @@ class Turn:
             await journal.settle()
         return not journal.history.unread
 
-    async def _step(self) -> str | None:
-        """Ask once and do what follows from the answer; return the final text when the agent is done."""
+    async def _step(self) -> tuple[str | None, list[Event]]:
+        """Ask once and do what follows from the answer; return the final text when the agent is done.
+
+        With it comes the answer if it is to be written with the end of the turn.
+        """
         request = await self._request()
         with self.course.finishing():  # what it costs is not to be lost
-            message, calls = await self._ask(request)
+            message, calls, unwritten = await self._ask(request)
+        if unwritten:
+            return message.text, unwritten
         self.course.check(may_leave=False)
         ending = ending_of(message)
         if ending == "done":
-            return self._journal.history.said
+            return self._journal.history.said, []
         in_vain = ending in ("cut", "empty") or (ending == "calls" and all(call.cut for call in calls))
         self._in_vain = self._in_vain + 1 if in_vain else 0
         self._full = ending == "full"
         if ending == "withheld" or (ending == "empty" and self._in_vain > ASKED_AGAIN):
             raise failure(message)
-        if ending != "calls":
-            return None
-        return await self._calls.run()
+        return (await self._calls.run() if ending == "calls" else None), []
 
     async def _request(self) -> ModelCall:
         """Return what the model is asked."""
@@ -316,8 +321,8 @@ class Turn:
             )
         return request
 
-    async def _ask(self, request: ModelCall) -> tuple[AgentMessage, list[ToolCalled]]:
-        """Ask the model and write down what it answers, in any case."""
+    async def _ask(self, request: ModelCall) -> tuple[AgentMessage, list[ToolCalled], list[Event]]:
+        """Ask the model and write down what it answers, in any case, or return it to be written with the end."""
         self._iterations, started = self._iterations + 1, time.monotonic()
         self._journal.history.read(self._seen)
         completion = await request.client.complete(request, on_delta=self._hear)
@@ -356,10 +361,19 @@ class Turn:
         if raised is not None:
             why = raised.reason if isinstance(raised, Stop) else f"{type(raised).__name__}: {raised}"
             further = self._calls.refuse(calls, f"[no result: {why}]")
+        elif self._is_last(message):
+            return message, calls, [message, used]
         await self._journal.append(message, *calls, used, *further)
         if raised is not None:
             raise raised
-        return message, calls
+        return message, calls, []
+
+    def _is_last(self, message: AgentMessage) -> bool:
+        """Whether the turn ends with this answer, and nobody has to see the answer before that."""
+        history = self._journal.history
+        done = ending_of(message) == "done" and not history.continues and not history.unread
+        free = self.course.stage is Stage.WORKING and self._journal.settled
+        return done and free and not self._runtime.chain.ends_turns
 
     def _hear(self, text: str, thinking: str) -> None:
         """Take a piece of the answer that is being written."""

@@ -357,6 +357,11 @@ class TurnLog(Protocol):
         """Close a turn that nobody runs any more, if there is one."""
         ...
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is queued."""
+        ...
+
     async def settle(self) -> None:
         """Return when nothing is queued any more; without giving way when nothing is."""
         ...

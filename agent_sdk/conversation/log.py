@@ -144,6 +144,11 @@ class ConversationLog:
         if events := self.turn.missing_end():
             await self.append(*events)
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is queued."""
+        return not self._under_way
+
     async def settle(self) -> None:
         """Return when nothing is queued any more; without giving way when nothing is."""
         while self._under_way:

@@ -21,6 +21,7 @@ from agent_sdk.protocol.events import (
     AgentMessage,
     ErrorRaised,
     ModelUsed,
+    TitleChanged,
     ToolCalled,
     ToolReturned,
     TurnEnded,
@@ -38,9 +39,11 @@ class Answers:
     def __init__(self, *answers):
         self.answers = list(answers)
         self.asked = []
+        self.on_ask = lambda: None
 
     async def complete(self, request, *, on_delta=None):
         self.asked.append(list(request.turns))
+        self.on_ask()
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -87,7 +90,7 @@ class Stage:
     def __init__(self, journal):
         self.journal = journal
 
-    async def play(self, *answers, tools=(), secrets=None, stop_when=None):
+    async def play(self, *answers, tools=(), secrets=None, stop_when=None, on_ask=lambda: None):
         """Run one turn; returns what the model was asked."""
         functions = {each.spec.name: each for each in tools}
         runtime = AgentRuntime(
@@ -101,6 +104,7 @@ class Stage:
         runtime.add_secrets(secrets or {})
         self.journal.mask = runtime.mask
         runtime.client = client = Answers(*answers)
+        client.on_ask = on_ask
         await self.journal.append(UserMessage(text="go"))
         turn = Turn("run", present(runtime), self.journal)
         task = asyncio.create_task(turn.run())
@@ -142,15 +146,23 @@ async def test_the_model_is_shown_its_calls_and_their_results(stage):
     ]
 
 
-async def test_a_message_on_its_way_to_the_log_keeps_the_turn_from_ending(stage):
+@pytest.mark.parametrize("at", ["question", "answer"])
+async def test_a_message_on_its_way_to_the_log_keeps_the_turn_from_ending(stage, at):
+    """It was sent while the model was asked; or by who saw the answer, which was not written with the end."""
     sent = []
 
-    def send(seq, body):
+    def asked_now():
+        if at == "question" and not sent:
+            sent.append(stage.journal.submit(UserMessage(text="one more thing")))
+        elif not sent:
+            stage.journal.submit(TitleChanged(title="on its way", tags={}))
+
+    def heard(seq, body):
         if b'"type":"agent_message"' in body and not sent:
             sent.append(stage.journal.submit(UserMessage(text="one more thing")))
 
-    stage.journal.delivery.subscribe(send)
-    asked = await stage.play(Completion(text="first"), Completion(text="second"))
+    stage.journal.delivery.subscribe(heard)
+    asked = await stage.play(Completion(text="first"), Completion(text="second"), on_ask=asked_now)
     assert asked[1][1:] == [AssistantTurn(text="first"), UserTurn("one more thing")]
     assert (await stage.ended()).final_text == "second"
 

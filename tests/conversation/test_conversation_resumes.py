@@ -396,6 +396,16 @@ async def test_a_message_that_is_in_the_log_has_begun_its_turn_there(opening, tm
         await conversation.close()
 
 
+async def test_the_answer_that_ends_a_turn_is_in_the_log_with_the_end(opening, tmp_path):
+    async with EventLog.open(tmp_path / FILE_NAME) as log:
+        agent = acting(call("think", thought="x"), say("done"), tools=["think"])
+        async with opening(agent, log=log, persistence_dir=None) as conversation:
+            await conversation.send_message("go")
+            answer = await until(conversation, AgentMessage, 2)
+            rest = [decode(body) for _, body in await log.read(MINE, answer.seq)]
+            assert [kind_of(event) for event in rest] == ["model_used", "turn_ended"]
+
+
 async def test_nothing_is_stored_of_a_conversation_without_settings(opening, tmp_path):
     async with opening(acting(say("done")), store=None) as conversation:
         await conversation.configure(acting(say("other")))

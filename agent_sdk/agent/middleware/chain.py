@@ -57,6 +57,11 @@ class Chain:
         """Whether one of them has a state."""
         return bool(self._states)
 
+    @property
+    def ends_turns(self) -> bool:
+        """Whether one of them does something before the end of a turn."""
+        return bool(self._turn_end)
+
     def tools(self) -> Iterator[Tool]:
         """Yield their tools, fresh ones."""
         for member in self._members:
