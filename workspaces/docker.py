@@ -39,8 +39,7 @@ from agent_sdk.protocol.errors import (
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS
 from agent_sdk.remote.reconnecting import OnConnection
 from agent_sdk.remote.workspace import RemoteWorkspace
-from agent_sdk.workspace.arguments import check_environment
-from agent_sdk.workspace.environment import from_caller, packed
+from agent_sdk.workspace.environment import check_environment, from_caller, packed
 from workspaces.backend.contract import KEY_NAME, SERVER_PORT, Machine, Mount, parse_size
 from workspaces.backend.docker.reaper import Reaper
 from workspaces.backend.labels import INSTANCE, OWNER, PORT, ROLE, SERVER

@@ -5,7 +5,5 @@
 __main__: `python -m agent_sdk.box`
 process:  a box: LocalWorkspace behind a Unix socket
 service:  what serves its connections
-seccomp:  a filter of system calls for a box
-profile:  what is in force for a box
-capabilities: what the box of a task keeps of root
+seccomp:  what a box gives up: system calls, and what root may do
 """

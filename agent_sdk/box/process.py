@@ -33,9 +33,8 @@ from agent_sdk.box.service import BoxService
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.rpc.unix import serve_socket, serve_unix
-from agent_sdk.workspace.cgroup import Cgroup
 from agent_sdk.workspace.environment import unpacked
-from agent_sdk.workspace.limits import LimitWatch
+from agent_sdk.workspace.limits import Cgroup, LimitWatch
 from agent_sdk.workspace.local import LocalWorkspace
 from agent_sdk.workspace.users import find_user, give_name
 
@@ -123,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(handlers=[BoundedLog()], level=logging.WARNING)
     try:
         if given.user is not None:
-            from agent_sdk.box.capabilities import become  # noqa: PLC0415  only some boxes in containers need it
+            from agent_sdk.box.seccomp import become  # noqa: PLC0415  only some boxes in containers need it
 
             become(give_name(find_user(given.user)))
         if given.seccomp:

@@ -1,8 +1,9 @@
-"""A filter of system calls for a box and all it starts: less of the kernel for what no build or test needs.
+"""What a box gives up: system calls that no build or test needs, and of root all but to run commands as other users.
 
-It stacks on whatever filter is in force already, and nothing takes it away again. What it refuses: io_uring,
-BPF, perf, userfaultfd, keys, looking into other processes, namespaces, mounts, file handles, kernel modules,
-kexec, swap, quotas, other personalities and calling conventions, and sockets but for Unix, IP and routing.
+The filter of system calls holds for the box and all it starts. It stacks on whatever filter is in force already,
+and nothing takes it away again. What it refuses: io_uring, BPF, perf, userfaultfd, keys, looking into other
+processes, namespaces, mounts, file handles, kernel modules, kexec, swap, quotas, other personalities and calling
+conventions, and sockets but for Unix, IP and routing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import struct
 from dataclasses import dataclass
 
 from agent_sdk.protocol.errors import IsolationUnavailable
+from agent_sdk.workspace.users import User
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -36,6 +38,13 @@ _EVERYWHERE = (
 )
 """Since Linux 5.1 a call has the same number on every machine."""
 _CLONE3 = 435
+
+_CAP_KILL, _CAP_SETGID, _CAP_SETUID, _CAP_LAST = 5, 6, 7, 63
+KEPT = 1 << _CAP_KILL | 1 << _CAP_SETGID | 1 << _CAP_SETUID
+_KEEP_AT_CHANGE, _DROP_BOUND, _SECURE_BITS = 8, 24, 28
+_ROOT_IS_NOTHING = 0b11
+"""The bits NOROOT and NOROOT_LOCKED."""
+_VERSION_3 = 0x20080522
 
 
 @dataclass(frozen=True)
@@ -185,3 +194,41 @@ def _when(test: int, value: int, block: list[bytes]) -> list[bytes]:
 
 def _allow(values: tuple[int, ...]) -> list[bytes]:
     return [step for value in values for step in _when(_EQUAL, value, [_give(_ALLOW)])]
+
+
+def become(user: User) -> None:
+    """Become this user for good, with the capabilities KILL, SETGID and SETUID. To be called before there are threads.
+
+    Commands have none of them: root does not count when a program starts, and nothing is left that one could gain.
+
+    Raises:
+        IsolationUnavailable: that is not possible here.
+    """
+    import ctypes  # noqa: PLC0415  as above
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    # EINVAL: a kernel that knows neither, such as gVisor's. Root gains nothing there either: nothing is left to gain.
+    for option, value in (
+        (_SECURE_BITS, _ROOT_IS_NOTHING),
+        *((_DROP_BOUND, one) for one in range(_CAP_LAST + 1)),
+    ):
+        if libc.prctl(option, value, 0, 0, 0) and ctypes.get_errno() != errno.EINVAL:
+            raise _refused(ctypes.get_errno())
+    if libc.prctl(_KEEP_AT_CHANGE, 1, 0, 0, 0):
+        raise _refused(ctypes.get_errno())
+    try:
+        os.setgroups(user.groups)
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+    except OSError as exc:
+        raise _refused(exc.errno or errno.EPERM) from None
+    header = (ctypes.c_uint32 * 2)(_VERSION_3, 0)
+    both = (ctypes.c_uint32 * 6)(KEPT, KEPT, 0, 0, 0, 0)
+    if libc.capset(header, both):
+        raise _refused(ctypes.get_errno())
+
+
+def _refused(number: int) -> IsolationUnavailable:
+    reason = os.strerror(number)
+    return IsolationUnavailable(f"the box cannot become its user: {reason}", phase="user", wanted="user")

@@ -9,7 +9,6 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from agent_sdk.box.profile import present_profile
 from agent_sdk.box.seccomp import hide_memory
 from agent_sdk.protocol.errors import StateConflict, StorageFull, Unauthorized
 from agent_sdk.protocol.methods.connection import ClientInfo, Initialize, Initialized, Ping, Pong
@@ -20,7 +19,7 @@ from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.rpc.peer import Handler, Inbound, Peer
 from agent_sdk.rpc.pipe import Pipe
 from agent_sdk.version import __version__
-from agent_sdk.workspace.limits import LimitWatch
+from agent_sdk.workspace.limits import LimitWatch, present_profile
 from agent_sdk.workspace.local import LocalWorkspace
 from agent_sdk.workspace.service import workspace_handlers
 

@@ -38,10 +38,18 @@ from agent_sdk.protocol.errors import ProcessNotFound
 from agent_sdk.workspace.child_process import ChildProcess
 from agent_sdk.workspace.disk import Folder
 from agent_sdk.workspace.launch import Interpreter
-from agent_sdk.workspace.pipes import PipeReader, PipeWriter, Reading, make_plain, open_terminal, reading
+from agent_sdk.workspace.pipes import (
+    PipeReader,
+    PipeWriter,
+    Reading,
+    end_of,
+    make_plain,
+    open_terminal,
+    reading,
+    take_trailing_output,
+)
 from agent_sdk.workspace.process_table import ProcessTable
 from agent_sdk.workspace.process_tree import is_stopped
-from agent_sdk.workspace.trailing_output import end_of, take_trailing_output
 
 ROWS, COLS = 50, 200
 INTERRUPT = b"\x03"

@@ -19,10 +19,9 @@ from agent_sdk.protocol.errors import ProcessNotFound
 from agent_sdk.protocol.results import Exit, ProcessInfo, Status
 from agent_sdk.workspace.contract import KILL_GRACE_SECONDS, OutputName
 from agent_sdk.workspace.disk import until_done
-from agent_sdk.workspace.pipes import PipeReader, PipeWriter, Terminal
+from agent_sdk.workspace.pipes import End, PipeReader, PipeWriter, Terminal, end_of, take_trailing_output
 from agent_sdk.workspace.process_tree import Tree, children, end_tree, tick_now
 from agent_sdk.workspace.spool import Spool
-from agent_sdk.workspace.trailing_output import End, end_of, take_trailing_output
 
 OnNews = Callable[[OutputName, int], None]
 

@@ -1,19 +1,28 @@
-"""The files of a workspace folder of this machine; see the contract in `agent_sdk.workspace.contract`."""
+"""The files of a workspace folder of this machine.
+
+They may come in parts: what has come of an upload whose bytes broke off waits for the rest.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, closing, suppress
+from dataclasses import dataclass
 from typing import Literal
 
+from agent_sdk.protocol.checks import Count, Mode, Path
 from agent_sdk.protocol.errors import (
+    ConnectionLost,
     InvalidParams,
     LimitExceeded,
     NotADirectory,
     NotARegularFile,
+    OpMismatch,
     PathNotFound,
+    TransferBroken,
 )
 from agent_sdk.protocol.results import FileInfo, Transferred
 from agent_sdk.workspace.atomic_file import AtomicFile
@@ -30,7 +39,9 @@ from agent_sdk.workspace.paths import Entry, Root
 
 READ_BYTES = 64 << 20
 ENTRIES = 100_000
-_LARGEST = 2**63 - 1
+KEPT_SECONDS = 600.0
+KEPT = 32
+"""More than that may not wait at the same time; the oldest gives way."""
 _KERNELS = ("/proc/", "/sys/")
 
 
@@ -41,9 +52,6 @@ class LocalFiles(Files):
         self._root = root
 
     async def read(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
-        _check_count(offset, "offset")
-        if limit is not None:
-            _check_count(limit, "limit")
         return await in_thread(_read, self._root, path, offset, limit)
 
     async def write(self, path: str, data: bytes, *, mode: int | None = None) -> Transferred:
@@ -68,28 +76,23 @@ class LocalFiles(Files):
 
     @asynccontextmanager
     async def read_stream(
-        self, path: str, *, offset: int = 0, length: int | None = None, as_is: bool = False
+        self, path: Path, *, offset: Count = 0, length: Count | None = None, as_is: bool = False
     ) -> AsyncIterator[Source]:
         """Open a file for reading, as Workspace.read_stream does; with `as_is` what `read` returns."""
-        _check_count(offset, "offset")
-        if length is not None:
-            _check_count(length, "length")
         opened = await open_in_thread(_open_source, self._root, path, offset, length, as_is)
         with closing(opened) as source:
             yield source
 
     async def write_stream(
         self,
-        path: str,
+        path: Path,
         chunks: AsyncIterable[bytes],
         *,
-        size: int | None = None,
-        mode: int | None = None,
+        size: Count | None = None,
+        mode: Mode | None = None,
         unpack: bool = False,
     ) -> Transferred:
         """Write a file from pieces, as Workspace.write_stream does; with `unpack` an archive for a folder."""
-        if size is not None:
-            _check_count(size, "size")
         async with AsyncExitStack() as stack:
             if isinstance(chunks, AsyncGenerator):
                 stack.push_async_callback(chunks.aclose)
@@ -99,18 +102,16 @@ class LocalFiles(Files):
                 await file.write(chunk)
             return await file.commit(size=size)
 
-    async def open_atomic(self, path: str, mode: int | None, *, unpack: bool = False) -> AtomicFile:
+    async def open_atomic(self, path: Path, mode: Mode | None, *, unpack: bool = False) -> AtomicFile:
         """Open a file to be replaced as a whole, which has to be closed; parents are made.
 
         With `unpack` it is an archive, and `path` the folder it is for.
         """
-        if mode is not None and not 0 <= mode <= 0o777:
-            raise InvalidParams(f"mode: 0..0o777 (got {mode:#o})")
         if unpack:
             return await open_in_thread(_open_archive, self._root, path)
         return await open_in_thread(_open_atomic, self._root, path, mode)
 
-    async def packed(self, path: str, exclude: Sequence[str]) -> AsyncGenerator[bytes, None]:
+    async def packed(self, path: Path, exclude: Sequence[str]) -> AsyncGenerator[bytes, None]:
         """Yield a folder as an archive."""
         with closing(await open_in_thread(_open_folder, self._root, path)) as folder:
             async with aclosing(pack(folder, exclude)) as pieces:
@@ -119,14 +120,7 @@ class LocalFiles(Files):
 
     async def list(self, path: str = ".", *, depth: int = 1, hidden: bool = True) -> list[FileInfo]:
         """Return what is in a folder; a symlink to a folder below `path` is listed, not entered."""
-        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= 64:
-            raise InvalidParams(f"depth: 1..64 (got {depth!r:.40})")
         return await in_thread(_listing, self._root, path, depth, hidden)
-
-
-def _check_count(value: object, field: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
-        raise InvalidParams(f"{field}: a number of bytes from 0 to 2**63-1 (got {value!r:.40})")
 
 
 # --- what blocks: the same below a root, in a thread ---
@@ -319,3 +313,128 @@ def _kind(mode: int) -> Literal["file", "dir", "symlink", "other"]:
     if stat.S_ISDIR(mode):
         return "dir"
     return "symlink" if stat.S_ISLNK(mode) else "other"
+
+
+class Uploads:
+    """Files that come in parts. Nothing of them is to be seen before all has come and was verified."""
+
+    def __init__(self, files: LocalFiles, *, seconds: float = KEPT_SECONDS) -> None:
+        """Take the files they go to, and for how long a part waits."""
+        self._files = files
+        self._seconds = seconds
+        self._waiting: dict[str, _Part] = {}
+        self._coming: dict[str, asyncio.Task[object]] = {}
+        self._leaving: set[str] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def size(self, op_id: str) -> int:
+        """Return how many bytes of an upload wait for the rest."""
+        return self._waiting[op_id].file.size if op_id in self._waiting else 0
+
+    def give_way(self, op_id: str) -> bool:
+        """Let go of the bytes that come for this upload just now, if any do: others will, over another connection."""
+        if (task := self._coming.get(op_id)) is None:
+            return False
+        self._leaving.add(op_id)
+        return task.cancel()
+
+    async def receive(
+        self,
+        op_id: str,
+        path: str,
+        pieces: AsyncIterable[tuple[int, bytes]],
+        digest: Callable[[], bytes],
+        *,
+        since: int,
+        size: int | None,
+        mode: int | None,
+        unpack: bool,
+    ) -> Transferred:
+        """Write a file from pieces with their offsets, on behind what has come of it.
+
+        Args:
+            op_id: names the upload.
+            path: of the file.
+            pieces: what comes.
+            digest: the SHA-256 of the whole, asked for when all has come.
+            since: where the pieces begin; 0: anew.
+            size: of the whole.
+            mode: permission bits.
+            unpack: it is an archive, for a folder.
+
+        Raises:
+            TransferBroken: it broke off, and what has come is kept; or what came is not what was sent.
+        """
+        if not since and op_id in self._waiting:
+            self._drop(op_id)
+        file = await self._take(op_id, path, mode, unpack)
+        try:
+            await self._append(op_id, file, pieces, since)
+        except (ConnectionLost, TransferBroken) as exc:
+            self._keep(op_id, path, mode, file)
+            raise TransferBroken(f"it broke off after {file.size} bytes, which are kept: {exc}") from None
+        except BaseException:
+            await file.aclose()
+            raise
+        async with aclosing(file):
+            return await file.commit(size=size, digest=digest())
+
+    async def _append(
+        self, op_id: str, file: AtomicFile, pieces: AsyncIterable[tuple[int, bytes]], since: int
+    ) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._coming[op_id] = task
+        try:
+            if since != file.size:
+                raise TransferBroken(f"since: it goes on at {file.size} (got {since})")
+            async for offset, data in pieces:
+                if offset != file.size:
+                    raise TransferBroken(f"bytes are missing at {file.size}")
+                await file.write(data)
+        except asyncio.CancelledError:
+            if op_id not in self._leaving:
+                raise
+            task.uncancel()
+            raise TransferBroken("another call goes on with it") from None
+        finally:
+            self._leaving.discard(op_id)
+            del self._coming[op_id]
+
+    async def close(self) -> None:
+        """Remove what waits."""
+        for op_id in tuple(self._waiting):
+            self._drop(op_id)
+        await asyncio.gather(*self._closing)
+
+    async def _take(self, op_id: str, path: str, mode: int | None, unpack: bool) -> AtomicFile:
+        if (part := self._waiting.pop(op_id, None)) is not None:
+            if (part.path, part.mode) != (path, mode):
+                self._waiting[op_id] = part
+                raise OpMismatch(f"op_id {op_id} came before with other params", op_id=op_id)
+            part.timer.cancel()
+            return part.file
+        return await self._files.open_atomic(path, mode, unpack=unpack)
+
+    def _keep(self, op_id: str, path: str, mode: int | None, file: AtomicFile) -> None:
+        timer = asyncio.get_running_loop().call_later(self._seconds, self._drop, op_id)
+        self._waiting[op_id] = _Part(path, mode, file, timer)
+        if len(self._waiting) > KEPT:
+            self._drop(next(iter(self._waiting)))
+
+    def _drop(self, op_id: str) -> None:
+        part = self._waiting.pop(op_id)
+        part.timer.cancel()
+        closing = asyncio.create_task(part.file.aclose())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What has come of a file, and when that is given up."""
+
+    path: str
+    mode: int | None
+    file: AtomicFile
+    timer: asyncio.TimerHandle

@@ -30,9 +30,9 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.protocol.results import GitChange
-from agent_sdk.workspace.arguments import encode
 from agent_sdk.workspace.contract import Git
 from agent_sdk.workspace.disk import in_thread, path_error
+from agent_sdk.workspace.environment import encode
 from agent_sdk.workspace.paths import Root
 
 KEPT = frozenset(

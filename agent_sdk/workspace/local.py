@@ -20,6 +20,7 @@ from agent_sdk.idempotency import IdempotencyStore, InMemory
 from agent_sdk.ids import checked_op_id
 from agent_sdk.protocol.checks import OsText, check_input, checked
 from agent_sdk.protocol.errors import (
+    InvalidParams,
     NotADirectory,
     OutsideWorkspace,
     PathNotFound,
@@ -28,14 +29,6 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.methods.workspace import Execute, ProcessStart, Upload
 from agent_sdk.protocol.results import ProcessInfo, Transferred, WorkspaceInfo
-from agent_sdk.workspace.arguments import (
-    check_argv,
-    check_clocks,
-    check_command,
-    check_environment,
-    check_seconds,
-    check_size,
-)
 from agent_sdk.workspace.atomic_file import atomic_file
 from agent_sdk.workspace.bash import Bash, Report
 from agent_sdk.workspace.child_process import ChildProcess
@@ -50,8 +43,14 @@ from agent_sdk.workspace.disk import (
     path_error,
     until_done,
 )
-from agent_sdk.workspace.environment import temporary_folder, workspace_environment
-from agent_sdk.workspace.files import LocalFiles
+from agent_sdk.workspace.environment import (
+    check_argv,
+    check_command,
+    check_environment,
+    temporary_folder,
+    workspace_environment,
+)
+from agent_sdk.workspace.files import LocalFiles, Uploads
 from agent_sdk.workspace.folders import packed, unpacked
 from agent_sdk.workspace.git import LocalGit
 from agent_sdk.workspace.launch import (
@@ -67,7 +66,6 @@ from agent_sdk.workspace.paths import Root
 from agent_sdk.workspace.process import LocalProcess, OutputPump, weight, without_output
 from agent_sdk.workspace.process_table import ProcessTable
 from agent_sdk.workspace.shell import LocalShell
-from agent_sdk.workspace.uploads import Uploads
 from agent_sdk.workspace.users import other_user
 
 
@@ -261,7 +259,8 @@ class LocalWorkspace(Workspace):
                 self.execute, command, stdin=stdin, on_output=on_output, on_start=on_start, **options
             )
             return await self.operations.run_as(checked_op_id(op_id), Execute, (command, options), work)
-        timeout, yield_after = check_clocks(timeout, yield_after)
+        if timeout is not None and yield_after is not None and yield_after > timeout:
+            raise InvalidParams(f"yield_after: {yield_after} s is after the timeout of {timeout} s")
         data = check_input(stdin)
         try:
             child = self._launch(command, cwd, env, user, stdin=bool(data), merge=merge)
@@ -356,10 +355,8 @@ class LocalWorkspace(Workspace):
             }
             work = partial(self.start, command, **options)
             return await self.operations.run_as(checked_op_id(op_id), ProcessStart, (command, options), work)
-        timeout = check_seconds(timeout, "timeout")
-        size = check_size(rows, cols)
         try:
-            child = self._launch(command, cwd, env, user, stdin=True, size=size if pty else None)
+            child = self._launch(command, cwd, env, user, stdin=True, size=(rows, cols) if pty else None)
         except SpawnFailed as failed:
             raise failed.error from None
         child.limit(timeout)

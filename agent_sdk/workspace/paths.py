@@ -27,8 +27,8 @@ from agent_sdk.protocol.errors import (
     NotADirectory,
     OutsideWorkspace,
 )
-from agent_sdk.workspace.arguments import encode
 from agent_sdk.workspace.disk import path_error
+from agent_sdk.workspace.environment import encode
 
 PATH_BYTES = 4096
 NAME_BYTES = 255

@@ -8,13 +8,13 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from signal import Signals
 from typing import Any
 
 from msgspec.structs import replace
 
-from agent_sdk.protocol.errors import ProcessNotFound, StateConflict, TimedOut
+from agent_sdk.protocol.errors import InvalidParams, ProcessNotFound, StateConflict, TimedOut
 from agent_sdk.protocol.results import Exit
-from agent_sdk.workspace.arguments import check_seconds, check_signal, check_size
 from agent_sdk.workspace.child_process import ChildProcess
 from agent_sdk.workspace.contract import ExecResult, OnOutput, Output, OutputName, Process, ShellResult
 from agent_sdk.workspace.pipes import PipeWriter, resize
@@ -111,12 +111,13 @@ class LocalProcess(Process):
 
     async def signal(self, name: str) -> None:
         """Send a signal to its process group; on a terminal the foreground job gets it, too."""
-        number = check_signal(name)
+        number = Signals.__members__.get(name if name.startswith("SIG") else f"SIG{name}")
+        if number is None:
+            raise InvalidParams(f"name: no such signal: {name!r:.40}")
         self._find().signal(number)
 
     async def resize(self, *, rows: int, cols: int) -> None:
         """Set the size of its terminal; a process without one is a StateConflict."""
-        check_size(rows, cols)
         child = self._find()
         if child.terminal is None:
             raise StateConflict(f"the process has no terminal: {self._id}")
@@ -125,7 +126,6 @@ class LocalProcess(Process):
         resize(child.terminal.master, rows, cols)
 
     async def wait(self, timeout: float | None = None) -> Exit:
-        check_seconds(timeout, "timeout")
         over = self._find().over
         await asyncio.wait((over,), timeout=timeout)
         if not over.done():

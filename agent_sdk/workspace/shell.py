@@ -11,9 +11,9 @@ from contextlib import suppress
 from typing import Literal
 
 from agent_sdk.protocol.errors import AgentServerError, ProcessNotFound
-from agent_sdk.workspace.arguments import check_seconds, encode
 from agent_sdk.workspace.bash import Bash, Report, restoring
 from agent_sdk.workspace.contract import Shell
+from agent_sdk.workspace.environment import encode
 from agent_sdk.workspace.limits import Counts, LimitWatch
 from agent_sdk.workspace.output import TAIL_BYTES, Output, ShellResult
 from agent_sdk.workspace.process_table import SPOOL_KEPT_BYTES
@@ -75,7 +75,6 @@ class LocalShell(Shell):
         until: bytes | None = None,
         op_id: str | None = None,
     ) -> ShellResult:
-        limits = _limits(timeout, quiet)
         text = encode(command, "command")
         sought = _Sought(until)
         bash = await self._ready()
@@ -93,7 +92,7 @@ class LocalShell(Shell):
         try:
             for spool in dropped:
                 await spool.close()
-            return await self._wait(bash, *limits, sought)
+            return await self._wait(bash, timeout, quiet, sought)
         except asyncio.CancelledError:
             await self._interrupt(bash)
             raise
@@ -109,14 +108,13 @@ class LocalShell(Shell):
         op_id: str | None = None,
     ) -> ShellResult:
         """Type into the running command. When none runs, nothing is typed and the answer is `done`."""
-        limits = _limits(timeout, quiet)
         sought = _Sought(until)
         bash = await self._ready()
         if self._command is None:
             return await self._answer("done")
         typing = asyncio.ensure_future(_type(bash, data, enter))
         try:
-            return await self._wait(bash, *limits, sought)
+            return await self._wait(bash, timeout, quiet, sought)
         finally:
             typing.cancel()
             with suppress(asyncio.CancelledError):
@@ -337,7 +335,3 @@ class _Sought:
 async def _type(bash: Bash, data: bytes, enter: bool | None) -> None:
     with suppress(ProcessNotFound):
         await bash.type(data, enter)
-
-
-def _limits(timeout: float | None, quiet: float | None) -> tuple[float | None, float | None]:
-    return check_seconds(timeout, "timeout"), check_seconds(quiet, "quiet")

@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from agent_sdk.box.profile import present_profile
 from agent_sdk.box.service import STRANGERS
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import OpMismatch, StateConflict, Unauthorized
@@ -18,6 +17,7 @@ from agent_sdk.protocol.methods.workspace import Claim, Describe, Execute, Files
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.unix import connect_unix
+from agent_sdk.workspace.limits import present_profile
 from tests.server.wire import GUARD
 
 

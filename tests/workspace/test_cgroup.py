@@ -2,7 +2,7 @@
 
 import pytest
 
-from agent_sdk.workspace.cgroup import Cgroup
+from agent_sdk.workspace.limits import Cgroup
 
 VERSION_1 = {
     "memory/memory.limit_in_bytes": "67108864",

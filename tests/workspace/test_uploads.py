@@ -9,9 +9,8 @@ import pytest
 from agent_sdk import LocalWorkspace
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import ConnectionLost, OpMismatch, TransferBroken
-from agent_sdk.workspace.files import LocalFiles
+from agent_sdk.workspace.files import KEPT, LocalFiles, Uploads
 from agent_sdk.workspace.paths import Root
-from agent_sdk.workspace.uploads import KEPT, Uploads
 
 DATA = os.urandom(3_000_000)
 
