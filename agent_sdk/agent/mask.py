@@ -181,6 +181,8 @@ class Mask:
 
     def text(self, text: str, sign: str = HIDDEN) -> str:
         """Return the text with `sign` in the place of the values, also of one that is cut at the last ELLIPSIS."""
+        if not self.needles.longest:
+            return text
         spans, at = [*self.needles.spans(text)], text.rfind(ELLIPSIS)
         if at >= 0 and (begun := self.needles.begun(text[:at], _CUT)):
             spans.append((at - begun, at))
