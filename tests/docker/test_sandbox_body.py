@@ -13,8 +13,7 @@ from agent_sdk.protocol.results import Mount, Profile
 from agent_sdk.protocol.specs import Sandbox
 from workspaces.backend.contract import Image
 from workspaces.backend.docker.profiles import box_body, differences
-from workspaces.box.machine import Accounts, Places, box_machine, temporary
-from workspaces.box.verification import box_differences
+from workspaces.box.machine import Accounts, Places, box_differences, box_machine, temporary
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox_body.json"
 """Changed by hand only: it is what the isolation of sandboxes consists of."""

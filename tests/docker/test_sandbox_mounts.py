@@ -13,7 +13,7 @@ from tests.docker.sandboxes import sandbox
 from tests.docker.test_sandbox_body import PROFILE
 from tests.docker.test_sandbox_images import image as image
 from tests.docker.test_sandbox_images import refused
-from workspaces.box.verification import Source, mount_differences, sources
+from workspaces.box.machine import Source, mount_differences, sources
 
 pytestmark = pytest.mark.docker
 

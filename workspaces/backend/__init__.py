@@ -7,6 +7,5 @@ labels:   how what is ours is known
 docker:   machines that are containers
 process:  machines that are processes
 sweep:    what removes the machines that nobody owns any more
-child:    a process that may outlive whoever started it
-records:  what is written down so that a later process finds it
+records:  processes that outlive whoever started them, and what is written down so that they are found
 """

@@ -29,7 +29,6 @@ from agent_sdk.protocol.results import Usage
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.environment import packed
 from agent_sdk.workspace.process_tree import Tree, end_tree
-from workspaces.backend.child import Child, first_line
 from workspaces.backend.contract import (
     Backend,
     Can,
@@ -45,7 +44,7 @@ from workspaces.backend.contract import (
     one_line,
 )
 from workspaces.backend.labels import has
-from workspaces.backend.records import Identity, last_lines, read_record, write_record
+from workspaces.backend.records import Child, Identity, first_line, last_lines, read_record, write_record
 
 MARKER = "AGENT_RUNTIME"
 MACHINE, PROCESS, LOG, DATA = "machine.json", "process.json", "server.log", "data"

@@ -6,13 +6,11 @@ contract:      the contract of a box
 process:       a box as a child process of a server
 container:     a box in a sandbox: on a machine of a backend
 folder:        what of such a box is on this machine
-machine:       what that machine is to be, and who is who in it
+machine:       what that machine is to be, who is who in it, and whether it is what was asked for
 runtime:       what a box needs to run in any image, made once
 confinement:   how a box on this machine is kept apart
 host:          what the sandboxes of a server share
 sandboxes:     the sandboxes of a server, and those that wait for an owner
-verification:  whether a sandbox is what was asked for, and what is mounted into it
-disks:         the workspaces of sandboxes, with a limit where this machine can make one
-snapshots:     copies of the workspaces of sandboxes
+disks:         the workspaces of sandboxes, with a limit where this machine can make one, and copies of them
 sandbox_files: folders that belong to the user of sandboxes, and the programs that handle them
 """

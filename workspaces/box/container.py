@@ -35,8 +35,18 @@ from workspaces.backend.contract import Backend, Ending, Image, Machine, State
 from workspaces.box.contract import Box
 from workspaces.box.folder import READY_LINE, Record
 from workspaces.box.host import SandboxHost
-from workspaces.box.machine import Accounts, box_machine, check_targets, command_environment, temporary
-from workspaces.box.verification import OWN_KERNEL, Source, box_differences, mount_differences, sources
+from workspaces.box.machine import (
+    OWN_KERNEL,
+    Accounts,
+    Source,
+    box_differences,
+    box_machine,
+    check_targets,
+    command_environment,
+    mount_differences,
+    sources,
+    temporary,
+)
 
 READY_SECONDS = 30.0
 CLAIM_SECONDS = 10.0

@@ -21,10 +21,9 @@ from workspaces.backend import labels
 from workspaces.backend.contract import Backend, Image, State, parse_size
 from workspaces.backend.records import instance_of
 from workspaces.box import sandbox_files
-from workspaces.box.disks import Disks
+from workspaces.box.disks import Disks, Snapshots
 from workspaces.box.folder import BoxFolder
 from workspaces.box.machine import Accounts, Places, accounts
-from workspaces.box.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from workspaces.box.runtime import BoxRuntime

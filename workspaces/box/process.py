@@ -31,11 +31,12 @@ from agent_sdk.protocol.results import WorkspaceInfo
 from agent_sdk.rpc.unix import listen_unix
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.process_tree import Tree, children, end_tree
-from workspaces.backend.child import Child, first_line
 from workspaces.backend.records import (
     LAST_BYTES,
+    Child,
     Identity,
     boot_id,
+    first_line,
     last_lines,
     read_record,
     write_record,

@@ -22,7 +22,6 @@ from agent_sdk.protocol.errors import AgentServerError, NotFound, WorkspaceUnava
 from agent_sdk.protocol.results import Usage
 from workspaces.backend import labels
 from workspaces.backend.contract import Image, OnProgress, Pull
-from workspaces.backend.docker.engine_archive import give_to_group, read_file
 from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, Call, EngineConnection
 from workspaces.backend.docker.engine_info import EngineInfo, usage_of
 from workspaces.backend.docker.engine_streams import (
@@ -33,7 +32,7 @@ from workspaces.backend.docker.engine_streams import (
     last_lines,
     output,
 )
-from workspaces.backend.docker.images import ensure_image
+from workspaces.backend.docker.images import ensure_image, give_to_group, read_file
 
 __all__ = ["Death", "Engine", "EngineInfo", "Image", "Watch", "engine_version"]
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Self
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from agent_sdk.protocol.errors import EngineUnavailable, IsolationUnavailable
 from agent_sdk.protocol.results import Usage
@@ -20,44 +20,49 @@ REACHED_BY = ({"--host-uds=all", "--host-uds=create"}, {"--host-fifo=open"})
 _LIMITING = ("btrfs", "devicemapper", "zfs")
 
 
-class EngineInfo(Struct, frozen=True, kw_only=True):
-    """An engine and the machine it runs on."""
+class _Component(Struct):
+    name: str = field(name="Name")
+    version: str = field(name="Version", default="")
 
-    version: str
-    api: str
-    os: str
-    arch: str
+
+class _Runtime(Struct):
+    arguments: tuple[str, ...] | None = field(name="runtimeArgs", default=None)
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True):
+    """An engine and the machine it runs on, by what it answers to /version and /info."""
+
+    version: str = field(name="Version")
+    api: str = field(name="ApiVersion")
+    os: str = field(name="Os")
+    arch: str = field(name="Arch")
     """As images name it: amd64, arm64, …"""
-    name: str
+    kernel: str = field(name="KernelVersion", default="")
+    components: tuple[_Component, ...] = field(name="Components")
+    name: str = field(name="Name")
     """Of its machine."""
-    clock: int = 0
-    """When it said so: nanoseconds since the Unix epoch, by its clock."""
-    kernel: str = ""
-    cpus: int = 0
-    memory: int = 0
+    time: datetime | None = field(name="SystemTime", default=None)
+    cpus: int = field(name="NCPU", default=0)
+    memory: int = field(name="MemTotal", default=0)
     """Bytes."""
-    cgroup_version: str = "1"
-    runtimes: Mapping[str, tuple[str, ...]] = {}
-    """Each with the arguments it is started with."""
-    default_runtime: str = ""
-    runc: str = ""
-    """Its version."""
-    security_options: tuple[str, ...] = ()
+    cgroups: str = field(name="CgroupVersion", default="")
+    runtime_options: Mapping[str, _Runtime] = field(name="Runtimes", default_factory=dict)
+    default_runtime: str = field(name="DefaultRuntime", default="")
+    security_options: tuple[str, ...] = field(name="SecurityOptions", default=())
     """E.g. `name=seccomp,profile=default`, `name=rootless`."""
-    live_restore: bool = False
+    live_restore: bool = field(name="LiveRestoreEnabled", default=False)
     """Whether containers survive the engine's end."""
-    root_dir: str = ""
-    driver: str = ""
+    root_dir: str = field(name="DockerRootDir", default="")
+    driver: str = field(name="Driver", default="")
     """Of images and layers."""
-    backing: str = ""
-    """The file system below, where the driver says it."""
-    limits_roots: bool = False
-    """Whether the driver may limit what a container writes into its root; for one on xfs only trying tells."""
-    registry: str = ""
+    driver_status: tuple[tuple[str, ...], ...] = field(name="DriverStatus", default=())
+    registry: str = field(name="IndexServerAddress", default="")
     """Where images come from whose names have no host."""
-    logging_driver: str = ""
-    unlimited: tuple[str, ...] = ()
-    """What its kernel cannot limit: memory, swap, cpu, pids."""
+    logging_driver: str = field(name="LoggingDriver", default="")
+    memory_limit: bool = field(name="MemoryLimit", default=True)
+    swap_limit: bool = field(name="SwapLimit", default=True)
+    cpu_limit: bool = field(name="CpuCfsQuota", default=True)
+    pids_limit: bool = field(name="PidsLimit", default=True)
 
     @classmethod
     def from_answers(cls, version: Mapping[str, Any], about: Any) -> Self:
@@ -67,69 +72,48 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
             EngineUnavailable: that makes no sense.
         """
         try:
-            said = msgspec.convert(about, _Info)
-            status = {line[0]: line[-1] for line in said.driver_status or [] if line}
-            backing = status.get("Backing Filesystem", "")
-            components = {str(part.get("Name")): str(part.get("Version")) for part in version["Components"]}
-            return cls(
-                version=str(version["Version"]),
-                api=str(version["ApiVersion"]),
-                os=str(version["Os"]),
-                arch=str(version["Arch"]),
-                kernel=str(version.get("KernelVersion", "")),
-                name=said.name,
-                clock=int(said.time.timestamp() * 1e9) if said.time else 0,
-                cpus=said.cpus,
-                memory=said.memory,
-                cgroup_version=said.cgroup_version or "1",
-                runtimes={name: tuple(said.runtimes[name].arguments or ()) for name in sorted(said.runtimes)},
-                default_runtime=said.default_runtime,
-                runc=components.get("runc", ""),
-                security_options=tuple(said.security_options or ()),
-                live_restore=said.live_restore,
-                root_dir=said.root_dir,
-                driver=said.driver,
-                backing=backing,
-                limits_roots=said.driver in _LIMITING or (said.driver, backing) == ("overlay2", "xfs"),
-                registry=said.registry,
-                logging_driver=said.logging_driver,
-                unlimited=tuple(name for name, limited in said.limits() if not limited),
-            )
-        except (msgspec.ValidationError, LookupError, TypeError, AttributeError) as exc:
+            said = {name: value for name, value in {**about, **version}.items() if value is not None}
+            return msgspec.convert(said, cls)
+        except (msgspec.ValidationError, TypeError) as exc:
             raise EngineUnavailable(
                 f"what answers is no container engine: its description makes no sense ({exc}): look at DOCKER_HOST",
                 phase="engine",
             ) from None
 
+    @property
+    def clock(self) -> int:
+        """When it said so: nanoseconds since the Unix epoch, by its clock."""
+        return int(self.time.timestamp() * 1e9) if self.time is not None else 0
 
-class _Runtime(Struct):
-    arguments: list[str] | None = msgspec.field(name="runtimeArgs", default=None)
+    @property
+    def cgroup_version(self) -> str:
+        """Which kind of control groups its kernel has."""
+        return self.cgroups or "1"
 
+    @property
+    def runtimes(self) -> Mapping[str, tuple[str, ...]]:
+        """Each runtime with the arguments it is started with."""
+        return {name: self.runtime_options[name].arguments or () for name in sorted(self.runtime_options)}
 
-class _Info(Struct):
-    name: str = msgspec.field(name="Name")
-    time: datetime | None = msgspec.field(name="SystemTime", default=None)
-    cpus: int = msgspec.field(name="NCPU", default=0)
-    memory: int = msgspec.field(name="MemTotal", default=0)
-    cgroup_version: str = msgspec.field(name="CgroupVersion", default="1")
-    runtimes: dict[str, _Runtime] = msgspec.field(name="Runtimes", default_factory=dict)
-    default_runtime: str = msgspec.field(name="DefaultRuntime", default="")
-    security_options: list[str] | None = msgspec.field(name="SecurityOptions", default=None)
-    live_restore: bool = msgspec.field(name="LiveRestoreEnabled", default=False)
-    root_dir: str = msgspec.field(name="DockerRootDir", default="")
-    driver: str = msgspec.field(name="Driver", default="")
-    driver_status: list[list[str]] | None = msgspec.field(name="DriverStatus", default=None)
-    registry: str = msgspec.field(name="IndexServerAddress", default="")
-    logging_driver: str = msgspec.field(name="LoggingDriver", default="")
-    memory_limit: bool = msgspec.field(name="MemoryLimit", default=True)
-    swap_limit: bool = msgspec.field(name="SwapLimit", default=True)
-    cpu_limit: bool = msgspec.field(name="CpuCfsQuota", default=True)
-    pids_limit: bool = msgspec.field(name="PidsLimit", default=True)
+    @property
+    def runc(self) -> str:
+        """Version of runc; empty where it does not say."""
+        return {part.name: part.version for part in self.components}.get("runc", "")
 
-    def limits(self) -> list[tuple[str, bool]]:
-        """Each with whether it can be set."""
-        limits = {"memory": self.memory_limit, "swap": self.swap_limit}
-        return list({**limits, "cpu": self.cpu_limit, "pids": self.pids_limit}.items())
+    @property
+    def backing(self) -> str:
+        """The file system below images and layers, where the driver says it."""
+        return {line[0]: line[-1] for line in self.driver_status if line}.get("Backing Filesystem", "")
+
+    @property
+    def limits_roots(self) -> bool:
+        """Whether the driver may limit what a container writes into its root; for one on xfs only trying tells."""
+        return self.driver in _LIMITING or (self.driver, self.backing) == ("overlay2", "xfs")
+
+    @property
+    def unlimited(self) -> tuple[str, ...]:
+        """What its kernel cannot limit: memory, swap, cpu, pids."""
+        return tuple(name for name in ("memory", "swap", "cpu", "pids") if not getattr(self, f"{name}_limit"))
 
 
 def usage_of(stats: Any) -> Usage:
