@@ -280,27 +280,15 @@ class APIRemoteWorkspace(RemoteWorkspace):
 
     async def _persistently(self, work: Callable[[], Awaitable[Session | None]]) -> Session:
         """Do it again, with growing pauses, as long as it may come to something."""
-        from tenacity import (  # noqa: PLC0415  costs 70 ms
-            AsyncRetrying,
-            retry_if_exception,
-            retry_if_result,
-            wait_random_exponential,
-        )
-
-        chance = wait_random_exponential(multiplier=FIRST_SECONDS, max=LONGEST_SECONDS)
         began = asyncio.get_running_loop().time()
 
         def may_come(error: BaseException) -> bool:
             waited = asyncio.get_running_loop().time() - began
             return may_pass(error) and (self._api.has_answered or waited < self._api_patience)
 
-        retrying = AsyncRetrying(
-            wait=lambda state: _retry_after(state) + chance(state),
-            retry=retry_if_exception(may_come) | retry_if_result(lambda session: session is None),
-            before_sleep=self._complain,
-            reraise=True,
+        session: Session = await _again(
+            work, may_come, lambda session: session is None, before_sleep=self._complain
         )
-        session: Session = await retrying(work)
         self._problem = None
         return self._note(session)
 
@@ -347,16 +335,8 @@ class APIRemoteWorkspace(RemoteWorkspace):
 
     async def _inquire(self) -> None:
         """Find out whether the runtime comes back; if not, everything that waits for it gets to know why."""
-        from tenacity import AsyncRetrying, retry_if_exception, retry_if_result  # noqa: PLC0415
-        from tenacity import wait_random_exponential as wait  # noqa: PLC0415
-
-        retrying = AsyncRetrying(
-            wait=wait(multiplier=FIRST_SECONDS, max=LONGEST_SECONDS),
-            retry=retry_if_exception(may_pass) | retry_if_result(lambda _: True),
-            reraise=True,
-        )
         try:
-            await retrying(self._look)
+            await _again(self._look, may_pass, lambda _: True)
         except AgentServerError as exc:
             if not self._gone.done():
                 self._gone.set_result(exc)
@@ -374,22 +354,11 @@ class APIRemoteWorkspace(RemoteWorkspace):
             await to_its_end(self._verb_or_warning(self._undo))
 
     async def _verb_or_warning(self, verb: str) -> None:
-        from tenacity import (  # noqa: PLC0415
-            AsyncRetrying,
-            retry_if_exception,
-            stop_after_attempt,
-            wait_random_exponential,
-        )
+        from tenacity import stop_after_attempt  # noqa: PLC0415
 
-        retrying = AsyncRetrying(
-            wait=wait_random_exponential(multiplier=FIRST_SECONDS, max=1.0),
-            stop=stop_after_attempt(END_TRIES),
-            retry=retry_if_exception(may_pass),
-            reraise=True,
-        )
         try:
             async with asyncio.timeout(END_SECONDS):
-                await retrying(self._verb_once, verb)
+                await _again(lambda: self._verb_once(verb), may_pass, stop=stop_after_attempt(END_TRIES))
         except (AgentServerError, TimeoutError) as exc:
             reason = str(exc) or f"no answer within {END_SECONDS:g} s"
             logger.warning("the runtime of session %s may still be there: %s", self.session_id, reason)
@@ -403,6 +372,30 @@ class APIRemoteWorkspace(RemoteWorkspace):
         except RemoteApiError as exc:
             if exc.details.get("status") != 404:  # gone already
                 raise
+
+
+async def _again(
+    work: Callable[[], Awaitable[Any]],
+    may_pass: Callable[[BaseException], bool],
+    is_missing: Callable[[Any], bool] = lambda _: False,
+    **how: Any,
+) -> Any:
+    """Do it again, with growing pauses, while its error may pass or its result is missing."""
+    from tenacity import AsyncRetrying, retry_if_exception, retry_if_result  # noqa: PLC0415  costs 70 ms
+    from tenacity import wait_random_exponential as wait  # noqa: PLC0415
+
+    pause = wait(multiplier=FIRST_SECONDS, max=LONGEST_SECONDS)
+    retrying = AsyncRetrying(
+        wait=lambda state: _retry_after(state) + pause(state),
+        retry=retry_if_exception(may_pass) | retry_if_result(is_missing),
+        reraise=True,
+        **how,
+    )
+
+    async def once() -> Any:
+        return await work()
+
+    return await retrying(once)
 
 
 def _state(session: Session | None) -> str:

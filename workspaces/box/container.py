@@ -12,7 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from msgspec.structs import replace
 
@@ -60,6 +60,16 @@ SEALED = 4_000_000_000
 """Owns the folder of the socket of a task, whose commands may be anybody with a lower number."""
 
 
+class _Made(NamedTuple):
+    """What the machine of a box was made from."""
+
+    image: Image
+    accounts: Accounts
+    mounts: tuple[Source, ...]
+    """What is to be mounted of the server's machine."""
+    machine: Machine
+
+
 class BoxContainer(Box):
     """A box in a hardened container."""
 
@@ -88,10 +98,7 @@ class BoxContainer(Box):
         self._folder = host.folder(owner)
         self._waiting = waiting
         self._record: Record | None = None
-        self._image: Image | None = None
-        self._accounts = Accounts()
-        self._sources: tuple[Source, ...] = ()
-        self._machine: Machine | None = None
+        self._made: _Made | None = None
         self._id: str | None = None
         self._watching: asyncio.Task[None] | None = None
         self._socket = -1
@@ -191,13 +198,7 @@ class BoxContainer(Box):
                 if isinstance(exc, AgentServerError):
                     continue
                 raise
-            self._record, self._image, self._machine, self._id = (
-                box._record,
-                box._image,
-                box._machine,
-                box._id,
-            )
-            self._accounts = box._accounts
+            self._record, self._made, self._id = box._record, box._made, box._id
             self._socket, box._socket = box._socket, -1
             box.let_go()
             self._follow(backend)
@@ -210,10 +211,10 @@ class BoxContainer(Box):
         Raises:
             WorkspaceUnavailable: it is no good any more; it has to be ended.
         """
-        assert self._record is not None and self._image is not None
+        assert self._record is not None and self._made is not None
         backend = await self._host.backend()
         image = await backend.image(other.spec.image, pull="never", platform=other.spec.platform)
-        if image.id != self._image.id:
+        if image.id != self._made.image.id:
             raise WorkspaceUnavailable("another image has its name by now", phase="claim")
         self._keep(replace(self._record, instance=other.instance, spec=other.spec))
         self._folder = await self._host.hand_over(self.owner, other.owner)
@@ -231,30 +232,27 @@ class BoxContainer(Box):
         image = await backend.image(self.spec.image, pull=self.spec.pull, platform=self.spec.platform)
         self._folder.make()
         is_task = self.spec.profile == "task"
-        self._accounts = Accounts() if is_task else await self._host.accounts(image)
-        self._folder.lay_out(content for _, content in self._accounts.files)
+        accounts = Accounts() if is_task else await self._host.accounts(image)
+        self._folder.lay_out(content for _, content in accounts.files)
         folders = temporary(self.spec, image)[: 1 if is_task else None]
         mounted = [each.split(":")[1] for each in self.spec.mounts]
         await check_targets(backend, image, [*folders[1:], *mounted])
-        self._sources = await in_thread(sources, self.spec.mounts, self._host.options.mounts)
+        mounts = await in_thread(sources, self.spec.mounts, self._host.options.mounts)
         at_hand = self._host.at_hand(self.owner, self.spec, len(folders))
         async with at_hand as places, self._folder.ready() as said:
-            self._image, self._machine = (
+            machine = box_machine(
+                self.spec,
                 image,
-                box_machine(
-                    self.spec,
-                    image,
-                    self._accounts,
-                    places,
-                    folders,
-                    name=f"agent-box-{self.instance}",
-                    labels=self._host.labels(self.owner),
-                    command=binary.entrypoint,
-                    linger=max(self._host.options.linger, LEAST_LINGER),
-                    runtime=runtime,
-                ),
+                accounts,
+                places,
+                folders,
+                name=f"agent-box-{self.instance}",
+                labels=self._host.labels(self.owner),
+                command=binary.entrypoint,
+                linger=max(self._host.options.linger, LEAST_LINGER),
+                runtime=runtime,
             )
-            self._id = await self._create(backend)
+            self._id = await self._create(backend, _Made(image, accounts, mounts, machine))
             self._follow(backend)
             try:
                 await backend.start(self._id)
@@ -266,28 +264,26 @@ class BoxContainer(Box):
         self._folder.seal(SEALED if is_task else None)
         self._socket = self._folder.open_socket()
 
-    async def _create(self, backend: Backend) -> str:
+    async def _create(self, backend: Backend, made: _Made) -> str:
         """Put it on record and create it; where its root cannot be limited after all that is so, and said."""
-        assert self._machine is not None and self._image is not None
-        limited = self._machine.root_size is not None
+        self._made, limited = made, made.machine.root_size is not None
         self._keep(
             Record(
                 instance=self.instance,
-                container=self._machine.name,
+                container=made.machine.name,
                 spec=self.spec,
-                image=self._image.id,
-                runtime=self._machine.runtime or "",
+                image=made.image.id,
+                runtime=made.machine.runtime or "",
                 token=secrets.token_urlsafe(24),
                 root_quota=backend.root_limit if limited else "none" if self.spec.profile == "task" else "",
             )
         )
         try:
-            return await backend.create(self._machine)
+            return await backend.create(made.machine)
         except IsolationUnavailable:
             if not limited:
                 raise
-        self._machine = replace(self._machine, root_size=None)
-        return await self._create(backend)
+        return await self._create(backend, made._replace(machine=replace(made.machine, root_size=None)))
 
     async def claim(self) -> None:
         """Give it its identity, and see that all is in force that was asked for.
@@ -295,9 +291,9 @@ class BoxContainer(Box):
         Raises:
             ProfileMismatch: it is not; details: differences. WorkspaceUnavailable: it is no box.
         """
-        assert self._record is not None and self._image is not None
-        assert self._machine is not None and self._id is not None
-        env = command_environment(self._image, self._accounts, self.spec)
+        assert self._record is not None and self._made is not None and self._id is not None
+        made = self._made
+        env = command_environment(made.image, made.accounts, self.spec)
         env = {**env, **self._host.options.environment, **self.spec.env}
         call = Claim(op_id=new_id(), instance=self.instance, token=self.token, env=env)
         try:
@@ -307,10 +303,10 @@ class BoxContainer(Box):
             why = " ".join(str(exc).split())[:200] or f"not within {CLAIM_SECONDS:.0f} s"
             raise WorkspaceUnavailable(f"the box did not answer: {why}", phase="claim") from None
         backend = await self._host.backend()
-        differences = await backend.differences(self._id, self._machine)
-        differences += box_differences(self._machine, info.profile)
+        differences = await backend.differences(self._id, made.machine)
+        differences += box_differences(made.machine, info.profile)
         if self._record.runtime not in OWN_KERNEL:  # one of those has numbers of its own
-            differences += mount_differences(self._sources, info.profile)
+            differences += mount_differences(made.mounts, info.profile)
         if differences:
             raise ProfileMismatch(
                 f"the sandbox is not what was asked for and was ended: {'; '.join(differences[:3])}",

@@ -75,12 +75,12 @@ class Box(Protocol):
         ...
 
     async def thaw(self) -> None:
-        """Let it go on; nothing happens to one that is not frozen."""
-        ...
+        """Let it go on; nothing happens to one that is not frozen, or never can be."""
+        return
 
     def follow(self, listener: Callable[[bool], None]) -> None:
         """Call this with whether it is frozen, whenever somebody has frozen it or let it go on."""
-        ...
+        return
 
     async def completed(self, info: WorkspaceInfo) -> WorkspaceInfo:
         """Return what it says of itself with what only its keeper knows: image, runtime, usage."""

@@ -15,7 +15,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -42,6 +42,7 @@ from workspaces.backend.records import (
     write_record,
 )
 from workspaces.box.confinement import NOT_CONFINED, Confinement, Isolation
+from workspaces.box.contract import Box
 
 MARKER = "AGENT_BOX"
 """Names a box in its environment, which its commands inherit: so they are found when it could not end them."""
@@ -71,7 +72,7 @@ class Record(Struct, frozen=True):
     user: int | None = None
 
 
-class BoxProcess:
+class BoxProcess(Box):
     """One box. `async with` starts it, unless it was found, and ends it with everything that runs in it.
 
     Cancelling while it starts ends it, too.
@@ -113,7 +114,7 @@ class BoxProcess:
         self._environment = {"PATH": os.defpath} if environment is None else dict(environment)
         self._confinement = confinement
         self._child: Child | None = None
-        self.token = secrets.token_urlsafe(24)
+        self._token = secrets.token_urlsafe(24)
         self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -139,7 +140,7 @@ class BoxProcess:
                 child = Child.find(Identity(record.boot, record.pid, record.ticks))
             if child is not None:
                 box._hold(child)
-                box.token = record.token
+                box._token = record.token
                 if (started.isolation, started.user) == (confinement.isolation, confinement.user):
                     return box
                 await box.end()
@@ -152,8 +153,11 @@ class BoxProcess:
 
     @property
     def url(self) -> str:
-        """Where it listens, as `RemoteWorkspace` takes it."""
         return f"unix://{self.folder / SOCKET}"
+
+    @property
+    def token(self) -> str:
+        return self._token
 
     @property
     def pid(self) -> int | None:
@@ -162,7 +166,6 @@ class BoxProcess:
 
     @property
     def ended(self) -> asyncio.Future[int | None]:
-        """Done when it has ended, with its exit code (negative for a signal), which only its starter learns."""
         return self._ended
 
     async def __aenter__(self) -> Self:
@@ -196,12 +199,10 @@ class BoxProcess:
         await asyncio.shield(asyncio.ensure_future(self._end()))
 
     def kill(self) -> None:
-        """Kill the box alone; `end` cleans up after it."""
         if self._child is not None:
             self._child.signal(signal.SIGKILL)
 
     def let_go(self) -> None:
-        """Leave it to itself: it goes on until its `linger` is over, and can be found again until then."""
         if self._child is not None:
             self._child.let_go()
 
@@ -226,14 +227,7 @@ class BoxProcess:
             "this workspace is a plain process and cannot be paused; ask for a sandbox", wanted="pause"
         )
 
-    async def thaw(self) -> None:
-        """Do nothing: it never is frozen."""
-
-    def follow(self, listener: Callable[[bool], None]) -> None:
-        """Do nothing: it never is frozen."""
-
     async def completed(self, info: WorkspaceInfo) -> WorkspaceInfo:
-        """Return what it says of itself; its keeper knows no more."""
         return msgspec.structs.replace(info, isolation=self._confinement.isolation)
 
     # --- its start ---
@@ -245,7 +239,7 @@ class BoxProcess:
             started=time.time(),
             isolation=self._confinement.isolation,
             user=self._confinement.user,
-            token=self.token,
+            token=self._token,
         )
         reading, writing = os.pipe()
         try:
@@ -278,7 +272,7 @@ class BoxProcess:
         with ExitStack() as stack:
             log = os.open(self.folder / LOG, flags, 0o600)
             stack.callback(os.close, log)
-            given = [stack.enter_context(_pipe_with(self.token))]
+            given = [stack.enter_context(_pipe_with(self._token))]
             if confined:
                 given.append(stack.enter_context(listen_unix(str(self.folder / SOCKET))).fileno())
                 if self._spool is not None:
