@@ -4,9 +4,9 @@ What makes two calls the same, what a call gets that came before, which failures
 long an answer is known: all that is decided here. What is remembered is kept by a `BackEnd`, of which there are two:
 
 * `InMemory` keeps it for as long as its process lives: in front of a workspace, and in front of a conversation.
-* `agent_sdk.log.operations` keeps it in the log: what has to be known by the next process. There a call is written down
-  before it is sent to a box, with the name of that box, and what a verb of a conversation answers is written in
-  the commit of its events.
+* `LoggedOperations` of the event log keeps it on the disk: what has to be known by the next process. There a call is
+  written down before it is sent to a box, with the name of that box, and what a verb of a conversation answers
+  is written in the commit of its events.
 
 A call that came before, with the same params, gets its answer; it waits where it still runs; and where it has begun
 and nobody runs it any more, its outcome is unknown. With other params it is refused. `IdempotencyStore` does all that

@@ -45,10 +45,17 @@ from agent_server.http.request import (
     wanted,
 )
 from agent_server.http.security import KEY_SHOWN, HostRules, OriginRules, Security
-from agent_server.session.event_stream import stream_events
-from agent_server.session.handshake import NEW, check_initialize, initialized, named_or_new
-from agent_server.session.methods import OF_THE_SERVER, HttpCall, needs_a_websocket
+from agent_server.session.methods import (
+    NEW,
+    OF_THE_SERVER,
+    HttpCall,
+    check_initialize,
+    initialized,
+    named_or_new,
+    needs_a_websocket,
+)
 from agent_server.session.session import Session, Sessions
+from agent_server.session.subscription import stream_events
 
 BACKLOG = 512
 SEND_BUFFER = 128 << 10

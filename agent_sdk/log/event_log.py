@@ -19,10 +19,9 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from agent_sdk.idempotency import Asked
+from agent_sdk.idempotency import Asked, BackEnd, Known
 from agent_sdk.ids import new_id
 from agent_sdk.log.chain import ChainBroken
-from agent_sdk.log.operations import LoggedOperations
 from agent_sdk.protocol.errors import ConversationDamaged, LeaseLost, StorageFull
 from agent_sdk.protocol.events import (
     Event,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from agent_sdk.log.database import ConversationRow, Database
+    from agent_sdk.log.operations import Operations
     from agent_sdk.log.thread import DatabaseThread
 
 T = TypeVar("T")
@@ -320,3 +320,56 @@ class EventLog:
         head = database.tail(conversation).seq
         self._append(conversation, [LogRecovered(reason=reason, after_seq=head)], None, None, database)
         database.change(conversation, recovered=None)
+
+
+class LoggedOperations(BackEnd[bytes]):
+    """The operations of one conversation. What is begun or finished is on the disk when that returns.
+
+    Raises (any method):
+        ConversationNotFound, StorageFull, …: what EventLog raises.
+        OutcomeUnknown: what is remembered is damaged.
+    """
+
+    def __init__(self, writer: DatabaseThread, conversation: str) -> None:
+        self._writer = writer
+        self._conversation = conversation
+
+    async def find(self, call: Asked) -> Known[bytes] | None:
+        """Return what `begin` returns, without beginning anything."""
+
+        def work(rows: Operations, key: int) -> Known[bytes] | None:
+            row = rows.find(key, call)
+            return None if row is None else row.known
+
+        return await self._do(work, writes=False)
+
+    async def begin(self, call: Asked) -> Known[bytes] | None:
+        def work(rows: Operations, key: int) -> Known[bytes] | None:
+            if row := rows.find(key, call):
+                return row.known
+            rows.begin(key, call)
+            return None
+
+        return await self._do(work)
+
+    async def finish(self, op_id: str, answer: bytes) -> None:
+        await self._do(lambda rows, key: rows.finish(key, op_id, answer))
+
+    async def withdraw(self, op_id: str) -> None:
+        await self._do(lambda rows, key: rows.withdraw(key, op_id))
+
+    async def begun(self) -> list[Known[bytes]]:
+        """Return what has begun and not finished, oldest first."""
+        return await self._do(lambda rows, key: [row.known for row in rows.begun(key)], writes=False)
+
+    async def instance_of(self, process_id: str) -> str | None:
+        """Return the box in which an operation of the conversation has started this process, if that is remembered."""
+        words = b'"process_id":%b' % msgspec.json.encode(process_id)
+        return await self._do(lambda rows, key: rows.answered(key, words), writes=False)
+
+    def _do(self, work: Callable[[Operations, int], T], *, writes: bool = True) -> asyncio.Future[T]:
+        return self._writer.submit(
+            lambda database: work(database.operations, database.key(self._conversation)),
+            lane=self._conversation,
+            writes=writes,
+        )

@@ -1,31 +1,24 @@
-"""The operations of conversations in the log: what has begun, and what it answered.
+"""The rows of operations: what has begun, and what it answered.
 
-`LoggedOperations` is the back end of `agent_sdk.idempotency` that outlives its process; `Operations` has its rows. What
-is not kept any more shrinks to a mark that the op_id was used, so that it never runs again: an answer that is older
-than KEPT_SECONDS, when there are KEPT newer ones in its conversation.
+They are what the log remembers as a back end of `agent_sdk.idempotency` (`event_log.LoggedOperations`). What is not
+kept any more shrinks to a mark that the op_id was used, so that it never runs again: an answer that is older than
+KEPT_SECONDS, when there are KEPT newer ones in its conversation.
 Age is counted by a clock that runs only while the log is open, so no jump of the machine's clock ends
 it early. Rows shrink two at a time when new ones are written; there is no timer.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
-
-from agent_sdk.idempotency import KEPT, KEPT_SECONDS, Asked, BackEnd, Known
+from agent_sdk.idempotency import KEPT, KEPT_SECONDS, Asked, Known
 from agent_sdk.log.chain import sum_of
 from agent_sdk.protocol.errors import OutcomeUnknown
 
 if TYPE_CHECKING:
     from agent_sdk.log.storage import Storage
-    from agent_sdk.log.thread import DatabaseThread
-
-T = TypeVar("T")
 
 TRIMMED_AT_ONCE = 2
 NOTED_EVERY = 60.0
@@ -52,59 +45,6 @@ class OperationRow(NamedTuple):
         """What is told of it."""
         answer = None if self.state == BEGUN else self.result
         return Known(op_id=self.op_id, method=self.method, instance=self.instance, at=self.at, answer=answer)
-
-
-class LoggedOperations(BackEnd[bytes]):
-    """The operations of one conversation. What is begun or finished is on the disk when that returns.
-
-    Raises (any method):
-        ConversationNotFound, StorageFull, …: what EventLog raises.
-        OutcomeUnknown: what is remembered is damaged.
-    """
-
-    def __init__(self, writer: DatabaseThread, conversation: str) -> None:
-        self._writer = writer
-        self._conversation = conversation
-
-    async def find(self, call: Asked) -> Known[bytes] | None:
-        """Return what `begin` returns, without beginning anything."""
-
-        def work(rows: Operations, key: int) -> Known[bytes] | None:
-            row = rows.find(key, call)
-            return None if row is None else row.known
-
-        return await self._do(work, writes=False)
-
-    async def begin(self, call: Asked) -> Known[bytes] | None:
-        def work(rows: Operations, key: int) -> Known[bytes] | None:
-            if row := rows.find(key, call):
-                return row.known
-            rows.begin(key, call)
-            return None
-
-        return await self._do(work)
-
-    async def finish(self, op_id: str, answer: bytes) -> None:
-        await self._do(lambda rows, key: rows.finish(key, op_id, answer))
-
-    async def withdraw(self, op_id: str) -> None:
-        await self._do(lambda rows, key: rows.withdraw(key, op_id))
-
-    async def begun(self) -> list[Known[bytes]]:
-        """Return what has begun and not finished, oldest first."""
-        return await self._do(lambda rows, key: [row.known for row in rows.begun(key)], writes=False)
-
-    async def instance_of(self, process_id: str) -> str | None:
-        """Return the box in which an operation of the conversation has started this process, if that is remembered."""
-        words = b'"process_id":%b' % msgspec.json.encode(process_id)
-        return await self._do(lambda rows, key: rows.answered(key, words), writes=False)
-
-    def _do(self, work: Callable[[Operations, int], T], *, writes: bool = True) -> asyncio.Future[T]:
-        return self._writer.submit(
-            lambda database: work(database.operations, database.key(self._conversation)),
-            lane=self._conversation,
-            writes=writes,
-        )
 
 
 class Operations:

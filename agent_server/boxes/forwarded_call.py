@@ -20,14 +20,27 @@ KEPT_BYTES = 64 << 10
 
 
 class ForwardedCall:
-    """One call that is forwarded to a box.
+    """One call that is forwarded to a box, in the task that answers it; a repeated call is another one.
 
     Enter it before anything begins: a call whose streams are not free is refused then.
 
     It may be tried again over another connection to the same box.
     """
 
-    def __init__(self, params: Method[Any], call: Inbound) -> None:
+    def __init__(self, params: Any, call: Inbound) -> None:
+        self.params = params
+        self.call = call
+        self.instance = ""
+        """Of the box it is in."""
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when it is through, or has been stopped."""
+        self.stopped = False
+        """Whether another call or the end of the server has stopped it, not its caller."""
+        self.in_vain = False
+        """Whether it failed so that the box has forgotten it."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.task: asyncio.Task[Any] = task
         self.let_go = False
         """Whether being cancelled leaves the call to the box, instead of cancelling it there."""
         self.once = False
@@ -40,8 +53,6 @@ class ForwardedCall:
         """The streams to the caller, by field."""
         self.coming: list[asyncio.Task[None]] = []
         """Who passes the caller's bytes on."""
-        self._params = params
-        self._call = call
         self._readers: dict[str, ByteReader] = {}
         self._stack = AsyncExitStack()
 
@@ -52,15 +63,15 @@ class ForwardedCall:
             InvalidParams: a number is not that of a stream the caller has just opened.
         """
         async with self._stack:
-            for stream in self._params.takes:
-                if channel := getattr(self._params, stream.channel):
-                    reading = self._call.reading(channel)
+            for stream in self.params.takes:
+                if channel := getattr(self.params, stream.channel):
+                    reading = self.call.reading(channel)
                     self._readers[stream.channel] = await self._stack.enter_async_context(reading)
-            for stream in self._params.gives:
-                if channel := getattr(self._params, stream.channel):
-                    writer = await self._stack.enter_async_context(self._call.writing(channel))
+            for stream in self.params.gives:
+                if channel := getattr(self.params, stream.channel):
+                    writer = await self._stack.enter_async_context(self.call.writing(channel))
                     self.streams[stream.channel] = CallerStream(
-                        writer, stream, getattr(self._params, stream.since)
+                        writer, stream, getattr(self.params, stream.since)
                     )
             self._stack = self._stack.pop_all()
         self.once = bool(self._readers)
@@ -68,6 +79,12 @@ class ForwardedCall:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
+
+    def stop(self) -> None:
+        """Stop it, unless its caller has cancelled it already."""
+        if not self.task.cancelling():
+            self.stopped = True
+            self.task.cancel()
 
     async def end_streams(self) -> None:
         """End the streams to the caller where they are: nothing more comes."""
@@ -87,8 +104,8 @@ class ForwardedCall:
             self.coming = await self._take_in(stack, peer, fields)
             outputs = await self._take_out(stack, peer, fields)
             try:
-                answer = await peer.call(replace(self._params, **fields), leave=lambda: self.let_go)
-                for field in carrying(self._params, answer):
+                answer = await peer.call(replace(self.params, **fields), leave=lambda: self.let_go)
+                for field in carrying(self.params, answer):
                     if field in outputs:
                         await outputs[field].passed()
                 await self.end_streams()
@@ -128,7 +145,7 @@ class ForwardedCall:
         for field, to_caller in self.streams.items():
             reader = await stack.enter_async_context(peer.open_reader())
             fields[field] = reader.channel
-            if isinstance(self._params, Effect) and to_caller.since:
+            if isinstance(self.params, Effect) and to_caller.since:
                 if to_caller.since <= KEPT_BYTES:
                     fields[to_caller.stream.since] = 0  # to be kept whole
                 else:
@@ -137,7 +154,7 @@ class ForwardedCall:
         return outputs
 
     def _keep(self, field: str, offset: int, data: bytes) -> None:
-        if self.kept is None or not isinstance(self._params, Effect):
+        if self.kept is None or not isinstance(self.params, Effect):
             return
         kept = self.kept.setdefault(field, bytearray())
         if offset == len(kept) and sum(map(len, self.kept.values())) + len(data) <= KEPT_BYTES:

@@ -53,7 +53,6 @@ from agent_sdk.rpc.peer import Inbound
 from agent_server.boxes.forwarded_call import KEPT_BYTES, CallerStream, ForwardedCall
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.watch import is_silent
-from agent_server.work import Work
 
 NOT_KEPT = "its output is not kept any more"
 
@@ -134,11 +133,10 @@ LOST = "the box was lost; whether it was done is not known"
 class ForwardedCalls:
     """The workspace methods of a conversation, passed on to its box; one for all its connections."""
 
-    def __init__(self, conversation: str, link: BoxLink, log: EventLog, work: Work) -> None:
+    def __init__(self, conversation: str, link: BoxLink, log: EventLog) -> None:
         self._link = link
         self._operations = log.operations(conversation)
-        self._work = work
-        self._running: dict[str, list[_Run]] = {}
+        self._running: dict[str, list[ForwardedCall]] = {}
         self._beginning: Counter[str] = Counter()
         """Calls whose intent is being written down, by op_id."""
         self._left: dict[str, RunningOperation] = {}
@@ -186,9 +184,7 @@ class ForwardedCalls:
         if runs := [run for runs in self._running.values() for run in runs]:
             self._link.owing = True
             for run in runs:
-                run.forwarded.let_go = (
-                    not run.task.cancelling()
-                )  # what its caller cancels is to end in the box
+                run.let_go = not run.task.cancelling()  # what its caller cancels is to end in the box
             await _stop(runs)
 
     # --- what changes nothing ---
@@ -219,7 +215,7 @@ class ForwardedCalls:
     async def _offset(self, params: UploadOffset, call: Inbound) -> Any:
         await self._end_upload(params.op_id)
         runs = self._running.get(params.op_id, ())
-        if left := [task for run in runs if run.call.peer.lost is not None for task in run.forwarded.coming]:
+        if left := [task for run in runs if run.call.peer.lost is not None for task in run.coming]:
             await asyncio.wait(left)  # what has come goes in first
         return await self._look(params, call)
 
@@ -247,34 +243,31 @@ class ForwardedCalls:
     # --- what changes something ---
 
     async def _effect(self, params: Effect[Any], call: Inbound) -> Any:
-        self._work.admit()
-        async with ForwardedCall(params, call) as forwarded:
-            op_id, instance = params.op_id, self._link.named()
+        async with ForwardedCall(params, call) as run:
+            op_id, run.instance = params.op_id, self._link.named()
             digest = digest_of(params.method, asked(params))
             self._beginning[op_id] += 1
             try:
-                known = await self._operations.begin(Asked(op_id, digest, params.method, instance))
+                known = await self._operations.begin(Asked(op_id, digest, params.method, run.instance))
             finally:
                 self._beginning -= Counter((op_id,))
             if known is not None and known.answer is not None:
                 stored = StoredResult.read(known.answer)
-                if stored.whole or known.instance != instance:  # else the box still has the bytes
-                    return await stored.give(params, forwarded.streams)
+                if stored.whole or known.instance != run.instance:  # else the box still has the bytes
+                    return await stored.give(params, run.streams)
             if isinstance(params, Upload):
                 await self._end_upload(op_id)  # the rest of its bytes comes over this call
             if known is not None:
                 runs = self._running.get(op_id)
-                instance = runs[0].instance if runs else known.instance
-            run = _Run(params, call, instance, forwarded)
+                run.instance = runs[0].instance if runs else known.instance
             return await self._run(run, fresh=known is None or isinstance(params, Upload))
 
-    async def _run(self, run: _Run, *, fresh: bool) -> Any:
+    async def _run(self, run: ForwardedCall, *, fresh: bool) -> Any:
         """Operate in the task of the call, which from now on goes on without its caller."""
         self._running.setdefault(run.params.op_id, []).append(run)
         run.call.goes_on = True
         try:
-            with self._work.under_way():
-                return await self._operate(run, fresh=fresh)
+            return await self._operate(run, fresh=fresh)
         except asyncio.CancelledError:
             if not run.stopped:
                 await self._cancel(run)
@@ -284,16 +277,16 @@ class ForwardedCalls:
         finally:
             self._ended(run)
 
-    async def _operate(self, run: _Run, *, fresh: bool) -> Any:
+    async def _operate(self, run: ForwardedCall, *, fresh: bool) -> Any:
         try:
             linked = await (self._link.linked() if fresh else self._link.again(run.instance))
             if linked is None:
                 raise OutcomeUnknown(LOST, op_id=run.params.op_id)
             run.instance = linked.instance
-            answer = await self._through(run.forwarded, linked)
+            answer = await self._through(run, linked)
         except OutcomeUnknown as exc:
             answer = _unknown(run.params, exc)
-            await run.forwarded.end_streams()
+            await run.end_streams()
         except AgentServerError as exc:
             if is_silent(exc):
                 self._link.owing = True
@@ -302,25 +295,25 @@ class ForwardedCalls:
             else:
                 await self._finish(run, StoredResult.of_error(exc))
             raise
-        await self._finish(run, StoredResult.of(run.params, answer, run.forwarded.kept))
+        await self._finish(run, StoredResult.of(run.params, answer, run.kept))
         return answer
 
-    async def _finish(self, run: _Run, stored: StoredResult) -> None:
+    async def _finish(self, run: ForwardedCall, stored: StoredResult) -> None:
         try:
             await self._operations.finish(run.params.op_id, stored.written())
         except StorageFull:  # it was done, and the box still knows
             self._link.owing = True
 
-    async def _withdraw(self, run: _Run) -> None:
+    async def _withdraw(self, run: ForwardedCall) -> None:
         """It did nothing, and may come again: nothing is left of it, so nothing must remember it."""
-        run.in_vain = not run.forwarded.broken
+        run.in_vain = not run.broken
         op_id = run.params.op_id
         if self._beginning[op_id] or not all(other.in_vain for other in self._running[op_id]):
             return
         with suppress(StorageFull):
             await self._operations.withdraw(op_id)
 
-    def _ended(self, run: _Run) -> None:
+    def _ended(self, run: ForwardedCall) -> None:
         runs = self._running[run.params.op_id]
         runs.remove(run)
         if not runs:
@@ -328,7 +321,7 @@ class ForwardedCalls:
         run.over.set_result(None)
         self._link.use()
 
-    async def _cancel(self, run: _Run) -> None:
+    async def _cancel(self, run: ForwardedCall) -> None:
         """Its caller does not want it any more; those whose callers lost their connection want nothing either."""
         others = [other for other in self._running[run.params.op_id] if other is not run]
         lost = [other for other in others if other.call.peer.lost is not None]
@@ -341,37 +334,15 @@ class ForwardedCalls:
         """Let go of the bytes that still come for it. Where their caller is gone, what has come goes in first."""
         runs = [run for run in self._running.get(op_id, ()) if isinstance(run.params, Upload)]
         for run in runs:
-            run.forwarded.let_go = True
+            run.let_go = True
         await _stop([run for run in runs if run.call.peer.lost is None])
         if runs:
             await asyncio.wait([run.over for run in runs])
 
 
-class _Run:
-    """One forwarding of an operation to the box; a repeated call is another one."""
-
-    def __init__(self, params: Effect[Any], call: Inbound, instance: str, forwarded: ForwardedCall) -> None:
-        self.params = params
-        self.call = call
-        self.instance = instance
-        """Of the box it is in."""
-        self.forwarded = forwarded
-        task = asyncio.current_task()
-        assert task is not None
-        self.task: asyncio.Task[Any] = task
-        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when it is through, or has been stopped."""
-        self.stopped = False
-        """Whether another call or the end of the server has stopped it, not its caller."""
-        self.in_vain = False
-        """Whether it failed so that the box has forgotten it."""
-
-
-async def _stop(runs: list[_Run]) -> None:
+async def _stop(runs: list[ForwardedCall]) -> None:
     for run in runs:
-        if not run.task.cancelling():
-            run.stopped = True
-            run.task.cancel()
+        run.stop()
     if runs:
         await asyncio.wait([run.over for run in runs])
 

@@ -10,18 +10,21 @@ from typing import Protocol
 import msgspec
 from msgspec.structs import replace
 
+from agent_sdk.agent.runtime import Place
 from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.idempotency import IdempotencyStore, InMemory
 from agent_sdk.log.event_log import PAGE_EVENTS, EventLog
-from agent_sdk.protocol.errors import AgentServerError
+from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown
 from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted, Waiting, WorkspaceChanged
-from agent_sdk.protocol.results import Snapshot
+from agent_sdk.protocol.results import Snapshot, Wait, WorkspaceInfo
+from agent_sdk.remote.link import Linked
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Peer
+from agent_sdk.workspace.contract import Workspace
 from agent_server.boxes.forwarding import ForwardedCalls
 from agent_server.boxes.link import BoxLink
-from agent_server.boxes.place import BoxPlace
+from agent_server.boxes.watch import STARTS
 from agent_server.conversations.client_tools import ClientTools
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
@@ -67,7 +70,7 @@ class LoadedConversation:
         self.id = id
         self.link = link
         self._workspace = workspace
-        self.forwarded = ForwardedCalls(id, link, log, work)
+        self.forwarded = ForwardedCalls(id, link, log)
         self.tools = ClientTools()
         self.operations = IdempotencyStore(InMemory())
         self.connections: set[Client] = set()
@@ -247,3 +250,47 @@ class LoadedConversation:
 def _is(event: bytes, kind: type[TurnStarted | TurnResumed | TurnEnded]) -> bool:
     """Whether this is the JSON of such an event. Our own encoder wrote it, and it writes the tag first."""
     return event.startswith(b'{"type":"%b"' % str(kind.__struct_config__.tag).encode())
+
+
+class BoxPlace(Place):
+    """The boxes of a workspace as the place where an agent's tools act."""
+
+    def __init__(self, link: BoxLink, clients_back: asyncio.Event) -> None:
+        """Take the boxes, and what is set when the clients are there again that the last server let go of."""
+        self._link = link
+        self._clients_back = clients_back
+
+    @property
+    def instance(self) -> str:
+        return self._link.named()
+
+    @property
+    def waits(self) -> tuple[Wait, ...]:
+        return (Wait(what="box", reason=STARTS),) if self._link.is_starting else ()
+
+    async def describe(self, workspace: Workspace) -> WorkspaceInfo:
+        return self._link.where or await workspace.describe()
+
+    def untouched(self, instance: str) -> bool:
+        return instance == self._link.instance and self._link.untouched
+
+    def again(self, instance: str) -> RemoteWorkspace | None:
+        return RemoteWorkspace.over(_Same(self._link, instance)) if instance == self._link.instance else None
+
+    async def ready(self) -> None:
+        """Return when something new may begin there: what clients asked for while there was no server comes first."""
+        await self._clients_back.wait()
+
+
+class _Same:
+    """A link.Link to one box and no other."""
+
+    def __init__(self, link: BoxLink, instance: str) -> None:
+        self._link = link
+        self._instance = instance
+
+    async def linked(self) -> Linked:
+        linked = await self._link.again(self._instance)
+        if linked is None:
+            raise OutcomeUnknown("the box in which it ran was lost; whether it was done is not known")
+        return linked

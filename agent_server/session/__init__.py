@@ -3,8 +3,6 @@
 Knows the network and the conversations; it is where they meet.
 
 session:      a WebSocket, and all of them
-handshake:    `initialize`
-subscription: replay, then live
-methods:      method class to coroutine, and the dispatcher around all of them
-event_stream: events as Server-Sent Events
+methods:      `initialize`; method class to coroutine, and the dispatcher around all of them
+subscription: replay, then live; and events as Server-Sent Events
 """

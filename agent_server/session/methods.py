@@ -1,4 +1,4 @@
-"""What a conversation of this server answers, over a WebSocket and over plain HTTP alike: one table, one dispatcher."""
+"""What this server answers, over a WebSocket and over plain HTTP alike: one table, one dispatcher; and `initialize`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any, Protocol
 
 from msgspec import Raw
+from msgspec.structs import asdict
 
 from agent_sdk.agent.mask import check_secrets, hidden_in
 from agent_sdk.conversation.log import operation
 from agent_sdk.log.event_log import Operation
-from agent_sdk.protocol.errors import AgentServerError, InvalidParams, StateConflict
-from agent_sdk.protocol.methods.connection import Initialize, Initialized, Ping, Pong
+from agent_sdk.protocol.errors import AgentServerError, ConversationNotFound, InvalidParams, StateConflict
+from agent_sdk.protocol.methods.connection import ClientInfo, Initialize, Initialized, Ping, Pong
 from agent_sdk.protocol.methods.conversation import (
     CONVERSATION,
     Configure,
@@ -45,15 +46,29 @@ from agent_sdk.protocol.methods.workspace import (
     SnapshotWorkspace,
 )
 from agent_sdk.protocol.results import BUSY, Accepted, Snapshot
+from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.rpc.peer import Inbound, Peer
 from agent_sdk.rpc.pipe import memory_pipes
+from agent_sdk.version import __version__
 from agent_sdk.workspace.verbs import arguments_of
+from agent_server.config.options import ServerConfig
 from agent_server.conversations.loaded import LoadedConversation
-from agent_server.conversations.registry import Conversations
+from agent_server.conversations.registry import SHOWN_ID, Conversations
 from agent_server.logs import ABOUT
 from agent_server.metrics import Metrics
 from agent_server.work import Work
 
+NEW = "new"
+SERVER = ClientInfo(name="agent-server", version=__version__)
+_LEAST = Limits(
+    frame_bytes=1,
+    message_bytes=64 << 10,
+    payload_bytes=1,
+    calls=1,
+    window_bytes=1,
+    queue_bytes=1,
+    json_depth=1,
+)
 OF_THE_SERVER = frozenset({ListConversations.method, Ping.method})
 """Methods that concern no particular conversation."""
 
@@ -121,7 +136,7 @@ class Methods:
         self._metrics = metrics
         self._work = work
         self.handlers: dict[type[Method[Any]], Handler] = {
-            **dict.fromkeys(WORKSPACE, _forward),
+            **{method: self._change if issubclass(method, Effect) else _forward for method in WORKSPACE},
             **dict.fromkeys(CONVERSATION, self._once(_verb)),
             Download: self._download,
             Initialize: lambda caller, params, call: caller.initialize(params),
@@ -261,6 +276,12 @@ class Methods:
     ) -> SnapshotTaken:
         return await self._conversations.snapshot(loaded)
 
+    async def _change(self, caller: Caller, params: Effect[Any], call: Inbound) -> Any:
+        """Let a call to the box begin while the server takes calls; its end then waits for it."""
+        self._work.admit()
+        with self._work.under_way():
+            return await _forward(caller, params, call)
+
     # --- what changes nothing ---
 
     async def _download(self, caller: Caller, params: Download, call: Inbound) -> Any:
@@ -309,3 +330,62 @@ async def _events(caller: Caller, params: GetEvents, call: Inbound) -> EventPage
 
 async def _ping(caller: Caller, params: Ping, call: Inbound) -> Pong:
     return Pong()
+
+
+# --- initialize ---
+
+
+def check_initialize(params: Initialize) -> None:
+    """Accept the params of `initialize`.
+
+    Raises:
+        InvalidParams: another version, or limits with which nothing could be sent.
+    """
+    if params.protocol_version != PROTOCOL_VERSION:
+        older = "server" if params.protocol_version > PROTOCOL_VERSION else "client"
+        raise InvalidParams(
+            f"$.params.protocol_version: this server ({SERVER.name} {SERVER.version}) speaks {PROTOCOL_VERSION}, got "
+            f"{params.protocol_version}; the {older} is the older one, update it",
+            supported=[PROTOCOL_VERSION],
+        )
+    for name, value in asdict(_LEAST).items():
+        if getattr(params.limits, name) < value:
+            raise InvalidParams(f"$.params.limits.{name}: expected int >= {value}")
+
+
+async def named_or_new(conversations: Conversations, work: Work, wanted: str, params: Initialize) -> str:
+    """Return the id of the conversation a client is bound to, which is made when it wants a new one.
+
+    Raises:
+        ConversationNotFound: there is none of that id.
+        InvalidParams: a workspace is described for an existing one, or an id is chosen.
+        OpMismatch: the chosen id is taken, by a conversation with another workspace.
+        Overloaded: a new one, and the server drains.
+    """
+    if wanted == NEW:
+        if params.conversation is None or params.conversation not in conversations:
+            work.admit()
+        return await conversations.create(params.workspace, params.conversation)
+    if wanted not in conversations:
+        raise ConversationNotFound(f"no conversation {wanted[:SHOWN_ID]!r}", conversation=wanted[:SHOWN_ID])
+    if params.conversation is not None:
+        raise InvalidParams("$.params.conversation: an existing conversation has its id already")
+    if params.workspace is not None:
+        raise InvalidParams("$.params.workspace: an existing conversation has its workspace already")
+    return wanted
+
+
+async def initialized(config: ServerConfig, loaded: LoadedConversation, connection: str) -> Initialized:
+    """Return the answer to `initialize`."""
+    state = await loaded.state()
+    return Initialized(
+        protocol_version=PROTOCOL_VERSION,
+        server=SERVER,
+        limits=config.limits,
+        connection_id=connection,
+        heartbeat_s=config.heartbeat_seconds,
+        conversation=loaded.id,
+        epoch=state.epoch,
+        head_seq=state.head_seq,
+        state=state,
+    )

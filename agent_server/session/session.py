@@ -28,8 +28,7 @@ from agent_server.http.connection import CLOSE_LIMIT, CLOSE_UNAUTHORISED, Connec
 from agent_server.http.security import Authority
 from agent_server.logs import ABOUT, Logs
 from agent_server.metrics import Metrics
-from agent_server.session.handshake import NEW, check_initialize, initialized, named_or_new
-from agent_server.session.methods import Methods
+from agent_server.session.methods import NEW, Methods, check_initialize, initialized, named_or_new
 from agent_server.session.subscription import Subscription
 from agent_server.work import Work
 

@@ -25,10 +25,10 @@ from agent_sdk.rpc.unix import serve_unix
 from agent_server import logs
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.name import BoxName
-from agent_server.boxes.place import BoxPlace
 from agent_server.boxes.registry import Boxes
 from agent_server.boxes.watch import told_if_long
 from agent_server.config.options import ServerConfig, load
+from agent_server.conversations.loaded import BoxPlace
 from agent_server.data_folder import DataFolder
 from tests.server.test_box_process import ENVIRONMENT, gone
 from tests.server.wire import GUARD

@@ -33,7 +33,6 @@ from agent_sdk.rpc.pipe import memory_pipes
 from agent_server.boxes.forwarding import ForwardedCalls
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.name import BoxName
-from agent_server.work import Work
 from tests.server.test_box_process import ENVIRONMENT
 from workspaces.box.process import BoxProcess
 
@@ -199,7 +198,7 @@ async def forwarding(
         return BoxProcess(root, folder / "box", environment=ENVIRONMENT, instance=instance)
 
     link = BoxLink(make, lambda change, words: None, BoxName(folder / "name"), patience=patience)
-    forwarded = ForwardedCalls("c", link, log, Work())
+    forwarded = ForwardedCalls("c", link, log)
     here, there = memory_pipes()
     try:
         async with (

@@ -13,7 +13,7 @@ from agent_sdk.rpc import peer
 from agent_server.config.options import ServerConfig
 from agent_server.http import connection, errors, security
 from agent_server.http.request import VERSION
-from agent_server.session import event_stream
+from agent_server.session import subscription
 from tests.server.wire import request
 from tools.http import RULES, STATUSES, addresses, http, runtime_addresses
 from tools.protocol import CLOSE_CODES
@@ -78,8 +78,8 @@ def test_the_numbers_are_those_of_the_server():
         f"within {config.heartbeat_seconds / 2:g} s",
         f"{config.max_strangers} connections of a network",
         f"{config.max_incoming_bytes >> 20} MiB",
-        f"every {event_stream.KEEP_ALIVE_SECONDS:g} s of silence",
-        f"retry: {event_stream.RETRY_MS}",
+        f"every {subscription.KEEP_ALIVE_SECONDS:g} s of silence",
+        f"retry: {subscription.RETRY_MS}",
         f"version {VERSION}",
     ):
         assert sentence in text
