@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_server.cli import arguments
+from agent_server.cli.main import parse
 from agent_server.config.options import load
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -65,7 +65,7 @@ def test_the_compose_file_gives_what_the_image_needs_and_no_more():
 def test_the_service_starts_what_the_command_line_understands():
     program, *words = shlex.split(unit()["Service"]["ExecStart"])
     assert Path(program).name == "agent-server"
-    assert arguments.parse(words).command == "serve"
+    assert parse(words).command == "serve"
 
 
 def test_the_options_of_the_service_are_accepted():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent_server.cli import arguments
+from agent_server.cli.main import help_text, parse
 from agent_server.config.options import load
 
 ROOT = Path(__file__).parent.parent
@@ -51,12 +51,12 @@ def test_every_example_is_shown():
 @pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("agent-server")])
 def test_every_command_line_is_understood(line):
     words = shlex.split(line, comments=True)
-    assert arguments.parse(words[1:]).command == words[1]
+    assert parse(words[1:]).command == words[1]
 
 
 def test_the_table_lists_every_command():
     rows = re.findall(r"^\| `agent-server (\w+)", README, re.MULTILINE)
-    listed = re.findall(r"^    (\w+) ", arguments.help_text(), re.MULTILINE)
+    listed = re.findall(r"^    (\w+) ", help_text(), re.MULTILINE)
     assert rows == listed
 
 

@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from agent_sdk import __version__
-from agent_server.cli import arguments
-from agent_server.cli.main import explain
+from agent_server.cli.main import explain, help_text
 
 HEAVY = {"aiohttp", "apsw", "asyncio", "msgspec", "rich", "structlog"}
 LIST_HEAVY = f"""
@@ -23,7 +22,7 @@ finally:
 def test_help_needs_nothing_but_argparse():
     done = subprocess.run([sys.executable, "-c", LIST_HEAVY], capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert done.stdout == arguments.help_text()
+    assert done.stdout == help_text()
 
 
 def test_the_version_is_that_of_the_package(shell):

@@ -9,8 +9,8 @@ import pytest
 
 from agent_server.app import CANNOT_LISTEN
 from agent_server.cli import doctor
-from agent_server.cli.arguments import parse
 from agent_server.cli.doctor import examine_engine, look
+from agent_server.cli.main import parse
 from agent_server.config.options import load
 from agent_server.config.sources import StartRefused
 from agent_server.serve import serving

@@ -11,7 +11,7 @@ from agent_sdk.conversation.contract import Conversation
 from agent_sdk.protocol import events
 from agent_sdk.protocol.errors import table
 from agent_sdk.protocol.methods import NOTICES, all_methods
-from agent_server.cli import arguments
+from agent_server.cli.main import parse
 from agent_server.config.options import FLAGS, TABLES, TENANT
 from tools.documents import DOCUMENTS, ROOT, main
 from tools.openrpc import openrpc, structs_in
@@ -79,7 +79,7 @@ def test_every_option_is_described_with_its_variable():
 @pytest.mark.parametrize("command", ["serve", "config", "doctor"])
 def test_a_flag_that_is_described_can_be_typed(command):
     words = [word for flag in FLAGS for word in (f"--{flag}", "1")]
-    given = arguments.parse([command, *words])
+    given = parse([command, *words])
     assert [str(getattr(given, flag)) for flag in FLAGS] == ["1"] * len(FLAGS)
 
 
