@@ -37,6 +37,7 @@ async def test_a_turn_whose_log_has_no_room_says_so_and_goes_on_when_there_is(st
         await conversation.send_message("go")
         running = asyncio.create_task(conversation.run())
         await gate.reached()
+        await conversation.set_title("behind the call of run, which is in the log then")
         with (disk / "junk").open("wb", buffering=0) as junk, pytest.raises(OSError, match="No space"):
             while True:
                 junk.write(bytes(1 << 12))
