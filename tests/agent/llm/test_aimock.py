@@ -6,10 +6,9 @@ import aiohttp
 import pytest
 
 from agent_sdk.agent.llm.client import ProviderClient, open_model
-from agent_sdk.agent.middleware.retries import Backoff, complete_with_retries
+from agent_sdk.agent.middleware.retries import Persistent
 from agent_sdk.models import (
     AssistantTurn,
-    Completion,
     ModelClient,
     ModelRequest,
     ToolTurn,
@@ -182,9 +181,7 @@ async def test_after_two_failures_the_third_try_succeeds(model: ModelClient, llm
     async def on_failure(error: ModelError, attempt: int, _: float | None) -> None:
         heard.append((error.kind, attempt))
 
-    answer: Completion = await complete_with_retries(
-        model, asking("recover"), llm, on_failure=on_failure, backoff=Backoff(sleep=sleep)
-    )
+    answer = await Persistent(model, llm, on_failure, sleep).complete(asking("recover"))
     assert answer.text == "Recovered."
     assert heard == [("model_rate_limited", 1), ("model_unavailable", 2)]
     assert pauses[0] == 2.0

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from agent_sdk.agent.llm.client import open_model
-from agent_sdk.agent.middleware.retries import Backoff, complete_with_retries
+from agent_sdk.agent.middleware.retries import Persistent
 from agent_sdk.models import Completion, ModelRequest, OnDelta, UserTurn
 from agent_sdk.protocol.errors import (
     ModelAnswerBroken,
@@ -51,13 +51,8 @@ class Witness:
         self.slept.append(seconds)
 
     async def ask(self, client: Flaky, retries: int = 5) -> Completion:
-        return await complete_with_retries(
-            client,
-            REQUEST,
-            LLM(model="openai/x", retries=retries),
-            on_failure=self.on_failure,
-            backoff=Backoff(sleep=self.sleep),
-        )
+        llm = LLM(model="openai/x", retries=retries)
+        return await Persistent(client, llm, self.on_failure, self.sleep).complete(REQUEST)
 
 
 @pytest.mark.parametrize("failure", [ModelUnavailable, ModelRateLimited, ModelAnswerBroken])
@@ -132,13 +127,9 @@ async def test_cancelling_ends_the_pause_and_is_no_failure():
         await asyncio.Event().wait()
 
     asking = asyncio.ensure_future(
-        complete_with_retries(
-            Flaky(ModelUnavailable("busy")),
-            REQUEST,
-            LLM(model="openai/x"),
-            on_failure=witness.on_failure,
-            backoff=Backoff(sleep=pause),
-        )
+        Persistent(
+            Flaky(ModelUnavailable("busy")), LLM(model="openai/x"), witness.on_failure, pause
+        ).complete(REQUEST)
     )
     async with asyncio.timeout(10):
         await pausing.wait()
@@ -162,6 +153,6 @@ async def test_a_bug_is_not_taken_for_a_failing_model():
 async def test_a_script_is_tried_again_without_a_pause():
     witness = Witness()
     script = ScriptedLLM(steps=(Fail("model_unavailable"), Fail("model_rate_limited"), Say("Here.")))
-    answer = await complete_with_retries(open_model(script), REQUEST, script, on_failure=witness.on_failure)
+    answer = await Persistent(open_model(script), script, witness.on_failure).complete(REQUEST)
     assert answer.text == "Here."
     assert witness.heard == [("model_unavailable", 1, 0.0), ("model_rate_limited", 2, 0.0)]
