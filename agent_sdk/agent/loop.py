@@ -212,8 +212,7 @@ class Turn:
                     end = self._end(stop.status, final_text=stop.final_text, reason=stop.reason)
                     return [*events, end]
                 begin = self._go_on
-                if events:
-                    await self._journal.append(*events)
+                await self._journal.append(*events)
 
     async def _start(self) -> str | None:
         if self._journal.turn.run_id != self.run_id:  # else its start was written with the message

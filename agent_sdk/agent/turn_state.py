@@ -345,7 +345,7 @@ class TurnLog(Protocol):
         ...
 
     async def append(self, *events: Event, op: Any = None) -> None:
-        """Queue events now and wait for the commit; cancelling ends the waiting only.
+        """Queue events now and wait for the commit, if there is something to write; cancelling ends the waiting only.
 
         Args:
             events: one commit's.

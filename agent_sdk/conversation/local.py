@@ -39,7 +39,6 @@ from agent_sdk.protocol.checks import Name, checked
 from agent_sdk.protocol.errors import HistoryLost, StateConflict, draining
 from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
 from agent_sdk.protocol.methods.conversation import RunAnswer, SendMessage
-from agent_sdk.protocol.methods.method import Done
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.workspace.contract import Workspace
 
@@ -251,7 +250,7 @@ class LocalConversation(Conversation):
         else:
             last, ended = opened.last, opened.journal.turn.ended_seq
             answer = RunAnswer(run_id=last.run_id, running=False, ended_seq=ended)
-        await self._note(with_result(op, answer))
+        await opened.journal.append(op=with_result(op, answer))
         return answer
 
     async def pause(self, *, run_id: str | None = None, op: Operation | None = None) -> None:
@@ -259,11 +258,10 @@ class LocalConversation(Conversation):
         opened = await self._open()
         opened.turns.check()
         turn = opened.turns.current if opened.turns.meant(run_id) else None
-        done = with_result(op, Done())
-        if turn is not None and not turn.course.ending and opened.journal.turn.phase is not Phase.PAUSING:
-            await opened.journal.append(PauseRequested(), op=done)
-        else:
-            await self._note(done)
+        pauses = (
+            turn is not None and not turn.course.ending and opened.journal.turn.phase is not Phase.PAUSING
+        )
+        await opened.journal.append(*([PauseRequested()] if pauses else []), op=op)
 
     async def interrupt(
         self, reason: str = "", *, run_id: str | None = None, op: Operation | None = None
@@ -271,9 +269,8 @@ class LocalConversation(Conversation):
         """Stop the turn now. Nothing happens when no turn runs, or not the one of `run_id`."""
         opened = await self._open()
         opened.turns.check()
-        done = with_result(op, Done())
-        await opened.turns.stop(reason, asked=True, run_id=run_id, op=done)
-        await self._note(done)
+        await opened.turns.stop(reason, asked=True, run_id=run_id, op=op)
+        await opened.journal.append(op=op)
 
     async def respond(
         self,
@@ -284,9 +281,8 @@ class LocalConversation(Conversation):
         op: Operation | None = None,
     ) -> None:
         opened = await self._open()
-        done = with_result(op, Done())
-        if not await opened.turns.respond(request_id, answer, reason, done):
-            await self._note(done)
+        if not await opened.turns.respond(request_id, answer, reason, op):
+            await opened.journal.append(op=op)
 
     async def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
         opened = await self._open()
@@ -347,10 +343,7 @@ class LocalConversation(Conversation):
     ) -> None:
         """Name the conversation; tags are merged. What does not change is not written."""
         opened = await self._open()
-        if events := opened.journal.state.retitled(title, tags):
-            await opened.journal.append(*events, op=with_result(op, Done()))
-        else:
-            await self._note(with_result(op, Done()))
+        await opened.journal.append(*opened.journal.state.retitled(title, tags), op=op)
 
     async def configure(
         self,
@@ -434,13 +427,7 @@ class LocalConversation(Conversation):
         """Append what there is to append, store the agent as it is now, and remember that the call is done."""
         packed = self._configuration.packed(self._store) if self._store else None
         if events or op or packed:
-            written = opened.journal.submit(*events, op=with_result(op, Done()), settings=packed)
-            await asyncio.shield(written)
-
-    async def _note(self, op: Operation | None) -> None:
-        """Remember a call that wrote no event of its own."""
-        if op is not None:
-            await (await self._open()).journal.append(op=op)
+            await asyncio.shield(opened.journal.submit(*events, op=op, settings=packed))
 
     async def _open(self) -> Opened:
         if self._closing is not None:

@@ -33,7 +33,7 @@ from agent_sdk.protocol.events import (
     TurnResumed,
     decode,
 )
-from agent_sdk.protocol.methods.method import Effect
+from agent_sdk.protocol.methods.method import Done, Effect
 from agent_sdk.protocol.results import Accepted
 
 T = TypeVar("T")
@@ -122,12 +122,13 @@ class ConversationLog:
         return future
 
     async def append(self, *events: Event, op: Operation | None = None) -> None:
-        """Queue events and wait for the commit; cancelling ends the waiting only.
+        """Queue events and wait for the commit, if there is something to write; cancelling ends the waiting only.
 
         Raises:
             StorageFull, WorkspaceUnavailable, LeaseLost: nothing of it was written.
         """
-        await asyncio.shield(self.submit(*events, op=op))
+        if events or op is not None:
+            await asyncio.shield(self.submit(*events, op=op))
 
     async def answered(self, op: Operation | None, result: type[T]) -> T | None:
         """Return what this call answered before; None when it did not come before.
@@ -141,8 +142,7 @@ class ConversationLog:
 
     async def mend(self) -> None:
         """Close a turn that nobody runs any more, if there is one."""
-        if events := self.turn.missing_end():
-            await self.append(*events)
+        await self.append(*self.turn.missing_end())
 
     @property
     def settled(self) -> bool:
@@ -247,7 +247,7 @@ class Tail:
 
 
 def operation(params: Effect[Any]) -> Operation:
-    """Return the log's row for a call; its result comes later.
+    """Return the log's row for a call; it answers that it is done, unless another result comes later.
 
     What is secret leaves no trace, not even a digest that could be guessed at.
     """
@@ -257,7 +257,7 @@ def operation(params: Effect[Any]) -> Operation:
     llm = fields.get("llm") or fields.get("agent", {}).get("llm", {})
     for name in ("api_key", "headers"):
         llm.pop(name, None)
-    return Operation(params.op_id, digest_of(params.method, fields), b"null")
+    return Operation(params.op_id, digest_of(params.method, fields), msgspec.json.encode(Done()))
 
 
 def with_result(op: Operation | None, result: Any) -> Operation | None:

@@ -145,8 +145,7 @@ async def open_conversation(
         elif stored := await log.settings(configuration.conversation):
             configuration.restore(store, stored)
         await configuration.recall(journal)
-        if events := configuration.introduction(journal.state):
-            await journal.append(*events)
+        await journal.append(*configuration.introduction(journal.state))
         turns = Turns(journal, restarts=store.restarts if store else None)
         turns.missing, turns.obstacle = configuration.missing, configuration.obstacle
         turns.runtime = configuration.runtime

@@ -13,8 +13,7 @@ from msgspec import Struct
 from agent_sdk.log.chain import ChainBroken, link, origin, sum_of
 from agent_sdk.log.formats import LAST_SEQ, SEQ_BITS, event_id, event_ids, make_tables, open_turn, version_of
 from agent_sdk.log.operations import Operations
-from agent_sdk.log.space import SpaceReserve
-from agent_sdk.log.storage import DAMAGE, Storage
+from agent_sdk.log.storage import DAMAGE, SpaceReserve, Storage
 from agent_sdk.protocol.errors import ConversationDamaged, ConversationNotFound
 
 WAL_BYTES_KEPT = 64 << 20
