@@ -72,10 +72,13 @@ __next() {
   __last=$1
   [[ ${PROMPT_COMMAND-} == "$__prompt" ]] || PROMPT_COMMAND=$__prompt
   builtin eval || builtin exit
+  case $__n in "" | *[!0-9]*) builtin exit ;; esac
   __report "$__n" "$1" || builtin exit
   builtin printf '\033]133;D;NONCE;%s\007' "$__n" >TERMINAL
   builtin set +e
   builtin jobs >/dev/null
+  builtin unset -n __command
+  builtin unset -v __command
   __command=NONCE
   IFS= TMOUT= builtin read -r -d '' -u $__commands __command || builtin exit
   [[ $__command != NONCE ]] || : "${__nothing_was_read:?}"

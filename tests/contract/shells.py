@@ -34,6 +34,7 @@ COMMANDS_THAT_LOSE_A_SHELL = [
     "enable -n eval",
     "builtin() { :; }",
     "declare -r __last",
+    "declare -n __n=other",
     "readonly PROMPT_COMMAND=true",
     "PS1='> '; enable -n builtin",
     "unset PS1; enable -n builtin",
@@ -113,6 +114,14 @@ class ShellContract:
         await shell.run("mkdir sub; cd sub; export KEPT='a b'")
         assert (await shell.run(command, timeout=PATIENCE, quiet=None)).status == "ended"
         assert (await shell.run('echo "$KEPT"; basename "$PWD"')).output.text == "a b\nsub\n"
+
+    @pytest.mark.parametrize("attribute", ["-i", "-l", "-n"])
+    async def test_a_command_is_run_as_it_was_sent_whatever_was_declared_of_the_variable_it_is_in(
+        self, workspace, attribute
+    ):
+        shell = workspace.shell()
+        await shell.run(f"declare {attribute} __command")
+        assert (await shell.run("echo UPPER", timeout=PATIENCE, quiet=None)).output.text == "UPPER\n"
 
     async def test_a_program_may_show_the_prompt_of_its_shell(self, workspace):
         shell = workspace.shell()
