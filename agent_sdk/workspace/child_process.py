@@ -238,9 +238,11 @@ class ChildProcess:
             self._loop.remove_reader(self._keeper)
             self._keeper.close()
             self._keeper = None
-        tasks = [task for task in (self._trailing_output, self._ending) if task is not None]
-        if found is None or self.over.done() or not all(task.done() for task in tasks):
+        if found is None or self.over.done():
             return
+        for task in (self._trailing_output, self._ending):
+            if task is not None and not task.done():
+                return
         if self._verdict is not None:
             seconds = time.monotonic() - self.started
             found = replace(found, status=self._verdict, exit_code=None, duration=seconds)

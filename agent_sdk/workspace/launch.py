@@ -47,7 +47,8 @@ case $got in *" ${name:--} "*) trap - $name; kill -s $name $$;; esac
 exit $code
 """
 
-_MENDED_BY_POPEN = (signal.SIGPIPE, signal.SIGXFSZ)
+_MENDED_BY_POPEN = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
+"""As the kernel writes them."""
 
 
 class SpawnFailed(Exception):
@@ -204,7 +205,7 @@ def with_default_signals() -> Callable[[], None] | None:
     A program that is started in the background of a script ignores ^C, and all that it starts would, too.
     Popen mends what Python itself ignores. The function runs between fork and exec, hence only where it must.
     """
-    ignored = [number for number in _ignored() if number not in _MENDED_BY_POPEN]
+    ignored = _ignored()
     if not ignored and not signal.pthread_sigmask(signal.SIG_BLOCK, ()):
         return None
 
@@ -217,14 +218,18 @@ def with_default_signals() -> Callable[[], None] | None:
 
 
 def _ignored() -> list[int]:
-    """Return the signals that this process ignores; the kernel tells five times as fast as Python does."""
+    """Return the signals that this process ignores, but for those that Popen mends.
+
+    The kernel tells five times as fast as Python does.
+    """
     try:
         with open("/proc/self/status", "rb") as status:
             mask = int(status.read().partition(b"\nSigIgn:")[2][:18], 16)
     except (OSError, ValueError):  # not every kernel tells
-        return [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
+        mask = sum(1 << n - 1 for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN)
+    mask &= ~_MENDED_BY_POPEN
     # make lets its children ignore 32, which is the C library's own: nobody can ask for it to be changed.
-    return [number for number in signal.valid_signals() if mask >> (number - 1) & 1]
+    return [number for number in signal.valid_signals() if mask >> (number - 1) & 1] if mask else []
 
 
 def _folder_failed(exc: OSError, folder: Folder) -> SpawnFailed:

@@ -134,8 +134,11 @@ class Root:
         raw = check_path(path, field)
         walk = _Walk(self, path, follow=follow, made=made)
         try:
-            with translated(path):
-                yield walk.to(raw)
+            yield walk.to(raw)
+        except AgentServerError:  # some are OSErrors, too
+            raise
+        except OSError as exc:
+            raise path_error(exc, path) from exc
         finally:
             walk.close()
 
@@ -246,17 +249,6 @@ def check_path(path: object, field: str = "path") -> bytes:
     if longest > NAME_BYTES:
         raise InvalidParams(f"{field}: a name in it has {longest} bytes, at most {NAME_BYTES}")
     return raw
-
-
-@contextmanager
-def translated(path: str) -> Iterator[None]:
-    """Turn what the system says about a path into the errors of the contract."""
-    try:
-        yield
-    except AgentServerError:
-        raise
-    except OSError as exc:
-        raise path_error(exc, path) from exc
 
 
 def _names(raw: bytes) -> list[bytes]:
