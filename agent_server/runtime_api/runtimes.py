@@ -31,6 +31,7 @@ from agent_sdk.protocol.errors import (
     PolicyDenied,
 )
 from agent_sdk.workspace.disk import in_thread
+from agent_sdk.workspace.environment import packed
 from agent_server.config.options import RuntimeConfig
 from agent_server.logs import Logs
 from agent_server.runtime_api.record import (
@@ -50,6 +51,8 @@ from workspaces.server import Server
 FACTORS = (1, 2, 4, 8)
 SWEEP_SECONDS = 15.0
 RETRY_AFTER_MS = 5000
+ENVIRONMENT_BYTES = 128 << 10
+"""What Linux takes for one variable with its name and last zero (MAX_ARG_STRLEN in binfmts.h)."""
 REMOVED = ".removed-"
 
 
@@ -154,7 +157,7 @@ class Runtimes:
         """Return the runtime of a session, which runs or is about to; a paused or failed one is started again.
 
         Raises:
-            InvalidParams: the factor is none.
+            InvalidParams: the factor is none, there is no command in its text, or the environment is too large.
             ImageUnavailable: the image may not be started.
             PolicyDenied: the tenant may never have that much, or the class is none that may be asked for, or
                 none that this backend can give.
@@ -168,6 +171,7 @@ class Runtimes:
             raise InvalidParams(f"resource_factor must be 1, 2, 4 or 8 (got {wanted.resource_factor})")
         self._check_image(wanted.image)
         _check_command(wanted.command)
+        _check_environment(wanted.environment)
         if self._engines_runtime(wanted.runtime_class) is not None and "isolate" not in self._backend.can:
             raise PolicyDenied(
                 f"runtime_class: runtimes are processes here, none can be isolated as {wanted.runtime_class}; "
@@ -350,6 +354,20 @@ def _check_command(command: str | list[str] | None) -> None:
     except ValueError as exc:
         problem = str(exc)
     raise InvalidParams(f"command: {problem}; write a program and its arguments, as for a shell")
+
+
+def _check_environment(variables: Mapping[str, str]) -> None:
+    """Check that the kernel takes the variables, which reach a server and its boxes as one of theirs.
+
+    Raises:
+        InvalidParams: they are too long together.
+    """
+    size = sum(len(name.encode()) + len(text.encode()) + 1 for name, text in packed(variables).items())
+    if size >= ENVIRONMENT_BYTES:
+        raise InvalidParams(
+            f"environment: at most {ENVIRONMENT_BYTES - 1} bytes as JSON, got {size}; "
+            "put large values into files of the workspace"
+        )
 
 
 def _remove(folder: Path) -> None:

@@ -140,6 +140,8 @@ async def test_what_runs_together_stays_within_the_quota(start, quota):
         ({"environment": {"1A": "b"}}, "$.environment"),
         ({"environment": {"AGENT_SERVER_API_KEY": "mine"}}, "$.environment"),
         ({"environment": {"A": "b\0c"}}, "$.environment"),
+        ({"environment": {"A": "x" * 140_000}}, "environment: at most 131071 bytes as JSON, got 140033"),
+        ({"environment": {f"A{i}": "x" * 1000 for i in range(160)}}, "environment: at most 131071 bytes"),
         ({"image_pull_policy": "Sometimes"}, "$.image_pull_policy"),
         ({"command": "sh -c 'x"}, "command: No closing quotation; write a program and its arguments"),
         ({"command": " "}, "command: it has no word"),
