@@ -3,13 +3,19 @@
 import ast
 import importlib
 import inspect
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 import aiodocker
 import pytest
+from msgspec import to_builtins
+
+from bench.house import LARGEST, LONGEST
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("agent_sdk", "workspaces", "agent_server")
@@ -269,3 +275,17 @@ def test_every_file_that_the_architecture_names_is_there():
     assert len(named) > 50
     places = [ROOT, ROOT / "agent_sdk", ROOT / "agent_server"]
     assert [name for name in sorted(named) if not any((place / name).exists() for place in places)] == []
+
+
+def test_the_house_and_the_ways_through_it_grow_no_further():
+    told = subprocess.run(
+        [sys.executable, "-m", "bench.house", "--json"], cwd=ROOT, capture_output=True, check=True
+    )
+    stands = json.loads(told.stdout)
+    allowed = to_builtins({"house": LARGEST, **LONGEST})
+    assert {
+        f"{name}: {value} {what}, at most {allowed[name][what]}: what does the new thing replace?"
+        for name, measured in stands.items()
+        for what, value in measured.items()
+        if value > allowed[name][what]
+    } == set()
