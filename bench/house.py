@@ -2,7 +2,7 @@
 
 Lines and files are counted in the checkout; who imports a module is read from the code. The calls and files of a path
 are counted in a real client, server and box, each with a profiler, over one call on a warm connection. How often the
-box looks at a process is left out: how many processes there are is the machine's. `tests/test_house_rules.py` holds the limits.
+box looks at a process is left out: how many processes there are is the machine's. A test holds the limits.
 """
 
 from __future__ import annotations
@@ -84,13 +84,21 @@ def _imported(path: Path) -> set[str]:
 
 LARGEST = House(lines=48_500, files=211, files_with_one_user=52, short_files=33, longest_file=500)
 """What is added has to replace something."""
-# With room for what a clock of the server does meanwhile.
 LONGEST = {
-    "execute": Way(files=54, calls=620, commits=2),
-    "turn": Way(files=80, calls=1_950, commits=5),
+    "execute": Way(files=48, calls=600, commits=2),
+    "turn": Way(files=76, calls=1_750, commits=5),
 }
-THE_MACHINES = "agent_sdk/workspace/process_tree.py"
-"""Its calls are as many as there are processes."""
+ROUNDS = 3
+LOOKS = {
+    "agent_sdk/workspace/process_tree.py": {
+        "_look_at",
+        "_is_copy",
+        "Seen.identity",
+        "_seen.<locals>.<genexpr>",
+    },
+    "agent_sdk/workspace/pipes.py": {"_look_at", "_sort", "_end", "_look.<locals>.<genexpr>"},
+}
+"""Called as often as there are processes."""
 
 
 async def ways() -> dict[str, Way]:
@@ -100,7 +108,7 @@ async def ways() -> dict[str, Way]:
         from agent_sdk.testing import ScriptedLLM, call, say  # noqa: PLC0415
 
         url, key = count.server
-        llm = ScriptedLLM([call("terminal", command="true"), say("Done.")] * 2)
+        llm = ScriptedLLM([call("terminal", command="true"), say("Done.")] * (1 + ROUNDS))
         async with RemoteWorkspace(url, key) as workspace:
             conversation = Conversation(Agent(llm=llm), workspace)
 
@@ -111,8 +119,8 @@ async def ways() -> dict[str, Way]:
             await workspace.execute("true")
             await turn()
             return {
-                "execute": await count.one(lambda: workspace.execute("true")),
-                "turn": await count.one(turn),
+                "execute": await count.least(lambda: workspace.execute("true")),
+                "turn": await count.least(turn),
             }
 
 
@@ -124,6 +132,11 @@ class _Count:
         self._folder, self._pid = folder, pid
         self._own = Calls()
         sys.setprofile(self._own.profile)
+
+    async def least(self, action: Callable[[], Awaitable[object]]) -> Way:
+        """Count the least that a run of the action crosses: clocks and other processes add to one, and not to each."""
+        ways = [await self.one(action) for _ in range(ROUNDS)]
+        return Way(*(min(getattr(way, field) for way in ways) for field in Way.__struct_fields__))
 
     async def one(self, action: Callable[[], Awaitable[object]]) -> Way:
         """Count what one run of the action crosses."""
@@ -144,7 +157,7 @@ class _Count:
             found += json.loads((self._folder / f"{pid}.json").read_text())
         return Way(
             files=len({file for file, _, _ in found}),
-            calls=sum(calls for file, _, calls in found if file != THE_MACHINES),
+            calls=sum(calls for file, name, calls in found if name not in LOOKS.get(file, ())),
             commits=sum(calls for _, name, calls in found if re.search(r"Database\.transaction$", name)) // 2,
         )
 
