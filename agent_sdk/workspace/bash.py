@@ -9,8 +9,9 @@ that never closes, and what is typed reaches the running program and nothing els
 
 Where the loop cannot start again, because a command took away what it is made of (`enable -n builtin`, a DEBUG
 trap that skips whatever comes), bash shows its prompt and would read a command. Its own standard input is empty,
-so it ends instead, and a fresh one goes on in its place; commands have the terminal as theirs. A command that is
-skipped succeeds: so the loop goes on only where one that fails has been carried out, too.
+so it ends instead, and a fresh one goes on in its place. The loop has the terminal as its own, until `exec <file`
+gives the commands that follow another one; what throws bash out of the loop gives them the terminal again. A command
+that is skipped succeeds: so the loop goes on only where one that fails has been carried out, too.
 
 The last exit status is in `$?` when the next command begins: the two arms of an `if` see the status of its
 condition, and unlike a plain command that fails, a condition sets off no ERR trap.
@@ -89,10 +90,10 @@ __keep() { builtin return "$__last"; }
 __fail() { builtin return 1; }
 __loop='while { __next "$?" && ! __fail; } 2>/dev/null; do
 if { __keep; } 2>/dev/null
-then builtin eval "$__command" <TERMINAL {__commands}<&- {__status}>&-
-else builtin eval "$__command" <TERMINAL {__commands}<&- {__status}>&-
+then builtin eval "$__command" {__commands}<&- {__status}>&-
+else builtin eval "$__command" {__commands}<&- {__status}>&-
 fi
-done; builtin eval "$__loop"'
+done <TERMINAL; builtin eval "$__loop"'
 __prompt='builtin eval "$__loop"'
 PROMPT_COMMAND=$__prompt
 __leave() {

@@ -150,6 +150,25 @@ class ShellContract:
         result = await shell.run("tty; readlink /proc/self/fd/0; readlink /proc/$$/fd/1; test -t 0")
         assert (result.exit_code, len(set(result.output.text.splitlines()))) == (0, 1)
 
+    @pytest.mark.parametrize("away", ["exec < words", "exec < <(cat words)", "exec <<'END'\none\ntwo\nEND"])
+    async def test_where_a_shell_was_told_to_read_from_stays_until_it_is_told_otherwise(
+        self, workspace, away
+    ):
+        shell = workspace.shell()
+        await shell.run(f"printf 'one\\ntwo\\n' > words; {away}")
+        assert [(await shell.run("read x; echo $x")).output.text for _ in range(2)] == ["one\n", "two\n"]
+        assert (await shell.run("read x; echo $?")).output.text == "1\n"
+        await shell.run("exec < /dev/tty")
+        assert (await shell.run("read x", quiet=0.1)).status == "quiet"
+        assert (await shell.send(b"three", enter=True)).status == "done"
+        assert (await shell.run("echo $x")).output.text == "three\n"
+
+    async def test_a_shell_without_an_input_says_so_to_whoever_reads(self, workspace):
+        shell = workspace.shell()
+        await shell.run("exec <&-")
+        assert (await shell.run("read x")).exit_code == 1
+        assert (await shell.run("exec < /dev/tty; test -t 0")).exit_code == 0
+
     async def test_a_prompt_that_was_added_to_and_exported_passes_to_the_shell_that_replaces(self, workspace):
         shell = workspace.shell()
         await shell.run('PS1="(venv) $PS1"; export PS1')
