@@ -320,11 +320,15 @@ class IdempotencyStore:
 
     async def close(self) -> None:
         """Cancel what runs and wait for it."""
-        tasks = {run.task for run in self._running.values()}
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        runs = dict(self._running)
+        for run in runs.values():
+            run.task.cancel()
+        if runs:
+            await asyncio.wait({run.task for run in runs.values()})
+        for op_id, run in runs.items():
+            # A task that was cancelled before its first step has done nothing, and has not said so itself.
+            if run.task.cancelled() and self._running.get(op_id) in (None, run):
+                await self._kept.withdraw(op_id)
 
     async def _act(self, op_id: str, method: type[Effect[Any]], action: Callable[[], Awaitable[T]]) -> T:
         answer: Answer | None = None

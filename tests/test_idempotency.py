@@ -128,6 +128,17 @@ async def test_a_cancelled_operation_may_run_again():
     assert action.runs == 2
 
 
+async def test_an_operation_that_is_cancelled_before_it_has_taken_a_step_may_run_again():
+    store, action = IdempotencyStore(InMemory()), Action()
+    calling = asyncio.create_task(store.run(mkdir(), action))
+    await asyncio.sleep(0)  # the caller's step; the next one is that of the operation
+    assert store.is_running(mkdir().op_id)
+    await store.close()
+    await asyncio.wait({calling})
+    assert (action.runs, mkdir().op_id in store) == (0, False)
+    assert await store.run(mkdir(), action) == Done()
+
+
 async def test_an_operation_whose_callers_lost_their_connection_goes_on():
     store, action = IdempotencyStore(InMemory()), Action(waits=True)
     async with Peer(memory_pipes()[0], opener=False) as peer:
