@@ -282,6 +282,11 @@ class Course:
         """Whether it was broken off to be left: what is cancelled in it from then on goes on where it runs."""
         return self._broken_off and self.leaving
 
+    def leave(self) -> None:
+        """Have another process go on, where it works."""
+        if self._stage is Stage.WORKING:
+            self.stage = Stage.LEAVING
+
     def break_off(self, *, now: bool) -> bool:
         """Leave it where it is, if it is leaving and may be broken off, or has to be: `now`. Return whether it is."""
         self._broken_off = self._broken_off or (self.leaving and (now or not self.unbroken))

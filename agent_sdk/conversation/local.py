@@ -14,7 +14,7 @@ from typing import Literal, Self, TypeVar
 
 from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.runtime import Place, RunClientTool
-from agent_sdk.agent.turn_state import Phase
+from agent_sdk.agent.turn_state import Course, Phase
 from agent_sdk.conversation.configuration import AgentConfig
 from agent_sdk.conversation.contract import (
     Accepted,
@@ -114,6 +114,8 @@ class LocalConversation(Conversation):
         self._store = store
         self._opening: asyncio.Task[Opened] | None = None
         self._opened: Opened | None = None
+        self._course = Course()
+        """Of all its turns."""
         self._closing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -398,6 +400,7 @@ class LocalConversation(Conversation):
         What nobody could take up is finished first: an answer of the model, a tool that runs in this
         process. Returns when no turn runs; cancelling ends the waiting only.
         """
+        self._course.leave()  # also what is being opened, or will be
         if self._opened is not None:
             await self._opened.turns.let_go(now=False)
 
@@ -454,6 +457,7 @@ class LocalConversation(Conversation):
             self._log,
             self._delivery,
             self.close,
+            course=self._course,
             store=self._store,
             since=self._since,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from agent_sdk.agent.loop import Turn
-from agent_sdk.agent.turn_state import Phase
+from agent_sdk.agent.turn_state import Course, Phase
 from agent_sdk.conversation.configuration import AgentConfig
 from agent_sdk.conversation.contract import Cursor, OnWaiting, Outcome, Wait, still_runs, tell_waits
 from agent_sdk.conversation.dispatch import Dispatcher
@@ -114,6 +114,7 @@ async def open_conversation(
     delivery: Dispatcher,
     on_close: Callable[[], Awaitable[None]],
     *,
+    course: Course,
     store: AgentStore | None,
     since: Cursor | None,
 ) -> Opened:
@@ -123,6 +124,7 @@ async def open_conversation(
 
     Args:
         on_close: given to a workspace that wants to close its conversations before itself.
+        course: of its turns; where that is let go of already, or meanwhile, none starts.
         store: the stored agent is restored, and a turn that another process has begun goes on; None: it is closed.
         since: callbacks get the events after it first.
 
@@ -146,7 +148,7 @@ async def open_conversation(
             configuration.restore(store, stored)
         await configuration.recall(journal)
         await journal.append(*configuration.introduction(journal.state))
-        turns = Turns(journal, restarts=store.restarts if store else None)
+        turns = Turns(journal, course, restarts=store.restarts if store else None)
         turns.missing, turns.obstacle = configuration.missing, configuration.obstacle
         turns.runtime = configuration.runtime
         if store is not None:

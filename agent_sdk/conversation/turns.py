@@ -35,13 +35,15 @@ Left = Literal["nothing", "written", "begun"]
 class Turns:
     """The turns of one conversation, one at a time."""
 
-    def __init__(self, journal: ConversationLog, *, restarts: int | None = None) -> None:
+    def __init__(self, journal: ConversationLog, course: Course, *, restarts: int | None = None) -> None:
         """Take the log.
 
         Args:
-            restarts: a turn that is open in it is gone on with, so often at most; None: it is closed.
+            journal: the log.
+            course: of the conversation; where that is let go of already, no turn starts.
+            restarts: a turn that is open in the log is gone on with, so often at most; None: it is closed.
         """
-        self.course = Course()
+        self.course = course
         """Of all of them: new ones start while it is working."""
         self._failure: Exception | None = None
         """Why the end of the last turn could not be written: it is open, and nobody runs it."""
@@ -178,9 +180,11 @@ class Turns:
 
     def take_up(self, promised: str | None) -> None:
         """Go on where another process has stopped: with the open turn, or with the one `promised` to a message."""
-        if self._abandoned and self.ready:
+        if self.course.stage is not Stage.WORKING or not self.ready:
+            return
+        if self._abandoned:
             self._start()
-        elif promised is not None and self.ready:
+        elif promised is not None:
             self._next_run_id = promised
             self._start()
 
@@ -208,8 +212,7 @@ class Turns:
 
     async def let_go(self, *, now: bool) -> None:
         """Start no more turns, end the work of the present one without an end in the log, and wait for that."""
-        if self.course.stage is Stage.WORKING:
-            self.course.stage = Stage.LEAVING
+        self.course.leave()
         turn = self._turn
         if turn is not None:
             self._left = turn

@@ -75,11 +75,14 @@ class Conversations:
         self._loaded: dict[str, LoadedConversation] = {}
         self._boxes = Boxes(config, folder, logs, self._count_boxes)
         self._stopping = False
+        self._winding_down = False
         self._retention = Retention(self, log, logs, config.retention_seconds)
         self._closing: dict[str, asyncio.Task[None]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._letting_go: set[asyncio.Task[None]] = set()
         self._resuming: asyncio.Task[None] | None = None
+        self._abandoned: list[str] = []
+        """Whose turns the last server left, and nobody has looked at yet."""
 
     def __repr__(self) -> str:
         return f"<Conversations: {len(self._notes)}, {len(self._loaded)} in memory>"
@@ -99,8 +102,8 @@ class Conversations:
                 )
         self._awaited.update(await asyncio.to_thread(self._folder.take_clients))
         asyncio.get_running_loop().call_later(BACK_SECONDS, self._awaited.clear)
-        abandoned = [row.id for row in rows if row.open_turn is not None and not row.damaged]
-        self._resuming = asyncio.create_task(self._resume(abandoned))
+        self._abandoned = [row.id for row in rows if row.open_turn is not None and not row.damaged]
+        self._resuming = asyncio.create_task(self._resume())
         self._retention.begin()
         return self
 
@@ -130,7 +133,8 @@ class Conversations:
             if link is not None and link.is_running and not link.untouched:
                 with suppress(AgentServerError):
                     begun = await self._log.operations(id).begun()
-                    link.owing = link.owing or any(op.instance == link.instance for op in begun)
+                    owing = id in self._abandoned or any(op.instance == link.instance for op in begun)
+                    link.owing = link.owing or owing
 
     def __contains__(self, id: str) -> bool:
         return id in self._notes
@@ -348,23 +352,32 @@ class Conversations:
         await asyncio.to_thread(self._folder.note_clients, clients)
 
     def wind_down(self) -> None:
-        """Let go of every turn as soon as the next server can go on with it; it counts as work until then."""
+        """Let go of every turn as soon as the next server can go on with it; it counts as work until then.
+
+        None begins any more in a conversation that is opened from now on.
+        """
+        self._winding_down = True
+        if self._resuming is not None:
+            self._resuming.cancel()
         for loaded in self._loaded.values():
-            task = asyncio.create_task(loaded.wind_down())
-            self._letting_go.add(task)
-            task.add_done_callback(self._letting_go.discard)
+            self._wind_down(loaded)
+
+    def _wind_down(self, loaded: LoadedConversation) -> None:
+        task = asyncio.create_task(loaded.wind_down())
+        self._letting_go.add(task)
+        task.add_done_callback(self._letting_go.discard)
 
     def dismiss(self, code: int, reason: str) -> None:
         """Close all connections."""
         for loaded in self._loaded.values():
             loaded.dismiss(code, reason)
 
-    async def _resume(self, abandoned: list[str]) -> None:
+    async def _resume(self) -> None:
         """Open the conversations whose turns the last server left, a few at a time: opened, they go on."""
 
         async def worker() -> None:
-            while abandoned:
-                id = abandoned.pop()
+            while self._abandoned:
+                id = self._abandoned.pop()
                 try:
                     async with self.using(id):
                         pass
@@ -397,6 +410,8 @@ class Conversations:
                 store=self._store,
                 awaited=self._awaited.pop(id, 0),
             )
+            if self._winding_down:
+                self._wind_down(loaded)  # takes its first step before it can be open
             self._loaded[id] = loaded
             self._metrics.conversations.set(len(self._loaded))
         loaded.users += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -21,12 +21,13 @@ from agent_sdk.protocol.methods.workspace import Execute
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Inbound, Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_sdk.testing import call
+from agent_sdk.testing import call, hang
 from agent_sdk.tools import tool
-from agent_server import logs
+from agent_server import data_folder, logs
 from agent_server.boxes.registry import Boxes
 from agent_server.config.options import ServerConfig
 from agent_server.conversations.loaded import LoadedConversation
+from agent_server.conversations.registry import Conversations
 from agent_server.data_folder import DataFolder
 from agent_server.metrics import Metrics
 from agent_server.work import Work
@@ -61,6 +62,49 @@ async def loaded(tmp_path):
             await loaded.open()
             yield loaded
             await loaded.close()
+
+
+@asynccontextmanager
+async def conversations_in(folder):
+    """All conversations of a server on this data folder."""
+    config = ServerConfig(box_environment=ENVIRONMENT)
+    with logs.opened(style="json", stream=io.StringIO()) as opened, data_folder.locked(folder) as data:
+        async with (
+            asyncio.timeout(GUARD),
+            EventLog.open(data.log, sole=True) as log,
+            Conversations(config, data, log, opened, Metrics(), Work(), AgentStore(None)) as conversations,
+        ):
+            yield conversations
+
+
+@pytest.fixture
+async def left(tmp_path):
+    """The conversation in which a server left a turn that waits for its model."""
+    async with conversations_in(tmp_path) as conversations:
+        id = await conversations.create()
+        async with conversations.using(id) as loaded:
+            await loaded.local.configure(acting(hang()))
+            await loaded.local.send_message("go")
+    return id
+
+
+async def test_no_turn_begins_in_a_conversation_that_is_opened_while_the_server_stops(tmp_path, left):
+    async with conversations_in(tmp_path) as conversations:
+        conversations.wind_down()
+        async with conversations.using(left) as loaded:
+            assert not loaded.busy
+    async with conversations_in(tmp_path) as conversations, conversations.using(left) as loaded:
+        assert loaded.busy
+
+
+async def test_no_turn_begins_in_a_conversation_that_is_being_opened_when_the_server_stops(tmp_path, left):
+    async with conversations_in(tmp_path) as conversations:
+        opening = asyncio.create_task(conversations.hold(left))
+        await asyncio.sleep(0)  # it is in memory, and its log not yet read
+        conversations.wind_down()
+        loaded = await opening
+        assert not loaded.busy
+        conversations.let_go(loaded)
 
 
 async def interrupted_while_the_server_begins_to_stop(loaded):
