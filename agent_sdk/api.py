@@ -39,9 +39,9 @@ def Conversation(
     Args:
         agent: None attaches to an existing remote conversation as it is.
         workspace: a folder of this machine, or any workspace; a remote one must be entered.
-        id: an existing conversation's id attaches to it; with an agent, another one makes it under this id; on a
-            server that is a UUID, like str(uuid.uuid4()). A RemoteWorkspace that nobody has used yet becomes the
-            workspace of that conversation.
+        id: of the conversation to attach to; where there is none of this id, an agent makes it, on a server under
+            a UUID, like str(uuid.uuid4()). A RemoteWorkspace that has not been used yet becomes the workspace of
+            that conversation. None: a new conversation.
         since: of an existing conversation: the callbacks get the events after it, each exactly once; a Cursor
             that a callback stored with its effect goes on where an earlier process stopped. None: from now on.
         callbacks: called exactly once per event, in order.

@@ -68,7 +68,7 @@ class Usage(Struct, frozen=True, kw_only=True):
 
 
 class Completion(Struct, frozen=True, kw_only=True):
-    """One whole answer."""
+    """A whole answer of a model."""
 
     text: str = ""
     thinking: str = ""

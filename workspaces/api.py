@@ -83,13 +83,14 @@ class APIRemoteWorkspace(RemoteWorkspace):
         on_connection: OnConnection | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
-        """Describe it; nothing is asked for before `async with`.
+        """Describe the workspace; `async with` starts the runtime, or attaches to it.
 
         Args:
             runtime_api_url: where the Runtime API is.
             runtime_api_key: its key. It is sent there and nowhere else.
             server_image: an image with the server in it.
-            session_id: of a session that exists, or is to be found again; None: a fresh one.
+            session_id: the id of an existing session, or one under which to find the new session again; None: a
+                fresh one.
             resource_factor: 1, 2, 4 or 8 times what the Runtime API gives a runtime.
             runtime_class: e.g. `gvisor`; None: what the Runtime API prefers.
             image_pull_policy: when the image is fetched.
@@ -97,15 +98,15 @@ class APIRemoteWorkspace(RemoteWorkspace):
             keep_alive: leave the runtime as it is at the end.
             pause_on_close: pause it at the end, so that the session can be resumed later.
             startup_timeout: seconds for everything until it can be used.
-            connect_timeout: seconds in which a Runtime API is tried again that has never answered.
+            connect_timeout: seconds for which a Runtime API that has not answered yet is asked again.
             api_timeout: seconds for one call of the Runtime API.
             working_dir: an existing folder there; None: a fresh one.
             conversation: id of an existing conversation in that runtime, whose workspace this is then.
-            ssl, heartbeat, on_connection: see RemoteWorkspace.
+            ssl, heartbeat, on_connection: as for RemoteWorkspace.
             on_progress: called with phase, done and total.
 
         Raises:
-            InvalidParams: something of it makes no sense.
+            InvalidParams: an argument is not acceptable.
         """
         super().__init__(
             checked_url(runtime_api_url, "runtime_api_url"),

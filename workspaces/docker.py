@@ -61,8 +61,8 @@ SERVER_USER = 10_000
 class DockerWorkspace(RemoteWorkspace):
     """A workspace in a container of its own, on this machine's container engine or the one of DOCKER_HOST.
 
-    Entering starts the container, waits until the server in it is ready, and connects. Leaving removes it, and so
-    does a reaper process when this one is killed. Everything else is a RemoteWorkspace.
+    Entering starts the container, waits until the server in it is ready, and connects. Leaving removes the container;
+    when this process is killed, a reaper process does. Everything else is as in RemoteWorkspace.
     """
 
     _is_paused = False
@@ -95,36 +95,36 @@ class DockerWorkspace(RemoteWorkspace):
         on_progress: OnProgress | None = None,
         on_log: OnLog | None = None,
     ) -> None:
-        """Describe it; nothing is asked for before `async with`.
+        """Describe the workspace; `async with` starts the container.
 
         Args:
             server_image: an image with the server in it; `make image` makes `agent-server:latest`.
             host_port: port of 127.0.0.1 on which the server is published; None: a free one.
             volumes: `/host/folder:/folder[:ro]` or `volume:/folder[:ro]`. Commands run as the owner of the first
-                folder that they may write, so what they write is that user's; unless it is root's.
+                writable folder that is not root's, so that what they write belongs to that user; never as root.
             env: variables of the commands. The server itself does not see them.
             forward_env: names of variables of this process that the commands get, too, where they are set.
             network: one that exists; None: the engine's default.
             platform: e.g. `linux/amd64`; None: the engine's own.
             gpus: `all`, a number, or ids separated by commas.
             memory: a size like `2g`, at least 64m, without swap; None: no limit.
-            cpus: how many it may use; None: no limit.
+            cpus: processors that the container may use, e.g. 1.5; None: no limit.
             pids: processes and threads at a time; None: 4096.
-            ports: further ports of the container, published like the server's; see `port_url`.
-            name: of the container; None: a fresh one. One of this name that was kept is used again as it is.
-            keep: leave the container where it is; whoever enters a workspace with its name and without `keep`
-                removes it in the end.
+            ports: further ports of the container, published like the server's; `port_url` says where.
+            name: of the container; None: a fresh one. A kept container of this name is used again as it is.
+            keep: leave the container at the end. Entering a workspace of its name without `keep` removes the container
+                when that workspace is left.
             pull: when the image is fetched.
             startup_timeout: seconds for everything until it can be used.
             docker_url: unix:///path or tcp://host:port; None: DOCKER_HOST, the Docker context, the usual sockets.
             working_dir: an existing folder in the container; None: /workspace.
             conversation: id of an existing conversation in a container that was kept, whose workspace this is then.
-            heartbeat, on_connection: see RemoteWorkspace.
+            heartbeat, on_connection: as for RemoteWorkspace.
             on_progress: called with phase (`engine`, `pull`, `create`, `start`, `ready`), done and total.
             on_log: called with each line that the server writes. They go to the logger `workspaces`, too.
 
         Raises:
-            InvalidParams: something of it makes no sense, or contradicts something else.
+            InvalidParams: an argument is not acceptable, or contradicts another.
         """
         super().__init__(
             "unix:///",
@@ -196,7 +196,7 @@ class DockerWorkspace(RemoteWorkspace):
         """Return where one of the further `ports` is reached, as a URL.
 
         Raises:
-            WorkspaceUnavailable: it was not asked for, or the container does not run.
+            WorkspaceUnavailable: the port is not one of `ports`, or the container does not run.
         """
         return await self._entered.port_url(port)
 
@@ -206,7 +206,7 @@ class DockerWorkspace(RemoteWorkspace):
         self._is_paused = True
 
     async def resume(self) -> None:
-        """Let it go on."""
+        """Let the frozen container go on."""
         await self._entered.resume()
         self._is_paused = False
 

@@ -63,7 +63,7 @@ OnDelta = Callable[[Delta], Awaitable[None] | None]
 
 
 class Cursor(Checked, frozen=True):
-    """A place in a log: all up to it has been seen. Plain data, to be stored beside what was made of the events."""
+    """A place in a log, right behind an event. Plain data: store it together with what a program made of the events."""
 
     epoch: str
     """Of the log; another epoch is another history."""
@@ -196,8 +196,8 @@ class Conversation(Verbs, Protocol):
         Args:
             text: any length up to the connection's message limit (64 MiB).
             mode: `interrupt` stops the running turn first and starts another.
-            op_id: a UUID that names the call: repeated under it, by whichever process, it returns what the first
-                returned, and there is one message. None: a fresh one.
+            op_id: a UUID that names the call. Any process may repeat the call under the same op_id: there is one
+                message, and each call returns what the first returned. None: a fresh one.
 
         Raises:
             OpMismatch: the op_id was used for another call.
@@ -207,16 +207,18 @@ class Conversation(Verbs, Protocol):
     async def run(self, timeout: Patience | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
         """Wait for the end of the turn; a paused, failed or limited one goes on.
 
-        That the turn of your last message has failed is told first, however early it was; the next `run` goes on.
-        With nothing to do it returns the last outcome. Cancelling, and `timeout` seconds, end the waiting only.
+        If the turn of your last message failed before you called `run`, the first `run` returns that outcome and the
+        next one tries again. Where there is nothing to do, `run` returns the last outcome. Cancelling it, or the end
+        of `timeout` (in seconds), ends the waiting and not the turn.
 
         Args:
-            on_waiting: told what the turn waits for; None: what the conversation was made with. Without either,
-                all but a key is waited for.
+            on_waiting: told what the turn waits for; None: the `on_waiting` that the conversation was made with.
+                Where both are None, `run` raises TurnWaits for a missing key and waits for anything else.
 
         Raises:
-            TimedOut: the turn still runs; the message says what it waits for.
-            TurnWaits: it needs a key that nobody has given, or something, and `on_waiting` is `"raise"`.
+            TimedOut: the turn still runs; the message says what the turn waits for.
+            TurnWaits: the turn waits for a key and there is no `on_waiting`, or waits for anything and `on_waiting`
+                is `"raise"`.
             StateConflict: there is no message yet.
         """
         ...
@@ -232,10 +234,10 @@ class Conversation(Verbs, Protocol):
     async def respond(
         self, request_id: Name, answer: Literal["approve", "reject"], *, reason: Comment = ""
     ) -> None:
-        """Answer an approval. The first answer counts; the same once more is fine and does nothing.
+        """Answer an approval. The first answer counts; giving the same answer again changes nothing.
 
         Raises:
-            RequestNotFound: nothing with this id waits, or it was answered otherwise.
+            RequestNotFound: no request with this id waits, or another answer was given before.
         """
         ...
 
@@ -272,7 +274,7 @@ class Conversation(Verbs, Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of it: a local turn is interrupted, a remote one goes on. The log stays."""
+        """Close the conversation: a turn that runs here is interrupted, one on a server goes on. The log stays."""
         ...
 
     async def delete(self) -> None:

@@ -32,7 +32,7 @@ class _Answer(Struct):
 
 
 class AgentServer:
-    """One server. Each call is one request, and leaves no connection."""
+    """The conversations of one server. Each call is one HTTP request, and leaves no connection open."""
 
     @checked
     def __init__(self, url: str, api_key: str | None = None, *, ssl: SSLContext | None = None) -> None:
@@ -44,7 +44,7 @@ class AgentServer:
             ssl: which certificates count; None: those of the machine, or of SSL_CERT_FILE.
 
         Raises:
-            InvalidParams: the URL or the key makes no sense.
+            InvalidParams: the URL or the key is not one.
         """
         self.url = checked_url(url)
         self._api_key = checked_key(api_key)
@@ -61,17 +61,17 @@ class AgentServer:
         limit: Page = 100,
         before: Name | None = None,
     ) -> list[Snapshot]:
-        """Return a page of its conversations, newest first.
+        """Return a page of the conversations on the server, newest first.
 
         Args:
             tags: only those that have all of these.
             state: only those in this state.
-            limit: at most so many, 1..1000.
-            before: only those made before this one; give it the last id of the page before.
+            limit: the longest page, 1..1000 conversations.
+            before: id of a conversation; only older ones are returned. For the next page give the last id of this one.
 
         Raises:
-            InvalidParams: one of these makes no sense.
-            ConnectionLost: nobody answers there, or it is no agent server.
+            InvalidParams: an argument is not acceptable.
+            ConnectionLost: no agent server answers at the URL.
             Unauthorized, Overloaded, …: the server refuses.
         """
         query = [("limit", str(limit)), *(("tag", f"{name}={value}") for name, value in (tags or {}).items())]
@@ -91,8 +91,8 @@ class AgentServer:
 
         Raises:
             ConversationNotFound: there is none of this id.
-            StateConflict: it is busy.
-            ConnectionLost, Unauthorized, Overloaded, …: nobody answers there, or the server refuses.
+            StateConflict: the conversation is busy, and `unless_busy` is set.
+            ConnectionLost, Unauthorized, Overloaded, …: no agent server answers at the URL, or it refuses.
         """
         params = {"op_id": new_id(), **({"unless_busy": True} if unless_busy else {})}
         call = {"jsonrpc": "2.0", "id": 1, "method": "conversation.delete", "params": params}

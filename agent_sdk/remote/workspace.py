@@ -91,25 +91,28 @@ class RemoteWorkspace(Workspace):
         heartbeat: Heartbeat = HEARTBEAT_SECONDS,
         on_connection: OnConnection | None = None,
     ) -> None:
-        """Describe it; nothing is reached before `async with`.
+        """Describe the workspace; `async with` connects.
 
         Args:
             url: `http://host:port`, `https://…`, or `unix:///path` of a box.
             api_key: the server's key; spaces and line ends around it do not count.
-            ssl: which certificates count, and what is shown to a server that wants one; None: those that this
-                machine trusts, or that SSL_CERT_FILE names. There is no way to do without.
+            ssl: the authorities whose certificates are trusted, and a certificate of the client where the server
+                asks for one; None: those that this machine trusts, or that SSL_CERT_FILE names. Verification cannot
+                be turned off.
             sandbox: run the commands in a container the server manages.
             working_dir: an existing folder of the server's machine; None: a fresh one.
             conversation: id of an existing conversation, whose workspace this is then; None: a new one.
-            connect_timeout: seconds for which entering tries again where nobody answers or the server is
-                busy; None: for ever. A try under way may take 30 s more. A wrong key is no matter of time.
-            reconnect_timeout: the same after a connection was lost; everything that waits fails then.
+            connect_timeout: seconds for which entering tries again while no server answers or the server is busy;
+                None: for ever. A try under way may take 30 s more. A wrong key fails at once.
+            reconnect_timeout: seconds for which a lost connection is tried again; after them all calls that wait
+                fail. None: for ever.
             heartbeat: seconds of silence after which the server is asked whether it is alive.
-            on_connection: called with the reason when the connection is lost or not made at once, and with
-                None when there is one again.
+            on_connection: called with the reason when the connection is lost or cannot be made at once, and with
+                None when there is a connection again.
 
         Raises:
-            InvalidParams: an existing conversation has its workspace already, or the key or `ssl` is none.
+            InvalidParams: an argument is not acceptable; or `sandbox` or `working_dir` is given for an existing
+                conversation, which has its workspace already.
         """
         if conversation is not None and (sandbox is not None or working_dir is not None):
             raise InvalidParams(

@@ -148,24 +148,23 @@ class Process(Verbs, Protocol):
         ...
 
     async def write(self, data: bytes) -> None:
-        """Write to its standard input; waits while it does not read.
+        """Write to the standard input of the process; wait while the process does not read.
 
         Raises:
-            ProcessNotFound: it has ended or closed its input.
+            ProcessNotFound: the process has ended, or closed its input.
         """
         ...
 
     async def close_stdin(self) -> None:
-        """End its standard input; on a PTY, send end-of-file (^D)."""
+        """End the standard input of the process; on a PTY, send end-of-file (^D)."""
         ...
 
     def output(
         self, since: Count = 0, *, stream: OutputName = "stdout", follow: bool = True
     ) -> AsyncIterator[bytes]:
-        """Yield its output in order from byte `since`, to its end or (without follow) to what there is.
+        """Yield the output from byte `since` on, until the process ends; without `follow`, only what is there already.
 
-        Where more than 256 MiB came, the middle is gone and the iterator goes on at the kept tail. A PTY
-        has only stdout.
+        Of more than 256 MiB the middle is lost, and the iterator goes on with the last 1 MiB. A PTY has only stdout.
         """
         ...
 
@@ -212,9 +211,9 @@ class Shell(Verbs, Protocol):
         """Run one command (any bash text) and wait until it ends, is quiet, or the time is over.
 
         Neither limit ends the command. Cancelling interrupts it (^C). `timeout` and `quiet` are seconds;
-        None waits for ever. With `until` the call returns as well when that is in what was printed since the
-        last answer, such as the prompt of an interpreter; 1..1024 bytes. `op_id` names the call where the shell
-        is in another process: a call that is repeated under it attaches to the first.
+        None waits for ever. With `until` (1..1024 bytes, such as the prompt of an interpreter) the call also returns
+        as soon as the output since the last answer contains it. `op_id` names the call where the shell is in another
+        process: a call that is repeated under the same op_id attaches to the first.
         """
         ...
 
@@ -252,7 +251,7 @@ class Files(Verbs, Protocol):
     """The files of a workspace. Every path is confined to the root, symlinks included.
 
     All methods raise PathNotFound, OutsideWorkspace, PathDenied, NotARegularFile, IsADirectory,
-    NotADirectory or InvalidParams (empty, NUL, longer than 4096 bytes) as the path deserves.
+    NotADirectory or InvalidParams (empty, NUL, longer than 4096 bytes) where a path is not acceptable.
     """
 
     async def read(self, path: Path, *, offset: Count = 0, limit: Count | None = None) -> bytes:
@@ -351,15 +350,17 @@ class Workspace(Verbs, Protocol):
             yield_after: seconds after which the call answers with status `running` and a process id.
             on_output: called in order with each piece of output; a slow one delays the answer, not the command.
             merge: standard error goes into standard output, in the order in which it is written.
-            op_id: a UUID that names the call: repeated under it, also by another process where the workspace is
-                another machine's, it attaches to the first one, or returns what that returned. None: a fresh one.
-            user: as whom it runs, by name or number of the workspace's /etc/passwd, `:group` may follow. None: as all
-                commands. Others take a sandbox with profile="task", or a workspace whose commands may change users.
+            op_id: a UUID that names the call. A call that is repeated under the same op_id attaches to the command,
+                or returns what the first call returned; on a server any process may repeat it. None: a fresh one.
+            user: the user who runs the command, as `name`, `number` or either with `:group`, from the workspace's
+                /etc/passwd. None: the user of all commands. Another one needs a sandbox with profile="task", or a
+                workspace that may change users.
 
         Raises:
             InvalidParams, OutsideWorkspace, PolicyDenied: the arguments are not acceptable.
-            IsolationUnavailable, OpMismatch: no command here can be that user; the op_id was used for another call.
-            WorkspaceUnavailable: the place is gone.
+            IsolationUnavailable: commands of this workspace cannot run as that user.
+            OpMismatch: the op_id was used for another call.
+            WorkspaceUnavailable: the workspace is gone.
         """
         ...
 
@@ -405,12 +406,13 @@ class Workspace(Verbs, Protocol):
     ) -> Transferred:
         """Copy a file of this machine into the workspace: whole and verified, or not at all.
 
-        Constant memory, any size; parents are made, mode bits kept. A slow `on_progress` delays it. Where a
-        connection is lost it goes on over the next one behind what has come. `op_id`: as in `execute`.
+        A file may have any size, and takes constant memory; parent folders are made, and the mode bits are kept. A
+        slow `on_progress` delays the transfer. After a lost connection the transfer goes on where it was. `op_id`: as
+        in `execute`.
 
         Raises:
-            PathNotFound, PathDenied, IsADirectory, NotARegularFile, StorageFull: as the paths deserve.
-            ChangedDuringRead: the file changes meanwhile.
+            PathNotFound, PathDenied, IsADirectory, NotARegularFile, StorageFull: a path cannot be read or written.
+            ChangedDuringRead: the file was changed during the transfer.
         """
         ...
 

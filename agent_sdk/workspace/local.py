@@ -101,7 +101,7 @@ class LocalWorkspace(Workspace):
         limits: LimitWatch | None = None,
         isolated: bool = False,
     ) -> None:
-        """Describe it; nothing happens before it is entered.
+        """Describe the workspace; nothing happens before `async with`.
 
         Args:
             dir: the root, an existing folder.
@@ -110,7 +110,7 @@ class LocalWorkspace(Workspace):
             spool_dir: where a folder for the output of commands is made, and removed; None: a temporary place.
             env: added to the environment of every command.
             spare_bash: words that start a bash, for a machine that has none.
-            limits: looked at whenever a command has ended.
+            limits: tells which limit of the kernel commands have run into; asked whenever a command has ended.
             isolated: whether what runs here is kept apart from all else, so that also git repositories of other
                 users may be looked at.
         """
