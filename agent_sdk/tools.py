@@ -84,8 +84,8 @@ class Tool(Protocol):
             arguments: JSON text as the model wrote it, possibly malformed.
 
         Raises:
-            ToolError, WorkspaceError, OSError: the loop turns any of them into an error result that the
-            model reads. Wrong arguments are a ToolError that names the field.
+            ToolError, AgentServerError, OSError: the model reads the message as the result of the call; wrong
+                arguments are a ToolError that names the field.
         """
         ...
 
@@ -99,7 +99,7 @@ class Resumable(Protocol):
 
         Raises:
             OutcomeUnknown: whether and how far it was carried out cannot be found out.
-            ToolError, WorkspaceError, OSError: the model reads the message.
+            ToolError, AgentServerError, OSError: the model reads the message.
         """
         ...
 
