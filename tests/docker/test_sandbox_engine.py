@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from agent_sdk.protocol.errors import NotFound, WorkspaceUnavailable
+from tests.docker.boxes import box, sandboxes_in
 from tests.docker.sandboxes import container, sandbox, told
 from workspaces.backend import labels
 from workspaces.backend.docker.engine import Engine
@@ -45,3 +47,32 @@ async def test_a_sandbox_that_ends_with_its_engine_is_lost_and_replaced(started,
         assert (await workspace.execute("cat kept")).stdout == "1\n"
         mine = {labels.CONVERSATION: workspace.conversation}
         assert len(await engine.containers(mine)) == 1
+
+
+async def test_a_box_whose_container_has_ended_or_is_gone_cannot_be_frozen(opened):
+    async with opened() as sandboxes, box(sandboxes) as dead, Engine() as usual:
+        container = sandboxes.recorded("one").container
+        await usual.kill(container)
+        await dead.ended
+        with pytest.raises(WorkspaceUnavailable, match="the sandbox has ended, so it cannot be paused"):
+            await dead.freeze()
+        await usual.remove(container)
+        with pytest.raises(NotFound):
+            await dead.freeze()
+
+
+@pytest.mark.parametrize("private_engine", ["live"], indirect=True)
+async def test_a_box_that_could_not_be_killed_without_its_engine_is_killed_with_it(
+    tmp_path, box_runtime, private_engine
+):
+    async with (
+        sandboxes_in(tmp_path, box_runtime, engine=private_engine.url, disk=None) as sandboxes,
+        box(sandboxes) as hanging,
+    ):
+        await private_engine.kill()
+        hanging.kill()
+        await hanging._killing
+        await private_engine.start()
+        hanging.kill()
+        await hanging.ended
+        assert hanging.cause == "killed"

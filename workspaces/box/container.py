@@ -371,7 +371,7 @@ class BoxContainer(Box):
         await asyncio.shield(asyncio.ensure_future(self._end()))
 
     def kill(self) -> None:
-        if self._id is not None and self._killing is None:
+        if self._id is not None and (self._killing is None or self._killing.done()):
             self._killing = asyncio.create_task(self._kill(self._id))
 
     def let_go(self) -> None:
@@ -424,6 +424,9 @@ class BoxContainer(Box):
         backend, id = await self._host.backend(), self._running
         with self._expecting("paused"):
             await backend.pause(id)
+            # To pause what has ended is fine to a backend; who wants a box to keep still has to know.
+            if (await backend.inspect(id)).state != "paused":
+                raise WorkspaceUnavailable("the sandbox has ended, so it cannot be paused", phase="pause")
             self._frozen = True
 
     async def thaw(self) -> None:

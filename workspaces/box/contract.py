@@ -71,6 +71,7 @@ class Box(Protocol):
 
         Raises:
             IsolationUnavailable: it is of a kind that cannot.
+            NotFound, WorkspaceUnavailable: it has ended.
         """
         ...
 
