@@ -179,8 +179,7 @@ class Turn:
         What nobody could take up is finished first and written down: an answer of the model, a tool that
         runs in this process. With `now` it is broken off.
         """
-        if self.course.stage is Stage.WORKING:
-            self.course.stage = Stage.LEAVING
+        self.course.leave()
         # Else its end in the log must not be broken off.
         if self._task is not None and self.course.break_off(now=now):
             self._task.cancel()

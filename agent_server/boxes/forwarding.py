@@ -31,6 +31,7 @@ from agent_sdk.protocol.errors import (
     StorageFull,
     WorkspaceLost,
     WorkspaceUnavailable,
+    draining,
     from_wire,
     to_wire,
 )
@@ -139,6 +140,7 @@ class ForwardedCalls:
         self._running: dict[str, list[ForwardedCall]] = {}
         self._beginning: Counter[str] = Counter()
         """Calls whose intent is being written down, by op_id."""
+        self._closed = False
         self._left: dict[str, RunningOperation] = {}
         """What a former server has begun in the box that survived it."""
 
@@ -181,6 +183,7 @@ class ForwardedCalls:
 
     async def close(self) -> None:
         """Let go of what runs; it goes on in the box, and whoever repeats it attaches to it."""
+        self._closed = True
         if runs := [run for runs in self._running.values() for run in runs]:
             self._link.owing = True
             for run in runs:
@@ -273,6 +276,8 @@ class ForwardedCalls:
                 await self._cancel(run)
                 raise
             run.task.uncancel()
+            if self._closed:  # it was let go of: whoever repeats it attaches to it
+                raise draining() from None
             raise Cancelled("the operation was cancelled by another caller") from None
         finally:
             self._ended(run)

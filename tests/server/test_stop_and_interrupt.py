@@ -13,7 +13,7 @@ import pytest
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
-from agent_sdk.protocol.errors import Cancelled
+from agent_sdk.protocol.errors import Cancelled, Overloaded
 from agent_sdk.protocol.events import TurnEnded
 from agent_sdk.protocol.methods.connection import Ping
 from agent_sdk.protocol.methods.conversation import ToolCall
@@ -192,6 +192,19 @@ async def test_a_command_that_its_caller_cancels_while_the_server_ends_does_not_
         await loaded.forwarded.close()
         await asyncio.gather(running, return_exceptions=True)
     assert await loaded.link.operations() == frozenset()
+
+
+async def test_a_caller_of_a_command_that_goes_on_without_its_server_is_told_to_call_again(loaded):
+    fifo = Path((await RemoteWorkspace.over(loaded.link).describe()).root) / "begun"
+    os.mkfifo(fifo)
+    command = Execute(op_id=new_id(), shell="echo >begun; exec sleep 600")
+    async with Peer(memory_pipes()[0], opener=False) as peer:
+        running = asyncio.create_task(loaded.forwarded.answer(command, Inbound(peer, 1)))
+        await asyncio.to_thread(fifo.read_text)
+        await loaded.forwarded.close()
+        with pytest.raises(Overloaded, match="the server is stopping; call again in a moment"):
+            await running
+    assert await loaded.link.operations() == frozenset({command.op_id})
 
 
 async def test_a_command_that_two_callers_cancel_and_then_lose_their_connections_is_cancelled_once(loaded):
