@@ -136,7 +136,7 @@ class Middleware(Checked, frozen=True, kw_only=True, tag_field="kind", tag=_kind
     async def after_model(self, turn: TurnContext, answer: Completion) -> Completion:
         """Return the answer that is written to the log and acted upon: this one, or another.
 
-        A ToolUse with `ask=True` waits, durably, for somebody's approval before it runs.
+        A ToolUse with `ask=True` waits for an approval before it runs, also over restarts.
         """
         return answer
 

@@ -149,7 +149,7 @@ class ModelFailed(Base, frozen=True, tag="model_failed"):
 
 
 class RequestOpened(Base, frozen=True, tag="request_opened"):
-    """A request that somebody has to answer before the agent can go on."""
+    """A request that has to be answered before the agent can go on."""
 
     request_id: str
     call_id: str

@@ -244,7 +244,7 @@ class WorkspaceSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class ConfirmationPolicy(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which tool calls wait for somebody's approval."""
+    """Which tool calls wait for an approval."""
 
     mode: Literal["never", "always", "writes"] = "never"
     """`writes`: every tool that is not read-only."""

@@ -140,7 +140,7 @@ class FileStream(Protocol):
 
 
 class Process(Verbs, Protocol):
-    """A started process. It goes on when nobody listens; output is kept and read by offset."""
+    """A started process. A process goes on when no client listens; output is kept, and read by offset."""
 
     @property
     def id(self) -> str:
@@ -175,7 +175,7 @@ class Process(Verbs, Protocol):
         ...
 
     async def signal(self, name: str) -> None:
-        """Send a signal (`INT`, `TERM`, `KILL`, …) to its process group.
+        """Send a signal (`INT`, `TERM`, `KILL`, …) to the process group of the process.
 
         Raises:
             ProcessNotFound: it has ended.
@@ -184,14 +184,14 @@ class Process(Verbs, Protocol):
         ...
 
     async def resize(self, *, rows: Cells, cols: Cells) -> None:
-        """Set the size of its terminal, 1..65535 each."""
+        """Set the size of the terminal, 1..65535 rows and columns."""
         ...
 
     async def wait(self, timeout: Limit | None = None) -> Exit:
-        """Wait for its end; cancelling ends the waiting only.
+        """Wait for the end of the process; cancelling ends the waiting only.
 
         Raises:
-            TimedOut: it still runs after `timeout` seconds.
+            TimedOut: the process still runs after `timeout` seconds.
         """
         ...
 
