@@ -247,6 +247,7 @@ class IdempotencyStore:
         """Take what remembers."""
         self._kept = kept
         self._running: dict[str, _Run] = {}
+        self._broken_off: Callable[[], AgentServerError] = _by_another_caller
 
     def __contains__(self, op_id: str) -> bool:
         return op_id in self._kept
@@ -314,12 +315,17 @@ class IdempotencyStore:
             raise OutcomeUnknown(f"op_id {op_id} has begun, and nobody knows how it ended", op_id=op_id)
         await self._wait(run, caller)
         if run.task.cancelled():
-            raise Cancelled("the operation was cancelled by another caller")
+            raise self._broken_off()
         result: T = run.task.result()
         return result
 
-    async def close(self) -> None:
-        """Cancel what runs and wait for it."""
+    async def close(self, broken_off: Callable[[], AgentServerError] | None = None) -> None:
+        """Cancel what runs and wait for it.
+
+        Args:
+            broken_off: makes the error that callers of it get; None: a Cancelled.
+        """
+        self._broken_off = broken_off or self._broken_off
         runs = dict(self._running)
         for run in runs.values():
             run.task.cancel()
@@ -359,6 +365,10 @@ class IdempotencyStore:
             raise
         finally:
             run.waiting -= 1
+
+
+def _by_another_caller() -> Cancelled:
+    return Cancelled("the operation was cancelled by another caller")
 
 
 def did_nothing(method: type[Effect[Any]], error: AgentServerError) -> bool:

@@ -15,7 +15,7 @@ from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.idempotency import IdempotencyStore, InMemory
 from agent_sdk.log.event_log import PAGE_EVENTS, EventLog
-from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown
+from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, draining
 from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted, Waiting, WorkspaceChanged
 from agent_sdk.protocol.results import Snapshot, Wait, WorkspaceInfo
 from agent_sdk.remote.link import Linked
@@ -125,7 +125,7 @@ class LoadedConversation:
     async def close(self) -> None:
         """Let go of everything but the workspace, which may be shared. A turn that runs stays open in the log."""
         await self.forwarded.close()
-        await self.operations.close()
+        await self.operations.close(draining)
         await self.local.suspend()
         self._end_turn()
         left = self.local.left(self.link.instance)

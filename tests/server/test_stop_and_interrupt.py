@@ -16,7 +16,8 @@ from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import Cancelled, Overloaded
 from agent_sdk.protocol.events import TurnEnded
 from agent_sdk.protocol.methods.connection import Ping
-from agent_sdk.protocol.methods.conversation import ToolCall
+from agent_sdk.protocol.methods.conversation import SetTitle, ToolCall
+from agent_sdk.protocol.methods.method import Done
 from agent_sdk.protocol.methods.workspace import Execute
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Inbound, Peer
@@ -205,6 +206,22 @@ async def test_a_caller_of_a_command_that_goes_on_without_its_server_is_told_to_
         with pytest.raises(Overloaded, match="the server is stopping; call again in a moment"):
             await running
     assert await loaded.link.operations() == frozenset({command.op_id})
+
+
+async def test_a_caller_of_a_verb_that_the_end_of_its_server_breaks_off_is_told_to_call_again(loaded):
+    begun = asyncio.Event()
+
+    async def titling() -> Done:
+        begun.set()
+        await asyncio.Event().wait()
+        return Done()
+
+    call = SetTitle(op_id=new_id(), title="never")
+    running = asyncio.create_task(loaded.operations.run(call, titling))
+    await begun.wait()
+    await loaded.close()
+    with pytest.raises(Overloaded, match="the server is stopping; call again in a moment"):
+        await running
 
 
 async def test_a_command_that_two_callers_cancel_and_then_lose_their_connections_is_cancelled_once(loaded):
