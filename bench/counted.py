@@ -58,9 +58,9 @@ class Calls:
 def main() -> None:
     """Become the module that is named, as `python -m` would."""
     calls = Calls()
-    os.mkfifo(FOLDER / str(os.getpid()))
     signal.signal(signal.SIGUSR1, calls.begin)
     signal.signal(signal.SIGUSR2, calls.end)
+    os.mkfifo(FOLDER / str(os.getpid()))  # from now on a signal may come
     threading.setprofile(calls.profile)
     sys.setprofile(calls.profile)
     sys.executable = str(FOLDER / "python")  # processes that it starts are counted, too
