@@ -86,6 +86,8 @@ class BoxLink:
         self._looking: asyncio.Task[None] | None = None
         self._frozen = False
         self._watch: BoxWatch | None = None
+        self._freezing = asyncio.Lock()
+        """Held by the one who freezes it, until it is frozen, or goes on after a copy."""
         self._held = False
         """Whether it is frozen for a moment, for a copy of its files."""
         self._thawing: asyncio.Task[None] | None = None
@@ -220,11 +222,12 @@ class BoxLink:
         Raises:
             IsolationUnavailable: it is of a kind that cannot.
         """
-        if self.is_running and not self._frozen:
-            await self.linked()
-            if self._box is not None:
-                await self._box.freeze()
-                self._set_frozen(True)
+        async with self._freezing:
+            if self.is_running and not self._frozen:
+                await self.linked()
+                if self._box is not None:
+                    await self._box.freeze()
+                    self._set_frozen(True)
 
     async def resume(self) -> None:
         """Let a frozen box go on. Cancelling does not stop that."""
@@ -237,19 +240,20 @@ class BoxLink:
     @asynccontextmanager
     async def still(self) -> AsyncIterator[None]:
         """Let nothing run in the box for the length of the block; who uses it meanwhile waits."""
-        box = self._box if self._linked is not None and not self._frozen else None
-        if box is None:  # at rest, or frozen already
-            yield
-            return
-        self._held = True
-        try:
-            await box.freeze()
-            try:
+        async with self._freezing:
+            box = self._box if self._linked is not None and not self._frozen else None
+            if box is None:  # at rest, or frozen already
                 yield
+                return
+            self._held = True
+            try:
+                await box.freeze()
+                try:
+                    yield
+                finally:
+                    await asyncio.shield(asyncio.ensure_future(box.thaw()))
             finally:
-                await asyncio.shield(asyncio.ensure_future(box.thaw()))
-        finally:
-            self._held = False
+                self._held = False
 
     async def release(self, *, keep: bool = False) -> None:
         """End the box with all that runs in it, or leave it to itself; the next use starts another one then."""

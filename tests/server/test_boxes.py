@@ -540,3 +540,42 @@ async def test_who_waits_for_a_turn_hears_that_its_box_takes_long():
     assert [wait.what for wait in waits] == ["box"]
     waits.add(Waiting(what="box"))
     assert list(waits) == []
+
+
+# --- copies of its files ---
+
+
+class Freezes(BoxProcess):
+    """A box whose process can be stopped, as a container can."""
+
+    frozen = False
+
+    async def freeze(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+        self.frozen = True
+
+    async def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+        self.frozen = False
+
+
+async def test_a_box_keeps_still_until_the_end_of_each_of_two_copies(folder):
+    box = Freezes(folder.workspace("c"), folder.boxes / "c", environment=ENVIRONMENT)
+    link = BoxLink(lambda instance: box, lambda change, words: None, BoxName(folder.names / "c"))
+    begun, ends = [asyncio.Event() for _ in range(2)], [asyncio.Event() for _ in range(2)]
+
+    async def copy(nth: int) -> bool:
+        async with link.still():
+            begun[nth].set()
+            await ends[nth].wait()
+            return box.frozen
+
+    async with asyncio.timeout(GUARD):
+        await link.linked()
+        copies = [asyncio.create_task(copy(nth)) for nth in range(2)]
+        for nth in range(2):
+            await begun[nth].wait()
+            ends[nth].set()
+            assert await copies[nth]
+        assert not box.frozen
+        await link.close()
