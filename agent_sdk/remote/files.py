@@ -30,6 +30,9 @@ from agent_sdk.rpc.stream import ByteWriter
 from agent_sdk.workspace.contract import FileInfo, Files, Git, Transferred
 from agent_sdk.workspace.disk import Progress
 
+READS = 5
+"""How often a file is read from its beginning that changes whenever the connection is lost."""
+
 
 @asynccontextmanager
 async def incoming(link: Link, call: Download) -> AsyncIterator[Incoming]:
@@ -235,7 +238,7 @@ class RemoteFiles(Part, Files, part="files"):
 
     async def read(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
         call = Download(path=path, channel=NO_CHANNEL, offset=offset, length=limit, as_is=True)
-        while True:
+        for _ in range(READS):
             data = bytearray()
             try:
                 async with incoming(self._link, call) as stream:
@@ -244,6 +247,11 @@ class RemoteFiles(Part, Files, part="files"):
                 return bytes(data)
             except ChangedDuringRead:  # while there was no connection: what came is of two states
                 continue
+        raise ChangedDuringRead(
+            f"the file changed in each of {READS} readings while the connection was lost: {path}; "
+            "read it when it is no longer written to",
+            path=path,
+        )
 
     async def write(self, path: str, data: bytes, *, mode: int | None = None) -> Transferred:
         async def content() -> AsyncGenerator[bytes, None]:

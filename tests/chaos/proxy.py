@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Callable
 from typing import Literal, Self
 
 from tests.chaos.client import Place
@@ -36,6 +37,8 @@ class Proxy:
         """Seconds that each piece takes."""
         self.refuse = False
         """Whether new connections are reset at once."""
+        self.on_connection: Callable[[], object] = lambda: None
+        """Called when one is made, before anything passes through it."""
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._server = server
@@ -72,6 +75,7 @@ class Proxy:
             _end(writer, reset=True)
             return
         self.connections += 1
+        self.on_connection()
         task = asyncio.create_task(self._connect(reader, writer))
         self._open[task] = [writer]
         task.add_done_callback(self._open.pop)

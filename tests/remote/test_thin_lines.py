@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +116,14 @@ async def test_a_file_that_changes_between_two_connections_is_not_passed_off_as_
                 async for _ in stream:
                     pass
         assert not (tmp_path / "f").exists()
+
+
+async def test_a_file_that_changes_with_every_connection_is_not_read_for_ever(down, proxy):
+    await down.files.write("f", DATA)
+    file = Path((await down.execute("pwd")).stdout.strip(), "f")
+    proxy.on_connection = lambda: file.write_bytes(os.urandom(len(DATA)))
+    with pytest.raises(ChangedDuringRead, match="changed in each of 5 readings"):
+        await down.files.read("f")
 
 
 SAY = ["sh", "-c", "echo once >>runs; head -c 600000 /dev/zero | tr '\\0' a; echo b >&2; wc -l <runs"]
