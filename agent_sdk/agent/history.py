@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from agent_sdk.agent.mask import shortened
+from agent_sdk.agent.mask import is_cut, shortened
 from agent_sdk.models import AssistantTurn, ToolTurn, ToolUse, Turn, UserTurn
 from agent_sdk.protocol.errors import ModelAnswerBroken, ModelError, ModelRefused
 from agent_sdk.protocol.events import AgentMessage, Event, ToolCalled, ToolReturned, UserMessage
@@ -68,6 +68,8 @@ class History:
         self.head_seq = 0
         self.unread: list[UserMessage] = []
         """The user's messages that the model has not been shown."""
+        self.was_cut = False
+        """Whether what the model said last came to no end of its own: its next words may go on there, whoever asks."""
         self._answer: AgentMessage | None = None
         self._last: AgentMessage | None = None
         """The last answer, if it called no tool and nobody has said anything since."""
@@ -116,6 +118,8 @@ class History:
 
     def _take(self, answer: AgentMessage) -> None:
         ending = ending_of(answer)
+        if answer.text:
+            self.was_cut = is_cut(answer)
         if ending == "calls":
             self._answer, self._last, self._said = answer, None, []
             return

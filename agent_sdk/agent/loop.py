@@ -369,7 +369,10 @@ class Turn:
     def _is_last(self, message: AgentMessage) -> bool:
         """Whether the turn ends with this answer, and nobody has to see the answer before that."""
         history = self._journal.history
-        done = ending_of(message) == "done" and not history.continues and not history.unread
+        goes_on = (
+            history.continues or history.was_cut
+        )  # then the final text is what has been written, and masked
+        done = ending_of(message) == "done" and not goes_on and not history.unread
         free = self.course.stage is Stage.WORKING and self._journal.settled
         return done and free and not self._runtime.chain.ends_turns
 

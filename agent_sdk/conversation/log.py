@@ -114,7 +114,7 @@ class ConversationLog:
             self._end_streams(cut=not isinstance(ends[0], AgentMessage) or is_cut(ends[0]))
         written: Sequence[Event] = events
         if self.mask.needles.longest:
-            begun = bool(ends) and self.history.continues
+            begun = bool(ends) and self.history.was_cut
             written = [self.mask.event(event, begun=begun) for event in events]
         future = self.log.submit(self.conversation, written, op=op, settings=settings)
         self._under_way.add(future)
@@ -161,7 +161,7 @@ class ConversationLog:
             return
         if self._streams is None or self._streams[0] != run_id:
             self._end_streams(cut=True)
-            begun = MaskedStream(self.mask, begun=self.history.continues)
+            begun = MaskedStream(self.mask, begun=self.history.was_cut)
             self._streams = run_id, begun, MaskedStream(self.mask)
         _, texts, thoughts = self._streams
         self._publish(run_id, texts.feed(text), thoughts.feed(thinking))
