@@ -157,7 +157,14 @@ class Database(Storage):
 
     def note_turn(self, conversation: str) -> None:
         """Keep in the row what its events say of a turn that is open, or that is to begin."""
-        row, now = self.conversation(conversation), open_turn(self, self.tail(conversation).key)
+        self._note(self.conversation(conversation), open_turn(self, self.tail(conversation).key))
+
+    def note_message(self, conversation: str) -> None:
+        """Keep in the row that the last event is a message: it waits, unless a turn is open that will see it."""
+        row = self.conversation(conversation)
+        self._note(row, row.open_turn or "")
+
+    def _note(self, row: Conversation, now: str | None) -> None:
         if now != row.open_turn:
             self._write(row._replace(open_turn=now))
 

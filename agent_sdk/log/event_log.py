@@ -285,7 +285,7 @@ class EventLog:
         # Heads only ever grow, and one that a failed commit has left too high must not lock us out.
         if tail.seq > self._heads.get(conversation, tail.seq):
             raise LeaseLost("another process writes to this conversation; open it anew")
-        records, tells_of_turns = [], False
+        records, messages, turns = [], False, False
         for seq, event in enumerate(events, tail.seq + 1):
             if isinstance(event, Unknown):
                 raise TypeError(
@@ -293,11 +293,14 @@ class EventLog:
                 )
             numbered = replace(event, seq=seq, at=time.time())
             records.append(Record(numbered, encode(numbered)))
-            tells_of_turns = tells_of_turns or isinstance(event, UserMessage | TurnStarted | TurnEnded)
+            messages = messages or isinstance(event, UserMessage)
+            turns = turns or isinstance(event, TurnStarted | TurnEnded)
         database.insert(conversation, tail, [(event.at, body) for event, body in records])
         self._heads[conversation] = tail.seq + len(records)
-        if tells_of_turns:
+        if turns:
             database.note_turn(conversation)
+        elif messages:  # without a look at what came before: there may be any number of them
+            database.note_message(conversation)
         if op is not None and call is not None:
             result = op.result if isinstance(op.result, bytes) else op.result([r.event for r in records])
             database.operations.put(tail.key, call, result)
