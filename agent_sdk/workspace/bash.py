@@ -369,11 +369,13 @@ class Bash:
                     self._untold = report  # a newer one says more
                     if self._telling is not None:
                         self._telling.cancel()
-                    self._telling = asyncio.get_running_loop().create_task(self._tell_later())
+                    self._telling = asyncio.get_running_loop().create_task(self._tell_later(report))
 
-    async def _tell_later(self) -> None:
+    async def _tell_later(self, report: Report) -> None:
         await self._trailing_output(lives_on=True)
-        self._tell_now()
+        # What it took at last may have held the marker of a newer one, whose output is waited for anew.
+        if self._untold is report:
+            self._tell_now()
 
     def _tell_now(self) -> None:
         report, self._untold = self._untold, None

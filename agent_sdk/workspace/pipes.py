@@ -334,24 +334,29 @@ async def take_trailing_output(
         lives_on: the shell that ran the command; what only others write is none of the command's.
     """
     loop = asyncio.get_running_loop()
-    began, before = loop.time(), _Carriers()
+    before, checked = _Carriers(), loop.time()
+    # Of their time: while the machine stands still, or we are starved, nobody has had the time that passed.
+    waited = quiet = 0.0
     while listening := [reader for reader in readers if reader.open]:
         try:
             carriers = await in_thread(_look, ends, pid, since, source, lives_on)
         except OSError:  # no descriptor is left to look with
             break
-        now = loop.time()
-        quiet = now - max(began, *(now if reader.paused else reader.heard for reader in listening))
+        if any(reader.paused or reader.heard >= checked for reader in listening):
+            quiet = 0.0
+        checked = loop.time()
         working = carriers.working or carriers.trace != before.trace
         if carriers.bound_to_end:
             patience = (_WORK_SECONDS if working else _SLEEP_SECONDS) - quiet
         else:
-            patience = began + _UNCERTAIN_SECONDS - now
+            patience = _UNCERTAIN_SECONDS - waited
             patience = patience if working else min(patience, QUIET_SECONDS - quiet)
         if not carriers.there or patience <= 0:
             break
-        await asyncio.wait([reader.ended for reader in listening], timeout=min(patience, QUIET_SECONDS))
         before = carriers
+        await asyncio.wait([reader.ended for reader in listening], timeout=min(patience, QUIET_SECONDS))
+        passed = min(loop.time() - checked, QUIET_SECONDS)
+        waited, quiet = waited + passed, quiet + passed
     for reader in readers:
         reader.drain()
 
