@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from agent_sdk.protocol.errors import NotFound, WorkspaceUnavailable
+from agent_sdk.protocol.errors import ImageUnavailable, NotFound, WorkspaceUnavailable
 from tests.docker.boxes import box, sandboxes_in
 from tests.docker.sandboxes import container, sandbox, told
+from tests.server.wire import GUARD
 from workspaces.backend import labels
+from workspaces.backend.contract import Image
 from workspaces.backend.docker.engine import Engine
+from workspaces.box.host import MOST_IMAGES
 
 pytestmark = pytest.mark.docker
 
@@ -59,6 +64,29 @@ async def test_a_box_whose_container_has_ended_or_is_gone_cannot_be_frozen(opene
         await usual.remove(container)
         with pytest.raises(NotFound):
             await dead.freeze()
+
+
+async def test_a_box_that_was_frozen_and_thawed_twice_hears_of_others_who_do_it(opened):
+    async with opened() as sandboxes, box(sandboxes) as frozen, Engine() as usual:
+        heard: asyncio.Queue[bool] = asyncio.Queue()
+        frozen.follow(heard.put_nowait)
+        for verb in (frozen.freeze, frozen.freeze, frozen.thaw, frozen.thaw):
+            await verb()
+        container = sandboxes.recorded("one").container
+        async with asyncio.timeout(GUARD):
+            await usual.pause(container)
+            assert await heard.get() is True
+            await usual.unpause(container)
+            assert await heard.get() is False
+        assert heard.empty()
+
+
+async def test_no_more_images_are_remembered_because_nothing_can_be_made_of_them(opened):
+    async with opened() as sandboxes:
+        for number in range(MOST_IMAGES + 2):
+            with pytest.raises(ImageUnavailable):
+                await sandboxes.host.accounts(Image(name="none", id=f"sha256:{number:064}"))
+        assert len(sandboxes.host._accounts) <= MOST_IMAGES
 
 
 @pytest.mark.parametrize("private_engine", ["live"], indirect=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, Self
 
 from msgspec.structs import replace
@@ -107,7 +106,8 @@ class BoxContainer(Box):
         self._frozen = False
         self._unknown = False
         """Whether there may be a container on record that nobody could look for: then it is left alone."""
-        self._expected: Counter[State] = Counter()
+        self._changing = asyncio.Lock()
+        """Held while it is frozen or let go on by us, or looked at."""
         self._killing: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
 
@@ -422,7 +422,7 @@ class BoxContainer(Box):
 
     async def freeze(self) -> None:
         backend, id = await self._host.backend(), self._running
-        with self._expecting("paused"):
+        async with self._changing:
             await backend.pause(id)
             # To pause what has ended is fine to a backend; who wants a box to keep still has to know.
             if (await backend.inspect(id)).state != "paused":
@@ -431,19 +431,9 @@ class BoxContainer(Box):
 
     async def thaw(self) -> None:
         backend, id = await self._host.backend(), self._running
-        with self._expecting("running"):
+        async with self._changing:
             await backend.resume(id)
             self._frozen = False
-
-    @contextmanager
-    def _expecting(self, change: State) -> Iterator[None]:
-        """The engine will tell of what we do ourselves, maybe much later: that is no news."""
-        self._expected[change] += 1
-        try:
-            yield
-        except BaseException:
-            self._expected[change] -= 1
-            raise
 
     def follow(self, listener: Callable[[bool], None]) -> None:
         self._listener = listener
@@ -467,12 +457,18 @@ class BoxContainer(Box):
             usage=usage,
         )
 
-    def _changed(self, state: State) -> None:
-        if self._expected[state]:
-            self._expected[state] -= 1
-        elif state in ("paused", "running") and (state == "paused") != self._frozen:
-            self._frozen = state == "paused"
-            self._listener(self._frozen)
+    async def _changed(self, state: State) -> None:
+        """Look at it when a change is told that is none of ours. One of ours may be told much later, or never."""
+        if (state == "paused") == self._frozen:
+            return
+        async with self._changing:
+            with suppress(
+                AgentServerError
+            ):  # what was missed then is told again, as `Backend.events` promises
+                state = (await (await self._host.backend()).inspect(self._running)).state
+                if state in ("paused", "running") and (state == "paused") != self._frozen:
+                    self._frozen = state == "paused"
+                    self._listener(self._frozen)
 
     @property
     def _running(self) -> str:

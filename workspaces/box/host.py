@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -77,9 +77,9 @@ class Once(Generic[T]):
         return await asyncio.shield(self._task)
 
     @property
-    def is_done(self) -> bool:
-        """Whether it has come to something."""
-        return self._task is not None and self._task.done() and not self._has_failed
+    def is_running(self) -> bool:
+        """Whether it was begun and has not come to anything yet."""
+        return self._task is not None and not self._task.done()
 
     @property
     def _has_failed(self) -> bool:
@@ -117,7 +117,7 @@ class SandboxHost:
         self.disks = Disks(folder, quota=options.disk is not None)
         """The workspaces."""
         self.snapshots = Snapshots(folder / "snapshots", self.disks)
-        self.changes: dict[str, Callable[[State], None]] = {}
+        self.changes: dict[str, Callable[[State], Awaitable[None]]] = {}
         """Who is told when the state of a machine has changed, by its id."""
         self.backend = Once(self._connect)
         """Connects to the engine. Raises EngineUnavailable: there is none, or it does not answer."""
@@ -167,7 +167,7 @@ class SandboxHost:
         found = self._accounts.get(image.id)
         if found is None:
             if len(self._accounts) >= MOST_IMAGES:
-                self._accounts = {id: once for id, once in self._accounts.items() if not once.is_done}
+                self._accounts = {id: once for id, once in self._accounts.items() if once.is_running}
             found = self._accounts[image.id] = Once(lambda: accounts(backend, image))
         return await found()
 
@@ -256,7 +256,7 @@ class SandboxHost:
     async def _pass_on_changes(self, backend: Backend) -> None:
         async for found in backend.events({labels.INSTANCE: self.instance}):
             if (told := self.changes.get(found.id)) is not None:
-                told(found.state)
+                await told(found.state)
 
     async def _prepare_disks(self, unseen: str) -> None:
         try:
