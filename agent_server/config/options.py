@@ -61,25 +61,30 @@ Runtimes = Annotated[int, Meta(ge=1, le=100_000, description="1..100000")]
 StartSeconds = Annotated[float, Meta(ge=1, le=3600, description="1..3600 seconds")]
 
 
-class TenantConfig(Struct, frozen=True, kw_only=True):
+class Quota(Struct, frozen=True, kw_only=True):
+    """What one tenant of the Runtime API may have."""
+
+    sandboxes: Runtimes | None = None
+    """Runtimes that one tenant may have at a time, paused and failed ones included; None: any number."""
+    cpus: Cpus | None = None
+    """Processors that the running ones may have together."""
+    memory: Bytes | None = None
+    """Bytes of memory that the running ones, and paused containers, may have together."""
+
+
+class TenantConfig(Quota, frozen=True, kw_only=True):
     """One tenant, a table `[runtime_api.tenants.NAME]`. A quota that it leaves out is the one of all tenants."""
 
     key: str | None = None
     """The key that the tenant sends as X-API-Key."""
     key_file: str | None = None
     """A file that holds the key."""
-    sandboxes: Runtimes | None = None
-    """Runtimes that the tenant may have at a time, paused and failed ones included."""
-    cpus: Cpus | None = None
-    """Processors that its running ones may have together."""
-    memory: Bytes | None = None
-    """Bytes of memory that its running ones, and paused containers, may have together."""
 
     def __repr__(self) -> str:
         return f"TenantConfig(sandboxes={self.sandboxes}, cpus={self.cpus}, memory={self.memory})"
 
 
-class RuntimeConfig(Struct, frozen=True, kw_only=True):
+class RuntimeConfig(Quota, frozen=True, kw_only=True):
     """The table `[runtime_api]`."""
 
     images: tuple[str, ...] = ("agent-server:*",)
@@ -99,12 +104,6 @@ class RuntimeConfig(Struct, frozen=True, kw_only=True):
     """Bytes that the data of such a runtime may take, where this machine can limit it: as root, with loop devices."""
     start_seconds: StartSeconds = 120.0
     """Seconds that a runtime may take until it is ready."""
-    sandboxes: Runtimes | None = None
-    """Runtimes that one tenant may have, paused and failed ones included; None: any number."""
-    cpus: Cpus | None = None
-    """Processors that the running ones may have together."""
-    memory: Bytes | None = None
-    """Bytes of memory that the running ones, and paused containers, may have together."""
     tenants: dict[str, TenantConfig] = {}
     """By name; none: there is one, `default`, whose key is the server's own."""
 

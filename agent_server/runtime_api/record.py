@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from agent_sdk.workspace.environment import packed
+from agent_server.config.options import Quota
 from workspaces.backend.contract import (
     KEY_NAME,
     LEAST_CPUS,
@@ -40,14 +41,10 @@ _TEXT = Meta(pattern=r"^[^\0]+$", max_length=65_536)
 _User = Annotated[int, Meta(ge=0, le=2_147_483_647)]
 
 
-class Tenant(Struct, frozen=True, kw_only=True):
-    """One tenant of the Runtime API and its quota; None: no limit."""
+class Tenant(Quota, frozen=True, kw_only=True):
+    """One tenant of the Runtime API with its quota."""
 
     name: str
-    sandboxes: int | None
-    cpus: float | None
-    memory: int | None
-    """Bytes."""
 
 
 class Wanted(Struct, kw_only=True):

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from agent_sdk.protocol.errors import EngineUnavailable, InvalidParams, Unauthorized
 from agent_sdk.workspace.disk import in_thread
-from agent_server.config.options import RuntimeConfig, ServerConfig
+from agent_server.config.options import Quota, RuntimeConfig, ServerConfig
 from agent_server.config.sources import TRY_LATER, StartRefused
 from agent_server.http.connection import Connection
 from agent_server.http.errors import as_json
@@ -155,26 +155,20 @@ class Tenants:
             text = tenant.key or read_key(Path(tenant.key_file or ""))
             if text in self.secrets:
                 raise StartRefused(f"runtime_api.tenants.{name}: another tenant has the same key")
-            self._add(
-                text,
-                Tenant(
-                    name=name,
-                    sandboxes=tenant.sandboxes or config.sandboxes,
-                    cpus=tenant.cpus or config.cpus,
-                    memory=tenant.memory or config.memory,
-                ),
-            )
+            self._add(text, name, tenant, config)
         if not config.tenants:
-            self._add(
-                own_key,
-                Tenant(name=DEFAULT, sandboxes=config.sandboxes, cpus=config.cpus, memory=config.memory),
-            )
+            self._add(own_key, DEFAULT, config)
 
-    def _add(self, key: str | ApiKey, tenant: Tenant) -> None:
+    def _add(self, key: str | ApiKey, name: str, *quotas: Quota) -> None:
+        """Add a tenant who may have what the first of the quotas says that says something."""
         if isinstance(key, str):
             self.secrets.append(key)
             key = ApiKey(key)
-        self._keys.append((key, tenant))
+        said = {
+            field: next((value for quota in quotas if (value := getattr(quota, field)) is not None), None)
+            for field in Quota.__struct_fields__
+        }
+        self._keys.append((key, Tenant(name=name, **said)))
 
     def check(self, given: Sequence[str], address: str) -> Tenant:
         """Return whose key it is.

@@ -216,13 +216,9 @@ class Found(Struct, frozen=True):
     state: State
 
 
-class Facts(Struct, frozen=True, kw_only=True):
+class Facts(Found, frozen=True, kw_only=True):
     """What a backend knows of a machine."""
 
-    id: str
-    name: str
-    state: State
-    labels: Mapping[str, str]
     image: str
     env: Mapping[str, str]
     """With what is secret: whoever may ask the backend can read it anyway."""
