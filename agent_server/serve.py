@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from msgspec import Struct
-
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import AgentServerError
@@ -30,6 +28,7 @@ from agent_server.metrics import Metrics
 from agent_server.runtime_api.service import runtime_api
 from agent_server.session.session import BACK_AFTER_MS, CLOSE_DRAINING, Sessions
 from agent_server.work import Work
+from workspaces.backend.contract import Ready
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FOR_WORK = 0.95
@@ -44,15 +43,6 @@ KEPT_TO_ITSELF = 0o077
 """The umask of a server: others see nothing of what it makes."""
 OPEN_FILES = 65_536
 """Commands inherit the limit, and some programs walk through all of it: not more than needed."""
-
-
-class Ready(Struct, frozen=True, kw_only=True):
-    """What clients need to know of a server that accepts connections."""
-
-    url: str
-    api_key_file: str | None
-    """Where the key is; None: in the configuration."""
-    pid: int
 
 
 OnReady = Callable[[Ready], None]

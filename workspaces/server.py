@@ -11,11 +11,10 @@ from typing import Any
 
 import msgspec
 import structlog
-from msgspec import Struct
 
 from agent_sdk.cancellation import to_its_end
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
-from workspaces.backend.contract import KEY_NAME, Backend, Ending, Machine, OnProgress, one_line, said
+from workspaces.backend.contract import KEY_NAME, Backend, Ending, Machine, OnProgress, Ready, one_line, said
 
 logger = logging.getLogger("workspaces")
 
@@ -27,14 +26,6 @@ ANSWER_SECONDS = 2.0
 _LEVELS = {"debug", "info", "warning", "error", "critical"}
 _TRUE_IN_ITS_CONTAINER = {"network_reachable", "host_names_refused"}
 """Warnings about an address that leads no further than to this machine."""
-
-
-class _Ready(Struct):
-    """The line of `serve --json`."""
-
-    url: str
-    api_key_file: str | None
-    pid: int
 
 
 class Server:
@@ -304,7 +295,7 @@ class Server:
 
 def _is_ready(line: str) -> bool:
     try:
-        msgspec.json.decode(line, type=_Ready)
+        msgspec.json.decode(line, type=Ready)
     except msgspec.DecodeError:
         return False
     return True

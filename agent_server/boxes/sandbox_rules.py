@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from math import inf
@@ -14,8 +15,7 @@ from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams, Isolation
 from agent_sdk.protocol.specs import Sandbox
 from agent_server.config.options import ServerConfig
 from workspaces.backend.contract import LEAST_MEMORY, UID, parse_size
-from workspaces.backend.docker.engine_info import GVISOR, UNLIMITED
-from workspaces.box.machine import RESERVED
+from workspaces.box.machine import OWN_KERNEL, RESERVED
 
 WHERE = "$.params.workspace.sandbox"
 MOUNTS = 32
@@ -38,7 +38,7 @@ def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
         )
     parse_size(f"{WHERE}.memory", spec.memory, least=LEAST_MEMORY)
     _check_profile(spec, config)
-    runtimes = config.sandbox_runtimes or tuple(dict.fromkeys((config.sandbox_runtime, GVISOR)))
+    runtimes = config.sandbox_runtimes or tuple(dict.fromkeys((config.sandbox_runtime, *OWN_KERNEL)))
     if spec.runtime is not None and spec.runtime not in runtimes:
         raise PolicyDenied(
             f"{WHERE}.runtime: this server allows {_listed(runtimes)}, not {spec.runtime}; "
@@ -67,7 +67,7 @@ def check_most(spec: Sandbox, config: ServerConfig, *, cpus: int, memory: int) -
     Raises:
         PolicyDenied: it is not.
     """
-    most = config.sandbox_max_memory_bytes or memory or UNLIMITED
+    most = config.sandbox_max_memory_bytes or memory or sys.maxsize
     limits = (
         ("memory", parse_size("memory", spec.memory), most, spec.memory, f"{most >> 20}m"),
         ("cpus", spec.cpus, config.sandbox_max_cpus or float(cpus) or inf, f"{spec.cpus:g}", ""),

@@ -31,6 +31,7 @@ from agent_server.cli.terminal import STDERR, Row, one_line, open_terminal, prin
 from agent_server.config.options import Setting, client_environment, load_given, settings
 from agent_server.data_folder import LOG_FILE, DataFolder, address_in
 from agent_server.keys import KEY_FILE
+from workspaces.backend.contract import Ready
 from workspaces.box.sandbox_files import COPY, PATH
 
 ANSWER_SECONDS = 4.0
@@ -100,7 +101,7 @@ async def serve(given: argparse.Namespace) -> int:
 
     config = load_given(given)
 
-    def announce(ready: server.Ready) -> None:
+    def announce(ready: Ready) -> None:
         if given.json:
             sys.stdout.write(msgspec.json.encode(ready).decode() + "\n")
         else:

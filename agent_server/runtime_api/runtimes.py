@@ -172,7 +172,7 @@ class Runtimes:
         self._check_image(wanted.image)
         _check_command(wanted.command)
         _check_environment(wanted.environment)
-        if self._engines_runtime(wanted.runtime_class) is not None and "isolate" not in self._backend.can:
+        if self._runtime_of(wanted.runtime_class) is not None and "isolate" not in self._backend.can:
             raise PolicyDenied(
                 f"runtime_class: runtimes are processes here, none can be isolated as {wanted.runtime_class}; "
                 "leave runtime_class out, or ask a Runtime API with containers",
@@ -219,7 +219,7 @@ class Runtimes:
                 status=403,
             )
 
-    def _engines_runtime(self, name: str | None) -> str | None:
+    def _runtime_of(self, name: str | None) -> str | None:
         classes = self._config.runtime_classes
         if name is not None and name not in classes:
             raise PolicyDenied(
@@ -288,7 +288,7 @@ class Runtimes:
         isolation = record.runtime_class
         # A class that the operator has taken away meanwhile is nothing that may be guessed.
         with suppress(PolicyDenied):
-            isolation = self._engines_runtime(record.runtime_class)
+            isolation = self._runtime_of(record.runtime_class)
         network = self._config.network or None
         machine = machine_of(record, labels=self._labels, network=network, runtime=isolation)
         server = Server(self._backend, machine, patience="start_seconds")

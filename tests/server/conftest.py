@@ -14,8 +14,9 @@ import aiohttp
 import pytest
 
 from agent_server.config.options import ServerConfig
-from agent_server.serve import Ready, Stop, serving
+from agent_server.serve import Stop, serving
 from tests.server.wire import GUARD, Wire
+from workspaces.backend.contract import Ready
 
 KEY = "test-key-0123456789abcdef"
 

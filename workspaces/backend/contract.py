@@ -190,6 +190,15 @@ class Machine(Struct, frozen=True, kw_only=True):
         return f"Machine({self.name})"
 
 
+class Ready(Struct, frozen=True, kw_only=True):
+    """What a server says when it accepts connections; with `--json` as a line of its standard output."""
+
+    url: str
+    api_key_file: str | None
+    """Where the key is; None: in the configuration."""
+    pid: int
+
+
 class Ending(Struct, frozen=True):
     """How a machine has ended."""
 

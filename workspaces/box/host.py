@@ -239,13 +239,10 @@ class SandboxHost:
     # --- how ---
 
     async def _connect(self) -> Backend:
-        from workspaces.backend.docker.backend import DockerBackend  # noqa: PLC0415  aiodocker costs 0.3 s
-        from workspaces.backend.docker.engine import Engine  # noqa: PLC0415
-        from workspaces.backend.docker.reach import HostPaths  # noqa: PLC0415
+        from workspaces.backend.docker.backend import docker_backend  # noqa: PLC0415  aiodocker costs 0.3 s
 
         async with AsyncExitStack() as stack:
-            engine = await stack.enter_async_context(Engine(self.options.engine))
-            backend = DockerBackend(engine, paths=await HostPaths.find(engine))
+            backend = await stack.enter_async_context(docker_backend(self.options.engine))
             self.instance = await in_thread(instance_of, self._folder / IDENTITY)
             await self._prepare_disks(backend.unseen)
             await stack.enter_async_context(_task(self._pass_on_changes(backend)))

@@ -62,7 +62,7 @@ _FROM_THE_ENGINE = (
     "/etc/hosts",
 )
 _PASS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-OWN_KERNEL = frozenset({"runsc"})
+OWN_KERNEL = ("runsc",)
 """Runtimes with a kernel of their own, which says other things of itself."""
 
 

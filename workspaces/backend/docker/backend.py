@@ -80,6 +80,10 @@ class Disks(Protocol):
         """What limits them; `none`: nothing does."""
         ...
 
+    async def prepare(self, *, unseen: str = "") -> None:
+        """Find out what can limit them, unless the engine does not see them."""
+        ...
+
     def owners(self) -> set[str]:
         """Return whose there are. Blocks."""
         ...
@@ -407,6 +411,26 @@ class DockerBackend(Backend):
         if self._disks is not None:
             for owner in {name, name.removeprefix(self._prefix)}:
                 await self._disks.remove(owner)
+
+
+@asynccontextmanager
+async def docker_backend(
+    url: str | None = None, *, disks: Disks | None = None, prefix: str = ""
+) -> AsyncIterator[DockerBackend]:
+    """Reach an engine for the length of the block, wherever this process runs; disks are prepared for it.
+
+    Args:
+        url: as for an Engine.
+        disks, prefix: as for a DockerBackend.
+
+    Raises:
+        EngineUnavailable: there is none, or it does not answer.
+    """
+    async with Engine(url) as engine:
+        paths = await HostPaths.find(engine)
+        if disks is not None:
+            await disks.prepare(unseen=paths.unseen)
+        yield DockerBackend(engine, disks=disks, paths=paths, prefix=prefix)
 
 
 def _is_taken(error: BaseException) -> bool:
