@@ -77,6 +77,10 @@ def use_containers() -> None:
         assert_type(workspace, workspaces.sync.DockerWorkspace)
         assert_type(workspace.container, str | None)
         assert_type(workspace.port_url(80), str)
+    workspaces.DockerWorkspace("image", keep=True, name="kept", volumes=["/a:/a"], heartbeat=5)
+    workspaces.DockerWorkspace("image", {"A": "b"})  # type: ignore[call-arg]
+    workspaces.DockerWorkspace("image", keep="yes")  # type: ignore[arg-type]
+    workspaces.APIRemoteWorkspace("http://api", "key", server_image=5)  # type: ignore[arg-type]
     workspaces.sync.DockerWorkspace(memroy="2g")  # type: ignore[call-arg]
     workspaces.sync.DockerWorkspace(memory=2)  # type: ignore[arg-type]
     session = workspaces.sync.APIRemoteWorkspace("http://api", "key", "image", resource_factor=2)

@@ -14,7 +14,7 @@ import msgspec
 import agent_sdk
 import workspaces
 from agent_sdk.conversation import contract as conversation
-from agent_sdk.protocol import errors, events
+from agent_sdk.protocol import checks, errors, events
 from agent_sdk.workspace import contract
 from tools.docstrings import PACKAGES, Docstring, docstring, field_docs, said
 from tools.markdown import link, table
@@ -191,7 +191,7 @@ def _value(default: Any) -> str:
 def _plain(annotation: str, function: Callable[..., Any]) -> str:
     """A type without what it is held to, and without the names that only our code has for that."""
     places = function.__mro__[:-1] if inspect.isclass(function) else [function]
-    modules = [vars(sys.modules[place.__module__]) for place in reversed(places)]
+    modules = [vars(checks), *(vars(sys.modules[place.__module__]) for place in reversed(places))]
     known = {name: thing for module in modules for name, thing in module.items()}
 
     def base(found: re.Match[str]) -> str:

@@ -1,6 +1,7 @@
 """Places to work, and starting them.
 
 docker:  DockerWorkspace, a server in a container that is started for one client
+started: a workspace on a server that is started for it, on a machine of any backend
 api:     APIRemoteWorkspace, a server that a Runtime API starts
 runtime_client: the calls of a Runtime API
 server:  an agent server on a machine of any backend

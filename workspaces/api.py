@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import KW_ONLY, dataclass
 from ssl import SSLContext
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -13,7 +14,7 @@ import msgspec
 
 from agent_sdk.cancellation import to_its_end
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.checks import Heartbeat, Label, Limit, Name, OsText, Path, Patience, checked
+from agent_sdk.protocol.checks import Heartbeat, Label, Limit, Name, Options, OsText, Path, Patience, taking
 from agent_sdk.protocol.errors import AgentServerError, InvalidParams, RemoteApiError
 from agent_sdk.remote.connection import HEARTBEAT_SECONDS, checked_url
 from agent_sdk.remote.reconnecting import OnConnection, ServerLink
@@ -44,10 +45,49 @@ OnProgress = Callable[[str, int, int | None], object]
 """Called with the phase (`attach`, `start`, `resume`, `ready`), 0 or 1, and 1."""
 
 
-def _environment(for_commands: Mapping[str, str]) -> dict[str, str]:
-    """What a Runtime API is to set. Others set it for the server alone, which hands on what is packed; and they
-    pass on the Host that clients ask for, which the server cannot know."""
-    return {**for_commands, **(packed(for_commands) if for_commands else {}), "AGENT_SERVER_ALLOW_HOSTS": "*"}
+@dataclass(frozen=True, eq=False, repr=False)
+class APIOptions(Options):
+    """What is said of an APIRemoteWorkspace."""
+
+    runtime_api_url: str
+    runtime_api_key: str
+    server_image: Label
+    _: KW_ONLY
+    ssl: SSLContext | None = None
+    session_id: Label | None = None
+    resource_factor: int = 1
+    runtime_class: Label | None = None
+    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
+    env: Mapping[OsText, OsText] | None = None
+    forward_env: Iterable[OsText] = ()
+    keep_alive: bool = False
+    pause_on_close: bool = False
+    startup_timeout: Limit = 300.0
+    connect_timeout: Patience = 30.0
+    api_timeout: Limit = 60.0
+    working_dir: Path | None = None
+    conversation: Name | None = None
+    heartbeat: Heartbeat = HEARTBEAT_SECONDS
+    on_connection: OnConnection | None = None
+    on_progress: OnProgress | None = None
+
+    def body(self, session_id: str) -> dict[str, Any]:
+        """Return what a Runtime API is asked to start.
+
+        Others set variables for the server alone, which hands on what is packed; and they pass on the Host that clients
+        ask for, which the server cannot know.
+        """
+        for_commands = {**from_caller(self.forward_env), **(self.env or {})}
+        handed_on = packed(for_commands) if for_commands else {}
+        return {
+            **_ALWAYS,
+            "image": self.server_image,
+            "environment": {**for_commands, **handed_on, "AGENT_SERVER_ALLOW_HOSTS": "*"},
+            "session_id": session_id,
+            "image_pull_policy": self.image_pull_policy,
+            **({"runtime_class": self.runtime_class} if self.runtime_class else {}),
+            **({"resource_factor": self.resource_factor} if self.resource_factor != 1 else {}),
+        }
 
 
 class APIRemoteWorkspace(RemoteWorkspace):
@@ -58,31 +98,8 @@ class APIRemoteWorkspace(RemoteWorkspace):
     is to be kept or paused. Everything else is a RemoteWorkspace.
     """
 
-    @checked
-    def __init__(
-        self,
-        runtime_api_url: str,
-        runtime_api_key: str,
-        server_image: Label,
-        *,
-        ssl: SSLContext | None = None,
-        session_id: Label | None = None,
-        resource_factor: int = 1,
-        runtime_class: Label | None = None,
-        image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent",
-        env: Mapping[OsText, OsText] | None = None,
-        forward_env: Iterable[OsText] = (),
-        keep_alive: bool = False,
-        pause_on_close: bool = False,
-        startup_timeout: Limit = 300.0,
-        connect_timeout: Patience = 30.0,
-        api_timeout: Limit = 60.0,
-        working_dir: Path | None = None,
-        conversation: Name | None = None,
-        heartbeat: Heartbeat = HEARTBEAT_SECONDS,
-        on_connection: OnConnection | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> None:
+    @taking(APIOptions)
+    def __init__(self, options: APIOptions) -> None:
         """Describe the workspace; `async with` starts the runtime, or attaches to it.
 
         Args:
@@ -109,38 +126,31 @@ class APIRemoteWorkspace(RemoteWorkspace):
             InvalidParams: an argument is not acceptable.
         """
         super().__init__(
-            checked_url(runtime_api_url, "runtime_api_url"),
-            ssl=ssl,
-            working_dir=working_dir,
-            conversation=conversation,
-            connect_timeout=startup_timeout,
-            heartbeat=heartbeat,
+            checked_url(options.runtime_api_url, "runtime_api_url"),
+            ssl=options.ssl,
+            working_dir=options.working_dir,
+            conversation=options.conversation,
+            connect_timeout=options.startup_timeout,
+            heartbeat=options.heartbeat,
             on_connection=self._connection_changed,
         )
-        if resource_factor not in FACTORS:
-            raise InvalidParams(f"resource_factor must be 1, 2, 4 or 8 (got {resource_factor})")
-        if keep_alive and pause_on_close:
+        if options.resource_factor not in FACTORS:
+            raise InvalidParams(f"resource_factor must be 1, 2, 4 or 8 (got {options.resource_factor})")
+        if options.keep_alive and options.pause_on_close:
             raise InvalidParams("keep_alive and pause_on_close contradict each other; set one of them")
-        self.session_id = session_id or f"agent-server-{new_id()}"
+        self.session_id = options.session_id or f"agent-server-{new_id()}"
         """Give it to another workspace, and that one attaches to the same runtime."""
-        self._api = RuntimeClient(runtime_api_url, runtime_api_key, timeout=api_timeout, ssl=ssl)
-        self._body = {
-            **_ALWAYS,
-            "image": server_image,
-            "environment": _environment({**from_caller(forward_env), **(env or {})}),
-            "session_id": self.session_id,
-            "image_pull_policy": image_pull_policy,
-            **({"runtime_class": runtime_class} if runtime_class else {}),
-            **({"resource_factor": resource_factor} if resource_factor != 1 else {}),
-        }
-        self._at_close = None if keep_alive else "pause" if pause_on_close else "stop"
+        self._options = options
+        self._api = RuntimeClient(
+            options.runtime_api_url, options.runtime_api_key, timeout=options.api_timeout, ssl=options.ssl
+        )
+        self._body = options.body(self.session_id)
+        self._at_close = None if options.keep_alive else "pause" if options.pause_on_close else "stop"
         self._undo: str | None = None
         """What makes undone that this has begun."""
         self._seen: Session | None = None
         self._problem: RemoteApiError | None = None
         """Why it is tried again."""
-        self._startup_timeout, self._api_patience = startup_timeout, connect_timeout
-        self._on_progress, self._on_connection = on_progress, on_connection
         self._inquiry: asyncio.Task[None] | None = None
         """Asks what became of the runtime, while there is no connection to it."""
 
@@ -184,7 +194,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
         """
         before = self._entered
         async with self._in_time():
-            await self._api.verb("resume", before.runtime_id, timeout=self._startup_timeout)
+            await self._api.verb("resume", before.runtime_id, timeout=self._options.startup_timeout)
             now = await self._persistently(self._look)
         if isinstance(self._link, ServerLink):
             self._link.retry_now()
@@ -233,17 +243,17 @@ class APIRemoteWorkspace(RemoteWorkspace):
         if found is None:
             self._undo = "stop"
             self._tell("start", 0)
-            return await self._api.start(self._body, timeout=self._startup_timeout)
+            return await self._api.start(self._body, timeout=self._options.startup_timeout)
         known = self._note(found)
         if known.status == "running":
             return known
         self._undo = self._undo or "pause"
         if known.status == "paused":
             self._tell("resume", 0)
-            await self._api.verb("resume", known.runtime_id, timeout=self._startup_timeout)
+            await self._api.verb("resume", known.runtime_id, timeout=self._options.startup_timeout)
             return known
         self._tell("start", 0)
-        return await self._api.start(self._body, timeout=self._startup_timeout)
+        return await self._api.start(self._body, timeout=self._options.startup_timeout)
 
     async def _look(self) -> Session | None:
         """Return the session when its runtime is ready, None while that may still come."""
@@ -285,7 +295,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
 
         def may_come(error: BaseException) -> bool:
             waited = asyncio.get_running_loop().time() - began
-            return may_pass(error) and (self._api.has_answered or waited < self._api_patience)
+            return may_pass(error) and (self._api.has_answered or waited < self._options.connect_timeout)
 
         session: Session = await _again(
             work, may_come, lambda session: session is None, before_sleep=self._complain
@@ -304,7 +314,7 @@ class APIRemoteWorkspace(RemoteWorkspace):
         """Yields the time of the loop at which it is over."""
         self._problem = None
         try:
-            async with asyncio.timeout(self._startup_timeout) as limit:
+            async with asyncio.timeout(self._options.startup_timeout) as limit:
                 yield limit.when() or 0.0
         except TimeoutError as exc:
             if not limit.expired() or isinstance(exc, AgentServerError):
@@ -312,14 +322,15 @@ class APIRemoteWorkspace(RemoteWorkspace):
             said = f"; {self._problem}" if self._problem is not None else _state(self._seen)
             details = self._problem.details if self._problem is not None else {"phase": "ready"}
             raise RemoteApiError(
-                f"the runtime of session {self.session_id} was not ready after {self._startup_timeout:g} s{said}",
+                f"the runtime of session {self.session_id} was not ready after "
+                f"{self._options.startup_timeout:g} s{said}",
                 **details,
             ) from None
 
     def _tell(self, phase: str, done: int) -> None:
-        if self._on_progress is not None:
+        if self._options.on_progress is not None:
             try:
-                self._on_progress(phase, done, 1)
+                self._options.on_progress(phase, done, 1)
             except Exception:  # it is the user's; its error must not end the start
                 logger.exception("on_progress failed")
 
@@ -329,8 +340,8 @@ class APIRemoteWorkspace(RemoteWorkspace):
         self._end_inquiry()
         if reason is not None:
             self._inquiry = asyncio.create_task(self._inquire())
-        if self._on_connection is not None:
-            told = self._on_connection(reason)
+        if self._options.on_connection is not None:
+            told = self._options.on_connection(reason)
             if told is not None:
                 await told
 

@@ -7,10 +7,8 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Any
 
 import msgspec
-import structlog
 
 from agent_sdk.cancellation import to_its_end
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
@@ -23,9 +21,6 @@ OnLog = Callable[[str], Awaitable[None] | None]
 Follow = Callable[[str, bool], AsyncIterator[str]]
 """Yields the lines of the machine with this id until it ends; where the second is true, without those from before."""
 ANSWER_SECONDS = 2.0
-_LEVELS = {"debug", "info", "warning", "error", "critical"}
-_TRUE_IN_ITS_CONTAINER = {"network_reachable", "host_names_refused"}
-"""Warnings about an address that leads no further than to this machine."""
 
 
 class Server:
@@ -321,39 +316,3 @@ async def _healthy(url: str) -> None:
                 pass
 
         await retrying(ask)
-
-
-class ServerLog:
-    """Called with each line that a server writes, for the log of whoever started it.
-
-    The logger is `workspaces`: silent below a warning, unless the program says otherwise.
-    """
-
-    def __init__(self, container: str, further: OnLog | None = None) -> None:
-        """Take the container's name, and who else is to be called."""
-        log = structlog.wrap_logger(
-            logging.getLogger("workspaces"), wrapper_class=structlog.stdlib.BoundLogger
-        )
-        self._log = log.bind(container=container)
-        self._further = further
-
-    async def __call__(self, line: str) -> None:
-        """Pass one line on: what the server said in JSON with its level and fields, all else as it is."""
-        level, event, fields = _entry(line)
-        level = "debug" if event in _TRUE_IN_ITS_CONTAINER else level
-        self._log.log(logging.getLevelNamesMapping()[level.upper()], event, **fields)
-        if self._further is not None:
-            waiting = self._further(line)
-            if inspect.isawaitable(waiting):
-                await waiting
-
-
-def _entry(line: str) -> tuple[str, str, dict[str, Any]]:
-    try:
-        fields = msgspec.json.decode(line, type=dict[str, Any])
-        event, level = str(fields.pop("event")), str(fields.pop("level"))
-    except (msgspec.DecodeError, KeyError):
-        return "info", line, {}
-    fields.pop("time", None)
-    taken = {"container", "timestamp", "exc_info", "stack_info", "stack", "positional_args"}
-    return (level if level in _LEVELS else "info"), event, {k: v for k, v in fields.items() if k not in taken}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import re
@@ -10,7 +11,18 @@ from collections import abc
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import msgspec
 from msgspec import Meta, Struct
@@ -19,6 +31,7 @@ from agent_sdk.protocol.errors import InvalidParams
 
 P = ParamSpec("P")
 T = TypeVar("T")
+S = TypeVar("S")
 Test = Callable[[Any], bool]
 
 _UNSHOWN = ("api_key", "runtime_api_key", "headers", "env", "secrets")
@@ -114,6 +127,39 @@ class Verbs(Protocol):
                 setattr(cls, name, checked(function, contract))
 
 
+class Options:
+    """Options as a frozen dataclass, declared once: each is checked against its type when they are made."""
+
+    def __post_init__(self) -> None:
+        """Check the fields, those of the bases first.
+
+        Raises:
+            InvalidParams: one has a value that its type does not allow; the sentence names it, its type, and the value.
+        """
+        this: Any = self
+        defaults = {field.name: field.default for field in dataclasses.fields(this)}
+        for cls in reversed(type(self).__mro__):
+            for name in filter(defaults.__contains__, inspect.get_annotations(cls)):
+                hint = _evaluated(cls.__annotations__[name], vars(sys.modules[cls.__module__]))
+                fits, value = _test(hint), getattr(self, name)
+                if fits is not None and value is not defaults[name] and not fits(value):
+                    raise _refused(name, hint, value)
+
+
+def taking(options: Callable[P, T]) -> Callable[[Callable[[S, T], None]], Callable[Concatenate[S, P], None]]:
+    """Decorate an `__init__` that gets options as one object: whoever calls it passes the options themselves."""
+
+    def decorated(init: Callable[[S, T], None]) -> Callable[Concatenate[S, P], None]:
+        @wraps(options.__init__)
+        def __init__(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            init(self, options(*args, **kwargs))
+
+        __init__.__doc__ = init.__doc__
+        return __init__
+
+    return decorated
+
+
 def check_input(stdin: bytes | str | None) -> bytes:
     """Return what a command is to read, as bytes.
 
@@ -203,10 +249,14 @@ def _rules(
 
 def _hint(function: Callable[..., Any], name: str) -> Any:
     annotation = inspect.signature(function).parameters[name].annotation
-    if not isinstance(annotation, str):
-        return Any if annotation is inspect.Parameter.empty else annotation
+    if annotation is inspect.Parameter.empty:
+        return Any
+    return _evaluated(annotation, inspect.unwrap(function).__globals__)
+
+
+def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
     try:
-        return eval(annotation, inspect.unwrap(function).__globals__)
+        return eval(annotation, names) if isinstance(annotation, str) else annotation
     except NameError:  # imported for type checkers only
         return Any
 

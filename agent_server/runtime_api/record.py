@@ -47,7 +47,7 @@ class Tenant(Quota, frozen=True, kw_only=True):
     name: str
 
 
-class Wanted(Struct, kw_only=True):
+class Wanted(Struct, frozen=True, kw_only=True):
     """The body of `POST /start`. Further members are for other Runtime APIs and not looked at."""
 
     image: Annotated[str, Meta(min_length=1, max_length=512)]
@@ -76,7 +76,7 @@ class Wanted(Struct, kw_only=True):
     In our own images the data is the server's alone."""
 
 
-class Record(Wanted, kw_only=True):
+class Record(Wanted, frozen=True, kw_only=True):
     """What is kept of a runtime, on the disk before anything is started."""
 
     runtime_id: str
@@ -91,7 +91,7 @@ class Record(Wanted, kw_only=True):
     """Seconds since the Unix epoch."""
     wanted: Literal["running", "paused", "gone"] = "running"
     restarts: int = 0
-    reasons: list[str] = []
+    reasons: tuple[str, ...] = ()
     """Why it was started again, the latest last."""
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
 from agent_sdk.ids import new_id
@@ -53,7 +54,7 @@ class Shown(Struct, kw_only=True, omit_defaults=False):
     restart_count: int
     """How often it ended by itself and was started again with its files; after four times within a minute it is
     given up."""
-    restart_reasons: list[str]
+    restart_reasons: tuple[str, ...]
     pod_logs: str
     """The end of its log, where it failed."""
     image: str
@@ -211,7 +212,7 @@ class Runtime:
         await self._server.let_go()
 
     async def _want(self, wanted: Literal["running", "paused", "gone"]) -> None:
-        self.record.wanted = wanted
+        self.record = replace(self.record, wanted=wanted)
         await self._save()
 
     async def _save(self) -> None:
@@ -263,8 +264,8 @@ class Runtime:
                 return
             deaths.append(now)
             self._show("pending")
-            self.record.restarts += 1
-            self.record.reasons = [*self.record.reasons, reason][-REASONS:]
+            reasons = (*self.record.reasons, reason)[-REASONS:]
+            self.record = replace(self.record, restarts=self.record.restarts + 1, reasons=reasons)
             with suppress(AgentServerError):  # a full disk keeps no runtime from starting again
                 await self._save()
             await asyncio.sleep((len(deaths) - 1) * PAUSE_SECONDS)

@@ -242,7 +242,7 @@ class Runtimes:
         others = [
             each
             for each in self._all.values()
-            if each.record.tenant == tenant.name and each.record is not record
+            if each.record.tenant == tenant.name and each.record.runtime_id != record.runtime_id
         ]
         cpus = sum(each.record.cpus for each in others if each.runs)
         memory = sum(each.record.memory for each in others if self._holds_memory(each))

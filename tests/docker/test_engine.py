@@ -113,7 +113,7 @@ async def test_a_death_comes_with_its_exit_code(engine, instance):
         watch = engine.watch(id)
         await engine.start(id)
         death = await watch.died
-    assert (death.exit_code, death.oom, death.reason) == (3, False, "it ended with exit code 3")
+    assert (death.exit_code, death.cause, death.reason) == (3, "exit", "it ended with exit code 3")
 
 
 async def test_a_death_before_anybody_watched_is_noticed(engine, instance):
@@ -140,7 +140,7 @@ async def test_a_container_killed_for_its_memory_says_so(engine, instance):
         watch = engine.watch(id)
         await engine.start(id)
         death = await watch.died
-    assert death.oom, death
+    assert death.cause == "oom", death
     assert death.reason == "it used more memory than it may and was killed"
 
 

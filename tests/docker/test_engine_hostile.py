@@ -372,7 +372,7 @@ async def test_a_stream_of_events_that_ends_is_taken_up_where_it_ended(fake):
     fake.on("GET /events", events)
     async with Engine(fake.url) as engine:
         death = await engine.watch("x").died
-    assert (death.exit_code, death.oom) == (137, True)
+    assert (death.exit_code, death.cause) == (137, "oom")
     since = [call.partition("since=")[2].partition("&")[0] for call in fake.calls if "events" in call]
     assert since == ["1767225600.500000000", "1767225600.500000008", "1767225600.500000008"]
 

@@ -5,6 +5,7 @@ import io
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from agent_sdk.protocol.errors import EngineUnavailable, WorkspaceUnavailable
 from agent_server.logs import opened
@@ -195,7 +196,7 @@ async def test_a_restart_that_fails_is_tried_again_before_it_is_given_up(made):
     server.death.set_result("killed")
     while runtime.record.restarts < 2 or runtime.pod_status != "ready":
         await runtime._changed.wait()
-    assert runtime.record.reasons == ["killed", "not yet"]
+    assert runtime.record.reasons == ("killed", "not yet")
 
 
 async def test_a_bug_in_a_server_is_a_failure_and_no_silence(made):
@@ -210,7 +211,7 @@ async def test_a_bug_in_a_server_is_a_failure_and_no_silence(made):
 @pytest.mark.parametrize(("wanted", "step"), [("running", "start"), ("paused", "pause")])
 async def test_the_next_server_brings_about_what_was_wanted(made, wanted, step):
     runtime, server = made
-    runtime.record.wanted = wanted
+    runtime.record = replace(runtime.record, wanted=wanted)
     server.record.write_bytes(msgspec.json.encode(runtime.record))
     reached, go_on = server.hold(step)
     runtime.recover()

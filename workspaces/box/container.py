@@ -341,29 +341,26 @@ class BoxContainer(Box):
         """
         self._record = record
         try:
-            await self._reach(await self._host.backend(), record)
+            backend = await self._host.backend()
+            found = await backend.inspect(record.container)
+            self._id = found.id
+            self._follow(backend)
+            if found.state == "created":  # it cannot die
+                raise WorkspaceLost("its server ended before it was started")
+            if found.state == "ended":
+                await self._ended
+                raise WorkspaceLost(self._words)
+            if not record.claimed:
+                raise WorkspaceLost("its server ended before it was ready")
+            if found.state == "paused":
+                await backend.resume(found.id)
+            self._socket = self._folder.open_socket()
         except (EngineUnavailable, WorkspaceLost):
             raise
-        except AgentServerError as exc:
-            raise WorkspaceLost(f"it cannot be used any more: {exc.message}") from None
-
-    async def _reach(self, backend: Backend, record: Record) -> None:
-        try:
-            found = await backend.inspect(record.container)
         except NotFound:
             raise WorkspaceLost("its container was removed") from None
-        self._id = found.id
-        self._follow(backend)
-        if found.state == "created":  # it cannot die
-            raise WorkspaceLost("its server ended before it was started")
-        if found.state == "ended":
-            await self._ended
-            raise WorkspaceLost(self._words)
-        if not record.claimed:
-            raise WorkspaceLost("its server ended before it was ready")
-        if found.state == "paused":
-            await backend.resume(found.id)
-        self._socket = self._folder.open_socket()
+        except AgentServerError as exc:
+            raise WorkspaceLost(f"it cannot be used any more: {exc.message}") from None
 
     # --- its end ---
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from msgspec.structs import replace
 from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from agent_sdk.cancellation import to_its_end
@@ -26,7 +27,6 @@ from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.contract import (
     Backend,
     Can,
-    Cause,
     Ending,
     Facts,
     Found,
@@ -39,7 +39,7 @@ from workspaces.backend.contract import (
     State,
     one_line,
 )
-from workspaces.backend.docker.engine import Death, Engine
+from workspaces.backend.docker.engine import Engine
 from workspaces.backend.docker.engine_info import usable_runtime
 from workspaces.backend.docker.profiles import Propagation, box_body, differences, folders, server_body
 from workspaces.backend.docker.reach import HostPaths, find_reach
@@ -66,7 +66,6 @@ _CHANGES: Mapping[str, State] = {
     "die": "ended",
     "destroy": "ended",
 }
-_CAUSES: Mapping[int, Cause] = {128 + 9: "killed", 128 + 15: "killed"}
 _FULL_ID = 64
 LOOK_SECONDS = 60
 """For so long a container of which nothing runs may be there, while somebody looks into its image."""
@@ -307,10 +306,10 @@ class DockerBackend(Backend):
                 return Ending("engine", None, "it was removed")
         watch = self._engine.watch(full)
         try:
-            death = await asyncio.shield(watch.died)
+            ending = await asyncio.shield(watch.died)
         finally:
             watch.close()
-        return Ending(_cause(death), death.exit_code, death.reason, one_line(await self.logs(full)))
+        return replace(ending, words=one_line(await self.logs(full)))
 
     async def endpoint(self, id: str, port: int) -> str:
         inspected = await self._engine.inspect(id)
@@ -448,12 +447,6 @@ def _network(inspected: Mapping[str, Any]) -> str | None:
 
 def _state(status: str) -> State:
     return _STATES.get(status, "ended")
-
-
-def _cause(death: Death) -> Cause:
-    if death.exit_code is None:
-        return "engine"
-    return "oom" if death.oom else _CAUSES.get(death.exit_code, "exit")
 
 
 def _nobody(phase: str, done: int, total: int | None) -> None:

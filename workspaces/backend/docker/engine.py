@@ -25,7 +25,6 @@ from workspaces.backend.contract import Image, OnProgress, Pull
 from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, Call, EngineConnection
 from workspaces.backend.docker.engine_info import EngineInfo, usage_of
 from workspaces.backend.docker.engine_streams import (
-    Death,
     EngineEvents,
     Happened,
     Watch,
@@ -34,7 +33,7 @@ from workspaces.backend.docker.engine_streams import (
 )
 from workspaces.backend.docker.images import ensure_image, give_to_group, read_file
 
-__all__ = ["Death", "Engine", "EngineInfo", "Image", "Watch", "engine_version"]
+__all__ = ["Engine", "EngineInfo", "Image", "Watch", "engine_version"]
 
 CREATE_SECONDS = 30.0
 START_SECONDS = 20.0

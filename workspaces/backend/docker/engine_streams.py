@@ -23,6 +23,7 @@ from msgspec import Struct
 
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound, WorkspaceUnavailable
 from workspaces.backend import labels
+from workspaces.backend.contract import Cause, Ending
 from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, EngineConnection
 
 STEADY_SECONDS = 5.0
@@ -32,7 +33,8 @@ _EVENTS = ["create", "start", "oom", "pause", "unpause", *_ENDS]
 _FILTERS = {"type": ["container"], "event": _EVENTS, "label": [labels.INSTANCE]}
 MOST_WAITING = 1024
 """Events that wait for somebody who is told of them; beyond that they are forgotten, and that is told."""
-_KILLED = 137
+_KILLED = 128 + 9
+_CAUSES: Mapping[int, Cause] = {_KILLED: "killed", 128 + 15: "killed"}
 LONGEST_EVENT = 1 << 20
 """Bytes. An event has all labels of its container, and an image may bring any number of them."""
 LONGEST_LINE = 64 << 10
@@ -42,17 +44,6 @@ MOST = 64 << 10
 _HEADER = struct.Struct(">BxxxL")
 
 Inspect = Callable[[str], Awaitable[dict[str, Any]]]
-
-
-class Death(Struct, frozen=True):
-    """How a container ended."""
-
-    exit_code: int | None
-    """None: nobody knows it any more."""
-    oom: bool
-    """Whether it was killed because it used more memory than it may."""
-    reason: str
-    """As words."""
 
 
 class Happened(Struct, frozen=True):
@@ -69,7 +60,7 @@ class Watch:
 
     def __init__(self, close: Callable[[Watch], None]) -> None:
         self._close = close
-        self.died: asyncio.Future[Death] = asyncio.get_running_loop().create_future()
+        self.died: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         """Done when it has ended, or is gone; never after `close`."""
         self.oom = False
         """Whether a process in it was killed for want of memory."""
@@ -78,9 +69,9 @@ class Watch:
         """Watch it no longer."""
         self._close(self)
 
-    def _ended(self, death: Death) -> None:
+    def _ended(self, ending: Ending) -> None:
         if not self.died.done():
-            self.died.set_result(death)
+            self.died.set_result(ending)
 
 
 class EngineEvents:
@@ -213,7 +204,7 @@ class EngineEvents:
             exit_code = state.get("ExitCode")
         for watch in list(self._watches.get(id, ())):
             oom = bool(state.get("OOMKilled")) or (watch.oom and exit_code == _KILLED)
-            watch._ended(Death(exit_code, oom, _reason(exit_code, oom, str(state.get("Error") or ""))))
+            watch._ended(_ending(exit_code, oom, str(state.get("Error") or "")))
 
 
 class _Actor(Struct):
@@ -235,12 +226,13 @@ def _since(state: Mapping[str, Any]) -> int:
         return 0
 
 
-def _reason(exit_code: int | None, oom: bool, error: str) -> str:
+def _ending(exit_code: int | None, oom: bool, error: str) -> Ending:
     if oom:
-        return "it used more memory than it may and was killed"
+        return Ending("oom", exit_code, "it used more memory than it may and was killed")
     if exit_code is None:
-        return "it was removed"
-    return f"it ended with exit code {exit_code}" + (f": {error}" if error else "")
+        return Ending("engine", None, "it was removed")
+    reason = f"it ended with exit code {exit_code}" + (f": {error}" if error else "")
+    return Ending(_CAUSES.get(exit_code, "exit"), exit_code, reason)
 
 
 async def _events(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
