@@ -27,6 +27,10 @@ def test_importing_every_public_name_loads_no_heavy_package():
 
 def test_a_box_needs_no_http_library_no_database_and_no_openssl_to_start():
     assert not loaded("import agent_sdk.box.process") & (HEAVY | {"anyio", "hashlib"})
+    run = [sys.executable, "-X", "importtime", "-m", "agent_sdk.box", "--help"]
+    said = subprocess.run(run, capture_output=True, text=True, check=True).stderr
+    assert "asyncio" in said
+    assert "_ssl" not in said
 
 
 def test_a_box_takes_nothing_along_that_its_runtime_has_not():

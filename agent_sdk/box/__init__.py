@@ -3,7 +3,6 @@
 `python -m agent_sdk.box` runs one. Knows how a process gives up rights; nothing of agents and servers.
 
 __main__: `python -m agent_sdk.box`
-process:  a box: LocalWorkspace behind a Unix socket
-service:  what serves its connections
+process:  a box: LocalWorkspace behind a Unix socket, and what serves its connections
 seccomp:  what a box gives up: system calls, and what root may do
 """

@@ -2,7 +2,9 @@
 
 import sys
 
-from agent_sdk.box.process import main
-
 if __name__ == "__main__":
+    # asyncio does without ssl; a box speaks to one Unix socket, and OpenSSL would cost it 1.3 MB.
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+    from agent_sdk.box.process import main
+
     sys.exit(main())

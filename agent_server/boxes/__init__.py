@@ -8,5 +8,4 @@ name:          what a box is called, and promised
 watch:         whether a box answers at all, and what happens to it
 forwarding:    calls forwarded to a box, once each
 forwarded_call: one of them, with its bytes
-sandbox_rules: which sandboxes clients may have
 """

@@ -2,9 +2,8 @@
 
 Knows logs and boxes; nothing of connections.
 
-registry:     all conversations of a server
-loaded:       a conversation in memory
-client_tools: tools in the client's process
-retention:    which conversations go by themselves
-note:         what is kept of all conversations in memory
+registry:  all conversations of a server
+loaded:    a conversation in memory, and its tools in the processes of clients
+retention: which conversations go by themselves
+workspace: which workspace a conversation may have, and what is noted of both
 """

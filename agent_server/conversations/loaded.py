@@ -11,21 +11,31 @@ import msgspec
 from msgspec.structs import replace
 
 from agent_sdk.agent.runtime import Place
+from agent_sdk.agent.turn_state import is_left
 from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.idempotency import IdempotencyStore, InMemory
 from agent_sdk.log.event_log import PAGE_EVENTS, EventLog
-from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, draining
-from agent_sdk.protocol.events import Delta, TurnEnded, TurnResumed, TurnStarted, Waiting, WorkspaceChanged
+from agent_sdk.protocol.errors import AgentServerError, Cancelled, ConnectionLost, OutcomeUnknown, draining
+from agent_sdk.protocol.events import (
+    Delta,
+    RequestOpened,
+    TurnEnded,
+    TurnResumed,
+    TurnStarted,
+    Waiting,
+    WorkspaceChanged,
+)
+from agent_sdk.protocol.methods.conversation import ToolCall
 from agent_sdk.protocol.results import Snapshot, Wait, WorkspaceInfo
 from agent_sdk.remote.link import Linked
 from agent_sdk.remote.workspace import RemoteWorkspace
 from agent_sdk.rpc.peer import Peer
+from agent_sdk.tools import ToolResult
 from agent_sdk.workspace.contract import Workspace
 from agent_server.boxes.forwarding import ForwardedCalls
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.watch import STARTS
-from agent_server.conversations.client_tools import ClientTools
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
 from agent_server.work import Work
@@ -294,3 +304,99 @@ class _Same:
         if linked is None:
             raise OutcomeUnknown("the box in which it ran was lost; whether it was done is not known")
         return linked
+
+
+class ClientTools:
+    """The tools of one conversation that run in a client's process: which connection answers which, and what waits.
+
+    A call is a durable request first (`request_opened` in the log), a `tool.call` over a socket second. It
+    goes to the connection that registered the tool last; when a newer one registers it meanwhile, that
+    one is asked, too, because the older may be a closed laptop that nobody has noticed yet. The first
+    answer counts. With nobody to ask the call waits, for a week if need be.
+    """
+
+    def __init__(self) -> None:
+        self._registered: dict[str, list[Peer]] = {}
+        self._pending: dict[str, _Pending] = {}
+
+    def register(self, peer: Peer, tools: Iterable[str]) -> None:
+        """From now on this connection answers calls of these tools, those that wait included."""
+        for tool in tools:
+            peers = self._registered.setdefault(tool, [])
+            if peer in peers:
+                peers.remove(peer)
+            peers.append(peer)
+            for pending in self._pending.values():
+                if pending.request.tool == tool:
+                    pending.ask(peer)
+
+    def forget(self, peer: Peer) -> None:
+        """Forget a connection that is gone."""
+        for tool, peers in list(self._registered.items()):
+            if peer in peers:
+                peers.remove(peer)
+            if not peers:
+                del self._registered[tool]
+
+    async def run(self, request: RequestOpened) -> ToolResult:
+        """Have a client run a call, and wait for it. Cancelling withdraws the call, unless its turn is left.
+
+        What the client's code raises is an error result, not an exception.
+        """
+        pending = _Pending(request, self)
+        self._pending[request.request_id] = pending
+        try:
+            pending.ask(self.newest(request.tool, set()))
+            return await pending.result
+        finally:
+            del self._pending[request.request_id]
+            pending.withdraw(left=is_left())
+
+    def newest(self, tool: str, others: set[Peer]) -> Peer | None:
+        """Return the connection that registered the tool last, other than these; None: there is none."""
+        return next((peer for peer in reversed(self._registered.get(tool, [])) if peer not in others), None)
+
+
+class _Pending:
+    """One call that waits for its first answer."""
+
+    def __init__(self, request: RequestOpened, tools: ClientTools) -> None:
+        self.request = request
+        self.result: asyncio.Future[ToolResult] = asyncio.get_running_loop().create_future()
+        self._tools = tools
+        self._asking: dict[Peer, asyncio.Task[None]] = {}
+        self._left = False
+        """Whether it goes on in the client, for the next server."""
+
+    def ask(self, peer: Peer | None) -> None:
+        if peer is not None and peer not in self._asking and not self.result.done():
+            self._asking[peer] = asyncio.create_task(self._ask(peer))
+
+    def withdraw(self, *, left: bool) -> None:
+        self._left = left
+        for task in self._asking.values():
+            task.cancel()
+
+    async def _ask(self, peer: Peer) -> None:
+        request = self.request
+        call = ToolCall(
+            request_id=request.request_id,
+            call_id=request.call_id,
+            tool=request.tool,
+            arguments=request.arguments,
+        )
+        try:
+            output = await peer.call(call, leave=lambda: self._left)
+        except (ConnectionLost, Cancelled):  # it is gone, or has closed its conversation
+            self._tools.forget(peer)
+            del self._asking[peer]
+            if not self._asking:
+                self.ask(self._tools.newest(request.tool, set()))
+        except AgentServerError as exc:
+            self._answer(ToolResult(text=f"{request.tool}: {exc}", is_error=True))
+        else:
+            self._answer(ToolResult(text=output.text, is_error=output.is_error, data=output.data))
+
+    def _answer(self, result: ToolResult) -> None:
+        if not self.result.done():
+            self.result.set_result(result)

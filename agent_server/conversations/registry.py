@@ -18,12 +18,8 @@ from agent_sdk.protocol.errors import (
     AgentServerError,
     ConversationDamaged,
     ConversationNotFound,
-    InvalidParams,
     IsolationUnavailable,
-    NotADirectory,
     OpMismatch,
-    PathNotFound,
-    PolicyDenied,
 )
 from agent_sdk.protocol.methods.conversation import ListConversations
 from agent_sdk.protocol.methods.workspace import SnapshotTaken
@@ -32,17 +28,15 @@ from agent_sdk.protocol.specs import WorkspaceSpec
 from agent_sdk.rpc.peer import Peer
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.registry import Boxes
-from agent_server.boxes.sandbox_rules import check_most, checked
 from agent_server.config.options import ServerConfig
 from agent_server.conversations.loaded import BACK_SECONDS, CLOSE_GONE, LoadedConversation
-from agent_server.conversations.note import Note, note_of, snapshot_of
 from agent_server.conversations.retention import Retention
+from agent_server.conversations.workspace import SHOWN_ID, Note, check_most, note_of, snapshot_of, wanted_note
 from agent_server.data_folder import DataFolder
 from agent_server.logs import Logs
 from agent_server.metrics import Metrics
 from agent_server.work import Work
 
-SHOWN_ID = 64
 RESUMED_AT_ONCE = 8
 
 
@@ -155,7 +149,7 @@ class Conversations:
             EngineUnavailable: it has no container engine now.
         """
         id = id or new_id()
-        note = self._note(id, spec or WorkspaceSpec())
+        note = wanted_note(id, spec or WorkspaceSpec(), self._notes, self._config, self._folder)
         if id not in self._notes:
             if note.sandbox is not None:
                 backend = await self._boxes.sandboxes.admit(note.sandbox)
@@ -444,20 +438,6 @@ class Conversations:
 
     # --- workspaces ---
 
-    def _note(self, id: str, spec: WorkspaceSpec) -> Note:
-        if sum(field is not None for field in (spec.share, spec.working_dir, spec.sandbox)) > 1:
-            raise InvalidParams("$.params.workspace: share, working_dir and sandbox exclude each other")
-        if spec.share is not None:
-            other = self._notes.get(spec.share)
-            if other is None:
-                raise ConversationNotFound(
-                    f"no conversation {spec.share[:SHOWN_ID]!r} to share with",
-                    conversation=spec.share[:SHOWN_ID],
-                )
-            return Note(owner=other.owner, working_dir=other.working_dir, sandbox=other.sandbox)
-        sandbox = None if spec.sandbox is None else checked(spec.sandbox, self._config)
-        return Note(owner=id, working_dir=_existing_folder(spec.working_dir, self._folder), sandbox=sandbox)
-
     def _link(self, note: Note) -> BoxLink:
         if note.sandbox is not None:
             return self._boxes.sandbox(note.owner, note.sandbox)
@@ -465,27 +445,6 @@ class Conversations:
 
     def _count_boxes(self) -> None:
         self._metrics.boxes.set(self._boxes.running)
-
-
-def _existing_folder(given: str | None, folder: DataFolder) -> str | None:
-    if given is None:
-        return None
-    path = Path(given).expanduser()
-    if not path.is_absolute():
-        raise InvalidParams(
-            "$.params.workspace.working_dir: an absolute path of the server's machine is needed"
-        )
-    if not path.exists():
-        raise PathNotFound(f"no such folder on the server: {given}", path=given)
-    if not path.is_dir():
-        raise NotADirectory(f"no folder: {given}", path=given)
-    real, data = path.resolve(), folder.root.resolve()
-    if folder.confinement.isolation != "none" and (real.is_relative_to(data) or data.is_relative_to(real)):
-        raise PolicyDenied(
-            f"$.params.workspace.working_dir: {given} is, holds or is in the data folder of the server, which commands "
-            "must not reach; name another one, or none for a fresh one"
-        )
-    return str(real)
 
 
 def _mark(file: Path, kind: str) -> None:

@@ -53,7 +53,8 @@ from agent_sdk.version import __version__
 from agent_sdk.workspace.verbs import arguments_of
 from agent_server.config.options import ServerConfig
 from agent_server.conversations.loaded import LoadedConversation
-from agent_server.conversations.registry import SHOWN_ID, Conversations
+from agent_server.conversations.registry import Conversations
+from agent_server.conversations.workspace import SHOWN_ID
 from agent_server.logs import ABOUT
 from agent_server.metrics import Metrics
 from agent_server.work import Work

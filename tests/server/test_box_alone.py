@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from agent_sdk.box.service import STRANGERS
+from agent_sdk.box.process import STRANGERS
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import OpMismatch, StateConflict, Unauthorized
 from agent_sdk.protocol.methods.connection import ClientInfo, Initialize

@@ -13,7 +13,7 @@ from agent_sdk.protocol.methods.connection import Ping
 from agent_sdk.protocol.methods.conversation import ToolCall, ToolOutput
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
-from agent_server.conversations.client_tools import ClientTools
+from agent_server.conversations.loaded import ClientTools
 from tests.server.wire import GUARD
 
 REQUEST = RequestOpened(

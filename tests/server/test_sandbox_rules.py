@@ -12,8 +12,8 @@ from agent_sdk.protocol.errors import (
     PolicyDenied,
 )
 from agent_sdk.protocol.specs import Sandbox
-from agent_server.boxes.sandbox_rules import check_most, checked
 from agent_server.config.options import ServerConfig
+from agent_server.conversations.workspace import check_most, checked
 
 # fmt: off
 FIELDS_OF_THE_ENGINE = [

@@ -1,25 +1,143 @@
-"""Which sandboxes a server makes for its clients: whatever it does not allow is refused, with the field named."""
+"""Which workspace a conversation may have, and what is noted of both beside the log.
+
+Whatever this server does not allow, or makes no sense, is refused with the field named. The notes are read once, at its
+start, and then kept in memory for all conversations.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import inf
+from pathlib import Path
 
+import msgspec
+from msgspec import Struct
 from msgspec.structs import replace
 
-from agent_sdk.protocol.errors import ImageUnavailable, InvalidParams, IsolationUnavailable, PolicyDenied
-from agent_sdk.protocol.specs import Sandbox
+from agent_sdk.log.database import ConversationRow
+from agent_sdk.protocol.errors import (
+    ConversationNotFound,
+    ImageUnavailable,
+    InvalidParams,
+    IsolationUnavailable,
+    NotADirectory,
+    PathNotFound,
+    PolicyDenied,
+)
+from agent_sdk.protocol.results import Snapshot, Wait
+from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
 from agent_server.config.options import ServerConfig
+from agent_server.data_folder import DataFolder
 from workspaces.backend.contract import LEAST_MEMORY, UID, parse_size
 from workspaces.box.machine import OWN_KERNEL, RESERVED
 
+SHOWN_ID = 64
+"""Characters of an id that does not exist, in an error."""
 WHERE = "$.params.workspace.sandbox"
 MOUNTS = 32
 MOST_PIDS = 4096
+
+
+class Note(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a server notes about a conversation beside its log."""
+
+    owner: str
+    """The conversation whose workspace it uses; its own id, or that of the one it shares with."""
+    working_dir: str | None = None
+    """An existing folder instead of one in the data folder."""
+    sandbox: Sandbox | None = None
+    """What its workspace is, if that is a container."""
+    title: str | None = None
+    tags: dict[str, str] = {}
+    model: str | None = None
+
+    @property
+    def workspace(self) -> str:
+        """What tells its workspace from others, as Snapshot.workspace has it."""
+        return self.working_dir or self.owner
+
+
+def note_of(row: ConversationRow) -> Note:
+    """Return the note in a row; a fresh one where it cannot be read."""
+    try:
+        return msgspec.convert(row.meta, Note)
+    except msgspec.ValidationError:
+        return Note(owner=row.id)
+
+
+def snapshot_of(row: ConversationRow, note: Note, missing: str) -> Snapshot:
+    """Return what is known of a conversation that is not in memory; `missing`: of its agent, a sentence."""
+    return Snapshot(
+        id=row.id,
+        state="damaged" if row.damaged else "running" if row.open_turn else "idle",
+        epoch=row.epoch,
+        head_seq=row.head_seq,
+        title=note.title,
+        tags=note.tags,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        model=note.model,
+        workspace=note.workspace,
+        waiting_for=missing,
+        waits=(Wait(what="key", reason=missing),) if missing else (),
+    )
+
+
+def wanted_note(
+    id: str, spec: WorkspaceSpec, notes: Mapping[str, Note], config: ServerConfig, folder: DataFolder
+) -> Note:
+    """Return what is noted of a new conversation that is to have this workspace.
+
+    Args:
+        id: of the conversation.
+        spec: what was asked for.
+        notes: of all others, by id.
+        config: says what is allowed.
+        folder: that of the server.
+
+    Raises:
+        ConversationNotFound: there is none of the id whose workspace is to be shared.
+        PathNotFound, NotADirectory: `working_dir` is no folder.
+        InvalidParams: the spec contradicts itself or makes no sense.
+        PolicyDenied, ImageUnavailable, IsolationUnavailable: this server does not allow it, or cannot do it.
+    """
+    if sum(field is not None for field in (spec.share, spec.working_dir, spec.sandbox)) > 1:
+        raise InvalidParams("$.params.workspace: share, working_dir and sandbox exclude each other")
+    if spec.share is not None:
+        other = notes.get(spec.share)
+        if other is None:
+            raise ConversationNotFound(
+                f"no conversation {spec.share[:SHOWN_ID]!r} to share with",
+                conversation=spec.share[:SHOWN_ID],
+            )
+        return Note(owner=other.owner, working_dir=other.working_dir, sandbox=other.sandbox)
+    sandbox = None if spec.sandbox is None else checked(spec.sandbox, config)
+    return Note(owner=id, working_dir=_existing_folder(spec.working_dir, folder), sandbox=sandbox)
+
+
+def _existing_folder(given: str | None, folder: DataFolder) -> str | None:
+    if given is None:
+        return None
+    path = Path(given).expanduser()
+    if not path.is_absolute():
+        raise InvalidParams(
+            "$.params.workspace.working_dir: an absolute path of the server's machine is needed"
+        )
+    if not path.exists():
+        raise PathNotFound(f"no such folder on the server: {given}", path=given)
+    if not path.is_dir():
+        raise NotADirectory(f"no folder: {given}", path=given)
+    real, data = path.resolve(), folder.root.resolve()
+    if folder.confinement.isolation != "none" and (real.is_relative_to(data) or data.is_relative_to(real)):
+        raise PolicyDenied(
+            f"$.params.workspace.working_dir: {given} is, holds or is in the data folder of the server, which commands "
+            "must not reach; name another one, or none for a fresh one"
+        )
+    return str(real)
 
 
 def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
