@@ -210,11 +210,13 @@ class LocalConversation(Conversation):
         check_text(text)
         if op_id is not None:
             op = operation(SendMessage(op_id=checked_op_id(op_id), text=text, mode=mode))
-        if known := await self.answered(op, Accepted):
-            opened.untold = known.run_id
-            return known
-        if not opened.turns.ready:
-            raise StateConflict("no agent is configured yet", state="idle")
+        # Where nothing is done before the commit, that finds out whether the call came before.
+        if mode == "interrupt" or not opened.turns.ready:
+            if known := await opened.journal.answered(op, Accepted):
+                opened.untold = known.run_id
+                return known
+            if not opened.turns.ready:
+                raise StateConflict("no agent is configured yet", state="idle")
         if mode == "interrupt":
             opened.turns.check()
             await opened.turns.stop("a new message came", asked=True, run_id=stops)
@@ -223,7 +225,8 @@ class LocalConversation(Conversation):
         acceptance = with_acceptance(op, run_id)
         written = opened.turns.submit(message, acceptance, run_id=run_id, wake=mode == "interrupt")
         records = await asyncio.shield(written)
-        if not records and (known := await self.answered(op, Accepted)):
+        if not records and (known := await opened.journal.answered(op, Accepted)):
+            opened.untold = known.run_id
             return known
         return Accepted(records[0].event.seq, run_id)
 

@@ -69,7 +69,7 @@ from agent_sdk.protocol.methods.conversation import (
 from agent_sdk.protocol.methods.method import Effect, Method
 from agent_sdk.protocol.specs import ConfirmationPolicy, Model, WorkspaceSpec
 from agent_sdk.remote.connection import ANSWER_SECONDS, Connection
-from agent_sdk.remote.delivery import Delivery, ToolCalls
+from agent_sdk.remote.delivery import Delivery, Position, ToolCalls
 from agent_sdk.remote.link import Until, ask, ask_page, asking
 from agent_sdk.remote.reconnecting import LinkUser, ServerLink
 from agent_sdk.remote.workspace import RemoteWorkspace
@@ -158,7 +158,7 @@ class RemoteConversation(Conversation, LinkUser):
 
     @property
     def cursor(self) -> Cursor:
-        return self._delivery.given
+        return Cursor(*self._delivery.given)
 
     async def send_message(
         self, text: str, *, mode: Literal["enqueue", "interrupt"] = "enqueue", op_id: str | None = None
@@ -392,9 +392,9 @@ class RemoteConversation(Conversation, LinkUser):
         )
         delivery.begin_epoch(answer.epoch)
         reason = _why_void(known, answer)
-        if reason and delivery.taken in (known, Cursor(answer.epoch, known.seq)):
+        if reason and delivery.taken in (known, Position(answer.epoch, known.seq)):
             # A notice says it, too, but later: nobody must learn anything from the wrong history meanwhile.
-            delivery.reset(reason, Cursor(answer.epoch, 0))
+            delivery.reset(reason, Position(answer.epoch, 0))
         if self._tools.names:
             await peer.call(RegisterTools(tools=self._tools.names), timeout=ANSWER_SECONDS)
         if answer.state is not None:
@@ -409,15 +409,15 @@ class RemoteConversation(Conversation, LinkUser):
         self._known_seq, self._out_of_reach = answer.head_seq, None
         delivery.wake()
 
-    def _beginning(self, answer: Initialized) -> Cursor:
+    def _beginning(self, answer: Initialized) -> Position:
         match self._since:
-            case Cursor():
-                return self._since
+            case Cursor(epoch=epoch, seq=seq):
+                return Position(epoch, seq)
             case None:
                 is_new = self._is_new or answer.head_seq <= 1  # nothing but its creation
-                return Cursor("", 0 if is_new else answer.head_seq)
+                return Position("", 0 if is_new else answer.head_seq)
             case seq:
-                return Cursor("", seq)
+                return Position("", seq)
 
     def noticed(self, method: str, params: Raw) -> None:
         if method == EventsNotice.method:
@@ -428,20 +428,17 @@ class RemoteConversation(Conversation, LinkUser):
                 elif isinstance(event, TurnStarted | TurnEnded):
                     self._turn = event.run_id if isinstance(event, TurnStarted) else None
                 if event.seq > self._known_seq:
-                    self._heed(event)
+                    self._waits.add(event)
+                    # Others may have changed it.
+                    if isinstance(event, AgentConfigured) and self._is_configured:
+                        self._settings["max_iterations"] = event.max_iterations
+                        self._settings["confirmation"] = event.confirmation
         elif method == DeltaNotice.method:
             delta = msgspec.json.decode(params, type=DeltaNotice).delta
             self._delivery.take_delta(msgspec.json.decode(delta, type=Delta))
         elif method == SyncReset.method:
             reset = msgspec.json.decode(params, type=SyncReset)
-            self._delivery.reset(reset.reason, Cursor(reset.epoch, reset.from_seq - 1))
-
-    def _heed(self, event: Event) -> None:
-        """Keep up with what holds now: what is waited for, and what others have changed of the agent."""
-        self._waits.add(event)
-        if isinstance(event, AgentConfigured) and self._is_configured:
-            self._settings["max_iterations"] = event.max_iterations
-            self._settings["confirmation"] = event.confirmation
+            self._delivery.reset(reset.reason, Position(reset.epoch, reset.from_seq - 1))
 
     def unreachable(self, error: AgentServerError) -> None:
         self._out_of_reach = Wait(what="server", reason=f"the server: {error}")
@@ -455,7 +452,7 @@ def _page_after(seq: int) -> Callable[[int], Method[EventPage]]:
     return lambda limit: GetEvents(after=seq, limit=limit)
 
 
-def _why_void(known: Cursor, log: Subscribed) -> str:
+def _why_void(known: Position, log: Subscribed) -> str:
     """Why a cursor is no place in this log; empty: it is one."""
     if known.epoch not in ("", log.epoch):
         return "the log was made anew"

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Raw, Struct
 
@@ -27,10 +27,17 @@ logger = logging.getLogger("agent_sdk")
 OUTCOMES_KEPT = 256
 
 
+class Position(NamedTuple):
+    """What a Cursor says, unchecked: there is a new one with every event."""
+
+    epoch: str
+    seq: int
+
+
 class _Reset(Struct, frozen=True):
     """From here on it is another history."""
 
-    start: Cursor
+    start: Position
     error: HistoryLost
 
 
@@ -54,9 +61,9 @@ class Delivery:
         self._task: asyncio.Task[None] | None = None
         self._error: AgentServerError | None = None
         self._resets = 0
-        self.taken = Cursor("", 0)
+        self.taken = Position("", 0)
         """Of the last event that came; where the next connection goes on."""
-        self.given = Cursor("", 0)
+        self.given = Position("", 0)
         """Of the last event that the callbacks were given."""
         self.since = 0
         """Events up to this seq are not delivered."""
@@ -67,17 +74,17 @@ class Delivery:
         """Whether a connection brings events."""
         return self._task is not None
 
-    def start(self, cursor: Cursor) -> None:
-        """Begin after this cursor; an empty epoch stands for that of the log."""
-        self.since = cursor.seq
-        self.taken = self.given = cursor
+    def start(self, after: Position) -> None:
+        """Begin after this event; an empty epoch stands for that of the log."""
+        self.since = after.seq
+        self.taken = self.given = after
         self._task = asyncio.create_task(self._deliver())
 
     def begin_epoch(self, epoch: str) -> None:
         """Learn the epoch of the log, where it was not known."""
         if not self.taken.epoch:
-            self.taken = Cursor(epoch, self.taken.seq)
-            self.given = Cursor(epoch, self.given.seq)
+            self.taken = Position(epoch, self.taken.seq)
+            self.given = Position(epoch, self.given.seq)
 
     def take(self, epoch: str, raws: Sequence[Raw]) -> list[Event]:
         """Accept events as they arrive; known ones are dropped, a gap ends the stream. Returns the new ones."""
@@ -85,7 +92,7 @@ class Delivery:
             return []
         self.begin_epoch(epoch)
         if epoch != self.taken.epoch:
-            self.reset("the log was made anew", Cursor(epoch, 0))
+            self.reset("the log was made anew", Position(epoch, 0))
         new: list[Event] = []
         for raw in raws:
             event = event_types.decode(raw)
@@ -94,7 +101,7 @@ class Delivery:
             if event.seq != self.taken.seq + 1:
                 self.end(TransferBroken(f"event {event.seq} came after event {self.taken.seq}"))
                 break
-            self.taken = Cursor(epoch, event.seq)
+            self.taken = Position(epoch, event.seq)
             self._queue.put_nowait(event)
             new.append(event)
         if new:
@@ -106,7 +113,7 @@ class Delivery:
         if self._on_delta is not None:
             self._queue.put_nowait(delta)
 
-    def reset(self, reason: str, start: Cursor) -> None:
+    def reset(self, reason: str, start: Position) -> None:
         """The history up to here is void; what follows is another one, after `start`. Repeating it does nothing."""
         if self.taken == start:
             return
@@ -188,10 +195,11 @@ class Delivery:
                 case AgentServerError() as error:
                     self._fail(error)
                 case event:
-                    self.given = Cursor(self.given.epoch, event.seq)
+                    self.given = Position(self.given.epoch, event.seq)
                     for callback in self._callbacks:
                         await tell(callback, event)
-                    self._delivered(event)
+                    if isinstance(event, TurnEnded):
+                        self._keep(event)
 
     async def _restart(self, reset: _Reset) -> None:
         if self._on_reset is None:
@@ -201,14 +209,14 @@ class Delivery:
         self.since = reset.start.seq
         self._outcomes.clear()
         self._resets += 1
-        await tell(self._on_reset, reset.start)
+        await tell(self._on_reset, Cursor(*reset.start))
         self.wake()
 
-    def _delivered(self, event: Event) -> None:
-        if isinstance(event, TurnEnded):
-            self._outcomes[event.run_id] = outcome_of(event)
-            if len(self._outcomes) > OUTCOMES_KEPT:
-                self._outcomes.popitem(last=False)
+    def _keep(self, ended: TurnEnded) -> None:
+        """Keep how a turn ended, whose end the callbacks have seen, and let those look who wait for it."""
+        self._outcomes[ended.run_id] = outcome_of(ended)
+        if len(self._outcomes) > OUTCOMES_KEPT:
+            self._outcomes.popitem(last=False)
         self.wake()
 
 

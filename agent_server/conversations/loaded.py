@@ -43,6 +43,11 @@ from agent_server.work import Work
 CLOSE_GONE = 4404
 CLOSE_FAILED = 1011
 REASON_CHARACTERS = 100
+_END, _START, _RESUMED = (
+    b'{"type":"%b"' % str(kind.__struct_config__.tag).encode()
+    for kind in (TurnEnded, TurnStarted, TurnResumed)
+)
+"""How the JSON of such an event begins: our own encoder wrote it, and it writes the tag first."""
 BACK_SECONDS = 5.0
 """In which the clients of a server that was stopped may come back and stop a turn before it does anything new."""
 
@@ -205,9 +210,9 @@ class LoadedConversation:
         self._end_turn()
 
     def _follow_turns(self, seq: int, event: bytes) -> None:
-        if self._turn is None and (_is(event, TurnStarted) or _is(event, TurnResumed)):
+        if self._turn is None and event.startswith((_START, _RESUMED)):
             self._begin_turn()
-        elif _is(event, TurnEnded):
+        elif event.startswith(_END):
             self._end_turn()
 
     def _turn_failed(self, failure: Exception) -> None:
@@ -255,11 +260,6 @@ class LoadedConversation:
             encoded = msgspec.json.encode(delta)
             for listener in list(self._delta_listeners.values()):
                 listener(encoded)
-
-
-def _is(event: bytes, kind: type[TurnStarted | TurnResumed | TurnEnded]) -> bool:
-    """Whether this is the JSON of such an event. Our own encoder wrote it, and it writes the tag first."""
-    return event.startswith(b'{"type":"%b"' % str(kind.__struct_config__.tag).encode())
 
 
 class BoxPlace(Place):
