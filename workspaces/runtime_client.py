@@ -15,6 +15,7 @@ from urllib.parse import quote
 from msgspec import Struct
 
 from agent_sdk.outbound import failure, proxy_for, tls_problem, trusted
+from agent_sdk.protocol.checks import whole
 from agent_sdk.protocol.errors import InvalidParams, RemoteApiError
 from agent_sdk.remote.connection import checked_key, checked_trust, checked_url
 
@@ -199,8 +200,8 @@ class RuntimeClient:
             said = f"it redirects to {place}; the key is not sent there: if it is right, pass that address"
         else:
             said = _sentence(text) or "it says no more"
-        after = headers.get("Retry-After", "")
-        details = {"retry_after_ms": min(int(after), LONGEST_RETRY_AFTER) * 1000} if after.isdecimal() else {}
+        after = whole(headers.get("Retry-After", ""))
+        details = {} if after is None else {"retry_after_ms": min(after, LONGEST_RETRY_AFTER) * 1000}
         hint = "; pass the right runtime_api_key" if status == 401 else ""
         return RemoteApiError(
             f"{self.url} answered {status} to {phase}: {said}{hint}", phase=phase, status=status, **details

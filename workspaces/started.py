@@ -15,7 +15,18 @@ import msgspec
 
 from agent_sdk.cancellation import to_its_end
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.checks import Gpus, Heartbeat, Limit, Name, Options, OsText, Path, Platform, Port
+from agent_sdk.protocol.checks import (
+    Gpus,
+    Heartbeat,
+    Limit,
+    Name,
+    Options,
+    OsText,
+    Path,
+    Platform,
+    Port,
+    whole,
+)
 from agent_sdk.protocol.errors import (
     AgentServerError,
     InvalidParams,
@@ -250,7 +261,7 @@ class StartedWorkspace(RemoteWorkspace):
             self._machine,
             labels=found.labels,
             secret_env={KEY_NAME: found.env[KEY_NAME]},
-            ports=(int(found.labels.get(PORT, SERVER_PORT)), *self._machine.ports[1:]),
+            ports=(whole(found.labels.get(PORT, "")) or SERVER_PORT, *self._machine.ports[1:]),
         )
 
     async def _own(self, server: Server, *, kept: bool) -> Reaper | None:

@@ -179,6 +179,11 @@ def check_input(stdin: bytes | str | None) -> bytes:
     raise _refusal("stdin", "bytes or text", stdin)
 
 
+def whole(text: str) -> int | None:
+    """Return the number that a text from elsewhere is, of at most 18 digits; None: it is none."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
+
+
 def flaw(value: Any, *, for_system: bool = False) -> str:
     """Return what is wrong with texts and numbers in a value that nobody can send or store; empty: nothing."""
     if isinstance(value, str):

@@ -19,6 +19,7 @@ from msgspec import Raw, Struct
 
 from agent_sdk.ids import checked_new_conversation
 from agent_sdk.outbound import TLS_THERE, failure, proxy_for, speaks_tls, tls_problem, trusted
+from agent_sdk.protocol.checks import whole
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -342,8 +343,8 @@ def _named(status: int) -> str:
 
 
 def _pause(headers: Mapping[str, str]) -> int:
-    seconds = headers.get("Retry-After", "1")
-    return min(int(seconds), LONGEST_PAUSE) * 1000 if seconds.isdecimal() and len(seconds) < 10 else 1000
+    seconds = whole(headers.get("Retry-After", ""))
+    return 1000 if seconds is None else min(seconds, LONGEST_PAUSE) * 1000
 
 
 EXAMPLE = "http://127.0.0.1:8000"

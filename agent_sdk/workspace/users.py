@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from agent_sdk.protocol.checks import whole
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable
 
 HIGHEST = 65_535
@@ -156,7 +157,7 @@ def _entries(path: str, fields: int) -> Iterator[list[str]]:
             for line in lines:
                 entry = line.rstrip("\n").split(":")
                 numbers = entry[2:4] if fields == 6 else entry[2:3]
-                if len(entry) >= fields and all(number.isdecimal() for number in numbers):
+                if len(entry) >= fields and all(whole(number) is not None for number in numbers):
                     yield entry
     except OSError:
         return

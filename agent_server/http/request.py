@@ -14,6 +14,7 @@ from aiohttp import hdrs, web
 from msgspec import Raw
 
 from agent_sdk.ids import is_id
+from agent_sdk.protocol.checks import whole
 from agent_sdk.protocol.codec import decode_params
 from agent_sdk.protocol.errors import InvalidParams, InvalidRequest, LimitExceeded, TooManySubprotocols
 from agent_sdk.protocol.methods.conversation import ListConversations
@@ -102,8 +103,9 @@ def checked_number(name: str, text: str, least: int, most: int) -> int:
     Raises:
         InvalidParams: it is none, or out of range.
     """
-    if text.isascii() and text.isdigit() and len(text) <= 16 and least <= int(text) <= most:
-        return int(text)
+    found = whole(text)
+    if found is not None and least <= found <= most:
+        return found
     raise InvalidParams(f"{name}: expected int {least}..{most}, got {text[:_SHOWN]!r}")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from agent_sdk.protocol.checks import whole
 from agent_sdk.workspace.environment import packed
 from agent_server.config.options import Quota
 from workspaces.backend.contract import (
@@ -147,7 +148,7 @@ def _port(command: Sequence[str]) -> int:
     for at, word in enumerate(command):
         name, _, value = word.partition("=")
         if name == "--port":
-            value = value or next(iter(command[at + 1 :]), "")
-            if value.isdecimal() and 0 < int(value) <= 65535:
-                return int(value)
+            port = whole(value or next(iter(command[at + 1 :]), ""))
+            if port is not None and 0 < port <= 65535:
+                return port
     return SERVER_PORT

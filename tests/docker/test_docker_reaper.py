@@ -182,3 +182,4 @@ def test_a_process_is_dead_when_its_number_belongs_to_another_one():
     assert is_dead(f"{machine}.{pid}.{int(ticks) - 1}")
     assert not is_dead(f"another-{machine}.{pid}.1")
     assert not is_dead("")
+    assert not is_dead(f"{machine}.{'9' * 5000}.1")

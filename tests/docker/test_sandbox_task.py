@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent_sdk import RemoteWorkspace
-from agent_sdk.protocol.errors import IsolationUnavailable, PolicyDenied, WorkspaceUnavailable
+from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, PolicyDenied, WorkspaceUnavailable
 from tests.docker.boxes import box, sandboxes_in
 from tests.docker.engine_process import EngineProcess
 from tests.docker.images import BUSYBOX, FULL
@@ -126,6 +126,13 @@ async def test_a_user_that_the_image_has_not_is_refused_in_one_sentence(tasks):
     async with sandbox(tasks, FULL, profile="task", user="nonesuch") as workspace:
         with pytest.raises(WorkspaceUnavailable, match="there is no user 'nonesuch' in /etc/passwd"):
             await workspace.execute("true")
+
+
+async def test_a_user_whose_number_is_longer_than_any_is_not_there(tasks, image):
+    odd = image(f"RUN echo 'huge:x:{'9' * 5000}:0::/:/bin/sh' >>/etc/passwd", base=FULL)
+    async with sandbox(tasks, odd, profile="task") as workspace:
+        with pytest.raises(InvalidParams, match="there is no user 'huge' in /etc/passwd"):
+            await workspace.execute("true", user="huge")
 
 
 async def test_a_task_outlives_its_server_with_all_it_has_written(started, image, engine):

@@ -96,17 +96,18 @@ async def test_of_others_only_what_is_over_and_does_not_run_is_removed(private_e
     def marks(expires: object) -> dict[str, str]:
         return {labels.INSTANCE: other, labels.EXPIRES: str(expires)}
 
-    over, runs, comes_back, never, odd = (name() for _ in range(5))
+    over, runs, comes_back, never, odd, endless = (name() for _ in range(6))
     async with Engine(private_engine.url) as engine:
         await engine.create(over, body(marks(LONG_AGO)))
         await engine.start(await engine.create(runs, body(marks(LONG_AGO))))
         await engine.create(comes_back, body(marks(int(time.time()) + 3600)))
         await engine.create(never, body({labels.INSTANCE: other}))
         await engine.create(odd, body(marks("-1 or so")))
+        await engine.create(endless, body(marks("9" * 5000)))
         await Told().sweep(engine, new_id()).once()
         assert await states(engine, other) == {
             runs: "running",
-            **dict.fromkeys((comes_back, never, odd), "created"),
+            **dict.fromkeys((comes_back, never, odd, endless), "created"),
         }
 
 

@@ -87,7 +87,14 @@ async def test_a_started_runtime_is_an_agent_server_behind_the_same_port(server,
 
 
 @pytest.mark.parametrize(
-    "command", [None, "/opt/agent-server/bin/start serve", ["/usr/bin/other", "--port", "60000"]]
+    "command",
+    [
+        None,
+        "/opt/agent-server/bin/start serve",
+        ["/usr/bin/other", "--port", "60000"],
+        ["/usr/bin/other", "--port", "9" * 5000],
+    ],
+    ids=["none", "ours", "other", "no port"],
 )
 async def test_the_environment_of_a_runtime_reaches_its_commands_whatever_is_to_be_run(api, command):
     runtime = await api.start(command=command, environment={"COLOUR": "blue", "PYTHONPATH": "/nowhere"})

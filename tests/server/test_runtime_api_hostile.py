@@ -149,7 +149,14 @@ async def test_states_that_may_pass_are_waited_for(api):
 @pytest.mark.parametrize("call", ["session", "start"])
 @pytest.mark.parametrize(
     "answer",
-    [(429, {}, {"Retry-After": "0"}), (500, "oops"), (502, "<html>"), (503, {}), (408, "")],
+    [
+        (429, {}, {"Retry-After": "0"}),
+        (425, {}, {"Retry-After": "9" * 5000}),
+        (500, "oops"),
+        (502, "<html>"),
+        (503, {}),
+        (408, ""),
+    ],
     ids=lambda answer: str(answer[0]),
 )
 async def test_what_may_pass_is_tried_again(api, call, answer):

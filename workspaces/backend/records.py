@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from agent_sdk.ids import new_id
+from agent_sdk.protocol.checks import whole
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from agent_sdk.workspace.launch import with_default_signals
 from agent_sdk.workspace.process_tree import started_ticks, tick_now
@@ -85,9 +86,10 @@ def is_dead(owner: str) -> bool:
     """Whether the process of this name has ended; False also for those of other machines and containers."""
     machine, _, process = owner.partition(".")
     pid, _, ticks = process.partition(".")
-    if machine in ("", UNKNOWN) or machine != _machine() or not (pid.isdecimal() and ticks.isdecimal()):
+    number, began = whole(pid), whole(ticks)
+    if machine in ("", UNKNOWN) or machine != _machine() or number is None or began is None:
         return False
-    return started_ticks(int(pid)) != int(ticks)
+    return started_ticks(number) != began
 
 
 def _machine() -> str:

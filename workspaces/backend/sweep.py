@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Self
 
+from agent_sdk.protocol.checks import whole
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.workspace.disk import in_thread
 from workspaces.backend.contract import Backend, Found
@@ -105,6 +106,6 @@ class Sweep:
 
 
 def _is_over(found: Found) -> bool:
-    expires = found.labels[EXPIRES]
-    over = expires.isascii() and expires.isdigit() and int(expires) + GRACE_SECONDS < time.time()
+    expires = whole(found.labels[EXPIRES])
+    over = expires is not None and expires + GRACE_SECONDS < time.time()
     return over and found.state not in ("running", "paused")

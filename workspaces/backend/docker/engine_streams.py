@@ -21,6 +21,7 @@ import msgspec
 import tenacity
 from msgspec import Struct
 
+from agent_sdk.protocol.checks import whole
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound, WorkspaceUnavailable
 from workspaces.backend import labels
 from workspaces.backend.contract import Cause, Ending
@@ -163,9 +164,8 @@ class EngineEvents:
             for watch in self._watches.get(id, ()):
                 watch.oom = True
         elif event.Action in _ENDS and id in self._watches:
-            code = event.Actor.Attributes.get("exitCode", "")
-            number = int(code) if code.isdecimal() and len(code) <= 10 else None
-            self._spawn(self._look(id, number, ended=event.timeNano))
+            code = whole(event.Actor.Attributes.get("exitCode", ""))
+            self._spawn(self._look(id, code, ended=event.timeNano))
 
     def _tell(self, happened: Happened | None) -> None:
         for queue in self._queues:
