@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("workspaces")
 
+UNREADABLE = (ValueError, RecursionError)
+"""What decoding JSON may raise."""
 LONGEST_ANSWER = 4 << 20
 LONGEST_SENTENCE = 300
 LONGEST_RETRY_AFTER = 60
@@ -186,7 +188,7 @@ class RuntimeClient:
             return {}
         try:
             value = json.loads(text)
-        except ValueError:
+        except UNREADABLE:
             value = None
         if not isinstance(value, dict):
             raise RemoteApiError(
@@ -256,7 +258,7 @@ def _sentence(text: str) -> str:
     """What a refusal says, whatever form it has."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except UNREADABLE:
         return _short(text)
     for name in ("error", "detail", "message"):
         if isinstance(value, dict) and name in value:

@@ -291,7 +291,7 @@ class Server:
 def _is_ready(line: str) -> bool:
     try:
         msgspec.json.decode(line, type=Ready)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return False
     return True
 

@@ -350,7 +350,7 @@ def _entry(line: str) -> tuple[str, str, dict[str, Any]]:
     try:
         fields = msgspec.json.decode(line, type=dict[str, Any])
         event, level = str(fields.pop("event")), str(fields.pop("level"))
-    except (msgspec.DecodeError, KeyError):
+    except (msgspec.DecodeError, RecursionError, KeyError):
         return "info", line, {}
     fields.pop("time", None)
     taken = {"container", "timestamp", "exc_info", "stack_info", "stack", "positional_args"}

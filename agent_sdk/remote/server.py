@@ -123,6 +123,6 @@ class AgentServer:
         if answer.status == 200:
             try:
                 return msgspec.json.decode(body, type=kind)
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 pass
         raise refused(url, answer.status, answer.headers, body[:LONGEST_BODY], api_key=key)

@@ -75,7 +75,7 @@ async def ask(url: str) -> _Health:
     try:
         if ours and answer.status == 200:
             return msgspec.json.decode(body, type=_Health)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     if ours and answer.status in (401, 404):  # the right address asks for no key
         raise ConnectionLost(nowhere(url))

@@ -317,7 +317,7 @@ class RuntimeRoutes:
         body = await read_body(request, limit=LONGEST_BODY, seconds=self._body_seconds)
         try:
             return msgspec.json.decode(body, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise InvalidParams(f"the body does not fit: {exc}") from None
 
     async def _answer(self, request: web.Request, runtime: Runtime) -> web.Response:

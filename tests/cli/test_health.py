@@ -53,13 +53,17 @@ def test_a_server_that_was_killed_is_not_healthy(perform, tmp_path):
             web.Response(text="ok", headers={"Server": "agent-server"}),
             "is no agent server: it answered 200 OK",
         ),
+        (
+            web.Response(text='{"x": ' + "[" * 100_000, headers={"Server": "agent-server"}),
+            "is no agent server: it answered 200 OK",
+        ),
         (web.Response(status=503, headers={"Server": "agent-server"}), "is shutting down"),
         (
             web.Response(status=307, headers={"Location": "http://127.0.0.1:9/"}),
             "redirects to http://127.0.0.1:9/",
         ),
     ],
-    ids=["somebody else", "no JSON", "refuses", "leads elsewhere"],
+    ids=["somebody else", "no JSON", "deep", "refuses", "leads elsewhere"],
 )
 async def test_what_is_no_healthy_agent_server_is_told(shell, aiohttp_server, answer, sentence):
     async def health(request: web.Request) -> web.Response:

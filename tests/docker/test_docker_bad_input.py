@@ -131,6 +131,17 @@ async def test_a_server_that_dies_at_its_start_is_told_with_its_last_words(image
     assert error.details["phase"] == "ready"
 
 
+@pytest.mark.parametrize(
+    "image_that_does",
+    [r"""echo -n '{"x":'; yes '[' | tr -d '\n' | head -c 60000; echo; echo too bad; exit 3"""],
+    indirect=True,
+)
+async def test_a_line_of_a_server_that_nobody_could_read_keeps_no_others_back(image_that_does):
+    lines = []
+    await refused(WorkspaceUnavailable, server_image=image_that_does, on_log=lines.append)
+    assert (lines[0][:8], lines[1]) == ('{"x":[[[', "too bad")
+
+
 @pytest.mark.parametrize("image_that_does", ["echo hm; sleep 600"], indirect=True)
 async def test_one_that_never_becomes_ready_ends_with_the_time_for_its_start(
     engine, image_that_does, free_name
@@ -143,7 +154,7 @@ async def test_one_that_never_becomes_ready_ends_with_the_time_for_its_start(
     assert await state(engine, free_name) is None
 
 
-READY = """echo '{\\"url\\":\\"\\",\\"api_key_file\\":null,\\"pid\\":1}'"""
+READY = """echo '{"url":"","api_key_file":null,"pid":1}'"""
 
 
 @pytest.mark.parametrize("image_that_does", [f"{READY}; echo and out; exit 4"], indirect=True)

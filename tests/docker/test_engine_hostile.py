@@ -25,6 +25,8 @@ from tests.docker.fake_engine import INFO, VERSION, FakeEngine, never, slam, str
 from workspaces.backend.docker.engine import Engine, engine_version
 from workspaces.backend.docker.engine_streams import LONGEST_LINE
 
+DEEP = '{"x": ' + "[" * 100_000
+"""Deeper than anybody reads."""
 HASTE = 0.1
 """Of the limits of time: what hangs is given up after 1 s instead of 10."""
 
@@ -39,6 +41,10 @@ async def fake(tmp_path):
 async def engine(fake):
     async with Engine(fake.url, patience=HASTE) as engine:
         yield engine
+
+
+def repr_of(said):
+    return repr(said)[:20]
 
 
 async def refusal(url, kind=EngineUnavailable):
@@ -155,7 +161,9 @@ async def test_an_engine_of_the_future_is_used(fake):
         '{"ApiVersion": null}',
         '{"ApiVersion": "x.y"}',
         "\udcff",
+        DEEP,
     ],
+    ids=repr_of,
 )
 @pytest.mark.parametrize("call", ["GET /version", "GET /info"])
 async def test_what_is_no_engine_is_told_apart(fake, call, said):
@@ -209,7 +217,7 @@ async def test_a_failure_is_passed_on_in_one_line(fake, engine, body, content_ty
     assert failed.value.details == {"phase": "start", "status": 500}
 
 
-@pytest.mark.parametrize("body", [{"error": 1}, [], "{", ""])
+@pytest.mark.parametrize("body", [{"error": 1}, [], "{", "", DEEP], ids=repr_of)
 async def test_a_failure_that_makes_no_sense_is_one_all_the_same(fake, engine, body):
     fake.answer("POST /containers/x/start", body, 500)
     with pytest.raises(EngineUnavailable):
@@ -341,7 +349,8 @@ def event(action, id="x", **attributes):
     return json.dumps({"Action": action, "Actor": actor, "timeNano": 1767225600_500000007}).encode() + b"\n"
 
 
-async def test_events_that_make_no_sense_lose_no_death(fake):
+@pytest.mark.parametrize("said", [b"y" * (2 << 20), DEEP.encode()], ids=["long", "deep"])
+async def test_events_that_make_no_sense_lose_no_death(fake, said):
     """Each time something comes that is no event the containers are looked at."""
     state = {"Running": True}
 
@@ -353,7 +362,7 @@ async def test_events_that_make_no_sense_lose_no_death(fake):
         await response.prepare(request)
         await fake.called("GET /containers/x/json")
         state.update(Running=False, Status="exited", ExitCode=9)
-        await response.write(b"y" * (2 << 20) + b"\n")
+        await response.write(said + b"\n")
         await asyncio.Event().wait()
 
     fake.on("GET /containers/x/json", inspect)

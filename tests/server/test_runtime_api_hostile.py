@@ -196,7 +196,10 @@ async def test_what_does_not_pass_in_time_is_told_with_the_last_answer(api):
         (418, "", "answered 418 to attach: it says no more"),
         (200, "<html>hello</html>", "is no Runtime API: it answers '<html>hello</html>'"),
         (200, "[]", "is no Runtime API"),
+        (200, "[" * 100_000, "is no Runtime API"),
+        (400, "[" * 100_000, "answered 400 to attach: [[["),
     ],
+    ids=lambda value: str(value)[:20],
 )
 async def test_a_refusal_is_one_sentence_at_once(api, status, body, sentence):
     api.on("session", (status, body))

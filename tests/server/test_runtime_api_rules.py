@@ -161,7 +161,11 @@ async def test_a_body_that_does_not_fit_is_refused_and_starts_nothing(start, bod
         assert await api.ask("GET", "/list") == {"runtimes": []}
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff"])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"null", b"\xff", b'{"x": ' + b"[" * 100_000],
+    ids=["empty", "half", "list", "null", "bytes", "deep"],
+)
 async def test_a_body_that_is_no_object_is_refused(start, body):
     async with start(**options()) as server, client(server) as api:
         for path in ("/start", "/stop"):

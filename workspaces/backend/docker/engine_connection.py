@@ -49,6 +49,7 @@ FAILURES = (
     ValueError,  # no JSON, no UTF-8, a line without end, or JSON that msgspec does not accept
     LookupError,  # an error without its message
     TypeError,
+    RecursionError,
 )
 """What a call may raise when the engine, or what pretends to be one, fails."""
 
@@ -377,6 +378,6 @@ def _plain(text: object) -> str:
     """The engine's words as one short line."""
     words = str(text).strip()
     if words.startswith("{"):  # nobody has decoded it
-        with suppress(ValueError, LookupError):
+        with suppress(ValueError, LookupError, RecursionError):
             words = str(json.loads(words)["message"])
     return " ".join(words.split()).rstrip(".")[:LONGEST_TEXT]

@@ -154,7 +154,7 @@ class EngineEvents:
     def _happened(self, line: bytes) -> None:
         try:
             event = msgspec.json.decode(line, type=_Event)
-        except msgspec.DecodeError:
+        except (ValueError, RecursionError):
             self._look_at_all()  # it may have been anything
             return
         self.since = max(self.since, event.timeNano + 1)
