@@ -200,9 +200,8 @@ async def outgoing(link: Link, call: Upload, source: Source, progress: Progress)
 
     async def send(peer: Peer, since: int) -> Transferred:
         async with peer.open_writer() as writer:
-            await writer.skip_to(since)
             calling = peer.call(replace(call, channel=writer.channel, since=since))
-            answer = await with_bytes(calling, giving=_give(source, writer, progress))
+            answer = await with_bytes(calling, giving=_give(source, since, writer, progress))
         if answer.sha256 != source.digest.hexdigest():
             raise TransferBroken("the SHA-256 of what was written differs from what was sent")
         return answer
@@ -211,18 +210,18 @@ async def outgoing(link: Link, call: Upload, source: Source, progress: Progress)
         return await persistent(link, attempt, changes_something=False)
 
 
-async def _give(source: Source, writer: ByteWriter, progress: Progress) -> None:
-    """Send all that is left. Where the other end wants no more, its answer says why: it may have the file."""
-    position, wanted = writer.offset, True
+async def _give(source: Source, since: int, writer: ByteWriter, progress: Progress) -> None:
+    """Send all from byte `since` on. Where the other end wants no more, its answer says why: it may have the file."""
+    position, wanted = since, True
     await progress.reach(position)
     async with aclosing(source.behind(position)) as chunks:
         async for data in chunks:
             if wanted:
-                wanted = await _accepted(writer.write(data))
+                wanted = await _accepted(writer.write_at(position, data))
             position += len(data)
             await progress.reach(position)
     if wanted:
-        await _accepted(writer.finish(source.digest.digest()))
+        await _accepted(writer.finish(source.digest.digest(), size=position))
 
 
 async def _accepted(writing: Awaitable[None]) -> bool:

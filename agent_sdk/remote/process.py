@@ -96,11 +96,11 @@ class Command:
     async def _feed(self, peer: Peer, stack: AsyncExitStack) -> int:
         """Begin to send what it reads, and return the channel; a command need not read all of it."""
         writer = await stack.enter_async_context(peer.open_writer())
-        await writer.skip_to(min(await self._arrived.ask(peer), len(self._stdin)))
+        writer.since = await self._arrived.ask(peer)
 
         async def feed() -> None:
-            await writer.write(memoryview(self._stdin)[writer.offset :])
-            await writer.finish()
+            await writer.write_at(0, memoryview(self._stdin))
+            await writer.finish(size=len(self._stdin))
 
         await stack.enter_async_context(meanwhile(feed()))
         return writer.channel

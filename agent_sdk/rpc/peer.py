@@ -90,12 +90,14 @@ class Inbound:
         """
         return self.peer._streams.reading(channel)
 
-    def writing(self, channel: int) -> AbstractAsyncContextManager[ByteWriter]:
+    def writing(self, channel: int, since: int = 0) -> AbstractAsyncContextManager[ByteWriter]:
         """Send bytes to the caller on its channel; leaving without `finish` resets the stream.
+
+        What lies before byte `since` the caller has got already: `write_at` leaves that out.
 
         Entering raises InvalidParams when this is no channel that the caller has just opened.
         """
-        return self.peer._streams.writing(channel)
+        return self.peer._streams.writing(channel, since)
 
 
 class Peer:

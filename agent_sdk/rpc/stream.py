@@ -208,12 +208,14 @@ class ByteWriter(Source):
     Attributes:
         channel: the stream's number, for the params of a call.
         offset: position of the next byte.
+        since: what lies before it the reader has got over another stream.
     """
 
-    def __init__(self, channel: int, table: StreamTable) -> None:
+    def __init__(self, channel: int, table: StreamTable, since: int = 0) -> None:
         """Streams are made by `Peer.open_writer` and `Inbound.writing`."""
         self.channel = channel
         self.offset = 0
+        self.since = since
         self.finished = False
         self.in_turn = False
         self.waiting: Line[bytes] = Line()
@@ -261,17 +263,18 @@ class ByteWriter(Source):
             self._longest *= 2
             view = view[taken:]
 
-    async def skip_to(self, offset: int) -> None:
-        """Leave out the bytes up to `offset`, which lies not behind the present one."""
-        if offset < self.offset:
-            raise ValueError(f"offset {offset} lies behind {self.offset}")
-        self.offset = offset
+    async def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Like `write`, of bytes that begin at `offset`, those that the reader has not got; a gap is left out."""
+        if rest := data[max(0, self.since - offset, self.offset - offset) :]:
+            self.offset = offset + len(data) - len(rest)
+            await self.write(rest)
 
-    async def finish(self, trailer: bytes = b"") -> None:
+    async def finish(self, trailer: bytes = b"", *, size: int = 0) -> None:
         """Say that this was all; does not wait until the reader has read it.
 
         Args:
             trailer: at most 256 bytes for the reader, e.g. a SHA-256.
+            size: of it all, where its end was left out.
 
         Raises:
             TransferBroken: the reader gave up.
@@ -284,6 +287,7 @@ class ByteWriter(Source):
         if self.finished:
             return
         self.finished = True
+        self.offset = max(self.offset, size)
         end = frames.end(self.channel, self.offset, trailer)
         if self.waiting.items is None:  # nothing is before it: it needs no turn among those who send much
             self._table.lanes.put_control(end)
@@ -365,14 +369,14 @@ class StreamTable:
         pending = self._take_up(channel)
         return self._add(pending.reader if pending else ByteReader(channel, self))
 
-    def writing(self, channel: int) -> ByteWriter:
-        """Return a stream of theirs that we write; enter it.
+    def writing(self, channel: int, since: int) -> ByteWriter:
+        """Return a stream of theirs that we write; enter it. They have got what lies before byte `since`.
 
         Raises:
             InvalidParams: it is none that they have just opened.
         """
         pending = self._take_up(channel)
-        writer = ByteWriter(channel, self)
+        writer = ByteWriter(channel, self, since)
         if pending is not None:
             if pending.broken is not None:
                 writer.fail(pending.broken)

@@ -100,20 +100,19 @@ class _Served:
     async def execute(self, params: Execute, call: Inbound) -> Executed:
         async with AsyncExitStack() as stack:
             writers: dict[OutputName, ByteWriter] = {}
-            channels: tuple[tuple[OutputName, int], ...] = (
-                ("stdout", params.stdout),
-                ("stderr", params.stderr),
+            channels: tuple[tuple[OutputName, int, int], ...] = (
+                ("stdout", params.stdout, params.stdout_since),
+                ("stderr", params.stderr, params.stderr_since),
             )
-            for name, channel in channels:
+            for name, channel, since in channels:
                 if channel:
-                    writers[name] = await stack.enter_async_context(call.writing(channel))
+                    writers[name] = await stack.enter_async_context(call.writing(channel, since))
             stdin = await self._stdin(params, call)
-            since: dict[OutputName, int] = {"stdout": params.stdout_since, "stderr": params.stderr_since}
             if params.follow and writers:
-                return await self._follow(params, call, stdin, writers, since)
+                return await self._follow(params, call, stdin, writers)
             result: ExecResult = await self._operations.run(params, lambda: self._run(params, stdin), call)
             for name, writer in writers.items():
-                await _finish(writer, result.out if name == "stdout" else result.err, since[name])
+                await _finish(writer, result.out if name == "stdout" else result.err)
             return _executed(result, with_text=not params.stdout)
 
     async def _stdin(self, params: Execute, call: Inbound) -> bytes | None:
@@ -129,7 +128,6 @@ class _Served:
         call: Inbound,
         stdin: bytes | None,
         writers: Mapping[OutputName, ByteWriter],
-        since: Mapping[OutputName, int],
     ) -> Executed:
         """Send output while the command runs, from where the caller says; it is read from where it is kept."""
         begun = self._begun.setdefault(params.op_id, asyncio.get_running_loop().create_future())
@@ -138,10 +136,7 @@ class _Served:
             await asyncio.wait((running, begun), return_when=asyncio.FIRST_COMPLETED)
             process = begun.result() if begun.done() else None
             await asyncio.gather(
-                *(
-                    self._send_from(process, running, writer, name, since[name])
-                    for name, writer in writers.items()
-                )
+                *(self._send(process, running, writer, name) for name, writer in writers.items())
             )
             result: ExecResult = await running
         except asyncio.CancelledError:
@@ -154,28 +149,26 @@ class _Served:
         sent = {name: writer.offset for name, writer in writers.items()}
         return _executed(result, sent=sent if result.status == "running" else {})
 
-    async def _send_from(
+    async def _send(
         self,
         process: LocalProcess | None,
         running: asyncio.Future[ExecResult],
         writer: ByteWriter,
         stream: OutputName,
-        since: int,
     ) -> None:
-        """Send what a stream of a command says from byte `since` until the call is over; without the process
-        what its result holds. Whoever does not want to read it does not disturb the command."""
+        """Send what a stream of a command says until the call is over; without the process what its result holds.
+        Whoever does not want to read it does not disturb the command."""
         try:
             if process is None and (held := (await running).process_id):
                 process = self._workspace.process(held)
             if process is not None:
                 with suppress(ProcessNotFound):
-                    async with aclosing(process.chunks(since, stream=stream, until=running)) as chunks:
+                    said = process.chunks(writer.since, stream=stream, until=running)
+                    async with aclosing(said) as chunks:
                         async for offset, data in chunks:
-                            await writer.skip_to(offset)
-                            await writer.write(data)
-                    since = max(since, writer.offset)
+                            await writer.write_at(offset, data)
             result = await running
-            await _finish(writer, result.out if stream == "stdout" else result.err, since)
+            await _finish(writer, result.out if stream == "stdout" else result.err)
         except (ConnectionLost, TransferBroken):
             return
 
@@ -225,8 +218,7 @@ class _Served:
         said = process.chunks(params.since, stream=params.stream, follow=params.follow)
         async with call.writing(params.channel) as writer, aclosing(said) as chunks:
             async for offset, data in chunks:
-                await writer.skip_to(offset)
-                await writer.write(data)
+                await writer.write_at(offset, data)
             await writer.finish()
             return Count(writer.offset)
 
@@ -251,10 +243,10 @@ class _Served:
         async with AsyncExitStack() as stack:
             writer = None
             if params.channel:
-                writer = await stack.enter_async_context(call.writing(params.channel))
+                writer = await stack.enter_async_context(call.writing(params.channel, params.since))
             result = await self._operations.run(params, lambda: act(**limits), call)
             if writer is not None:
-                await _finish(writer, result.output, params.since)
+                await _finish(writer, result.output)
             return ShellAnswer(
                 status=result.status,
                 exit_code=result.exit_code,
@@ -298,28 +290,26 @@ class _Served:
 
     async def download(self, params: Download, call: Inbound) -> Transferred:
         files = self._workspace.files
-        async with call.writing(params.channel) as writer:
+        async with call.writing(params.channel, params.since) as writer:
             if params.pack:
                 async with aclosing(files.packed(params.path, params.exclude)) as archive:
-                    return await self._send(params, writer, archive, 0o755)
+                    return await self._send_file(params, writer, archive, 0o755)
             async with files.read_stream(
                 params.path, offset=params.offset, length=params.length, as_is=params.as_is
             ) as source:
-                return await self._send(params, writer, source, source.mode)
+                return await self._send_file(params, writer, source, source.mode)
 
-    async def _send(
+    async def _send_file(
         self, params: Download, writer: ByteWriter, source: AsyncIterable[bytes], mode: int
     ) -> Transferred:
         digest, size = sha256(), 0
-        await writer.skip_to(params.since)
         async for data in source:
             digest.update(data)
             size += len(data)
-            if size > writer.offset:
-                await writer.write(data[writer.offset - size :])
+            await writer.write_at(size - len(data), data)
         if size < params.since:
             raise ChangedDuringRead(f"the file became shorter: {params.path}", path=params.path)
-        await writer.finish(digest.digest())
+        await writer.finish(digest.digest(), size=size)
         return Transferred(size, digest.hexdigest(), mode)
 
     async def files_list(self, params: FilesList, call: Inbound) -> list[FileInfo]:
@@ -383,15 +373,12 @@ def _executed(
     )
 
 
-async def _finish(writer: ByteWriter, output: Output, since: int = 0) -> None:
-    """End a stream of output, with what a result holds of it from byte `since` on: the tail at its own offset.
+async def _finish(writer: ByteWriter, output: Output) -> None:
+    """End a stream of output, with what a result holds of it: the tail at its own offset.
 
     Who does not want to read it any more gets the answer all the same.
     """
     with suppress(ConnectionLost, TransferBroken):
-        for place, data in ((0, output.head), (output.size - len(output.tail), output.tail)):
-            if rest := data[max(0, since - place) :]:
-                await writer.skip_to(place + len(data) - len(rest))
-                await writer.write(rest)
-        await writer.skip_to(max(writer.offset, output.size))
-        await writer.finish()
+        await writer.write_at(0, output.head)
+        await writer.write_at(output.size - len(output.tail), output.tail)
+        await writer.finish(size=output.size)

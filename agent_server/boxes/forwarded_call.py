@@ -69,10 +69,9 @@ class ForwardedCall:
                     self._readers[stream.channel] = await self._stack.enter_async_context(reading)
             for stream in self.params.gives:
                 if channel := getattr(self.params, stream.channel):
-                    writer = await self._stack.enter_async_context(self.call.writing(channel))
-                    self.streams[stream.channel] = CallerStream(
-                        writer, stream, getattr(self.params, stream.since)
-                    )
+                    writing = self.call.writing(channel, getattr(self.params, stream.since))
+                    writer = await self._stack.enter_async_context(writing)
+                    self.streams[stream.channel] = CallerStream(writer, stream)
             self._stack = self._stack.pop_all()
         self.once = bool(self._readers)
         return self
@@ -89,7 +88,7 @@ class ForwardedCall:
     async def end_streams(self) -> None:
         """End the streams to the caller where they are: nothing more comes."""
         for stream in self.streams.values():
-            await stream.finish(0, b"")
+            await stream.finish(0)
 
     async def through(self, peer: Peer) -> Any:
         """Make the call over this connection and return its answer, when all its bytes have passed.
@@ -101,7 +100,11 @@ class ForwardedCall:
         self.kept = {}
         async with AsyncExitStack() as stack:
             fields: dict[str, Any] = {}
-            self.coming = await self._take_in(stack, peer, fields)
+            self.coming = []
+            for field, reader in self._readers.items():
+                writer = await stack.enter_async_context(peer.open_writer())
+                fields[field] = writer.channel
+                self.coming.append(asyncio.create_task(_bring_in(reader, writer)))
             outputs = await self._take_out(stack, peer, fields)
             try:
                 answer = await peer.call(replace(self.params, **fields), leave=lambda: self.let_go)
@@ -112,31 +115,6 @@ class ForwardedCall:
                 return answer
             finally:
                 await _end([*self.coming, *(pump for output in outputs.values() if (pump := output.pump))])
-
-    async def _take_in(
-        self, stack: AsyncExitStack, peer: Peer, fields: dict[str, Any]
-    ) -> list[asyncio.Task[None]]:
-        pumps = []
-        for field, reader in self._readers.items():
-            both = AsyncExitStack()
-            writer = await both.enter_async_context(peer.open_writer())
-            fields[field] = writer.channel
-            pumps.append(asyncio.create_task(self._bring_in(both, reader, writer)))
-        return pumps
-
-    async def _bring_in(self, both: AsyncExitStack, reader: ByteReader, writer: ByteWriter) -> None:
-        """Pass the caller's bytes on. Where they break off, the box hears of it at once."""
-        async with both:
-            with suppress(TransferBroken, ConnectionLost):
-                try:
-                    async for chunk in reader:
-                        await writer.skip_to(chunk.offset)
-                        await writer.write(chunk.data)
-                except (TransferBroken, ConnectionLost):
-                    await writer.flushed()  # what came before counts
-                    raise
-                await writer.skip_to(reader.size)
-                await writer.finish(reader.trailer)
 
     async def _take_out(
         self, stack: AsyncExitStack, peer: Peer, fields: dict[str, Any]
@@ -193,24 +171,33 @@ class _Output:
 class CallerStream:
     """A stream to the caller; one who is gone or wants no more holds nothing up."""
 
-    def __init__(self, writer: ByteWriter, stream: Stream, since: int) -> None:
+    def __init__(self, writer: ByteWriter, stream: Stream) -> None:
         self.stream = stream
-        self.since = since
+        self.since = writer.since
         self._writer = writer
 
     async def pass_on(self, offset: int, data: bytes) -> None:
         """Send what the caller has not got yet."""
-        got = max(self.since, self._writer.offset)
-        if rest := data[max(0, got - offset) :]:
-            with suppress(ConnectionLost, TransferBroken):
-                await self._writer.skip_to(offset + len(data) - len(rest))
-                await self._writer.write(rest)
+        with suppress(ConnectionLost, TransferBroken):
+            await self._writer.write_at(offset, data)
 
-    async def finish(self, size: int, trailer: bytes) -> None:
+    async def finish(self, size: int, trailer: bytes = b"") -> None:
         """End the stream at this size, where it has not ended yet."""
         with suppress(ConnectionLost, TransferBroken):
-            await self._writer.skip_to(max(size, self._writer.offset))
-            await self._writer.finish(trailer)
+            await self._writer.finish(trailer, size=size)
+
+
+async def _bring_in(reader: ByteReader, writer: ByteWriter) -> None:
+    """Pass the caller's bytes on. Where they break off, the box hears of it at once."""
+    async with writer:
+        with suppress(TransferBroken, ConnectionLost):
+            try:
+                async for offset, data in reader:
+                    await writer.write_at(offset, data)
+            except (TransferBroken, ConnectionLost):
+                await writer.flushed()  # what came before counts
+                raise
+            await writer.finish(reader.trailer, size=reader.size)
 
 
 async def _end(tasks: Collection[asyncio.Task[Any]]) -> None:

@@ -113,7 +113,7 @@ class StoredResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
                 answer = replace(answer, reason=answer.reason or NOT_KEPT)
             if field in streams:
                 await streams[field].pass_on(0, data or b"")
-                await streams[field].finish(size, b"")
+                await streams[field].finish(size)
             else:
                 text = None if data is None or answer.status == "unknown" else data.decode(errors="replace")
                 answer = replace(answer, **{stream.text: text})

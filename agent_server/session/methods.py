@@ -111,7 +111,7 @@ class HttpCall(Inbound):
         """Refuse."""
         raise needs_a_websocket()
 
-    def writing(self, channel: int) -> Any:
+    def writing(self, channel: int, since: int = 0) -> Any:
         """Refuse."""
         raise needs_a_websocket()
 

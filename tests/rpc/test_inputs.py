@@ -28,10 +28,9 @@ class Reader:
         async with self._peer.open_writer() as writer:
             call = Execute(op_id=op_id, shell="cat", stdin=writer.channel)
             calling = asyncio.ensure_future(self._peer.call(call))
-            await writer.skip_to(since)
-            await writer.write(data)
+            await writer.write_at(since, data)
             if whole:
-                await writer.finish()
+                await writer.finish(size=since + len(data))
             await writer.flushed()
             yield calling
         await asyncio.gather(calling, return_exceptions=True)

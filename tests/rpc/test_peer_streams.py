@@ -136,12 +136,9 @@ async def test_bytes_may_be_left_out(peers):
     async def with_a_gap(params, call):
         async with call.writing(params.channel) as writer:
             await writer.write(b"head")
-            await writer.skip_to(5 << 30)
-            await writer.write(b"tail")
-            with pytest.raises(ValueError, match="lies behind"):
-                await writer.skip_to(4)
-            await writer.skip_to(6 << 30)
-            await writer.finish()
+            await writer.write_at(5 << 30, b"tail")
+            await writer.write_at(4, b"gap")
+            await writer.finish(size=6 << 30)
         return Transferred(writer.offset, "")
 
     async with peers({Download: with_a_gap}) as (client, _):
@@ -153,6 +150,20 @@ async def test_bytes_may_be_left_out(peers):
             await client.call(Download(path="x", channel=reader.channel))
             with pytest.raises(TransferBroken, match="missing at 4"):
                 await reader.read_all(100)
+
+
+async def test_of_pieces_at_their_places_only_what_the_reader_has_not_got_is_sent(peers):
+    async def pieces(params, call):
+        async with call.writing(params.channel, 2) as writer:
+            for offset, data in ((0, b"ab"), (1, b"bcd"), (0, b"abcde"), (3, b"de"), (9, b"j"), (7, b"hij")):
+                await writer.write_at(offset, data)
+            await writer.finish(size=20)
+        return Transferred(writer.offset, "")
+
+    async with peers({Download: pieces}) as (client, _), client.open_reader() as reader:
+        await client.call(Download(path="x", channel=reader.channel))
+        assert [chunk async for chunk in reader] == [(2, b"cd"), (4, b"e"), (9, b"j")]
+        assert reader.size == 20
 
 
 async def test_reading_everything_has_a_limit(peers):
