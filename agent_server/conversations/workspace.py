@@ -33,12 +33,14 @@ from agent_sdk.protocol.specs import Sandbox, WorkspaceSpec
 from agent_server.config.options import ServerConfig
 from agent_server.data_folder import DataFolder
 from workspaces.backend.contract import LEAST_MEMORY, UID, parse_size
-from workspaces.box.machine import OWN_KERNEL, RESERVED
+from workspaces.box.machine import RESERVED
 
 SHOWN_ID = 64
 """Characters of an id that does not exist, in an error."""
 WHERE = "$.params.workspace.sandbox"
 MOUNTS = 32
+USUAL_RUNTIME = "runsc"
+"""Allowed where the configuration names none."""
 MOST_PIDS = 4096
 
 
@@ -156,7 +158,7 @@ def checked(spec: Sandbox, config: ServerConfig) -> Sandbox:
         )
     parse_size(f"{WHERE}.memory", spec.memory, least=LEAST_MEMORY)
     _check_profile(spec, config)
-    runtimes = config.sandbox_runtimes or tuple(dict.fromkeys((config.sandbox_runtime, *OWN_KERNEL)))
+    runtimes = config.sandbox_runtimes or tuple(dict.fromkeys((config.sandbox_runtime, USUAL_RUNTIME)))
     if spec.runtime is not None and spec.runtime not in runtimes:
         raise PolicyDenied(
             f"{WHERE}.runtime: this server allows {_listed(runtimes)}, not {spec.runtime}; "

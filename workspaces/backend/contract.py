@@ -249,6 +249,8 @@ class Backend(Protocol):
     """Bytes of that machine; 0: nobody knows."""
     root_limit: str
     """What limits the writable root of a machine; empty: nothing does."""
+    own_kernels: frozenset[str]
+    """Values of `Machine.runtime` that give a machine a kernel of its own, which says other things of itself."""
     unseen: str
     """Why it does not see what is mounted on this machine; empty: it does."""
 

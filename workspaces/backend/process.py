@@ -79,6 +79,7 @@ class ProcessBackend(Backend):
     can: frozenset[Can] = frozenset()
     cpus = memory = 0
     root_limit = unseen = ""
+    own_kernels: frozenset[str] = frozenset()
 
     def __init__(
         self,

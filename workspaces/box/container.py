@@ -35,7 +35,6 @@ from workspaces.box.contract import Box
 from workspaces.box.folder import READY_LINE, Record
 from workspaces.box.host import SandboxHost
 from workspaces.box.machine import (
-    OWN_KERNEL,
     Accounts,
     Source,
     box_differences,
@@ -304,8 +303,9 @@ class BoxContainer(Box):
             raise WorkspaceUnavailable(f"the box did not answer: {why}", phase="claim") from None
         backend = await self._host.backend()
         differences = await backend.differences(self._id, made.machine)
-        differences += box_differences(made.machine, info.profile)
-        if self._record.runtime not in OWN_KERNEL:  # one of those has numbers of its own
+        own_kernel = made.machine.runtime in backend.own_kernels
+        differences += box_differences(made.machine, info.profile, own_kernel=own_kernel)
+        if not own_kernel:  # one of those has numbers of its own
             differences += mount_differences(made.mounts, info.profile)
         if differences:
             raise ProfileMismatch(

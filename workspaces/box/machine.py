@@ -62,8 +62,6 @@ _FROM_THE_ENGINE = (
     "/etc/hosts",
 )
 _PASS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-OWN_KERNEL = ("runsc",)
-"""Runtimes with a kernel of their own, which says other things of itself."""
 
 
 class Accounts(Struct, frozen=True):
@@ -347,11 +345,17 @@ def _opened(stack: ExitStack, name: str, folder: int | None) -> int:
     return descriptor
 
 
-def box_differences(machine: Machine, profile: Profile | None) -> list[str]:
-    """Return what the box finds in force in another way than asked, one phrase each."""
+def box_differences(machine: Machine, profile: Profile | None, *, own_kernel: bool = False) -> list[str]:
+    """Return what the box finds in force in another way than asked, one phrase each.
+
+    Args:
+        machine: what was asked for.
+        profile: what the box says.
+        own_kernel: whether it has one, whose limits and system calls are not those of this machine.
+    """
     if profile is None:
         return ["the box does not say what is in force"]
-    return list(_differences(machine, profile))
+    return list(_differences(machine, profile, own_kernel))
 
 
 def mount_differences(sources: Iterable[Source], profile: Profile | None) -> list[str]:
@@ -364,7 +368,7 @@ def mount_differences(sources: Iterable[Source], profile: Profile | None) -> lis
     ]
 
 
-def _differences(asked: Machine, found: Profile) -> Iterator[str]:
+def _differences(asked: Machine, found: Profile, own_kernel: bool) -> Iterator[str]:
     is_task = asked.profile == "task"
     if not is_task and {found.uid, found.gid, *found.groups} != {UID}:
         yield f"it runs as {found.uid}:{found.gid} with the groups {found.groups}"
@@ -377,7 +381,7 @@ def _differences(asked: Machine, found: Profile) -> Iterator[str]:
     ):
         if not _is_within(value, most):
             yield f"its {name} capabilities are {value[:32]}"
-    if asked.runtime not in OWN_KERNEL:
+    if not own_kernel:
         if not found.no_new_privileges:
             yield "it may gain privileges"
         if found.seccomp != FILTERED or found.seccomp_filters == 1:  # 0: the kernel does not say

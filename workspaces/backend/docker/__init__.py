@@ -8,7 +8,6 @@ engine_connection: how the engine is called, and what its failures mean
 engine_streams:    what happens to containers, and what they write
 engine_info:       what the engine says of itself, and which of its runtimes a sandbox can have
 images:            images, looked at and pulled, and files of what has not run
-docker_config:     what the `docker` command keeps for its user
 profiles:          what containers with a box or a server are to the engine, and whether they are that
 reach:             how this process and containers find each other: addresses, networks, folders
 reaper:            the process that removes the container of a client that was killed

@@ -40,7 +40,7 @@ from workspaces.backend.contract import (
     one_line,
 )
 from workspaces.backend.docker.engine import Engine
-from workspaces.backend.docker.engine_info import usable_runtime
+from workspaces.backend.docker.engine_info import GVISOR, usable_runtime
 from workspaces.backend.docker.profiles import Propagation, box_body, differences, folders, server_body
 from workspaces.backend.docker.reach import HostPaths, find_reach
 from workspaces.backend.labels import EXPIRES, INSTANCE, NAME, OURS, ROLE, SERVER, has
@@ -106,6 +106,8 @@ class Disks(Protocol):
 
 class DockerBackend(Backend):
     """Machines that are containers of one engine."""
+
+    own_kernels = frozenset({GVISOR})
 
     def __init__(
         self,

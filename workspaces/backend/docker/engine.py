@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, suppress
 from functools import partial
 from typing import Any, Self
@@ -21,17 +20,11 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError, NotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import Usage
 from workspaces.backend import labels
-from workspaces.backend.contract import Image, OnProgress, Pull
-from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, Call, EngineConnection
+from workspaces.backend.contract import Image
+from workspaces.backend.docker.engine_connection import ANSWER_SECONDS, Call, EngineConnection, plain_name
 from workspaces.backend.docker.engine_info import EngineInfo, usage_of
-from workspaces.backend.docker.engine_streams import (
-    EngineEvents,
-    Happened,
-    Watch,
-    last_lines,
-    output,
-)
-from workspaces.backend.docker.images import ensure_image, give_to_group, read_file
+from workspaces.backend.docker.engine_streams import EngineEvents, Happened, Output, Watch
+from workspaces.backend.docker.images import Images
 
 __all__ = ["Engine", "EngineInfo", "Image", "Watch", "engine_version"]
 
@@ -40,11 +33,10 @@ START_SECONDS = 20.0
 REMOVE_SECONDS = 30.0
 FEWEST_AT_ONCE = 2
 
-_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]*")
 _LISTED = ("Id", "Names", "Labels", "State")
 
 
-class Engine:
+class Engine(Images, Output):
     """An engine that answers. Leaving it waits for what was being undone, and ends all watches and logs."""
 
     def __init__(self, url: str | None = None, *, at_once: int | None = None, patience: float = 1.0) -> None:
@@ -60,8 +52,6 @@ class Engine:
         self._events = EngineEvents(self._connection, self.inspect)
         self._undoing: set[asyncio.Task[None]] = set()
         self._stack = AsyncExitStack()
-        self.info: EngineInfo
-        """What it said of itself at the start."""
 
     def __repr__(self) -> str:
         return f"<Engine at {getattr(self._connection, 'where', 'an address not yet looked for')}>"
@@ -206,70 +196,9 @@ class Engine:
         Raises:
             NotFound: there is none.
         """
-        path, once = f"containers/{_plain(id)}/stats", {"stream": "false", "one-shot": "true"}
+        path, once = f"containers/{plain_name(id)}/stats", {"stream": "false", "one-shot": "true"}
         stats = partial(self._connection.request, "GET", path, once)
         return usage_of(await self._connection.ask(f"tell what the container {id[:12]} uses", stats))
-
-    async def logs(self, id: str, lines: int = 20) -> str:
-        """Return the last lines of its output, at most 64 KiB; empty when there is none, or nothing of it."""
-        return await last_lines(self._connection, id, lines)
-
-    def follow_logs(self, id: str, *, since_now: bool = False) -> AsyncIterator[str]:
-        """Return the lines of its output from the start until it ends; close the iterator to end it before.
-
-        When it has ended, an engine may leave out a last line that has no newline.
-
-        Args:
-            id: of the container.
-            since_now: leave out what it has written already.
-
-        Raises:
-            NotFound: there is none. EngineUnavailable: the engine does not answer, or ended before the container.
-        """
-        return output(self._connection, id, follow="1", tail="0" if since_now else "all")
-
-    async def image(
-        self,
-        name: str,
-        *,
-        pull: Pull = "missing",
-        platform: str | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> Image:
-        """Return an image, pulled when it is missing or another one is wanted. Cancelling ends the pull.
-
-        Args:
-            name: as `docker pull` takes it.
-            pull: `always` asks the registry although it is there, `never` asks it in no case.
-            platform: e.g. `linux/arm64`; None: it has to be for the engine's own.
-            on_progress: called with `pull` and the bytes of its layers.
-
-        Raises:
-            ImageUnavailable: it is not there, cannot be pulled, stands still for 60 s, or is for another platform.
-            EngineUnavailable: the engine does not answer.
-        """
-        return await ensure_image(
-            self._connection, self.info, name, pull=pull, platform=platform, on_progress=on_progress
-        )
-
-    async def read_file(self, id: str, path: str, most: int) -> tuple[str, bytes]:
-        """Return where a path of a container leads to, and the content if that is a file of at most `most` bytes.
-
-        Raises:
-            NotFound: there is no such container, or nothing at the path.
-        """
-        return await read_file(self._connection, _plain(id), path, most)
-
-    async def give_to_group(self, id: str, folder: str, group: int) -> None:
-        """Let a group write what is in a folder of a container, and what will be: of one that has never run.
-
-        A folder that belongs to the group already is left as it is; of one with more than 16 MiB nothing but itself is
-        given.
-
-        Raises:
-            NotFound: there is no such container or folder. WorkspaceUnavailable: it is read-only.
-        """
-        await give_to_group(self._connection, _plain(id), folder, group)
 
     def watch(self, id: str) -> Watch:
         """Watch the container with this full id, that exists already, for its end and other changes."""
@@ -298,13 +227,13 @@ class Engine:
             WorkspaceUnavailable: a container uses it.
         """
         with suppress(NotFound):
-            delete = DockerVolume(self._docker, _plain(name)).delete
+            delete = DockerVolume(self._docker, plain_name(name)).delete
             await self._connection.ask(f"remove the volume {name}", delete)
 
     # --- how ---
 
     def _container(self, id: str) -> DockerContainer:
-        return self._docker.containers.container(_plain(id))
+        return self._docker.containers.container(plain_name(id))
 
     async def _create(self, name: str, body: Mapping[str, Any], platform: str | None) -> str:
         params = {"name": name, **({"platform": platform} if platform else {})}
@@ -359,13 +288,6 @@ async def engine_version(url: str | None = None) -> str:
     """
     async with EngineConnection(url) as connection:
         return str(connection.version.get("Version"))
-
-
-def _plain(name: str) -> str:
-    """The name, unless it would lead elsewhere in the engine's API."""
-    if not _NAME.fullmatch(name):
-        raise NotFound(f"nothing on an engine can have the name {name[:64]!r}")
-    return name
 
 
 def _is_ours(container: Mapping[str, Any]) -> bool:

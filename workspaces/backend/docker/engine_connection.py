@@ -8,12 +8,14 @@ for years; what is not recognised is passed on as it is.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, Self
 
 import aiodocker
@@ -30,7 +32,6 @@ from agent_sdk.protocol.errors import (
     WorkspaceUnavailable,
 )
 from agent_sdk.workspace.environment import from_caller
-from workspaces.backend.docker.docker_config import context_host
 
 OLDEST_API = (1, 40)
 """Of Docker 19.03."""
@@ -52,8 +53,21 @@ FAILURES = (
     RecursionError,
 )
 """What a call may raise when the engine, or what pretends to be one, fails."""
-
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+"""What reading a file of the `docker` command may raise."""
 Call = Callable[[], Awaitable[Any]]
+_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a container or a volume as a part of a path.
+
+    Raises:
+        NotFound: it would lead elsewhere in the engine's API.
+    """
+    if not _NAME.fullmatch(name):
+        raise NotFound(f"nothing on an engine can have the name {name[:64]!r}")
+    return name
 
 
 class EngineConnection:
@@ -183,12 +197,36 @@ class EngineConnection:
         return failure(exc, phase=phase, what=what, where=self.where, seconds=seconds * self.patience)
 
 
+def docker_folder() -> Path:
+    """Return where the `docker` command keeps what it keeps for its user."""
+    given = from_caller(["DOCKER_CONFIG"]).get("DOCKER_CONFIG")
+    return Path(given) if given else Path.home() / ".docker"
+
+
+def _context_host() -> str | None:
+    """Return the address of the current context in the folder that DOCKER_CONFIG names. Blocks.
+
+    None: it names none, or its context is the default one; then others know better.
+    """
+    if not from_caller(["DOCKER_CONFIG"]).get("DOCKER_CONFIG"):
+        return None
+    with suppress(*UNREADABLE):
+        named = from_caller(["DOCKER_CONTEXT"]).get("DOCKER_CONTEXT")
+        name = named or json.loads((docker_folder() / "config.json").read_bytes()).get("currentContext")
+        if name and name != "default":
+            place = (
+                docker_folder() / "contexts/meta" / hashlib.sha256(name.encode()).hexdigest() / "meta.json"
+            )
+            return str(json.loads(place.read_bytes())["Endpoints"]["docker"]["Host"])
+    return None
+
+
 def _named(url: str | None) -> str | None:
     """The address that was given, or is in the environment; None: aiodocker finds one.
 
     aiodocker would take the user's current context before DOCKER_HOST, unlike every other client.
     """
-    return url or from_caller(["DOCKER_HOST"]).get("DOCKER_HOST") or context_host()
+    return url or from_caller(["DOCKER_HOST"]).get("DOCKER_HOST") or _context_host()
 
 
 async def _send(docker: aiodocker.Docker, method: str, path: str, **how: Any) -> aiohttp.ClientResponse:

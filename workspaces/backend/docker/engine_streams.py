@@ -247,35 +247,53 @@ async def _events(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             rest, too_long = b"", True
 
 
-async def last_lines(connection: EngineConnection, id: str, lines: int) -> str:
-    """Return the end of a container's output; empty when it cannot be had: whoever asks has an error to tell."""
-    found = ""
-    try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            async for line in output(connection, id, follow="0", tail=str(lines)):
-                found = f"{found}{line}\n"[-MOST:]
-    except (AgentServerError, TimeoutError):
-        pass
-    return found.rstrip("\n")
+class Output:
+    """What the containers of an engine write."""
 
+    _connection: EngineConnection
 
-async def output(connection: EngineConnection, id: str, *, follow: str, tail: str) -> AsyncIterator[str]:
-    """Yield the lines of a container's output; `follow` and `tail` as the engine takes them."""
-    what = f"show the output of the container {id[:12]}"
-    params = {"stdout": "1", "stderr": "1", "follow": follow, "tail": tail}
-    async with connection.stream(
-        "GET", f"containers/{quote(id, safe='')}/logs", params, what=what
-    ) as response:
-        rest = b""
-        async for piece in _pieces(response.content):
-            *lines, rest = (rest + piece).split(b"\n")
-            for line in lines:
-                yield _text(line)
-            if len(rest) > LONGEST_LINE:
+    async def logs(self, id: str, lines: int = 20) -> str:
+        """Return the last lines that a container wrote, at most 64 KiB; empty when there is none, or nothing."""
+        found = ""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                async for line in self._output(id, follow="0", tail=str(lines)):
+                    found = f"{found}{line}\n"[-MOST:]
+        except (AgentServerError, TimeoutError):
+            pass
+        return found.rstrip("\n")
+
+    def follow_logs(self, id: str, *, since_now: bool = False) -> AsyncIterator[str]:
+        """Return the lines that a container writes, from its start until it ends; close the iterator to end it before.
+
+        When it has ended, an engine may leave out a last line that has no newline.
+
+        Args:
+            id: of the container.
+            since_now: leave out what it has written already.
+
+        Raises:
+            NotFound: there is none. EngineUnavailable: the engine does not answer, or ended before the container.
+        """
+        return self._output(id, follow="1", tail="0" if since_now else "all")
+
+    async def _output(self, id: str, *, follow: str, tail: str) -> AsyncIterator[str]:
+        """Yield the lines of the output of a container; `follow` and `tail` as the engine takes them."""
+        what = f"show the output of the container {id[:12]}"
+        params = {"stdout": "1", "stderr": "1", "follow": follow, "tail": tail}
+        async with self._connection.stream(
+            "GET", f"containers/{quote(id, safe='')}/logs", params, what=what
+        ) as response:
+            rest = b""
+            async for piece in _pieces(response.content):
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    yield _text(line)
+                if len(rest) > LONGEST_LINE:
+                    yield _text(rest)
+                    rest = b""
+            if rest:
                 yield _text(rest)
-                rest = b""
-        if rest:
-            yield _text(rest)
 
 
 async def _pieces(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
