@@ -49,6 +49,23 @@ async def test_who_asks_for_their_kind_gets_a_box_that_runs_already_and_another_
             assert len(await containers(engine, sandboxes, "one")) == 1
 
 
+async def test_an_image_that_cannot_be_had_keeps_no_other_from_waiting(opened):
+    async with opened(pool={"no..image": 1, BUSYBOX: 1}) as sandboxes:
+        await sandboxes.told.times(1, "box_waits")
+        assert ("box_waits", {"image": BUSYBOX}) in sandboxes.told.events
+        assert sandboxes.told.events.count(("box_waits", {"image": BUSYBOX})) == 1
+        await sandboxes.told.times(1, "pool_not_filled")
+
+
+async def test_nothing_of_nobody_is_remembered_of_a_box_that_has_an_owner(opened):
+    async with opened(pool={BUSYBOX: 1}) as sandboxes:
+        await sandboxes.told.times(1, "box_waits")
+        (first,) = sandboxes.host.disks.owners()
+        async with box(sandboxes):
+            remembered = [disks._turns for disks in (sandboxes.host.disks, sandboxes.host._spools)]
+            assert all(first not in owners for owners in remembered)
+
+
 @pytest.mark.parametrize(
     "wanted", [{"memory": "64m"}, {"pids": 32}, {"cpus": 0.5}, {"pull": "always"}, {"disk": "64m"}], ids=str
 )

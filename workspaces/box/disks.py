@@ -182,6 +182,7 @@ class Disks:
         for place in (self.image, self.folder):
             if place(owner).exists():
                 await in_thread(place(owner).rename, place(to))
+        self._turns.pop(owner, None)
 
     async def remove(self, owner: str) -> None:
         """Remove the workspace of an owner for good, if there is one. Nothing may use it any more.

@@ -238,12 +238,12 @@ class Pool:
     async def _fill(self) -> None:
         while True:
             self._taken.clear()
-            try:
-                for image, count in self._wanted.items():
+            for image, count in self._wanted.items():
+                try:
                     while self.waiting(image) < count:
                         await self._add(Sandbox(image=image))
-            except (AgentServerError, OSError) as exc:
-                self._on_problem(exc)
+                except (AgentServerError, OSError) as exc:
+                    self._on_problem(exc)
             with suppress(TimeoutError):
                 async with asyncio.timeout(AGAIN_SECONDS):
                     await self._taken.wait()
