@@ -330,8 +330,10 @@ class Runtimes:
     async def _sweep(self) -> None:
         for runtime in list(self._all.values()):
             if runtime.record.wanted == "gone":
-                with suppress(AgentServerError):
+                try:
                     await self.stop(runtime)
+                except (AgentServerError, OSError) as exc:
+                    self._not_swept(exc)
         await self._leftovers.once()
 
     def _owned(self) -> set[str]:

@@ -165,3 +165,15 @@ async def test_a_class_is_what_the_operator_calls_so_where_the_backend_can_isola
         wanted = Wanted(image=IMAGE, session_id="one", runtime_class="gvisor")
         await (await made.start(tenant(), wanted)).settled(10)
         assert [machine.runtime for machine in backend.made] == ["runsc"]
+
+
+async def test_a_runtime_whose_folder_cannot_be_removed_keeps_no_other_from_its_end(tmp_path):
+    async with runtimes(tmp_path) as (made, _):
+        stuck, other = [await started(made, tenant(), name) for name in ("one", "two")]
+        for runtime in (stuck, other):
+            (tmp_path / "runtimes" / f".removed-{runtime.record.runtime_id}" / "left").mkdir(parents=True)
+            with pytest.raises(OSError, match="not empty"):
+                await made.stop(runtime)
+        (tmp_path / "runtimes" / f".removed-{other.record.runtime_id}" / "left").rmdir()
+        await made._sweep()
+        assert made._all.keys() == {stuck.record.runtime_id}
