@@ -374,12 +374,23 @@ class ConnectionLost(AgentServerError, ConnectionError, retryable=True):
 def to_wire(exc: BaseException) -> ErrorObject:
     """Turn an exception into JSON; the one place that does. A bug's text and traceback stay home."""
     if isinstance(exc, AgentServerError) and exc.code is not None:
-        return ErrorObject(
-            exc.code, exc.message, {**exc.details, "kind": exc.kind, "retryable": exc.retryable}
-        )
+        details = _as_utf8(exc.details)
+        return ErrorObject(exc.code, exc.message, {**details, "kind": exc.kind, "retryable": exc.retryable})
     if isinstance(exc, ConnectionLost):
         return to_wire(WorkspaceLost(exc.message))
     return ErrorObject(-32603, "internal error", {"kind": InternalError.kind, "retryable": False})
+
+
+def _as_utf8(value: Any) -> Any:
+    """Return a detail with what is no UTF-8 in it escaped, as in the message: JSON has no way to carry it."""
+    match value:
+        case str():
+            return value.encode(errors="backslashreplace").decode()
+        case dict():
+            return {key: _as_utf8(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_as_utf8(each) for each in value]
+    return value
 
 
 def from_wire(error: ErrorObject) -> AgentServerError:

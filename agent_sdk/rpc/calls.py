@@ -26,7 +26,6 @@ from agent_sdk.protocol.errors import (
     AgentServerError,
     Cancelled,
     ConnectionLost,
-    ErrorObject,
     InternalError,
     LimitExceeded,
     Overloaded,
@@ -328,7 +327,7 @@ class InboundCalls:
                 text = f"an answer of more than {self.longest} bytes"
                 error = LimitExceeded(text, field="result", limit=self.longest, got=got)
         if error is not None:
-            message = self._codec.failure(id, self._wire_error(error))
+            message = self._failure(id, error)
         self._lanes.put_message(message, partial(self._running.pop, id))
         for waiting, cancelled in tuple(self._cancels.items()):
             if cancelled == id:
@@ -336,7 +335,10 @@ class InboundCalls:
                 outcome = CancelOutcome("cancelled" if task.cancelled() else "not_cancellable")
                 self._lanes.put_message(self._codec.response(waiting, outcome))
 
-    def _wire_error(self, exc: BaseException) -> ErrorObject:
+    def _failure(self, id: Id, exc: BaseException) -> bytes:
         if isinstance(exc, AgentServerError):
-            return to_wire(exc)
-        return to_wire(InternalError("internal error", incident=self._report(exc)))
+            try:
+                return self._codec.failure(id, to_wire(exc))
+            except Exception as bug:  # noqa: BLE001 - as above: it raised what JSON cannot say
+                exc = bug
+        return self._codec.failure(id, to_wire(InternalError("internal error", incident=self._report(exc))))

@@ -156,8 +156,11 @@ class TransferContract:
         for source, error in (("nowhere", PathNotFound), ("f", NotADirectory), ("d", NotARegularFile)):
             with pytest.raises(error):
                 await workspace.upload_dir(tmp_path / source, "goal")
-        await workspace.execute("touch f; mkdir d; mkfifo d/pipe")
-        for source, error in (("nowhere", PathNotFound), ("f", NotADirectory), ("d", NotARegularFile)):
+        await workspace.execute(
+            "touch f; mkdir d e; mkfifo d/pipe \"$(printf 'e/\\377')\""
+        )  # whose name is no text
+        refused = {"nowhere": PathNotFound, "f": NotADirectory, "d": NotARegularFile, "e": NotARegularFile}
+        for source, error in refused.items():
             with pytest.raises(error):
                 await workspace.download_dir(tmp_path / "goal", source)
         with pytest.raises(NotADirectory):

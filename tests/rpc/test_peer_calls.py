@@ -126,6 +126,30 @@ async def test_an_error_keeps_its_class_its_text_and_its_details(peers):
         assert (str(caught.value), caught.value.details) == ("no such file: nowhere", {"path": "nowhere"})
 
 
+async def test_what_no_text_can_say_is_escaped_in_an_error(peers):
+    async def stat(params, call):
+        raise PathNotFound("no such file: a\udcff", path="a\udcff", tried=["b\ud800", ("\udcff",)])
+
+    async with peers({FilesStat: stat}) as (client, _):
+        with pytest.raises(PathNotFound) as caught:
+            await client.call(FilesStat(path="nowhere"))
+        assert str(caught.value) == r"no such file: a\udcff"
+        assert caught.value.details == {"path": r"a\udcff", "tried": [r"b\ud800", [r"\udcff"]]}
+
+
+async def test_an_error_that_json_cannot_say_is_a_bug(peers):
+    bugs = []
+
+    async def strange(params, call):
+        raise PathNotFound("no such file", path=object())
+
+    async with peers({GitDiff: strange}, on_bug=lambda exc, _: bugs.append(exc)) as (client, _):
+        with pytest.raises(InternalError):
+            await client.call(GitDiff())
+        assert len(bugs) == 1
+        assert await client.call(Ping()) == Pong()
+
+
 async def test_a_bug_is_reported_here_and_named_there(peers):
     bugs = []
 
