@@ -114,6 +114,12 @@ trap - EXIT
 readonly -f __report __next __keep __fail __leave
 """
 
+_FACTS = re.compile(
+    rb"begin (?P<begun>\d{1,9})|(end|(?P<number>\d{1,9})) (?P<exit_code>\d{1,3}) (?P<pid>\d{1,9}) (?P<cwd>.*)",
+    re.DOTALL,
+)
+"""What bash says of itself, behind the nonce."""
+
 # What programs ask a terminal, and what one without a screen answers; most wait for it without a limit.
 _QUERIES = re.compile(rb"\x1b\[(?:6n|5n|0?c|>0?c)|\x1b\](?:10|11);\?(?:\x07|\x1b\\)")
 _LONGEST_QUERY = 10
@@ -126,7 +132,7 @@ class Report:
     number: int | None
     """Of the command that ended; None: bash itself ends."""
     exit_code: int
-    cwd: str
+    cwd: bytes
     exported: bytes
     """Text that declares all exported variables when bash evaluates it."""
 
@@ -336,15 +342,17 @@ class Bash:
         return True
 
     def _note(self, facts: bytes, exported: bytes) -> None:
-        name, rest = facts.split(b" ", 1)
-        if name == b"begin":
-            self._began(int(rest))
+        found = _FACTS.fullmatch(facts)
+        number = int((found and (found["number"] or found["begun"])) or 0)
+        if found is None or number > self._sent:
+            return  # a command wrote it, to the descriptor that it may find
+        if found["begun"]:
+            self._began(number)
             return
-        exit_code, pid, cwd = rest.split(b" ", 2)
-        self._pid = int(pid)
-        number = None if name == b"end" else int(name)
-        report = Report(number, int(exit_code), os.fsdecode(cwd), exported)
-        if number is None:
+        self._pid = self._pid or int(found["pid"])  # the first one is its own: no command has run yet
+        is_last = found["number"] is None
+        report = Report(None if is_last else number, int(found["exit_code"]), found["cwd"], exported)
+        if is_last:
             self._last = report
         else:
             self._reports[number] = report
@@ -456,7 +464,7 @@ def _high(fd: int) -> int:
 
 def restoring(report: Report) -> bytes:
     """Return the command that gives a fresh bash the folder and the exported variables of a report."""
-    folder = os.fsencode(report.cwd).replace(b"'", b"'\\''")
+    folder = report.cwd.replace(b"'", b"'\\''")
     lines = (
         report.exported,
         b"builtin declare -x AGENT_SERVER_OP=$__operation",

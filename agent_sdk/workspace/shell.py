@@ -266,7 +266,7 @@ class LocalShell(Shell):
             output=output,
             exit_code=self._exit_code if over else None,
             reason=self._limits.why(self._counts, self._exit_code) if over and self._limits else "",
-            cwd="" if self._report is None else self._report.cwd,
+            cwd="" if self._report is None else self._report.cwd.decode("utf-8", "backslashreplace"),
             full_output=path,
             full_output_lacks=lacks,
         )

@@ -403,6 +403,15 @@ class ShellContract:
         result = await shell.run('echo "$KEPT"; basename "$PWD"')
         assert (result.status, result.output.text) == ("done", "a b\nsub\n")
 
+    async def test_a_folder_whose_name_is_no_text_is_shown_escaped_and_left_to_a_fresh_shell(self, workspace):
+        shell = workspace.shell()
+        result = await shell.run(r"mkdir $'a\xff'; cd $'a\xff'; echo in")
+        assert (result.status, result.output.text) == ("done", "in\n")
+        assert result.cwd.endswith(r"/a\xff")
+        assert (await shell.run("exit 3")).status == "ended"
+        result = await shell.run(r"[ . -ef ../$'a\xff' ]; echo $?")
+        assert result.output.text == "0\n"
+
     async def test_what_was_exported_in_the_last_command_is_kept_too(self, workspace):
         shell = workspace.shell()
         await shell.run("export LAST=1; exit")

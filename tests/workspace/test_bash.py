@@ -1,8 +1,11 @@
 """What a terminal shows is told apart from what the shell says about itself, however it is cut."""
 
+import asyncio
+
 import pytest
 
 from agent_sdk.workspace.bash import _Filter as Filter
+from agent_sdk.workspace.local import LocalWorkspace
 from agent_sdk.workspace.output import HEAD_BYTES
 from agent_sdk.workspace.shell import _Sought as Sought
 from agent_sdk.workspace.spool import Spool
@@ -66,3 +69,39 @@ async def test_what_a_caller_waits_for_is_found_in_whatever_pieces_it_came(tmp_p
     assert await sought.is_in(spool, 0)
     assert not await Sought(b"the end").is_in(spool, spool.size - 8)
     await spool.close()
+
+
+FORGES = r"""
+nonce=$(declare -f __report | grep -o "'[0-9a-f]* %%s" | head -1 | tr -dc 0-9a-f)
+for pipe in /proc/$$/fd/*; do
+    if [[ $(stat -c %%A "$pipe" 2>&1) == l-w* && -p $pipe ]]; then printf '%%s %s\0x\0' "$nonce" >"$pipe"; fi
+done
+"""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "x",
+        "begin",
+        "begin x",
+        "1 0 1",
+        "1 x 1 /",
+        "1 0 x /",
+        "2 0 99999999999999999999 /",
+        "99 0 1 /",
+        "end 0 ",
+    ],
+)
+async def test_what_a_command_writes_where_its_shell_reports_is_no_report(tmp_path, said):
+    broken = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: broken.append(context))
+    async with LocalWorkspace(tmp_path) as workspace:
+        shell = workspace.shell()
+        await shell.run("kept=kept")
+        result = await shell.run(FORGES % said)
+        assert (result.status, result.output.text) == ("done", "")
+        result = await shell.run("echo $kept; false")
+        assert (result.status, result.output.text, result.exit_code) == ("done", "kept\n", 1)
+    assert broken == []
