@@ -38,6 +38,7 @@ _CUT = 4
 ELLIPSIS = "…"
 """Stands where a text was cut at its end: what may be the beginning of a value before it is not shown."""
 _SECRET_HEADER = re.compile("auth|key|token|secret|cookie|password", re.IGNORECASE)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OUTSIDE = (
     *("text", "thinking", "arguments", "final_text", "reason", "message", "instructions"),
     *("title", "tags", "data"),
@@ -46,11 +47,17 @@ _OUTSIDE = (
 
 
 def check_secrets(secrets: Mapping[str, str]) -> None:
-    """Check that these can be kept out of a log without holding everybody else up.
+    """Check that these can be variables of commands, and be kept out of a log without holding everybody else up.
 
     Raises:
-        InvalidParams: they are too many or too long.
+        InvalidParams: a name cannot be an environment variable, a value has a NUL in it, or they are too many or too
+            long.
     """
+    for name, value in secrets.items():
+        if not _VARIABLE.fullmatch(name):
+            raise InvalidParams(f"secrets: {name[:64]!r} cannot name an environment variable")
+        if "\0" in value:
+            raise InvalidParams(f"secrets: the value of {name} has a NUL character in it")
     lines = sum(len(value.splitlines()) for value in secrets.values())
     chars = sum(map(len, secrets.values()))
     for what, got, most in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +20,6 @@ from agent_sdk.tools import FunctionTool, ToolContext, ToolResult
 from agent_sdk.workspace.contract import Workspace
 
 RunClientTool = Callable[[RequestOpened], Awaitable[ToolResult]]
-
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 class AgentRuntime:
@@ -86,13 +83,8 @@ class AgentRuntime:
         """Set secrets from the next tool call on.
 
         Raises:
-            InvalidParams: a name cannot be an environment variable, or a value has a NUL in it.
+            InvalidParams: a name or a value cannot be one of an environment variable, or they are too many or too long.
         """
-        for name, value in secrets.items():
-            if not _VARIABLE.match(name):
-                raise InvalidParams(f"secrets: {name[:64]!r} cannot name an environment variable")
-            if "\0" in value:
-                raise InvalidParams(f"secrets: the value of {name} has a NUL character in it")
         check_secrets({**self._secrets, **secrets})
         self._secrets = {**self._secrets, **secrets}
         self._remember()

@@ -161,13 +161,21 @@ class AgentConfig:
             events.append(SecretsChanged(names=tuple(sorted(self._secrets))))
         return events
 
+    def check_secrets(self, secrets: Mapping[str, str]) -> None:
+        """Check that these can be added to the secrets there are.
+
+        Raises:
+            InvalidParams: a name cannot be an environment variable, or they are too many or too long.
+        """
+        check_secrets({**self._secrets, **secrets})
+
     def add_secrets(self, secrets: Mapping[str, str]) -> SecretsChanged:
         """Set secrets and return the event that names them.
 
         Raises:
             InvalidParams: a name cannot be an environment variable, or they are too many or too long.
         """
-        check_secrets({**self._secrets, **secrets})
+        self.check_secrets(secrets)
         if self.runtime is not None:
             self.runtime.add_secrets(secrets)
         self._secrets.update(secrets)

@@ -370,6 +370,7 @@ class LocalConversation(Conversation):
         """
         opened = await self._open()
         policy = confirmation or ConfirmationPolicy()
+        self._configuration.check_secrets(secrets or {})  # before anything: what is refused changes nothing
         self._configuration.replace(agent, max_iterations=max_iterations, confirmation=policy)
         known = opened.journal.state
         await self._configuration.recall(opened.journal)

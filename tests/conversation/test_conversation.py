@@ -26,7 +26,7 @@ from agent_sdk.protocol.events import (
     decode,
     kind_of,
 )
-from agent_sdk.protocol.specs import AgentSpec, ScriptedLLM, ToolSpec
+from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, ScriptedLLM, ToolSpec
 from agent_sdk.testing import call, hang, say
 from agent_sdk.tools import ToolResult, tool
 from agent_sdk.workspace.local import LocalWorkspace
@@ -442,6 +442,31 @@ async def test_messages_that_come_at_every_moment_are_all_read(open):
                 read_by.setdefault(receipt.seq, answer.run_id)
     assert read_by == {receipt.seq: receipt.run_id for receipt in receipts}
     assert len({receipt.run_id for receipt in receipts}) == len(await these(conversation, TurnEnded))
+
+
+NO_SECRETS = [{"no name": "x"}, {"NAME": "a\0b"}, {"NAME": "x" * 40_000}]
+
+
+@pytest.mark.parametrize("secrets", NO_SECRETS)
+async def test_secrets_that_are_refused_before_there_is_an_agent_keep_none_from_coming(open, secrets):
+    conversation = await open(None)
+    with pytest.raises(InvalidParams, match="^secrets: "):
+        await conversation.update_secrets(secrets)
+    await conversation.configure(acting(say("done")))
+    await conversation.send_message("go")
+    assert (await conversation.run()).final_text == "done"
+
+
+@pytest.mark.parametrize("secrets", NO_SECRETS)
+async def test_an_agent_that_is_refused_for_its_secrets_leaves_the_one_before(open, secrets):
+    conversation = await open(acting(say("one")))
+    with pytest.raises(InvalidParams, match="^secrets: "):
+        await conversation.configure(acting(say("two")), max_iterations=7, secrets=secrets)
+    await conversation.set_confirmation_policy(ConfirmationPolicy())
+    configured = [event for event in await past(conversation) if isinstance(event, AgentConfigured)]
+    assert [event.max_iterations for event in configured] == [500, 500]
+    await conversation.send_message("go")
+    assert (await conversation.run()).final_text == "one"
 
 
 async def test_what_is_written_beside_an_answer_lets_out_no_half_of_a_secret():
