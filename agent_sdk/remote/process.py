@@ -7,6 +7,7 @@ import inspect
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 
+from msgspec import convert
 from msgspec.structs import replace
 
 from agent_sdk.ids import new_id
@@ -74,13 +75,8 @@ class Command:
             else:
                 hearing = self._hear("stdout", self._out, out), self._hear("stderr", self._err, err)
                 answer = await with_bytes(peer.call(call), *hearing)
-        return ExecResult(
-            status=answer.status,
-            exit_code=answer.exit_code,
-            signal=answer.signal,
-            duration=answer.duration,
-            process_id=answer.process_id,
-            reason=answer.reason,
+        return replace(
+            convert(answer, ExecResult, from_attributes=True),
             out=self._out.output(answer.stdout_bytes),
             err=self._err.output(answer.stderr_bytes),
         )
@@ -322,15 +318,8 @@ class RemoteShell(Part, Shell, part="shell"):
                 return await collected(peer.call(asked), (output, reader))
 
         answer = await persistent(self._link, answered)
-        return ShellResult(
-            status=answer.status,
-            output=output.output(answer.output_bytes),
-            exit_code=answer.exit_code,
-            cwd=answer.cwd,
-            full_output=answer.full_output,
-            full_output_lacks=answer.full_output_lacks,
-            reason=answer.reason,
-        )
+        result = convert(answer, ShellResult, from_attributes=True)
+        return replace(result, output=output.output(answer.output_bytes))
 
 
 def _keys(until: bytes | None) -> str:

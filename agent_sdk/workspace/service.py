@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from typing import Any
 
+from msgspec import convert
 from msgspec.structs import replace
 
 from agent_sdk.ids import sha256
@@ -247,15 +248,10 @@ class _Served:
             result = await self._operations.run(params, lambda: act(**limits), call)
             if writer is not None:
                 await _finish(writer, result.output)
-            return ShellAnswer(
-                status=result.status,
-                exit_code=result.exit_code,
-                cwd=result.cwd,
-                full_output=result.full_output,
-                full_output_lacks=result.full_output_lacks,
+            return replace(
+                convert(result, ShellAnswer, from_attributes=True),
                 output_bytes=result.output.size,
                 text=None if params.channel else result.output.text,
-                reason=result.reason,
             )
 
     async def shell_reset(self, params: ShellReset, call: Inbound) -> Any:
@@ -359,13 +355,8 @@ def _executed(
     result: ExecResult, *, with_text: bool = False, sent: Mapping[OutputName, int] = {}
 ) -> Executed:
     """The answer; `sent`: how much of each stream was sent, of a command that still writes."""
-    return Executed(
-        status=result.status,
-        exit_code=result.exit_code,
-        signal=result.signal,
-        duration=result.duration,
-        process_id=result.process_id,
-        reason=result.reason,
+    return replace(
+        convert(result, Executed, from_attributes=True),
         stdout_bytes=sent.get("stdout", result.out.size),
         stderr_bytes=sent.get("stderr", result.err.size),
         stdout_text=result.stdout if with_text else None,

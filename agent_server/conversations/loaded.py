@@ -66,7 +66,7 @@ class Client(Protocol):
 
 
 class LoadedConversation:
-    """One conversation while it is in this server's memory; a subscription.Source."""
+    """One conversation while it is in this server's memory."""
 
     def __init__(
         self,

@@ -42,10 +42,9 @@ from agent_sdk.protocol.methods.workspace import (
     Download,
     PauseWorkspace,
     ResumeWorkspace,
-    SnapshotTaken,
     SnapshotWorkspace,
 )
-from agent_sdk.protocol.results import BUSY, Accepted, Snapshot
+from agent_sdk.protocol.results import BUSY, Accepted
 from agent_sdk.protocol.specs import PROTOCOL_VERSION, Limits
 from agent_sdk.rpc.peer import Inbound, Peer
 from agent_sdk.rpc.pipe import memory_pipes
@@ -150,16 +149,18 @@ class Methods:
             Interrupt: self._once(
                 lambda loaded, params, op: loaded.local.interrupt(params.reason, run_id=params.turn, op=op)
             ),
-            GetState: _state,
+            GetState: lambda caller, params, call: caller.conversation.state(),
             GetEvents: _events,
             UpdateSecrets: self._update_secrets,
-            SwitchLlm: self._once(self._switch_llm),
-            SetTitle: self._once(self._set_title),
+            SwitchLlm: self._once(self._noted),
+            SetTitle: self._once(self._noted),
             Delete: self._delete,
             PauseWorkspace: self._once(lambda loaded, params, op: loaded.link.pause(), stored=False),
             ResumeWorkspace: self._once(lambda loaded, params, op: loaded.link.resume(), stored=False),
-            SnapshotWorkspace: self._once(self._snapshot, stored=False),
-            ListConversations: self._list,
+            SnapshotWorkspace: self._once(
+                lambda loaded, params, op: conversations.snapshot(loaded), stored=False
+            ),
+            ListConversations: lambda caller, params, call: conversations.snapshots(params),
             Ping: _ping,
         }
         self.over_http = {
@@ -244,21 +245,11 @@ class Methods:
     async def _update_secrets(self, caller: Caller, params: UpdateSecrets, call: Inbound) -> Any:
         check_secrets(params.secrets)
         caller.conversation.mask(params.secrets.values())
-        return await self._run_once(
-            lambda loaded, params, op: loaded.local.update_secrets(params.secrets, op=op),
-            True,
-            caller,
-            params,
-            call,
-        )
+        return await self._run_once(_verb, True, caller, params, call)
 
-    async def _switch_llm(self, loaded: LoadedConversation, params: SwitchLlm, op: Operation) -> None:
-        loaded.mask(hidden_in(params.llm))
-        await loaded.local.switch_llm(params.llm, op=op)
-        await self._conversations.note(loaded)
-
-    async def _set_title(self, loaded: LoadedConversation, params: SetTitle, op: Operation) -> None:
-        await loaded.local.set_title(params.title, tags=params.tags, op=op)
+    async def _noted(self, loaded: LoadedConversation, params: Effect[Any], op: Operation) -> None:
+        """Call the verb that the method is named after, and keep what of it the list shows."""
+        await _verb(loaded, params, op)
         await self._conversations.note(loaded)
 
     async def _delete(self, caller: Caller, params: Delete, call: Inbound) -> Any:
@@ -272,11 +263,6 @@ class Methods:
 
         return await self._run_once(delete, True, caller, params, call)
 
-    async def _snapshot(
-        self, loaded: LoadedConversation, params: SnapshotWorkspace, op: Operation
-    ) -> SnapshotTaken:
-        return await self._conversations.snapshot(loaded)
-
     async def _change(self, caller: Caller, params: Effect[Any], call: Inbound) -> Any:
         """Let a call to the box begin while the server takes calls; its end then waits for it."""
         self._work.admit()
@@ -289,9 +275,6 @@ class Methods:
         with self._work.under_way():  # the end of the server waits for it, too
             return await _forward(caller, params, call)
 
-    async def _list(self, caller: Caller, params: ListConversations, call: Inbound) -> list[Snapshot]:
-        return await self._conversations.snapshots(params)
-
 
 def _forward(caller: Caller, params: Method[Any], call: Inbound) -> Awaitable[Any]:
     return caller.conversation.forwarded.answer(params, call)
@@ -299,6 +282,8 @@ def _forward(caller: Caller, params: Method[Any], call: Inbound) -> Awaitable[An
 
 async def _verb(loaded: LoadedConversation, params: Effect[Any], op: Operation) -> Any:
     """Call the verb that the method is named after."""
+    if isinstance(params, SwitchLlm):
+        loaded.mask(hidden_in(params.llm))
     return await getattr(loaded.local, params.method)(**arguments_of(params), op=op)
 
 
@@ -317,10 +302,6 @@ async def _send_message(loaded: LoadedConversation, params: SendMessage, op: Ope
 async def _run(loaded: LoadedConversation, params: Run, op: Operation) -> RunAnswer:
     with loaded.turn_admitted():
         return await loaded.local.begin(untold=params.turn, op=op)
-
-
-async def _state(caller: Caller, params: GetState, call: Inbound) -> Snapshot:
-    return await caller.conversation.state()
 
 
 async def _events(caller: Caller, params: GetEvents, call: Inbound) -> EventPage:

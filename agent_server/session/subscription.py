@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Protocol
 
 from aiohttp import web
 
@@ -41,42 +40,16 @@ OnStuck = Callable[[int, str], None]
 OnBug = Callable[[BaseException], None]
 
 
-class Source(Protocol):
-    """A conversation, as far as its events go."""
-
-    @property
-    def epoch(self) -> str:
-        """Of the log."""
-        ...
-
-    @property
-    def head_seq(self) -> int:
-        """The seq of the last event."""
-        ...
-
-    async def page(self, after: int) -> list[tuple[int, bytes]]:
-        """Return the next events after a seq, as (seq, JSON); empty at the end of the log."""
-        ...
-
-    def subscribe(self, listener: Callable[[int, bytes], None]) -> Stop:
-        """Call with every event from now on; returns what ends it."""
-        ...
-
-    def subscribe_deltas(self, listener: Callable[[bytes], None]) -> Stop:
-        """Call with every delta from now on; returns what ends it."""
-        ...
-
-
 class Subscription:
     """One connection's subscription. Close it."""
 
     def __init__(
-        self, source: Source, peer: Peer, on_stuck: OnStuck, on_bug: OnBug, *, patience: float
+        self, source: LoadedConversation, peer: Peer, on_stuck: OnStuck, on_bug: OnBug, *, patience: float
     ) -> None:
         """Make one that does nothing yet.
 
         Args:
-            source: where events come from.
+            source: the conversation.
             peer: where they go to.
             on_stuck: told (close code, reason) when they cannot get there.
             on_bug: told of an unexpected exception, after which nothing more is sent.
