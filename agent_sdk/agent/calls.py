@@ -37,10 +37,10 @@ class _Decision(NamedTuple):
 class Calls:
     """The calls of one turn, one answer after the other."""
 
-    def __init__(self, journal: TurnLog, course: Course, turn: Callable[[], TurnContext]) -> None:
+    def __init__(self, log: TurnLog, course: Course, turn: Callable[[], TurnContext]) -> None:
         self.runtime: AgentRuntime
         """Who runs them; set before all but `take_up`, `respond` and `close`."""
-        self._journal = journal
+        self._log = log
         self._course = course
         self._turn = turn
         """Returns what middleware may know of it."""
@@ -68,17 +68,17 @@ class Calls:
     @property
     def begun(self) -> bool:
         """Whether one of the calls without a result may have begun where tools act."""
-        return any(call_id in self._begun | self._under_way for call_id in self._journal.turn.open_calls)
+        return any(call_id in self._begun | self._under_way for call_id in self._log.turn.open_calls)
 
     def open(self, run_id: str, answer: Completion) -> tuple[list[ToolCalled], list[RequestOpened]]:
         """Begin with the calls of an answer; return them, and the requests to be written with them."""
         uses = () if answer.finish_reason in ("refused", "filtered") else answer.tool_calls
         runtime, limited = self.runtime, answer.finish_reason in CUT
-        mask, tools = runtime.mask, runtime.toolbox
+        mask, tools = self._log.mask, runtime.toolbox
         calls = [
             ToolCalled(
                 run_id=run_id,
-                call_id=self._journal.history.fresh_call_id(mask.text(as_utf8(use.call_id))),
+                call_id=self._log.history.fresh_call_id(mask.text(as_utf8(use.call_id))),
                 # A name that the model made up is its text like any other.
                 tool=use.tool if use.tool in tools.by_name else mask.text(as_utf8(use.tool)),
                 arguments=as_utf8(use.arguments),
@@ -107,7 +107,7 @@ class Calls:
 
     def take_up(self) -> None:
         """Go on with the requests of the last answer that another process has opened."""
-        state = self._journal.turn
+        state = self._log.turn
         for request in state.requests.values():
             answer = state.answers.get(request.request_id)
             if request.request == "approval":
@@ -118,25 +118,25 @@ class Calls:
         self._unanswered = frozenset(
             call_id for call_id, decision in self._deciding.items() if not decision.done()
         )
-        self._begun = frozenset(self._journal.turn.open_calls) - self._unanswered
+        self._begun = frozenset(self._log.turn.open_calls) - self._unanswered
 
     async def resume(self) -> str | None:
         """Like `run`, for calls that another process may have begun; `take_up` came before.
 
         Only the first group can have begun: a group starts when the results of the one before are written.
         """
-        calls = list(self._journal.turn.open_calls.values())
-        self._before = self._journal.turn.calls - len(calls)
+        calls = list(self._log.turn.open_calls.values())
+        self._before = self._log.turn.calls - len(calls)
         first = next(self._groups(calls), [])
         place = self.runtime.place
         begun = {call.call_id for call in first if not place.untouched(call.place)}
         self._begun = frozenset(begun) - self._unanswered
-        return await self.run() or self._journal.turn.concluded
+        return await self.run() or self._log.turn.concluded
 
     async def abandon(self) -> None:
         """End what another process has begun of the calls, where it still runs: nobody goes on with them."""
         runtime = self.runtime
-        for call in self._journal.turn.open_calls.values():
+        for call in self._log.turn.open_calls.values():
             if call.call_id in self._begun and not runtime.place.untouched(call.place):
                 context = runtime.context(_key(call), call.place)
                 await runtime.toolbox.abandon(call.tool, call.arguments, context)
@@ -149,7 +149,7 @@ class Calls:
         Raises:
             WorkspaceUnavailable, ConnectionLost: the place where tools act is gone.
         """
-        calls = list(self._journal.turn.open_calls.values())
+        calls = list(self._log.turn.open_calls.values())
         for call in calls[max(0, CALLS_PER_ANSWER - self._before) :]:
             text = f"Not run: at most {CALLS_PER_ANSWER} calls fit into one answer."
             self._results[call.call_id] = ToolResult(text=text, is_error=True)
@@ -183,7 +183,7 @@ class Calls:
         resolved = RequestResolved(
             request_id=request_id, answer="approved" if approved else "rejected", reason=reason
         )
-        written = self._journal.submit(resolved, op=op)
+        written = self._log.submit(resolved, op=op)
         if not waiting.done():  # else the turn was let go of, and another process goes on with the answer
             waiting.set_result(_Decision(approved, reason, written))
         await asyncio.shield(written)
@@ -196,7 +196,7 @@ class Calls:
         ]
         self._approvals.clear()
         self._client_requests.clear()
-        calls = list(self._journal.turn.open_calls.values())
+        calls = list(self._log.turn.open_calls.values())
         for call in calls:
             self._results.setdefault(call.call_id, ToolResult(text=why, is_error=True))
         return [
@@ -214,7 +214,7 @@ class Calls:
             result = self._results[call.call_id]
             if call.tool == FINISH and not result.is_error:
                 final = result.text
-        await self._journal.append(*self._outcome(group))
+        await self._log.append(*self._outcome(group))
         return final
 
     async def _run_group(self, group: Sequence[ToolCalled]) -> None:
@@ -256,7 +256,7 @@ class Calls:
         opened = self._client_requests.get(call.call_id)
         if opened is None:
             opened = self._client_requests[call.call_id] = _request(call, "client_tool")
-            await self._journal.append(opened)
+            await self._log.append(opened)
         try:
             result = await runner(replace(opened, arguments=call.arguments))
         except BaseException as exc:  # noqa: BLE001  part of the turn's boundary, like Toolbox.run

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from agent_sdk.agent.calls import Calls
 from agent_sdk.agent.history import ASKED_AGAIN, CONTINUED, FULL, INTERRUPTED, ending_of, failure
-from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.runtime import AgentRuntime
 from agent_sdk.agent.turn_state import PRESENT, Course, Phase, Stage, TurnLog
 from agent_sdk.conversation.contract import Outcome, outcome_of
@@ -73,7 +72,7 @@ class Turn:
         self,
         run_id: str,
         present: Callable[[], Awaitable[AgentRuntime]],
-        journal: TurnLog,
+        log: TurnLog,
         *,
         restarts: int = RESTARTS,
         op: Any = None,
@@ -83,7 +82,7 @@ class Turn:
         Args:
             run_id: its id.
             present: returns who works in it, and waits as long as nobody is there.
-            journal: where it is written down.
+            log: where it is written down.
             restarts: how many processes in a row may end while they run it, without bringing it further.
             op: the operation that starts it, see TurnLog.append.
         """
@@ -92,7 +91,7 @@ class Turn:
         self.begun = asyncio.Event()
         """Set when its start is in the log, or cannot get there."""
         self.over = asyncio.Event()
-        """Set by whoever runs it, when `run` has returned."""
+        """Set by the Turns it belongs to, when the task that ran it has ended."""
         self.failure: Exception | None = None
         """Why not even its end could be written."""
         self.outcome: Outcome | None = None
@@ -101,17 +100,15 @@ class Turn:
         self._runtime: AgentRuntime
         """Who works in it, when it is `entered`."""
         self._entered = False
-        self._mask = Mask()
-        """What hides its secrets."""
-        self._journal = journal
-        self._resumes = journal.turn.is_open and journal.turn.run_id == run_id
+        self._log = log
+        self._resumes = log.turn.is_open and log.turn.run_id == run_id
         """Whether another process has begun it."""
         self._restarts = restarts
         self._op = op
-        self._calls = Calls(journal, self.course, self._context)
+        self._calls = Calls(log, self.course, self._context)
         self._iterations = 0
         if self._resumes:
-            self._iterations = journal.turn.iterations
+            self._iterations = log.turn.iterations
             self._calls.take_up()
             self.begun.set()
         self._system: str | None = None
@@ -137,15 +134,20 @@ class Turn:
     def __repr__(self) -> str:
         return f"<Turn {self.run_id} after {self._iterations} steps>"
 
-    async def run(self) -> None:
-        """Work to the end. An error is kept in `failure`, not raised. Cancelling the task is an interruption."""
+    async def run(self, *, after: asyncio.Task[None] | None = None) -> None:
+        """Work to the end, when the task `after` which it comes has ended.
+
+        An error is kept in `failure`, not raised. Cancelling the task is an interruption.
+        """
+        if after is not None and not after.done():
+            await asyncio.wait({after})
         self._task = asyncio.current_task()
         PRESENT.set(self.course)
         try:
             try:
                 events = await self._until_end()
                 self.course.end()
-                await self._journal.append(*events)
+                await self._log.append(*events)
             except asyncio.CancelledError:
                 if self._task is not None:
                     self._task.uncancel()
@@ -203,38 +205,38 @@ class Turn:
                 self.course.check(may_leave=False)
                 await self._runtime.chain.on_turn_end(self._context(), stop.status)
                 self.course.check(may_leave=False)
-                await self._journal.settle()
+                await self._log.settle()
                 events = self._calls.close(f"[no result: {stop.reason}]")
                 # What came before the last request the middleware knew when it stopped.
-                news = any(message.seq > self._seen for message in self._journal.history.unread)
+                news = any(message.seq > self._seen for message in self._log.history.unread)
                 if stop.status != "finished" or not news:
                     end = self._end(stop.status, final_text=stop.final_text, reason=stop.reason)
                     return [*events, end]
                 begin = self._go_on
-                await self._journal.append(*events)
+                await self._log.append(*events)
 
     async def _start(self) -> str | None:
-        if self._journal.turn.run_id != self.run_id:  # else its start was written with the message
-            await self._journal.mend()
-            await self._journal.append(TurnStarted(run_id=self.run_id), op=self._op)
+        if self._log.turn.run_id != self.run_id:  # else its start was written with the message
+            await self._log.mend()
+            await self._log.append(TurnStarted(run_id=self.run_id), op=self._op)
         self.begun.set()
         await self._enter()
-        return self._journal.history.answered
+        return self._log.history.answered
 
     async def _resume(self) -> str | None:
         """Go on where the log ends; return the final text when nothing but the end was missing."""
         await self._enter()
-        state = self._journal.turn
+        state = self._log.turn
         if state.in_vain >= self._restarts:
             await self._calls.abandon()
             raise LimitExceeded(
                 f"the turn was given up: {state.in_vain} processes in a row ended while they ran it; "
                 "what it still ran was ended"
             )
-        await self._journal.append(TurnResumed(run_id=self.run_id, generation=state.generation + 1))
+        await self._log.append(TurnResumed(run_id=self.run_id, generation=state.generation + 1))
         if state.open_calls:
             return await self._calls.resume()
-        return state.concluded or self._journal.history.answered
+        return state.concluded or self._log.history.answered
 
     async def _go_on(self) -> str | None:
         """Go on behind a stop that came before a message was read."""
@@ -244,11 +246,11 @@ class Turn:
         """Wait for who works in this turn."""
         self.course.check()
         self._runtime = self._calls.runtime = runtime = await self._present()
-        self._mask, self._max_model_calls, self._entered = runtime.mask, runtime.max_iterations, True
+        self._max_model_calls, self._entered = runtime.max_iterations, True
         self.course.check()
 
     async def _steps(self, final: str | None) -> list[Event]:
-        self._seen = self._journal.history.head_seq
+        self._seen = self._log.history.head_seq
         if not self._iterations:
             await self._runtime.chain.on_turn_start(self._context())
         while True:
@@ -256,7 +258,7 @@ class Turn:
             if final is not None and await self._is_over():
                 return [self._end("finished", final_text=final)]
             await self._runtime.place.ready()
-            if self._journal.turn.phase is Phase.PAUSING:
+            if self._log.turn.phase is Phase.PAUSING:
                 raise Stop("", status="paused")
             final, answer = await self._step()
             if answer:
@@ -264,13 +266,13 @@ class Turn:
 
     async def _is_over(self) -> bool:
         """Whether nobody has said anything that the model has not read, also not because the turn is to end."""
-        journal = self._journal
-        await journal.settle()
-        if not journal.history.unread:
+        log = self._log
+        await log.settle()
+        if not log.history.unread:
             await self._runtime.chain.on_turn_end(self._context(), "finished")
             self.course.check()
-            await journal.settle()
-        return not journal.history.unread
+            await log.settle()
+        return not log.history.unread
 
     async def _step(self) -> tuple[str | None, list[Event]]:
         """Ask once and do what follows from the answer; return the final text when the agent is done.
@@ -285,7 +287,7 @@ class Turn:
         self.course.check(may_leave=False)
         ending = ending_of(message)
         if ending == "done":
-            return self._journal.history.said, []
+            return self._log.history.said, []
         in_vain = ending in ("cut", "empty") or (ending == "calls" and all(call.cut for call in calls))
         self._in_vain = self._in_vain + 1 if in_vain else 0
         self._full = ending == "full"
@@ -295,7 +297,7 @@ class Turn:
 
     async def _request(self) -> ModelCall:
         """Return what the model is asked."""
-        runtime, history = self._runtime, self._journal.history
+        runtime, history = self._runtime, self._log.history
         if self._system is None:
             self._system = await runtime.chain.prompt(self._context())
             self.course.check()
@@ -304,7 +306,7 @@ class Turn:
             system=self._system,
             turns=history.coming(),
             tools=runtime.toolbox.specs,
-            llm=runtime.llm,
+            llm=runtime.spec.llm,
             client=runtime.client,
         )
         request = await runtime.chain.before_model(self._context(), request)
@@ -322,7 +324,7 @@ class Turn:
     async def _ask(self, request: ModelCall) -> tuple[AgentMessage, list[ToolCalled], list[Event]]:
         """Ask the model and write down what it answers, in any case, or return it to be written with the end."""
         self._iterations, started = self._iterations + 1, time.monotonic()
-        self._journal.history.read(self._seen)
+        self._log.history.read(self._seen)
         completion = await request.client.complete(request, on_delta=self._hear)
         seconds, raised = time.monotonic() - started, None
         try:
@@ -331,7 +333,7 @@ class Turn:
             raised = exc
         self._finish_reason = reason = as_utf8(completion.finish_reason)
         if reason not in FINISH_REASONS:
-            self._finish_reason = self._mask.text(reason)
+            self._finish_reason = self._log.mask.text(reason)
         calls, requests = self._calls.open(self.run_id, completion)
         message = AgentMessage(
             run_id=self.run_id,
@@ -361,25 +363,25 @@ class Turn:
             further = self._calls.refuse(calls, f"[no result: {why}]")
         elif self._is_last(message):
             return message, calls, [message, used]
-        await self._journal.append(message, *calls, used, *further)
+        await self._log.append(message, *calls, used, *further)
         if raised is not None:
             raise raised
         return message, calls, []
 
     def _is_last(self, message: AgentMessage) -> bool:
         """Whether the turn ends with this answer, and nobody has to see the answer before that."""
-        history = self._journal.history
+        history = self._log.history
         goes_on = (
             history.continues or history.was_cut
         )  # then the final text is what has been written, and masked
         done = ending_of(message) == "done" and not goes_on and not history.unread
-        free = self.course.stage is Stage.WORKING and self._journal.settled
+        free = self.course.stage is Stage.WORKING and self._log.settled
         return done and free and not self._runtime.chain.ends_turns
 
     def _hear(self, text: str, thinking: str) -> None:
         """Take a piece of the answer that is being written."""
         self._pieces.append((text, thinking))
-        self._journal.delta(self.run_id, text, thinking)
+        self._log.delta(self.run_id, text, thinking)
 
     def _broken_off(self) -> list[Event]:
         """What had come of an answer, which somebody may have read."""
@@ -408,19 +410,19 @@ class Turn:
             max_model_calls=self._max_model_calls,
             confirmation=runtime.confirmation,
             describe=runtime.describe,
-            hide=runtime.mask.data,
+            hide=self._log.mask.data,
             append=self._note,
         )
 
     async def _note(self, event: Event) -> None:
         if isinstance(event, ModelFailed) and event.retry_in is not None:
             self._pieces.clear()  # the next try begins from the start
-        await self._journal.append(event)
+        await self._log.append(event)
 
     async def _interrupted(self) -> None:
         """Write how far it came; a turn whose end is on its way has nothing to add."""
         decided_now = self.course.end()
-        await self._journal.settle()
+        await self._log.settle()
         if not decided_now:
             return
         reason, asked, op = self._why
@@ -431,14 +433,14 @@ class Turn:
         ]
         if asked:
             events.append(Interrupted(reason=reason))
-        await self._journal.append(*events, self._end("interrupted", reason=reason), op=op)
+        await self._log.append(*events, self._end("interrupted", reason=reason), op=op)
 
     async def _failed(self, exc: Exception) -> None:
         self.course.end()
         known = exc if isinstance(exc, AgentServerError) else InternalError(f"{type(exc).__name__}: {exc}")
         if isinstance(known, InternalError):
             logger.error("turn %s failed", self.run_id, exc_info=exc)
-        message, come = as_utf8(self._mask.text(known.message)), self._broken_off()
+        message, come = as_utf8(self._log.mask.text(known.message)), self._broken_off()
         self._finish_reason = str(known.details.get("finish_reason", self._finish_reason))
         raised = ErrorRaised(
             error=known.kind,
@@ -446,10 +448,10 @@ class Turn:
             classification=next((said for kind, said in _CLASSES if isinstance(exc, kind)), "internal"),
             retryable=known.retryable,
         )
-        await self._journal.settle()
+        await self._log.settle()
         events = [*come, *self._calls.close(f"[no result: {message}]")]
         ended = self._end("failed", reason=message, error=known.kind, retryable=known.retryable)
-        await self._journal.append(*events, raised, ended)
+        await self._log.append(*events, raised, ended)
 
     def _end(
         self,
@@ -463,8 +465,8 @@ class Turn:
         ended = TurnEnded(
             run_id=self.run_id,
             status=status,
-            final_text=self._mask.text(final_text),
-            reason=self._mask.text(reason),
+            final_text=self._log.mask.text(final_text),
+            reason=self._log.mask.text(reason),
             error=error,
             retryable=retryable,
             iterations=self._iterations,

@@ -1,9 +1,11 @@
-"""An agent at work: everything of one conversation's agent that is open, changes or must be kept secret."""
+"""An agent at work: its model, its tools, its secrets, and the place where its tools act."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
+
+from msgspec.structs import replace
 
 from agent_sdk.agent.llm.client import open_model
 from agent_sdk.agent.mask import Mask, check_secrets, hidden_in
@@ -20,6 +22,47 @@ from agent_sdk.tools import FunctionTool, ToolContext, ToolResult
 from agent_sdk.workspace.contract import Workspace
 
 RunClientTool = Callable[[RequestOpened], Awaitable[ToolResult]]
+
+
+class Secrets:
+    """The secrets of a conversation: environment variables for its agent's commands, and what hides them."""
+
+    def __init__(self, expected: Mapping[str, str] | None = None) -> None:
+        """Have none yet; those that are `expected` are hidden already."""
+        self.values: Mapping[str, str] = {}
+        self.mask = Mask((expected or {}).values())
+        """Hides the secrets, former ones too, and what else nobody may read in a log: keys and headers of models."""
+        self._of_model: list[str] = []
+
+    def add(self, secrets: Mapping[str, str]) -> None:
+        """Set secrets from the next tool call on.
+
+        Raises:
+            InvalidParams: a name cannot be an environment variable, a value has a NUL in it, or they are too many or
+                too long.
+        """
+        self.values = self.checked(secrets)
+        self._hide()
+
+    def checked(self, secrets: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the secrets there are with these, which are acceptable.
+
+        Raises:
+            InvalidParams: as `add` does.
+        """
+        together = {**self.values, **secrets}
+        check_secrets(together)
+        return together
+
+    def use(self, llm: Model) -> None:
+        """Hide the key and the headers of this model, too."""
+        self._of_model = hidden_in(llm)
+        self._hide()
+
+    def _hide(self) -> None:
+        self.mask.hide(
+            [*self._of_model, *self.values.values()]
+        )  # all: the mask forgets what it was told long ago
 
 
 class AgentRuntime:
@@ -39,7 +82,9 @@ class AgentRuntime:
         middleware: Sequence[Middleware] = (),
         max_iterations: int,
         confirmation: ConfirmationPolicy,
-        mask: Mask | None = None,
+        secrets: Secrets | None = None,
+        place: Place | None = None,
+        run_client_tool: RunClientTool | None = None,
     ) -> None:
         if max_iterations < 1:
             raise InvalidParams("max_iterations: it must be at least 1")
@@ -47,24 +92,24 @@ class AgentRuntime:
         self.workspace = workspace
         self.max_iterations = max_iterations
         self.confirmation = confirmation
-        self.run_client_tool: RunClientTool | None = None
-        self.place = Place()
+        self.functions = functions
+        """The client tools that run in this process."""
+        self.secrets = secrets or Secrets()
+        self.place = place or Place()
+        self.run_client_tool = run_client_tool
+        """How the other client tools are run."""
         self.chain = chain_of(middleware, instructions=spec.instructions)
         built_in = [*(make_tool(name, conversation) for name in spec.tools), *self.chain.tools()]
         # A client tool that is a function of this process runs here.
         elsewhere = [tool for tool in spec.client_tools if tool.name not in functions]
         self.toolbox = Toolbox([*built_in, *functions.values()], elsewhere)
-        self.llm: Model = spec.llm
         self.client: ModelClient = open_model(spec.llm)
         self._former: list[ModelClient] = []
-        self._secrets: dict[str, str] = {}
-        self.mask = mask or Mask()
-        """What hides them."""
         self._info: WorkspaceInfo | None = None
-        self._remember()
+        self.secrets.use(spec.llm)
 
     def __repr__(self) -> str:
-        return f"<AgentRuntime {self.llm.model} with {len(self.toolbox.specs)} tools>"
+        return f"<AgentRuntime {self.spec.llm.model} with {len(self.toolbox.specs)} tools>"
 
     async def describe(self) -> WorkspaceInfo:
         """Return what an agent is told of where it is; the workspace is asked once."""
@@ -76,18 +121,8 @@ class AgentRuntime:
         """Use another model from the next call on; the former client serves the call under way."""
         client = open_model(llm)
         self._former.append(self.client)
-        self.llm, self.client = llm, client
-        self._remember()
-
-    def add_secrets(self, secrets: Mapping[str, str]) -> None:
-        """Set secrets from the next tool call on.
-
-        Raises:
-            InvalidParams: a name or a value cannot be one of an environment variable, or they are too many or too long.
-        """
-        check_secrets({**self._secrets, **secrets})
-        self._secrets = {**self._secrets, **secrets}
-        self._remember()
+        self.spec, self.client = replace(self.spec, llm=llm), client
+        self.secrets.use(llm)
 
     def context(self, call_key: str, begun_in: str | None = None) -> ToolContext:
         """Return what tools may use in a call.
@@ -99,17 +134,17 @@ class AgentRuntime:
         place = self.workspace if begun_in is None else self.place.again(begun_in)
         return ToolContext(
             workspace=place or self.workspace,
-            secrets=self._secrets,
+            secrets=self.secrets.values,
             call_key=call_key,
             same_place=place is not None,
-            ends=self.mask.ends,
+            ends=self.secrets.mask.ends,
             leaving=is_left,
         )
 
     def configured(self) -> AgentConfigured:
         """Return the event that describes this agent."""
         return AgentConfigured(
-            model=self.llm.model,
+            model=self.spec.llm.model,
             tools=self.spec.tools,
             client_tools=self.spec.client_tools,
             instructions=self.spec.instructions,
@@ -122,9 +157,6 @@ class AgentRuntime:
         for client in (*self._former, self.client):
             await client.close()
         self._former.clear()
-
-    def _remember(self) -> None:
-        self.mask.hide([*hidden_in(self.llm), *self._secrets.values()])
 
 
 class Place:

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any, Literal, Protocol, TypeVar
 
 from agent_sdk.agent.history import History
+from agent_sdk.agent.mask import Mask
 from agent_sdk.agent.toolbox import FINISH, UNKNOWN
 from agent_sdk.cancellation import is_cancelled
 from agent_sdk.conversation.contract import Outcome, outcome_of
@@ -339,6 +340,8 @@ class TurnLog(Protocol):
     """What a turn needs of the log that it writes; the conversation, which is above the agent, provides it."""
 
     history: History
+    mask: Mask
+    """Hides what nobody may read in the log."""
 
     @property
     def turn(self) -> TurnState:

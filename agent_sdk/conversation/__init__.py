@@ -3,7 +3,6 @@
 Joins a log, an agent and a workspace. Knows no wire: what is the same there stands in `contract` alone.
 
 local:         LocalConversation, whose agent runs in this process
-opened:        what exists of it between its first use and its end
 configuration: which agent it has, and its secrets
 store:         its agent at rest, beside the log, secrets encrypted
 turns:         which turn runs, and which answers a message

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 from agent_sdk.agent.mask import Mask
-from agent_sdk.agent.runtime import Place, RunClientTool
+from agent_sdk.agent.runtime import Place, RunClientTool, Secrets
 from agent_sdk.agent.turn_state import Course, Phase
 from agent_sdk.conversation.configuration import AgentConfig
 from agent_sdk.conversation.contract import (
@@ -28,16 +29,28 @@ from agent_sdk.conversation.contract import (
     Stats,
 )
 from agent_sdk.conversation.dispatch import DeltaListener, Dispatcher, Listener, Unsubscribe
-from agent_sdk.conversation.log import Tail, check_text, operation, with_acceptance, with_result
-from agent_sdk.conversation.opened import Opened, open_conversation
+from agent_sdk.conversation.log import (
+    ConversationLog,
+    Tail,
+    check_text,
+    operation,
+    with_acceptance,
+    with_result,
+)
 from agent_sdk.conversation.store import AgentStore
-from agent_sdk.conversation.turns import Left
+from agent_sdk.conversation.turns import Left, Turns
 from agent_sdk.definition import Agent
 from agent_sdk.ids import checked_op_id, new_id
 from agent_sdk.log.event_log import EventLog, Operation
 from agent_sdk.protocol.checks import Name, checked
 from agent_sdk.protocol.errors import HistoryLost, StateConflict, draining
-from agent_sdk.protocol.events import Event, PauseRequested, UserMessage
+from agent_sdk.protocol.events import (
+    ConversationCreated,
+    Event,
+    PauseRequested,
+    SecretsChanged,
+    UserMessage,
+)
 from agent_sdk.protocol.methods.conversation import RunAnswer, SendMessage
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, Model
 from agent_sdk.workspace.contract import Workspace
@@ -71,6 +84,7 @@ class LocalConversation(Conversation):
         log: EventLog | None = None,
         run_client_tool: RunClientTool | None = None,
         since: Cursor | None = None,
+        place: Place | None = None,
         store: AgentStore | None = None,
         on_waiting: OnWaiting | None = None,
     ) -> None:
@@ -85,6 +99,7 @@ class LocalConversation(Conversation):
             persistence_dir: folder of the log; None: the conversation lives in memory.
             log: an open log, instead of `persistence_dir`; the caller closes it.
             run_client_tool: runs tools of `AgentSpec.client_tools` that are no functions of this process.
+            place: where calls can be taken up that were begun before the conversation was opened.
             since: what the callbacks have seen: they get the events after it first. None: new events only.
             store: how the agent is stored beside the log. It is then there when the log is opened again, and a
                 turn that was open goes on by itself. None: nothing is stored, such a turn is closed as
@@ -94,26 +109,25 @@ class LocalConversation(Conversation):
             InvalidParams: the id is not acceptable.
         """
         self.id = id or new_id()
-        self._place = workspace
-        self._log = log if persistence_dir is None else Path(persistence_dir) / FILE_NAME
-        self._configuration = AgentConfig(
-            agent,
-            conversation=self.id,
-            max_iterations=max_iterations,
-            confirmation=confirmation or ConfirmationPolicy(),
-            secrets=secrets or {},
-            run_client_tool=run_client_tool,
-            title=title,
-            tags=tags or {},
-        )
+        self._agent = agent
+        self._workspace = workspace
+        self._event_log = log if persistence_dir is None else Path(persistence_dir) / FILE_NAME
+        self._max_iterations = max_iterations
+        self._confirmation = confirmation or ConfirmationPolicy()
+        self._expected = dict(secrets or {})
+        self._title, self._tags = title, dict(tags or {})
+        self._run_client_tool = run_client_tool
+        self._place = place or Place()
+        self._secrets = Secrets(self._expected)
         self._delivery = Dispatcher(callbacks, on_delta)
         self._on_waiting = on_waiting
         self.on_turn_failed: Callable[[Exception], None] = lambda failure: None
         """Told when a turn could not even write its end: it is open, and nobody runs it."""
         self._since = since
         self._store = store
-        self._opening: asyncio.Task[Opened] | None = None
-        self._opened: Opened | None = None
+        self._stack = AsyncExitStack()
+        self._opening: asyncio.Task[Turns] | None = None
+        self._opened: Turns | None = None
         self._course = Course()
         """Of all its turns."""
         self._closing: asyncio.Task[None] | None = None
@@ -131,48 +145,30 @@ class LocalConversation(Conversation):
     @property
     def epoch(self) -> str:
         """Of the log; empty until the conversation is open."""
-        return self._opened.journal.epoch if self._opened else ""
+        return self._opened.log.epoch if self._opened else ""
 
     @property
     def head_seq(self) -> int:
         """The seq of the last event; 0 until the conversation is open."""
-        return self._opened.journal.head_seq if self._opened else 0
+        return self._opened.log.head_seq if self._opened else 0
 
     @property
     def cursor(self) -> Cursor:
         return Cursor(self.epoch, self._delivery.seq)
 
     @property
-    def run_client_tool(self) -> RunClientTool | None:
-        """How tools of a client are run; it is told of the RequestOpened. May be set at any time."""
-        return self._configuration.run_client_tool
-
-    @run_client_tool.setter
-    def run_client_tool(self, runner: RunClientTool | None) -> None:
-        self._configuration.run_client_tool = runner
-
-    @property
-    def place(self) -> Place:
-        """Where calls can be taken up that were begun before the conversation was opened. May be set before that."""
-        return self._configuration.place
-
-    @place.setter
-    def place(self, place: Place) -> None:
-        self._configuration.place = place
-
-    @property
     def mask(self) -> Mask:
         """Hides what of the agent nobody may read: keys, headers, secrets."""
-        return self._configuration.mask
+        return self._secrets.mask
 
     @property
     def working(self) -> bool:
         """Whether a turn runs, or waits for somebody."""
-        return self._opened is not None and self._opened.turns.current is not None
+        return self._opened is not None and self._opened.current is not None
 
     def left(self, place: str) -> Left:
         """Return what `suspend` has left in this place."""
-        return self._opened.turns.left(place) if self._opened else "begun"
+        return self._opened.left(place) if self._opened else "begun"
 
     # --- verbs ---
 
@@ -183,11 +179,11 @@ class LocalConversation(Conversation):
             OpMismatch: another call came with this op_id.
             OpExpired: it came, and its answer is no longer kept.
         """
-        return await (await self._open()).journal.answered(op, result)
+        return await (await self._open()).log.answered(op, result)
 
     async def record(self, *events: Event) -> None:
         """Append events of the surroundings, e.g. WorkspaceChanged."""
-        await (await self._open()).journal.append(*events)
+        await (await self._open()).log.append(*events)
 
     async def send_message(
         self,
@@ -206,27 +202,27 @@ class LocalConversation(Conversation):
             OpMismatch: the op_id was used for another message.
             StateConflict: no agent is configured, or the conversation is closed.
         """
-        opened = await self._open()
+        turns = await self._open()
         check_text(text)
         if op_id is not None:
             op = operation(SendMessage(op_id=checked_op_id(op_id), text=text, mode=mode))
         # Where nothing is done before the commit, that finds out whether the call came before.
-        if mode == "interrupt" or not opened.turns.ready:
-            if known := await opened.journal.answered(op, Accepted):
-                opened.untold = known.run_id
+        if mode == "interrupt" or not turns.agent.ready:
+            if known := await turns.log.answered(op, Accepted):
+                turns.untold = known.run_id
                 return known
-            if not opened.turns.ready:
+            if not turns.agent.ready:
                 raise StateConflict("no agent is configured yet", state="idle")
         if mode == "interrupt":
-            opened.turns.check()
-            await opened.turns.stop("a new message came", asked=True, run_id=stops)
-        run_id = opened.untold = opened.turns.run_id
+            turns.check()
+            await turns.stop("a new message came", asked=True, run_id=stops)
+        run_id = turns.untold = turns.run_id
         message = UserMessage(text=text, op_id=op.op_id if op else None)
         acceptance = with_acceptance(op, run_id)
-        written = opened.turns.submit(message, acceptance, run_id=run_id, wake=mode == "interrupt")
+        written = turns.submit(message, acceptance, run_id=run_id, wake=mode == "interrupt")
         records = await asyncio.shield(written)
-        if not records and (known := await opened.journal.answered(op, Accepted)):
-            opened.untold = known.run_id
+        if not records and (known := await turns.log.answered(op, Accepted)):
+            turns.untold = known.run_id
             return known
         return Accepted(records[0].event.seq, run_id)
 
@@ -240,42 +236,40 @@ class LocalConversation(Conversation):
 
     async def begin(self, *, untold: str | None = None, op: Operation | None = None) -> RunAnswer:
         """Like `run`, without waiting: make the turn go on, and return which it is. `untold` is the `turn` of Run."""
-        opened = await self._open()
-        opened.turns.check()
-        if opened.turns.current is None:
-            coming = RunAnswer(run_id=opened.turns.run_id, running=True)
-            turn = opened.turns.begin(with_result(op, coming), untold=untold)
+        turns = await self._open()
+        turns.check()
+        if turns.current is None:
+            coming = RunAnswer(run_id=turns.run_id, running=True)
+            turn = turns.begin(with_result(op, coming), untold=untold)
         else:
-            turn = opened.turns.current
+            turn = turns.current
         if turn is not None:
             await turn.begun.wait()
-            if opened.journal.turn.run_id != turn.run_id:
+            if turns.log.turn.run_id != turn.run_id:
                 raise turn.failure or draining()
             answer = RunAnswer(run_id=turn.run_id, running=True)
         else:
-            last, ended = opened.last, opened.journal.turn.ended_seq
-            answer = RunAnswer(run_id=last.run_id, running=False, ended_seq=ended)
-        await opened.journal.append(op=with_result(op, answer))
+            ended = turns.log.turn.ended_seq
+            answer = RunAnswer(run_id=turns.last.run_id, running=False, ended_seq=ended)
+        await turns.log.append(op=with_result(op, answer))
         return answer
 
     async def pause(self, *, run_id: str | None = None, op: Operation | None = None) -> None:
         """Ask the turn to stop before its next step. Nothing happens when no turn runs, or not the one of `run_id`."""
-        opened = await self._open()
-        opened.turns.check()
-        turn = opened.turns.current if opened.turns.meant(run_id) else None
-        pauses = (
-            turn is not None and not turn.course.ending and opened.journal.turn.phase is not Phase.PAUSING
-        )
-        await opened.journal.append(*([PauseRequested()] if pauses else []), op=op)
+        turns = await self._open()
+        turns.check()
+        turn = turns.current if turns.meant(run_id) else None
+        pauses = turn is not None and not turn.course.ending and turns.log.turn.phase is not Phase.PAUSING
+        await turns.log.append(*([PauseRequested()] if pauses else []), op=op)
 
     async def interrupt(
         self, reason: str = "", *, run_id: str | None = None, op: Operation | None = None
     ) -> None:
         """Stop the turn now. Nothing happens when no turn runs, or not the one of `run_id`."""
-        opened = await self._open()
-        opened.turns.check()
-        await opened.turns.stop(reason, asked=True, run_id=run_id, op=op)
-        await opened.journal.append(op=op)
+        turns = await self._open()
+        turns.check()
+        await turns.stop(reason, asked=True, run_id=run_id, op=op)
+        await turns.log.append(op=op)
 
     async def respond(
         self,
@@ -285,32 +279,29 @@ class LocalConversation(Conversation):
         reason: str = "",
         op: Operation | None = None,
     ) -> None:
-        opened = await self._open()
-        if not await opened.turns.respond(request_id, answer, reason, op):
-            await opened.journal.append(op=op)
+        turns = await self._open()
+        if not await turns.respond(request_id, answer, reason, op):
+            await turns.log.append(op=op)
 
     async def events(self, since: Cursor | int = 0, follow: bool = False) -> AsyncIterator[Event]:
-        opened = await self._open()
+        turns = await self._open()
         if isinstance(since, Cursor):
             if since.epoch and since.epoch != self.epoch:
                 raise HistoryLost("the log was made anew", epoch=self.epoch, from_seq=1)
             since = since.seq
-        follower = Tail(opened.journal, since)
-        opened.followers.add(follower)
+        tail = Tail(turns.log, since)
         try:
-            async for event in follower.events(follow=follow):
+            async for event in tail.events(follow=follow):
                 yield event
         finally:
-            opened.followers.discard(follower)
-            follower.close()
+            tail.close()
 
     async def state(self) -> Snapshot:
         """Return the present state; a closed conversation has one, too."""
         closed = self._closing is not None
-        opened = self._opened if closed and self._opened is not None else await self._open()
-        known, epoch = opened.journal.state, opened.journal.epoch
-        waits = (*opened.turns.waits, *self.place.waits)
-        return known.snapshot(self.id, epoch, working=self.working, closed=closed, waits=waits)
+        turns = self._opened if closed and self._opened is not None else await self._open()
+        waits = (*turns.waits, *self._place.waits)
+        return turns.log.state.snapshot(self.id, self.epoch, working=self.working, closed=closed, waits=waits)
 
     async def stats(self) -> Stats:
         return (await self.state()).stats
@@ -321,14 +312,17 @@ class LocalConversation(Conversation):
         Raises:
             InvalidParams: a name cannot be an environment variable.
         """
-        opened = await self._open()
-        await self._write(opened, [self._configuration.add_secrets(secrets)], op)
+        turns = await self._open()
+        self._secrets.add(secrets)
+        await self._write(turns, [SecretsChanged(names=tuple(sorted(secrets)))], op)
 
     async def set_confirmation_policy(
         self, policy: ConfirmationPolicy, *, op: Operation | None = None
     ) -> None:
-        opened = await self._open()
-        await self._write(opened, [self._configuration.set_confirmation(policy)], op)
+        turns = await self._open()
+        runtime = turns.agent.present()
+        runtime.confirmation = policy
+        await self._write(turns, [runtime.configured()], op)
 
     async def switch_llm(self, llm: Model, *, op: Operation | None = None) -> None:
         """Use another model from the next model call on.
@@ -336,8 +330,10 @@ class LocalConversation(Conversation):
         Raises:
             InvalidParams: there is no way to reach this model.
         """
-        opened = await self._open()
-        await self._write(opened, [self._configuration.switch_llm(llm)], op)
+        turns = await self._open()
+        runtime = turns.agent.present()
+        runtime.switch(llm)
+        await self._write(turns, [runtime.configured()], op)
 
     async def set_title(
         self,
@@ -347,8 +343,8 @@ class LocalConversation(Conversation):
         op: Operation | None = None,
     ) -> None:
         """Name the conversation; tags are merged. What does not change is not written."""
-        opened = await self._open()
-        await opened.journal.append(*opened.journal.state.retitled(title, tags), op=op)
+        turns = await self._open()
+        await turns.log.append(*turns.log.state.retitled(title, tags), op=op)
 
     async def configure(
         self,
@@ -368,18 +364,16 @@ class LocalConversation(Conversation):
         Raises:
             InvalidParams: the model or a tool does not exist.
         """
-        opened = await self._open()
+        turns = await self._open()
         policy = confirmation or ConfirmationPolicy()
-        self._configuration.check_secrets(secrets or {})  # before anything: what is refused changes nothing
-        self._configuration.replace(agent, max_iterations=max_iterations, confirmation=policy)
-        known = opened.journal.state
-        await self._configuration.recall(opened.journal)
-        events = self._configuration.news(known)
+        self._secrets.checked(secrets or {})  # before anything: what is refused changes nothing
+        await turns.agent.use(agent, turns.log, max_iterations=max_iterations, confirmation=policy)
+        events = turns.agent.news(turns.log.state)
         if secrets:
-            events.append(self._configuration.add_secrets(secrets))
-        events += known.retitled(title, tags)
-        opened.turns.runtime = self._configuration.runtime
-        await self._write(opened, events, op)
+            self._secrets.add(secrets)
+            events.append(SecretsChanged(names=tuple(sorted(secrets))))
+        events += turns.log.state.retitled(title, tags)
+        await self._write(turns, events, op)
 
     # --- following ---
 
@@ -406,7 +400,7 @@ class LocalConversation(Conversation):
         """
         self._course.leave()  # also what is being opened, or will be
         if self._opened is not None:
-            await self._opened.turns.let_go(now=False)
+            await self._opened.let_go(now=False)
 
     async def suspend(self) -> None:
         """Like `close`, but a turn that runs stays open in the log, for the next process; its commands run on."""
@@ -425,18 +419,34 @@ class LocalConversation(Conversation):
             await asyncio.shield(self._closing)
 
     async def _close(self, *, delete: bool = False, suspend: bool = False) -> None:
+        """Stop the turn, wait for the callbacks, let go of everything; `delete` removes the log, too.
+
+        With `suspend` the turn stays open in the log.
+        """
         if self._opening is not None:
             await asyncio.wait({self._opening})
-        if self._opened is not None:
-            await self._opened.close(delete=delete, suspend=suspend)
+        if (turns := self._opened) is None:
+            return
+        try:
+            if suspend:
+                await turns.let_go(now=True)
+            else:
+                await turns.end("the conversation was closed")
+            await turns.log.settle()
+            turns.log.end_tails()
+            await self._delivery.drained()
+            if delete:
+                await turns.log.log.delete(self.id)
+        finally:
+            await self._stack.aclose()
 
-    async def _write(self, opened: Opened, events: Sequence[Event], op: Operation | None) -> None:
+    async def _write(self, turns: Turns, events: Sequence[Event], op: Operation | None) -> None:
         """Append what there is to append, store the agent as it is now, and remember that the call is done."""
-        packed = self._configuration.packed(self._store) if self._store else None
+        packed = turns.agent.packed(self._store) if self._store else None
         if events or op or packed:
-            await asyncio.shield(opened.journal.submit(*events, op=op, settings=packed))
+            await asyncio.shield(turns.log.submit(*events, op=op, settings=packed))
 
-    async def _open(self) -> Opened:
+    async def _open(self) -> Turns:
         if self._closing is not None:
             raise StateConflict("the conversation is closed", state="closed")
         if self._opened is not None:
@@ -446,24 +456,68 @@ class LocalConversation(Conversation):
         opening = self._opening
         try:
             # Shared by all who come first; one of them being cancelled does not stop it.
-            opened = await asyncio.shield(opening)
+            turns = await asyncio.shield(opening)
         finally:
             if opening.done() and self._opening is opening:
                 self._opening = None
         if self._closing is not None:  # meanwhile
             raise StateConflict("the conversation is closed", state="closed")
-        return opened
+        return turns
 
-    async def _really_open(self) -> Opened:
-        self._opened = await open_conversation(
-            self._configuration,
-            self._place,
-            self._log,
-            self._delivery,
-            self.close,
-            course=self._course,
-            store=self._store,
-            since=self._since,
-        )
-        self._opened.turns.on_failure = lambda failure: self.on_turn_failed(failure)
-        return self._opened
+    async def _really_open(self) -> Turns:
+        """Enter the workspace if it is a folder, open the log if it is a path or None, and go on where the log ends.
+
+        Whatever raises leaves nothing open.
+        """
+        async with AsyncExitStack() as stack:
+            agent = AgentConfig(
+                self.id,
+                await self._entered(stack),
+                secrets=self._secrets,
+                place=self._place,
+                run_client_tool=self._run_client_tool,
+            )
+            stack.push_async_callback(agent.close)
+            self._secrets.add(self._expected)
+            runtime = None
+            if self._agent is not None:
+                runtime = agent.made(
+                    self._agent, max_iterations=self._max_iterations, confirmation=self._confirmation
+                )
+            event_log = self._event_log
+            if not isinstance(event_log, EventLog):
+                event_log = await stack.enter_async_context(EventLog.open(event_log))
+            log = ConversationLog(event_log, self.id, await event_log.create(self.id), self._delivery)
+            log.mask = self.mask
+            await log.replay()
+            if self._since is not None:
+                self._delivery.begin_with(log.past(self._since))
+            if self._store is None:
+                await log.mend()
+            elif stored := await event_log.settings(self.id):
+                runtime = agent.restored(self._store, stored) or runtime
+            if runtime is not None:
+                await agent.begin(runtime, log)
+            created = [] if log.state.created else [ConversationCreated(conversation=self.id)]
+            await log.append(*created, *agent.news(log.state), *log.state.retitled(self._title, self._tags))
+            turns = Turns(
+                log,
+                agent,
+                self._course,
+                lambda failure: self.on_turn_failed(failure),
+                restarts=self._store.restarts if self._store else None,
+            )
+            if self._store is not None:
+                await turns.take_up()
+            self._stack, self._opened = stack.pop_all(), turns
+        return turns
+
+    async def _entered(self, stack: AsyncExitStack) -> Workspace:
+        if isinstance(self._workspace, str | PathLike):
+            from agent_sdk.workspace.local import LocalWorkspace  # noqa: PLC0415  only for those who give a folder
+
+            return await stack.enter_async_context(LocalWorkspace(self._workspace))
+        register = getattr(self._workspace, "on_close", None)
+        if register is not None:
+            register(self.close)
+        return self._workspace

@@ -18,12 +18,13 @@ from msgspec.structs import replace
 
 from agent_sdk.agent.history import History
 from agent_sdk.agent.mask import Mask, MaskedStream, is_cut
+from agent_sdk.conversation.contract import Cursor
 from agent_sdk.conversation.dispatch import Dispatcher
 from agent_sdk.conversation.state import ConversationState
 from agent_sdk.idempotency import Asked, asked
 from agent_sdk.ids import digest_of
 from agent_sdk.log.event_log import EventLog, Operation, Record
-from agent_sdk.protocol.errors import InvalidParams
+from agent_sdk.protocol.errors import HistoryLost, InvalidParams
 from agent_sdk.protocol.events import (
     AgentMessage,
     Delta,
@@ -64,6 +65,8 @@ class ConversationLog:
         """The turn whose answer is streamed, its text and its thinking."""
         self._under_way: set[asyncio.Future[list[Record]]] = set()
         self._reducers: list[Callable[[Event], None]] = []
+        self.tails: set[Tail] = set()
+        """Who reads it now."""
 
     @property
     def head_seq(self) -> int:
@@ -102,6 +105,28 @@ class ConversationLog:
                     return
                 after = seq
                 yield seq, body
+
+    def past(self, since: Cursor) -> AsyncIterator[Event]:
+        """Return the events after a cursor, up to the present head.
+
+        Raises:
+            HistoryLost: it is of another history.
+        """
+        head, epoch = self.head_seq, self.epoch
+        if since.epoch not in ("", epoch) or not 0 <= since.seq <= head:
+            raise HistoryLost(
+                f"the log has no seq {since.seq} of epoch {since.epoch[:64]!r}; it is epoch {epoch!r} up to {head}",
+                epoch=epoch,
+                from_seq=1,
+            )
+
+        async def events() -> AsyncIterator[Event]:
+            async for seq, body in self.pages(since.seq):
+                if seq > head:
+                    return
+                yield decode(body)
+
+        return events()
 
     def submit(
         self,
@@ -154,6 +179,11 @@ class ConversationLog:
         while self._under_way:
             await asyncio.wait(self._under_way)
 
+    def end_tails(self) -> None:
+        """Tell who reads it that nothing will come any more."""
+        for tail in self.tails:
+            tail.end()
+
     def delta(self, run_id: str, text: str, thinking: str) -> None:
         """Pass on a transient piece of an answer, as far as it can be no part of a secret."""
         if not self.mask.needles.longest and self._streams is None:
@@ -205,6 +235,7 @@ class Tail:
         self._ended = False
         self._news = asyncio.Event()
         self._unsubscribe = log.delivery.subscribe(self._listen)
+        log.tails.add(self)
 
     async def events(self, *, follow: bool) -> AsyncIterator[Event]:
         """Yield the events after `since`; with `follow` go on until `end`."""
@@ -234,6 +265,7 @@ class Tail:
 
     def close(self) -> None:
         """Stop listening."""
+        self._log.tails.discard(self)
         self._unsubscribe()
 
     def _listen(self, seq: int, body: bytes) -> None:

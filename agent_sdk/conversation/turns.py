@@ -10,23 +10,30 @@ from __future__ import annotations
 import asyncio
 from asyncio import CancelledError
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
+
+import msgspec
 
 from agent_sdk.agent.loop import RESTARTS, Turn
 from agent_sdk.agent.runtime import AgentRuntime
 from agent_sdk.agent.turn_state import Course, Phase, Stage
+from agent_sdk.conversation.configuration import AgentConfig
+from agent_sdk.conversation.contract import OnWaiting, Outcome, still_runs, tell_waits
 from agent_sdk.conversation.log import ConversationLog
+from agent_sdk.idempotency import Asked
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import Operation, Record
 from agent_sdk.protocol.errors import (
-    AgentServerError,
     InternalError,
+    OpExpired,
+    OutcomeUnknown,
     RequestNotFound,
     StateConflict,
     draining,
 )
 from agent_sdk.protocol.events import TurnStarted, UserMessage, Waiting
-from agent_sdk.protocol.results import Wait
+from agent_sdk.protocol.results import Accepted, Wait
 
 Left = Literal["nothing", "written", "begun"]
 """Of a turn that was let go of: no call that is open, one that is written down, one that may have begun."""
@@ -35,28 +42,33 @@ Left = Literal["nothing", "written", "begun"]
 class Turns:
     """The turns of one conversation, one at a time."""
 
-    def __init__(self, journal: ConversationLog, course: Course, *, restarts: int | None = None) -> None:
+    def __init__(
+        self,
+        log: ConversationLog,
+        agent: AgentConfig,
+        course: Course,
+        on_failure: Callable[[Exception], None],
+        *,
+        restarts: int | None = None,
+    ) -> None:
         """Take the log.
 
         Args:
-            journal: the log.
+            log: where they are written down.
+            agent: whose turns these are.
             course: of the conversation; where that is let go of already, no turn starts.
+            on_failure: told why the end of a turn could not be written, which nobody learns from the log.
             restarts: a turn that is open in the log is gone on with, so often at most; None: it is closed.
         """
+        self.log = log
+        self.agent = agent
         self.course = course
         """Of all of them: new ones start while it is working."""
+        self.untold: str | None = None
+        """The turn that answers the last message or that `run` waited for, until `run` has returned how it ended."""
         self._failure: Exception | None = None
         """Why the end of the last turn could not be written: it is open, and nobody runs it."""
-        self.on_failure: Callable[[Exception], None] = lambda failure: None
-        """Told of it: nobody learns it from the log."""
-        self.missing = ""
-        """Why there is no runtime although the conversation has an agent, a sentence; a turn then waits for one."""
-        self.obstacle: AgentServerError | None = None
-        """Why there cannot be one; a turn then fails with it."""
-        self._runtime: AgentRuntime | None = None
-        self._arrived: asyncio.Event | None = None
-        """For the turn that waits for an runtime, if one does."""
-        self._journal = journal
+        self._on_failure = on_failure
         self._restarts = restarts
         self._next_run_id = new_id()
         self._turn: Turn | None = None
@@ -64,34 +76,28 @@ class Turns:
         self._left: Turn | None = None
 
     @property
-    def runtime(self) -> AgentRuntime | None:
-        """Who works in the next turn, and in the present one if it still waits for somebody."""
-        return self._runtime
-
-    @runtime.setter
-    def runtime(self, runtime: AgentRuntime | None) -> None:
-        self._runtime = runtime
-        if runtime is not None:
-            self.missing, self.obstacle = "", None
-            if self._arrived is not None:
-                self._arrived.set()
-
-    @property
-    def ready(self) -> bool:
-        """Whether a turn may start, even if it has to wait for its runtime."""
-        return self._runtime is not None or bool(self.missing) or self.obstacle is not None
-
-    @property
     def waits(self) -> tuple[Wait, ...]:
         """What the agent lacks, working or not, as far as the log does not say it."""
-        key = [Wait(what="key", reason=self.missing)] if self.missing else []
+        missing = self.agent.missing
+        key = [Wait(what="key", reason=missing)] if missing else []
         disk = [Wait(what="disk", reason=f"the log: {self._failure}")] if self._failure else []
         return (*key, *disk)
 
     @property
+    def last(self) -> Outcome:
+        """How the last turn ended.
+
+        Raises:
+            StateConflict: there was none.
+        """
+        if self.log.turn.outcome is None:
+            raise StateConflict("there is no message yet", state="idle")
+        return self.log.turn.outcome
+
+    @property
     def current(self) -> Turn | None:
         """The turn that runs: its end is not in the log yet."""
-        turn, outcome = self._turn, self._journal.turn.outcome
+        turn, outcome = self._turn, self.log.turn.outcome
         over = turn is not None and outcome is not None and outcome.run_id == turn.run_id
         return None if over else turn
 
@@ -119,15 +125,15 @@ class Turns:
         What is paused stays so, unless the message is to `wake` it. A turn that had been joined and ends
         without reading the message leaves it to the next one.
         """
-        begins = self._turn is None and not self._journal.turn.is_open and self._may_start(wake)
+        begins = self._turn is None and not self.log.turn.is_open and self._may_start(wake)
         start = [TurnStarted(run_id=run_id)] if begins else []
-        written = self._journal.submit(message, *start, op=op)
+        written = self.log.submit(message, *start, op=op)
         turn = self._made() if begins else None
 
         # Not after an await: whoever sends the message may be cancelled, the message is there all the same.
         def committed(_: object) -> None:
             failure = CancelledError() if written.cancelled() else written.exception()
-            waits = failure is None and bool(self._journal.history.unread)
+            waits = failure is None and bool(self.log.history.unread)
             if turn is not None and (failure or not written.result()):
                 self._withdraw(turn, failure)
             elif turn is not None:
@@ -137,6 +143,43 @@ class Turns:
 
         written.add_done_callback(committed)
         return written
+
+    async def run(self, timeout: float | None, on_waiting: OnWaiting | None) -> Outcome:
+        """Wait for the end of the turn, as Conversation.run does."""
+        turn = self.begin(untold=self.untold)
+        if turn is None:
+            self.untold = None
+            return self.last
+        self.untold = turn.run_id
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                await self._ended(turn, on_waiting)
+                await self.log.delivery.drained()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise still_runs(timeout, self.log.state.waits) from None
+        if turn.failure is not None:
+            raise turn.failure
+        if self.untold == turn.run_id:  # else another message has come since
+            self.untold = None
+        return turn.outcome or self.last
+
+    async def _ended(self, turn: Turn, on_waiting: OnWaiting | None) -> None:
+        """Wait for the end of a turn, and tell what it waits for until then."""
+        told: set[Wait] = set()
+        news = asyncio.Event()
+        stop = self.log.delivery.subscribe(lambda seq, event: news.set())
+        over = asyncio.ensure_future(turn.over.wait())
+        over.add_done_callback(lambda _: news.set())
+        try:
+            while not over.done():
+                news.clear()
+                await tell_waits(self.log.state.waits, told, on_waiting)
+                await news.wait()
+        finally:
+            stop()
+            over.cancel()
 
     def begin(self, op: Operation | None = None, *, untold: str | None = None) -> Turn | None:
         """Return the turn that runs, or start one when there is something to do, else None.
@@ -148,12 +191,12 @@ class Turns:
         current = self.current
         if current is not None:
             return current
-        last = self._journal.turn
+        last = self.log.turn
         if last.phase is Phase.STOPPED:
             return None
-        if untold is not None and untold == last.failed_run_id and not self._journal.history.unread:
+        if untold is not None and untold == last.failed_run_id and not self.log.history.unread:
             return None
-        if self._journal.history.unread or last.resumable or last.is_open:
+        if self.log.history.unread or last.resumable or last.is_open:
             return self._start(op)
         return None
 
@@ -172,15 +215,16 @@ class Turns:
                 raise RequestNotFound(f"no request {request_id!r} waits for an answer", request=request_id)
             await turn.respond(request_id, answer, reason, op)
         except RequestNotFound:
-            await self._journal.settle()
-            if not self._journal.turn.answered(request_id, answer):
+            await self.log.settle()
+            if not self.log.turn.answered(request_id, answer):
                 raise
             return False
         return True
 
-    def take_up(self, promised: str | None) -> None:
-        """Go on where another process has stopped: with the open turn, or with the one `promised` to a message."""
-        if self.course.stage is not Stage.WORKING or not self.ready:
+    async def take_up(self) -> None:
+        """Go on where another process has stopped: with the open turn, or with one that was promised to a message."""
+        promised = await self._promised()
+        if self.course.stage is not Stage.WORKING or not self.agent.ready:
             return
         if self._abandoned:
             self._start()
@@ -188,9 +232,19 @@ class Turns:
             self._next_run_id = promised
             self._start()
 
-    async def ended(self, turn: Turn) -> None:
-        """Wait for the end of a turn that `begin` or `current` returned."""
-        await turn.over.wait()
+    async def _promised(self) -> str | None:
+        """Return the turn that a message was promised when the process ended before it had started one."""
+        last = self.log.turn
+        for message in self.log.history.unread:
+            if message.op_id is None or message.seq < last.started_seq or last.phase is Phase.PAUSED:
+                continue
+            with suppress(OpExpired, OutcomeUnknown):  # then it waits for `run`
+                known = await self.log.operations.find(Asked(message.op_id))
+                if known is not None and known.answer is not None:
+                    run_id = msgspec.json.decode(known.answer, type=Accepted).run_id
+                    if run_id != last.run_id:
+                        return run_id
+        return None
 
     def meant(self, run_id: str | None) -> bool:
         """Whether who wants to stop this turn, or None: whichever runs, means the one that runs."""
@@ -203,7 +257,7 @@ class Turns:
         turn = self._turn
         if turn is not None and self.meant(run_id):
             turn.stop(reason, asked=asked, op=op)
-            await self.ended(turn)
+            await turn.over.wait()
 
     async def end(self, reason: str) -> None:
         """Start no more turns, and end the running one at once; it may be continued."""
@@ -217,20 +271,20 @@ class Turns:
         if turn is not None:
             self._left = turn
             turn.let_go(now=now)
-            await self.ended(turn)
+            await turn.over.wait()
 
     def left(self, place: str) -> Left:
         """Return what the turn that was let go of has left here: calls that are written down, or that have begun."""
-        open_calls = self._journal.turn.open_calls.values()
-        if not self._journal.turn.is_open or all(call.place != place for call in open_calls):
+        open_calls = self.log.turn.open_calls.values()
+        if not self.log.turn.is_open or all(call.place != place for call in open_calls):
             return "nothing"
         return "begun" if self._left is None or self._left.calls_begun else "written"
 
     @property
     def _abandoned(self) -> str | None:
         """The turn that is open in the log, that nobody runs, and that is gone on with."""
-        left = self._restarts is not None and self._turn is None and self._journal.turn.is_open
-        return self._journal.turn.run_id if left else None
+        left = self._restarts is not None and self._turn is None and self.log.turn.is_open
+        return self.log.turn.run_id if left else None
 
     @property
     def _coming(self) -> str:
@@ -238,7 +292,7 @@ class Turns:
 
     def _may_start(self, wake: bool) -> bool:
         """Whether a message may begin a turn, one that is to `wake` what is paused or another."""
-        paused = self._journal.turn.phase is Phase.PAUSED
+        paused = self.log.turn.phase is Phase.PAUSED
         return self.course.stage is Stage.WORKING and (wake or not paused)
 
     def _start(self, op: Operation | None = None) -> Turn:
@@ -250,12 +304,12 @@ class Turns:
 
     def _made(self, op: Operation | None = None) -> Turn:
         """Make the turn that comes next; `_run` it, or `_withdraw` it."""
-        if not self.ready:
+        if not self.agent.ready:
             raise StateConflict("no agent is configured yet", state="idle")
         self._turn = Turn(
             self._coming,
             self._present,
-            self._journal,
+            self.log,
             restarts=RESTARTS if self._restarts is None else self._restarts,
             op=op,
         )
@@ -265,7 +319,16 @@ class Turns:
 
     def _run(self, turn: Turn) -> None:
         self._failure = None
-        self._task = asyncio.create_task(self._course(turn, self._task), name=f"turn {turn.run_id}")
+        self._task = asyncio.create_task(turn.run(after=self._task), name=f"turn {turn.run_id}")
+        self._task.add_done_callback(lambda _: self._ran(turn))
+
+    def _ran(self, turn: Turn) -> None:
+        self._failure = turn.failure
+        turn.over.set()
+        if self._turn is turn:
+            self._turn = self._task = None
+        if turn.failure is not None:
+            self._on_failure(turn.failure)
 
     def _withdraw(self, turn: Turn, failure: BaseException | None) -> None:
         """Forget a turn whose start was not written: a message that had joined it begins it, or the next one."""
@@ -275,24 +338,12 @@ class Turns:
         turn.over.set()
 
     async def _present(self) -> AgentRuntime:
-        if self._runtime is None and self.obstacle is None:
-            self._arrived = asyncio.Event()  # made first: somebody may arrive while it is written down
-            await self._journal.append(Waiting(what="key", reason=self.missing))
-            await self._arrived.wait()
-            await self._journal.append(Waiting(what="key"))
-        if self._runtime is None:
-            raise self.obstacle or InternalError("nobody works in the turn")
-        return self._runtime
-
-    async def _course(self, turn: Turn, before: asyncio.Task[None] | None) -> None:
-        try:
-            if before is not None and not before.done():
-                await asyncio.wait({before})
-            await turn.run()
-        finally:
-            self._failure = turn.failure
-            turn.over.set()
-            if self._turn is turn:
-                self._turn = self._task = None
-            if turn.failure is not None:
-                self.on_failure(turn.failure)
+        """Return the agent, as soon as there is one; what is missing of it is in the log until then."""
+        agent = self.agent
+        if agent.runtime is None and agent.obstacle is None:
+            await self.log.append(Waiting(what="key", reason=agent.missing))
+            await agent.arrived.wait()
+            await self.log.append(Waiting(what="key"))
+        if agent.runtime is None:
+            raise agent.obstacle or InternalError("nobody works in the turn")
+        return agent.runtime

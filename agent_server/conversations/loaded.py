@@ -102,8 +102,8 @@ class LoadedConversation:
             log=log,
             run_client_tool=self.tools.run,
             store=store,
+            place=BoxPlace(link, self._clients_back),
         )
-        self.local.place = BoxPlace(link, self._clients_back)
         self.local.on_turn_failed = self._turn_failed
         self._log = log
         self._logs = logs

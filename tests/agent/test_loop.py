@@ -101,8 +101,8 @@ class Stage:
             max_iterations=20,
             confirmation=ConfirmationPolicy(),
         )
-        runtime.add_secrets(secrets or {})
-        self.journal.mask = runtime.mask
+        runtime.secrets.add(secrets or {})
+        self.journal.mask = runtime.secrets.mask
         runtime.client = client = Answers(*answers)
         client.on_ask = on_ask
         await self.journal.append(UserMessage(text="go"))

@@ -520,8 +520,8 @@ async def test_a_start_that_takes_long_is_told_and_its_end_as_well():
 async def test_a_box_that_starts_is_told_in_the_state_at_once(folder):
     async with opened(folder) as boxes:
         link = boxes.link("c")
-        conversation = LocalConversation(None, RemoteWorkspace.over(link))
-        conversation.place = BoxPlace(link, asyncio.Event())
+        place = BoxPlace(link, asyncio.Event())
+        conversation = LocalConversation(None, RemoteWorkspace.over(link), place=place)
         async with conversation:
             starting = asyncio.create_task(link.linked())
             await asyncio.wait([starting], timeout=0)
