@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
-from agent_sdk.conversation.contract import Callback, Cursor, OnDelta, OnReset, OnWaiting
 from agent_sdk.conversation.contract import Conversation as ConversationContract
-from agent_sdk.definition import Agent
-from agent_sdk.protocol.checks import Iterations, Name, Secrets, Seq, Tags, Title, checked
+from agent_sdk.definition import ConversationOptions
 from agent_sdk.protocol.errors import InvalidParams
-from agent_sdk.protocol.specs import ConfirmationPolicy
-from agent_sdk.workspace.contract import Workspace
-from agent_sdk.workspace.disk import LocalPath
+
+P = ParamSpec("P")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-@checked
-def Conversation(
-    agent: Agent | None,
-    workspace: Workspace | LocalPath = ".",
-    *,
-    id: Name | None = None,
-    since: Cursor | Seq | None = None,
-    callbacks: Sequence[Callback] = (),
-    on_delta: OnDelta | None = None,
-    on_reset: OnReset | None = None,
-    on_waiting: OnWaiting | None = None,
-    persistence_dir: LocalPath | None = None,
-    max_iterations: Iterations = 500,
-    confirmation: ConfirmationPolicy | None = None,
-    secrets: Secrets | None = None,
-    title: Title | None = None,
-    tags: Tags | None = None,
-    agent_runs: Literal["here"] | None = None,
-) -> ConversationContract:
+def _taking(options: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
+    """Decorate a function that gets options as one object: whoever calls it passes the options themselves."""
+
+    def decorated(function: Callable[[T], R]) -> Callable[P, R]:
+        @wraps(function)
+        def made(*args: P.args, **kwargs: P.kwargs) -> R:
+            return function(options(*args, **kwargs))
+
+        made.__annotations__ = {
+            **options.__init__.__annotations__,
+            "return": function.__annotations__["return"],
+        }
+        made.__signature__ = inspect.signature(options)  # type: ignore[attr-defined]
+        del made.__wrapped__
+        return made
+
+    return decorated
+
+
+@_taking(ConversationOptions)
+def Conversation(options: ConversationOptions) -> ConversationContract:
     """Make a conversation; it opens at its first use.
 
     Args:
@@ -61,26 +64,14 @@ def Conversation(
     """
     from agent_sdk.remote.workspace import RemoteWorkspace  # noqa: PLC0415  either side costs its imports
 
-    options: dict[str, Any] = {
-        "id": id,
-        "callbacks": callbacks,
-        "on_delta": on_delta,
-        "on_waiting": on_waiting,
-        "max_iterations": max_iterations,
-        "confirmation": confirmation,
-        "secrets": secrets,
-        "title": title,
-        "tags": tags,
-    }
-    if isinstance(workspace, RemoteWorkspace) and agent_runs is None:
+    if isinstance(options.workspace, RemoteWorkspace) and options.agent_runs is None:
         from agent_sdk.remote.conversation import RemoteConversation  # noqa: PLC0415
 
-        if persistence_dir is not None:
+        if options.persistence_dir is not None:
             raise InvalidParams("persistence_dir: a remote conversation's log is kept by its server")
-        return RemoteConversation(agent, workspace, since=since, on_reset=on_reset, **options)
+        return RemoteConversation(options, options.workspace)
     from agent_sdk.conversation.local import LocalConversation  # noqa: PLC0415
 
-    if agent is None:
+    if options.agent is None:
         raise InvalidParams("agent: a conversation that runs here needs one")
-    place = Cursor("", since) if isinstance(since, int) else since
-    return LocalConversation(agent, workspace, persistence_dir=persistence_dir, since=place, **options)
+    return LocalConversation(**vars(options))

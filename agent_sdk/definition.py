@@ -1,21 +1,34 @@
-"""Agent and LLM as users write them: frozen data, turned into the specs of the protocol by `Agent.spec`."""
+"""Agent and LLM as users write them, and the options of a Conversation: frozen data.
+
+`Agent.spec` turns an agent into the specs of the protocol.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from dataclasses import KW_ONLY, dataclass
+from os import PathLike
+from typing import Any, Literal, Self
 
 import msgspec
 from msgspec import Struct
 
+from agent_sdk.conversation.contract import Callback, Cursor, OnDelta, OnReset, OnWaiting
 from agent_sdk.middleware import Middleware
 from agent_sdk.protocol import specs
-from agent_sdk.protocol.checks import flaw
+from agent_sdk.protocol.checks import Iterations, Name, Options, OsText, Secrets, Seq, Tags, Title, flaw
 from agent_sdk.protocol.errors import InvalidParams
 from agent_sdk.protocol.methods.method import without_defaults
-from agent_sdk.protocol.specs import DEFAULT_TOOLS, AgentSpec, MiddlewareSpec, Model
+from agent_sdk.protocol.specs import (
+    DEFAULT_TOOLS,
+    AgentSpec,
+    ConfirmationPolicy,
+    MiddlewareSpec,
+    Model,
+)
 from agent_sdk.tools import FunctionTool
+from agent_sdk.workspace.contract import Workspace
 
 
 class LLM(specs.LLM, frozen=True, kw_only=True, tag="llm"):
@@ -107,3 +120,25 @@ class Agent(Struct, frozen=True, kw_only=True):
 def _described(feature: Middleware) -> MiddlewareSpec:
     options = msgspec.to_builtins(without_defaults(feature, everywhere=True))
     return MiddlewareSpec(kind=options.pop("kind"), options=options)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ConversationOptions(Options):
+    """What is said of a conversation, wherever it runs."""
+
+    agent: Agent | None
+    workspace: Workspace | OsText | PathLike[str] = "."
+    _: KW_ONLY
+    id: Name | None = None
+    since: Cursor | Seq | None = None
+    callbacks: Sequence[Callback] = ()
+    on_delta: OnDelta | None = None
+    on_reset: OnReset | None = None
+    on_waiting: OnWaiting | None = None
+    persistence_dir: OsText | PathLike[str] | None = None
+    max_iterations: Iterations = 500
+    confirmation: ConfirmationPolicy | None = None
+    secrets: Secrets | None = None
+    title: Title | None = None
+    tags: Tags | None = None
+    agent_runs: Literal["here"] | None = None

@@ -9,20 +9,21 @@ a GUI without locks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from agent_sdk import api
 from agent_sdk.conversation import contract as contracts
-from agent_sdk.conversation.contract import Callback, Cursor, OnDelta, OnReset, OnWaiting
-from agent_sdk.definition import LLM, Agent
+from agent_sdk.conversation.contract import Cursor
+from agent_sdk.definition import LLM, Agent, ConversationOptions
 from agent_sdk.portal import Caller, Twin, blocking, constructed, ending, fact, iterating, making, part
-from agent_sdk.protocol.checks import checked
+from agent_sdk.protocol.checks import OsText, taking
 from agent_sdk.protocol.events import Event
-from agent_sdk.protocol.specs import ConfirmationPolicy, Sandbox
+from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.server import AgentServer as AsyncAgentServer
 from agent_sdk.remote.workspace import RemoteWorkspace as AsyncRemoteWorkspace
 from agent_sdk.tools import tool
@@ -185,52 +186,30 @@ class AgentServer(Twin):
     delete = blocking(AsyncAgentServer.delete)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class _ConversationOptions(ConversationOptions):
+    workspace: Workspace | OsText | PathLike[str] = "."  # type: ignore[assignment]
+
+
 class Conversation(Twin):
     """Blocking twin of Conversation; callbacks run in a thread that waits in one of its methods."""
 
     asynchronous: contracts.Conversation
 
-    @checked
-    def __init__(
-        self,
-        agent: Agent | None,
-        workspace: Workspace | str | PathLike[str] = ".",
-        *,
-        id: str | None = None,
-        since: Cursor | int | None = None,
-        callbacks: Sequence[Callback] = (),
-        on_delta: OnDelta | None = None,
-        on_reset: OnReset | None = None,
-        on_waiting: OnWaiting | None = None,
-        persistence_dir: str | PathLike[str] | None = None,
-        max_iterations: int = 500,
-        confirmation: ConfirmationPolicy | None = None,
-        secrets: dict[str, str] | None = None,
-        title: str | None = None,
-        tags: dict[str, str] | None = None,
-        agent_runs: Literal["here"] | None = None,
-    ) -> None:
-        caller = Caller(self.close)
+    @taking(_ConversationOptions)
+    def __init__(self, options: _ConversationOptions) -> None:
+        caller, workspace, on_waiting = Caller(self.close), options.workspace, options.on_waiting
         self._cursor: Cursor | None = None
         if isinstance(workspace, Workspace):
             workspace.on_close(caller.close)
-        conversation = api.Conversation(
-            agent,
-            workspace.asynchronous if isinstance(workspace, Workspace) else workspace,
-            id=id,
-            since=since,
-            callbacks=[partial(self._pass_on, told) for told in callbacks],
-            on_delta=on_delta and partial(caller.post, on_delta),
-            on_reset=on_reset and partial(self._pass_on, on_reset),
-            on_waiting=partial(caller.post, on_waiting) if callable(on_waiting) else on_waiting,
-            persistence_dir=persistence_dir,
-            max_iterations=max_iterations,
-            confirmation=confirmation,
-            secrets=secrets,
-            title=title,
-            tags=tags,
-            agent_runs=agent_runs,
-        )
+        there = {
+            "workspace": workspace.asynchronous if isinstance(workspace, Workspace) else workspace,
+            "callbacks": [partial(self._pass_on, told) for told in options.callbacks],
+            "on_delta": options.on_delta and partial(caller.post, options.on_delta),
+            "on_reset": options.on_reset and partial(self._pass_on, options.on_reset),
+            "on_waiting": partial(caller.post, on_waiting) if callable(on_waiting) else on_waiting,
+        }
+        conversation = api.Conversation(**{**vars(options), **there})
         super().__init__(caller, conversation)
 
     def __enter__(self) -> Self:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import KW_ONLY, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Literal, Self, TypeVar
@@ -19,10 +20,8 @@ from agent_sdk.agent.turn_state import Course, Phase
 from agent_sdk.conversation.configuration import AgentConfig
 from agent_sdk.conversation.contract import (
     Accepted,
-    Callback,
     Conversation,
     Cursor,
-    OnDelta,
     OnWaiting,
     Outcome,
     Snapshot,
@@ -39,10 +38,10 @@ from agent_sdk.conversation.log import (
 )
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.conversation.turns import Left, Turns
-from agent_sdk.definition import Agent
+from agent_sdk.definition import Agent, ConversationOptions
 from agent_sdk.ids import checked_op_id, new_id
 from agent_sdk.log.event_log import EventLog, Operation
-from agent_sdk.protocol.checks import Name, checked
+from agent_sdk.protocol.checks import taking
 from agent_sdk.protocol.errors import HistoryLost, StateConflict, draining
 from agent_sdk.protocol.events import (
     ConversationCreated,
@@ -60,34 +59,26 @@ FILE_NAME = "conversations.sqlite"
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class LocalOptions(ConversationOptions):
+    """What is said of a conversation whose agent is in this process."""
+
+    agent: Agent | AgentSpec | None  # type: ignore[assignment]
+    _: KW_ONLY
+    log: EventLog | None = None
+    run_client_tool: RunClientTool | None = None
+    place: Place | None = None
+    store: AgentStore | None = None
+
+
 class LocalConversation(Conversation):
     """A conversation whose log and agent are in this process. Use it from one event loop."""
 
     id: str = ""
     """Its id; empty before its first use."""
 
-    @checked
-    def __init__(
-        self,
-        agent: Agent | AgentSpec | None,
-        workspace: Workspace | str | PathLike[str] = ".",
-        *,
-        id: Name | None = None,
-        callbacks: Sequence[Callback] = (),
-        on_delta: OnDelta | None = None,
-        persistence_dir: str | PathLike[str] | None = None,
-        max_iterations: int = 500,
-        confirmation: ConfirmationPolicy | None = None,
-        secrets: dict[str, str] | None = None,
-        title: str | None = None,
-        tags: dict[str, str] | None = None,
-        log: EventLog | None = None,
-        run_client_tool: RunClientTool | None = None,
-        since: Cursor | None = None,
-        place: Place | None = None,
-        store: AgentStore | None = None,
-        on_waiting: OnWaiting | None = None,
-    ) -> None:
+    @taking(LocalOptions)
+    def __init__(self, options: LocalOptions) -> None:
         """Describe it; it is opened at its first use.
 
         Verbs that take an `op` remember the call in the commit of its first event, see `answered`.
@@ -108,23 +99,13 @@ class LocalConversation(Conversation):
         Raises:
             InvalidParams: the id is not acceptable.
         """
-        self.id = id or new_id()
-        self._agent = agent
-        self._workspace = workspace
-        self._event_log = log if persistence_dir is None else Path(persistence_dir) / FILE_NAME
-        self._max_iterations = max_iterations
-        self._confirmation = confirmation or ConfirmationPolicy()
-        self._expected = dict(secrets or {})
-        self._title, self._tags = title, dict(tags or {})
-        self._run_client_tool = run_client_tool
-        self._place = place or Place()
-        self._secrets = Secrets(self._expected)
-        self._delivery = Dispatcher(callbacks, on_delta)
-        self._on_waiting = on_waiting
+        self.id = options.id or new_id()
+        self._options = options
+        self._secrets = Secrets(options.secrets)
+        self._place = options.place or Place()
+        self._delivery = Dispatcher(options.callbacks, options.on_delta)
         self.on_turn_failed: Callable[[Exception], None] = lambda failure: None
         """Told when a turn could not even write its end: it is open, and nobody runs it."""
-        self._since = since
-        self._store = store
         self._stack = AsyncExitStack()
         self._opening: asyncio.Task[Turns] | None = None
         self._opened: Turns | None = None
@@ -158,7 +139,7 @@ class LocalConversation(Conversation):
 
     @property
     def mask(self) -> Mask:
-        """Hides what of the agent nobody may read: keys, headers, secrets."""
+        """The mask that hides what nobody may read of the agent: keys, headers, secrets."""
         return self._secrets.mask
 
     @property
@@ -232,7 +213,7 @@ class LocalConversation(Conversation):
         Raises:
             StorageFull, WorkspaceUnavailable, LeaseLost: the log could not be written, so the turn stopped.
         """
-        return await (await self._open()).run(timeout, on_waiting or self._on_waiting)
+        return await (await self._open()).run(timeout, on_waiting or self._options.on_waiting)
 
     async def begin(self, *, untold: str | None = None, op: Operation | None = None) -> RunAnswer:
         """Like `run`, without waiting: make the turn go on, and return which it is. `untold` is the `turn` of Run."""
@@ -442,7 +423,8 @@ class LocalConversation(Conversation):
 
     async def _write(self, turns: Turns, events: Sequence[Event], op: Operation | None) -> None:
         """Append what there is to append, store the agent as it is now, and remember that the call is done."""
-        packed = turns.agent.packed(self._store) if self._store else None
+        store = self._options.store
+        packed = turns.agent.packed(store) if store else None
         if events or op or packed:
             await asyncio.shield(turns.log.submit(*events, op=op, settings=packed))
 
@@ -469,55 +451,56 @@ class LocalConversation(Conversation):
 
         Whatever raises leaves nothing open.
         """
+        options, store = self._options, self._options.store
         async with AsyncExitStack() as stack:
             agent = AgentConfig(
                 self.id,
                 await self._entered(stack),
                 secrets=self._secrets,
                 place=self._place,
-                run_client_tool=self._run_client_tool,
+                run_client_tool=options.run_client_tool,
             )
             stack.push_async_callback(agent.close)
-            self._secrets.add(self._expected)
+            self._secrets.add(options.secrets or {})
             runtime = None
-            if self._agent is not None:
+            if options.agent is not None:
+                policy = options.confirmation or ConfirmationPolicy()
                 runtime = agent.made(
-                    self._agent, max_iterations=self._max_iterations, confirmation=self._confirmation
+                    options.agent, max_iterations=options.max_iterations, confirmation=policy
                 )
-            event_log = self._event_log
-            if not isinstance(event_log, EventLog):
-                event_log = await stack.enter_async_context(EventLog.open(event_log))
+            event_log = options.log
+            if event_log is None or options.persistence_dir is not None:
+                folder = options.persistence_dir
+                path = None if folder is None else Path(folder) / FILE_NAME
+                event_log = await stack.enter_async_context(EventLog.open(path))
             log = ConversationLog(event_log, self.id, await event_log.create(self.id), self._delivery)
             log.mask = self.mask
             await log.replay()
-            if self._since is not None:
-                self._delivery.begin_with(log.past(self._since))
-            if self._store is None:
+            if (since := options.since) is not None:
+                self._delivery.begin_with(log.past(Cursor("", since) if isinstance(since, int) else since))
+            if store is None:
                 await log.mend()
             elif stored := await event_log.settings(self.id):
-                runtime = agent.restored(self._store, stored) or runtime
+                runtime = agent.restored(store, stored) or runtime
             if runtime is not None:
                 await agent.begin(runtime, log)
             created = [] if log.state.created else [ConversationCreated(conversation=self.id)]
-            await log.append(*created, *agent.news(log.state), *log.state.retitled(self._title, self._tags))
-            turns = Turns(
-                log,
-                agent,
-                self._course,
-                lambda failure: self.on_turn_failed(failure),
-                restarts=self._store.restarts if self._store else None,
-            )
-            if self._store is not None:
+            named = log.state.retitled(options.title, options.tags)
+            await log.append(*created, *agent.news(log.state), *named)
+            restarts = None if store is None else store.restarts
+            turns = Turns(log, agent, self._course, self.on_turn_failed, restarts=restarts)
+            if store is not None:
                 await turns.take_up()
             self._stack, self._opened = stack.pop_all(), turns
         return turns
 
     async def _entered(self, stack: AsyncExitStack) -> Workspace:
-        if isinstance(self._workspace, str | PathLike):
+        workspace = self._options.workspace
+        if isinstance(workspace, str | PathLike):
             from agent_sdk.workspace.local import LocalWorkspace  # noqa: PLC0415  only for those who give a folder
 
-            return await stack.enter_async_context(LocalWorkspace(self._workspace))
-        register = getattr(self._workspace, "on_close", None)
+            return await stack.enter_async_context(LocalWorkspace(workspace))
+        register = getattr(workspace, "on_close", None)
         if register is not None:
             register(self.close)
-        return self._workspace
+        return workspace

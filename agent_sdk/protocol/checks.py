@@ -138,12 +138,13 @@ class Options:
         """
         this: Any = self
         defaults = {field.name: field.default for field in dataclasses.fields(this)}
-        for cls in reversed(type(self).__mro__):
-            for name in filter(defaults.__contains__, inspect.get_annotations(cls)):
-                hint = _evaluated(cls.__annotations__[name], vars(sys.modules[cls.__module__]))
-                fits, value = _test(hint), getattr(self, name)
-                if fits is not None and value is not defaults[name] and not fits(value):
-                    raise _refused(name, hint, value)
+        bases = reversed(type(self).__mro__)  # what a class says of a field counts, not what its bases say
+        declared = {name: cls for cls in bases for name in inspect.get_annotations(cls) if name in defaults}
+        for name, cls in declared.items():
+            hint = _evaluated(cls.__annotations__[name], vars(sys.modules[cls.__module__]))
+            fits, value = _test(hint), getattr(self, name)
+            if fits is not None and value is not defaults[name] and not fits(value):
+                raise _refused(name, hint, value)
 
 
 def taking(options: Callable[P, T]) -> Callable[[Callable[[S, T], None]], Callable[Concatenate[S, P], None]]:

@@ -7,7 +7,7 @@ TurnEnded in the stream, after every callback has seen it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from typing import Any, Literal, Self, TypeVar
 
@@ -17,11 +17,8 @@ from msgspec.structs import replace
 
 from agent_sdk.conversation.contract import (
     Accepted,
-    Callback,
     Conversation,
     Cursor,
-    OnDelta,
-    OnReset,
     OnWaiting,
     Outcome,
     Stats,
@@ -31,7 +28,7 @@ from agent_sdk.conversation.contract import (
     still_runs,
     tell_waits,
 )
-from agent_sdk.definition import Agent
+from agent_sdk.definition import ConversationOptions
 from agent_sdk.ids import new_id, op_id_or_new
 from agent_sdk.protocol import events as event_types
 from agent_sdk.protocol.errors import (
@@ -84,46 +81,25 @@ class RemoteConversation(Conversation, LinkUser):
     go on where they stopped, `run` waits on. While there is no connection, cancelling and `close` return at once.
     """
 
-    def __init__(
-        self,
-        agent: Agent | None,
-        workspace: RemoteWorkspace,
-        *,
-        id: str | None = None,
-        since: Cursor | int | None = None,
-        callbacks: Sequence[Callback] = (),
-        on_delta: OnDelta | None = None,
-        on_reset: OnReset | None = None,
-        on_waiting: OnWaiting | None = None,
-        max_iterations: int = 500,
-        confirmation: ConfirmationPolicy | None = None,
-        secrets: dict[str, str] | None = None,
-        title: str | None = None,
-        tags: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, options: ConversationOptions, workspace: RemoteWorkspace) -> None:
         """Describe it; it is opened at its first use.
 
         Args:
-            agent: None attaches to an existing conversation as it is.
+            options: of it. Without an agent it attaches to an existing conversation as it is; with one, the id may be
+                that of a conversation that is to be made, and a workspace that nobody has used yet becomes that of the
+                conversation.
             workspace: entered already. Its first conversation shares its connection.
-            id: of an existing conversation, or, where an agent is given, of one that is to be made. A workspace that
-                nobody has used yet becomes that of the conversation.
-            since: its callbacks get the events after this; None: those from now on.
-            on_reset: without it, every wait raises HistoryLost when the history is gone.
         """
+        agent = options.agent
+        self._options = options
         self._agent = agent.spec() if agent else None
         self._workspace = workspace
-        self._wanted = id
-        self._since = since
-        self._can_restart = on_reset is not None
         self._tools = ToolCalls(agent.functions() if agent else {})
         self._settings: dict[str, Any] = {
-            "max_iterations": max_iterations,
-            "confirmation": confirmation or ConfirmationPolicy(),
-            "secrets": dict(secrets or {}),
+            "max_iterations": options.max_iterations,
+            "confirmation": options.confirmation or ConfirmationPolicy(),
+            "secrets": dict(options.secrets or {}),
         }
-        self._name = {"title": title, "tags": dict(tags or {})}
-        self._on_waiting = on_waiting
         self._waits = Waits()
         self._known_seq = 0
         """What the state said that came with the connection: events up to this seq change nothing any more."""
@@ -134,13 +110,13 @@ class RemoteConversation(Conversation, LinkUser):
         """The turn that runs, as far as is known here: what stops it stops no later one, however late it arrives."""
         self._stops: list[Effect[Any]] = []  # calls under way that stop a turn
         self._running = 0  # how many wait for the end of a turn
-        self._delivery = Delivery(tuple(callbacks), on_delta, on_reset)
+        self._delivery = Delivery(tuple(options.callbacks), options.on_delta, options.on_reset)
         self._stack = AsyncExitStack()
         self._opening: asyncio.Task[ServerLink] | None = None
         self._link: ServerLink | None = None
         self._is_new = False
         self._is_configured = agent is None
-        self._id = id or ""
+        self._id = options.id or ""
 
     def __repr__(self) -> str:
         return f"<RemoteConversation {self._id or 'new'} at seq {self._delivery.given.seq}>"
@@ -172,7 +148,7 @@ class RemoteConversation(Conversation, LinkUser):
     async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
         link = Until(await self._open(), timeout)
         waiting = asyncio.create_task(self._outcome(link))
-        telling = asyncio.create_task(self._tell_waits(on_waiting or self._on_waiting))
+        telling = asyncio.create_task(self._tell_waits(on_waiting or self._options.on_waiting))
         try:
             await asyncio.wait({waiting, telling}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
@@ -206,7 +182,7 @@ class RemoteConversation(Conversation, LinkUser):
             except TimeoutError:
                 raise TimedOut("the turn still runs") from None
             except HistoryLost:
-                if not self._can_restart:
+                if self._options.on_reset is None:
                     raise
             finally:
                 self._running -= 1
@@ -330,7 +306,8 @@ class RemoteConversation(Conversation, LinkUser):
             async with self._workspace.joining:
                 self._link = await self._join()
         if not self._is_configured:
-            await ask(self._link, self._configuration(**self._name))
+            name = {"title": self._options.title, "tags": dict(self._options.tags or {})}
+            await ask(self._link, self._configuration(**name))
             self._is_configured = True
         return self._link
 
@@ -341,19 +318,19 @@ class RemoteConversation(Conversation, LinkUser):
 
     async def _join(self) -> ServerLink:
         """Take over the workspace's link where it leads to this conversation or can be led there, else make one."""
-        workspace = self._workspace
+        workspace, wanted = self._workspace, self._options.id
         shared = workspace.untouched_link
         if not isinstance(shared, ServerLink) or workspace.conversation is None:
             raise ConversationNotFound("the workspace is not on an agent server; use agent_runs='here'")
-        if self._wanted not in (None, shared.conversation):
-            shared = await workspace.become(self._wanted, make=self._agent is not None) or shared
-        if not shared.was_attached and self._wanted in (None, shared.conversation):
-            self._is_new = self._wanted is None and not workspace.attached
+        if wanted not in (None, shared.conversation):
+            shared = await workspace.become(wanted, make=self._agent is not None) or shared
+        if not shared.was_attached and wanted in (None, shared.conversation):
+            self._is_new = wanted is None and not workspace.attached
             self._id = shared.conversation
             await shared.attach(self)
             return shared
-        self._is_new = self._wanted is None
-        self._id = self._wanted or new_id()
+        self._is_new = wanted is None
+        self._id = wanted or new_id()
         share = WorkspaceSpec(share=shared.conversation)
         target = replace(workspace.target, conversation=self._id, workspace=share if self._is_new else None)
         try:
@@ -410,7 +387,7 @@ class RemoteConversation(Conversation, LinkUser):
         delivery.wake()
 
     def _beginning(self, answer: Initialized) -> Position:
-        match self._since:
+        match self._options.since:
             case Cursor(epoch=epoch, seq=seq):
                 return Position(epoch, seq)
             case None:
