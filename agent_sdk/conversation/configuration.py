@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import msgspec
@@ -14,7 +15,8 @@ from agent_sdk.agent.runtime import AgentRuntime, Place, RunClientTool, Secrets
 from agent_sdk.conversation.log import ConversationLog
 from agent_sdk.conversation.state import ConversationState
 from agent_sdk.conversation.store import AgentStore
-from agent_sdk.definition import Agent
+from agent_sdk.definition import Agent, ConversationOptions
+from agent_sdk.log.event_log import EventLog
 from agent_sdk.middleware import Middleware
 from agent_sdk.protocol.errors import AgentServerError, InternalError, InvalidParams, StateConflict
 from agent_sdk.protocol.events import Event, SecretsChanged
@@ -23,19 +25,26 @@ from agent_sdk.tools import FunctionTool
 from agent_sdk.workspace.contract import Workspace
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class LocalOptions(ConversationOptions):
+    """What is said of a conversation whose agent is in this process."""
+
+    agent: Agent | AgentSpec | None  # type: ignore[assignment]
+    _: KW_ONLY
+    log: EventLog | None = None
+    run_client_tool: RunClientTool | None = None
+    place: Place | None = None
+    store: AgentStore | None = None
+
+
 class AgentConfig:
     """The agent of an open conversation, once there is one, and what every agent of it works with. Close it."""
 
     def __init__(
-        self,
-        conversation: str,
-        workspace: Workspace,
-        *,
-        secrets: Secrets,
-        place: Place,
-        run_client_tool: RunClientTool | None,
+        self, conversation: str, workspace: Workspace, options: LocalOptions, secrets: Secrets
     ) -> None:
         self.secrets = secrets
+        self.place = options.place or Place()
         self.runtime: AgentRuntime | None = None
         """The agent at work, from the next turn on."""
         self.arrived = asyncio.Event()
@@ -46,8 +55,7 @@ class AgentConfig:
         """Why the stored agent cannot work any more; a turn then fails with it."""
         self._conversation = conversation
         self._workspace = workspace
-        self._place = place
-        self._run_client_tool = run_client_tool
+        self._options = options
         self._former: list[AgentRuntime] = []
 
     @property
@@ -73,9 +81,22 @@ class AgentConfig:
             max_iterations=max_iterations,
             confirmation=confirmation,
             secrets=self.secrets,
-            place=self._place,
-            run_client_tool=self._run_client_tool,
+            place=self.place,
+            run_client_tool=self._options.run_client_tool,
         )
+
+    def first(self) -> AgentRuntime | None:
+        """Return the agent of the options, about to work here, if they have one.
+
+        Raises:
+            InvalidParams: a secret, a tool, the model or a limit is not acceptable.
+        """
+        options = self._options
+        self.secrets.add(options.secrets or {})
+        if options.agent is None:
+            return None
+        policy = options.confirmation or ConfirmationPolicy()
+        return self.made(options.agent, max_iterations=options.max_iterations, confirmation=policy)
 
     def restored(self, store: AgentStore, stored: tuple[bytes, bytes | None]) -> AgentRuntime | None:
         """Return the stored agent, about to work here; None: it cannot, and `missing` or `obstacle` says why."""

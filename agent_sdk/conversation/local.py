@@ -7,17 +7,16 @@ the log that of state and history. This file opens and closes, and turns verbs i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 from agent_sdk.agent.mask import Mask
-from agent_sdk.agent.runtime import Place, RunClientTool, Secrets
+from agent_sdk.agent.runtime import Secrets
 from agent_sdk.agent.turn_state import Course, Phase
-from agent_sdk.conversation.configuration import AgentConfig
+from agent_sdk.conversation.configuration import AgentConfig, LocalOptions
 from agent_sdk.conversation.contract import (
     Accepted,
     Conversation,
@@ -36,9 +35,8 @@ from agent_sdk.conversation.log import (
     with_acceptance,
     with_result,
 )
-from agent_sdk.conversation.store import AgentStore
 from agent_sdk.conversation.turns import Left, Turns
-from agent_sdk.definition import Agent, ConversationOptions
+from agent_sdk.definition import Agent
 from agent_sdk.ids import checked_op_id, new_id
 from agent_sdk.log.event_log import EventLog, Operation
 from agent_sdk.protocol.checks import taking
@@ -57,18 +55,6 @@ from agent_sdk.workspace.contract import Workspace
 FILE_NAME = "conversations.sqlite"
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LocalOptions(ConversationOptions):
-    """What is said of a conversation whose agent is in this process."""
-
-    agent: Agent | AgentSpec | None  # type: ignore[assignment]
-    _: KW_ONLY
-    log: EventLog | None = None
-    run_client_tool: RunClientTool | None = None
-    place: Place | None = None
-    store: AgentStore | None = None
 
 
 class LocalConversation(Conversation):
@@ -102,7 +88,6 @@ class LocalConversation(Conversation):
         self.id = options.id or new_id()
         self._options = options
         self._secrets = Secrets(options.secrets)
-        self._place = options.place or Place()
         self._delivery = Dispatcher(options.callbacks, options.on_delta)
         self.on_turn_failed: Callable[[Exception], None] = lambda failure: None
         """Told when a turn could not even write its end: it is open, and nobody runs it."""
@@ -281,7 +266,7 @@ class LocalConversation(Conversation):
         """Return the present state; a closed conversation has one, too."""
         closed = self._closing is not None
         turns = self._opened if closed and self._opened is not None else await self._open()
-        waits = (*turns.waits, *self._place.waits)
+        waits = (*turns.waits, *turns.agent.place.waits)
         return turns.log.state.snapshot(self.id, self.epoch, working=self.working, closed=closed, waits=waits)
 
     async def stats(self) -> Stats:
@@ -453,21 +438,10 @@ class LocalConversation(Conversation):
         """
         options, store = self._options, self._options.store
         async with AsyncExitStack() as stack:
-            agent = AgentConfig(
-                self.id,
-                await self._entered(stack),
-                secrets=self._secrets,
-                place=self._place,
-                run_client_tool=options.run_client_tool,
-            )
+            workspace = await stack.enter_async_context(_entered(options.workspace, self.close))
+            agent = AgentConfig(self.id, workspace, options, self._secrets)
             stack.push_async_callback(agent.close)
-            self._secrets.add(options.secrets or {})
-            runtime = None
-            if options.agent is not None:
-                policy = options.confirmation or ConfirmationPolicy()
-                runtime = agent.made(
-                    options.agent, max_iterations=options.max_iterations, confirmation=policy
-                )
+            runtime = agent.first()
             event_log = options.log
             if event_log is None or options.persistence_dir is not None:
                 folder = options.persistence_dir
@@ -494,13 +468,17 @@ class LocalConversation(Conversation):
             self._stack, self._opened = stack.pop_all(), turns
         return turns
 
-    async def _entered(self, stack: AsyncExitStack) -> Workspace:
-        workspace = self._options.workspace
-        if isinstance(workspace, str | PathLike):
-            from agent_sdk.workspace.local import LocalWorkspace  # noqa: PLC0415  only for those who give a folder
 
-            return await stack.enter_async_context(LocalWorkspace(workspace))
-        register = getattr(workspace, "on_close", None)
-        if register is not None:
-            register(self.close)
-        return workspace
+@asynccontextmanager
+async def _entered(
+    workspace: Workspace | str | PathLike[str], close: Callable[[], Awaitable[None]]
+) -> AsyncIterator[Workspace]:
+    if isinstance(workspace, str | PathLike):
+        from agent_sdk.workspace.local import LocalWorkspace  # noqa: PLC0415  only for those who give a folder
+
+        async with LocalWorkspace(workspace) as entered:
+            yield entered
+    else:
+        if (register := getattr(workspace, "on_close", None)) is not None:
+            register(close)
+        yield workspace

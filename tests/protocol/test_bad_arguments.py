@@ -160,9 +160,9 @@ def hints_of(function: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
         fields = msgspec.structs.fields(function)
         return {field.name: (field.type, not field.required) for field in fields}
     called = function.__init__ if isinstance(function, type) else function
-    hints = typing.get_type_hints(
-        inspect.unwrap(called), localns={name: Any for name in UNTOLD}, include_extras=True
-    )
+    # What takes options as one object is told what they may be by their class.
+    described = inspect.getclosurevars(called).nonlocals.get("options", inspect.unwrap(called))
+    hints = typing.get_type_hints(described, localns={name: Any for name in UNTOLD}, include_extras=True)
     return {
         name: (hints[name], parameter.default is not parameter.empty)
         for name, parameter in inspect.signature(called).parameters.items()
