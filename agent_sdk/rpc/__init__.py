@@ -7,6 +7,5 @@ lanes:     what waits to be sent, and who goes next
 stream:    byte streams, and which of them a connection has
 calls:     calls both ways: ours that wait for an answer, and those of the other end
 peer:      one end of a connection: calls both ways, notices, events, streams
-inputs:    what a call is to read, over one connection after the other
 budget:    memory for what arrives in pieces
 """

@@ -6,8 +6,8 @@ It knows no transport and no policy; each handler is the contract's call plus th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing, suppress
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from agent_sdk.protocol.errors import (
     ChangedDuringRead,
     ConnectionLost,
     InvalidParams,
+    LimitExceeded,
     ProcessNotFound,
     TransferBroken,
 )
@@ -50,13 +51,17 @@ from agent_sdk.protocol.results import (
     Transferred,
     WorkspaceInfo,
 )
-from agent_sdk.rpc.inputs import Inputs
 from agent_sdk.rpc.peer import Handler, Inbound
-from agent_sdk.rpc.stream import ByteWriter
+from agent_sdk.rpc.stream import ByteReader, ByteWriter
 from agent_sdk.workspace.contract import ExecResult, Output, OutputName, ShellResult
 from agent_sdk.workspace.local import LocalWorkspace
 from agent_sdk.workspace.process import LocalProcess
 from agent_sdk.workspace.verbs import KEYS, arguments_of, seconds
+
+INPUT_BYTES = 64 << 20
+"""Of what one call is to read, and of all that wait together; the oldest gives way."""
+KEPT_SECONDS = 600.0
+"""For how long it waits for the rest."""
 
 
 def workspace_handlers(workspace: LocalWorkspace) -> dict[type[Method[Any]], Handler]:
@@ -192,17 +197,9 @@ class _Served:
 
     async def start(self, params: ProcessStart, call: Inbound) -> Started:
         async def start() -> Started:
-            process = await self._workspace.start(
-                _command(params.argv, params.shell),
-                cwd=params.cwd,
-                env=params.env,
-                pty=params.pty,
-                rows=params.rows,
-                cols=params.cols,
-                timeout=seconds(params.timeout_ms),
-                user=params.user,
-            )
-            return Started(process.id)
+            options = arguments_of(params)
+            command = _command(options.pop("argv"), options.pop("shell"))
+            return Started((await self._workspace.start(command, **options)).id)
 
         return await self._operations.run(params, start, call)
 
@@ -373,3 +370,93 @@ async def _finish(writer: ByteWriter, output: Output) -> None:
         await writer.write_at(0, output.head)
         await writer.write_at(output.size - len(output.tail), output.tail)
         await writer.finish(size=output.size)
+
+
+class Input:
+    """What has come for one call. One at a time reads on, whose turn it is."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.turn = asyncio.Lock()
+        self.come = bytearray()
+        self.size = 0
+        """Of all of it, once all has come and was handed over."""
+        self.end: asyncio.TimerHandle | None = None
+        self._reader: ByteReader | None = None
+
+    async def read(self, reader: ByteReader) -> bytes:
+        """Return all of it, when the rest has come over this stream.
+
+        Raises:
+            LimitExceeded: it is too long.
+            TransferBroken, ConnectionLost: it broke off; what has come is kept.
+        """
+        self._reader = reader
+        async for offset, data in reader:
+            self._begin_at(offset)
+            self.come += data
+            if (got := len(self.come)) > self._limit:
+                self.come.clear()
+                raise LimitExceeded(
+                    f"stdin: at most {self._limit} bytes", field="stdin", limit=self._limit, got=got
+                )
+        self._begin_at(reader.size)
+        whole, self.come = bytes(self.come), bytearray()
+        self.size = len(whole)
+        return whole
+
+    def _begin_at(self, offset: int) -> None:
+        if (missing := offset - len(self.come)) > 0:
+            raise TransferBroken(f"stdin: {missing} bytes are missing at {len(self.come)}")
+        del self.come[offset:]
+
+    def let_go(self) -> None:
+        """End the stream it still comes over, behind what has come."""
+        if self._reader is not None:
+            self._reader.fail(TransferBroken("another call goes on with it"))
+
+
+class Inputs:
+    """What calls are to read, by op_id, over one connection after the other: what has come waits for the rest."""
+
+    def __init__(self, limit: int = INPUT_BYTES) -> None:
+        self._limit = limit
+        self._inputs: dict[str, Input] = {}
+
+    async def settled(self, op_id: str) -> Input | None:
+        """Return what has come for a call, when nothing more comes; None: nothing is known of it."""
+        if (known := self._inputs.get(op_id)) is not None:
+            known.let_go()
+            async with known.turn:
+                pass
+        return known
+
+    @asynccontextmanager
+    async def turn(self, op_id: str, call: Inbound) -> AsyncIterator[Input]:
+        """Read on, instead of whoever does so for this call now. A call that is cancelled on purpose leaves nothing."""
+        known = self._inputs.pop(op_id, None) or Input(self._limit)
+        self._inputs[op_id] = known  # behind the others
+        known.let_go()
+        if known.end is not None:
+            known.end.cancel()
+        try:
+            async with known.turn:
+                yield known
+        except asyncio.CancelledError:
+            if not call.abandoned:
+                self._forget(op_id, known)
+            raise
+        finally:
+            known.end = asyncio.get_running_loop().call_later(KEPT_SECONDS, self._forget, op_id, known)
+            self._bound()
+
+    def _bound(self) -> None:
+        for oldest in tuple(self._inputs):
+            if sum(len(each.come) for each in self._inputs.values()) <= self._limit:
+                return
+            if not self._inputs[oldest].turn.locked():
+                del self._inputs[oldest]
+
+    def _forget(self, op_id: str, known: Input) -> None:
+        if self._inputs.get(op_id) is known and not known.turn.locked():
+            del self._inputs[op_id]

@@ -10,9 +10,9 @@ import pytest
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import LimitExceeded, TransferBroken
 from agent_sdk.protocol.methods.workspace import Execute
-from agent_sdk.rpc.inputs import Inputs
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
+from agent_sdk.workspace.service import Inputs
 
 
 class Reader:
