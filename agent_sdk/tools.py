@@ -48,8 +48,22 @@ class ToolResult(Struct, frozen=True, kw_only=True):
                 set_now(self, "data", {"repr": shown if len(shown) <= 1000 else f"{shown[:999]}…"})
 
 
-def _as_they_are(head: str, tail: str) -> tuple[str, str]:
-    return head, tail
+class HidePart(Protocol):
+    """Hides secrets in what is a part of a longer text."""
+
+    def __call__(self, text: str, *, begun: bool = False, cut: bool = False) -> str:
+        """Return the text without secrets, and without what is left of those at its ends.
+
+        Args:
+            text: the part.
+            begun: something came before it, where a secret may have begun.
+            cut: more would have come, the rest of a secret perhaps.
+        """
+        ...
+
+
+def _as_it_is(text: str, *, begun: bool = False, cut: bool = False) -> str:
+    return text
 
 
 class ToolContext(Struct, frozen=True, kw_only=True):
@@ -58,8 +72,8 @@ class ToolContext(Struct, frozen=True, kw_only=True):
     workspace: Workspace
     secrets: Mapping[str, str] = {}
     """Environment variables for commands; their values are masked in results."""
-    ends: Callable[[str, str], tuple[str, str]] = _as_they_are
-    """Takes the two ends of a text whose middle is left out, and returns them without what the cut left of secrets."""
+    part: HidePart = _as_it_is
+    """Hides what is left of secrets where a text was cut; whole ones are hidden in every result anyway."""
     call_key: str = ""
     """Of this call and no other, in whatever process it is run or taken up again."""
     same_place: bool = True

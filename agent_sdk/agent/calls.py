@@ -72,7 +72,10 @@ class Calls:
 
     def open(self, run_id: str, answer: Completion) -> tuple[list[ToolCalled], list[RequestOpened]]:
         """Begin with the calls of an answer; return them, and the requests to be written with them."""
+        self._deciding, self._begun, self._before, self._arguments = {}, frozenset(), 0, {}
         uses = () if answer.finish_reason in ("refused", "filtered") else answer.tool_calls
+        if not uses:
+            return [], []
         runtime, limited = self.runtime, answer.finish_reason in CUT
         mask, tools = self._log.mask, runtime.toolbox
         calls = [
@@ -87,7 +90,6 @@ class Calls:
             )
             for use in uses
         ]
-        self._deciding, self._begun, self._before = {}, frozenset(), 0
         self._arguments = {call.call_id: call.arguments for call in calls}
         requests = [
             _request(call, "approval")

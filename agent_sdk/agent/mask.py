@@ -128,6 +128,10 @@ class Needles:
         """Return how many characters at the beginning of a text, `least` or more, are a needle's end but not all."""
         return _longest_start(self._backwards, text[: self.longest][::-1], least)
 
+    def hold(self, text: str, least: int) -> bool:
+        """Whether the text, of `least` characters or more, stands somewhere in a needle."""
+        return least <= len(text) < self.longest and any(text in needle for needle in self.texts)
+
     @cached_property
     def _backwards(self) -> list[str]:
         return sorted(needle[::-1] for needle in self.texts)
@@ -212,6 +216,8 @@ class Mask:
             spans.append((0, ended))
         if cut and (left := self.needles.begun(text, _CUT)):
             spans.append((len(text) - left, len(text)))
+        if begun and cut and self.needles.hold(text, _CUT):
+            spans.append((0, len(text)))
         return spans
 
     def data(self, value: Any) -> Any:
@@ -250,10 +256,6 @@ class Mask:
                 None  # it is signed as a whole; without it the provider sees the answer's text
             )
         return replace(event, **changed) if changed else event
-
-    def ends(self, head: str, tail: str) -> tuple[str, str]:
-        """Return the two ends of a text whose middle is left out; a value that was cut is not shown in part either."""
-        return self.part(head, cut=True), self.part(tail, begun=True)
 
 
 def shortened(text: str, limit: int) -> str:

@@ -137,7 +137,7 @@ class AgentRuntime:
             secrets=self.secrets.values,
             call_key=call_key,
             same_place=place is not None,
-            ends=self.secrets.mask.ends,
+            part=self.secrets.mask.part,
             leaving=is_left,
         )
 

@@ -135,10 +135,10 @@ class ConversationLog:
         settings: tuple[bytes, bytes | None] | None = None,
     ) -> asyncio.Future[list[Record]]:
         """Queue events; the future comes with the commit, after all who follow were told. Do not cancel it."""
-        if ends := [event for event in events if isinstance(event, _ENDS_AN_ANSWER)]:
-            self._end_streams(cut=not isinstance(ends[0], AgentMessage) or is_cut(ends[0]))
         written: Sequence[Event] = events
-        if self.mask.needles.longest:
+        if self.mask.needles.longest or self._streams is not None:
+            if ends := [event for event in events if isinstance(event, _ENDS_AN_ANSWER)]:
+                self._end_streams(cut=not isinstance(ends[0], AgentMessage) or is_cut(ends[0]))
             begun = bool(ends) and self.history.was_cut
             written = [self.mask.event(event, begun=begun) for event in events]
         future = self.log.submit(self.conversation, written, op=op, settings=settings)

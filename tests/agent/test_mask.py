@@ -195,10 +195,27 @@ def test_of_a_secret_in_which_an_answer_was_cut_and_continued_nothing_is_shown()
     assert mask.event(answer).text == "hunter2 ok"
 
 
+def ends(mask, head, tail):
+    """The two ends of a text whose middle is left out."""
+    return mask.part(head, cut=True), mask.part(tail, begun=True)
+
+
 def test_a_secret_that_is_cut_in_two_is_not_shown_in_part():
     mask = Mask(["hunter2-hunter2"])
-    assert mask.ends("head hunter2-h", "nter2 tail") == (f"head {HIDDEN}", f"{HIDDEN} tail")
-    assert mask.ends("head", "tail") == ("head", "tail")
+    assert ends(mask, "head hunter2-h", "nter2 tail") == (f"head {HIDDEN}", f"{HIDDEN} tail")
+    assert ends(mask, "head", "tail") == ("head", "tail")
+
+
+@pytest.mark.parametrize("length", [20, 255, 300, 700])
+def test_of_a_secret_that_is_cut_in_three_the_middle_is_not_shown_either(length):
+    value = random.Random(length).randbytes(length).hex()[:length]
+    mask = Mask([value])
+    for start in range(0, length - 12, 7):
+        for size in (4, 8, 12):
+            shown = mask.part(value[start : start + size], begun=True, cut=True)
+            assert len(shown.replace(HIDDEN, "")) < 5, start  # so few may be anything
+    assert mask.part(value[4:12]) == value[4:12]  # nothing was cut: it may be anything
+    assert mask.part("ordinary", begun=True, cut=True) == "ordinary"
 
 
 @pytest.mark.parametrize("length", [20, 255, 300, 400, 700])
@@ -206,14 +223,14 @@ def test_wherever_a_long_secret_is_cut_in_two_none_of_it_is_shown(length):
     value = random.Random(length).randbytes(length).hex()[:length]
     mask = Mask([value])
     for cut in range(8, length - 8):
-        head, tail = mask.ends("head " + value[:cut], value[cut:] + " tail")
+        head, tail = ends(mask, "head " + value[:cut], value[cut:] + " tail")
         shown = head.replace(HIDDEN, "").removeprefix("head "), tail.replace(HIDDEN, "").removesuffix(" tail")
         assert max(map(len, shown)) < 4, cut  # so few may be anything
 
 
 def test_a_secret_whose_end_looks_like_its_beginning_is_hidden_whole_at_a_cut():
     mask = Mask(["prod-secret-prod"])
-    assert mask.ends("x prod-secret-prod", "y") == (f"x {HIDDEN}", "y")
+    assert ends(mask, "x prod-secret-prod", "y") == (f"x {HIDDEN}", "y")
 
 
 def test_of_a_secret_with_another_one_in_it_a_stream_shows_nothing():

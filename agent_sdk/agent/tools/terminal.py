@@ -11,7 +11,7 @@ import asyncio
 import re
 import shlex
 from codecs import getincrementaldecoder
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from agent_sdk.agent.tools.screen import plain
 from agent_sdk.ids import sha256
 from agent_sdk.protocol.errors import AgentServerError, OutcomeUnknown, ToolError
 from agent_sdk.protocol.specs import ToolSpec
-from agent_sdk.tools import Resumable, ToolContext, ToolResult, decode_arguments, parameters_of
+from agent_sdk.tools import HidePart, Resumable, ToolContext, ToolResult, decode_arguments, parameters_of
 from agent_sdk.workspace.contract import Shell, ShellResult
 
 _NAMED = {
@@ -62,7 +62,6 @@ LONGEST_SECONDS = 600.0
 """Until the call returns although output goes on, when no timeout is given."""
 MOMENT_SECONDS = 0.001
 """Long enough to ask a shell whether its command still runs."""
-Ends = Callable[[str, str], tuple[str, str]]
 _NOTE_CHARS = 600
 """Room for the line that says what is left out, with the path of a file."""
 _CONTINUATIONS = bytes(range(0x80, 0xC0))
@@ -157,7 +156,7 @@ class TerminalTool(Resumable):
         self._running = result.status in ("quiet", "timeout", "busy")
         if result.status == "ended":
             self._exported = {}
-        return _told(result, wanted, context.ends)
+        return _told(result, wanted, context.part)
 
     async def _run(
         self, shell: Shell, command: str, limits: dict[str, Any], context: ToolContext
@@ -212,23 +211,24 @@ def _typed(wanted: TerminalArguments) -> tuple[bytes, bool | None]:
     return wanted.command.encode(errors="surrogateescape"), wanted.enter
 
 
-def _told(result: ShellResult, wanted: TerminalArguments, ends: Ends) -> ToolResult:
+def _told(result: ShellResult, wanted: TerminalArguments, part: HidePart) -> ToolResult:
     """The result in words for the model and facts for programs."""
     goes_on = wanted.is_input or not wanted.command.strip()
     told = [f"[{result.reason}]"] if result.reason else []
     notes = "\n".join([*told, *_notes(result, wanted)])
-    text, cut = _shown(result, MODEL_CHARS - len(notes) - 1, goes_on, ends)
+    text, cut = _shown(result, MODEL_CHARS - len(notes) - 1, goes_on, part)
     data: dict[str, Any] = {"exit_code": result.exit_code, "cwd": result.cwd, "status": result.status}
     if result.full_output:
         data["full_output"] = result.full_output
     return ToolResult(text="\n".join(part for part in (text, notes) if part), data=data, bytes_cut=cut)
 
 
-def _shown(result: ShellResult, limit: int, goes_on: bool, ends: Ends) -> tuple[str, int]:
+def _shown(result: ShellResult, limit: int, goes_on: bool, part: HidePart) -> tuple[str, int]:
     """What was printed as a reader would see it, in at most `limit` characters, and how many bytes are left out."""
-    output = result.output
+    # What a call has of a secret whose rest is in the output of the call before or after is not shown either.
+    output, runs_on = result.output, result.status != "done"
     if not output.omitted and len(text := plain(output.text).rstrip()) <= limit:
-        return _apart(text, result, goes_on, ends), 0
+        return part(text, begun=goes_on, cut=runs_on), 0
     half = (limit - _NOTE_CHARS) // 2
     printed = output.head + output.tail
     head = _whole_characters(printed[:half])
@@ -237,16 +237,9 @@ def _shown(result: ShellResult, limit: int, goes_on: bool, ends: Ends) -> tuple[
     where = f"; the whole output is in {result.full_output}" if result.full_output else ""
     if result.full_output_lacks:
         where = f"; all but {result.full_output_lacks} bytes of the output are in {result.full_output}"
-    first, last = ends(*(plain(part.decode(errors="replace")) for part in (head, tail)))
-    text = f"{first}\n[... {cut} bytes left out{where} ...]\n{last.rstrip()}"
-    return _apart(text, result, goes_on, ends), cut
-
-
-def _apart(text: str, result: ShellResult, goes_on: bool, ends: Ends) -> str:
-    """The output of one call, without what it has of a secret whose rest is in that of the call before or after."""
-    if goes_on:
-        text = ends("", text)[1]
-    return text if result.status == "done" else ends(text, "")[0]
+    first, last = (plain(end.decode(errors="replace")) for end in (head, tail))
+    first, last = part(first, begun=goes_on, cut=True), part(last.rstrip(), begun=True, cut=runs_on)
+    return f"{first}\n[... {cut} bytes left out{where} ...]\n{last}", cut
 
 
 def _whole_characters(data: bytes) -> bytes:

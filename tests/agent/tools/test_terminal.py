@@ -29,7 +29,7 @@ class Terminal:
 
     async def __call__(self, command: str | None = None, **more) -> ToolResult:
         arguments = more if command is None else {"command": command, **more}
-        context = ToolContext(workspace=self.workspace, secrets=self.secrets, ends=self.mask.ends)
+        context = ToolContext(workspace=self.workspace, secrets=self.secrets, part=self.mask.part)
         return await self.tool.run(json.dumps(arguments), context)
 
     async def says(self, command: str, **more) -> str:
@@ -249,6 +249,22 @@ async def test_output_that_comes_in_two_calls_shows_no_half_of_a_secret(terminal
     second = await terminal("")
     assert first.text.startswith("it is <secret-hidden>\n[The command still runs")
     assert second.text.startswith("<secret-hidden> ok\n[The command completed")
+
+
+async def test_output_that_comes_in_many_calls_shows_no_piece_of_a_secret(terminal, tmp_path):
+    gates = [tmp_path / f"go{number}" for number in range(3)]
+    for gate in gates:
+        os.mkfifo(gate)
+    terminal.mask.hide(["hunter2-correct-horse-battery-staple"])
+    pieces = ["it is hunter2-cor", "rect-ho", "rse-batt", "ery-staple ok"]
+    prints = [f"printf %s '{piece}'" for piece in pieces]
+    command = "; ".join(f"{print}; cat {gate}" for print, gate in zip(prints, gates, strict=False))
+    told = [await terminal(f"{command}; {prints[-1]}", timeout=1)]
+    for gate in gates:
+        await asyncio.to_thread(gate.write_text, "")
+        told.append(await terminal("", timeout=1))
+    shown = [result.text.partition("[The command")[0].strip() for result in told]
+    assert shown == ["it is <secret-hidden>", "<secret-hidden>", "<secret-hidden>", "<secret-hidden> ok"]
 
 
 async def test_secrets_are_variables_also_in_a_fresh_shell_and_when_they_change(terminal):
