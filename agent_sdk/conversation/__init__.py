@@ -6,8 +6,7 @@ local:         LocalConversation, whose agent runs in this process
 configuration: which agent it has, and its secrets
 store:         its agent at rest, beside the log, secrets encrypted
 turns:         which turn runs, and which answers a message
-log:           its part of the log, who follows it, and what calls are remembered by
-state:         what follows from its log: state, stats, title
+log:           its part of the log, what follows from it (state, stats, title), who follows it, what calls are known by
 dispatch:      events on their way to callbacks
 contract:      the contract of a Conversation
 """

@@ -12,8 +12,7 @@ from msgspec.structs import replace
 
 from agent_sdk.agent.middleware.chain import made_of
 from agent_sdk.agent.runtime import AgentRuntime, Place, RunClientTool, Secrets
-from agent_sdk.conversation.log import ConversationLog
-from agent_sdk.conversation.state import ConversationState
+from agent_sdk.conversation.log import ConversationLog, ConversationState
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.definition import Agent, ConversationOptions
 from agent_sdk.log.event_log import EventLog
