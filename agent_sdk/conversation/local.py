@@ -40,7 +40,7 @@ from agent_sdk.definition import Agent
 from agent_sdk.ids import checked_op_id, new_id
 from agent_sdk.log.event_log import EventLog, Operation
 from agent_sdk.protocol.checks import taking
-from agent_sdk.protocol.errors import HistoryLost, StateConflict, draining
+from agent_sdk.protocol.errors import AgentServerError, HistoryLost, StateConflict, draining
 from agent_sdk.protocol.events import (
     ConversationCreated,
     Event,
@@ -97,6 +97,7 @@ class LocalConversation(Conversation):
         self._course = Course()
         """Of all its turns."""
         self._closing: asyncio.Task[None] | None = None
+        self._suspended = False
 
     def __repr__(self) -> str:
         return f"<LocalConversation {self.id} at seq {self.head_seq}>"
@@ -263,7 +264,13 @@ class LocalConversation(Conversation):
             tail.close()
 
     async def state(self) -> Snapshot:
-        """Return the present state; a closed conversation has one, too."""
+        """Return the present state; a closed conversation has one, too.
+
+        Raises:
+            Overloaded: the conversation was suspended; the next process has its state.
+        """
+        if self._suspended:
+            raise self._refusal()
         closed = self._closing is not None
         turns = self._opened if closed and self._opened is not None else await self._open()
         waits = (*turns.waits, *turns.agent.place.waits)
@@ -371,6 +378,7 @@ class LocalConversation(Conversation):
     async def suspend(self) -> None:
         """Like `close`, but a turn that runs stays open in the log, for the next process; its commands run on."""
         if self._closing is None:
+            self._suspended = True
             self._closing = asyncio.create_task(self._close(suspend=True))
         await self._until_closed()
 
@@ -415,7 +423,7 @@ class LocalConversation(Conversation):
 
     async def _open(self) -> Turns:
         if self._closing is not None:
-            raise StateConflict("the conversation is closed", state="closed")
+            raise self._refusal()
         if self._opened is not None:
             return self._opened
         if self._opening is None:
@@ -428,8 +436,12 @@ class LocalConversation(Conversation):
             if opening.done() and self._opening is opening:
                 self._opening = None
         if self._closing is not None:  # meanwhile
-            raise StateConflict("the conversation is closed", state="closed")
+            raise self._refusal()
         return turns
+
+    def _refusal(self) -> AgentServerError:
+        """Return why no call is taken any more; of a suspended conversation the next process takes it."""
+        return draining() if self._suspended else StateConflict("the conversation is closed", state="closed")
 
     async def _really_open(self) -> Turns:
         """Enter the workspace if it is a folder, open the log if it is a path or None, and go on where the log ends.

@@ -20,6 +20,7 @@ from agent_sdk.protocol.errors import (
     ConversationNotFound,
     IsolationUnavailable,
     OpMismatch,
+    draining,
 )
 from agent_sdk.protocol.methods.conversation import ListConversations
 from agent_sdk.protocol.methods.workspace import SnapshotTaken
@@ -165,11 +166,7 @@ class Conversations:
 
     @asynccontextmanager
     async def using(self, id: str) -> AsyncIterator[LoadedConversation]:
-        """Have a conversation in memory for the length of the block.
-
-        Raises:
-            ConversationNotFound: there is none of this id.
-        """
+        """Have a conversation in memory for the length of the block; `hold` says what this raises."""
         loaded = await self.hold(id)
         try:
             yield loaded
@@ -181,6 +178,7 @@ class Conversations:
 
         Raises:
             ConversationNotFound: there is none of this id.
+            Overloaded: the server is stopping, and has let go of all conversations.
         """
         loaded = await self._get(id)
         try:
@@ -385,6 +383,8 @@ class Conversations:
     async def _get(self, id: str) -> LoadedConversation:
         while id in self._closing:
             await asyncio.wait([self._closing[id]])
+        if self._stopping:
+            raise draining()
         note = self._notes.get(id)
         if note is None:
             raise ConversationNotFound(f"no conversation {id[:SHOWN_ID]!r}", conversation=id[:SHOWN_ID])

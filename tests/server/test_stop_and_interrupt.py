@@ -108,6 +108,44 @@ async def test_no_turn_begins_in_a_conversation_that_is_being_opened_when_the_se
         conversations.let_go(loaded)
 
 
+READS = {
+    "the state": lambda loaded: loaded.state(),
+    "the events": lambda loaded: anext(loaded.local.events()),
+    "the statistics": lambda loaded: loaded.local.stats(),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.parametrize("opened", ["before the end", "during the end", "after the end"])
+async def test_a_read_that_comes_while_the_server_lets_go_of_all_is_told_to_call_again(
+    tmp_path, left, opened, read
+):
+    """Over plain HTTP: a WebSocket is closed before."""
+
+    async def reading(id):
+        async with conversations.using(id) as loaded:
+            if opened == "before the end":
+                ending.set()
+                await closed.wait()
+            await read(loaded)
+
+    ending, closed = asyncio.Event(), asyncio.Event()
+    async with conversations_in(tmp_path) as conversations:
+        asked = asyncio.create_task(reading(left)) if opened == "before the end" else None
+        if asked is not None:
+            await ending.wait()
+        closing = asyncio.create_task(conversations.close())
+        if opened == "after the end":
+            await closing
+        if asked is None:
+            asked = asyncio.create_task(reading(left))
+        await closing
+        closed.set()
+        with pytest.raises(Overloaded, match="the server is stopping; call again in a moment") as told:
+            await asked
+        assert told.value.retryable
+
+
 async def interrupted_while_the_server_begins_to_stop(loaded):
     await asyncio.gather(loaded.local.interrupt("enough"), loaded.wind_down())
     assert [event.status for event in await these(loaded.local, TurnEnded)] == ["interrupted"]
