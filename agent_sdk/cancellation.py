@@ -1,4 +1,5 @@
-"""What is called and what is finished although somebody may be cancelled: callbacks of users, and work half done.
+"""What is called and what is finished although somebody may be cancelled: callbacks of users, and work half done;
+and how tasks are.
 
 What a callback raises is its own affair. asyncio cancels a task once; a cancel scope of anyio does it again at every
 await until the scope is left. Callers may use either. anyio is not loaded for that: where its backend is not, no scope
@@ -48,6 +49,14 @@ def shielded() -> AbstractContextManager[object]:
     import anyio  # noqa: PLC0415  loaded already
 
     return anyio.CancelScope(shield=True)
+
+
+async def cancel_and_wait(*tasks: asyncio.Future[Any] | None) -> None:
+    """Cancel these and wait until they have ended, however that is; None is none of them."""
+    there = [task for task in tasks if task is not None]
+    for task in there:
+        task.cancel()
+    await asyncio.gather(*there, return_exceptions=True)
 
 
 async def to_its_end(work: Coroutine[Any, Any, object]) -> None:

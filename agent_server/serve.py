@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import AgentServerError
@@ -220,9 +221,7 @@ async def _either(*tasks: asyncio.Future[bool]) -> None:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*tasks)
 
 
 def _failed(logs: Logs, on_failure: OnFailure, failed: asyncio.Future[BaseException]) -> None:

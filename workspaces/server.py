@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import msgspec
 
-from agent_sdk.cancellation import to_its_end
+from agent_sdk.cancellation import cancel_and_wait, to_its_end
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
 from workspaces.backend.contract import KEY_NAME, Backend, Ending, Machine, OnProgress, Ready, one_line, said
 
@@ -147,8 +147,7 @@ class Server:
                 raise WorkspaceUnavailable(self.epitaph(), phase="ready")
             await asking
         finally:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            await cancel_and_wait(asking)
         self._tell("ready", 1, 1)
 
     async def _run(self, *, since_now: bool, ready: asyncio.Future[None] | None = None) -> None:
@@ -269,10 +268,7 @@ class Server:
 
     async def let_go(self) -> None:
         """Leave it as it is: it can be found again."""
-        tasks = [task for task in (self._ending, self._following) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(self._ending, self._following)
 
     async def _stop(self, grace: float) -> None:
         await self.let_go()

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, Self
 
 import msgspec
 
-from agent_sdk.cancellation import to_its_end
+from agent_sdk.cancellation import cancel_and_wait, to_its_end
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.checks import (
     Gpus,
@@ -234,7 +234,7 @@ class StartedWorkspace(RemoteWorkspace):
                 await reaper.dismiss()
         gone: asyncio.Future[AgentServerError] = asyncio.get_running_loop().create_future()
         telling = asyncio.create_task(_tell_end(server, gone))
-        self._stack.push_async_callback(_cancelled, telling)
+        self._stack.push_async_callback(cancel_and_wait, telling)
         self._target = msgspec.structs.replace(
             self._target, url=server.url, api_key=server.api_key, direct=True, gone=gone
         )
@@ -312,11 +312,6 @@ async def _tell_end(server: Server, gone: asyncio.Future[AgentServerError]) -> N
     """Say why there will be no server any more, when its machine has ended."""
     await server.ended()
     gone.set_result(WorkspaceLost(server.epitaph(), phase="run"))
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 class ServerLog:

@@ -13,6 +13,7 @@ from agent_sdk.agent.mask import HIDDEN
 from agent_sdk.agent.runtime import AgentRuntime
 from agent_sdk.agent.toolbox import FINISH, UNKNOWN, failed_call
 from agent_sdk.agent.turn_state import Course, TurnLog
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.ids import new_id, sha256
 from agent_sdk.middleware import TurnContext
 from agent_sdk.models import CUT, Completion
@@ -227,9 +228,7 @@ class Calls:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_and_wait(*tasks)
 
     async def _run_call(self, call: ToolCalled) -> None:
         """Put the call's result into `_results`."""

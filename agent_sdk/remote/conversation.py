@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Raw
 from msgspec.structs import replace
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.conversation.contract import (
     Accepted,
     Conversation,
@@ -157,9 +158,7 @@ class RemoteConversation(Conversation, LinkUser):
         except TimedOut:
             raise still_runs(timeout, self._waited_for(turn=True)) from None
         finally:
-            for task in (waiting, telling):
-                task.cancel()
-            await asyncio.gather(waiting, telling, return_exceptions=True)
+            await cancel_and_wait(waiting, telling)
 
     async def _outcome(self, link: Until) -> Outcome:
         outcome = await self._wait(link)

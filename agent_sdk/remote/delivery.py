@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from msgspec import Raw, Struct
 
-from agent_sdk.cancellation import tell
+from agent_sdk.cancellation import cancel_and_wait, tell
 from agent_sdk.conversation.contract import Callback, Cursor, OnDelta, OnReset, Outcome, outcome_of
 from agent_sdk.protocol import events as event_types
 from agent_sdk.protocol.errors import AgentServerError, Cancelled, ConnectionLost, HistoryLost, TransferBroken
@@ -157,9 +157,8 @@ class Delivery:
         """Stop the delivery; what was not handed over yet is dropped here and stays in the log."""
         self.closed = True
         task, self._task = self._task, None
-        if task is not None and task is not asyncio.current_task():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        if task is not asyncio.current_task():
+            await cancel_and_wait(task)
         self.wake()
 
     def check(self) -> None:

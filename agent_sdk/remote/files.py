@@ -12,6 +12,7 @@ from contextlib import aclosing, asynccontextmanager
 
 from msgspec.structs import replace
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.ids import new_id, sha256
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -168,9 +169,7 @@ class Once(Source):
         return data is not None
 
     async def aclose(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
+        await cancel_and_wait(self._reading)
         if isinstance(self._pieces, AsyncGenerator):
             await self._pieces.aclose()
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import msgspec
 from msgspec import Raw, Struct
 
-from agent_sdk.cancellation import tell
+from agent_sdk.cancellation import cancel_and_wait, tell
 from agent_sdk.protocol.errors import (
     AgentServerError,
     ConnectionLost,
@@ -377,9 +377,7 @@ class ServerLink(Link):
     async def _stop(self) -> None:
         if self._target.gone is not None:
             self._target.gone.remove_done_callback(self._given_up)
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        await cancel_and_wait(self._keeper)
 
 
 def final_error(error: AgentServerError) -> AgentServerError | None:

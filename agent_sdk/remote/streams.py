@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.protocol.errors import AgentServerError, ConnectionLost, MethodNotFound, TransferBroken
 from agent_sdk.protocol.methods.method import Method
 from agent_sdk.protocol.methods.workspace import UploadOffset
@@ -148,7 +149,7 @@ async def with_bytes(
                 raise error
         return calling.result()
     finally:
-        await _end(*tasks)
+        await cancel_and_wait(*tasks)
 
 
 @asynccontextmanager
@@ -158,7 +159,7 @@ async def meanwhile(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await _end(working)
+        await cancel_and_wait(working)
 
 
 @asynccontextmanager
@@ -177,13 +178,7 @@ async def sent_by(peer: Peer, call: Method[A]) -> AsyncIterator[tuple[ByteReader
             await calling
             raise
         finally:
-            await _end(calling)
-
-
-async def _end(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+            await cancel_and_wait(calling)
 
 
 def _pass_failure(call: asyncio.Future[Any], reader: ByteReader) -> None:

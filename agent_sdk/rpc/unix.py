@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import cast
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.protocol.errors import ConnectionLost, PathExists, WorkspaceUnavailable
 from agent_sdk.rpc.pipe import Pipe, lost, wake
 
@@ -236,9 +237,7 @@ class _Listener:
             self._pause.cancel()
         self._loop.remove_reader(self._listening)
         self._listening.close()
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await cancel_and_wait(*self._running)
 
     def _listen(self) -> None:
         self._pause = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any, Self
 
 from msgspec.structs import replace
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.protocol.errors import ConnectionLost, TransferBroken
 from agent_sdk.protocol.methods.method import Effect, Method, Stream
 from agent_sdk.rpc.peer import Inbound, Peer
@@ -114,7 +115,7 @@ class ForwardedCall:
                 await self.end_streams()
                 return answer
             finally:
-                await _end([*self.coming, *(pump for output in outputs.values() if (pump := output.pump))])
+                await cancel_and_wait(*self.coming, *(output.pump for output in outputs.values()))
 
     async def _take_out(
         self, stack: AsyncExitStack, peer: Peer, fields: dict[str, Any]
@@ -198,14 +199,6 @@ async def _bring_in(reader: ByteReader, writer: ByteWriter) -> None:
                 await writer.flushed()  # what came before counts
                 raise
             await writer.finish(reader.trailer, size=reader.size)
-
-
-async def _end(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait until they have ended, however that is."""
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def carrying(params: Method[Any], answer: Any) -> tuple[str, ...]:

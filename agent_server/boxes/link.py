@@ -9,6 +9,7 @@ from math import inf
 from typing import Any, Literal
 
 from agent_sdk.agent.turn_state import is_left
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.protocol.errors import (
     AgentServerError,
     EngineUnavailable,
@@ -405,8 +406,7 @@ class BoxLink:
                 try:
                     await asyncio.wait((closed, box.ended), return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    closed.cancel()
-                    await asyncio.gather(closed, return_exceptions=True)
+                    await cancel_and_wait(closed)
             if (barren := 0 if peer.progress else barren + 1) == BARREN_CONNECTIONS:
                 box.kill()
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 import msgspec
 from msgspec import Raw
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.protocol.errors import AgentServerError, WorkspaceUnavailable
 from agent_sdk.protocol.events import Waiting, WorkspaceChanged
 from agent_sdk.protocol.methods.connection import Ping
@@ -93,9 +94,7 @@ class BoxWatch:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for asking in self._asking:
-            asking.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await cancel_and_wait(*self._asking)
 
     def __call__(self, params: Method[Any], waiting: asyncio.Future[Any]) -> None:
         """End the waiting of a call with WorkspaceUnavailable, details: phase `silent`, when the box does not answer at
@@ -138,8 +137,7 @@ class BoxWatch:
             await asyncio.wait([asking], timeout=seconds)
             return asking.done() or self._still()
         finally:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            await cancel_and_wait(asking)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import msgspec
 
 from agent_sdk import LLM, Agent, Conversation, Event, ScriptedLLM
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.conversation.contract import Conversation as ConversationContract
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -165,9 +166,7 @@ async def _first(*work: Coroutine[Any, Any, object]) -> None:
         for task in done:
             task.result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*tasks)
 
 
 async def run(given: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, assert_never
 import msgspec
 from msgspec import Struct
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.conversation.contract import Conversation
 from agent_sdk.protocol.errors import visible
 from agent_sdk.protocol.events import (
@@ -291,8 +292,7 @@ class Viewer:
                 self._broken.result()
             return await task
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await cancel_and_wait(task)
 
     async def _write(self, pieces: list[Piece]) -> None:
         if self._terminal is not None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Coroutine
 
 from aiohttp import web
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.protocol.errors import AgentServerError, ConversationNotFound, LimitExceeded
 from agent_sdk.protocol.methods.connection import SyncReset
 from agent_sdk.rpc.peer import SLOW_READER, TOO_BIG, Peer
@@ -274,6 +275,4 @@ async def _anything_new(news: asyncio.Event, ending: asyncio.Event) -> bool:
         done, _ = await asyncio.wait(waiting, timeout=KEEP_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         return bool(done)
     finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        await cancel_and_wait(*waiting)

@@ -21,6 +21,7 @@ import msgspec
 import tenacity
 from msgspec import Struct
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.protocol.checks import whole
 from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound, WorkspaceUnavailable
 from workspaces.backend import labels
@@ -90,9 +91,7 @@ class EngineEvents:
 
     async def close(self) -> None:
         """End the stream; no watch learns anything any more."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_and_wait(*self._tasks)
 
     def watch(self, id: str) -> Watch:
         """Begin to watch the container with this full id; one that has ended already is noticed, too."""
