@@ -40,7 +40,7 @@ class Calls:
 
     def __init__(self, log: TurnLog, course: Course, turn: Callable[[], TurnContext]) -> None:
         self.runtime: AgentRuntime
-        """Who runs them; set before all but `take_up`, `respond` and `close`."""
+        """Who runs them; set before all but `adopt`, `respond` and `close`."""
         self._log = log
         self._course = course
         self._turn = turn
@@ -108,7 +108,7 @@ class Calls:
         self._results.update({call.call_id: ToolResult(text=why, is_error=True) for call in calls})
         return self._outcome(calls)
 
-    def take_up(self) -> None:
+    def adopt(self) -> None:
         """Go on with the requests of the last answer that another process has opened."""
         state = self._log.turn
         for request in state.requests.values():
@@ -124,7 +124,7 @@ class Calls:
         self._begun = frozenset(self._log.turn.open_calls) - self._unanswered
 
     async def resume(self) -> str | None:
-        """Like `run`, for calls that another process may have begun; `take_up` came before.
+        """Like `run`, for calls that another process may have begun; `adopt` came before.
 
         Only the first group can have begun: a group starts when the results of the one before are written.
         """
@@ -166,8 +166,12 @@ class Calls:
             self._under_way = frozenset(call.call_id for call in group if self._acts_here(call))
             toolbox = self.runtime.toolbox
             with self._course.finishing(not all(toolbox.may_be_left(call.tool) for call in group)):
-                said = await self._finish(group)
-            final = said if said is not None else final
+                await (self._run_call(group[0]) if len(group) == 1 else self._run_together(group))
+                for call in group:
+                    result = self._results[call.call_id]
+                    if call.tool == FINISH and not result.is_error:
+                        final = result.text
+                await self._log.append(*self._outcome(group))
             self._course.check()  # a tool that swallows its cancellation must not let the turn go on
         return final
 
@@ -209,21 +213,7 @@ class Calls:
 
     # --- one by one ---
 
-    async def _finish(self, group: Sequence[ToolCalled]) -> str | None:
-        """Run a group and write its results; return what `finish` said."""
-        await self._run_group(group)
-        final = None
-        for call in group:
-            result = self._results[call.call_id]
-            if call.tool == FINISH and not result.is_error:
-                final = result.text
-        await self._log.append(*self._outcome(group))
-        return final
-
-    async def _run_group(self, group: Sequence[ToolCalled]) -> None:
-        if len(group) == 1:
-            await self._run_call(group[0])
-            return
+    async def _run_together(self, group: Sequence[ToolCalled]) -> None:
         tasks = [asyncio.create_task(self._run_call(call)) for call in group]
         try:
             await asyncio.gather(*tasks)

@@ -141,6 +141,8 @@ class History:
 
         Without any, a model that has answered is told why it is asked again.
         """
+        if not self.unread and self._last is None:
+            return self.head_seq
         messages = [message for message in self.unread if seq is None or message.seq <= seq]
         self.turns += self._news(messages)
         if messages:

@@ -81,7 +81,7 @@ class Turn:
 
         Args:
             run_id: its id.
-            present: returns who works in it, and waits as long as nobody is there.
+            present: returns the agent that runs the turn, as soon as the conversation has one.
             log: where it is written down.
             restarts: how many processes in a row may end while they run it, without bringing it further.
             op: the operation that starts it, see TurnLog.append.
@@ -98,7 +98,7 @@ class Turn:
         """How it ended; None after its end: another process is to go on with it."""
         self._present = present
         self._runtime: AgentRuntime
-        """Who works in it, when it is `entered`."""
+        """The agent that runs the turn, when it is `entered`."""
         self._entered = False
         self._log = log
         self._resumes = log.turn.is_open and log.turn.run_id == run_id
@@ -109,7 +109,7 @@ class Turn:
         self._iterations = 0
         if self._resumes:
             self._iterations = log.turn.iterations
-            self._calls.take_up()
+            self._calls.adopt()
             self.begun.set()
         self._system: str | None = None
         self._max_model_calls = 0
@@ -175,7 +175,7 @@ class Turn:
         if self._task is not None:
             self._task.cancel()
 
-    def let_go(self, *, now: bool) -> None:
+    def leave(self, *, now: bool) -> None:
         """End the work without an end in the log, so that another process goes on with it.
 
         What nobody could take up is finished first and written down: an answer of the model, a tool that

@@ -37,7 +37,7 @@ from agent_sdk.protocol.events import (
 )
 
 SOON_SECONDS = 600.0
-"""A process that takes a turn over this soon after the one before it counts as one more that the turn has ended."""
+"""Between two resumptions of a turn: after less than that the turn may itself be what ended the process before."""
 ABANDONED = "the process that ran it ended"
 
 

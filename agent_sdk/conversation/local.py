@@ -176,20 +176,20 @@ class LocalConversation(Conversation):
         # Where nothing is done before the commit, that finds out whether the call came before.
         if mode == "interrupt" or not turns.agent.ready:
             if known := await turns.log.answered(op, Accepted):
-                turns.untold = known.run_id
+                turns.unreported = known.run_id
                 return known
             if not turns.agent.ready:
                 raise StateConflict("no agent is configured yet", state="idle")
         if mode == "interrupt":
             turns.check()
             await turns.stop("a new message came", asked=True, run_id=stops)
-        run_id = turns.untold = turns.run_id
+        run_id = turns.unreported = turns.run_id
         message = UserMessage(text=text, op_id=op.op_id if op else None)
         acceptance = with_acceptance(op, run_id)
         written = turns.submit(message, acceptance, run_id=run_id, wake=mode == "interrupt")
         records = await asyncio.shield(written)
         if not records and (known := await turns.log.answered(op, Accepted)):
-            turns.untold = known.run_id
+            turns.unreported = known.run_id
             return known
         return Accepted(records[0].event.seq, run_id)
 
@@ -201,13 +201,13 @@ class LocalConversation(Conversation):
         """
         return await (await self._open()).run(timeout, on_waiting or self._options.on_waiting)
 
-    async def begin(self, *, untold: str | None = None, op: Operation | None = None) -> RunAnswer:
-        """Like `run`, without waiting: make the turn go on, and return which it is. `untold` is the `turn` of Run."""
+    async def begin(self, *, unreported: str | None = None, op: Operation | None = None) -> RunAnswer:
+        """Make the turn go on, as `run` does, and return which it is, at once. `unreported` is the `turn` of Run."""
         turns = await self._open()
         turns.check()
         if turns.current is None:
             coming = RunAnswer(run_id=turns.run_id, running=True)
-            turn = turns.begin(with_result(op, coming), untold=untold)
+            turn = turns.begin(with_result(op, coming), unreported=unreported)
         else:
             turn = turns.current
         if turn is not None:
@@ -373,7 +373,7 @@ class LocalConversation(Conversation):
         """
         self._course.leave()  # also what is being opened, or will be
         if self._opened is not None:
-            await self._opened.let_go(now=False)
+            await self._opened.leave(now=False)
 
     async def suspend(self) -> None:
         """Like `close`, but a turn that runs stays open in the log, for the next process; its commands run on."""
@@ -403,7 +403,7 @@ class LocalConversation(Conversation):
             return
         try:
             if suspend:
-                await turns.let_go(now=True)
+                await turns.leave(now=True)
             else:
                 await turns.end("the conversation was closed")
             await turns.log.settle()
@@ -476,7 +476,7 @@ class LocalConversation(Conversation):
             restarts = None if store is None else store.restarts
             turns = Turns(log, agent, self._course, self.on_turn_failed, restarts=restarts)
             if store is not None:
-                await turns.take_up()
+                await turns.resume()
             self._stack, self._opened = stack.pop_all(), turns
         return turns
 

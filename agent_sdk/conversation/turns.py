@@ -64,7 +64,7 @@ class Turns:
         self.agent = agent
         self.course = course
         """Of all of them: new ones start while it is working."""
-        self.untold: str | None = None
+        self.unreported: str | None = None
         """The turn that answers the last message or that `run` waited for, until `run` has returned how it ended."""
         self._failure: Exception | None = None
         """Why the end of the last turn could not be written: it is open, and nobody runs it."""
@@ -146,11 +146,11 @@ class Turns:
 
     async def run(self, timeout: float | None, on_waiting: OnWaiting | None) -> Outcome:
         """Wait for the end of the turn, as Conversation.run does."""
-        turn = self.begin(untold=self.untold)
+        turn = self.begin(unreported=self.unreported)
         if turn is None:
-            self.untold = None
+            self.unreported = None
             return self.last
-        self.untold = turn.run_id
+        self.unreported = turn.run_id
         try:
             async with asyncio.timeout(timeout) as limit:
                 await self._ended(turn, on_waiting)
@@ -161,8 +161,8 @@ class Turns:
             raise still_runs(timeout, self.log.state.waits) from None
         if turn.failure is not None:
             raise turn.failure
-        if self.untold == turn.run_id:  # else another message has come since
-            self.untold = None
+        if self.unreported == turn.run_id:  # else another message has come since
+            self.unreported = None
         return turn.outcome or self.last
 
     async def _ended(self, turn: Turn, on_waiting: OnWaiting | None) -> None:
@@ -181,11 +181,11 @@ class Turns:
             stop()
             over.cancel()
 
-    def begin(self, op: Operation | None = None, *, untold: str | None = None) -> Turn | None:
+    def begin(self, op: Operation | None = None, *, unreported: str | None = None) -> Turn | None:
         """Return the turn that runs, or start one when there is something to do, else None.
 
         Args:
-            untold: the turn whose outcome the caller has not heard; if it has failed, it is not tried again.
+            unreported: the turn whose outcome the caller has not heard; if it has failed, it is not tried again.
             op: remembered with the start of the turn, if one is started.
         """
         current = self.current
@@ -194,7 +194,7 @@ class Turns:
         last = self.log.turn
         if last.phase is Phase.STOPPED:
             return None
-        if untold is not None and untold == last.failed_run_id and not self.log.history.unread:
+        if unreported is not None and unreported == last.failed_run_id and not self.log.history.unread:
             return None
         if self.log.history.unread or last.resumable or last.is_open:
             return self._start(op)
@@ -221,7 +221,7 @@ class Turns:
             return False
         return True
 
-    async def take_up(self) -> None:
+    async def resume(self) -> None:
         """Go on where another process has stopped: with the open turn, or with one that was promised to a message."""
         promised = await self._promised()
         if self.course.stage is not Stage.WORKING or not self.agent.ready:
@@ -264,13 +264,13 @@ class Turns:
         self.course.end()
         await self.stop(reason, asked=False)
 
-    async def let_go(self, *, now: bool) -> None:
+    async def leave(self, *, now: bool) -> None:
         """Start no more turns, end the work of the present one without an end in the log, and wait for that."""
         self.course.leave()
         turn = self._turn
         if turn is not None:
             self._left = turn
-            turn.let_go(now=now)
+            turn.leave(now=now)
             await turn.over.wait()
 
     def left(self, place: str) -> Left:

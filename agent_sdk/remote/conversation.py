@@ -105,7 +105,7 @@ class RemoteConversation(Conversation, LinkUser):
         self._known_seq = 0
         """What the state said that came with the connection: events up to this seq change nothing any more."""
         self._out_of_reach: Wait | None = None
-        self._untold: str | None = None
+        self._unreported: str | None = None
         """The turn that answers the last message or that `run` waited for, until `run` has returned how it ended."""
         self._turn: str | None = None
         """The turn that runs, as far as is known here: what stops it stops no later one, however late it arrives."""
@@ -143,7 +143,7 @@ class RemoteConversation(Conversation, LinkUser):
         turn = self._turn if mode == "interrupt" else None
         message = SendMessage(op_id=op_id_or_new(op_id), text=text, mode=mode, turn=turn)
         accepted = await (self._stop(message) if mode == "interrupt" else self._ask(message))
-        self._untold = accepted.run_id
+        self._unreported = accepted.run_id
         return accepted
 
     async def run(self, timeout: float | None = None, *, on_waiting: OnWaiting | None = None) -> Outcome:
@@ -162,14 +162,14 @@ class RemoteConversation(Conversation, LinkUser):
 
     async def _outcome(self, link: Until) -> Outcome:
         outcome = await self._wait(link)
-        if self._untold == outcome.run_id:  # else another message has come since
-            self._untold = None
+        if self._unreported == outcome.run_id:  # else another message has come since
+            self._unreported = None
         return outcome
 
     async def _wait(self, link: Until) -> Outcome:
         while True:
-            answer = await ask(link, Run(op_id=new_id(), turn=self._untold))
-            self._untold = answer.run_id
+            answer = await ask(link, Run(op_id=new_id(), turn=self._unreported))
+            self._unreported = answer.run_id
             self._delivery.check()
             if answer.ended_seq and answer.ended_seq <= self._delivery.since:
                 return await self._past_outcome(answer.ended_seq)

@@ -220,7 +220,7 @@ class Delivery:
 
 
 class ToolCalls:
-    """The calls of one conversation that its server knows no answer of yet."""
+    """Runs the client tools of one conversation: each call once, however often its server asks for it."""
 
     def __init__(self, functions: Mapping[str, FunctionTool[..., Any]]) -> None:
         self._functions = functions

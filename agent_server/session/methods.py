@@ -301,7 +301,7 @@ async def _send_message(loaded: LoadedConversation, params: SendMessage, op: Ope
 
 async def _run(loaded: LoadedConversation, params: Run, op: Operation) -> RunAnswer:
     with loaded.turn_admitted():
-        return await loaded.local.begin(untold=params.turn, op=op)
+        return await loaded.local.begin(unreported=params.turn, op=op)
 
 
 async def _events(caller: Caller, params: GetEvents, call: Inbound) -> EventPage:

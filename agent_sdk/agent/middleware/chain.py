@@ -94,7 +94,7 @@ class Chain:
                     wrong = TypeError(f"prompt returned {type(section).__name__}, not Section")
                     raise _failure(self._members[at], wrong)
             sections = tuple(given)
-        return "\n\n".join(section.text for section in sections)
+        return "\n\n".join([section.text for section in sections])
 
     async def before_model(self, turn: TurnContext, request: ModelCall) -> ModelCall:
         """Return the request as it is sent."""
