@@ -39,10 +39,10 @@ from agent_server.config.options import ServerConfig, client_environment, load, 
 from agent_server.config.sources import StartRefused
 from agent_server.keys import obtain_keys, obtain_sealer
 from agent_server.runtime_api.service import Tenants
+from workspaces.backend.disks import Disks
 from workspaces.backend.docker.engine import Engine, EngineInfo
 from workspaces.backend.docker.engine_info import GVISOR, reaches_sandboxes
 from workspaces.box.confinement import confinement
-from workspaces.box.disks import Disks
 from workspaces.box.process import BoxProcess
 
 OLDEST_SQLITE = (3, 51, 3)

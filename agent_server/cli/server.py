@@ -32,7 +32,7 @@ from agent_server.config.options import Setting, client_environment, load_given,
 from agent_server.data_folder import LOG_FILE, DataFolder, address_in
 from agent_server.keys import KEY_FILE
 from workspaces.backend.contract import Ready
-from workspaces.box.sandbox_files import COPY, PATH
+from workspaces.backend.sandbox_files import COPY, PATH
 
 ANSWER_SECONDS = 4.0
 """Less than what health checks wait by default."""

@@ -216,7 +216,9 @@ class Runtime:
         await self._save()
 
     async def _save(self) -> None:
-        await write_whole(self._folder / RECORD, msgspec.json.encode(self.record))
+        async with atomic_file(self._folder / RECORD, 0o600) as writer:
+            await writer.write(msgspec.json.encode(self.record))
+            await writer.commit()
 
     # --- the one task ---
 
@@ -316,10 +318,3 @@ def _seen(task: asyncio.Task[None]) -> None:
     """Nobody may wait for it any more."""
     if not task.cancelled():
         task.exception()
-
-
-async def write_whole(file: Path, content: bytes) -> None:
-    """Write a file that only its owner can read: durably, and whole or not at all."""
-    async with atomic_file(file, 0o600) as writer:
-        await writer.write(content)
-        await writer.commit()

@@ -33,10 +33,10 @@ from agent_server.runtime_api.runtime import Runtime
 from agent_server.runtime_api.runtimes import Runtimes
 from agent_server.work import Work
 from workspaces.backend.contract import Backend
+from workspaces.backend.disks import Disks
 from workspaces.backend.labels import INSTANCE
 from workspaces.backend.process import ProcessBackend
 from workspaces.backend.records import instance_of
-from workspaces.box.disks import Disks
 from workspaces.box.process import BoxProcess
 
 INSTANCE_FILE = "instance"

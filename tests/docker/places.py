@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from workspaces.box.disks import Disks
+from workspaces.backend.disks import Disks
 
 
 async def limited(folder: Path) -> Disks:

@@ -34,7 +34,7 @@ from workspaces.backend.docker.backend import DockerBackend
 from workspaces.backend.docker.engine import Engine
 from workspaces.backend.records import this_process
 from workspaces.backend.sweep import Sweep
-from workspaces.docker import _remove_leftovers
+from workspaces.started import _remove_leftovers
 
 pytestmark = pytest.mark.docker
 

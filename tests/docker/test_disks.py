@@ -13,7 +13,7 @@ import pytest
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, WorkspaceUnavailable
 from tests.docker.places import limited, unlimited
 from workspaces.backend.contract import UID
-from workspaces.box.disks import Disks
+from workspaces.backend.disks import Disks
 
 pytestmark = pytest.mark.docker
 
@@ -142,7 +142,7 @@ async def test_a_disk_is_handed_over_while_it_is_mounted_elsewhere(disks, tmp_pa
 
 KILLED = """
 import asyncio, sys, pathlib
-from workspaces.box.disks import Disks
+from workspaces.backend.disks import Disks
 
 async def main():
     disks = Disks(pathlib.Path(sys.argv[1]))

@@ -10,7 +10,7 @@ import pytest
 
 from agent_sdk.protocol.errors import InvalidParams, IsolationUnavailable, NotFound, StorageFull
 from tests.docker.places import limited, unlimited
-from workspaces.box.disks import Snapshots
+from workspaces.backend.disks import Snapshots
 
 pytestmark = pytest.mark.docker
 

@@ -21,10 +21,10 @@ from typing import Literal
 
 from msgspec import Struct
 
-from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import IsolationUnavailable, PathDenied
 from agent_sdk.workspace.disk import in_thread
 from agent_sdk.workspace.users import fsuid
+from workspaces.backend.sandbox_files import remove_as
 from workspaces.box.machine import with_user
 from workspaces.box.runtime import MOUNT, BoxRuntime, box_runtime
 
@@ -146,12 +146,7 @@ class Confinement(Struct, frozen=True):
 
     def remove(self, folder: Path) -> None:
         """Remove a folder that belongs to the boxes, as far as it can be done. Blocks."""
-        with fsuid(self.user):
-            with suppress(RecursionError):
-                shutil.rmtree(folder, ignore_errors=True)
-            _remove_stubborn(folder)
-        with suppress(OSError):  # what it stands in is the server's
-            folder.rmdir()
+        remove_as(folder, self.user)
 
     async def check(self, data: Path) -> None:
         """Check that a box can be started like this.
@@ -322,31 +317,3 @@ def _reaches(user: int, data: Path) -> bool:
     with suppress(OSError), fsuid(user):
         return (data / "workspaces").is_dir()
     return False
-
-
-def _remove_stubborn(folder: Path) -> None:
-    """Empty a folder whose folders nobody may write, or are nested deeper than anybody can walk."""
-    here = _entries(folder)
-    while here:
-        for entry in here:
-            with suppress(OSError):
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry)
-                    continue
-                for below in _entries(Path(entry)):
-                    if below.is_dir(follow_symlinks=False):
-                        os.chmod(below, 0o700)
-                        os.rename(below, folder / new_id())
-                    else:
-                        os.unlink(below)
-                os.rmdir(entry)
-        before, here = here, _entries(folder)
-        if [entry.name for entry in here] == [entry.name for entry in before]:
-            return
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with suppress(OSError):
-        folder.chmod(0o700)
-        return list(os.scandir(folder))
-    return []

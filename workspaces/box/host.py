@@ -17,11 +17,10 @@ from msgspec import Struct
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.disk import in_thread
-from workspaces.backend import labels
+from workspaces.backend import labels, sandbox_files
 from workspaces.backend.contract import Backend, Image, State, parse_size
+from workspaces.backend.disks import Disks, Snapshots
 from workspaces.backend.records import instance_of
-from workspaces.box import sandbox_files
-from workspaces.box.disks import Disks, Snapshots
 from workspaces.box.folder import BoxFolder
 from workspaces.box.machine import Accounts, Places, accounts
 

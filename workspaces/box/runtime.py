@@ -29,8 +29,9 @@ import agent_sdk
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from agent_sdk.workspace.disk import in_thread
+from workspaces.backend.contract import RUNTIME
 
-MOUNT = "/opt/agent"
+MOUNT = RUNTIME
 """Where it is in every container."""
 
 BROUGHT = Path(sys.prefix, "share", "agent-box")

@@ -21,10 +21,9 @@ from agent_sdk.protocol.methods.workspace import SnapshotTaken
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.remote.connection import connect
 from agent_sdk.workspace.disk import in_thread
-from workspaces.backend import labels
+from workspaces.backend import labels, sandbox_files
 from workspaces.backend.contract import Backend
 from workspaces.backend.sweep import Sweep
-from workspaces.box import sandbox_files
 from workspaces.box.container import BoxContainer
 from workspaces.box.contract import Box
 from workspaces.box.folder import Record

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from msgspec.structs import replace
 from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
@@ -39,6 +39,7 @@ from workspaces.backend.contract import (
     State,
     one_line,
 )
+from workspaces.backend.disks import Disks
 from workspaces.backend.docker.engine import Engine
 from workspaces.backend.docker.engine_info import GVISOR, usable_runtime
 from workspaces.backend.docker.profiles import Propagation, box_body, differences, folders, server_body
@@ -69,39 +70,6 @@ _CHANGES: Mapping[str, State] = {
 _FULL_ID = 64
 LOOK_SECONDS = 60
 """For so long a container of which nothing runs may be there, while somebody looks into its image."""
-
-
-class Disks(Protocol):
-    """Folders of limited size, by the names of machines."""
-
-    @property
-    def mechanism(self) -> str:
-        """What limits them; `none`: nothing does."""
-        ...
-
-    async def prepare(self, *, unseen: str = "") -> None:
-        """Find out what can limit them, unless the engine does not see them."""
-        ...
-
-    def owners(self) -> set[str]:
-        """Return whose there are. Blocks."""
-        ...
-
-    async def make(self, owner: str, size: int) -> None:
-        """Make one that is not there."""
-        ...
-
-    def at_hand(self, owner: str) -> AbstractAsyncContextManager[Path]:
-        """Have it mounted while a container starts."""
-        ...
-
-    def has(self, owner: str) -> bool:
-        """Return whether there is one."""
-        ...
-
-    async def remove(self, owner: str) -> None:
-        """Remove it for good, if there is one."""
-        ...
 
 
 class DockerBackend(Backend):

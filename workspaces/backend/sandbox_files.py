@@ -11,13 +11,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import IsolationUnavailable, StorageFull, WorkspaceUnavailable
 from agent_sdk.workspace.users import fsuid
 from workspaces.backend.contract import UID
-from workspaces.box.confinement import NOT_CONFINED, Confinement
 
 PATH = f"{os.defpath}:/usr/sbin:/sbin:/usr/local/bin:/usr/local/sbin"
 """Ours, not the server's: those who start it need not have the folders of the administrator in theirs."""
@@ -67,13 +67,51 @@ def _make_open(place: str) -> None:
 def remove(folder: Path) -> None:
     """Remove one, as far as this server may. Blocks."""
     if os.geteuid() == 0:
-        NOT_CONFINED.remove(folder)
+        remove_as(folder, None)
         return
     with _reached(folder) as (_, there):
         try:
-            Confinement(isolation="user", user=UID).remove(Path(there))
+            remove_as(Path(there), UID)
         except PermissionError:
-            NOT_CONFINED.remove(folder)
+            remove_as(folder, None)
+
+
+def remove_as(folder: Path, user: int | None) -> None:
+    """Remove a folder with the rights of a user, as far as it can be done; None: with those of the server. Blocks."""
+    with fsuid(user):
+        with suppress(RecursionError):
+            shutil.rmtree(folder, ignore_errors=True)
+        _remove_stubborn(folder)
+    with suppress(OSError):  # what it stands in is the server's
+        folder.rmdir()
+
+
+def _remove_stubborn(folder: Path) -> None:
+    """Empty a folder whose folders nobody may write, or are nested deeper than anybody can walk."""
+    here = _entries(folder)
+    while here:
+        for entry in here:
+            with suppress(OSError):
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry)
+                    continue
+                for below in _entries(Path(entry)):
+                    if below.is_dir(follow_symlinks=False):
+                        os.chmod(below, 0o700)
+                        os.rename(below, folder / new_id())
+                    else:
+                        os.unlink(below)
+                os.rmdir(entry)
+        before, here = here, _entries(folder)
+        if [entry.name for entry in here] == [entry.name for entry in before]:
+            return
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with suppress(OSError):
+        folder.chmod(0o700)
+        return list(os.scandir(folder))
+    return []
 
 
 def copy(source: Path, target: Path) -> None:

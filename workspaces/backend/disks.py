@@ -31,9 +31,9 @@ from agent_sdk.protocol.errors import (
 )
 from agent_sdk.protocol.methods.workspace import SnapshotTaken
 from agent_sdk.workspace.disk import in_thread
+from workspaces.backend import sandbox_files
 from workspaces.backend.contract import UID
-from workspaces.box import sandbox_files
-from workspaces.box.sandbox_files import COPY, SERVERS, run
+from workspaces.backend.sandbox_files import COPY, SERVERS, run
 
 Mechanism = Literal["ext4-loop", "none"]
 
