@@ -213,6 +213,10 @@ class LocalConversation(Conversation):
         if turn is not None:
             await turn.begun.wait()
             if turns.log.turn.run_id != turn.run_id:
+                if (
+                    turn.failure is None and not self._course.leaving
+                ):  # its message had come before: nothing began
+                    return await self.begin(unreported=unreported, op=op)
                 raise turn.failure or draining()
             answer = RunAnswer(run_id=turn.run_id, running=True)
         else:

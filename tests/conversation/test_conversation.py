@@ -208,6 +208,16 @@ async def test_a_message_sent_twice_at_once_is_there_once(open):
     assert len(await these(conversation, UserMessage)) == 1
 
 
+async def test_a_message_that_comes_again_begins_no_turn_that_others_wait_for(open):
+    conversation = await open(acting(say("one"), say("two")))
+    first = await conversation.send_message("go", op_id=OP)
+    await conversation.run(timeout=PATIENCE)
+    again = asyncio.create_task(conversation.send_message("go", op_id=OP))
+    await asyncio.wait([again], timeout=0)  # it is on its way to the log
+    answer = await conversation.begin()
+    assert (answer.run_id, answer.running, await again) == (first.run_id, False, first)
+
+
 async def test_an_op_id_belongs_to_one_message(open):
     conversation = await open(acting(say("one")))
     await conversation.send_message("go", op_id=OP)
