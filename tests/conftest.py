@@ -35,6 +35,21 @@ MARKERS = (
 USUAL_SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--once", action="store_true", help="run every test with its first parameters alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--once`, keep of every test the case with its first parameters: the code it runs is the same in all."""
+    if config.getoption("--once"):
+        first: dict[str, pytest.Item] = {}
+        for item in items:
+            first.setdefault(item.nodeid.partition("[")[0], item)
+        kept = list(first.values())
+        config.hook.pytest_deselected(items=list(set(items).difference(kept)))
+        items[:] = kept
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give this run a place of its own for temporary files, so that it sees only what it left itself.
 

@@ -1,7 +1,5 @@
 """What the log says of turns, and what who runs one may do next: both by a table, of which all is tried."""
 
-from itertools import product
-
 import pytest
 
 from agent_sdk.agent.turn_state import Course, Phase, Stage, TurnState
@@ -51,15 +49,16 @@ def known(*events) -> TurnState:
     return state
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [*product(Phase, Phase), *product(Stage, Stage)], ids=lambda state: state.value
-)
-def test_a_state_follows_another_as_the_table_says_and_no_other_way(before, after):
-    if after.value in MAY_BECOME[before].split():
-        assert before.then(after) is after
-    else:
-        with pytest.raises(InternalError, match=f"{before.value} cannot become {after.value}"):
-            before.then(after)
+@pytest.mark.parametrize("before", [*Phase, *Stage], ids=lambda state: state.value)
+def test_a_state_follows_another_as_the_table_says_and_no_other_way(before):
+    reached = set()
+    for after in type(before):
+        try:
+            assert before.then(after) is after
+            reached.add(after.value)
+        except InternalError as exc:
+            assert f"{before.value} cannot become {after.value}" in str(exc)
+    assert reached == set(MAY_BECOME[before].split())
 
 
 @pytest.mark.parametrize(

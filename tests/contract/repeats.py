@@ -112,20 +112,23 @@ class RepeatContract:
                 await verb(*arguments, op_id=op_id)
         assert await workspace.files.list() == []
 
-    @pytest.mark.parametrize(("arguments", "options"), ARGUMENTS)
-    async def test_an_op_id_changes_nothing_of_what_is_taken(self, workspace, arguments, options):
-        without = await outcome(workspace.execute, *arguments, **options)
-        assert await outcome(workspace.execute, *arguments, **options, op_id=op()) == without
+    async def test_an_op_id_changes_nothing_of_what_is_taken(self, workspace):
+        for arguments, options in ARGUMENTS:
+            without = await outcome(workspace.execute, *arguments, **options)
+            named = await outcome(workspace.execute, *arguments, **options, op_id=op())
+            assert named == without, [*map(ascii, arguments), *options]
 
-    @pytest.mark.parametrize(("arguments", "options"), ARGUMENTS)
-    async def test_an_op_id_changes_nothing_of_how_a_process_starts(self, workspace, arguments, options):
-        async def started(**more):
-            process = await workspace.start(*arguments, **options, **more)
+    async def test_an_op_id_changes_nothing_of_how_a_process_starts(self, workspace):
+        async def started(*arguments, **options):
+            process = await workspace.start(*arguments, **options)
             exit = await process.wait()
             out = b"".join([data async for data in process.output()])
             return ExecResult(status=exit.status, out=Output(head=out), exit_code=exit.exit_code)
 
-        assert await outcome(started, op_id=op()) == await outcome(started)
+        for arguments, options in ARGUMENTS:
+            without = await outcome(started, *arguments, **options)
+            named = await outcome(started, *arguments, **options, op_id=op())
+            assert named == without, [*map(ascii, arguments), *options]
 
     @pytest.mark.parametrize("name", ["up\udcff", "up\ud800", PurePosixPath("up"), b"up", "", None])
     async def test_an_op_id_changes_nothing_of_where_an_upload_goes(self, workspace, tmp_path, name):

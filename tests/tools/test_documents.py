@@ -83,9 +83,9 @@ def test_a_flag_that_is_described_can_be_typed(command):
     assert [str(getattr(given, flag)) for flag in FLAGS] == ["1"] * len(FLAGS)
 
 
-@pytest.mark.parametrize("name", [*all_methods(), *(notice.method for notice in NOTICES), *events.kinds()])
-def test_everything_that_crosses_the_wire_is_described(name, reference):
-    assert f"### `{name}`" in reference
+def test_everything_that_crosses_the_wire_is_described(reference):
+    names = [*all_methods(), *(notice.method for notice in NOTICES), *events.kinds()]
+    assert [name for name in names if f"### `{name}`" not in reference] == []
 
 
 def test_every_error_is_listed_with_its_code(reference):
