@@ -82,7 +82,7 @@ def _imported(path: Path) -> set[str]:
     return found
 
 
-LARGEST = House(lines=48_300, files=204, files_with_one_user=48, short_files=33, longest_file=500)
+LARGEST = House(lines=48_250, files=203, files_with_one_user=47, short_files=33, longest_file=500)
 """What is added has to replace something."""
 LONGEST = {
     "execute": Way(files=48, calls=600, commits=2),
