@@ -81,6 +81,8 @@ class ChildProcess:
         self.exit: Exit | None = None
         self.on_death = self._take_rest
         """Called once when the process itself has ended; `over` waits for what it returns."""
+        self.on_reaped: Callable[[int], object] = lambda tick: None
+        """Called with the tick at which its number has become free for others."""
         self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         """Done when it has ended, all it said is taken and, if it is being ended, its whole tree has."""
         self._trailing_output: asyncio.Task[None] | None = None
@@ -217,7 +219,8 @@ class ChildProcess:
         return self._lasted
 
     def _died(self, status: int) -> None:
-        self._tree.leaders[self.pid] = tick_now()
+        tick = self._tree.leaders[self.pid] = tick_now()
+        self.on_reaped(tick)
         self._popen.returncode = 0  # it has been waited for
         seconds = self._ended_itself()
         if status < 0:

@@ -56,8 +56,8 @@ class ProcessTable:
         self._kept_bytes = kept_bytes
         self._nonce = os.urandom(6).hex()
         self._count = 0
-        # Pids of leaders; kept after their end, because what they left behind is in their session.
-        self._leaders: dict[int, int | None] = {}
+        self.leaders: dict[int, int | None] = {}
+        """As a Tree has them; kept after their end, because what they left behind is in their session."""
         self._living: set[ChildProcess] = set()
         self._closed = False
         self._listed: dict[str, ChildProcess] = {}
@@ -178,22 +178,23 @@ class ProcessTable:
         if keeper is not None:
             with suppress(BrokenPipeError):  # it was killed at once
                 keeper.send(b"\n")
-        self._leaders[popen.pid] = None
+        self.leaders[popen.pid] = None
         tree = Tree(f"{MARKER}={name}\0".encode(), {popen.pid: None})
         child = ChildProcess(
             name, popen, tree, started, since, command=command, terminal=terminal, keeper=keeper, why=why
         )
+        child.on_reaped = partial(self._note_end, popen.pid)
         self._living.add(child)
-        child.over.add_done_callback(lambda _: self._note_end(child))
+        child.over.add_done_callback(lambda _: self._living.discard(child))
         return child
 
-    def _note_end(self, child: ChildProcess) -> None:
-        self._living.discard(child)
-        self._leaders[child.pid] = tick_now()
-        if len(self._leaders) > SESSIONS:
+    def _note_end(self, pid: int, tick: int) -> None:
+        """Take note that the number of a leader is no longer its own."""
+        self.leaders[pid] = tick
+        if len(self.leaders) > SESSIONS:
             # What is forgotten here can still be found by its marker.
-            oldest = next(pid for pid, ended in self._leaders.items() if ended is not None)
-            del self._leaders[oldest]
+            oldest = next(pid for pid, ended in self.leaders.items() if ended is not None)
+            del self.leaders[oldest]
 
     def _spool(self, child: ChildProcess, name: OutputName) -> Spool:
         path = os.path.join(self._spool_folder, f"{child.id}.{name.removeprefix('std')}")
@@ -268,7 +269,7 @@ class ProcessTable:
             return
         waiting = [child.over for child in self._living]
         await asyncio.gather(*(child.begun(KILL_GRACE_SECONDS) for child in self._living))
-        await end_tree(Tree(f"{MARKER}={self._nonce}-".encode(), self._leaders), hang_up=True)
+        await end_tree(Tree(f"{MARKER}={self._nonce}-".encode(), self.leaders), hang_up=True)
         if waiting:
             await asyncio.wait(waiting)
 

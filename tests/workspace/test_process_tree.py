@@ -33,9 +33,15 @@ while True: time.sleep(100)
 
 
 @pytest.fixture
-async def run(tmp_path):
-    """Starts bash text and waits until it has made the file `ready`."""
+async def processes(tmp_path):
     processes = ProcessTable(str(tmp_path))
+    yield processes
+    await processes.end()
+
+
+@pytest.fixture
+async def run(tmp_path, processes):
+    """Starts bash text and waits until it has made the file `ready`."""
     folder = open_folder(Root(str(tmp_path)), ".")
 
     async def run(text: str, argv: tuple[bytes, ...] = ()):
@@ -46,7 +52,6 @@ async def run(tmp_path):
 
     yield run
     folder.close()
-    await processes.end()
 
 
 def until_exists(path: Path) -> None:
@@ -150,6 +155,17 @@ def test_a_recycled_number_of_an_ended_leader_means_nothing(bystander):
     nobody = b"AGENT_SERVER_OP=nobody-"
     assert find(Tree(nobody, {bystander.pid: 1})) == set()
     assert {seen.pid for seen in find(Tree(nobody, {bystander.pid: None}))} == {bystander.pid}
+
+
+async def test_the_number_of_a_leader_is_its_own_only_until_it_was_waited_for(run, processes, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    child = await run("echo > ready; read < fifo")
+    told = asyncio.get_running_loop().create_future()
+    child.on_death = lambda: told.set_result(processes.leaders[child.pid])
+    assert processes.leaders[child.pid] is None
+    await asyncio.to_thread((tmp_path / "fifo").write_text, "go\n")
+    async with asyncio.timeout(30):
+        assert await told is not None
 
 
 def test_this_process_never_belongs_to_a_tree():
