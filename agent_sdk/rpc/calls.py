@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ from agent_sdk.protocol.methods.connection import CancelCall, CancelOutcome, Pin
 from agent_sdk.protocol.methods.method import Method, R, result_type
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.lanes import Lanes, Line
+from agent_sdk.rpc.stream import ByteWriter, StreamTable
 
 UNQUEUED = (CancelCall.method, Ping.method)
 """Small, answered at once, and needed when all else is stuck."""
@@ -55,7 +56,7 @@ Watch = Callable[[Method[Any], "asyncio.Future[Any]"], None]
 class OutboundCalls:
     """Who waits for which answer, and who waits to be allowed to call."""
 
-    def __init__(self, codec: Codec, lanes: Lanes, limits: Limits) -> None:
+    def __init__(self, codec: Codec, lanes: Lanes, streams: StreamTable, limits: Limits) -> None:
         """Make an empty table; `limits`: those of the other end."""
         self.limits = limits
         self.watch: Watch | None = None
@@ -64,6 +65,7 @@ class OutboundCalls:
         """Asked where a call that is cancelled has no `leave` of its own: whether it is only forgotten."""
         self._codec = codec
         self._lanes = lanes
+        self._streams = streams
         self._pending: dict[Id, asyncio.Future[Raw]] = {}
         self._unread: set[Id] = set()
         """Of `call.cancel` calls, whose answers say nothing new."""
@@ -95,13 +97,15 @@ class OutboundCalls:
 
     async def call(self, params: Method[R], leave: Leave | None) -> R:
         """Call a method of the other end and wait for the answer."""
-        is_counted = params.method not in UNQUEUED
-        if is_counted:
-            if self._in_flight < self.limits.calls and self._queue.items is None:
-                self._in_flight += 1
-            else:
-                await self._enter(params)
+        writers = self._streams.writers(getattr(params, stream.channel) for stream in params.takes)
+        is_counted = False
         try:
+            if params.method not in UNQUEUED:
+                if self._in_flight < self.limits.calls and self._queue.items is None:
+                    self._in_flight += 1
+                else:
+                    await self._enter(params)
+                is_counted = True
             if self._lost is not None:
                 raise self._lost
             id, message = self._codec.request(params.method, params)
@@ -113,7 +117,7 @@ class OutboundCalls:
             try:
                 if self.watch is not None:
                     self.watch(params, future)
-                is_long = self._lanes.put_message(message)
+                is_long = self._lanes.put_message(message, partial(_announce, writers) if writers else None)
                 answer = await future
             except asyncio.CancelledError:
                 if future.cancelled() and self._lost is None and not (leave or self.leave)():
@@ -124,6 +128,8 @@ class OutboundCalls:
         finally:
             if is_counted:
                 self._leave()
+            for writer in writers:
+                writer.drop()
         try:
             return _decoder(type(params)).decode(answer)  # type: ignore[no-any-return]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -191,6 +197,11 @@ class OutboundCalls:
             if not place.done():
                 self._in_flight += 1
                 place.set_result(None)
+
+
+def _announce(writers: Iterable[ByteWriter]) -> None:
+    for writer in writers:
+        writer.announced()
 
 
 @cache

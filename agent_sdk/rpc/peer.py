@@ -145,7 +145,7 @@ class Peer:
         self._codec = Codec(limits, strict=strict, room=self._share)
         self._lanes = Lanes(limits.queue_bytes, self._begin_writing)
         self._streams = StreamTable(self._lanes, limits, opener=opener)
-        self.calls = OutboundCalls(self._codec, self._lanes, DEFAULTS)
+        self.calls = OutboundCalls(self._codec, self._lanes, self._streams, DEFAULTS)
         self._answers = InboundCalls(
             self._codec, self._lanes, limits, context=partial(Inbound, self), report=self._report
         )
@@ -232,7 +232,7 @@ class Peer:
         return self._streams.open_reader()
 
     def open_writer(self) -> AbstractAsyncContextManager[ByteWriter]:
-        """A stream to the other end; put its `channel` into the params of a call.
+        """A stream to the other end; put its `channel` into the params of a call. Nothing is sent before that.
 
         Leaving without `finish` resets the stream.
         """

@@ -1,9 +1,9 @@
 """Byte streams under credit: one end writes, the other reads; memory is bounded by one window.
 
-A stream is opened by the caller, who puts its number into the params of a call; the handler takes
-it up by that number. Frames may overtake the handler's start, so what arrives for a stream of the
-other end that nobody has taken up yet is kept, within bounds. Frames of a stream that is over may
-be on their way for a while: they are dropped.
+A stream is opened by the caller, who puts its number into the params of a call; the handler takes it up by that number.
+What is written to it waits until the call is on its way: any number of calls may wait for their turn. Frames may still
+overtake the handler's start, so what arrives for a stream of the other end that nobody has taken up yet is kept, within
+bounds. Frames of a stream that is over may be on their way for a while: they are dropped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Self, TypeVar
 
 from agent_sdk.protocol import frame as frames
@@ -75,12 +75,9 @@ class ByteReader:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        expected = 0
-        if not self.window.ended:
-            expected = self.window.expected
-            if self._error is None:
-                self._table.lanes.put_control(frames.reset(self.channel, "the reader stopped"))
-        self._table.end(self.channel, expected)
+        if not self.over:
+            self._table.lanes.put_control(frames.reset(self.channel, "the reader stopped"))
+        self._table.end(self.channel, self.window.expected)
 
     @property
     def size(self) -> int:
@@ -91,7 +88,8 @@ class ByteReader:
         """From now on hand each piece to `take` as it comes, instead of keeping it for whoever iterates."""
         self._take = take
         while self._chunks:
-            self._hand_over(self._chunks.popleft())
+            take(chunk := self._chunks.popleft())
+            self._consumed(chunk)
 
     async def delivered(self) -> None:
         """Wait until the last piece was handed over.
@@ -173,7 +171,8 @@ class ByteReader:
             self.window.arrived(frame.offset, len(frame.payload))
             chunk = Chunk(frame.offset, frame.payload)
             if self._take is not None:
-                self._hand_over(chunk)
+                self._take(chunk)
+                self._consumed(chunk)
                 return
             self._chunks.append(chunk)
             if self._on_data is not None:
@@ -181,11 +180,6 @@ class ByteReader:
                 react()
         if self._arrived is not None:
             wake(self._arrived)
-
-    def _hand_over(self, chunk: Chunk) -> None:
-        assert self._take is not None
-        self._take(chunk)
-        self._consumed(chunk)
 
     def _consumed(self, chunk: Chunk) -> None:
         """Give the sender new credit."""
@@ -211,8 +205,8 @@ class ByteWriter(Source):
         since: what lies before it the reader has got over another stream.
     """
 
-    def __init__(self, channel: int, table: StreamTable, since: int = 0) -> None:
-        """Streams are made by `Peer.open_writer` and `Inbound.writing`."""
+    def __init__(self, channel: int, table: StreamTable, since: int = 0, *, is_known: bool = True) -> None:
+        """Made by `Peer.open_writer` and `Inbound.writing`; one that is not known sends nothing until `announced`."""
         self.channel = channel
         self.offset = 0
         self.since = since
@@ -222,6 +216,7 @@ class ByteWriter(Source):
         self._window = SendWindow(table.other_window)
         self._longest = FIRST_BYTES
         self._table = table
+        self._is_known = is_known
         self._error: AgentServerError | None = None
         self._room: asyncio.Future[None] | None = None
 
@@ -231,7 +226,18 @@ class ByteWriter(Source):
     async def __aexit__(self, *exc: object) -> None:
         if not self.finished and self._table.has(self):
             self.fail(TransferBroken("the stream was left unfinished"))
-            self._table.lanes.put_control(frames.reset(self.channel, "the writer stopped"))
+            self._close(frames.reset(self.channel, "the writer stopped"))
+
+    def announced(self) -> None:
+        """Send from now on: the call that names it is on its way."""
+        self._is_known = True
+        if self.waiting.items is not None:
+            self._table.lanes.put_bulk(self)
+
+    def drop(self) -> None:
+        """Break if it is not announced: the call that names it is not made."""
+        if not self._is_known:
+            self.fail(TransferBroken("the call was not made"))
             self._table.end(self.channel)
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -258,7 +264,8 @@ class ByteWriter(Source):
                 await self._room
                 continue
             self.waiting.append(frames.data(self.channel, self.offset, view[:taken]))
-            self._table.lanes.put_bulk(self)
+            if self._is_known:
+                self._table.lanes.put_bulk(self)
             self.offset += taken
             self._longest *= 2
             view = view[taken:]
@@ -286,14 +293,17 @@ class ByteWriter(Source):
             raise self._error
         if self.finished:
             return
-        self.finished = True
         self.offset = max(self.offset, size)
-        end = frames.end(self.channel, self.offset, trailer)
-        if self.waiting.items is None:  # nothing is before it: it needs no turn among those who send much
-            self._table.lanes.put_control(end)
+        self._close(frames.end(self.channel, self.offset, trailer))
+
+    def _close(self, last: bytes) -> None:
+        """Send the last frame, behind those that wait."""
+        self.finished = True
+        if self._is_known and self.waiting.items is None:  # it needs no turn among those who send much
+            self._table.lanes.put_control(last)
             self._table.end(self.channel)
         else:
-            self.waiting.append(end)
+            self.waiting.append(last)
 
     async def flushed(self) -> None:
         """Wait until what was written is on its way, or never will be."""
@@ -356,9 +366,13 @@ class StreamTable:
         return self._add(ByteReader(self._last, self))
 
     def open_writer(self) -> ByteWriter:
-        """Return a stream of ours that the other end reads; enter it."""
+        """Return a stream of ours that the other end reads; enter it, and make the call that names it."""
         self._last += 2
-        return self._add(ByteWriter(self._last, self))
+        return self._add(ByteWriter(self._last, self, is_known=False))
+
+    def writers(self, channels: Iterable[int]) -> list[ByteWriter]:
+        """Return those of these streams that are open and that we write."""
+        return [found for each in channels if isinstance(found := self._open.get(each), ByteWriter)]
 
     def reading(self, channel: int) -> ByteReader:
         """Return a stream of theirs that they write; enter it.
@@ -400,6 +414,8 @@ class StreamTable:
                 self._credit(frame)
             case frames.Reset():
                 self._reset(frame)
+        if self._pending:
+            self._bound_pending()
 
     def has(self, stream: ByteReader | ByteWriter) -> bool:
         """Return whether this stream is open."""
@@ -420,9 +436,6 @@ class StreamTable:
             stream.fail(lost)
         self._pending.clear()
 
-    def _is_theirs(self, channel: int) -> bool:
-        return channel > 0 and channel % 2 != self._ours
-
     def _take_up(self, channel: int) -> Pending | None:
         if channel <= 0 or channel % 2 == self._ours or channel in self._open or channel in self._closed:
             raise InvalidParams(f"channel {channel} is not one you have just opened")
@@ -437,17 +450,16 @@ class StreamTable:
     def _unopened(self, frame: frames.Data | frames.End, stream: ByteWriter | None) -> None:
         if stream is not None:
             raise BadBinaryHeader(f"stream {frame.stream} flows the other way")
-        if self._is_theirs(frame.stream) and frame.stream not in self._closed:
-            pending = self._pending_one(frame.stream)
+        if (pending := self._pending_one(frame.stream)) is not None:
             pending.reader.take(frame)
-            return self._bound_pending()
-        if isinstance(frame, frames.Data):
+        elif isinstance(frame, frames.Data):
             left = self._closed.get(frame.stream, 0) - len(frame.payload)
             if left >= 0:
                 self._closed[frame.stream] = left
             else:
-                self._count_unknown()
-        return None
+                self.unknown += 1
+                if self.unknown > UNKNOWN_FRAMES:
+                    raise BadBinaryHeader("too many frames of unknown streams")
 
     def _credit(self, frame: frames.Credit) -> None:
         stream = self._open.get(frame.stream)
@@ -455,9 +467,8 @@ class StreamTable:
             stream.granted(frame.allowed)
         elif stream is not None:
             raise BadBinaryHeader(f"stream {frame.stream} flows the other way")
-        elif self._is_theirs(frame.stream) and frame.stream not in self._closed:
-            self._pending_one(frame.stream).allowed = frame.allowed
-            self._bound_pending()
+        elif (pending := self._pending_one(frame.stream)) is not None:
+            pending.allowed = frame.allowed
 
     def _reset(self, frame: frames.Reset) -> None:
         error = TransferBroken(f"the other end gave up: {frame.reason}")
@@ -466,30 +477,24 @@ class StreamTable:
             stream.fail(error)
             if isinstance(stream, ByteWriter):
                 self.end(stream.channel)
-        elif self._is_theirs(frame.stream) and frame.stream not in self._closed:
-            pending = self._pending_one(frame.stream)
+        elif (pending := self._pending_one(frame.stream)) is not None:
             pending.broken = error
             pending.reader.fail(error)
-            self._bound_pending()
 
-    def _pending_one(self, channel: int) -> Pending:
+    def _pending_one(self, channel: int) -> Pending | None:
+        if channel <= 0 or channel % 2 == self._ours or channel in self._closed:
+            return None
         if channel not in self._pending:
             self._pending[channel] = Pending(ByteReader(channel, self))
         return self._pending[channel]
 
     def _bound_pending(self) -> None:
         """Give up the oldest while too many streams, or too many bytes, wait to be taken up."""
-        while len(self._pending) > PENDING_STREAMS or self._pending_bytes() > PENDING_WINDOWS * self.window:
+        most = PENDING_WINDOWS * self.window
+        pending = self._pending.values()
+        while len(pending) > PENDING_STREAMS or sum(each.reader.window.held for each in pending) > most:
             channel = next(iter(self._pending))
-            pending = self._pending[channel]
-            if not pending.reader.over:
+            reader = self._pending[channel].reader
+            if not reader.over:
                 self.lanes.put_control(frames.reset(channel, "nobody took the stream up"))
-            self.end(channel, pending.reader.window.expected)
-
-    def _pending_bytes(self) -> int:
-        return sum(pending.reader.window.held for pending in self._pending.values())
-
-    def _count_unknown(self) -> None:
-        self.unknown += 1
-        if self.unknown > UNKNOWN_FRAMES:
-            raise BadBinaryHeader("too many frames of unknown streams")
+            self.end(channel, reader.window.expected)

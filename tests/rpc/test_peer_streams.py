@@ -9,7 +9,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.protocol import frame
 from agent_sdk.protocol.errors import ConnectionLost, InvalidParams, LimitExceeded, TransferBroken
 from agent_sdk.protocol.methods.connection import Ping, Pong, SyncReset
-from agent_sdk.protocol.methods.workspace import Count, Download, ProcessInput, Upload
+from agent_sdk.protocol.methods.workspace import Count, Download, Execute, Executed, ProcessInput, Upload
 from agent_sdk.protocol.results import Transferred
 from agent_sdk.protocol.specs import Limits
 from agent_sdk.rpc.stream import FIRST_BYTES
@@ -293,6 +293,46 @@ async def test_a_channel_serves_one_call_only(peers):
             await client.call(ProcessInput(process_id="p", channel=1))
 
 
+@pytest.mark.parametrize("size", [1, 300_000])
+async def test_what_a_call_is_to_read_waits_for_its_call_however_many_wait_before_it(peers, size):
+    async def read(params, call):
+        async with call.reading(params.stdin) as reader:
+            return Executed(status="exited", stdout_text=(await reader.read_all(100)).decode())
+
+    async def execute(client, nth):
+        async with client.open_writer() as writer:
+            await writer.write(b"%d" % nth)
+            await writer.finish()
+            call = Execute(op_id=new_id(), shell="x" * size, stdin=writer.channel)
+            assert (await client.call(call)).stdout_text == str(nth)
+
+    async with peers({Execute: read}) as (client, _):
+        await asyncio.gather(*(execute(client, nth) for nth in range(100)))
+
+
+async def test_a_stream_that_is_left_before_its_call_is_on_its_way_is_reset_behind_it(peers):
+    async def read(params, call):
+        async with call.reading(params.channel) as reader:
+            with pytest.raises(TransferBroken, match="the writer stopped"):
+                await reader.read_all(100)
+        return Count(0)
+
+    async with peers({ProcessInput: read}) as (client, _):
+        async with client.open_writer() as writer:
+            await writer.write(b"a part")
+        assert await client.call(ProcessInput(process_id="p", channel=writer.channel)) == Count(0)
+
+
+async def test_a_stream_whose_call_is_not_made_breaks(peers):
+    async with peers() as (client, _), client.open_writer() as writer:
+        await writer.write(b"a part")
+        client.other_limits = Limits(message_bytes=1)
+        with pytest.raises(LimitExceeded):
+            await client.call(ProcessInput(process_id="p", channel=writer.channel))
+        with pytest.raises(TransferBroken, match="the call was not made"):
+            await writer.finish()
+
+
 async def test_a_trailer_has_a_limit(peers):
     async with peers() as (client, _), client.open_writer() as writer:
         with pytest.raises(ValueError, match="256"):
@@ -468,7 +508,7 @@ async def test_streams_nobody_takes_up_are_given_up():
         assert await raw.receive() == frame.reset(1, "nobody took the stream up")
         for channel in range(101, 101 + 2 * 70, 2):
             await raw.send_binary(frame.end(channel, 0))
-        assert peer._streams._pending_bytes() <= 8 * WINDOW
+        assert sum(each.reader.window.held for each in peer._streams._pending.values()) <= 8 * WINDOW
         await raw.call(1, "process.input", process_id="p", channel=239)
         while (answer := await raw.receive()) and not isinstance(answer, dict):
             assert frame.unpack(answer).reason == "nobody took the stream up"
