@@ -143,7 +143,7 @@ class DataFolder:
                 self.confinement.take_over(workspace)
 
     def workspace(self, conversation: str) -> Path:
-        """The folder in which the commands of a conversation run."""
+        """Return the folder in which the commands of a conversation run."""
         return self.root / "workspaces" / conversation
 
 
@@ -183,7 +183,7 @@ class Place(Struct, frozen=True):
     path: str
 
     def is_same(self, now: Place) -> bool:
-        """Whether both are one folder.
+        """Return whether both are one folder.
 
         It may have been moved, and after the machine has started anew its device may have another number.
         """
@@ -245,7 +245,7 @@ def _lock(descriptor: int, note: int, root: Path) -> None:
 
 
 def _refuse_what_is_not_ours(root: Path, folder: int) -> None:
-    """A folder of others is not closed to them: /tmp or a home given by mistake stays what it is."""
+    """Refuse a folder of others, which is not closed to them: /tmp or a home given by mistake stays what it is."""
     mode = stat.S_IMODE(os.fstat(folder).st_mode)
     names = set(os.listdir(folder)) - {"lost+found"}
     if mode & OF_OTHERS and names and not names & {LOG_FILE, LOCK_FILE, KEY_FILE}:

@@ -37,7 +37,7 @@ class ApiKey:
         return self.has(digest_of(given))
 
     def has(self, digest: bytes) -> bool:
-        """Whether the digest is that of a key that counts."""
+        """Return whether the digest is that of a key that counts."""
         return any([hmac.compare_digest(digest, each) for each in self._digests])
 
 

@@ -91,7 +91,7 @@ class Redactor:
 
 
 def _plain(value: Any, clean: Callable[[str], str]) -> Any:
-    """What JSON can say, without secrets."""
+    """Return what JSON can say, without secrets."""
     match value:
         case str():
             return clean(value)
@@ -237,7 +237,7 @@ def _stamp(logger: Any, method: str, event: Event) -> Event:
 
 
 def _as_json(logger: Any, method: str, event: Event) -> str:
-    """One line of ASCII: nothing that came from outside can break it or reorder it."""
+    """Return one line of ASCII: nothing that came from outside can break it or reorder it."""
     ordered = {"time": event.pop("time"), "level": event.pop("level"), "event": event.pop("event"), **event}
     return json.dumps(ordered, ensure_ascii=True, allow_nan=False)
 
@@ -273,7 +273,7 @@ class _Records(logging.Handler):
 
 
 def _is_ours(bug: BaseException | None) -> bool:
-    """Whether our code is to blame, not the request: aiohttp's own exceptions and broken connections are not."""
+    """Return whether our code is to blame, not the request: aiohttp's own exceptions and broken connections are not."""
     if bug is None or isinstance(bug, ConnectionError | asyncio.CancelledError):
         return False
     return not type(bug).__module__.startswith("aiohttp")

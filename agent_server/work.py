@@ -14,7 +14,7 @@ class Work:
     """Calls that change something, downloads, and agent turns, while they run."""
 
     def __init__(self, *, max_turns: int = 1000, max_pending_writes: int = 10_000) -> None:
-        """Nothing is under way.
+        """Begin with nothing under way.
 
         Args:
             max_turns: agent turns at a time; those that were begun by a former server count, and go on.

@@ -231,7 +231,7 @@ of it without being asked about."""
 def _rules(
     function: Callable[..., Any], contract: Callable[..., Any]
 ) -> tuple[list[_Rule], dict[str, _Rule], _Rule, _Rule]:
-    """Of the arguments by position, of those by name, of `*args`, of `**kwargs`."""
+    """Return the rules of arguments by position, of those by name, of `*args`, of `**kwargs`."""
     positional: list[_Rule] = []
     named: dict[str, _Rule] = {}
     several: _Rule = ("", Any, None, None)
@@ -372,7 +372,7 @@ def _container(kind: type, tests: list[Test | None]) -> Test:
 
 
 def _said(hint: Any) -> str:
-    """The type in words: `text or None`, `one of 'a', 'b'`."""
+    """Return the type in words: `text or None`, `one of 'a', 'b'`."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         limits = [meta for meta in args[1:] if isinstance(meta, Meta)]

@@ -178,23 +178,23 @@ class Codec:
         return self._last_id, _written(_Call("2.0", self._last_id, method, without_defaults(params)))
 
     def notification(self, method: str, params: Any) -> bytes:
-        """A notification as JSON."""
+        """Return a notification as JSON."""
         return _written(_Call("2.0", UNSET, method, params))
 
     def response(self, id: Id, result: Any) -> bytes:
-        """The answer to their call. An exception from the encoder leaves the call unanswered."""
+        """Return the answer to their call. An exception from the encoder leaves the call unanswered."""
         return _encode(_Answer("2.0", id, result))
 
     def failure(self, id: Id | None, error: ErrorObject) -> bytes:
-        """The other answer to their call; id None: to something that had no legible id."""
+        """Return the error of their call; id None: to something that had no legible id."""
         return _encode(_Answer("2.0", id, error=error))
 
     def refusal(self, exc: AgentServerError) -> bytes:
-        """The answer to what `receive` refused. A call that is under way stays under way."""
+        """Return the answer to what `receive` refused. A call that is under way stays under way."""
         return self.failure(exc.details.get("id"), to_wire(exc))
 
     def receive(self, frame: bytes | bytearray, *, text: bool) -> Message | frames.BinaryFrame | None:
-        """The message in a frame; None: part of a longer one, or something that is ignored.
+        """Return the message in a frame; None: part of a longer one, or something that is ignored.
 
         Raises:
             ParseError, InvalidRequest, MethodNotFound: a message that is refused; `refusal` makes the answer.
@@ -312,13 +312,13 @@ def id_in_flight(id: Id) -> BadId:
 
 
 def unknown_method(name: str, **details: Any) -> MethodNotFound:
-    """The error for a method that does not exist here; a hostile name is escaped and cut."""
+    """Return the error for a method that does not exist here; a hostile name is escaped and cut."""
     shown = _shown(name)
     return MethodNotFound(f"no method {shown}", method=shown, **details)
 
 
 def decode_params(method: type[M], params: Raw) -> M:
-    """The params of a method or notice.
+    """Return the params of a method or notice.
 
     Raises:
         InvalidParams: they do not fit; the message names the place, e.g.
@@ -354,7 +354,7 @@ def _written(message: Struct) -> bytes:
 
 
 def _legible(raw: Raw) -> Id:
-    """The id of a call.
+    """Return the id of a call.
 
     Raises:
         BadId: it is none.
@@ -440,12 +440,12 @@ def check_depth(text: bytes | bytearray, limit: int) -> None:
 
 
 def without_lone_surrogates(text: bytes | bytearray) -> bytes:
-    """The JSON with U+FFFD for escapes that are half of a pair, which no UTF-8 text can hold."""
+    """Return the JSON with U+FFFD for escapes that are half of a pair, which no UTF-8 text can hold."""
     return _ESCAPE.sub(lambda found: b"\\ufffd" if found["lone"] else found[0], text)
 
 
 def repeats_a_member(text: bytes | bytearray) -> bool:
-    """Whether a key of this valid JSON object occurs twice at its top level, however it is spelt."""
+    """Return whether a key of this valid JSON object occurs twice at its top level, however it is spelt."""
     if b"\\u" not in text and max(map(text.count, _MEMBERS)) <= 1:
         return False
     structure = _STRING.sub(b"", text).translate(_ALIKE, _NOT_STRUCTURE)

@@ -407,7 +407,7 @@ def from_wire(error: ErrorObject) -> AgentServerError:
 
 
 def table() -> list[type[AgentServerError]]:
-    """All classes that may cross the wire, in the order of their definition."""
+    """Return all classes that may cross the wire, in the order of their definition."""
     return [cls for cls in _BY_KIND.values() if cls.code is not None]
 
 

@@ -120,7 +120,7 @@ class ByteReader:
         return self
 
     async def __anext__(self) -> Chunk:
-        """The next chunk. Cancelling loses nothing.
+        """Return the next chunk. Cancelling loses nothing.
 
         Raises:
             TransferBroken: the other end gave up, after what it had sent.
@@ -190,7 +190,7 @@ class ByteReader:
             self._table.lanes.put_control(frames.credit(self.channel, allowed))
 
     def fail(self, error: AgentServerError) -> None:
-        """Nothing more comes; without effect when all of it has come."""
+        """End with an error, without effect when all of it has come."""
         if not self.over:
             self._error = error
             wake(self._arrived)
@@ -320,7 +320,7 @@ class ByteWriter(Source):
         return frame
 
     def granted(self, allowed: int) -> None:
-        """The reader has room; raises BadBinaryHeader when it takes credit back."""
+        """Take credit: the reader has room; raises BadBinaryHeader when it takes credit back."""
         if self._window.granted(allowed):
             wake(self._room)
 
@@ -430,7 +430,7 @@ class StreamTable:
             del self._closed[next(iter(self._closed))]
 
     def lose(self, lost: ConnectionLost) -> None:
-        """The connection is gone."""
+        """End all streams: the connection is gone."""
         self._lost = lost
         for stream in self._open.values():
             stream.fail(lost)

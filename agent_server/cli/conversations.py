@@ -204,7 +204,7 @@ async def _stop(conversation: ConversationContract) -> None:
 
 
 def _model(given: argparse.Namespace) -> Model | None:
-    """The model to use; None: the one that an existing conversation has."""
+    """Return the model to use; None: the one that an existing conversation has."""
     if given.script is not None and given.model is not None:
         raise InvalidParams("--script and --model contradict each other; use one of them")
     if given.script is not None:
@@ -288,7 +288,7 @@ def _cells(snapshot: Snapshot) -> tuple[str, ...]:
 
 
 def _state(snapshot: Snapshot) -> str:
-    """The state, and in a word each what the agent lacks."""
+    """Return the state, and in a word each what the agent lacks."""
     waits = ", ".join(dict.fromkeys(wait.what for wait in snapshot.waits))
     return f"{snapshot.state} ({waits})" if waits else snapshot.state
 

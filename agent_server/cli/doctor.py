@@ -74,7 +74,7 @@ ok, warning, problem = (partial(Finding, state) for state in ("ok", "warning", "
 
 
 def either(well: object, found: str, lacking: str, mend: str) -> Finding:
-    """All is well, or something is missing that not everybody needs."""
+    """Return that all is well, or that something is missing that not everybody needs."""
     return ok(found) if well else warning(lacking, mend)
 
 
@@ -134,7 +134,7 @@ def _python(config: ServerConfig) -> Finding:
 
 
 def _processes(config: ServerConfig) -> Finding:
-    """What following processes needs of the kernel."""
+    """Check what following processes needs of the kernel."""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except (AttributeError, OSError) as exc:
@@ -161,7 +161,7 @@ def _open_files(config: ServerConfig) -> Finding:
 
 
 async def _program(name: str, state: State, without: str) -> Finding:
-    """A program that agents use: the first line of `name --version`."""
+    """Check a program that agents use: show the first line of `name --version`."""
     missing = Finding(state, f"no {name} on PATH: {without}", f"install {name}, e.g. apt-get install {name}")
     try:
         process = await asyncio.create_subprocess_exec(
@@ -284,7 +284,7 @@ async def _is_agent_server(config: ServerConfig) -> bool:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or what stands where its way ends."""
+    """Return the folder, or what stands where its way ends."""
     return next(path for path in (folder, *folder.parents) if os.path.exists(path))
 
 
@@ -354,7 +354,7 @@ async def examine_engine(config: ServerConfig) -> AsyncIterator[tuple[str, Findi
 
 
 def _address(where: str) -> Finding:
-    """Who may use the engine, and so is root on its machine."""
+    """Check who may use the engine, and so is root on its machine."""
     if where.startswith("https://"):
         return ok(f"{where}, over TLS")
     if not where.startswith("unix://"):
@@ -372,13 +372,13 @@ def _address(where: str) -> Finding:
 
 
 def _option(info: EngineInfo, name: str, without: str = "") -> str:
-    """What the engine says of one of its ways to secure containers."""
+    """Return what the engine says of one of its ways to secure containers."""
     said = (option for option in info.security_options if option.partition(",")[0] == f"name={name}")
     return next(said, without)
 
 
 def _runc(info: EngineInfo, config: ServerConfig) -> Finding:
-    """Whether known ways out of a container are closed."""
+    """Check whether known ways out of a container are closed."""
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", info.runc)
     if numbers is None:
         return ok(f"version {info.runc or 'not known'}: not compared")
@@ -392,7 +392,7 @@ def _runc(info: EngineInfo, config: ServerConfig) -> Finding:
 
 
 def _runtimes(info: EngineInfo, config: ServerConfig) -> Finding:
-    """What can run sandboxes."""
+    """Check what can run sandboxes."""
     found, runtime = (
         f"{', '.join(info.runtimes) or 'none'}; sandboxes use {config.sandbox_runtime}",
         config.sandbox_runtime,
@@ -406,7 +406,7 @@ def _runtimes(info: EngineInfo, config: ServerConfig) -> Finding:
 
 
 def _roots(info: EngineInfo, config: ServerConfig) -> Finding:
-    """What keeps commands of a sandbox with a writable root from filling the engine's disk."""
+    """Check what keeps commands of a sandbox with a writable root from filling the engine's disk."""
     if "task" not in config.sandbox_profiles:
         return ok("read-only: sandbox_profiles has no task")
     ground = info.driver + (f" on {info.backing}" if info.backing else "")
@@ -420,7 +420,7 @@ def _roots(info: EngineInfo, config: ServerConfig) -> Finding:
 
 
 def _box_runtime(info: EngineInfo, config: ServerConfig) -> Finding:
-    """What runs in the containers of others' images."""
+    """Check what runs in the containers of others' images."""
     if platform.libc_ver()[0] != "glibc" or platform.python_implementation() != "CPython":
         mend = "run the server with a CPython for Linux with glibc; without it there are no sandboxes"
         return warning("this Python cannot be taken along", mend)
@@ -430,7 +430,7 @@ def _box_runtime(info: EngineInfo, config: ServerConfig) -> Finding:
 
 
 async def _disk_limits() -> Finding:
-    """What keeps a sandbox from filling the disk."""
+    """Check what keeps a sandbox from filling the disk."""
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
         disks = Disks(Path(folder))
         await disks.prepare()

@@ -83,7 +83,7 @@ async def ask(url: str) -> _Health:
 
 
 def _own(given: argparse.Namespace) -> str:
-    """Where the server of a data folder listens."""
+    """Return where the server of a data folder listens."""
     config = load_given(given)
     address = address_in(config.folder)
     if address is None:
@@ -180,7 +180,7 @@ def _make(folder: DataFolder, destination: Path) -> None:
 
 
 def _copy_log(log: Path, copy: Path) -> int:
-    """All of it is read in one go: what is written meanwhile neither waits nor begins it anew. Blocks."""
+    """Copy it in one go: what is written meanwhile neither waits nor begins it anew. Blocks."""
     source = Database(log, read_only=True)
     target = Database(copy)
     try:

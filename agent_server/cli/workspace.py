@@ -94,7 +94,7 @@ async def _is_folder(workspace: Workspace, path: str) -> bool:
 
 
 def _name(source: str) -> str:
-    """What it is called where it goes; nothing for `.` and `folder/.`: what is in a folder."""
+    """Return what it is called where it goes; nothing for `.` and `folder/.`: what is in a folder."""
     if source == "." or source.endswith("/."):
         return ""
     return os.path.basename(os.path.abspath(source))

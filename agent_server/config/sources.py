@@ -161,7 +161,7 @@ class Sources:
         self.places[f"{table}.{name}"] = place
 
     def _tenants(self, tables: Any, places: Places) -> dict[str, dict[str, Any]]:
-        """The tables below `runtime_api.tenants`.
+        """Return the tables below `runtime_api.tenants`.
 
         Raises:
             StartRefused: an option of a tenant is wrong, or it has no key.
@@ -214,7 +214,7 @@ def check_key(key: str | None, name: str = "") -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server that listens on this address is reached from its own machine only."""
+    """Return whether a server that listens on this address is reached from its own machine only."""
     if host.lower() in LOOPBACK_NAMES:
         return True
     address = ip_address(host)
@@ -250,7 +250,7 @@ def networks(texts: Iterable[str]) -> tuple[Network, ...]:
 
 
 def _checked(known: Options, name: str, value: Any, where: str, *, text: bool = False) -> Any:
-    """The value of an option, converted.
+    """Return the value of an option, converted.
 
     Raises:
         StartRefused: there is no such option, or the value does not fit it.
@@ -298,7 +298,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _syntax_error(file: Path, text: str, message: str) -> str:
-    """tomllib's words, with the place where an editor's users look for it."""
+    """Return tomllib's words, with the place where an editor's users look for it."""
     found = re.search(r" \(at (line (\d+), column (\d+)|end of document)\)$", message)
     if found is None:
         return f"{file}: {message}"

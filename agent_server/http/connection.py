@@ -54,7 +54,7 @@ class ProxyRules:
         self._networks = trusted
 
     def trusts(self, address: str) -> bool:
-        """Whether it is one of them."""
+        """Return whether it is one of them."""
         parsed = _plain(address) if self._networks else None
         return parsed is not None and any(parsed in network for network in self._networks)
 
@@ -90,7 +90,7 @@ def network_of(address: str) -> str:
 
 
 def _plain(address: str) -> IPv4Address | IPv6Address | None:
-    """An address without its zone; one of IPv4 in the clothes of IPv6 is one of IPv4."""
+    """Return an address without its zone; an IPv4-mapped one of IPv6 is one of IPv4."""
     parsed = ip_address(address.partition("%")[0])
     mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
     return mapped or parsed
@@ -132,7 +132,7 @@ class ConnectionLimiter:
         return None
 
     def move(self, connection: Connection, network: str) -> None:
-        """A stranger turns out to be of this network."""
+        """Count a connection without a key under this network."""
         before = self._strangers.get(connection, network)
         if before == network:
             return
@@ -359,7 +359,7 @@ class Connection(web.RequestHandler):
         super().set_parser(parser, data_received_cb)
 
     def _is_fine(self, data: bytes) -> bool:
-        """Whether aiohttp may have these bytes; a violation ends the connection."""
+        """Return whether aiohttp may have these bytes; a violation ends the connection."""
         if self.violation is None:
             return True
         if self.violation.done():

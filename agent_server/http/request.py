@@ -142,7 +142,7 @@ async def read_body(
 
 
 def is_upgrade(request: web.BaseRequest) -> bool:
-    """Whether the client wants a WebSocket."""
+    """Return whether the client wants a WebSocket."""
     return "websocket" in request.headers.get(hdrs.UPGRADE, "").lower()
 
 

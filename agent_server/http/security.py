@@ -326,7 +326,7 @@ class Security:
         return await route(request)
 
     def _not_of_the_runtime_api(self, request: web.Request) -> AgentServerError:
-        """What to tell whose header shows that the Runtime API is meant."""
+        """Return what to tell a client whose header shows that the Runtime API is meant."""
         if not self._own_keys:
             return NotFound("this server runs no Runtime API; its operator can set runtime_api")
         if request.match_info.http_exception is None:
@@ -339,7 +339,7 @@ class Security:
         )
 
     def _check_key(self, request: web.Request) -> bool:
-        """Whether the key was shown; False only for an upgrade request, whose first message may show it."""
+        """Return whether the key was shown; False only for an upgrade request, whose first message may show it."""
         key = bearer(
             request.headers.getall(hdrs.AUTHORIZATION, []),
             query=any(name.lower() in KEY_NAMES for name in request.query),

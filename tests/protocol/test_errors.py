@@ -18,12 +18,12 @@ from agent_sdk.protocol.errors import (
 )
 
 
-@pytest.mark.parametrize("cls", table(), ids=lambda cls: cls.__name__)
-def test_every_error_is_the_same_class_on_the_other_side(cls):
-    arrived = from_wire(to_wire(cls("why", limit=7)))
-    assert type(arrived) is cls
-    assert (str(arrived), arrived.details) == ("why", {"limit": 7})
-    assert to_wire(cls("why")).data["retryable"] == cls.retryable
+def test_every_error_is_the_same_class_on_the_other_side():
+    for cls in table():
+        arrived = from_wire(to_wire(cls("why", limit=7)))
+        assert type(arrived) is cls
+        assert (str(arrived), arrived.details) == ("why", {"limit": 7}), cls
+        assert to_wire(cls("why")).data["retryable"] == cls.retryable, cls
 
 
 def test_errors_are_builtin_exceptions_where_one_fits():
