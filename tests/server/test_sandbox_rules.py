@@ -32,13 +32,13 @@ FIELDS_OF_THE_ENGINE = [
 # fmt: on
 
 
-@pytest.mark.parametrize("field", FIELDS_OF_THE_ENGINE)
-async def test_there_is_no_way_to_name_a_field_of_the_engine(server, field):
-    async with await server.wire() as wire:
-        await wire.upgrade(server.key)
-        refused = await wire.initialize(workspace={"sandbox": {"image": "x", field: ["host"]}})
-        assert refused["error"]["code"] == -32602
-        assert field in refused["error"]["message"]
+async def test_there_is_no_way_to_name_a_field_of_the_engine(server):
+    for field in FIELDS_OF_THE_ENGINE:
+        async with await server.wire() as wire:
+            await wire.upgrade(server.key)
+            refused = await wire.initialize(workspace={"sandbox": {"image": "x", field: ["host"]}})
+            assert refused.get("error", {}).get("code") == -32602, field
+            assert field in refused["error"]["message"]
 
 
 def config(**options):
