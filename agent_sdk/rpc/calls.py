@@ -221,10 +221,12 @@ class Table:
 class Call(Protocol):
     """What a handler is told of its call."""
 
-    task: asyncio.Task[Any]
+    task: asyncio.Task[None]
     """The handler, which answers by ending."""
     goes_on: bool
     """Whether the handler goes on when the connection is lost; it ends by itself then, and nobody waits for it."""
+    answered: bool
+    """Whether its answer is on its way."""
 
 
 class InboundCalls:
@@ -290,9 +292,9 @@ class InboundCalls:
                 method, handler = found
                 params = decode_params(method, message.params)
                 call = self._context(id)
-                call.task = asyncio.create_task(handler(params, call))
+                call.task = asyncio.create_task(self._run(id, handler, params, call))
                 self._running[id] = call
-                call.task.add_done_callback(partial(self._done, id))
+                call.task.add_done_callback(partial(self._done, id, call))
             elif message.method == CancelCall.method:
                 self._cancel_call(id, decode_params(CancelCall, message.params).id)
             elif message.method == Ping.method:
@@ -322,24 +324,27 @@ class InboundCalls:
         else:
             self._cancels[id] = cancelled
 
-    def _done(self, id: Id, task: asyncio.Task[Any]) -> None:
-        """A handler ended: answer its call, then those who wanted it cancelled."""
+    async def _run(self, id: Id, handler: AnyHandler, params: Any, call: Call) -> None:
+        """Run a handler and give its answer in the step in which it ends."""
+        result = await handler(params, call)
+        if self._lost:
+            return
+        message = self._codec.response(id, result)
+        if (got := len(message)) > self.longest:
+            text = f"an answer of more than {self.longest} bytes"
+            raise LimitExceeded(text, field="result", limit=self.longest, got=got)
+        call.answered = True
+        self._lanes.put_message(message, partial(self._running.pop, id))
+
+    def _done(self, id: Id, call: Call, task: asyncio.Task[None]) -> None:
+        """A handler ended: answer its call where it failed, then those who wanted it cancelled."""
         error = Cancelled("the call was cancelled") if task.cancelled() else task.exception()
         if self._lost:
-            del self._running[id]
+            self._running.pop(id, None)
             return
-        message = b""
-        if error is None:
-            try:
-                message = self._codec.response(id, task.result())
-            except Exception as exc:  # noqa: BLE001 - the handler's boundary: it returned what JSON cannot say
-                error = exc
-            if (got := len(message)) > self.longest:
-                text = f"an answer of more than {self.longest} bytes"
-                error = LimitExceeded(text, field="result", limit=self.longest, got=got)
-        if error is not None:
+        if error is not None and not call.answered:
             message = self._failure(id, error)
-        self._lanes.put_message(message, partial(self._running.pop, id))
+            self._lanes.put_message(message, partial(self._running.pop, id))
         for waiting, cancelled in tuple(self._cancels.items()):
             if cancelled == id:
                 del self._cancels[waiting]

@@ -67,16 +67,18 @@ class Inbound:
         id: its JSON-RPC id.
         task: the handler.
         goes_on: whether the handler goes on when the connection is lost; else it is cancelled, and waited for.
+        answered: whether its answer is on its way.
     """
 
-    __slots__ = ("goes_on", "id", "peer", "task")
+    __slots__ = ("answered", "goes_on", "id", "peer", "task")
 
     def __init__(self, peer: Peer, id: Id) -> None:
         """Made by the peer."""
         self.peer = peer
         self.id = id
-        self.task: asyncio.Task[Any]
+        self.task: asyncio.Task[None]
         self.goes_on = False
+        self.answered = False
 
     @property
     def abandoned(self) -> bool:

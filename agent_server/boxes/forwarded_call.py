@@ -77,7 +77,11 @@ class ForwardedCall:
         self.once = bool(self._readers)
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        """End the streams to the caller, right before its answer; where there is none, break them off."""
+        if kind is None:
+            for stream in self.streams.values():
+                await stream.finish(0)
         await self._stack.aclose()
 
     def stop(self) -> None:
@@ -85,11 +89,6 @@ class ForwardedCall:
         if not self.task.cancelling():
             self.stopped = True
             self.task.cancel()
-
-    async def end_streams(self) -> None:
-        """End the streams to the caller where they are: nothing more comes."""
-        for stream in self.streams.values():
-            await stream.finish(0)
 
     async def through(self, peer: Peer) -> Any:
         """Make the call over this connection and return its answer, when all its bytes have passed.
@@ -112,7 +111,6 @@ class ForwardedCall:
                 for field in carrying(self.params, answer):
                     if field in outputs:
                         await outputs[field].passed()
-                await self.end_streams()
                 return answer
             finally:
                 await cancel_and_wait(*self.coming, *(output.pump for output in outputs.values()))

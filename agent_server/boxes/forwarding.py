@@ -291,7 +291,6 @@ class ForwardedCalls:
             answer = await self._through(run, linked)
         except OutcomeUnknown as exc:
             answer = _unknown(run.params, exc)
-            await run.end_streams()
         except AgentServerError as exc:
             if is_silent(exc):
                 self._link.owing = True

@@ -351,6 +351,18 @@ async def test_a_call_that_cannot_be_cancelled_is_answered_all_the_same():
         assert (await raw.receive())["result"] == {"outcome": "not_cancellable"}
 
 
+async def test_a_call_cancelled_in_the_step_in_which_it_ends_is_answered_once():
+    async def late(params, call):
+        call.task.cancel()
+        return DiffText("done")
+
+    async with raw_to_peer({GitDiff: late}) as (raw, _):
+        await raw.call(1, "git.diff")
+        assert (await raw.receive())["result"] == {"text": "done"}
+        await raw.call(2, "ping")
+        assert (await raw.receive())["id"] == 2
+
+
 async def test_a_call_cancelled_before_its_handler_began_is_answered():
     gate = Gate()
     async with raw_to_peer({GitDiff: gate}) as (raw, _):
