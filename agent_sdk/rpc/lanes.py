@@ -122,12 +122,16 @@ class LongMessages(Source):
 class Lanes:
     """What waits to be sent on one connection, in three lanes."""
 
-    def __init__(self, budget: int, on_work: Callable[[], object]) -> None:
+    def __init__(
+        self, budget: int, on_work: Callable[[], object], send_now: Callable[[bytes, bool], bool]
+    ) -> None:
         """Make empty lanes.
 
         Args:
             budget: bytes of events that may wait.
             on_work: called when there may be something to send; it must not call back.
+            send_now: called with a frame, and whether it is text, that goes before all that waits: sends it and
+                returns True if nothing has to be waited for.
         """
         self.closing = False
         """Whether only the control lane is still served."""
@@ -139,6 +143,7 @@ class Lanes:
         """Whether the other end does not read what it asked for."""
         self._budget = budget
         self._on_work = on_work
+        self._send_now = send_now
         self._control: deque[tuple[bytes, bool, Left | None]] | None = None  # a Line, without its calls
         self._events: Line[tuple[str | None, bytes]] = Line()
         self._waiting_bytes = 0
@@ -173,12 +178,12 @@ class Lanes:
             self._long_messages.put(message, left)
             self.put_bulk(self._long_messages)
         else:
-            self._put_control((message, True, left))
+            self._put_control(message, True, left)
         return long
 
     def put_control(self, frame: bytes) -> None:
         """Queue a binary frame in the control lane."""
-        self._put_control((frame, False, None))
+        self._put_control(frame, False, None)
 
     def put_event(self, event: bytes, epoch: str) -> bool:
         """Queue an event; False when it does not fit into what is left of the budget.
@@ -254,10 +259,15 @@ class Lanes:
         self._on_work()
         wake(self._room)
 
-    def _put_control(self, frame: tuple[bytes, bool, Left | None]) -> None:
+    def _put_control(self, data: bytes, text: bool, left: Left | None) -> None:
         if self._control is None:
+            if self._send_now(data, text):
+                self.frames_left += 1
+                if left is not None:
+                    left()
+                return
             self._control = deque()
-        self._control.append(frame)
+        self._control.append((data, text, left))
         self.control_is_full = len(self._control) >= CONTROL_FRAMES
         self._on_work()
 

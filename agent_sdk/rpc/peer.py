@@ -1,10 +1,10 @@
 """One end of a connection, alive: calls and notices both ways, events, byte streams.
 
-Theory of operation. A reader task takes frames from the pipe and never waits for anything else; a
-writer task takes frames from the lanes, and exists only while there are any. Every inbound call is a
-task; when it ends, it is answered, exactly once. Nothing that puts something into the lanes waits. When
-the connection ends, whoever waits for anything gets ConnectionLost with the close code, and handlers
-are cancelled.
+Theory of operation. A reader task takes frames from the pipe and never waits for anything else. What is
+urgent is sent at once while nothing else is being sent and the pipe has room; for all else a writer task
+takes frames from the lanes, and exists only while there are any. Every inbound call is a task; when it
+ends, it is answered, exactly once. Nothing that puts something into the lanes waits. When the connection
+ends, whoever waits for anything gets ConnectionLost with the close code, and handlers are cancelled.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Peer:
         self._on_bug = on_bug
         self._share = None if budget is None else budget.share(self._give_way)
         self._codec = Codec(limits, strict=strict, room=self._share)
-        self._lanes = Lanes(limits.queue_bytes, self._begin_writing)
+        self._lanes = Lanes(limits.queue_bytes, self._begin_writing, self._send_now)
         self._streams = StreamTable(self._lanes, limits, opener=opener)
         self.calls = OutboundCalls(self._codec, self._lanes, self._streams, DEFAULTS)
         self._answers = InboundCalls(
@@ -353,6 +353,10 @@ class Peer:
 
     def _give_way(self) -> None:
         self._begin_close(NO_ROOM, "a message took long to arrive, and others need the memory; send it again")
+
+    def _send_now(self, frame: bytes, text: bool) -> bool:
+        idle = self._writer is None and self._reader is not None and self._lost is None
+        return idle and self._pipe.send_now(frame, text=text)
 
     def _begin_writing(self) -> None:
         if self._writer is None and self._reader is not None and self._lost is None:

@@ -24,6 +24,10 @@ class Pipe(Protocol):
         """
         ...
 
+    def send_now(self, frame: bytes, *, text: bool) -> bool:
+        """Send a frame if nothing has to be waited for; returns whether it was sent. `send` says why it was not."""
+        return False
+
     async def receive(self) -> tuple[bytes, bool]:
         """The next frame, and whether it is text. One caller at a time; cancelling loses nothing.
 

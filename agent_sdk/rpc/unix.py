@@ -55,6 +55,12 @@ class UnixPipe(asyncio.Protocol, Pipe):
         if self._room is not None:
             await asyncio.shield(self._room)
 
+    def send_now(self, frame: bytes, *, text: bool) -> bool:
+        if self._lost is not None or self._room is not None:
+            return False
+        self._write(_TEXT if text else _BINARY, frame)
+        return True
+
     async def receive(self) -> tuple[bytes, bool]:
         while not self._frames:
             if self._lost is not None:

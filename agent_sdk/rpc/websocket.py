@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ class WebSocket(Protocol):
         """Facts about the transport."""
         ...
 
-    async def send_frame(self, message: bytes, opcode: WSMsgType) -> None:
+    def send_frame(self, message: bytes, opcode: WSMsgType) -> Coroutine[Any, Any, None]:
         """Send a frame."""
         ...
 
@@ -76,12 +77,16 @@ class WebSocketPipe(Pipe):
         self._linger = linger
         self._lost: ConnectionLost | None = None
         self._silent = 0.0 if heartbeat is None else heartbeat / 2
+        self._full: asyncio.Future[None] | None = None
+        """Done when there is room for frames again; None: there is."""
         self._has_spoken = False
         self._speaking: asyncio.Task[None] | None = None
         self._unasked: asyncio.TimerHandle | None = None
         self._wait_to_speak()
 
     async def send(self, frame: bytes | bytearray | memoryview, *, text: bool) -> None:
+        if self._full is not None:
+            await asyncio.wait((self._full,))
         if self._lost is not None:
             raise self._lost
         self._has_spoken = True
@@ -93,6 +98,27 @@ class WebSocketPipe(Pipe):
             if _is_cancelled():
                 raise
             raise self._end(1006, "closed while sending") from None
+
+    def send_now(self, frame: bytes, *, text: bool) -> bool:
+        if self._lost is not None or self._full is not None:
+            return False
+        # aiohttp hands a frame to the transport before it waits for anything, and then for room alone.
+        sending = self._ws.send_frame(frame, WSMsgType.TEXT if text else WSMsgType.BINARY)
+        try:
+            self._full = sending.send(None)
+            self._full.add_done_callback(self._has_room)
+            sending.close()
+        except StopIteration:
+            pass
+        except (ClientError, ConnectionError):
+            return False
+        self._has_spoken = True
+        return True
+
+    def _has_room(self, full: asyncio.Future[None]) -> None:
+        self._full = None
+        if not full.cancelled():
+            full.exception()  # whoever sends next hears of it
 
     async def receive(self) -> tuple[bytes, bool]:
         """Return the next frame, and whether it is text; one that is not UTF-8 ends the connection with 1007."""

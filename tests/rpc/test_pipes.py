@@ -63,6 +63,25 @@ async def test_a_full_transport_makes_the_sender_wait(pipes):
     await flooding
 
 
+async def test_what_is_sent_at_once_has_to_find_room_and_keeps_its_place(pipes):
+    here, there = pipes
+    frame = bytes(1 << 18)
+    sent = 0
+    while here.send_now(frame, text=False):
+        sent += 1
+        assert sent < 200  # 50 MiB fit into no transport
+    sending = asyncio.create_task(here.send(b"last", text=True))
+    assert [len((await there.receive())[0]) for _ in range(sent)] == [len(frame)] * sent
+    assert await there.receive() == (b"last", True)
+    await sending
+
+
+async def test_nothing_is_sent_at_once_after_the_end(pipes):
+    here, there = pipes
+    await asyncio.gather(here.close(), there.close())
+    assert not here.send_now(b"x", text=False)
+
+
 async def test_cancelling_a_receive_loses_nothing(pipes):
     here, there = pipes
     receiving = asyncio.create_task(there.receive())
