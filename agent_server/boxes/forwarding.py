@@ -253,7 +253,9 @@ class ForwardedCalls:
             try:
                 known = await self._operations.begin(Asked(op_id, digest, params.method, run.instance))
             finally:
-                self._beginning -= Counter((op_id,))
+                self._beginning[op_id] -= 1
+                if not self._beginning[op_id]:
+                    del self._beginning[op_id]
             if known is not None and known.answer is not None:
                 stored = StoredResult.read(known.answer)
                 if stored.whole or known.instance != run.instance:  # else the box still has the bytes
