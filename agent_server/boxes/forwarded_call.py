@@ -154,10 +154,11 @@ class _Output:
 
     async def passed(self) -> None:
         """Return when all of it is on its way to the caller."""
-        await (self._begin() if self.pump is None else self.pump)
+        await self._begin()
 
     def _begin(self) -> asyncio.Task[None]:
-        self.pump = asyncio.create_task(self._pass_on())
+        if self.pump is None:  # the answer, which is awaited, may come before the first byte
+            self.pump = asyncio.create_task(self._pass_on())
         return self.pump
 
     async def _pass_on(self) -> None:

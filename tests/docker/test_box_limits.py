@@ -24,8 +24,10 @@ from tests.server.wire import GUARD
 
 pytestmark = pytest.mark.docker
 
-FILL = "while (defined($p = fork)) { if (!$p) { sleep 600; exit } } $| = 1; print qq(full\\n);"
+FILL = "while (defined($p = fork)) { if (!$p) { sleep 600; exit } push @all, $p } $| = 1; print qq(full\\n);"
 """Starts processes until no more can be started; bash would try again for 15 s."""
+MAKE_ROOM = "<STDIN>; kill KILL => @all; 1 while wait > 0"
+"""At the end of its input: one that is killed takes its place until somebody has waited for it."""
 
 
 @asynccontextmanager
@@ -108,12 +110,13 @@ async def test_a_command_that_cannot_start_processes_says_so(opened):
 
 async def test_a_command_for_which_there_is_no_room_says_so(opened):
     async with opened() as sandboxes, workspace_in(sandboxes, pids=16) as workspace:
-        filling = await workspace.start(["perl", "-e", f"{FILL} sleep 600"])
+        filling = await workspace.start(["perl", "-e", f"{FILL} {MAKE_ROOM}"])
         assert await anext(filling.output()) == b"full\n"
         result = await workspace.execute(["true"])
         assert (result.status, result.exit_code) == ("spawn_failed", 126)
         assert result.reason.startswith("EAGAIN: Resource temporarily unavailable: no more processes")
-        await filling.signal("KILL")
+        await filling.close_stdin()
+        await filling.wait()
         assert (await workspace.execute("echo again")).stdout == "again\n"
 
 

@@ -17,6 +17,7 @@ from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.log.operations import KEPT, KEPT_SECONDS
 from agent_sdk.protocol.errors import InvalidParams, OpExpired, WorkspaceUnavailable
+from agent_sdk.protocol.methods.connection import Ping
 from agent_sdk.protocol.methods.workspace import (
     WORKSPACE,
     Describe,
@@ -27,9 +28,12 @@ from agent_sdk.protocol.methods.workspace import (
     ProcessOutput,
     ProcessStart,
 )
+from agent_sdk.protocol.specs import Limits
 from agent_sdk.remote.connection import connect
-from agent_sdk.rpc.peer import Peer
+from agent_sdk.rpc.peer import Inbound, Peer
 from agent_sdk.rpc.pipe import memory_pipes
+from agent_sdk.rpc.stream import ByteWriter
+from agent_server.boxes.forwarded_call import ForwardedCall
 from agent_server.boxes.forwarding import ForwardedCalls
 from agent_server.boxes.link import BoxLink
 from agent_server.boxes.name import BoxName
@@ -249,6 +253,45 @@ async def test_a_command_of_a_box_that_was_stopped_is_told_in_time_and_answered_
         os.kill(info.pid, signal.SIGCONT)
         assert (await caller.call(call)).status == "exited"
         assert (Path(info.root) / "runs").read_text() == "run\n"
+
+
+async def test_output_that_comes_after_the_answer_passes_once_to_a_caller_who_reads_slowly():
+    told, window = asyncio.Event(), Limits(window_bytes=6000)
+    whole = b"".join(number.to_bytes(4, "big") for number in range(1 << 18))
+    saying: list[asyncio.Task[None]] = []
+
+    async def say(writer: ByteWriter) -> None:
+        async with writer:
+            await told.wait()
+            await writer.write(whole)
+            await writer.finish()
+
+    async def box(params: Execute, call: Inbound) -> Executed:
+        saying.append(asyncio.create_task(say(call.writing(params.stdout))))
+        return Executed(status="exited", exit_code=0, stdout_bytes=len(whole))
+
+    async def forward(params: Execute, call: Inbound) -> Executed:
+        async with ForwardedCall(params, call) as forwarded:
+            asked = asyncio.ensure_future(forwarded.through(linked))
+            await linked.call(Ping())  # the box has answered
+            told.set()
+            return await asked
+
+    (here, there), (outside, inside) = memory_pipes(), memory_pipes()
+    async with (
+        Peer(there, {Execute: box}, opener=False),
+        Peer(here, opener=True) as linked,
+        Peer(inside, {Execute: forward}, opener=False) as server,
+        Peer(outside, opener=True, limits=window) as caller,
+        caller.open_reader() as reader,
+    ):
+        server.other_limits = window
+        calling = asyncio.ensure_future(
+            caller.call(Execute(op_id=new_id(), shell="?", stdout=reader.channel))
+        )
+        assert await reader.read_all(len(whole)) == whole
+        assert (await calling).stdout_bytes == len(whole)
+        await asyncio.gather(*saying)
 
 
 async def test_a_call_whose_answer_is_not_kept_any_more_is_refused_and_not_sent(tmp_path):
