@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
 from agent_sdk.ids import new_id
-from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable
+from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound
 from agent_sdk.workspace.atomic_file import atomic_file
 from agent_server.logs import Logs
 from agent_server.runtime_api.record import RECORD, Record
@@ -170,22 +170,34 @@ class Runtime:
 
         Args:
             admit: called when it does not run, in the moment from which on it counts; what it raises is raised.
+
+        Raises:
+            NotFound: it has been stopped meanwhile.
         """
         async with self._deciding:
-            if self._task is None or not self.runs or self.record.wanted != "running":
+            self._check_not_stopped()
+            if self._running is None or self._running.done():
                 if admit is not None and not self.runs:
                     admit()
+                wanted, status = self.record.wanted, self.pod_status
                 self._show("pending")
-                await self._want("running")
+                try:
+                    await self._want("running")
+                except BaseException:
+                    self.record = replace(self.record, wanted=wanted)
+                    self._show(status)
+                    raise
                 self._begin(self._run)
 
     async def pause(self) -> None:
         """Let nothing in it run; returns when that is so. Cancelling ends the waiting only.
 
         Raises:
+            NotFound: it has been stopped meanwhile.
             WorkspaceUnavailable: it cannot be paused, and goes on.
         """
         async with self._deciding:
+            self._check_not_stopped()
             await self._want("paused")
             task = self._begin(self._pause)
         await asyncio.shield(task)
@@ -210,6 +222,10 @@ class Runtime:
         if end and self.runs and self.record.wanted == "running":
             await self._server.pause()
         await self._server.let_go()
+
+    def _check_not_stopped(self) -> None:
+        if self.record.wanted == "gone":
+            raise NotFound(f"no runtime {self.record.runtime_id!r}")
 
     async def _want(self, wanted: Literal["running", "paused", "gone"]) -> None:
         self.record = replace(self.record, wanted=wanted)
@@ -295,8 +311,9 @@ class Runtime:
         try:
             await self._server.pause()
         except AgentServerError:
-            await self._want("running")
-            self._begin(self._run)
+            if self.record.wanted != "gone":
+                await self._want("running")
+                self._begin(self._run)
             raise
         if self.record.wanted == "paused":  # otherwise it is about to run again, and counts already
             self._show("not found")

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from agent_sdk.protocol.errors import EngineUnavailable, WorkspaceUnavailable
+from agent_sdk.protocol.errors import AgentServerError, EngineUnavailable, NotFound, WorkspaceUnavailable
 from agent_server.logs import opened
 from agent_server.runtime_api.record import RECORD, Record
 from agent_server.runtime_api.runtime import Runtime
@@ -170,6 +170,33 @@ async def test_a_pause_that_fails_leaves_it_running(made):
     assert (runtime.status, runtime.pod_status, runtime.record.wanted) == ("running", "ready", "running")
 
 
+async def test_a_pause_that_fails_does_not_take_back_the_end_that_was_asked_for_meanwhile(made):
+    runtime, server = made
+    await ready(runtime)
+    server.errors["pause"] = [WorkspaceUnavailable("it cannot be paused", phase="pause")]
+    reached, go_on = server.hold("pause")
+    pausing = asyncio.create_task(runtime.pause())
+    await reached.wait()
+    stopping = asyncio.create_task(runtime.stop())
+    go_on.set()
+    with pytest.raises(WorkspaceUnavailable):
+        await pausing
+    await stopping
+    await runtime.close(end=False)
+    assert [name for name, _ in server.did] == ["start", "pause", "pause done", "stop", "let go"]
+    assert runtime.status == "stopped"
+
+
+async def test_what_was_asked_for_before_an_end_but_comes_after_it_begins_nothing(made):
+    runtime, server = made
+    await ready(runtime)
+    verbs = (runtime.pause(), runtime.stop(), runtime.start(), runtime.pause())
+    *done, started, paused = await asyncio.gather(*verbs, return_exceptions=True)
+    assert (done, type(started), type(paused)) == ([None, None], NotFound, NotFound)
+    assert [name for name, _ in server.did] == ["start", "pause", "stop"]
+    assert runtime.status == "stopped"
+
+
 async def test_a_first_start_that_fails_is_told_at_once_and_may_be_repeated(made):
     runtime, server = made
     server.errors["start"] = [WorkspaceUnavailable("the image is broken")]
@@ -232,3 +259,17 @@ async def test_a_runtime_that_died_runs_again_although_that_cannot_be_written_do
     go_on.set()
     await runtime.settled(10)
     assert (runtime.pod_status, runtime.record.restarts) == ("ready", 1)
+
+
+async def test_a_start_that_cannot_be_written_down_leaves_it_as_it_was_and_may_come_again(made, tmp_path):
+    runtime, _ = made
+    await ready(runtime)
+    await runtime.pause()
+    kept = (tmp_path / RECORD).rename(tmp_path / "kept")
+    (tmp_path / RECORD).mkdir()
+    with pytest.raises(AgentServerError):
+        await runtime.start()
+    assert (runtime.status, runtime.pod_status) == ("paused", "not found")
+    (tmp_path / RECORD).rmdir()
+    kept.rename(tmp_path / RECORD)
+    await ready(runtime)
