@@ -52,11 +52,15 @@ def shielded() -> AbstractContextManager[object]:
 
 
 async def cancel_and_wait(*tasks: asyncio.Future[Any] | None) -> None:
-    """Cancel these and wait until they have ended, however that is; None is none of them."""
+    """Cancel these and wait until they have ended, however that is; None is none of them.
+
+    Who cancels the waiting cancels them once more: what they do at their end may be cut off then, and is waited for.
+    """
     there = [task for task in tasks if task is not None]
     for task in there:
         task.cancel()
-    await asyncio.gather(*there, return_exceptions=True)
+    with shielded():
+        await asyncio.gather(*there, return_exceptions=True)
 
 
 async def to_its_end(work: Coroutine[Any, Any, object]) -> None:

@@ -259,9 +259,7 @@ class RemoteConversation(Conversation, LinkUser):
 
     async def close(self) -> None:
         await self._delivery.close()
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.wait({self._opening})
+        await cancel_and_wait(self._opening)
         if self._link is not None:
             self._link.detach(self)
             self._link = None

@@ -266,8 +266,7 @@ class ToolCalls:
     async def _cancel(self, request_id: str) -> None:
         run = self._runs.pop(request_id, None)
         if run is not None and run is not asyncio.current_task():
-            run.cancel()
-            await asyncio.wait({run})
+            await cancel_and_wait(run)
 
     async def _run(self, params: ToolCall) -> ToolOutput:
         function = self._functions.get(params.tool)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.protocol.errors import ProcessNotFound, WorkspaceUnavailable
 from agent_sdk.protocol.results import ProcessInfo
 from agent_sdk.workspace.child_process import ChildProcess
@@ -277,10 +278,7 @@ class ProcessTable:
         """Close all descriptors and spools; the processes have to be ended already."""
         for child in (*self._listed.values(), *self._hidden):
             child.close()
-        for task in tuple(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(tuple(self._tasks))
+        await cancel_and_wait(*self._tasks)
         for child in (*self._listed.values(), *self._hidden):
             for spool in child.spools.values():
                 await spool.close()

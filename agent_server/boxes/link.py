@@ -266,9 +266,7 @@ class BoxLink:
     async def close(self, *, keep: bool = False) -> None:
         """Like `release`; the way cannot be used any more."""
         self._closed = True
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.wait([self._looking])
+        await cancel_and_wait(self._looking)
         await self.release(keep=keep)
 
     # --- its time ---

@@ -11,6 +11,7 @@ from typing import Self
 import msgspec
 from msgspec.structs import replace
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.conversation.store import AgentStore
 from agent_sdk.ids import new_id
 from agent_sdk.log.event_log import EventLog
@@ -109,9 +110,7 @@ class Conversations:
         """Let go of everything, leave turns and boxes to the next server; may be called again."""
         self._stopping = True
         await self._retention.end()
-        if self._resuming is not None:
-            self._resuming.cancel()
-            await asyncio.wait([self._resuming])
+        await cancel_and_wait(self._resuming)
         for timer in self._timers.values():
             timer.cancel()
         for id in list(self._loaded):

@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 from msgspec import Struct
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.log.event_log import EventLog
 from agent_sdk.protocol.errors import AgentServerError
 from agent_server.logs import Logs
@@ -59,10 +60,7 @@ class Retention:
 
     async def end(self) -> None:
         """End what it does; may be called again."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await cancel_and_wait(*self._tasks)
 
     def left(self, id: str, head_seq: int) -> None:
         """Remove a conversation that somebody has left for good, when it was only looked at."""

@@ -30,7 +30,6 @@ REASONS = 20
 
 PodStatus = Literal["pending", "ready", "failed", "crashloopbackoff", "not found"]
 """`not found`: there is none now, because it is paused."""
-_UNSETTLED = ("pending",)
 
 
 class Shown(Struct, kw_only=True, omit_defaults=False):
@@ -146,12 +145,10 @@ class Runtime:
 
     async def settled(self, seconds: float) -> None:
         """Wait until it is not about to become something else, at most this long."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.pod_status in _UNSETTLED and self.record.wanted == "running":
+                while self.pod_status == "pending" and self.record.wanted == "running":
                     await self._changed.wait()
-        except TimeoutError:
-            pass
 
     # --- verbs ---
 
@@ -179,12 +176,12 @@ class Runtime:
             if self._running is None or self._running.done():
                 if admit is not None and not self.runs:
                     admit()
-                wanted, status = self.record.wanted, self.pod_status
+                record, status = self.record, self.pod_status
                 self._show("pending")
                 try:
                     await self._want("running")
                 except BaseException:
-                    self.record = replace(self.record, wanted=wanted)
+                    self.record = record
                     self._show(status)
                     raise
                 self._begin(self._run)

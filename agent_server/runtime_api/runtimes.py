@@ -21,6 +21,7 @@ from typing import Self
 
 import msgspec
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import (
     AgentServerError,
@@ -113,9 +114,7 @@ class Runtimes:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        assert self._sweeper is not None
-        self._sweeper.cancel()
-        await asyncio.gather(self._sweeper, return_exceptions=True)
+        await cancel_and_wait(self._sweeper)
         await asyncio.gather(*(runtime.close(end=self._end) for runtime in self._all.values()))
 
     # --- which there are ---

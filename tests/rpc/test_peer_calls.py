@@ -31,6 +31,7 @@ from agent_sdk.protocol.methods.workspace import (
     ProcessList,
 )
 from agent_sdk.protocol.specs import Limits
+from agent_sdk.remote.streams import with_bytes
 from agent_sdk.rpc.peer import Peer
 from agent_sdk.rpc.pipe import memory_pipes
 from tests.rpc.links import Raw, raw_to_peer
@@ -268,11 +269,12 @@ async def test_the_other_ends_time_out_is_no_time_out_of_ours(peers):
             await client.call(GitDiff(), timeout=20)
 
 
-async def test_a_cancel_scope_of_anyio_works_like_a_cancelled_task(peers):
+@pytest.mark.parametrize("waited", [lambda calling: calling, with_bytes], ids=["call", "call with bytes"])
+async def test_a_cancel_scope_of_anyio_works_like_a_cancelled_task(peers, waited):
     gate = Gate()
     async with peers({GitDiff: gate}) as (client, _):
         with anyio.move_on_after(0.05) as scope:
-            await client.call(GitDiff())
+            await waited(client.call(GitDiff()))
         assert scope.cancelled_caught
         assert gate.cancelled.is_set()
 

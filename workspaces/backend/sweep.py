@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Self
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.protocol.checks import whole
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.workspace.disk import in_thread
@@ -67,9 +68,7 @@ class Sweep:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await cancel_and_wait(self._task)
 
     async def once(self) -> None:
         """Sweep now.

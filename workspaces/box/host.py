@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from msgspec import Struct
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.protocol.errors import WorkspaceUnavailable
 from agent_sdk.protocol.specs import Sandbox
 from agent_sdk.workspace.disk import in_thread
@@ -87,9 +88,7 @@ class Once(Generic[T]):
 
     async def close(self) -> None:
         """End it."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await cancel_and_wait(self._task)
 
 
 class SandboxHost:
@@ -279,8 +278,7 @@ async def _task(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        await cancel_and_wait(task)
 
 
 def _bytes(field: str, size: str | None) -> int | None:

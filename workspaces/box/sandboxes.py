@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from msgspec.structs import replace
 
+from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.ids import new_id
 from agent_sdk.protocol.errors import AgentServerError
 from agent_sdk.protocol.methods.workspace import SnapshotTaken
@@ -64,9 +65,7 @@ class Sandboxes:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if self._attending is not None:
-            self._attending.cancel()
-            await asyncio.wait([self._attending])
+        await cancel_and_wait(self._attending)
         await self.host.close()
 
     @property
@@ -212,9 +211,7 @@ class Pool:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if self._filling is not None:
-            self._filling.cancel()
-            await asyncio.wait([self._filling])
+        await cancel_and_wait(self._filling)
         for box in list(self._waiting):
             self._later(self._end(box))
         if self._ending:
