@@ -205,7 +205,9 @@ async def test_a_creation_cancelled_at_any_moment_leaves_no_container(instance):
             create = asyncio.ensure_future(engine.create(f"agent-test-{new_id()}", body(instance)))
             for _ in range(steps):
                 await asyncio.sleep(0)
-            create.cancel()
+            if not create.cancel():  # a slow machine lets it come through in so many steps
+                await engine.remove(await create)
+                continue
             with pytest.raises(asyncio.CancelledError):
                 await create
 
