@@ -94,8 +94,8 @@ def unbounded_queue() -> None:
     """Whatever a reader does not read waits for it, without end."""
     make = lanes.Lanes.__init__
 
-    def endless(self: Any, budget: int, on_work: Callable[[], object]) -> None:
-        make(self, 1 << 40, on_work)
+    def endless(self: Any, budget: int, *others: Any) -> None:
+        make(self, 1 << 40, *others)
 
     lanes.Lanes.__init__ = endless
 
