@@ -109,6 +109,10 @@ class LocalProcess(Process):
                 if end is None and over.done():
                     end = max(position, spool.size)
 
+    def size(self, stream: OutputName) -> int:
+        """Return how many bytes it has said there."""
+        return spool.size if (spool := self._find().spools.get(stream)) is not None else 0
+
     async def signal(self, name: str) -> None:
         """Send a signal to its process group; on a terminal the foreground job gets it, too."""
         number = Signals.__members__.get(name if name.startswith("SIG") else f"SIG{name}")

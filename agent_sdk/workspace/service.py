@@ -217,7 +217,7 @@ class _Served:
         async with call.writing(params.channel) as writer, aclosing(said) as chunks:
             async for offset, data in chunks:
                 await writer.write_at(offset, data)
-            await writer.finish()
+            await writer.finish(size=min(params.since, process.size(params.stream)))
             return Count(writer.offset)
 
     # --- shells ---

@@ -110,7 +110,7 @@ class ForwardedCall:
                 answer = await peer.call(replace(self.params, **fields), leave=lambda: self.let_go)
                 for field in carrying(self.params, answer):
                     if field in outputs:
-                        await outputs[field].passed()
+                        await outputs[field].begin()
                 return answer
             finally:
                 await cancel_and_wait(*self.coming, *(output.pump for output in outputs.values()))
@@ -150,13 +150,10 @@ class _Output:
         self._reader = reader
         self._to_caller = to_caller
         self._keep = keep
-        reader.when_data_comes(self._begin)
+        reader.when_data_comes(self.begin)
 
-    async def passed(self) -> None:
-        """Return when all of it is on its way to the caller."""
-        await self._begin()
-
-    def _begin(self) -> asyncio.Task[None]:
+    def begin(self) -> asyncio.Task[None]:
+        """Pass it on, once; the task ends when all of it is on its way to the caller."""
         if self.pump is None:  # the answer, which is awaited, may come before the first byte
             self.pump = asyncio.create_task(self._pass_on())
         return self.pump

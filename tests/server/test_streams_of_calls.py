@@ -21,6 +21,7 @@ from agent_sdk.protocol.methods.workspace import (
     ProcessInput,
     ProcessOutput,
     ProcessStart,
+    ProcessWait,
     ShellRun,
     ShellSend,
     Upload,
@@ -142,6 +143,18 @@ async def test_a_stream_that_carried_nothing_is_ended_all_the_same_whenever_it_i
             )
             assert set(said) <= {b"", b"said\n"}
             assert all(reader.over for reader in readers.values())
+
+
+@pytest.mark.parametrize("since", [2, 3, 9])
+@pytest.mark.parametrize("follow", [True, False])
+async def test_output_is_answered_with_its_size_however_much_of_it_the_caller_has(peer, since, follow):
+    process = (await peer.call(op(ProcessStart, argv=["printf", "abc"]))).process_id
+    await peer.call(ProcessWait(process_id=process))
+    async with peer.open_reader() as reader:
+        call = ProcessOutput(process_id=process, channel=reader.channel, since=since, follow=follow)
+        assert (await peer.call(call)).bytes == 3
+        assert [chunk async for chunk in reader] == ([(2, b"c")] if since == 2 else [])
+        assert reader.size == 3
 
 
 async def test_a_caller_who_wants_no_output_any_more_gets_the_answer_all_the_same(peer):
