@@ -153,10 +153,11 @@ class TerminalTool(Resumable):
             if not begun:
                 await self._export(shell, context.secrets)
             result = await self._run(shell, wanted.command, limits, context)
+        goes_on = self._running or wanted.is_input or not wanted.command.strip() or result.status == "busy"
         self._running = result.status in ("quiet", "timeout", "busy")
         if result.status == "ended":
             self._exported = {}
-        return _told(result, wanted, context.part)
+        return _told(result, wanted, goes_on, context.part)
 
     async def _run(
         self, shell: Shell, command: str, limits: dict[str, Any], context: ToolContext
@@ -211,9 +212,8 @@ def _typed(wanted: TerminalArguments) -> tuple[bytes, bool | None]:
     return wanted.command.encode(errors="surrogateescape"), wanted.enter
 
 
-def _told(result: ShellResult, wanted: TerminalArguments, part: HidePart) -> ToolResult:
-    """The result in words for the model and facts for programs."""
-    goes_on = wanted.is_input or not wanted.command.strip()
+def _told(result: ShellResult, wanted: TerminalArguments, goes_on: bool, part: HidePart) -> ToolResult:
+    """The result in words for the model and facts for programs. Its output `goes_on` with what a call showed before."""
     told = [f"[{result.reason}]"] if result.reason else []
     notes = "\n".join([*told, *_notes(result, wanted)])
     text, cut = _shown(result, MODEL_CHARS - len(notes) - 1, goes_on, part)

@@ -267,6 +267,19 @@ async def test_output_that_comes_in_many_calls_shows_no_piece_of_a_secret(termin
     assert shown == ["it is <secret-hidden>", "<secret-hidden>", "<secret-hidden>", "<secret-hidden> ok"]
 
 
+@pytest.mark.parametrize("then", ["sleep 60", "true"], ids=["runs on", "ends"])
+async def test_output_that_comes_with_another_command_shows_no_half_of_a_secret(terminal, tmp_path, then):
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    terminal.mask.hide(["hunter2-hunter2-correct-horse"])
+    rest = f"cat {go}; echo hunter2-correct-horse; {then}"
+    await terminal(f"printf 'it is hunter2-'; {rest}", timeout=1)
+    await asyncio.to_thread(go.write_text, "")
+    while (other := await terminal("echo ok")).text.startswith("[Your command was NOT run"):
+        await asyncio.to_thread(os.sched_yield)  # nothing has come yet
+    assert other.text.startswith("<secret-hidden>\n")
+
+
 async def test_secrets_are_variables_also_in_a_fresh_shell_and_when_they_change(terminal):
     terminal.secrets = {"TOKEN": 'it\'s "a" $secret\nof two lines'}
     assert await terminal.says('printf %s "$TOKEN" | wc -c; env | grep -c ^TOKEN=') == "29\n1"
