@@ -163,7 +163,6 @@ class Turn:
             bug = None if isinstance(exc, AgentServerError) else exc
             logger.error("the end of turn %s could not be written: %s", self.run_id, exc, exc_info=bug)
         finally:
-            self.begun.set()
             if self._entered:
                 await self._runtime.close()
 

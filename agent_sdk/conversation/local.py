@@ -183,7 +183,7 @@ class LocalConversation(Conversation):
         if mode == "interrupt":
             turns.check()
             await turns.stop("a new message came", asked=True, run_id=stops)
-        run_id = turns.unreported = turns.run_id
+        run_id = turns.run_id
         message = UserMessage(text=text, op_id=op.op_id if op else None)
         acceptance = with_acceptance(op, run_id)
         written = turns.submit(message, acceptance, run_id=run_id, wake=mode == "interrupt")
@@ -205,19 +205,9 @@ class LocalConversation(Conversation):
         """Make the turn go on, as `run` does, and return which it is, at once. `unreported` is the `turn` of Run."""
         turns = await self._open()
         turns.check()
-        if turns.current is None:
-            coming = RunAnswer(run_id=turns.run_id, running=True)
-            turn = turns.begin(with_result(op, coming), unreported=unreported)
-        else:
-            turn = turns.current
+        coming = RunAnswer(run_id=turns.run_id, running=True)
+        turn = await turns.begin(with_result(op, coming), unreported=unreported)
         if turn is not None:
-            await turn.begun.wait()
-            if turns.log.turn.run_id != turn.run_id:
-                if (
-                    turn.failure is None and not self._course.leaving
-                ):  # its message had come before: nothing began
-                    return await self.begin(unreported=unreported, op=op)
-                raise turn.failure or draining()
             answer = RunAnswer(run_id=turn.run_id, running=True)
         else:
             ended = turns.log.turn.ended_seq
@@ -228,9 +218,12 @@ class LocalConversation(Conversation):
     async def pause(self, *, run_id: str | None = None, op: Operation | None = None) -> None:
         """Ask the turn to stop before its next step. Nothing happens when no turn runs, or not the one of `run_id`."""
         turns = await self._open()
-        turns.check()
         turn = turns.current if turns.meant(run_id) else None
-        pauses = turn is not None and not turn.course.ending and turns.log.turn.phase is not Phase.PAUSING
+        if turn is not None:
+            await turn.begun.wait()  # or never: its message had come before
+        turns.check()
+        runs = turn is not None and turn is turns.current and not turn.course.ending
+        pauses = runs and turns.log.turn.phase is not Phase.PAUSING
         await turns.log.append(*([PauseRequested()] if pauses else []), op=op)
 
     async def interrupt(

@@ -65,7 +65,7 @@ class Turns:
         self.course = course
         """Of all of them: new ones start while it is working."""
         self.unreported: str | None = None
-        """The turn that answers the last message or that `run` waited for, until `run` has returned how it ended."""
+        """The turn that answers the last message or was begun last, until `run` has returned how it ended."""
         self._failure: Exception | None = None
         """Why the end of the last turn could not be written: it is open, and nobody runs it."""
         self._on_failure = on_failure
@@ -134,6 +134,8 @@ class Turns:
         def committed(_: object) -> None:
             failure = CancelledError() if written.cancelled() else written.exception()
             waits = failure is None and bool(self.log.history.unread)
+            if failure is None and written.result():  # what came before is not the last message
+                self.unreported = run_id
             if turn is not None and (failure or not written.result()):
                 self._withdraw(turn, failure)
             elif turn is not None:
@@ -146,13 +148,12 @@ class Turns:
 
     async def run(self, timeout: float | None, on_waiting: OnWaiting | None) -> Outcome:
         """Wait for the end of the turn, as Conversation.run does."""
-        turn = self.begin(unreported=self.unreported)
-        if turn is None:
-            self.unreported = None
-            return self.last
-        self.unreported = turn.run_id
         try:
             async with asyncio.timeout(timeout) as limit:
+                turn = await self.begin(unreported=self.unreported)
+                if turn is None:
+                    self.unreported = None
+                    return self.last
                 await self._ended(turn, on_waiting)
                 await self.log.delivery.drained()
         except TimeoutError:
@@ -181,13 +182,27 @@ class Turns:
             stop()
             over.cancel()
 
-    def begin(self, op: Operation | None = None, *, unreported: str | None = None) -> Turn | None:
-        """Return the turn that runs, or start one when there is something to do, else None.
+    async def begin(self, op: Operation | None = None, *, unreported: str | None = None) -> Turn | None:
+        """Return the turn that runs, or start one when there is something to do, else None. Its start is in the log.
 
         Args:
             unreported: the turn whose outcome the caller has not heard; if it has failed, it is not tried again.
             op: remembered with the start of the turn, if one is started.
+
+        Raises:
+            StorageFull, WorkspaceUnavailable, LeaseLost: its start could not be written.
+            Overloaded: it is let go of, for another process.
         """
+        while (turn := self._begin(op, unreported)) is not None:
+            await turn.begun.wait()
+            if self.log.turn.run_id == turn.run_id:
+                break
+            if turn.failure is not None or self.course.leaving:
+                raise turn.failure or draining()
+            await turn.over.wait()  # its message had come before: nothing began
+        return turn
+
+    def _begin(self, op: Operation | None, unreported: str | None) -> Turn | None:
         current = self.current
         if current is not None:
             return current
@@ -299,6 +314,7 @@ class Turns:
         if self.course.stage is not Stage.WORKING:
             raise StateConflict("the conversation is closed", state="closed")
         turn = self._made(op)
+        self.unreported = turn.run_id
         self._run(turn)
         return turn
 
@@ -324,6 +340,7 @@ class Turns:
 
     def _ran(self, turn: Turn) -> None:
         self._failure = turn.failure
+        turn.begun.set()
         turn.over.set()
         if self._turn is turn:
             self._turn = self._task = None
@@ -332,7 +349,9 @@ class Turns:
 
     def _withdraw(self, turn: Turn, failure: BaseException | None) -> None:
         """Forget a turn whose start was not written: a message that had joined it begins it, or the next one."""
-        self._turn, self._next_run_id = None, turn.run_id
+        self._turn = None
+        if turn.course.stage is not Stage.STOPPING:  # else nobody has joined it since, but the next one
+            self._next_run_id = turn.run_id
         turn.failure = failure if isinstance(failure, Exception) else None
         turn.begun.set()
         turn.over.set()

@@ -27,7 +27,7 @@ from agent_sdk.protocol.events import (
     kind_of,
 )
 from agent_sdk.protocol.specs import AgentSpec, ConfirmationPolicy, ScriptedLLM, ToolSpec
-from agent_sdk.testing import call, hang, say
+from agent_sdk.testing import call, fail, hang, say
 from agent_sdk.tools import ToolResult, tool
 from agent_sdk.workspace.local import LocalWorkspace
 from tests.contract.conversation import ConversationContract
@@ -216,6 +216,51 @@ async def test_a_message_that_comes_again_begins_no_turn_that_others_wait_for(op
     await asyncio.wait([again], timeout=0)  # it is on its way to the log
     answer = await conversation.begin()
     assert (answer.run_id, answer.running, await again) == (first.run_id, False, first)
+
+
+async def test_who_waits_while_a_message_comes_again_hears_of_the_turn_that_answers_the_next_one(open):
+    conversation = await open(acting(say("one"), say("two")))
+    await conversation.send_message("go", op_id=OP)
+    await conversation.run(timeout=PATIENCE)
+    sent = [
+        asyncio.create_task(conversation.send_message("go", op_id=OP)),
+        asyncio.create_task(conversation.send_message("more")),
+    ]
+    await asyncio.wait(sent, timeout=0)  # both are on their way to the log
+    assert (await conversation.run(timeout=PATIENCE)).final_text == "two"
+    await asyncio.gather(*sent)
+
+
+async def test_a_message_is_answered_that_comes_while_a_turn_is_stopped_whose_message_had_come_before(open):
+    conversation = await open(acting(say("one"), say("two")))
+    await conversation.send_message("go", op_id=OP)
+    await conversation.run(timeout=PATIENCE)
+    again = asyncio.create_task(conversation.send_message("go", op_id=OP))
+    stopped = asyncio.create_task(conversation.interrupt("no"))
+    more = asyncio.create_task(conversation.send_message("more"))
+    await asyncio.gather(again, stopped, more)
+    assert (await until(conversation, TurnEnded, 2)).run_id == more.result().run_id
+
+
+async def test_no_pause_is_asked_of_a_turn_whose_message_had_come_before(open):
+    conversation = await open(acting(say("one")))
+    await conversation.send_message("go", op_id=OP)
+    await conversation.run(timeout=PATIENCE)
+    again, head = asyncio.create_task(conversation.send_message("go", op_id=OP)), conversation.head_seq
+    await asyncio.wait([again], timeout=0)
+    await conversation.pause()
+    assert (await again, conversation.head_seq) == (await conversation.send_message("go", op_id=OP), head)
+
+
+async def test_a_message_that_is_refused_keeps_nobody_from_hearing_how_the_turn_failed(open):
+    conversation = await open(acting(say("one"), fail("model_refused"), say("two")))
+    await conversation.send_message("go", op_id=OP)
+    await conversation.run(timeout=PATIENCE)
+    await conversation.send_message("more")
+    await until(conversation, TurnEnded, 2)
+    with pytest.raises(OpMismatch):
+        await conversation.send_message("other", op_id=OP)
+    assert (await conversation.run(timeout=PATIENCE)).status == "failed"
 
 
 async def test_an_op_id_belongs_to_one_message(open):
