@@ -24,6 +24,7 @@ def _taking(options: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P,
         def made(*args: P.args, **kwargs: P.kwargs) -> R:
             return function(options(*args, **kwargs))
 
+        options.__init__.__qualname__ = function.__qualname__  # by which Python says what is missing
         made.__annotations__ = {
             **options.__init__.__annotations__,
             "return": function.__annotations__["return"],

@@ -156,6 +156,7 @@ def taking(options: Callable[P, T]) -> Callable[[Callable[[S, T], None]], Callab
             init(self, options(*args, **kwargs))
 
         __init__.__doc__ = init.__doc__
+        options.__init__.__qualname__ = init.__qualname__  # by which Python says what is missing
         return __init__
 
     return decorated

@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 
 import agent_sdk
 import agent_sdk.conversation.contract
+import agent_sdk.sync
 import agent_sdk.workspace.contract
 import workspaces
 from agent_sdk import (
@@ -35,6 +36,7 @@ from agent_sdk import (
     testing,
     tool,
 )
+from agent_sdk.conversation.local import LocalConversation
 from agent_sdk.protocol import specs
 from agent_sdk.protocol.checks import ForSystem, checked
 from agent_sdk.protocol.errors import InvalidParams
@@ -304,6 +306,14 @@ async def test_what_cannot_fit_is_refused_by_every_verb(subjects, tmp_path, what
             pytest.fail(f"{name}={wrong!r} passed")
         assert name in str(refused.value), wrong
     assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [Conversation, agent_sdk.sync.Conversation, LocalConversation])
+def test_an_option_that_does_not_exist_is_refused_by_what_was_called(make):
+    with pytest.raises(
+        TypeError, match=rf"^{make.__qualname__}(.__init__)?\(\) got an unexpected .* 'titel'"
+    ):
+        make(AGENT, titel="mine")
 
 
 async def test_a_tuple_is_as_good_as_a_list():
