@@ -197,10 +197,8 @@ class Calls:
 
     def close(self, why: str) -> list[Event]:
         """Return the events that void open requests and give every open call its result, or `why` there is none."""
-        open_requests = [
-            *self._approvals,
-            *(request.request_id for request in self._client_requests.values()),
-        ]
+        clients = (request.request_id for request in self._client_requests.values())
+        open_requests = [*self._approvals, *clients]
         self._approvals.clear()
         self._client_requests.clear()
         calls = list(self._log.turn.open_calls.values())

@@ -168,8 +168,7 @@ class Turns:
 
     async def _ended(self, turn: Turn, on_waiting: OnWaiting | None) -> None:
         """Wait for the end of a turn, and tell what it waits for until then."""
-        told: set[Wait] = set()
-        news = asyncio.Event()
+        told, news = set[Wait](), asyncio.Event()
         stop = self.log.delivery.subscribe(lambda seq, event: news.set())
         over = asyncio.ensure_future(turn.over.wait())
         over.add_done_callback(lambda _: news.set())
@@ -203,17 +202,12 @@ class Turns:
         return turn
 
     def _begin(self, op: Operation | None, unreported: str | None) -> Turn | None:
-        current = self.current
-        if current is not None:
-            return current
         last = self.log.turn
-        if last.phase is Phase.STOPPED:
-            return None
-        if unreported is not None and unreported == last.failed_run_id and not self.log.history.unread:
-            return None
-        if self.log.history.unread or last.resumable or last.is_open:
-            return self._start(op)
-        return None
+        if self.current is not None or last.phase is Phase.STOPPED:
+            return self.current
+        heard = unreported is None or unreported != last.failed_run_id
+        goes_on = heard and (last.resumable or last.is_open)
+        return self._start(op) if goes_on or self.log.history.unread else None
 
     async def respond(
         self, request_id: str, answer: Literal["approve", "reject"], reason: str, op: Operation | None
@@ -322,13 +316,8 @@ class Turns:
         """Make the turn that comes next; `_run` it, or `_withdraw` it."""
         if not self.agent.ready:
             raise StateConflict("no agent is configured yet", state="idle")
-        self._turn = Turn(
-            self._coming,
-            self._present,
-            self.log,
-            restarts=RESTARTS if self._restarts is None else self._restarts,
-            op=op,
-        )
+        restarts = RESTARTS if self._restarts is None else self._restarts
+        self._turn = Turn(self._coming, self._present, self.log, restarts=restarts, op=op)
         if self._turn.run_id == self._next_run_id:
             self._next_run_id = new_id()
         return self._turn
