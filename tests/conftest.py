@@ -32,7 +32,11 @@ MARKERS = (
     "place: of a contract, what depends on the place: its processes, users, files, limits, links",
     "elsewhere: a contract in one more place, where only what is marked `place` is tried (all: make test-all)",
 )
-USUAL_SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
+USUAL_SIGNALS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGQUIT: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
