@@ -134,7 +134,7 @@ class StartedWorkspace(RemoteWorkspace):
             on_connection=options.on_connection,
         )
         self._target = msgspec.structs.replace(self._target, url=url)
-        if options.keep and options.name is None:
+        if options.keep and not options.name:
             raise InvalidParams(f"keep: a {self._kind} that is kept needs a name, by which it is found again")
         self._started = options
         self._machine = machine

@@ -47,6 +47,7 @@ WRONG = {
     "no cpus": ({"cpus": 0}, "cpus: 0 must be between 0.01 and 1024"),
     "few pids": ({"pids": 1}, "pids: 1 must be between 32 and 4194304"),
     "no name": ({"name": "a b"}, "name: 'a b' is no name of a container"),
+    "kept under no name": ({"keep": True, "name": ""}, "keep: a container that is kept needs a name"),
     "no port": ({"host_port": 70_000}, "host_port: expected a port from 1 to 65535 or None, got 70000"),
     "no volume": ({"volumes": ["/tmp"]}, "volumes: '/tmp' must look like /host/folder:/folder"),
     "odd mode": ({"volumes": ["/tmp:/in:rx"]}, "volumes: '/tmp:/in:rx' must look like /host/folder:/folder"),
