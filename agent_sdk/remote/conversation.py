@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 from msgspec import Raw
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from agent_sdk.cancellation import cancel_and_wait
 from agent_sdk.conversation.contract import (
@@ -411,8 +411,8 @@ class RemoteConversation(Conversation, LinkUser):
             delta = msgspec.json.decode(params, type=DeltaNotice).delta
             self._delivery.take_delta(msgspec.json.decode(delta, type=Delta))
         elif method == SyncReset.method:
-            reset = msgspec.json.decode(params, type=SyncReset)
-            self._delivery.reset(reset.reason, Position(reset.epoch, reset.from_seq - 1))
+            reset = msgspec.json.decode(params, type=SyncReset)  # `on_reset` is given a Cursor: checked here
+            self._delivery.reset(reset.reason, Position(*astuple(Cursor(reset.epoch, reset.from_seq - 1))))
 
     def unreachable(self, error: AgentServerError) -> None:
         self._out_of_reach = Wait(what="server", reason=f"the server: {error}")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import shutil
 
+import msgspec
 import pytest
+from msgspec import Raw
 
 from agent_sdk import Agent, Conversation, Cursor, RemoteWorkspace
 from agent_sdk.protocol.errors import HistoryLost, InvalidParams, Unauthorized
+from agent_sdk.protocol.methods.connection import SyncReset
 from agent_sdk.testing import ScriptedLLM, say
 from tests.chaos.server import KEY, Server
 
@@ -122,6 +125,13 @@ async def test_who_can_begin_anew_is_told_where_and_gets_all_events(running_serv
         assert (await again.run()).final_text == "one"
         assert (diary.resets, diary.seqs) == ([Cursor(first.cursor.epoch, 0)], first.seqs)
         assert diary.cursor == first.cursor
+
+
+async def test_a_history_that_begins_nowhere_is_refused_where_it_comes(workspace):
+    conversation = Diary().attach(TWO, workspace)
+    nowhere = Raw(msgspec.json.encode(SyncReset(reason="made anew", epoch="e", from_seq=0)))
+    with pytest.raises(InvalidParams, match="seq: expected int >= 0, got -1"):
+        conversation.noticed(SyncReset.method, nowhere)
 
 
 async def test_reading_events_after_a_cursor_of_another_history_is_refused(workspace):
